@@ -1,0 +1,53 @@
+"""Routes through a cluster: which links a message crosses, and the load that several messages put on each."""
+
+from collections import Counter
+from collections.abc import Iterable
+from functools import lru_cache
+
+import networkx
+
+from thinwire.cluster.model import Cluster, Link
+from thinwire.errors import UserError
+
+
+def graph(cluster: Cluster) -> networkx.DiGraph:
+    """The cluster as a networkx graph; each edge carries its Link as `link`. Parallel links: the faster one is kept."""
+    result = networkx.DiGraph()
+    result.add_nodes_from(host.name for host in cluster.hosts)
+    result.add_nodes_from(switch.name for switch in cluster.switches)
+    for link in cluster.links:
+        known = result.get_edge_data(link.source, link.target)
+        if known is None or known["link"].bandwidth_bps.value < link.bandwidth_bps.value:
+            result.add_edge(link.source, link.target, link=link)
+    return result
+
+
+class Routes:
+    """Shortest routes between the nodes of ranks (fewest links; equal ones: in the order of the file)."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._graph = graph(cluster)
+        self._nodes = [cluster.node_of(rank) for rank in range(cluster.world_size)]
+        self._name = cluster.name
+        self._route = lru_cache(maxsize=None)(self._find)
+
+    def between(self, source_rank: int, target_rank: int) -> tuple[Link, ...]:
+        """The links from one rank to another; empty when both sit on one node (memory is not modelled as a link)."""
+        return self._route(self._nodes[source_rank], self._nodes[target_rank])
+
+    def load(self, flows: Iterable[tuple[int, int, float]]) -> Counter[Link]:
+        """Payload bytes on each link when (source rank, target rank, payload bytes) flow along their routes."""
+        loads: Counter[Link] = Counter()
+        for source, target, payload_bytes in flows:
+            for link in self.between(source, target):
+                loads[link] += payload_bytes  # type: ignore[assignment]
+        return loads
+
+    def _find(self, source: str, target: str) -> tuple[Link, ...]:
+        if source == target:
+            return ()
+        try:
+            path = networkx.shortest_path(self._graph, source, target)
+        except networkx.NetworkXException:
+            raise UserError(f"{self._name}: no way from {source!r} to {target!r}; add the missing link") from None
+        return tuple(self._graph.edges[a, b]["link"] for a, b in zip(path, path[1:], strict=False))

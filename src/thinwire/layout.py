@@ -1,0 +1,63 @@
+"""Layout: a degree for each parallel axis, and the rank <-> coordinates arithmetic.
+
+Slow axis first, fast axis last: neighbours on the last axis have neighbouring ranks, so they share a host.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from thinwire.errors import UserError
+
+AXES = ("outer", "pipe", "data", "seq", "tensor")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Degrees of the axes. Their product is the world size; 1 means the axis is not used."""
+
+    outer: int = 1
+    pipe: int = 1
+    data: int = 1
+    seq: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            if getattr(self, axis) < 1:
+                raise UserError(f"layout.{axis} = {getattr(self, axis)}: a degree is 1 or more")
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """The degrees in the order of AXES."""
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    @property
+    def world_size(self) -> int:
+        return prod(self.degrees)
+
+    def check(self, world_size: int) -> None:
+        """Raise UserError unless the layout uses exactly `world_size` ranks."""
+        if self.world_size != world_size:
+            raise UserError(
+                f"layout {self} needs {self.world_size} ranks, but there are {world_size}; "
+                "change [layout] or the number of ranks"
+            )
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """The place of `rank` on each axis."""
+        place = {}
+        for axis, degree in zip(reversed(AXES), reversed(self.degrees), strict=True):
+            rank, place[axis] = divmod(rank, degree)
+        return {axis: place[axis] for axis in AXES}
+
+    def groups(self, axis: str) -> list[tuple[int, ...]]:
+        """The groups of ranks that differ on `axis` only, each in the order of the axis."""
+        members: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            place = self.coordinates(rank)
+            members.setdefault(tuple(place[other] for other in AXES if other != axis), []).append(rank)
+        return [tuple(group) for group in members.values()]
+
+    def __str__(self) -> str:
+        used = [f"{axis} {degree}" for axis, degree in zip(AXES, self.degrees, strict=True) if degree > 1]
+        return " x ".join(used) or "data 1"

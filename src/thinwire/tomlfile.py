@@ -1,0 +1,75 @@
+"""TOML files in, and one line out for whatever is wrong with them: the file, the key, the value, what is allowed."""
+
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from thinwire.errors import UserError
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The file's content. UserError if it is missing, unreadable or not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def validate(schema: type[Schema], content: dict[str, Any], where: str) -> Schema:
+    """Check `content` against `schema`; the first thing wrong becomes a UserError that names `where` and the key."""
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        raise UserError(_one_line(error, schema, where)) from None
+
+
+def _one_line(error: ValidationError, schema: type[BaseModel], where: str) -> str:
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    key = ".".join(str(part) for part in first["loc"]) or "(whole file)"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        owner = _schema_at(schema, first["loc"][:-1])
+        allowed = f"; allowed: {', '.join(owner.model_fields)}" if owner else ""
+        return f"{where}: unknown key {key}{allowed}{more}"
+    if first["type"] == "missing":
+        return f"{where}: {key} is missing{more}"
+    if first["type"] in ("value_error", "assertion_error"):
+        return f"{where}: {key}: {first['ctx']['error']}{more}"
+    return f"{where}: {key} = {_short(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"
+
+
+def _schema_at(schema: type[BaseModel], loc: tuple[str | int, ...]) -> type[BaseModel] | None:
+    """The model that owns the keys at `loc`: follows fields, list items and the tag of a union."""
+    current: type[BaseModel] | None = schema
+    options: list[type[BaseModel]] = []
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        field = current.model_fields.get(part) if current else None
+        field = field or next((f for f in (current.model_fields.values() if current else ()) if f.alias == part), None)
+        if field is not None:
+            options = list(_models_in(field.annotation))
+            current = options[0] if options else None
+        else:
+            current = next((m for m in options if part in get_args(m.model_fields["kind"].annotation)), None)
+    return current
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

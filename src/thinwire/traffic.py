@@ -1,0 +1,29 @@
+"""Transfer: the one noun that crosses every floor.
+
+A strategy or a layout predicts Transfers; collectives turn them into wire bytes and seconds; the planner adds them up.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """One kind of message that training hands to a collective.
+
+    label          what it carries: "bucket 0", "loss", "boundary 1-2"
+    axis           the mesh axis over which it runs
+    op             the collective: "all_reduce", "broadcast", "send", ...
+    message_bytes  what each rank hands to the op in one call
+    calls          calls per event
+    every          optimizer steps between events (1: each step)
+    window_flops   compute that is still to run when the message is ready and under which it may hide, in flops of one
+                   rank; 0: somebody waits at once
+    """
+
+    label: str
+    axis: str
+    op: str
+    message_bytes: int
+    calls: int = 1
+    every: int = 1
+    window_flops: float = 0.0
