@@ -39,8 +39,7 @@ class Layout:
         """Raise UserError unless the layout uses exactly `world_size` ranks."""
         if self.world_size != world_size:
             raise UserError(
-                f"layout {self} needs {self.world_size} ranks, but there are {world_size}; "
-                "change [layout] or the number of ranks"
+                f"layout {self} needs {self.world_size} ranks, but there are {world_size}; change [layout] or the number of ranks"
             )
 
     def coordinates(self, rank: int) -> dict[str, int]:

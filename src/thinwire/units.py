@@ -30,9 +30,7 @@ def parse(value: int | float | str, unit: str) -> float:
     A bare number is already in the base unit. Raises UserError naming the allowed units otherwise.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise UserError(
-            f"{value!r} is not a quantity; write a number in {unit or 'no unit'} or e.g. {_EXAMPLES[unit]!r}"
-        )
+        raise UserError(f"{value!r} is not a quantity; write a number in {unit or 'no unit'} or e.g. {_EXAMPLES[unit]!r}")
     if isinstance(value, int | float):
         return float(value)
     match = _NUMBER.fullmatch(value)

@@ -24,7 +24,7 @@
 
     ranks = ["host0/cpu0", ...]     # default: devices in the order of the file
 
-A quantity is a number in the base unit, a string with its unit, or a table {value, source, low, high, date} when measured.
+A quantity is a number in the base unit, a string with its unit, or, when measured, a table {value, source, low, high, date}.
 The other direction of a cable differs where back_bandwidth_bps or back_latency_s says so.
 """
 
@@ -172,9 +172,7 @@ def dump_cluster(cluster: Cluster, path: Path) -> None:
             "memory_bytes": _write(first.memory_bytes),
         }
         hosts.append(
-            _without_none(
-                {"name": host.name, "rack": host.rack, "address": host.address, "device": _without_none(device)}
-            )
+            _without_none({"name": host.name, "rack": host.rack, "address": host.address, "device": _without_none(device)})
         )
     content = {
         "name": cluster.name,
@@ -210,12 +208,8 @@ def _expand(spec: ClusterSpec) -> Cluster:
             hosts.append(host)
             if host_spec.card is not None:
                 if host.rack and host.rack not in dict(racks) and host.rack not in switches:
-                    raise UserError(
-                        f"host {host.name}: there is no rack {host.rack!r}; write a [[rack]] with that name"
-                    )
-                links += _cable(
-                    host_spec.card, host.name, _fill(host_spec.card.to or host.rack or CORE_SWITCH, {"i": index})
-                )
+                    raise UserError(f"host {host.name}: there is no rack {host.rack!r}; write a [[rack]] with that name")
+                links += _cable(host_spec.card, host.name, _fill(host_spec.card.to or host.rack or CORE_SWITCH, {"i": index}))
     for name, uplink in racks:
         links += _cable(uplink, name, uplink.to or CORE_SWITCH)
     host_names = {host.name for host in hosts}

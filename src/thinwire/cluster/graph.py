@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import pairwise
 
 import networkx
 
@@ -50,4 +51,4 @@ class Routes:
             path = networkx.shortest_path(self._graph, source, target)
         except networkx.NetworkXException:
             raise UserError(f"{self._name}: no way from {source!r} to {target!r}; add the missing link") from None
-        return tuple(self._graph.edges[a, b]["link"] for a, b in zip(path, path[1:], strict=False))
+        return tuple(self._graph.edges[a, b]["link"] for a, b in pairwise(path))

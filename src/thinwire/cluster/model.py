@@ -86,14 +86,10 @@ class Cluster:
         for link in self.links:
             for end in (link.source, link.target):
                 if end not in known:
-                    raise UserError(
-                        f"{self.name}: link {link.source!r} -> {link.target!r}: there is no host or switch {end!r}"
-                    )
+                    raise UserError(f"{self.name}: link {link.source!r} -> {link.target!r}: there is no host or switch {end!r}")
         for name in self.ranks:
             if name not in self._host_of_device:
-                raise UserError(
-                    f"{self.name}: ranks: there is no device {name!r}; known: {_some(list(self._host_of_device))}"
-                )
+                raise UserError(f"{self.name}: ranks: there is no device {name!r}; known: {_some(list(self._host_of_device))}")
         if len(set(self.ranks)) < len(self.ranks):
             raise UserError(f"{self.name}: ranks: a device is listed twice; each device carries one rank")
 

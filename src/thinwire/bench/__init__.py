@@ -1,0 +1,1 @@
+"""The benchmarks: ours and the peer in turns in one run, flat rows."""

@@ -1,0 +1,1 @@
+"""Scripts that a benchmark starts as processes of their own; nothing imports them."""

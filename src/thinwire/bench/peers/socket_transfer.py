@@ -1,0 +1,76 @@
+"""Two hosts, plain TCP sockets, standard library only: how long does a message take after one second of silence?
+
+`socket_transfer.py receive` on one, `socket_transfer.py send HOST FILE SIZE...` on the other. The receiver answers each
+message with the seconds from the sender's clock reading to the last byte (both read the one monotonic clock of this
+machine). The sender writes {"seconds": [...], "congestion": [sender's, receiver's]} to FILE.
+"""
+
+import json
+import socket
+import struct
+import sys
+import time
+from pathlib import Path
+
+PORT = 5201
+SILENCE_S = 1.0
+HEAD = struct.Struct("!qd")
+
+
+def main() -> None:
+    if sys.argv[1] == "receive":
+        receive()
+    else:
+        host, path, *sizes = sys.argv[2:]
+        Path(path).write_text(json.dumps(send(host, [int(size) for size in sizes])))
+
+
+def receive() -> None:
+    with socket.create_server(("0.0.0.0", PORT)) as server:
+        server.settimeout(20)
+        connection, _ = server.accept()
+    with connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sendall(congestion(connection).ljust(16).encode())
+        while head := read(connection, HEAD.size):
+            size, started = HEAD.unpack(head)
+            left = size
+            while left:
+                left -= len(connection.recv(min(left, 1 << 16)))
+            connection.sendall(struct.pack("!d", time.monotonic() - started))
+
+
+def send(host: str, sizes: list[int]) -> dict[str, list[float] | list[str]]:
+    seconds: list[float] = []
+    with connect(host) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        other = read(connection, 16).decode().strip()
+        for size in sizes:
+            time.sleep(SILENCE_S)
+            connection.sendall(HEAD.pack(size, time.monotonic()) + bytes(size))
+            seconds.append(struct.unpack("!d", read(connection, 8))[0])
+        return {"seconds": seconds, "congestion": [congestion(connection), other]}
+
+
+def connect(host: str) -> socket.socket:
+    for _ in range(200):
+        try:
+            return socket.create_connection((host, PORT), timeout=600)
+        except ConnectionRefusedError:
+            time.sleep(0.02)
+    sys.exit(f"{host} does not listen on port {PORT}")
+
+
+def read(connection: socket.socket, count: int) -> bytes:
+    content = b""
+    while len(content) < count and (part := connection.recv(count - len(content))):
+        content += part
+    return content
+
+
+def congestion(connection: socket.socket) -> str:
+    return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
+
+
+if __name__ == "__main__":
+    main()

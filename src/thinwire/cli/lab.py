@@ -1,0 +1,70 @@
+"""`thinwire lab`: a cluster in a box, made of network namespaces with shaped links."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="A cluster in a box: namespaces with shaped links.", no_args_is_help=True)
+
+
+@app.command()
+def run(
+    command: Annotated[list[str], typer.Argument(metavar="-- CMD ARG...", help="What to run on the hosts.")],
+    cluster: Annotated[str, typer.Option(help="A cluster file, or the name of a shipped one.")],
+    no_delay: Annotated[bool, typer.Option("--no-delay", help="Go on without the declared latencies.")] = False,
+    unpaced: Annotated[bool, typer.Option("--unpaced", help="Do not hold hosts to their declared compute.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the cards' counters here.")] = None,
+) -> None:
+    """Run a command on every host of a cluster: `thinwire train` once a host, any other command once a rank.
+
+    Ends with each network card's own byte counters. Nothing is left behind, whatever ends it.
+    """
+    from rich.console import Console
+
+    from thinwire.cluster import load_cluster
+    from thinwire.lab import cards
+    from thinwire.lab.commands import processes_for
+    from thinwire.lab.run import LabOptions, launch, prepare
+
+    network = load_cluster(cluster)
+    options = LabOptions(delay=not no_delay, paced=not unpaced)
+    processes = processes_for(network, command)
+    prepared = prepare(network, options)
+    for note in prepared[1].notes:
+        typer.echo(f"thinwire: lab: {note}", err=True)
+    result = launch(network, processes, options, prepared)
+    Console().print(cards.table(result.cards, result.seconds))
+    if json_path:
+        cards.write(json_path, result.cards, {})
+    if result.failure:
+        typer.echo(f"thinwire: error: {result.failure}", err=True)
+    raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def check(
+    json_output: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say what this kernel can do for a lab, and what follows. Exit code 0 if a lab can be built."""
+    import json
+    from dataclasses import asdict
+
+    from thinwire.lab.check import check as examine_all
+    from thinwire.lab.kernel import examine
+
+    kernel = examine()
+    abilities = examine_all(kernel)
+    if json_output:
+        typer.echo(json.dumps({"reason": kernel.reason, "abilities": [asdict(ability) for ability in abilities]}))
+        raise typer.Exit(1 if kernel.reason else 0)
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("ability", "here", "needed", "what follows")
+    for ability in abilities:
+        here = "[green]yes[/]" if ability.available else "[red]no[/]" if ability.needed else "no"
+        table.add_row(ability.name, here, "yes" if ability.needed else "", ability.follows)
+    Console().print(table)
+    typer.echo(f"thinwire: error: {kernel.reason}" if kernel.reason else "a lab can be built here", err=bool(kernel.reason))
+    raise typer.Exit(1 if kernel.reason else 0)

@@ -1,0 +1,48 @@
+"""The command `thinwire` and its sub-commands."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from thinwire import __version__
+from thinwire.cli import lab, train
+from thinwire.cli.report import report
+from thinwire.errors import UserError
+
+USER_ERROR = 2
+
+app = typer.Typer(
+    name="thinwire",
+    help="Train language models over networks that are too slow for it: measure, plan, train, compare.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("train")(train.train)
+app.command("report")(report)
+app.add_typer(lab.app, name="lab")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"thinwire {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line. A UserError is one line and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"thinwire: error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    except BrokenPipeError:
+        sys.exit(1)

@@ -1,0 +1,33 @@
+"""`thinwire report RUN`: the table on the terminal, the page in the run folder."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON instead of the table.")] = False,
+    browse: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+) -> None:
+    """Print predicted against measured, and write RUN/report.html."""
+    import json
+
+    from rich.console import Console
+
+    from thinwire.record import RunFolder
+    from thinwire.report import as_json as numbers
+    from thinwire.report import gather, table, write_report
+
+    folder = RunFolder.open(run)
+    facts = gather(folder)
+    path = write_report(folder)
+    if as_json:
+        typer.echo(json.dumps(numbers(facts), indent=1, ensure_ascii=False))
+    else:
+        console = Console()
+        console.print(table(facts))
+        console.print(f"report: {path}", soft_wrap=True, markup=False, highlight=False)
+    if browse:
+        typer.launch(path.resolve().as_uri())

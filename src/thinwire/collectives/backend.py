@@ -1,0 +1,219 @@
+"""A c10d backend that meters: gloo underneath, and each call that passes through is entered in a Ledger.
+
+    register(ledger)
+    torch.distributed.init_process_group("thinwire", ...)
+
+DDP, FSDP2, DTensor, pipelining and DCP then run unchanged, in sub-groups too. The group returned to PyTorch is a Python
+ProcessGroup that owns a ProcessGroupGloo; what it returns are gloo's own Work objects, so waiting and futures cost nothing
+extra. Where gloo's Work has no future (send, receive, reduce-scatter) a small Work of ours notes when it was waited for.
+
+torch has two sets of names for the same two calls (`_allgather_base` / `all_gather_single`); both are answered, because a
+name that is missing would be served by the base class and not metered (see `self_test`).
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from thinwire.collectives.ledger import Group, Ledger, Total
+from thinwire.collectives.wire import sent_bytes
+from thinwire.errors import UserError
+
+NAME = "thinwire"
+
+
+def register(ledger: Ledger) -> None:
+    """Make `init_process_group("thinwire")` and its sub-groups write into `ledger`. Call before init_process_group."""
+    dist.Backend.register_backend(NAME, partial(_create, ledger), devices=["cpu"])
+
+
+def self_test(group: dist.ProcessGroup, ledger: Ledger) -> None:
+    """Prove that the calls FSDP2 makes are metered on this torch. Collective: every rank of `group`. UserError if not."""
+    before = ledger.sent_bytes
+    part = torch.zeros(1)
+    whole = torch.zeros(group.size())
+    # From torch 2.13 on the single forms are what FSDP2 calls, and the others warn.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    with ledger.label("self-test"):
+        gather(whole, part, group=group)
+        scatter(part, whole, group=group)
+    p, rank = group.size(), group.rank()
+    expected = sent_bytes("all_gather", 4, p, rank) + sent_bytes("reduce_scatter", 4 * p, p, rank)
+    if ledger.sent_bytes - before != expected:
+        raise UserError(
+            f"torch {torch.__version__} sends FSDP2's bytes past the meter ({ledger.sent_bytes - before} B metered, "
+            f"{expected} B sent); use torch 2.11 to 2.15, on which it was tested"
+        )
+
+
+def _create(ledger: Ledger, store: dist.Store, rank: int, size: int, timeout: timedelta) -> "MeteredGroup":
+    return MeteredGroup(ledger, dist.ProcessGroupGloo(store, rank, size, timeout))
+
+
+def _bytes(tensors: Any) -> int:
+    """Bytes of a tensor or of a list of tensors, however nested."""
+    if isinstance(tensors, torch.Tensor):
+        return tensors.numel() * tensors.element_size()
+    return sum(_bytes(tensor) for tensor in tensors)
+
+
+class _WaitedWork(dist._Work):
+    """For gloo's Work that has no future (send, receive, reduce-scatter), and for several calls that PyTorch takes for one:
+    notes the time when somebody has waited. gloo copies some results out in `wait`, so each inner one must be waited for.
+    """
+
+    def __init__(self, inner: Sequence[dist.Work], done: Callable[[], None] | None = None) -> None:
+        super().__init__()
+        self._inner, self._done = inner, done
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        result = all([work.wait(timeout) if timeout else work.wait() for work in self._inner])
+        if self._done is not None:
+            self._done()
+            self._done = None  # a second wait is not a second exchange
+        return result
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self._inner)
+
+
+class MeteredGroup(dist.ProcessGroup):
+    """gloo behind a meter. Each method: note the bytes handed in, pass on, note the completion."""
+
+    def __init__(self, ledger: Ledger, inner: dist.ProcessGroupGloo) -> None:
+        super().__init__(inner.rank(), inner.size())
+        self._ledger, self._inner = ledger, inner
+        self._name, self._desc = "", ""
+        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, inner)
+        self._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
+        self._group = Group("", inner.rank(), inner.size())
+
+    def getBackendName(self) -> str:
+        return NAME
+
+    def _set_group_name(self, name: str) -> None:
+        self._name = name
+        self._group = Group(name, self._inner.rank(), self._inner.size(), self._group.axis)
+
+    @property
+    def group_name(self) -> str:  # type: ignore[override]
+        return self._name
+
+    def _set_group_desc(self, desc: str) -> None:
+        self._desc = desc
+        axis = desc.removeprefix("mesh_") if desc.startswith("mesh_") else "world"
+        self._group = Group(self._name, self._inner.rank(), self._inner.size(), axis)
+
+    @property
+    def group_desc(self) -> str:  # type: ignore[override]
+        return self._desc
+
+    def _metered(self, op: str, message_bytes: int, issue: Callable[[], dist.Work], root: int = 0) -> dist.Work:
+        issued = time.perf_counter()
+        total = self._ledger.enter(op, message_bytes, self._group, root)
+        work = issue()
+        done = partial(self._completed, total, issued)
+        try:
+            work.get_future().add_done_callback(done)
+        except RuntimeError:  # gloo gives its reduce_scatter no future
+            return _WaitedWork([work], done)
+        return work
+
+    def _completed(self, total: Total, issued: float, _future: Any = None) -> None:
+        self._ledger.completed(total, issued)
+
+    # -- collectives: arguments as c10d passes them (lists of tensors, options) -----------------------------------------
+
+    def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
+        opts = opts if opts is not None else dist.AllreduceOptions()
+        return self._metered("all_reduce", _bytes(tensors), lambda: self._inner.allreduce(tensors, opts))
+
+    def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> dist.Work:
+        opts = opts if opts is not None else dist.AllreduceCoalescedOptions()
+        return self._metered("all_reduce", _bytes(tensors), lambda: self._inner.allreduce_coalesced(tensors, opts))
+
+    def broadcast(self, tensors: Any, opts: Any) -> dist.Work:
+        return self._metered("broadcast", _bytes(tensors), lambda: self._inner.broadcast(tensors, opts), opts.rootRank)
+
+    def reduce(self, tensors: Any, opts: Any) -> dist.Work:
+        return self._metered("reduce", _bytes(tensors), lambda: self._inner.reduce(tensors, opts), opts.rootRank)
+
+    def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
+        opts = opts if opts is not None else dist.AllgatherOptions()
+        return self._metered("all_gather", _bytes(inputs), lambda: self._inner.allgather(outputs, inputs, opts))
+
+    def _allgather_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
+        opts = opts if opts is not None else dist.AllgatherOptions()
+        return self._metered("all_gather", _bytes(input), lambda: self._inner._allgather_base(output, input, opts))
+
+    all_gather_single = _allgather_base
+
+    def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
+        opts = opts if opts is not None else dist.AllgatherOptions()
+        return self._metered("all_gather", _bytes(inputs), lambda: self._inner.allgather_coalesced(outputs, inputs, opts))
+
+    def allgather_into_tensor_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
+        return _WaitedWork([self._allgather_base(o, i, opts) for o, i in zip(outputs, inputs, strict=True)])
+
+    all_gather_single_coalesced = allgather_into_tensor_coalesced
+
+    def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
+        opts = opts if opts is not None else dist.ReduceScatterOptions()
+        return self._metered("reduce_scatter", _bytes(inputs), lambda: self._inner.reduce_scatter(outputs, inputs, opts))
+
+    def _reduce_scatter_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
+        opts = opts if opts is not None else dist.ReduceScatterOptions()
+        return self._metered("reduce_scatter", _bytes(input), lambda: self._inner._reduce_scatter_base(output, input, opts))
+
+    reduce_scatter_single = _reduce_scatter_base
+
+    def reduce_scatter_tensor_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
+        return _WaitedWork([self._reduce_scatter_base(o, i, opts) for o, i in zip(outputs, inputs, strict=True)])
+
+    reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced
+
+    def alltoall_base(self, output: Any, input: Any, output_sizes: Any, input_sizes: Any, opts: Any = None) -> dist.Work:
+        opts = opts if opts is not None else dist.AllToAllOptions()
+        return self._metered(
+            "all_to_all",
+            _bytes(input),
+            lambda: self._inner.alltoall_base(output, input, output_sizes, input_sizes, opts),
+        )
+
+    all_to_all_single = alltoall_base
+
+    def alltoall(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
+        opts = opts if opts is not None else dist.AllToAllOptions()
+        return self._metered("all_to_all", _bytes(inputs), lambda: self._inner.alltoall(outputs, inputs, opts))
+
+    def gather(self, outputs: Any, inputs: Any, opts: Any) -> dist.Work:
+        return self._metered("gather", _bytes(inputs), lambda: self._inner.gather(outputs, inputs, opts), opts.rootRank)
+
+    def scatter(self, outputs: Any, inputs: Any, opts: Any) -> dist.Work:
+        return self._metered("scatter", _bytes(outputs), lambda: self._inner.scatter(outputs, inputs, opts), opts.rootRank)
+
+    def barrier(self, opts: Any = None) -> dist.Work:
+        opts = opts if opts is not None else dist.BarrierOptions()
+        return self._metered("barrier", 0, lambda: self._inner.barrier(opts))
+
+    # -- point to point --------------------------------------------------------------------------------------------------
+
+    def send(self, tensors: Any, peer: int, tag: int) -> dist.Work:
+        issued = time.perf_counter()
+        total = self._ledger.enter("send", _bytes(tensors), self._group, peer)
+        return _WaitedWork([self._inner.send(tensors, peer, tag)], partial(self._completed, total, issued))
+
+    def recv(self, tensors: Any, peer: int, tag: int) -> dist.Work:
+        issued = time.perf_counter()
+        total = self._ledger.enter("recv", _bytes(tensors), self._group, peer)
+        return _WaitedWork([self._inner.recv(tensors, peer, tag)], partial(self._completed, total, issued))
+
+    def recv_anysource(self, tensors: Any, tag: int) -> dist.Work:
+        self._ledger.enter("recv", _bytes(tensors), self._group)  # no seconds: only gloo's own Work knows the source
+        return self._inner.recv_anysource(tensors, tag)

@@ -1,0 +1,89 @@
+"""What a collective costs on a Cluster, in seconds, from what each link carries.
+
+    T = rounds * (alpha + o) + max over links (bytes on the link * FRAME_OVERHEAD * 8 / bandwidth)
+
+alpha is the latency of the longest route of the round, o what the software spends on a message. The second term is exact for
+patterns in which all flows run all the time (rings, all-to-all): the fullest link is then always busy. Patterns that take turns
+(trees) are priced round by round. (Alpha-beta model: Hockney 1994; sharing: each link divides its rate among its flows.)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, log2
+
+from thinwire.cluster import FRAME_OVERHEAD, Link
+from thinwire.cluster.graph import Routes
+from thinwire.collectives.wire import Flow, flows
+
+MESSAGE_OVERHEAD_S = 150e-6
+"""o: what gloo and the kernel spend on one message, all ranks of a small machine busy (measured on loopback and veth)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """seconds, and the link that decides them (None: no link is crossed)."""
+
+    seconds: float
+    bottleneck: Link | None
+
+
+def price(routes: Routes, op: str, message_bytes: int, ranks: Sequence[int], root: int = 0) -> Price:
+    """One call of `op` by the group `ranks` (global ranks, in the order of the group), nothing else on the wires."""
+    seconds, slowest, bottleneck = 0.0, -1.0, None
+    for count, turn in _turns(op, message_bytes, len(ranks), root):
+        placed = [(ranks[source], ranks[target], size) for source, target, size in turn]
+        loads = routes.load(placed)
+        busy, link = max(((link_seconds(link, size), link) for link, size in loads.items()), key=_first, default=(0.0, None))
+        latency = max((_latency(routes, source, target) for source, target, _ in placed), default=0.0)
+        seconds += count * (latency + MESSAGE_OVERHEAD_S) + busy
+        if busy > slowest:
+            slowest, bottleneck = busy, link
+    return Price(seconds, bottleneck)
+
+
+def link_seconds(link: Link, payload_bytes: float) -> float:
+    """How long `link` is busy with that many payload bytes."""
+    return payload_bytes * FRAME_OVERHEAD * 8 / link.bandwidth_bps.value
+
+
+def _turns(op: str, message_bytes: int, p: int, root: int) -> list[tuple[int, tuple[Flow, ...]]]:
+    """(rounds, flows of all these rounds together), in the order in which they happen."""
+    everything = flows(op, message_bytes, p, root)
+    if p == 1:
+        return []
+    match op:
+        case "all_reduce" | "reduce_scatter":
+            return [(2 * (p - 1), everything)]
+        case "all_gather":
+            return [(p - 1, everything)]
+        case "reduce":
+            return [(p - 1, everything[:p]), (1, everything[p:])]
+        case "broadcast":
+            order: list[tuple[int, tuple[Flow, ...]]] = []
+            reached = {root}
+            while len(reached) < p:
+                turn = _next_turn(everything, reached)
+                order.append((1, turn))
+                reached |= {target for _, target, _ in turn}
+            return order
+        case "barrier":
+            return [(ceil(log2(p)), ())]
+        case _:
+            return [(1, everything)]
+
+
+def _next_turn(everything: tuple[Flow, ...], reached: set[int]) -> tuple[Flow, ...]:
+    """Of the flows to those not reached yet, the first that each holder sends."""
+    turn: dict[int, Flow] = {}
+    for flow in everything:
+        if flow[0] in reached and flow[1] not in reached:
+            turn.setdefault(flow[0], flow)
+    return tuple(turn.values())
+
+
+def _latency(routes: Routes, source: int, target: int) -> float:
+    return sum(link.latency_s.value for link in routes.between(source, target))
+
+
+def _first(pair: tuple[float, Link | None]) -> float:
+    return pair[0]

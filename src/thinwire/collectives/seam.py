@@ -1,0 +1,37 @@
+"""Explicit seams: collectives that our own hooks issue, entered in the ledger whatever the backend.
+
+Over the metered backend the call is entered there, and the seam gives the label; over any other (NCCL on CUDA) the seam enters it.
+"""
+
+import time
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from thinwire.collectives.backend import MeteredGroup
+from thinwire.collectives.ledger import Group, Ledger, Total
+
+
+def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup, ledger: Ledger, label: str) -> dist.Work:
+    """Sum `tensor` over `group` in place, asynchronously. Collective: every rank of the group, in the same order."""
+    with ledger.label(label):
+        if isinstance(group, MeteredGroup):
+            return dist.all_reduce(tensor, group=group, async_op=True)
+        issued = time.perf_counter()
+        message_bytes = tensor.numel() * tensor.element_size()
+        total = ledger.enter("all_reduce", message_bytes, _group(group))
+        work = dist.all_reduce(tensor, group=group, async_op=True)
+        # On CUDA the callback runs when the call is enqueued on its stream, so the seconds are those of the launch.
+        work.get_future().add_done_callback(partial(_completed, ledger, total, issued))
+        return work
+
+
+def _group(group: dist.ProcessGroup) -> Group:
+    description = group.group_desc
+    axis = description.removeprefix("mesh_") if description.startswith("mesh_") else "world"
+    return Group(group.group_name, group.rank(), group.size(), axis)
+
+
+def _completed(ledger: Ledger, total: Total, issued: float, _future: object) -> None:
+    ledger.completed(total, issued)

@@ -1,0 +1,1 @@
+"""What a run is made of, as plain data read from files."""

@@ -1,0 +1,127 @@
+"""The shape of a decoder-only transformer, and the presets that a planner speaks of by name.
+
+Parameters (no biases; h width, F hidden, V vocabulary, g = kv_heads / heads, m = 2 matrices for gelu, 3 for swiglu):
+
+    N = V h (once when tied, else twice) + context h (learned positions) + layers * (h^2 (2 + 2 g) + m h F + 2 h) + h
+
+Sources of the presets: GPT-2 (Radford et al. 2019), GPT-3 (Brown et al. 2020, table 2.1), Llama 2 and 3 (Touvron et al. 2023,
+Grattafiori et al. 2024, table 3), Megatron-Turing 530B (Smith et al. 2022), Megatron 1T (Narayanan et al. 2021, table 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from thinwire.errors import UserError
+
+
+class ModelConfig(BaseModel):
+    """A decoder-only transformer. Zero for `kv_heads` or `hidden` asks for the usual value, which is then filled in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layers: int = Field(ge=1)
+    width: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    kv_heads: int = Field(default=0, ge=0)
+    """Heads of keys and values (grouped-query attention); 0: as many as `heads`."""
+    hidden: int = Field(default=0, ge=0)
+    """Width inside the MLP; 0: 4 * width (gelu), or 8/3 * width rounded up to a multiple of 64 (swiglu)."""
+    vocabulary: int = Field(default=256, ge=1)
+    context: int = Field(default=1024, ge=1)
+    """Longest sequence in tokens."""
+    positions: Literal["rotary", "learned"] = "rotary"
+    rotary_base: float = Field(default=10_000.0, gt=1.0)
+    norm: Literal["layer", "rms"] = "rms"
+    mlp: Literal["gelu", "swiglu"] = "swiglu"
+    tied: bool = True
+    """The output projection is the token embedding."""
+    init_std: float = Field(default=0.02, gt=0.0)
+    """Deviation of the first weights. The 0.02 of GPT-2 and Llama suits widths near a thousand; narrow models learn sooner
+    with about 0.7 / sqrt(width)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        filled = dict(values)
+        if not filled.get("kv_heads") and "heads" in filled:
+            filled["kv_heads"] = filled["heads"]
+        width = filled.get("width")
+        if not filled.get("hidden") and isinstance(width, int):
+            swiglu = filled.get("mlp", "swiglu") == "swiglu"
+            filled["hidden"] = -(-8 * width // (3 * 64)) * 64 if swiglu else 4 * width
+        return filled
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        if self.positions == "rotary" and self.head_width % 2:
+            raise ValueError(f"rotary positions want an even head: width {self.width} / heads {self.heads} = {self.head_width}")
+        return self
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def qkv_width(self) -> int:
+        """Outputs of the fused projection to queries, keys and values."""
+        return (self.heads + 2 * self.kv_heads) * self.head_width
+
+    @property
+    def up_width(self) -> int:
+        """Outputs of the first MLP projection: gate and up side by side for swiglu."""
+        return self.hidden * (2 if self.mlp == "swiglu" else 1)
+
+
+_GPT2 = {"positions": "learned", "norm": "layer", "mlp": "gelu", "tied": True}
+_LLAMA3 = {"vocabulary": 128_256, "context": 8192, "rotary_base": 500_000.0}
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "1m": {"layers": 5, "width": 128, "heads": 4, "context": 256, "norm": "layer", "mlp": "gelu"},
+    "3m": {"layers": 7, "width": 192, "heads": 6, "context": 256, "norm": "layer", "mlp": "gelu"},
+    "10m": {"layers": 8, "width": 320, "heads": 5, "context": 512},
+    "30m": {"layers": 9, "width": 512, "heads": 8, "context": 1024},
+    "124m": {"layers": 12, "width": 768, "heads": 12, "vocabulary": 50_257, "context": 1024, **_GPT2},
+    "350m": {"layers": 24, "width": 1024, "heads": 16, "vocabulary": 50_257, "context": 1024, **_GPT2},
+    "1b": {"layers": 20, "width": 2048, "heads": 16, "kv_heads": 4, "hidden": 5632, "vocabulary": 32_000, "context": 4096},
+    "3b": {"layers": 28, "width": 3072, "heads": 24, "kv_heads": 8, "hidden": 8192, **_LLAMA3},
+    "8b": {"layers": 32, "width": 4096, "heads": 32, "kv_heads": 8, "hidden": 14_336, **_LLAMA3, "tied": False},
+    "13b": {"layers": 40, "width": 5120, "heads": 40, "hidden": 13_824, "vocabulary": 32_000, "context": 4096, "tied": False},
+    "70b": {"layers": 80, "width": 8192, "heads": 64, "kv_heads": 8, "hidden": 28_672, **_LLAMA3, "tied": False},
+    "175b": {"layers": 96, "width": 12_288, "heads": 96, "vocabulary": 50_257, "context": 2048, **_GPT2},
+    "405b": {"layers": 126, "width": 16_384, "heads": 128, "kv_heads": 8, "hidden": 53_248, **_LLAMA3, "tied": False},
+    "530b": {"layers": 105, "width": 20_480, "heads": 128, "vocabulary": 50_257, "context": 2048, **_GPT2},
+    "1t": {"layers": 128, "width": 25_600, "heads": 160, "vocabulary": 51_200, "context": 2048, **_GPT2},
+}
+"""Fields of each preset, before the usual values are filled in, so that `preset` can change the width alone."""
+
+
+def preset(name: str, changes: Mapping[str, Any] | None = None) -> ModelConfig:
+    """The named shape, with single fields replaced by `changes`. UserError for an unknown name or a shape that cannot be."""
+    if name not in PRESETS:
+        raise UserError(f"model preset {name!r} does not exist; there are {', '.join(PRESETS)}")
+    try:
+        return ModelConfig.model_validate({**PRESETS[name], **(changes or {})})
+    except ValidationError as error:
+        raise UserError(f"model preset {name!r} with changes: {explain(error)}") from None
+
+
+def explain(error: ValidationError) -> str:
+    """All that pydantic found wrong, on one line: key = value: what is allowed."""
+    parts = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "there is no such key"
+        parts.append(f"{key} = {item['input']!r}: {message}" if key else message)
+    return "; ".join(parts)

@@ -1,0 +1,204 @@
+"""run.toml: everything that decides a training run. `plan` writes what `train` reads, so two plans can be compared by diff.
+
+Each section is a floor; `kind` picks the dataclass. Quantities take a number in the base unit or a string with its unit.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from thinwire.config.model import PRESETS, ModelConfig, preset
+from thinwire.errors import UserError
+from thinwire.layout import Layout
+from thinwire.tomlfile import read_toml, validate
+from thinwire.units import parse
+
+Bytes = Annotated[int, BeforeValidator(lambda value: int(parse(value, "B")))]
+DEFAULT_PRESET = "1m"
+Seconds = Annotated[float, BeforeValidator(lambda value: parse(value, "s"))]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ClusterSection(_Section):
+    file: str = ""
+    """A cluster file or the name of a shipped one; empty: unknown, so nothing is predicted for the wire."""
+
+
+class ModelSection(ModelConfig):
+    """A preset by name, single fields of which may be changed; or layers, width and heads at least."""
+
+    preset: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        name = values.get("preset") or ("" if {"layers", "width", "heads"} <= set(values) else DEFAULT_PRESET)
+        if name:
+            if name not in PRESETS:
+                raise ValueError(f"model preset {name!r} does not exist; there are {', '.join(PRESETS)}")
+            changes = {key: value for key, value in values.items() if key in ModelConfig.model_fields}
+            unknown = set(values) - set(ModelSection.model_fields)
+            filled = {**preset(name, changes).model_dump(), "preset": name}
+            return filled | {key: values[key] for key in unknown}
+        return values
+
+    def shape(self) -> ModelConfig:
+        """The shape alone, as the model wants it."""
+        return ModelConfig(**self.model_dump(exclude={"preset"}))
+
+
+class DataSection(_Section):
+    source: str = "stdlib"
+    """A file, a folder or a glob of .txt .md .py .jsonl; "stdlib": the Python standard library's own sources."""
+    tokenizer: str = "bytes"
+    """"bytes", or the path of a tokenizer.json (extra `tokenizers`)."""
+    cache: str = ""
+    """Folder for the token file; empty: ~/.cache/thinwire."""
+
+
+class LayoutSection(_Section):
+    outer: int = Field(1, ge=1)
+    pipe: int = Field(1, ge=1)
+    data: int = Field(0, ge=0)
+    """0: all ranks that the other axes leave."""
+    seq: int = Field(1, ge=1)
+    tensor: int = Field(1, ge=1)
+
+    def resolve(self, world_size: int) -> Layout:
+        """The Layout for `world_size` ranks. UserError if it does not fit, or uses an axis that is not built yet."""
+        for axis in ("outer", "pipe", "seq", "tensor"):
+            if getattr(self, axis) > 1:
+                raise UserError(f"layout.{axis} = {getattr(self, axis)}: training over this axis does not exist yet; set it to 1")
+        others = self.outer * self.pipe * self.seq * self.tensor
+        layout = Layout(
+            outer=self.outer,
+            pipe=self.pipe,
+            data=self.data or max(1, world_size // others),
+            seq=self.seq,
+            tensor=self.tensor,
+        )
+        layout.check(world_size)
+        return layout
+
+
+class EveryStep(_Section):
+    """Gradients are averaged in each optimizer step, once for `accumulate` micro-batches."""
+
+    kind: Literal["every_step"] = "every_step"
+    accumulate: int = Field(1, ge=1)
+    bucket_bytes: Bytes = Field(2**20, gt=0)
+    """Gradients are handed to the wire in buckets of at least this size, while the backward pass goes on."""
+
+
+class NoCompression(_Section):
+    kind: Literal["none"] = "none"
+
+
+class AdamW(_Section):
+    kind: Literal["adamw"] = "adamw"
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+
+
+class SGD(_Section):
+    kind: Literal["sgd"] = "sgd"
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+def _adamw_unless_named(value: Any) -> Any:
+    return {"kind": "adamw", **value} if isinstance(value, dict) else value
+
+
+class TrainSection(_Section):
+    steps: int = Field(300, ge=1)
+    micro_batch: int = Field(8, ge=1)
+    """Sequences per micro-batch and rank."""
+    sequence: int = Field(256, ge=2)
+    """Tokens per sequence."""
+    seed: int = Field(0, ge=0)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the matrix products; "auto": bfloat16 where the device is fast in it. Weights and their exchange stay float32."""
+    optimizer: Annotated[AdamW | SGD, Field(discriminator="kind"), BeforeValidator(_adamw_unless_named)] = AdamW()
+    learning_rate: float = Field(1e-3, gt=0)
+    final_learning_rate: float = Field(0.1, ge=0, le=1)
+    """End of the cosine, as a fraction of learning_rate."""
+    warmup_steps: int = Field(20, ge=0)
+    clip: float = Field(1.0, ge=0)
+    """Largest norm of the gradient; 0: no clipping."""
+    eval_every: int = Field(100, ge=0)
+    """Steps between evaluations on the held-out part; 0: at the end only."""
+    eval_tokens: int = Field(131_072, ge=1)
+    """Tokens of the held-out part that are scored, over all ranks."""
+    checkpoint_every: int = Field(0, ge=0)
+    """Steps between checkpoints; 0: at the end only."""
+    log_every: int = Field(10, ge=1)
+    ranks: int = Field(0, ge=0)
+    """Ranks to start when launched alone; 0: as many as the cluster file has, else 2."""
+    run: str = ""
+    """The run folder; empty: runs/<date>-<time>."""
+    timeout_s: Seconds = Field(300.0, gt=0)
+    """A collective that takes longer is given up, and the run with it."""
+
+
+class RunConfig(_Section):
+    """A whole run. `RunConfig()` is valid: a 1M model on the standard library's sources."""
+
+    cluster: ClusterSection = ClusterSection()
+    model: ModelSection = ModelSection.model_validate({})
+    data: DataSection = DataSection()
+    layout: LayoutSection = LayoutSection()
+    sync: EveryStep = Field(EveryStep())
+    compress: NoCompression = Field(NoCompression())
+    train: TrainSection = TrainSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.train.sequence > self.model.context:
+            raise ValueError(f"train.sequence {self.train.sequence} is longer than model.context {self.model.context}")
+        return self
+
+
+def load_run(path: Path | None, changes: list[str] = []) -> RunConfig:  # noqa: B006 (never changed)
+    """Read run.toml (None: all defaults) and apply `changes` such as "train.steps=50". UserError in one line."""
+    content = read_toml(path) if path else {}
+    where = str(path) if path else "the defaults"
+    for change in changes:
+        key, separator, text = change.partition("=")
+        if not separator or not key.strip():
+            raise UserError(f"--set {change!r}: write section.key=value, e.g. --set train.steps=50")
+        _put(content, key.strip().split("."), _value(text.strip()), change)
+        where = f"{path or 'the defaults'} with --set"
+    return validate(RunConfig, content, where)
+
+
+def dump_run(config: RunConfig, path: Path) -> None:
+    """Write `config` in full, defaults included."""
+    path.write_text(tomli_w.dumps(config.model_dump(mode="json")), encoding="utf-8")
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _put(content: dict[str, Any], keys: list[str], value: Any, change: str) -> None:
+    for key in keys[:-1]:
+        content = content.setdefault(key, {})
+        if not isinstance(content, dict):
+            raise UserError(f"--set {change!r}: {key!r} is a value, not a section")
+    content[keys[-1]] = value

@@ -1,0 +1,121 @@
+"""Process 1 of a lab: builds the network, runs the commands, counts the cards. `python -m thinwire.lab.inside FD`.
+
+It is the first process of its PID namespace, so when it ends, for whatever reason, the kernel ends all the others and
+frees every namespace, card and mount. It reads its orders from stdin (10 digits of length, JSON, then one byte a
+signal; end of file: end at once) and writes one JSON object to the descriptor FD.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from thinwire.lab import spaces
+from thinwire.lab.watch import Running, Watch
+
+ROOT = Path("/run/thinwire")
+RESULTS = ROOT / "results"
+CARRIER_TIMEOUT_S = 5.0
+
+
+def main() -> None:
+    report = int(sys.argv[1])
+    os.set_inheritable(report, False)
+    try:
+        answer = run(_orders())
+    except (OSError, subprocess.SubprocessError) as error:
+        answer = {"error": f"the lab could not be built: {error}"}
+    with os.fdopen(report, "w", encoding="utf-8") as stream:
+        json.dump(answer, stream)
+    os._exit(0)
+
+
+def run(orders: dict[str, Any]) -> dict[str, Any]:
+    """Build, run and count, as ordered; the answer goes back as JSON."""
+    hosts: dict[str, dict[str, Any]] = orders["hosts"]
+    spaces.mount("tmpfs", "/run", "tmpfs")
+    RESULTS.mkdir(parents=True)
+    (ROOT / "cluster.toml").write_text(orders["cluster"], encoding="utf-8")
+    for step in orders["steps"]:
+        apply(step, orders["tools"])
+    homes = {name: _settle(name, host) for name, host in hosts.items()}
+    for host in hosts.values():
+        _wait_for_carrier(host["netns"], host["interfaces"])
+        spaces.announce(host["netns"], host["interfaces"])
+    time.sleep(0.01)
+    before = {name: spaces.counters(host["netns"]) for name, host in hosts.items()}
+    processes = [Running(spec, homes[spec["host"]], orders["cwd"]) for spec in orders["processes"]]
+    watch = Watch(processes, control=0, notice_s=orders["notice_s"], grace_s=orders["grace_s"])
+    seconds = watch.run()
+    after = {name: spaces.counters(host["netns"]) for name, host in hosts.items()}
+    failed = watch.first_failure
+    return {
+        "seconds": seconds,
+        "processes": [{"host": p.host, "code": p.code, "last_line": p.last_line()} for p in processes],
+        "failed": processes.index(failed) if failed else None,
+        "signal": watch.signal,
+        "counters": {
+            name: {card: [now - then for now, then in zip(after[name][card], before[name][card], strict=True)] for card in cards}
+            for name, cards in before.items()
+        },
+        "results": {
+            path.name: path.read_text(encoding="utf-8", errors="replace") for path in sorted(RESULTS.iterdir()) if path.is_file()
+        },
+    }
+
+
+def apply(step: dict[str, Any], tools: dict[str, str]) -> None:
+    """Run one step of the wiring with a single process. OSError with what the tool said."""
+    netns, lines = step["netns"], step["lines"]
+    if step["tool"] == "sysctl":
+        with spaces.network(netns):
+            for line in lines:
+                name, value = line.split("=")
+                path = Path("/proc/sys") / name
+                if path.exists():
+                    path.write_text(value)
+        return
+    argv = [tools[step["tool"]], *(["-n", netns] if netns else []), "-batch", "-"]
+    done = subprocess.run(argv, input="\n".join(lines) + "\n", capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode != 0:
+        raise OSError(f"{step['tool']} {netns or 'core'}: {' '.join(done.stderr.split())}")
+
+
+def _settle(name: str, host: dict[str, Any]) -> spaces.Space:
+    folder = ROOT / host["netns"]
+    folder.mkdir()
+    (folder / "hosts").write_text(host["hosts_file"], encoding="utf-8")
+    (folder / "lab.json").write_text(json.dumps(host["lab"]), encoding="utf-8")
+    return spaces.make_space(host["netns"], name, str(folder / "hosts"))
+
+
+def _wait_for_carrier(netns: str, interfaces: list[str]) -> None:
+    """A new cable needs a moment until the kernel calls it up."""
+    deadline = time.monotonic() + CARRIER_TIMEOUT_S
+    with spaces.network(netns):
+        while not all(spaces.is_up(interface) for interface in interfaces):
+            if time.monotonic() > deadline:
+                raise OSError(f"the cards of {netns} did not come up within {CARRIER_TIMEOUT_S:g} s")
+            time.sleep(0.005)
+
+
+def _orders() -> dict[str, Any]:
+    length = int(_read(10))
+    return json.loads(_read(length))  # type: ignore[no-any-return]
+
+
+def _read(count: int) -> bytes:
+    parts = b""
+    while len(parts) < count:
+        part = os.read(0, count - len(parts))
+        if not part:
+            os._exit(1)
+        parts += part
+    return parts
+
+
+if __name__ == "__main__":
+    main()

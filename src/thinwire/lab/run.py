@@ -1,0 +1,263 @@
+"""Run commands on a cluster in a box and wait for them: the supervisor's side.
+
+    this process --orders, signals--> process 1 of the lab --starts--> commands of the hosts
+                 <--one JSON answer--
+
+Nothing survives this call. If this process dies, the pipe to the lab closes and `setpriv --pdeathsig` kills `unshare`,
+whose --kill-child kills process 1; with process 1 of a PID namespace the kernel kills everything in it and frees the
+networks and mounts that only they held.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from thinwire.cluster import Cluster, dump_cluster
+from thinwire.errors import UserError
+from thinwire.lab import cards
+from thinwire.lab.cards import CardCount
+from thinwire.lab.commands import Process
+from thinwire.lab.kernel import Kernel, examine
+from thinwire.lab.wiring import Wiring, wire
+
+ROOT = "/run/thinwire"
+RESULTS = f"{ROOT}/results"
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LEAVE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class LabOptions:
+    """How to run. Without `delay`, latencies are not imitated; `paced` asks trainers to keep the declared compute rates.
+
+    After a failure the other hosts get `notice_s` to notice; after a signal all get `grace_s` to end cleanly.
+    """
+
+    delay: bool = True
+    paced: bool = True
+    notice_s: float = 10.0
+    grace_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class LabResult:
+    """What came of it. `failure` is one line, None where every command succeeded; `results` are texts that they left."""
+
+    exit_codes: dict[str, int]
+    failure: str | None
+    signal: int | None
+    seconds: float
+    cards: tuple[CardCount, ...]
+    delay: str
+    paced: bool
+    results: dict[str, str] = field(default_factory=dict)
+    run_folder: Path | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0 only if all succeeded; 128 + signal where a signal ended them, else 1."""
+        if self.failure is None:
+            return 0
+        return 128 + self.signal if self.signal else 1
+
+
+def prepare(cluster: Cluster, options: LabOptions) -> tuple[Kernel, Wiring]:
+    """Look at this machine and plan the network; UserError where one or the other does not allow it."""
+    kernel = examine()
+    if kernel.reason:
+        raise UserError(kernel.reason)
+    return kernel, wire(cluster, netem=kernel.has("netem"), delay=options.delay)
+
+
+def run(cluster: Cluster, commands: Mapping[str, Sequence[str]], options: LabOptions | None = None) -> LabResult:
+    """Run one command on each named host; see `launch`."""
+    return launch(cluster, [Process(host, tuple(argv)) for host, argv in commands.items()], options)
+
+
+def launch(
+    cluster: Cluster,
+    processes: Sequence[Process],
+    options: LabOptions | None = None,
+    prepared: tuple[Kernel, Wiring] | None = None,
+) -> LabResult:
+    """Build the lab, run the processes, wait for all, take it down. Output of the first one streams through.
+
+    In the main thread, SIGINT, SIGTERM and SIGHUP are passed on to the processes while they run. Raises UserError where
+    the lab cannot be built; a command that fails is no exception, see LabResult.
+    """
+    options = options or LabOptions()
+    names = {host.name for host in cluster.hosts}
+    for process in processes:
+        if process.host not in names:
+            raise UserError(f"{cluster.name} has no host {process.host!r}; known: {', '.join(sorted(names))}")
+    if not processes:
+        raise UserError("no command was given to run in the lab")
+    kernel, wiring = prepared or prepare(cluster, options)
+    paced = options.paced and any(device.flops_per_s for device in cluster.devices)
+    answer = _talk(kernel, _orders(cluster, processes, kernel, wiring, options))
+    return _result(cluster, wiring, answer, paced=paced)
+
+
+def _orders(
+    cluster: Cluster, processes: Sequence[Process], kernel: Kernel, wiring: Wiring, options: LabOptions
+) -> dict[str, Any]:
+    hosts = {}
+    for host in cluster.hosts:
+        netns = wiring.netns[host.name]
+        lab = {
+            "cluster": f"{ROOT}/cluster.toml",
+            "host": host.name,
+            "paced": options.paced and any(device.flops_per_s for device in host.devices),
+            "delay": wiring.delay,
+            "results": RESULTS,
+        }
+        hosts[host.name] = {
+            "netns": netns,
+            "interfaces": [card.interface for card in wiring.cards if card.host == host.name],
+            "hosts_file": "127.0.0.1 localhost\n" + "".join(f"{a} {name}\n" for name, a in wiring.addresses.items()),
+            "lab": lab,
+        }
+    with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
+        dump_cluster(cluster, Path(folder) / "cluster.toml")
+        text = (Path(folder) / "cluster.toml").read_text(encoding="utf-8")
+    specs = []
+    for index, process in enumerate(processes):
+        variables = {**process.variables, "THINWIRE_LAB": f"{ROOT}/{wiring.netns[process.host]}/lab.json"}
+        pairs = [f"{name}={value}" for name, value in variables.items()]
+        argv = [kernel.tools["env"], *pairs, *process.argv]
+        specs.append({"host": process.host, "argv": argv, "streams": index == 0})
+    return {
+        "cluster": text,
+        "tools": kernel.tools,
+        "steps": [asdict(step) for step in wiring.steps],
+        "hosts": hosts,
+        "processes": specs,
+        "cwd": os.getcwd(),
+        "notice_s": options.notice_s,
+        "grace_s": options.grace_s,
+    }
+
+
+def _talk(kernel: Kernel, orders: dict[str, Any]) -> dict[str, Any]:
+    """Start process 1, give it its orders, pass signals on, and return its answer."""
+    text = json.dumps(orders).encode()
+    heard, report = os.pipe()
+    control, orders_end = os.pipe()
+    lab = None
+    try:
+        with _forwarded(orders_end):
+            with _held():
+                lab = subprocess.Popen(
+                    [
+                        *(kernel.tools["setpriv"], "--pdeathsig", "KILL", *kernel.unshare),
+                        *(sys.executable, "-m", "thinwire.lab.inside", str(report)),
+                    ],
+                    stdin=control,
+                    pass_fds=(report,),
+                    start_new_session=True,
+                )
+                os.close(report)
+                os.close(control)
+                report = control = -1
+                _write_all(orders_end, b"%010d" % len(text) + text)
+            with os.fdopen(heard, "r", encoding="utf-8") as stream:
+                heard = -1
+                said = stream.read()
+    finally:
+        for descriptor in (heard, report, control, orders_end):
+            if descriptor >= 0:
+                os.close(descriptor)
+        if lab is not None:
+            try:
+                lab.wait(LEAVE_S)
+            except subprocess.TimeoutExpired:
+                lab.kill()
+                lab.wait()
+    if not said:
+        raise UserError(f"the lab was ended from outside (exit code {lab.returncode}); nothing of it is left")
+    answer: dict[str, Any] = json.loads(said)
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    try:
+        while content:
+            content = content[os.write(descriptor, content) :]
+    except BrokenPipeError:
+        return
+
+
+@contextmanager
+def _forwarded(orders_end: int) -> Iterator[None]:
+    """While the lab runs, signals to this process are passed on to it (only possible in the main thread)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda got, _: _write_all(orders_end, bytes([got]))) for number in FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _held() -> Iterator[None]:
+    """Hold signals back, so that none is passed on in the middle of the orders."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _result(cluster: Cluster, wiring: Wiring, answer: dict[str, Any], *, paced: bool) -> LabResult:
+    codes: dict[str, int] = {}
+    for process in answer["processes"]:
+        codes[process["host"]] = codes.get(process["host"]) or process["code"]
+    seconds = answer["seconds"]
+    counts = []
+    for card in wiring.cards:
+        sent, received = answer["counters"][card.host][card.interface]
+        shares = (8 * count / (link.bandwidth_bps.value * seconds) for count, link in ((sent, card.out), (received, card.back)))
+        counts.append(CardCount(card.host, card.interface, sent, received, *shares))
+    folder = answer["results"].get("run_folder", "").strip()
+    result = LabResult(
+        exit_codes=codes,
+        failure=_failure(answer),
+        signal=answer["signal"],
+        seconds=seconds,
+        cards=tuple(counts),
+        delay=wiring.delay,
+        paced=paced,
+        results=answer["results"],
+        run_folder=Path(folder) if folder else None,
+    )
+    if result.run_folder and result.run_folder.is_dir():
+        sent_bytes = cards.ledger_sent_bytes(cluster, result.run_folder)
+        cards.write(result.run_folder / "cards.json", result.cards, sent_bytes)
+    return result
+
+
+def _failure(answer: dict[str, Any]) -> str | None:
+    """One line that names the host, how it ended, and its last words."""
+    processes = answer["processes"]
+    failed = processes[answer["failed"]] if answer["failed"] is not None else None
+    failed = failed or next((process for process in processes if process["code"] != 0), None)
+    if failed is None:
+        return None
+    code = failed["code"]
+    how = f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"
+    why = f"stopped by {signal.Signals(answer['signal']).name}: " if answer["signal"] else ""
+    return f"{why}{failed['host']}: {how}: {failed['last_line']}"

@@ -1,0 +1,164 @@
+"""Start the processes of all hosts and stay with them until the last has ended. Runs in process 1 of a lab.
+
+When one fails, the others get `notice_s` to notice, then are ended. A signal from outside is passed to all; they get
+`grace_s` to end cleanly, a second signal ends them at once. When the pipe from outside closes, everything ends at once.
+"""
+
+import os
+import selectors
+import signal
+import subprocess
+import time
+from collections import deque
+from typing import Any
+
+from thinwire.lab.spaces import Space
+
+KILL_AFTER_S = 2.0
+TAIL_LINES = 20
+LINE_BYTES = 4096
+
+
+class Running:
+    """One started process: its exit code once it has one, and the last lines that it wrote to stderr and stdout."""
+
+    def __init__(self, spec: dict[str, Any], space: Space, cwd: str) -> None:
+        self.host: str = spec["host"]
+        self.streams: bool = spec["streams"]
+        self.code: int | None = None
+        self.lines: dict[str, deque[bytes]] = {name: deque([b""], TAIL_LINES) for name in ("stderr", "stdout")}
+
+        def enter() -> None:
+            space.enter()
+            os.chdir(cwd)
+            signal.pthread_sigmask(signal.SIG_SETMASK, [])
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+
+        self.popen = subprocess.Popen(
+            spec["argv"],
+            stdin=subprocess.DEVNULL,
+            stdout=None if self.streams else subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=enter,
+        )
+
+    def hear(self, name: str, chunk: bytes) -> None:
+        """Keep the last lines; the first process's stderr goes on to the terminal."""
+        if self.streams:
+            try:
+                os.write(2, chunk)
+            except OSError:
+                self.streams = False
+        first, *others = chunk.split(b"\n")
+        self.lines[name][-1] = (self.lines[name][-1] + first)[-LINE_BYTES:]
+        self.lines[name].extend(others)
+
+    def last_line(self) -> str:
+        for name in ("stderr", "stdout"):
+            for line in reversed(self.lines[name]):
+                text = line.decode(errors="replace").strip().rsplit("\r", 1)[-1]
+                if any(letter.isalnum() for letter in text):
+                    return text
+        return "no message"
+
+    def send(self, number: int) -> None:
+        if self.code is None:
+            try:
+                os.killpg(self.popen.pid, number)
+            except ProcessLookupError:
+                os.kill(self.popen.pid, number)
+
+
+class Watch:
+    """Wait for all processes. `first_failure` is the one that failed by itself first; `signal` what came from outside."""
+
+    def __init__(self, processes: list[Running], control: int, notice_s: float, grace_s: float) -> None:
+        self.processes = processes
+        self.first_failure: Running | None = None
+        self.signal: int | None = None
+        self._notice_s, self._grace_s, self._control = notice_s, grace_s, control
+        self._deadline, self._ending = float("inf"), False
+        self._selector = selectors.DefaultSelector()
+
+    def run(self) -> float:
+        """Seconds from now until the last process ended. Ends this process if the pipe from outside closes."""
+        started = time.monotonic()
+        woken, wake = os.pipe()
+        os.set_blocking(wake, False)
+        os.set_blocking(woken, False)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self._selector.register(woken, selectors.EVENT_READ, "child")
+        self._selector.register(self._control, selectors.EVENT_READ, "control")
+        for process in self.processes:
+            for name in ("stderr", "stdout"):
+                if stream := getattr(process.popen, name):
+                    os.set_blocking(stream.fileno(), False)
+                    self._selector.register(stream, selectors.EVENT_READ, (process, name))
+        self._reap()
+        while any(process.code is None for process in self.processes):
+            for key, _ in self._selector.select(min(1.0, max(0.0, self._deadline - time.monotonic()))):
+                self._on(key)
+            self._reap()
+            if time.monotonic() >= self._deadline:
+                self._end()
+        seconds = time.monotonic() - started
+        while heard := [key for key, _ in self._selector.select(0) if isinstance(key.data, tuple)]:
+            for key in heard:
+                self._on(key)
+        return seconds
+
+    def _on(self, key: selectors.SelectorKey) -> None:
+        chunk = b""
+        try:
+            chunk = os.read(key.fd, 65536)
+        except BlockingIOError:
+            return
+        if key.data == "control":
+            if not chunk:
+                os._exit(1)
+            for number in chunk:
+                self._on_signal(number)
+        elif key.data != "child":
+            process, name = key.data
+            if chunk:
+                process.hear(name, chunk)
+            else:
+                self._selector.unregister(key.fileobj)
+
+    def _on_signal(self, number: int) -> None:
+        again = self.signal is not None
+        self.signal = number
+        self._deadline = time.monotonic() + (KILL_AFTER_S if again else self._grace_s)
+        self._ending = True
+        for process in self.processes:
+            process.send(signal.SIGTERM if again else number)
+
+    def _reap(self) -> None:
+        """Collect every child that has ended; orphans of the hosts end up here too."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            for process in self.processes:
+                if process.popen.pid == pid:
+                    process.code = process.popen.returncode = os.waitstatus_to_exitcode(status)
+                    self._after(process)
+
+    def _after(self, process: Running) -> None:
+        if process.code != 0 and self.first_failure is None and not self._ending:
+            self.first_failure = process
+            self._deadline = time.monotonic() + self._notice_s
+
+    def _end(self) -> None:
+        """The time is up: first ask, then kill."""
+        for process in self.processes:
+            process.send(signal.SIGKILL if self._ending else signal.SIGTERM)
+        self._ending = True
+        self._deadline = time.monotonic() + KILL_AFTER_S

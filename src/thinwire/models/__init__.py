@@ -1,0 +1,1 @@
+"""The things trained. A model imports torch and nothing else."""

@@ -1,0 +1,158 @@
+"""A plain decoder-only transformer: pre-norm, causal attention, no biases, nothing parallel in it.
+
+    x = embed(tokens) (+ positions);   per block:  x += out(attention(qkv(norm(x))));   x += down(act(up(norm(x))))
+    logits = norm(x) @ head.T          (head = embed when tied)
+
+Rotary positions: Su et al. 2021 (arXiv 2104.09864); grouped queries: Ainslie et al. 2023 (arXiv 2305.13245); SwiGLU:
+Shazeer 2020 (arXiv 2002.05202). Weights start as in GPT-2 and Llama: normal with deviation `init_std` (there 0.02), and
+init_std / sqrt(2 layers) where a matrix writes into the residual stream.
+
+Modules are registered in the order of the forward pass and the projections are fused, so that gradients become ready in
+exactly the reverse of `model.parameters()`, which is what an exchange overlapped with the backward pass wants. This file
+needs torch only and can be loaded by its path; `config` is anything with the fields of `ModelConfig`.
+
+Shapes: B batch, L sequence, M width, N heads of queries, K heads of keys and values, D head width, F hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from thinwire.config.model import ModelConfig
+
+NORM_EPSILON = 1e-5
+
+
+class Attention(nn.Module):
+    """Causal self-attention with `heads` queries that share `kv_heads` keys and values."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.heads, config.kv_heads
+        self.head_width = config.width // config.heads
+        self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x_BLM: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        batch, length, width = x_BLM.shape
+        qkv = self.qkv(x_BLM).view(batch, length, self.heads + 2 * self.kv_heads, self.head_width)
+        qk, v_BLKD = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        if rotation is not None:
+            qk = rotate(qk, *rotation)
+        q_BLND, k_BLKD = qk.split([self.heads, self.kv_heads], dim=2)
+        y_BNLD = F.scaled_dot_product_attention(
+            q_BLND.transpose(1, 2),  # transposed last: the kernel's output takes this layout, so the reshape copies nothing
+            k_BLKD.transpose(1, 2),
+            v_BLKD.transpose(1, 2),
+            is_causal=True,
+            enable_gqa=self.kv_heads != self.heads,
+        )
+        return self.out(y_BNLD.transpose(1, 2).reshape(batch, length, width))
+
+
+class MLP(nn.Module):
+    """down(gelu(up(x))), or down(silu(gate(x)) * up(x)) with gate and up in one matrix."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gated = config.mlp == "swiglu"
+        self.up = nn.Linear(config.width, config.hidden * (2 if self.gated else 1), bias=False)
+        self.down = nn.Linear(config.hidden, config.width, bias=False)
+
+    def forward(self, x_BLM: Tensor) -> Tensor:
+        up = self.up(x_BLM)
+        if self.gated:
+            gate_BLF, up_BLF = up.chunk(2, dim=-1)
+            return self.down(F.silu(gate_BLF) * up_BLF)
+        return self.down(F.gelu(up, approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BLM: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        x_BLM = x_BLM + self.attention(self.attention_norm(x_BLM), rotation)
+        return x_BLM + self.mlp(self.mlp_norm(x_BLM))
+
+
+class Transformer(nn.Module):
+    """forward(tokens_BL) gives logits_BLV; with `targets_BL` it gives the mean cross-entropy, in float32 and nats.
+
+    Targets of -100 do not count. There are no buffers: built on `torch.device("meta")`, the model is complete after
+    `to_empty` and `init_weights`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocabulary, config.width)
+        self.positions = nn.Embedding(config.context, config.width) if config.positions == "learned" else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = make_norm(config)
+        self.head = None if config.tied else nn.Linear(config.width, config.vocabulary, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draws every weight anew, in the order of registration."""
+        init_std = self.config.init_std
+        residual_std = init_std / math.sqrt(2 * len(self.blocks))
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                std = residual_std if name.endswith(("attention.out.weight", "mlp.down.weight")) else init_std
+                parameter.normal_(0.0, std, generator=generator)
+
+    def forward(self, tokens_BL: Tensor, targets_BL: Tensor | None = None) -> Tensor:
+        length = tokens_BL.shape[1]
+        if length > self.config.context:
+            raise ValueError(f"a sequence of {length} tokens is longer than the context of {self.config.context}")
+        x_BLM, rotation = self.embed(tokens_BL), None
+        if self.positions is not None:
+            x_BLM = x_BLM + self.positions.weight[:length]
+        else:
+            rotation = make_rotation(length, self.config.width // self.config.heads, self.config.rotary_base, x_BLM)
+        for block in self.blocks:
+            x_BLM = block(x_BLM, rotation)
+        head_VM = self.embed.weight if self.head is None else self.head.weight
+        logits_BLV = F.linear(self.norm(x_BLM), head_VM)
+        if targets_BL is None:
+            return logits_BLV
+        return F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten())
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(config.width, eps=NORM_EPSILON)
+    return nn.LayerNorm(config.width, eps=NORM_EPSILON, bias=False)
+
+
+def make_rotation(length: int, head_width: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every position and pair, each [L, 1, D/2], in the dtype and on the device of `like`.
+
+    Made in each forward pass (once for all blocks): cheap beside one block, and the model needs no buffers.
+    """
+    position_L = torch.arange(length, device=like.device, dtype=torch.float32)
+    exponent = torch.arange(0, head_width, 2, device=like.device, dtype=torch.float32) / head_width
+    angle = torch.outer(position_L, base**-exponent)
+    return angle.cos().to(like.dtype)[:, None], angle.sin().to(like.dtype)[:, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair (x[i], x[i + D/2]) by its position's angle; x is [B, L, heads, D]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

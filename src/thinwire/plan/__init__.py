@@ -1,0 +1,1 @@
+"""The planner: what a step will cost, before it is run."""

@@ -1,0 +1,161 @@
+"""Seconds of a step from Cluster, Workload and Transfers: computing, exposed communication, waiting, optimizer.
+
+compute_s    flops of the step's micro-batches / the rank's flops_per_s (what a training step achieves, not the peak)
+waiting_s    until the slowest rank has computed as much:  max over ranks compute_s - compute_s of this rank
+exposed_s    the wire works on the transfers in the order in which they become ready, one after the other;
+             what remains when the slowest rank has computed everything is exposed
+optimizer_s  bytes that the update touches / memory rate
+
+ready_k = compute - window_k / flops_per_s
+end_k   = max(ready_k, end_{k-1}) + calls * price
+exposed = max(0, end_last - compute)
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from thinwire.cluster import Cluster, Link
+from thinwire.cluster.graph import Routes
+from thinwire.collectives.price import link_seconds, price
+from thinwire.collectives.wire import flows, sent_bytes
+from thinwire.errors import UserError
+from thinwire.layout import Layout
+from thinwire.traffic import Transfer
+from thinwire.workload import Workload
+
+MEMORY_BYTES_PER_S = 4e9
+"""One core updating weights: read and written in float32, four arrays at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a prediction is made for. flops_per_s: by rank, what a training step achieves there; rates_are: how they are known."""
+
+    cluster: Cluster
+    layout: Layout
+    workload: Workload
+    micro_batches: int
+    flops_per_s: tuple[float, ...]
+    rates_are: str = "declared"
+    optimizer: str = "adamw"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PricedTransfer:
+    """A Transfer with what this rank sends for it per step, and the seconds of one event on idle wires."""
+
+    transfer: Transfer
+    wire_bytes_per_step: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Terms of one step in seconds, as rank `rank` sees them. step_s is their sum."""
+
+    rank: int
+    compute_s: float
+    waiting_s: float
+    exposed_s: float
+    optimizer_s: float
+    tokens_per_step: int
+    transfers: tuple[PricedTransfer, ...]
+    links: dict[Link, float]
+    assumptions: tuple[str, ...]
+
+    @property
+    def step_s(self) -> float:
+        return self.compute_s + self.waiting_s + self.exposed_s + self.optimizer_s
+
+    def as_record(self) -> dict[str, Any]:
+        """predicted.json of the run folder."""
+        return {
+            "step_s": self.step_s,
+            "compute_s": self.compute_s,
+            "exposed_s": self.exposed_s,
+            "waiting_s": self.waiting_s,
+            "optimizer_s": self.optimizer_s,
+            "tokens_per_s": self.tokens_per_step / self.step_s,
+            "wire_bytes_per_step": sum(priced.wire_bytes_per_step for priced in self.transfers),
+            "assumptions": list(self.assumptions),
+            "transfers": [
+                {
+                    "label": priced.transfer.label,
+                    "axis": priced.transfer.axis,
+                    "op": priced.transfer.op,
+                    "message_bytes": priced.transfer.message_bytes,
+                    "calls": priced.transfer.calls,
+                    "every": priced.transfer.every,
+                    "wire_bytes_per_step": priced.wire_bytes_per_step,
+                    "seconds": priced.seconds,
+                }
+                for priced in self.transfers
+            ],
+            "links": [
+                {
+                    "source": link.source,
+                    "target": link.target,
+                    "bytes_per_step": payload,
+                    "busy_s": link_seconds(link, payload),
+                }
+                for link, payload in self.links.items()
+            ],
+        }
+
+
+def predict(setting: Setting, transfers: Sequence[Transfer], rank: int = 0) -> Prediction:
+    """What a step costs on `rank`. `transfers` in the order in which they become ready."""
+    layout, routes = setting.layout, Routes(setting.cluster)
+    layout.check(setting.cluster.world_size)
+    if len(setting.flops_per_s) != layout.world_size:
+        raise UserError(f"{len(setting.flops_per_s)} compute rates for {layout.world_size} ranks; give one per rank")
+    flops = setting.workload.flops_per_microbatch * setting.micro_batches
+    compute_s = flops / setting.flops_per_s[rank]
+    slowest_rate = min(setting.flops_per_s)
+    slowest_s = flops / slowest_rate
+
+    priced, wire_end, links = [], 0.0, Counter[Link]()
+    for transfer in transfers:
+        groups = layout.groups(transfer.axis)
+        seconds = max(price(routes, transfer.op, transfer.message_bytes, group).seconds for group in groups) * transfer.calls
+        mine = next(group for group in groups if rank in group)
+        sent = sent_bytes(transfer.op, transfer.message_bytes, len(mine), mine.index(rank))
+        priced.append(
+            PricedTransfer(transfer=transfer, wire_bytes_per_step=sent * transfer.calls / transfer.every, seconds=seconds)
+        )
+        ready = slowest_s - transfer.window_flops / slowest_rate
+        # Events that are not in each step count with their share: the average step is predicted.
+        wire_end = max(ready, wire_end) + seconds / transfer.every
+        for group in groups:
+            placed = [(group[a], group[b], size) for a, b, size in flows(transfer.op, transfer.message_bytes, len(group))]
+            for link, payload in routes.load(placed).items():
+                links[link] += payload * transfer.calls / transfer.every  # type: ignore[assignment]
+    return Prediction(
+        rank=rank,
+        compute_s=compute_s,
+        waiting_s=slowest_s - compute_s,
+        exposed_s=max(0.0, wire_end - slowest_s),
+        optimizer_s=_optimizer_seconds(setting),
+        tokens_per_step=setting.workload.tokens_per_microbatch * setting.micro_batches * layout.data * layout.outer,
+        transfers=tuple(priced),
+        links=dict(links),
+        assumptions=_assumptions(setting),
+    )
+
+
+def _optimizer_seconds(setting: Setting) -> float:
+    """Gradients and weights are read, weights and state read and written."""
+    workload = setting.workload
+    touched = 3 * workload.parameter_bytes() + 2 * workload.optimizer_bytes(setting.optimizer)
+    return touched / MEMORY_BYTES_PER_S
+
+
+def _assumptions(setting: Setting) -> tuple[str, ...]:
+    links = {link.bandwidth_bps.source for link in setting.cluster.links}
+    return (
+        f"compute rate: {setting.rates_are}",
+        f"links: {' and '.join(sorted(links)) or 'none between the ranks, so the wire costs nothing'}",
+        "gloo's own algorithms; no other traffic on the links",
+    )

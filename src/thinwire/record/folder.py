@@ -1,0 +1,213 @@
+"""The run folder: everything a run leaves behind, as plain files that people and the report can read.
+
+    run.toml  cluster.toml      what was run, and on what (cluster.toml may be absent)
+    record.json                 what the run is: versions, hosts by rank, data, baseline
+    events.jsonl                one JSON object a line: step, eval, checkpoint, resume, end
+    predicted.json  measured.json   seconds and bytes of one step, before and after
+    ledger.json  cards.json     bytes by call, and by the network cards' own counters (lab only)
+
+JSON files are written aside and renamed, so a reader sees the old file or the new one, never half of one. Events are
+appended and flushed a line at a time; a last line cut off by a crash is ignored. A number that is not finite is
+written as null, since JSON has no word for it, and read back as nan.
+
+Only one process (rank 0) writes a run folder.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from thinwire.errors import UserError
+from thinwire.record.schema import (
+    EVENT,
+    SCHEMAS,
+    Cards,
+    Checkpoint,
+    End,
+    Entry,
+    Eval,
+    Ledger,
+    Record,
+    Resume,
+    Step,
+    StepCost,
+)
+
+_EntryT = TypeVar("_EntryT", bound=Entry)
+_EventT = TypeVar("_EventT", Step, Eval, Checkpoint, Resume, End)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder at `path`. `create` makes one for writing, `open` finds one for reading."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path | str, resume: bool = False) -> "RunFolder":
+        """A new folder, or with `resume` one that is a run folder already. UserError before anything is harmed."""
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise UserError(f"run folder {path} is a file: choose another folder")
+        present = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+        if resume and "record.json" not in present:
+            raise UserError(f"run folder {path} cannot be resumed: it has no record.json")
+        if present and not resume:
+            hint = "continue it with --resume or choose another" if "record.json" in present else "choose another"
+            raise UserError(f"run folder {path} is not empty ({len(present)} entries, {present[0]!r} first): {hint}")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run folder {path} cannot be made: {error.strerror}") from error
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path | str) -> "RunFolder":
+        """An existing run folder; UserError where there is none."""
+        path = Path(path)
+        if not path.is_dir():
+            raise UserError(f"run folder {path} does not exist")
+        if not (path / "record.json").is_file():
+            raise UserError(f"{path} is not a run folder: it has no record.json")
+        return cls(path)
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def write(self, name: str, content: Mapping[str, Any] | BaseModel) -> None:
+        """Write one of the JSON files ("record.json", "ledger.json", ...), checked against its schema first."""
+        plain = content.model_dump(mode="python") if isinstance(content, BaseModel) else dict(content)
+        _validate(SCHEMAS[name], plain, str(self.path / name))
+        self.write_text(name, json.dumps(_finite(plain), indent=1, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file aside, make it durable, rename it into place."""
+        target = self.path / name
+        aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            with aside.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(target)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            raise UserError(f"{target} cannot be written: {error.strerror}") from error
+
+    def read_text(self, name: str) -> str | None:
+        """The text of a file of the folder, None if it is absent."""
+        try:
+            return (self.path / name).read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(f"{self.path / name} cannot be read: {error.strerror}") from error
+
+    def record(self) -> Record:
+        record = self._read("record.json", Record)
+        if record is None:
+            raise UserError(f"{self.path} is not a run folder: it has no record.json")
+        return record
+
+    def predicted(self) -> StepCost | None:
+        return self._read("predicted.json", StepCost)
+
+    def measured(self) -> StepCost | None:
+        return self._read("measured.json", StepCost)
+
+    def ledger(self) -> Ledger | None:
+        return self._read("ledger.json", Ledger)
+
+    def cards(self) -> Cards | None:
+        return self._read("cards.json", Cards)
+
+    def append(self, event: Mapping[str, Any] | BaseModel) -> None:
+        """Add one event, on disk as one whole line when this returns."""
+        plain = event.model_dump(mode="python") if isinstance(event, BaseModel) else dict(event)
+        target = self.path / "events.jsonl"
+        _validate(EVENT, plain, str(target))
+        try:
+            with target.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(plain), ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise UserError(f"{target} cannot be written: {error.strerror}") from error
+
+    def events(self) -> Iterator[Step | Eval | Checkpoint | Resume | End]:
+        """All events in order. A last line without its newline was cut off by a crash and is left out."""
+        lines = (self.read_text("events.jsonl") or "").split("\n")
+        for number, line in enumerate(lines[:-1], start=1):
+            where = f"{self.path / 'events.jsonl'}:{number}"
+            yield _validate(EVENT, _parse(line, where), where)
+
+    def steps(self) -> list[Step]:
+        return self._events_of(Step)
+
+    def evals(self) -> list[Eval]:
+        return self._events_of(Eval)
+
+    def checkpoints(self) -> list[Checkpoint]:
+        return self._events_of(Checkpoint)
+
+    def resumes(self) -> list[Resume]:
+        return self._events_of(Resume)
+
+    def end(self) -> End | None:
+        """How the run ended; None while it runs, or when it was killed."""
+        return next(iter(self._events_of(End)[-1:]), None)
+
+    def resume_at(self, step: int) -> Resume:
+        """Take out what came after `step` (and every end), note that in the file, and return the note.
+
+        Its `time_s` is the time of the last event kept: the clock of the resumed run goes on from there.
+        """
+        everything = list(self.events())
+        kept = [event for event in everything if event.step <= step and not isinstance(event, End)]
+        time_s = max((event.time_s for event in kept), default=0.0)
+        note = Resume(step=step, time_s=time_s, dropped=len(everything) - len(kept))
+        lines = (json.dumps(_finite(event.model_dump()), ensure_ascii=False) + "\n" for event in [*kept, note])
+        self.write_text("events.jsonl", "".join(lines))
+        return note
+
+    def _events_of(self, kind: type[_EventT]) -> list[_EventT]:
+        return [event for event in self.events() if isinstance(event, kind)]
+
+    def _read(self, name: str, schema: type[_EntryT]) -> _EntryT | None:
+        text = self.read_text(name)
+        where = str(self.path / name)
+        return None if text is None else _validate(schema, _parse(text, where), where)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from error
+
+
+def _validate(schema: Any, plain: Any, where: str) -> Any:
+    """`plain` as an instance of `schema`; a UserError names the file, the key and the value of the first mistake."""
+    validate = schema.validate_python if isinstance(schema, TypeAdapter) else schema.model_validate
+    try:
+        return validate(plain)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "(whole)"
+        given = "" if first["type"] == "missing" else f", not {str(first['input'])[:60]!r}"
+        raise UserError(f"{where}: {key}: {first['msg']}{given}") from error
+
+
+def _finite(value: Any) -> Any:
+    """The same plain data with null for nan and infinities."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,7 @@
+"""The report: a run folder in, a page and a table out. What it knows of a run is what the folder says."""
+
+from thinwire.report.facts import Facts, gather
+from thinwire.report.page import page, write_report
+from thinwire.report.table import as_json, table
+
+__all__ = ["Facts", "as_json", "gather", "page", "table", "write_report"]

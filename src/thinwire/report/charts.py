@@ -1,0 +1,168 @@
+"""Line charts and stacked bars as inline SVG, 560 units wide: they scale with the page and need no library.
+
+Colours are told apart by colour-blind readers too (Okabe and Ito, 2008).
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from thinwire.report.markup import Markup, join, tag
+
+WIDTH, HEIGHT = 560.0, 300.0
+LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 12.0, 46.0
+MAX_POINTS = 400
+
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a929b"
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line through (x, y); a y that is nan leaves a gap. `labels`: what hovering says, one a point."""
+
+    name: str
+    colour: str
+    points: Sequence[tuple[float, float]]
+    labels: Sequence[str] = ()
+    dots: bool = False
+
+
+@dataclass(frozen=True)
+class Level:
+    """A horizontal line."""
+
+    name: str
+    y: float
+
+
+@dataclass(frozen=True)
+class Segment:
+    name: str
+    colour: str
+    seconds: float
+
+
+def line_chart(
+    series: Sequence[Series],
+    levels: Sequence[Level],
+    title: str,
+    axis: str,
+    write: tuple[Callable[[float], str], Callable[[float], str]],
+    zero: bool = False,
+) -> Markup:
+    """A chart with a legend. `write`: how the ticks of x and y are written; `zero`: y starts at zero."""
+    drawn = [_thinned(line) for line in series]
+    xs = [x for line in drawn for x, _ in line.points]
+    ys = [y for line in drawn for _, y in line.points if math.isfinite(y)]
+    ys += [level.y for level in levels if math.isfinite(level.y)]
+    x_low, x_high = _span(xs, from_zero=True, room=0.0)
+    y_low, y_high = _span(ys, from_zero=zero, room=0.06)
+    x_ticks, y_ticks = _ticks(x_low, x_high), _ticks(y_low, y_high)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return (
+            LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT),
+            HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM),
+        )
+
+    shapes: list[Markup] = []
+    for y in y_ticks:
+        height = at(0.0, y)[1]
+        shapes.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=height, y2=height, class_="grid"))
+        shapes.append(tag("text", write[1](y), x=LEFT - 8, y=height, dy="0.35em", class_="end"))
+    for x in x_ticks:
+        shapes.append(tag("text", write[0](x), x=at(x, 0.0)[0], y=HEIGHT - BOTTOM + 18, class_="middle"))
+    shapes.append(tag("text", axis, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, class_="middle axis"))
+    shapes += [_path(line, at) for line in drawn]
+    for level in levels:
+        height = at(0.0, level.y)[1]
+        shapes.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=height, y2=height, class_="level"))
+    hover = sorted((at(x, y_low)[0], label) for line in drawn for (x, _), label in zip(line.points, line.labels, strict=False))
+    svg = tag(
+        "svg",
+        tag("title", title),
+        *shapes,
+        tag("line", x1=0.0, x2=0.0, y1=TOP, y2=HEIGHT - BOTTOM, class_="cursor"),
+        xmlns="http://www.w3.org/2000/svg",
+        viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}",
+        role="img",
+        data_hover=json.dumps([[round(x, 1), label] for x, label in hover], ensure_ascii=False) if hover else None,
+    )
+    names = [(line.name, line.colour, "") for line in series] + [(level.name, "#3c4650", "dashed") for level in levels]
+    caption = tag("figcaption", title, tag("span", "\u00a0", class_="readout"))
+    return tag("figure", caption, legend(names), svg)
+
+
+def legend(names: Sequence[tuple[str, str, str]]) -> Markup:
+    """Name, colour and kind ("", "dashed", "box") of each line or bar."""
+    keys = (tag("span", tag("i", class_=f"key {kind}".strip(), style=f"--c:{colour}"), name) for name, colour, kind in names)
+    return tag("div", *keys, class_="legend")
+
+
+def stacked_bars(bars: Sequence[tuple[str, Sequence[Segment]]], write: Callable[[float], str]) -> Markup:
+    """Horizontal bars under one scale, each a row of segments with their values where they fit."""
+    longest = max((sum(segment.seconds for segment in segments) for _, segments in bars), default=0.0) or 1.0
+    rows = []
+    for name, segments in bars:
+        total = sum(segment.seconds for segment in segments)
+        parts = [
+            tag(
+                "span",
+                write(segment.seconds) if segment.seconds > 0.14 * longest else None,
+                style=f"--c:{segment.colour};width:{100 * segment.seconds / longest:.2f}%",
+                title=f"{name}, {segment.name}: {write(segment.seconds)}",
+            )
+            for segment in segments
+            if segment.seconds > 0
+        ]
+        rows.append(tag("div", tag("b", name), tag("span", write(total)), class_="barname"))
+        rows.append(tag("div", *parts, class_=f"bar {name}"))
+    colours = {segment.name: segment.colour for _, segments in bars for segment in segments if segment.seconds > 0}
+    keys = legend([(name, colour, "box") for name, colour in colours.items()])
+    return tag("figure", keys, *rows, class_="bars")
+
+
+def _thinned(line: Series) -> Series:
+    """At most MAX_POINTS of the points, the first and the last among them: evenly spaced, none invented."""
+    count = len(line.points)
+    if count <= MAX_POINTS:
+        return line
+    chosen = [round(k * (count - 1) / (MAX_POINTS - 1)) for k in range(MAX_POINTS)]
+    labels = [line.labels[k] for k in chosen] if line.labels else ()
+    return Series(line.name, line.colour, [line.points[k] for k in chosen], labels, line.dots)
+
+
+def _path(line: Series, at: Callable[[float, float], tuple[float, float]]) -> Markup:
+    commands, dots, pen = [], [], "M"
+    finite = [math.isfinite(y) for _, y in line.points]
+    for k, (x, y) in enumerate(line.points):
+        if not finite[k]:
+            pen = "M"
+            continue
+        px, py = at(x, y)
+        commands.append(f"{pen}{px:.1f} {py:.1f}")
+        pen = "L"
+        alone = not any(finite[max(0, k - 1) : k]) and not any(finite[k + 1 : k + 2])
+        if alone or (line.dots and len(line.points) <= 60):
+            dots.append(tag("circle", cx=px, cy=py, r=3.5, fill=line.colour))
+    path = tag("path", d=" ".join(commands), stroke=line.colour, class_="line") if commands else None
+    return join([path, *dots])
+
+
+def _span(values: Sequence[float], from_zero: bool, room: float) -> tuple[float, float]:
+    """The least and the greatest of `values`, with a share of `room` around them; never empty."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    low = min(low, 0.0) if from_zero else low
+    if not high > low:
+        low, high = (low, low + (abs(low) or 1.0)) if from_zero else (low - 0.5, high + 0.5)
+    margin = room * (high - low)
+    return (low if from_zero else low - margin), high + margin
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers within [low, high], four to eight of them."""
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
+    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]

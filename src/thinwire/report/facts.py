@@ -1,0 +1,282 @@
+"""What a run folder says, gathered once: the step predicted beside measured, bytes by ledger beside cards, and gaps.
+
+Nothing here is estimated. Where measured.json is absent (the run was cut off), the medians over the recorded steps
+stand in for it, and `measured_from` says so. Differences are (predicted - measured) / measured.
+"""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from thinwire.cluster import Cluster, load_cluster
+from thinwire.record import (
+    Cards,
+    Checkpoint,
+    End,
+    Eval,
+    Ledger,
+    LedgerEntry,
+    Record,
+    Resume,
+    RunFolder,
+    Step,
+    StepCost,
+)
+
+PARTS = {
+    "compute_s": "compute",
+    "exposed_s": "waiting for the wire",
+    "waiting_s": "waiting for slower ranks",
+    "optimizer_s": "optimizer",
+}
+"""The parts of a step by key, in the order in which they are drawn; what they leave of the step is `OTHER`."""
+OTHER = "not accounted for"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything the report prints. None or empty: the folder does not say; `missing` says what that means."""
+
+    folder: RunFolder
+    record: Record
+    predicted: StepCost | None
+    measured: StepCost | None
+    measured_from: str
+    steps: list[Step]
+    evals: list[Eval]
+    checkpoints: list[Checkpoint]
+    resumes: list[Resume]
+    end: End | None
+    ledger: Ledger | None
+    cards: Cards | None
+    cluster: Cluster | None
+    run_toml: str | None
+
+    @property
+    def name(self) -> str:
+        return self.folder.path.resolve().name
+
+    @property
+    def losses(self) -> list[Step | Eval]:
+        """Every event that holds a loss."""
+        return [*self.steps, *self.evals]
+
+    @property
+    def finished(self) -> str:
+        """How the run ended, in a few words."""
+        if self.end is None:
+            return "no end recorded: still running, or killed"
+        return self.end.reason if self.end.reason == "done" else f"{self.end.reason} after step {self.end.step}"
+
+    @property
+    def missing(self) -> list[str]:
+        """One sentence for each thing that the folder does not hold."""
+        said = [
+            (self.run_toml is None, "run.toml is absent: the settings are not known."),
+            (self.cluster is None, "cluster.toml is absent: the network cannot be drawn."),
+            (not self.steps, "No step was recorded in events.jsonl."),
+            (not self.evals, "No held-out loss was recorded."),
+            (self.record.baseline is None, "No baseline loss was recorded."),
+            (self.predicted is None, "predicted.json is absent: there is no prediction to compare with."),
+            (
+                self.measured_from != "measured.json",
+                f"measured.json is absent: measured values are {self.measured_from}.",
+            ),
+            (self.ledger is None, "ledger.json is absent: bytes by call are not known."),
+            (self.cards is None, "cards.json is absent: the cards' own counters are read only in the lab."),
+        ]
+        return [sentence for absent, sentence in said if absent]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of predicted against measured; `unit` is "s", "B" or "1/s"; nan where not known."""
+
+    key: str
+    name: str
+    unit: str
+    predicted: float
+    measured: float
+
+    @property
+    def difference(self) -> float:
+        """(predicted - measured) / measured; nan where it has no meaning."""
+        if self.predicted == self.measured:
+            return 0.0
+        return (self.predicted - self.measured) / self.measured if self.measured else math.nan
+
+
+@dataclass(frozen=True)
+class TransferRow:
+    """One Transfer, predicted and in the ledger: bytes sent by one rank over the recorded steps.
+
+    `ledger_low`, `ledger_high`: the least and the most that a rank recorded; nan without a ledger.
+    """
+
+    label: str
+    axis: str
+    op: str
+    calls: float
+    predicted_bytes: float
+    ledger_low: float
+    ledger_high: float
+    ranks: int
+
+    @property
+    def equal(self) -> bool:
+        """To the byte; on every rank, but for ops in which ranks differ: there on rank 0, of which the prediction speaks."""
+        return all(abs(self.predicted_bytes - known) < 0.5 for known in (self.ledger_low, self.ledger_high))
+
+
+@dataclass(frozen=True)
+class CardRow:
+    """Bytes sent by a host: by the ledger and by its cards' counters; nan where the ledger does not know the host."""
+
+    host: str
+    interfaces: str
+    ledger_bytes: float
+    sent_bytes: float
+    received_bytes: float
+
+    @property
+    def difference(self) -> float:
+        """How much more the cards counted (headers, acknowledgements), as a share of the ledger's bytes."""
+        return (self.sent_bytes - self.ledger_bytes) / self.ledger_bytes if self.ledger_bytes else math.nan
+
+
+def gather(folder: RunFolder) -> Facts:
+    """Read the whole folder. UserError, naming file and key, if something in it is damaged."""
+    steps = folder.steps()
+    measured = folder.measured()
+    return Facts(
+        folder=folder,
+        record=folder.record(),
+        predicted=folder.predicted(),
+        measured=measured or _medians(steps),
+        measured_from="measured.json" if measured else _medians_from(steps),
+        steps=steps,
+        evals=folder.evals(),
+        checkpoints=folder.checkpoints(),
+        resumes=folder.resumes(),
+        end=folder.end(),
+        ledger=folder.ledger(),
+        cards=folder.cards(),
+        cluster=load_cluster(folder.path / "cluster.toml") if folder.has("cluster.toml") else None,
+        run_toml=folder.read_text("run.toml"),
+    )
+
+
+def step_rows(facts: Facts) -> list[Row]:
+    """The step, part by part, then the whole, its tokens and its bytes. Empty if neither side is known."""
+    predicted, measured = facts.predicted, facts.measured
+    if predicted is None and measured is None:
+        return []
+
+    def row(key: str, name: str, unit: str) -> Row:
+        return Row(key, name, unit, *(getattr(cost, key) if cost else math.nan for cost in (predicted, measured)))
+
+    rows = [row(key, name, "s") for key, name in PARTS.items()]
+    rest = Row("other_s", OTHER, "s", unaccounted(predicted), unaccounted(measured))
+    if max(rest.predicted, rest.measured, 0.0) > 0.005 * max(cost.step_s for cost in (predicted, measured) if cost):
+        rows.append(rest)
+    rows += [row("step_s", "step", "s"), row("tokens_per_s", "tokens per second", "1/s")]
+    return [*rows, row("wire_bytes_per_step", "sent by a rank per step", "B")]
+
+
+def unaccounted(cost: StepCost | None) -> float:
+    """Seconds of the step that belong to none of its parts; nan if the step is not known."""
+    if cost is None:
+        return math.nan
+    parts = [getattr(cost, key) for key in PARTS]
+    return max(0.0, cost.step_s - sum(part for part in parts if math.isfinite(part)))
+
+
+def transfer_rows(facts: Facts) -> list[TransferRow]:
+    """Each predicted Transfer beside the ledger, then what the ledger holds in steps and nobody predicted.
+
+    They belong together where label, axis, op and size of a message agree. Events are counted from the step of the
+    first one to the last step that the ledger knows; one more may end the run.
+    """
+    in_steps = [entry for entry in (facts.ledger.entries if facts.ledger else ()) if entry.last_step >= 0]
+    end = max((entry.last_step for entry in in_steps), default=0)
+    exact: dict[tuple[str, str, str, int], list[LedgerEntry]] = defaultdict(list)
+    for entry in in_steps:
+        exact[entry.label, entry.axis, entry.op, entry.message_bytes].append(entry)
+    rows = []
+    for transfer in facts.predicted.transfers if facts.predicted else ():
+        key = (transfer.label, transfer.axis, transfer.op)
+        found = exact.pop((*key, transfer.message_bytes), [])
+        first = min((max(entry.first_step, 0) for entry in found), default=end)
+        last = max((entry.last_step for entry in found), default=end)
+        events = (end - first) // transfer.every + 1
+        if last == end and (end - first) % transfer.every:
+            events += 1
+        total = events * transfer.every * transfer.wire_bytes_per_step
+        rows.append(_transfer_row(key, total, found, facts.ledger is not None))
+    rest: dict[tuple[str, str, str], list[LedgerEntry]] = defaultdict(list)
+    for (label, axis, op, _), found in exact.items():
+        rest[label, axis, op] += found
+    return rows + [_transfer_row(key, math.nan, found, True) for key, found in rest.items()]
+
+
+def setup_bytes(facts: Facts) -> float:
+    """Bytes that all ranks sent before the first step, by the ledger."""
+    return sum(entry.wire_bytes for entry in (facts.ledger.entries if facts.ledger else ()) if entry.last_step < 0)
+
+
+def card_rows(facts: Facts) -> list[CardRow]:
+    """One row a host, in the order of the file."""
+    if facts.cards is None:
+        return []
+    by_host: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    interfaces: dict[str, list[str]] = defaultdict(list)
+    for card in facts.cards.cards:
+        by_host[card.host][0] += card.sent_bytes
+        by_host[card.host][1] += card.received_bytes
+        interfaces[card.host].append(card.interface)
+    ledger = facts.cards.ledger_sent_bytes
+    return [
+        CardRow(host, ", ".join(interfaces[host]), ledger.get(host, math.nan), sent, received)
+        for host, (sent, received) in by_host.items()
+    ]
+
+
+def final_loss(events: Iterable[Step] | Iterable[Eval]) -> float:
+    """The loss of the last event, nan if there is none."""
+    return ([event.loss for event in events] or [math.nan])[-1]
+
+
+def _transfer_row(key: tuple[str, str, str], predicted_bytes: float, found: list[LedgerEntry], metered: bool) -> TransferRow:
+    nothing = 0.0 if metered else math.nan
+    by_rank: dict[int, float] = defaultdict(float)
+    calls: dict[int, int] = defaultdict(int)
+    for entry in found:
+        by_rank[entry.rank] += entry.wire_bytes
+        calls[entry.rank] += entry.calls
+    low, high = (min(by_rank.values()), max(by_rank.values())) if by_rank else (nothing, nothing)
+    return TransferRow(*key, max(calls.values(), default=0), predicted_bytes, low, high, len(by_rank))
+
+
+def _steady(steps: list[Step]) -> list[Step]:
+    return steps[1:] or steps
+
+
+def _medians_from(steps: list[Step]) -> str:
+    if not steps:
+        return "not known"
+    return f"medians over {len(_steady(steps))} of {len(steps)} step events" + (", the first left out" * (len(steps) > 1))
+
+
+def _medians(steps: list[Step]) -> StepCost | None:
+    """What measured.json would say, from the events; None without any."""
+    if not steps:
+        return None
+
+    def median(key: str) -> float:
+        known = [value for step in _steady(steps) if math.isfinite(value := getattr(step, key))]
+        return statistics.median(known) if known else math.nan
+
+    medians = {key: median(key) for key in ("step_s", *PARTS, "tokens_per_s")}
+    return StepCost.model_validate({**medians, "wire_bytes_per_step": median("wire_bytes")})

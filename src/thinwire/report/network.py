@@ -1,0 +1,198 @@
+"""The cluster reduced to what can be drawn: alike nodes become one with a count, the rest a tree from its middle.
+
+1. A host is one node with its devices and the switches inside it (names before the "/"), unless it is the only one.
+2. Twins, nodes with the same neighbours over the same links, are merged: rails always, hosts when there are too many.
+3. Breadth first from the switch farthest above the hosts; subtrees alike are merged when still too many.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import networkx
+
+from thinwire.cluster import Cluster, Link
+from thinwire.record import LinkLoad
+
+MAX_LEAVES = 40
+
+
+@dataclass(frozen=True)
+class Way:
+    """One direction of a drawn cable: line rate, delay, and the heaviest load among the links it stands for.
+
+    `bytes_per_step` and `busy_s` are None where nothing was predicted.
+    """
+
+    bandwidth_bps: float
+    latency_s: float
+    measured: bool
+    bytes_per_step: float | None
+    busy_s: float | None
+
+
+@dataclass
+class Node:
+    """A drawn node: `members` alike nodes; `up` and `down` are the cable to the parent, None at the root."""
+
+    members: list[str]
+    kind: str
+    detail: str = ""
+    children: list["Node"] = field(default_factory=list)
+    up: Way | None = None
+    down: Way | None = None
+
+    @property
+    def name(self) -> str:
+        if len(self.members) == 1:
+            return self.members[0]
+        return f"{self.members[0]} … ×{len(self.members)}"
+
+    @property
+    def leaves(self) -> int:
+        return sum(child.leaves for child in self.children) or 1
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The tree, and the cables that are not in it as (node, node, way)."""
+
+    roots: list[Node]
+    others: list[tuple[str, str, Way]]
+
+
+def picture(cluster: Cluster, loads: Sequence[LinkLoad]) -> Picture:
+    """What to draw of `cluster` with the predicted loads of its links."""
+    graph = _contracted(cluster, loads)
+    leaves = sum(data["kind"] == "host" for _, data in graph.nodes(data=True))
+    graph = _without_twins(graph, hosts_too=leaves > MAX_LEAVES)
+    roots, drawn = [], set()
+    for part in sorted(networkx.weakly_connected_components(graph), key=len, reverse=True):
+        root, edges = _tree(graph.subgraph(part))
+        roots.append(root)
+        drawn |= edges
+    if sum(root.leaves for root in roots) > MAX_LEAVES:
+        roots = [_folded(root) for root in roots]
+        if len(roots) > 1:
+            roots = _merged(roots)
+    others = [
+        (_name(graph, source), _name(graph, target), data["way"])
+        for source, target, data in graph.edges(data=True)
+        if frozenset((source, target)) not in drawn
+    ]
+    return Picture(roots, others[: 2 * MAX_LEAVES])
+
+
+def _contracted(cluster: Cluster, loads: Sequence[LinkLoad]) -> networkx.DiGraph:
+    """Hosts and switches as nodes {members, kind, detail}, links between them as edges {way}."""
+    by_link = {(load.source, load.target): load for load in loads}
+    inside = len(cluster.hosts) == 1 and bool(cluster.links)
+    graph = networkx.DiGraph()
+    for host in cluster.hosts:
+        kinds = sorted({device.kind for device in host.devices})
+        detail = f"{len(host.devices)} × {', '.join(kinds)}"
+        names = [device.name for device in host.devices] if inside else [host.name]
+        for name in names:
+            graph.add_node(name, members=[name], kind="host", detail="" if inside else detail)
+    for switch in cluster.switches:
+        if inside or "/" not in switch.name:
+            graph.add_node(switch.name, members=[switch.name], kind=switch.kind, detail="")
+    parallel: dict[tuple[str, str], list[Way]] = defaultdict(list)
+    for link in cluster.links:
+        ends = (link.source, link.target) if inside else tuple(end.split("/")[0] for end in (link.source, link.target))
+        if ends[0] != ends[1]:
+            parallel[ends[0], ends[1]].append(_way(link, by_link.get((link.source, link.target)), bool(loads)))
+    for (source, target), ways in parallel.items():
+        if source in graph and target in graph:
+            graph.add_edge(source, target, way=_heaviest(ways))
+    return graph
+
+
+def _way(link: Link, load: LinkLoad | None, predicted: bool) -> Way:
+    none = 0.0 if predicted else None
+    return Way(
+        bandwidth_bps=link.bandwidth_bps.value,
+        latency_s=link.latency_s.value,
+        measured=link.bandwidth_bps.source == "measured",
+        bytes_per_step=load.bytes_per_step if load else none,
+        busy_s=load.busy_s if load else none,
+    )
+
+
+def _heaviest(ways: Sequence[Way]) -> Way:
+    return max(ways, key=lambda way: (way.busy_s or 0.0, -way.bandwidth_bps))
+
+
+def _without_twins(graph: networkx.DiGraph, hosts_too: bool) -> networkx.DiGraph:
+    """Merge nodes of one kind with equal neighbours, over links of equal rate, round by round."""
+    while True:
+        twins: dict[object, list[str]] = defaultdict(list)
+        for node, data in graph.nodes(data=True):
+            ends = frozenset(
+                (end, way.bandwidth_bps, way.latency_s, direction)
+                for direction, edges in (("out", graph.out_edges), ("in", graph.in_edges))
+                for source, target, way in edges(node, data="way")
+                for end in (target if direction == "out" else source,)
+            )
+            many = data["kind"] != "host" and len({end for end, *_ in ends}) > 1
+            twins[(data["kind"], data["detail"], ends) if ends and (hosts_too or many) else node].append(node)
+        groups = [group for group in twins.values() if len(group) > 1]
+        if not groups:
+            return graph
+        graph = graph.copy()
+        for first, *rest in groups:
+            for other in rest:
+                graph.nodes[first]["members"] = graph.nodes[first]["members"] + graph.nodes[other]["members"]
+                for source, target, way in [*graph.out_edges(other, data="way"), *graph.in_edges(other, data="way")]:
+                    edge = (first if source == other else source, first if target == other else target)
+                    known = graph.edges[edge]["way"] if graph.has_edge(*edge) else way
+                    graph.add_edge(*edge, way=_heaviest([known, way]))
+                graph.remove_node(other)
+
+
+def _tree(graph: networkx.DiGraph) -> tuple[Node, set[frozenset[str]]]:
+    """A breadth-first tree of a connected graph, and the cables it uses."""
+    plain = graph.to_undirected()
+    farthest = networkx.eccentricity(plain)
+    hosts = {node for node, kind in graph.nodes(data="kind") if kind == "host"}
+    above = networkx.multi_source_dijkstra_path_length(plain, hosts, weight=None) if hosts else farthest
+    root = max(plain, key=lambda node: (above[node], -farthest[node], plain.degree(node)))
+    nodes = {name: Node(data["members"], data["kind"], data["detail"]) for name, data in graph.nodes(data=True)}
+    used = set()
+    for parent, child in networkx.bfs_edges(plain, root):
+        used.add(frozenset((parent, child)))
+        nodes[parent].children.append(nodes[child])
+        nodes[child].up = graph.edges[child, parent]["way"] if graph.has_edge(child, parent) else None
+        nodes[child].down = graph.edges[parent, child]["way"] if graph.has_edge(parent, child) else None
+    return nodes[root], used
+
+
+def _folded(node: Node) -> Node:
+    """The node with alike children merged, bottom up."""
+    node.children = _merged([_folded(child) for child in node.children])
+    return node
+
+
+def _merged(nodes: list[Node]) -> list[Node]:
+    groups: dict[object, list[Node]] = defaultdict(list)
+    for node in nodes:
+        groups[_shape(node)].append(node)
+    merged = []
+    for first, *rest in groups.values():
+        for other in rest:
+            first.members = first.members + other.members
+            first.up = _heaviest([way for way in (first.up, other.up) if way]) if first.up else None
+            first.down = _heaviest([way for way in (first.down, other.down) if way]) if first.down else None
+        merged.append(first)
+    return merged
+
+
+def _shape(node: Node) -> tuple[object, ...]:
+    rates = tuple((way.bandwidth_bps, way.latency_s) if way else None for way in (node.up, node.down))
+    below = tuple(sorted((repr(_shape(child)), len(child.members)) for child in node.children))
+    return (node.kind, node.detail, rates, below)
+
+
+def _name(graph: networkx.DiGraph, node: str) -> str:
+    members = graph.nodes[node]["members"]
+    return members[0] if len(members) == 1 else f"{members[0]} … ×{len(members)}"

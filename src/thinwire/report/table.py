@@ -1,0 +1,118 @@
+"""Predicted against measured for the terminal, and the same numbers as plain data."""
+
+import math
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from thinwire.report.facts import Facts, Row, card_rows, final_loss, step_rows, transfer_rows
+from thinwire.report.text import Scale, percent, plain, quantity, verdict
+
+
+def table(facts: Facts) -> Group:
+    """The step predicted beside measured, the loss, the bytes, in a form that rich prints."""
+    rows = step_rows(facts)
+    grid = Table()
+    grid.add_column("a step")
+    for heading in ("predicted", "measured", "prediction off by"):
+        grid.add_column(heading, justify="right")
+    for row in rows:
+        grid.add_row(*cells(row, rows), style="bold" if row.key == "step_s" else None)
+    return Group(Text(verdict(facts.measured, facts.predicted)), *([grid] if rows else []), *map(Text, _lines(facts)))
+
+
+def cells(row: Row, rows: list[Row]) -> tuple[str, str, str, str]:
+    """Name, predicted, measured, difference of a row, seconds of all rows in one unit."""
+    scale = Scale(value for other in rows if other.unit == "s" for value in (other.predicted, other.measured))
+
+    def write(value: float) -> str:
+        if row.unit != "s":
+            return quantity(value, row.unit)
+        return f"{scale.show(value)} {scale.unit}" if math.isfinite(value) else scale.show(value)
+
+    return row.name, write(row.predicted), write(row.measured), percent(row.difference, signed=True)
+
+
+def as_json(facts: Facts) -> dict[str, Any]:
+    """The numbers of the report; null where not known."""
+
+    def number(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    baseline = facts.record.baseline
+    return {
+        "run": str(facts.folder.path),
+        "started": facts.record.started,
+        "ended": facts.end.reason if facts.end else None,
+        "unit": facts.record.unit,
+        "held_out_loss": number(final_loss(facts.evals)),
+        "train_loss": number(final_loss(facts.steps)),
+        "baseline_loss": number(baseline.loss) if baseline else None,
+        "measured_from": facts.measured_from,
+        "rows": [
+            {
+                "name": row.key,
+                "predicted": number(row.predicted),
+                "measured": number(row.measured),
+                "difference": number(row.difference),
+            }
+            for row in step_rows(facts)
+        ],
+        "transfers": [
+            {
+                "label": row.label,
+                "axis": row.axis,
+                "op": row.op,
+                "predicted_bytes": number(row.predicted_bytes),
+                "ledger_bytes_low": number(row.ledger_low),
+                "ledger_bytes_high": number(row.ledger_high),
+                "equal": row.equal,
+            }
+            for row in transfer_rows(facts)
+        ],
+        "cards": [
+            {
+                "host": row.host,
+                "ledger_sent_bytes": number(row.ledger_bytes),
+                "sent_bytes": row.sent_bytes,
+                "received_bytes": row.received_bytes,
+                "difference": number(row.difference),
+            }
+            for row in card_rows(facts)
+        ],
+        "missing": facts.missing,
+    }
+
+
+def _lines(facts: Facts) -> list[str]:
+    """What is said below the table, a line each."""
+    lines = []
+    baseline = facts.record.baseline
+    if facts.evals:
+        beside = f"; {baseline.name}: {plain(baseline.loss, 3)}" if baseline else ""
+        lines.append(f"held-out loss {plain(final_loss(facts.evals), 3)} {facts.record.unit}{beside}")
+    transfers = [row for row in transfer_rows(facts) if math.isfinite(row.predicted_bytes)]
+    if transfers and facts.ledger:
+        equal = sum(row.equal for row in transfers)
+        lines.append(f"ledger: {equal} of {len(transfers)} predicted transfers equal to the byte")
+    known = [abs(row.difference) for row in card_rows(facts) if math.isfinite(row.difference)]
+    if known:
+        lines.append(f"network cards: within {percent(max(known))} of the ledger on every host (headers are theirs)")
+    return [*lines, *circumstances(facts)]
+
+
+def circumstances(facts: Facts) -> list[str]:
+    """What a reader must know before believing the seconds: paced, lab, delay, a pace that was missed."""
+    record = facts.record
+    lines = ["paced: each rank computes at the rate that the cluster file declares"] if record.paced else []
+    missed = facts.measured.missed_pace if facts.measured else None
+    if missed:
+        lines.append(f"the declared rate was missed in {percent(missed)} of the blocks")
+    if record.lab:
+        lines.append("lab: the network is imitated on one machine")
+        lines.append(
+            {"applied": "delay applied", "none": "no delay: latency is not imitated"}.get(record.delay, f"delay {record.delay}")
+        )
+    return lines

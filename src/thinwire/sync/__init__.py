@@ -1,0 +1,1 @@
+"""Synchronisers: when replicas exchange what, over one axis of the mesh."""

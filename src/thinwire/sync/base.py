@@ -1,0 +1,53 @@
+"""The contract of a synchroniser: how the replicas along one mesh axis are kept together.
+
+A synchroniser owns both ends of its bargain: what it will send (`traffic`, before training) and the hooks that send it.
+The training loop is the same for all:
+
+    with sync.attached(model, optimizer, mesh):
+        for step in range(first, last):
+            for index, batch in enumerate(batches):
+                with sync.microbatch(last=index == num_micro - 1):
+                    forward_backward(batch)
+            clip(); optimizer.step(); sync.after_step(step)
+"""
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from thinwire.layout import Layout
+from thinwire.traffic import Transfer
+from thinwire.workload import Workload
+
+
+class Synchroniser(Protocol):
+    """Every rank of the axis makes one and calls it at the same places."""
+
+    ready_at: float
+    """time.perf_counter() when the last gradient of the step was ready; what follows it in backward is waiting."""
+
+    def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
+        """What will be sent, in the order in which it becomes ready. No communication."""
+        ...
+
+    def attached(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh
+    ) -> AbstractContextManager[torch.nn.Module]:
+        """Hooks on, at the end hooks off. Gives the module to run forward with. Collective."""
+        ...
+
+    def microbatch(self, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of one micro-batch; `last`: gradients are complete after this one."""
+        ...
+
+    def after_step(self, step: int) -> None:
+        """After the optimizer step. Collective."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs of this rank's synchroniser."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

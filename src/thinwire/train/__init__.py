@@ -1,0 +1,1 @@
+"""Training: ranks and their start, one step, the loop, checkpoints."""

@@ -1,0 +1,105 @@
+"""Starts the ranks of this host and watches them: torchrun's agent, with one line for whatever goes wrong.
+
+    python -m thinwire.train.agent --nnodes 4 --node-rank 2 --nproc-per-node 1 --rdzv-endpoint host0:29500 -- run.toml --set ...
+
+is what a lab starts on each host; `thinwire train` launched alone calls `launch` with one node.
+"""
+
+import argparse
+import logging
+import signal
+import sys
+from dataclasses import dataclass
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from thinwire.train.runtime import environment
+
+INTERRUPTED = 130
+USER_ERROR = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nodes:
+    """How many agents there are, which one this is, and where they meet (host:port; "" on a single node: a free port)."""
+
+    num_nodes: int = 1
+    node_rank: int = 0
+    ranks_per_node: int = 1
+    endpoint: str = ""
+
+
+def launch(nodes: Nodes, arguments: list[str], variables: dict[str, str]) -> int:
+    """Run `thinwire train ARGUMENTS` as the ranks of this node; returns the exit code. Prints one line when it is not 0."""
+    for name in ("torch.distributed.elastic", "torch.distributed.run"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    several = nodes.num_nodes > 1
+    config = LaunchConfig(
+        min_nodes=nodes.num_nodes,
+        max_nodes=nodes.num_nodes,
+        nproc_per_node=nodes.ranks_per_node,
+        run_id="thinwire",
+        role="rank",
+        rdzv_backend="static" if several else "c10d",
+        rdzv_endpoint=nodes.endpoint or "localhost:0",
+        rdzv_configs={"rank": nodes.node_rank, "timeout": 120} if several else {"timeout": 120},
+        max_restarts=0,
+        monitor_interval=0.2,
+        start_method="spawn",
+    )
+    command = ["-m", "thinwire", "train", *arguments]
+    try:
+        with environment({"OMP_NUM_THREADS": "1"} | variables):
+            elastic_launch(config, sys.executable)(*command)
+    except ChildFailedError as error:
+        line, code = _root_cause(list(error.failures.values()), nodes)
+        print(f"thinwire: error: {line}", file=sys.stderr, flush=True)
+        return code
+    except SignalException as error:
+        print(f"thinwire: ended by {signal.Signals(error.sigval).name}", file=sys.stderr, flush=True)
+        return 128 + error.sigval
+    return 0
+
+
+def _root_cause(failures: list[ProcessFailure], nodes: Nodes) -> tuple[str, int]:
+    """What failed first: a mistake of the user, else a rank that died, else the earliest error."""
+
+    def told(failure: ProcessFailure) -> dict:
+        message = failure.error_file_data.get("message", {}) if isinstance(failure.error_file_data, dict) else {}
+        return message if isinstance(message, dict) else {}
+
+    for failure in failures:
+        if told(failure).get("extraInfo", {}).get("user_error"):
+            return told(failure)["message"], USER_ERROR
+    died = [failure for failure in failures if failure.exitcode < 0 or not told(failure)]
+    if died:
+        first = died[0]
+        rank = nodes.node_rank * nodes.ranks_per_node + first.local_rank
+        how = f"was ended by {signal.Signals(-first.exitcode).name}" if first.exitcode < 0 else f"ended with {first.exitcode}"
+        return f"rank {rank} (process {first.pid}) {how}; the last whole checkpoint is kept, go on with --resume", 1
+    first = min(failures, key=lambda failure: failure.timestamp)
+    return told(first)["message"], 1
+
+
+def main() -> int:
+    """See the top of the file."""
+    parser = argparse.ArgumentParser(prog="python -m thinwire.train.agent")
+    parser.add_argument("--nnodes", type=int, required=True)
+    parser.add_argument("--node-rank", type=int, required=True)
+    parser.add_argument("--nproc-per-node", type=int, required=True)
+    parser.add_argument("--rdzv-endpoint", required=True)
+    parser.add_argument("arguments", nargs="*")
+    told = parser.parse_args()
+    nodes = Nodes(
+        num_nodes=told.nnodes,
+        node_rank=told.node_rank,
+        ranks_per_node=told.nproc_per_node,
+        endpoint=told.rdzv_endpoint,
+    )
+    return launch(nodes, told.arguments, {})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""The rank's surroundings: who started it, its place among the ranks, device, process group. The one file that reads the environment.
+
+Known launchers: torchrun (and our own agent), Slurm's srun, MPICH / Open MPI mpiexec, and none.
+"""
+
+import json
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from thinwire.errors import UserError
+
+_DEFAULT_PORT = 29577
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where this process stands among all that were started."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    master_address: str
+    master_port: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lab:
+    """What the lab tells its processes."""
+
+    cluster: Path
+    host: str
+    paced: bool
+    delay: str
+    results: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """Everything the environment says, read once."""
+
+    place: Place | None
+    lab: Lab | None
+    error_file: Path | None
+    cache_folder: Path
+    results: Path | None
+    """Where whoever started the ranks wants to find `run_folder`, the path of the run folder."""
+
+
+def read_surroundings() -> Surroundings:
+    """Read the environment. place is None when nobody has started several ranks."""
+    lab_file = os.environ.get("THINWIRE_LAB")
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    cache = os.environ.get("XDG_CACHE_HOME")
+    results = os.environ.get("THINWIRE_RESULTS")
+    lab = _lab(Path(lab_file)) if lab_file else None
+    return Surroundings(
+        place=_place(),
+        lab=lab,
+        results=Path(results) if results else lab.results if lab else None,
+        error_file=Path(error_file) if error_file else None,
+        cache_folder=(Path(cache) if cache else Path.home() / ".cache") / "thinwire",
+    )
+
+
+def loopback_environment() -> dict[str, str]:
+    """Variables for ranks that all run on this machine: gloo talks over loopback, whatever the host's name resolves to."""
+    return {"GLOO_SOCKET_IFNAME": "lo" if Path("/sys/class/net/lo").exists() else "lo0"}
+
+
+@contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set `variables` for processes started inside; those already set are the user's and stay."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def _place() -> Place | None:
+    names = {
+        "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+        "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+        "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    }
+    for launcher, (rank, size, local_rank) in names.items():
+        # A Slurm allocation sets SLURM_NTASKS for a shell too; only a step started by srun has a SLURM_STEP_ID and more tasks.
+        if rank not in os.environ or size not in os.environ:
+            continue
+        if launcher == "srun" and ("SLURM_STEP_ID" not in os.environ or os.environ[size] == "1"):
+            continue
+        return Place(
+            rank=_integer(rank),
+            world_size=_integer(size),
+            local_rank=_integer(local_rank) if local_rank in os.environ else 0,
+            master_address=os.environ.get("MASTER_ADDR") or _first_slurm_host() or "127.0.0.1",
+            master_port=_integer("MASTER_PORT") if "MASTER_PORT" in os.environ else _DEFAULT_PORT,
+        )
+    return None
+
+
+def _integer(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise UserError(f"environment variable {name}={os.environ[name]!r} is not a number; the launcher sets it") from None
+
+
+def _first_slurm_host() -> str | None:
+    """The first of "node[07-09,12]" or "a,b"."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST")
+    if not nodes:
+        return None
+    prefix, bracket, rest = nodes.partition("[")
+    if not bracket:
+        return nodes.split(",")[0]
+    if "," in prefix:
+        return prefix.split(",")[0]
+    return prefix + rest.split("]")[0].split(",")[0].split("-")[0]
+
+
+def _lab(path: Path) -> Lab:
+    try:
+        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return Lab(
+            cluster=Path(told["cluster"]),
+            host=told["host"],
+            paced=told["paced"],
+            delay=told["delay"],
+            results=Path(told["results"]),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"THINWIRE_LAB={path} is not readable ({error!r}); start the command through `thinwire lab run`") from None
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM: remembered, and acted upon by all ranks together at the next report. A second one is ignored."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def listen(self) -> None:
+        """Only from the main thread of a rank."""
+        signal.signal(signal.SIGINT, self._remember)
+        signal.signal(signal.SIGTERM, self._remember)
+
+    def _remember(self, number: int, frame: object) -> None:
+        self.requested = True
+
+
+@contextmanager
+def process_group(place: Place, backend: str, timeout_s: float) -> Iterator[None]:
+    """The default process group, from beginning to end. Collective. UserError when the ranks do not find each other."""
+    import torch.distributed as dist
+
+    try:
+        # torchrun's agent already holds the store at the master's port; without one, rank 0 opens it.
+        agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store = dist.TCPStore(
+            place.master_address,
+            place.master_port,
+            place.world_size,
+            is_master=place.rank == 0 and not agent_has_store,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("thinwire", store),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    except (dist.DistError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"rank {place.rank} on {socket.gethostname()} cannot join {place.world_size} ranks at "
+            f"{place.master_address}:{place.master_port}: {reason}; check that the port is free and the address reachable"
+        ) from None
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

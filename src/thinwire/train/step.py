@@ -1,0 +1,87 @@
+"""One optimizer step: micro-batches forward and backward, clipping, update; and the seconds that each part took."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from thinwire.config.run import SGD, AdamW, TrainSection
+from thinwire.sync.base import Synchroniser
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Seconds of one step on this rank. wait_s: from the last gradient of this rank until the exchange was over."""
+
+    compute_s: float
+    wait_s: float
+    optimizer_s: float
+
+    @property
+    def step_s(self) -> float:
+        return self.compute_s + self.wait_s + self.optimizer_s
+
+
+def make_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
+    """AdamW or SGD with momentum; weight decay on matrices only. Fused on the devices that have it."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    chosen = train.optimizer
+    groups = [
+        {"params": matrices, "weight_decay": chosen.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    match chosen:
+        case AdamW():
+            betas = (chosen.beta1, chosen.beta2)
+            return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=chosen.epsilon, fused=True)
+        case SGD():
+            return torch.optim.SGD(groups, lr=train.learning_rate, momentum=chosen.momentum, fused=True)
+
+
+def learning_rate(train: TrainSection, step: int) -> float:
+    """Linear warm-up, then a cosine to `final_learning_rate` of the peak (Loshchilov & Hutter 2017). A function of the step."""
+    if step < train.warmup_steps:
+        return train.learning_rate * (step + 1) / (train.warmup_steps + 1)
+    progress = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return train.learning_rate * (train.final_learning_rate + (1 - train.final_learning_rate) * cosine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stepper:
+    """What a step needs besides its batches. `precision()` is entered around each forward pass."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    sync: Synchroniser
+    loss: Callable[[nn.Module, object], Tensor]
+    precision: Callable[[], AbstractContextManager]
+    train: TrainSection
+
+    def run(self, step: int, batches: Iterable[object], num_micro: int) -> tuple[float, StepTimes]:
+        """Returns this rank's mean loss over the micro-batches, and the times. Collective over the synchroniser's axis."""
+        started = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.train, step)
+        total = torch.zeros(())
+        for index, batch in enumerate(batches):
+            with self.sync.microbatch(last=index == num_micro - 1):
+                with self.precision():
+                    loss = self.loss(self.model, batch) / num_micro
+                loss.backward()
+                total += loss.detach().cpu()
+        exchanged = time.perf_counter()
+        if self.train.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)  # gradients are views of the buckets
+        self.sync.after_step(step)
+        mean_loss = float(total)
+        ready = min(max(self.sync.ready_at, started), exchanged)
+        times = StepTimes(ready - started, exchanged - ready, time.perf_counter() - exchanged)
+        return mean_loss, times

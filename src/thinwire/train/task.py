@@ -1,0 +1,106 @@
+"""What is trained, as the trainer sees it: batches, a loss, a score and their unit. A language model is the first Task."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from thinwire.config.run import RunConfig
+from thinwire.data.bigram import LARGEST_VOCABULARY, bigram_loss
+from thinwire.data.corpus import load_corpus
+from thinwire.data.loader import IGNORED, TrainBatches, held_out_batches
+from thinwire.layout import Layout
+from thinwire.models.transformer import Transformer
+from thinwire.workload import Workload
+
+Batch = Any
+
+
+class Task(Protocol):
+    """Made on every rank; methods are local unless they say otherwise."""
+
+    unit: str
+    """Of the score: "nats per byte"."""
+    workload: Workload
+    """One micro-batch of one rank."""
+
+    def build_model(self) -> nn.Module:
+        """The same weights on each rank: seeded."""
+        ...
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The repeated blocks, in the order of the forward pass; empty if there are none."""
+        ...
+
+    def batch(self, step: int, micro_batch: int, rank: int) -> Batch:
+        """A function of its arguments alone, so a run resumes by asking for a later step."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean over the micro-batch, a scalar with a gradient."""
+        ...
+
+    def score(self, model: nn.Module, rank: int) -> tuple[float, float]:
+        """(sum, weight) over this rank's share of the held-out part; the score is sum over sum of weights."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """`data` and `baseline` of record.json."""
+        ...
+
+
+class LanguageModel:
+    """Next-token prediction by a decoder-only transformer on text."""
+
+    def __init__(self, config: RunConfig, layout: Layout, cache: Path) -> None:
+        self._config, self._layout = config, layout
+        train = config.train
+        self._corpus = load_corpus(config.data.source, cache, config.data.tokenizer)
+        self._num_micro = config.sync.accumulate
+        self._batches = TrainBatches(
+            tokens=self._corpus.train,
+            sequence=train.sequence,
+            global_batch=train.micro_batch * self._num_micro * layout.data,
+            seed=train.seed,
+        )
+        self._held_out = self._corpus.held_out[: train.eval_tokens + 1]
+        shape = config.model.shape()
+        vocabulary = max(shape.vocabulary, self._corpus.vocabulary)
+        self._shape = shape.model_copy(update={"vocabulary": vocabulary})
+        self.unit = self._corpus.unit
+        self.workload = Workload.of_transformer(self._shape, train.micro_batch, train.sequence)
+
+    def build_model(self) -> Transformer:
+        """Weights drawn from the seed, the same on each rank."""
+        torch.manual_seed(self._config.train.seed)
+        return Transformer(self._shape)
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        assert isinstance(model, Transformer)
+        return list(model.blocks)
+
+    def batch(self, step: int, micro_batch: int, rank: int) -> Batch:
+        return self._batches.micro_batch(step, micro_batch, self._num_micro, rank, self._layout.data)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        inputs, targets = batch
+        return model(inputs, targets)
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, rank: int) -> tuple[float, float]:
+        total, count = 0.0, 0
+        train = self._config.train
+        for inputs, targets in held_out_batches(self._held_out, train.sequence, train.micro_batch, rank, self._layout.data):
+            scored = int((targets != IGNORED).sum())
+            if scored:
+                total += float(model(inputs, targets)) * scored
+                count += scored
+        return total, float(count)
+
+    def describe(self) -> dict[str, Any]:
+        described: dict[str, Any] = {"data": self._corpus.record}
+        if self._corpus.vocabulary <= LARGEST_VOCABULARY:
+            loss = bigram_loss(self._corpus.train, self._held_out, self._corpus.vocabulary)
+            described["baseline"] = {"name": "bigram table", "loss": loss}
+        return described

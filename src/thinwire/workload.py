@@ -1,0 +1,192 @@
+"""What a model asks of a machine, from its shape alone: parameters, floating-point operations, bytes. No torch.
+
+With N_m the parameters that enter a matrix product (a tied embedding counts, an embedding that is only looked up does not),
+L layers, h width, s sequence length, per token:
+
+    forward = 2 N_m + 4 L h s        backward = 2 * forward        together 6 N_m + 12 L h s
+
+the form of Kaplan et al. 2020 and Chowdhery et al. 2022 (PaLM, appendix B). Attention counts as if it were not causal;
+kernels that skip the masked half do about half of `4 L h s`, and a flash kernel's backward recomputes `2 L h s`.
+
+The backward pass visits the operations in reverse, so when the gradient of a parameter is ready, what remains is the
+backward of everything that ran before the parameter's first use: twice `Parameter.forward_flops_before`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from thinwire.config.model import ModelConfig
+from thinwire.errors import UserError
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+OPTIMIZER_BYTES_PER_PARAMETER = {"adamw": 8, "sgd": 4}
+BACKWARD_OVER_FORWARD = 2.0
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor of the model. `forward_flops_before`: per token, all that runs before its first use."""
+
+    name: str
+    shape: tuple[int, ...]
+    forward_flops_before: float = 0.0
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One micro-batch of a model on one rank. Parameters stand in the order of `model.parameters()`.
+
+    `block_forward_flops_per_token` belongs to one of the equal repeated blocks named in `block_names`.
+    """
+
+    parameters: tuple[Parameter, ...]
+    forward_flops_per_token: float
+    tokens_per_microbatch: int
+    block_names: tuple[str, ...] = ()
+    block_forward_flops_per_token: float = 0.0
+    config: ModelConfig | None = None
+
+    @classmethod
+    def of_transformer(cls, config: ModelConfig, micro_batch: int, sequence: int) -> Workload:
+        """`micro_batch` sequences of `sequence` tokens. UserError if they are longer than the model's context."""
+        if sequence > config.context:
+            raise UserError(
+                f"a sequence of {sequence} tokens is longer than the model's context of {config.context}; "
+                "shorten the sequence or enlarge model.context"
+            )
+        width, blocks = config.width, tuple(f"blocks.{i}" for i in range(config.layers))
+        attention_flops = 4.0 * width * sequence
+        inner: list[tuple[str, tuple[int, ...], float]] = [
+            ("attention_norm.weight", (width,), 0.0),
+            ("attention.qkv.weight", (config.qkv_width, width), attention_flops),
+            ("attention.out.weight", (width, width), 0.0),
+            ("mlp_norm.weight", (width,), 0.0),
+            ("mlp.up.weight", (config.up_width, width), 0.0),
+            ("mlp.down.weight", (width, config.hidden), 0.0),
+        ]
+        block_flops = sum(_product_flops(shape) + extra for _, shape, extra in inner)
+
+        parameters = [Parameter("embed.weight", (config.vocabulary, width))]
+        if config.positions == "learned":
+            parameters.append(Parameter("positions.weight", (config.context, width)))
+        done = 0.0
+        for block in blocks:
+            for name, shape, extra in inner:
+                parameters.append(Parameter(f"{block}.{name}", shape, done))
+                done += _product_flops(shape) + extra
+        parameters.append(Parameter("norm.weight", (width,), done))
+        if not config.tied:
+            parameters.append(Parameter("head.weight", (config.vocabulary, width), done))
+        return cls(
+            parameters=tuple(parameters),
+            forward_flops_per_token=done + _product_flops((config.vocabulary, width)),
+            tokens_per_microbatch=micro_batch * sequence,
+            block_names=blocks,
+            block_forward_flops_per_token=block_flops,
+            config=config,
+        )
+
+    @classmethod
+    def of_parameters(
+        cls,
+        parameters: Iterable[tuple[str, tuple[int, ...]]],
+        tokens_per_microbatch: int,
+        flops_per_token: float | None = None,
+    ) -> Workload:
+        """Any model: (name, shape) in the order of registration; `flops_per_token` forward and backward, or 6 a parameter.
+
+        The operations are spread over the parameters by their size. A token is whatever the batch counts.
+        """
+        listed = [Parameter(name, tuple(shape)) for name, shape in parameters]
+        if not listed:
+            raise UserError("a workload wants at least one parameter, but the list is empty")
+        ends = list(accumulate(parameter.numel for parameter in listed))
+        total = 6.0 * ends[-1] if flops_per_token is None else flops_per_token
+        forward = total / (1.0 + BACKWARD_OVER_FORWARD)
+        placed = tuple(
+            replace(parameter, forward_flops_before=forward * (end - parameter.numel) / max(1, ends[-1]))
+            for parameter, end in zip(listed, ends, strict=True)
+        )
+        return cls(placed, forward, tokens_per_microbatch)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel for parameter in self.parameters)
+
+    @property
+    def backward_flops_per_token(self) -> float:
+        return BACKWARD_OVER_FORWARD * self.forward_flops_per_token
+
+    @property
+    def flops_per_token(self) -> float:
+        return self.forward_flops_per_token + self.backward_flops_per_token
+
+    @property
+    def flops_per_microbatch(self) -> float:
+        return self.flops_per_token * self.tokens_per_microbatch
+
+    def parameter(self, name: str) -> Parameter:
+        """UserError if the model has no such parameter."""
+        for parameter in self.parameters:
+            if parameter.name == name:
+                return parameter
+        raise UserError(f"the model has no parameter {name!r}; the first is {self.parameters[0].name!r}")
+
+    def backward_flops_remaining(self, name: str) -> float:
+        """Per token: what the backward pass still has to do when this parameter's gradient is ready."""
+        return BACKWARD_OVER_FORWARD * self.parameter(name).forward_flops_before
+
+    def parameter_bytes(self, dtype: str = "float32") -> int:
+        return self.num_parameters * _dtype_bytes(dtype)
+
+    def gradient_bytes(self, dtype: str = "float32") -> int:
+        return self.num_parameters * _dtype_bytes(dtype)
+
+    def optimizer_bytes(self, optimizer: str = "adamw") -> int:
+        """State beside parameters and gradients, kept in float32: two moments for adamw, one momentum for sgd."""
+        if optimizer not in OPTIMIZER_BYTES_PER_PARAMETER:
+            raise UserError(f"optimizer {optimizer!r} is not known; there are {', '.join(OPTIMIZER_BYTES_PER_PARAMETER)}")
+        return self.num_parameters * OPTIMIZER_BYTES_PER_PARAMETER[optimizer]
+
+    def activation_bytes(
+        self, dtype: str = "float32", *, tensor: int = 1, sequence_parallel: bool = False, recompute: bool = False
+    ) -> float:
+        """What one micro-batch keeps for its backward pass, on one of `tensor` ranks; the whole model, one stage.
+
+        The form of Korthikanti et al. 2022 (arXiv 2205.05198), table 2, without the dropout masks (34 s b h becomes 32) and
+        without the 5 a s / h of stored scores, which the fused attention never writes. Values per token and block, with
+        g = kv_heads / heads and G = 2 for gelu, 4 for swiglu:  4 h + (h (2 + 2 g) + G F) / tensor; the norms' 4 h are divided
+        too with `sequence_parallel`. Rotary positions keep the turned queries and keys beside the projection's
+        output: h (1 + g) more. `recompute`: only each block's input h. Logits are kept once in float32.
+        """
+        config = self.config
+        if config is None:
+            raise UserError("activation bytes are known for transformers only; this workload is a bare list of parameters")
+        size, width = _dtype_bytes(dtype), config.width
+        group = config.kv_heads / config.heads
+        split = width * (2 + 2 * group) + config.hidden * (4 if config.mlp == "swiglu" else 2)
+        if config.positions == "rotary":
+            split += width * (1 + group)
+        whole = 4 * width / (tensor if sequence_parallel else 1)
+        block = width / (tensor if sequence_parallel else 1) if recompute else whole + split / tensor
+        ends = 2 * width * size / (tensor if sequence_parallel else 1) + 4 * config.vocabulary / tensor
+        return self.tokens_per_microbatch * (config.layers * block * size + ends)
+
+
+def _product_flops(shape: tuple[int, ...]) -> float:
+    """Of a matrix product per token: two an element; vectors (norms) count nothing."""
+    return 2.0 * math.prod(shape) if len(shape) == 2 else 0.0
+
+
+def _dtype_bytes(dtype: str) -> int:
+    if dtype not in DTYPE_BYTES:
+        raise UserError(f"dtype {dtype!r} is not known; there are {', '.join(DTYPE_BYTES)}")
+    return DTYPE_BYTES[dtype]

@@ -1,0 +1,43 @@
+"""Fixtures of the whole suite: pools of ranks that live as long as the session."""
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+from pool import Pool, start_server
+
+# No deadline: on shared cores a single example may take any time. Derandomised: a run can be repeated.
+settings.register_profile("thinwire", deadline=None, derandomize=True, database=None)
+settings.load_profile("thinwire")
+
+_RANK_FIXTURES = {"ranks2", "ranks4", "ranks8"}
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let the server load torch while the first tests run."""
+    if not session.config.option.collectonly and any(
+        _RANK_FIXTURES & set(getattr(item, "fixturenames", ())) for item in session.items
+    ):
+        start_server()
+
+
+@pytest.fixture(scope="session")
+def ranks2() -> Iterator[Pool]:
+    pool = Pool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def ranks4() -> Iterator[Pool]:
+    pool = Pool(4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def ranks8() -> Iterator[Pool]:
+    pool = Pool(8)
+    yield pool
+    pool.close()

@@ -1,0 +1,122 @@
+"""Whatever ends a lab, no process, namespace, link or mount of it remains."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.lab
+
+HANG = "trap '' INT TERM HUP; while true; do sleep 0.05; done"
+FINISH = "trap 'echo finished; exit 0' INT TERM; while true; do sleep 0.05; done"
+
+
+def wait_until(holds: Callable[[], object], what: str, timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def started(lab) -> tuple[set[str], set[str]]:
+    """Wait until both hosts run their command. Returns the lab's networks and the cards of this machine."""
+    wait_until(lambda: len(lab.networks()) == 3, f"the hosts did not start: {lab.processes()}")
+    wait_until(lambda: sum("trap" in line and "setpriv" not in line for line in lab.processes().values()) >= 3, "no hosts")
+    return lab.networks(), set(os.listdir("/sys/class/net"))
+
+
+def assert_gone(lab, networks: set[str], cards: set[str], timeout_s: float = 5.0) -> None:
+    wait_until(lambda: not lab.processes(), "processes remain", timeout_s)
+    assert set(os.listdir("/sys/class/net")) == cards
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            assert str((folder / "ns" / "net").readlink()) not in networks
+            mounts = (folder / "mountinfo").read_text()
+        except OSError:
+            continue
+        assert not any(network in mounts for network in networks), "a network is still held by a mount"
+
+
+def find(lab, part: str) -> int:
+    return next(pid for pid, line in lab.processes().items() if part in line)
+
+
+@pytest.mark.parametrize("victim", ["supervisor", "unshare", "process 1", "process 1 stopped"])
+def test_kill_nine(supervise, victim: str) -> None:
+    lab = supervise(HANG, HANG)
+    networks, cards = started(lab)
+    if victim == "supervisor":
+        lab.process.kill()
+    elif victim == "unshare":
+        os.kill(find(lab, "/unshare"), signal.SIGKILL)
+    else:
+        inside = max(pid for pid, line in lab.processes().items() if "thinwire.lab.inside" in line and "unshare" not in line)
+        os.kill(inside, signal.SIGSTOP if "stopped" in victim else signal.SIGKILL)
+        if "stopped" in victim:
+            lab.process.kill()
+    assert lab.process.wait(timeout=10) != 0
+    assert_gone(lab, networks, cards)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_the_commands_and_they_end_cleanly(supervise, number: int) -> None:
+    lab = supervise(FINISH, FINISH, grace_s=30)
+    networks, cards = started(lab)
+    lab.process.send_signal(number)
+    out, _ = lab.process.communicate(timeout=10)
+    assert lab.process.returncode == 0
+    assert out.splitlines() == ["finished", f"None {int(number)}"]
+    assert_gone(lab, networks, cards)
+
+
+def test_a_command_that_ignores_the_signal_is_killed_after_the_grace(supervise) -> None:
+    lab = supervise(FINISH, HANG, grace_s=0.3)
+    networks, cards = started(lab)
+    lab.process.send_signal(signal.SIGINT)
+    out, _ = lab.process.communicate(timeout=10)
+    assert lab.process.returncode == 128 + signal.SIGINT
+    assert out.splitlines()[-1].startswith("stopped by SIGINT: host1: ended by SIGKILL")
+    assert_gone(lab, networks, cards)
+
+
+def test_a_second_signal_does_not_wait_for_the_grace(supervise) -> None:
+    lab = supervise(HANG, HANG, grace_s=60)
+    networks, cards = started(lab)
+    lab.process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    lab.process.send_signal(signal.SIGINT)
+    lab.process.communicate(timeout=10)
+    assert lab.process.returncode == 128 + signal.SIGINT
+    assert_gone(lab, networks, cards)
+
+
+def test_the_others_are_ended_after_one_failed(supervise) -> None:
+    lab = supervise("sleep 0.3; trap : USR1; echo no disk >&2; exit 7", HANG)
+    networks, cards = started(lab)
+    out, err = lab.process.communicate(timeout=15)
+    assert lab.process.returncode == 1
+    assert out.splitlines() == ["host0: exit code 7: no disk None"]
+    assert err == "no disk\n"
+    assert_gone(lab, networks, cards)
+
+
+def test_what_the_commands_leave_in_the_background_ends_with_them(supervise) -> None:
+    lab = supervise("setsid sh -c 'trap : USR1; sleep 1000' & sleep 0.5", "trap : USR1; sleep 0.5")
+    networks, cards = started(lab)
+    lab.process.communicate(timeout=15)
+    assert lab.process.returncode == 0
+    assert_gone(lab, networks, cards)
+
+
+def test_without_root(supervise) -> None:
+    """An unprivileged user: in a user namespace as user 1000, without any capability."""
+    lab = supervise(FINISH, FINISH, before=("unshare", "--user", "--map-user=1000", "--map-group=1000"))
+    networks, cards = started(lab)
+    assert "--map-root-user" in lab.processes()[find(lab, "/unshare")]
+    os.kill(find(lab, "/unshare"), signal.SIGKILL)
+    lab.process.communicate(timeout=10)
+    assert lab.process.returncode != 0
+    assert_gone(lab, networks, cards)

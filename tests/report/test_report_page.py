@@ -1,0 +1,201 @@
+"""The page: what it prints is in the folder, it asks nobody for anything, every gap is said, and it fits the window."""
+
+import itertools
+import json
+import math
+import random
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from chromium import framed, measured, screenshot
+from matplotlib.image import imread
+from run_folders import RUN_TOML, make_run
+
+from thinwire.cluster import load_cluster, shipped_clusters
+from thinwire.record import RunFolder
+from thinwire.report import gather, page, write_report
+from thinwire.report.facts import card_rows, step_rows, transfer_rows
+from thinwire.report.text import percent, whole
+
+SECTIONS = ["loss", "step", "bytes", "network", "assumptions", "settings"]
+OPTIONAL = ["predicted.json", "measured.json", "ledger.json", "cards.json", "cluster.toml", "run.toml", "events.jsonl"]
+
+
+class Balance(HTMLParser):
+    """Counts tags that are closed in the wrong order, and collects the words of the page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.wrong: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.words.append(data)
+
+
+def check_form(text: str) -> str:
+    """Balanced tags, well-formed SVG, nothing external, no nan; returns the words of the page."""
+    balance = Balance(text)
+    assert balance.open == [] and balance.wrong == []
+    for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        ElementTree.fromstring(svg)
+        assert not re.search(r'="[^"]*\b(nan|inf)\b', re.sub(r'data-hover="[^"]*"', "", svg))
+    addresses = set(re.findall(r"\w+://[^\"'<\s]+", text)) - {"http://www.w3.org/2000/svg"}
+    assert not addresses
+    assert not re.search(r"<(link|img|iframe|object)\b|\bsrc=|@import|url\(|fetch\(|XMLHttpRequest", text)
+    words = "\n".join(balance.words)
+    assert not re.search(r"\b(nan|inf|None)\b", words), re.findall(r".*\b(?:nan|inf|None)\b.*", words)
+    for name in SECTIONS:
+        assert f'<section id="{name}">' in text
+        body = text.split(f'<section id="{name}">')[1].split("</section>")[0]
+        assert len(re.sub(r"<[^>]*>", "", body)) > 30, f"section {name} is blank"
+    return words
+
+
+@pytest.mark.parametrize("name", sorted(shipped_clusters()))
+def test_every_shipped_cluster_makes_a_sound_page(tmp_path: Path, name: str) -> None:
+    cluster = load_cluster(name)
+    folder = make_run(tmp_path / "run", cluster, steps=20)
+    words = check_form(page(gather(folder)))
+    assert cluster.name in words and "wrong" not in words
+    assert "Not in this run folder" not in words
+    drawn = page(gather(folder)).count('class="host"')
+    assert drawn == len(cluster.hosts) or len(cluster.hosts) in (1, 128)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_numbers_are_those_of_the_folder(tmp_path: Path, seed: int) -> None:
+    folder = make_run(tmp_path / "run", load_cluster("four-hosts-100mbit"), seed=seed, steps=40)
+    words = check_form(page(gather(folder)))
+    facts = gather(folder)
+    measured_, predicted = folder.measured(), folder.predicted()
+    assert measured_ and predicted
+    for cost, key in itertools.product((measured_, predicted), ("step_s", "compute_s", "exposed_s")):
+        assert f"{1000 * getattr(cost, key):.1f} ms" in words
+    rows = {row.key: row for row in step_rows(facts)}
+    assert percent(predicted.step_s / measured_.step_s - 1, signed=True) in words
+    assert rows["step_s"].predicted == predicted.step_s and rows["step_s"].measured == measured_.step_s
+    for entry in json.loads((folder.path / "ledger.json").read_text())["entries"]:
+        assert entry["last_step"] < 0 or whole(entry["wire_bytes"]) in words
+    for card in json.loads((folder.path / "cards.json").read_text())["cards"]:
+        assert whole(card["sent_bytes"]) in words and whole(card["received_bytes"]) in words
+    held_out = folder.evals()[-1].loss
+    assert f"{held_out:.3f}" in words and "2.451" in words and "bigram table" in words
+
+
+def test_text_is_escaped(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a<b>&'\"", load_cluster("laptop"), steps=2, end="failed: <b>rank 2</b> & co")
+    text = page(gather(folder))
+    check_form(text)
+    assert "<script>alert" in RUN_TOML and "<script>alert" not in text
+    assert "<b>rank 2" not in text and "&lt;b&gt;rank 2" in text
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_is_missing_is_said(tmp_path: Path, seed: int) -> None:
+    random_ = random.Random(seed)
+    without = tuple(random_.sample(OPTIONAL, random_.randrange(1, len(OPTIONAL) + 1)))
+    end = random_.choice(["done", "interrupted", "failed: rank 2 died", None])
+    steps = random_.choice([1, 2, 30])
+    folder = make_run(
+        tmp_path / "run", load_cluster(random_.choice(["two-racks", "laptop"])), seed, steps, without=without, end=end
+    )
+    words = check_form(page(gather(folder)))
+    gaps = words.split("Not in this run folder")[1]
+    for name in set(without) - {"events.jsonl"}:
+        assert f"{name} is absent" in gaps
+    if "events.jsonl" in without:
+        assert "No step was recorded" in gaps
+    elif end != "done":
+        assert (end or "no end recorded") in words
+
+
+def test_a_bare_record_is_enough(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    folder.write("record.json", {"thinwire": "0.1.0", "started": "now", "world_size": 1, "hosts": ["here"]})
+    words = check_form(page(gather(folder)))
+    assert "No step was recorded" in words
+
+
+def test_medians_stand_in_for_a_measurement_and_are_called_so(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", load_cluster("laptop"), steps=31, without=("measured.json",), end=None)
+    facts = gather(folder)
+    assert facts.measured is not None
+    times = sorted(step.step_s for step in folder.steps()[1:])
+    assert facts.measured.step_s == pytest.approx((times[14] + times[15]) / 2)
+    assert "medians over 30 of 31 step events, the first left out" in check_form(page(facts))
+
+
+@pytest.mark.parametrize(("steps", "nan_from"), [(30, 11), (30, 1), (1, 1), (1, None)])
+def test_a_loss_that_is_not_finite_is_a_gap_and_is_said(tmp_path: Path, steps: int, nan_from: int | None) -> None:
+    folder = make_run(tmp_path / "run", load_cluster("laptop"), steps=steps, nan_from=nan_from)
+    words = check_form(page(gather(folder)))
+    assert ("not a finite number" in words) == (nan_from is not None)
+    if nan_from is not None:
+        assert f"first at step {nan_from}" in words
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_one_byte_or_one_call_too_few_is_not_equal(tmp_path: Path, change: int) -> None:
+    folder = make_run(tmp_path / "run", load_cluster("four-hosts-100mbit"), steps=10)
+    assert all(row.equal for row in transfer_rows(gather(folder)))
+    content = json.loads((folder.path / "ledger.json").read_text())
+    content["entries"][-1]["wire_bytes"] += change
+    folder.write("ledger.json", content)
+    rows = transfer_rows(gather(folder))
+    assert [row.equal for row in rows] == [True, True, False]
+    assert "2 of 3 predicted transfers" in check_form(page(gather(folder)))
+    dropped = [entry for entry in content["entries"] if entry["label"] != "gradients/bucket1"]
+    folder.write("ledger.json", {"entries": dropped})
+    assert [row.equal for row in transfer_rows(gather(folder))] == [True, False, False]
+
+
+def test_a_transfer_of_every_few_steps_is_counted_by_its_events(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", load_cluster("laptop"), steps=20)
+    transfer = {"label": "outer", "axis": "data", "op": "all_reduce", "message_bytes": 600, "calls": 1, "every": 4}
+    folder.write("predicted.json", {"step_s": 1.0, "transfers": [{**transfer, "wire_bytes_per_step": 225}]})
+    entry = {"label": "outer", "axis": "data", "op": "all_reduce", "message_bytes": 3000, "calls": 5, "wire_bytes": 4500}
+    span = {"first_step": 3, "last_step": 19}
+    folder.write("ledger.json", {"entries": [{**entry, **span, "rank": rank} for rank in range(4)]})
+    assert [row.equal for row in transfer_rows(gather(folder))] == [True]
+
+
+def test_cards_add_up_by_host(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", load_cluster("laptop"), steps=2)
+    cards = [{"host": "a", "interface": f"eth{k}", "sent_bytes": 52, "received_bytes": 7} for k in range(2)]
+    folder.write("cards.json", {"cards": cards, "ledger_sent_bytes": {"a": 100}})
+    (row,) = card_rows(gather(folder))
+    assert row.sent_bytes == 104 and row.received_bytes == 14
+    assert math.isclose(row.difference, 0.04) and row.interfaces == "eth0, eth1"
+
+
+@pytest.mark.parametrize("name", ["two-racks", "32-nodes-25gbe"])
+def test_it_looks_like_something_and_fits_desktop_and_phone(tmp_path: Path, name: str) -> None:
+    folder = make_run(tmp_path / "run", load_cluster(name))
+    path = write_report(folder)
+    screenshot(path, tmp_path / "page.png", 1200, 1600)
+    picture = imread(tmp_path / "page.png")[..., :3]
+    assert picture.shape == (1600, 1200, 3)
+    ink = (picture.min(axis=2) < 0.6).mean()
+    assert 0.01 < ink < 0.5, f"{ink:.1%} of the picture is dark"
+    bands = [band.std() for band in picture.reshape(8, 200, 1200, 3)]
+    assert min(bands) > 0.01, f"a band of the picture is blank: {bands}"
+    for width in (1200, 375):
+        seen = json.loads(measured(framed(path.read_text(), width, tmp_path)))
+        assert seen["client"] == width and seen["scroll"] <= width and seen["outside"] == []
+        assert seen["readout"].startswith("step 300 · ")
+        assert seen["text"] > 9, "the text of a chart is too small to read"
