@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 PRELOAD = [
@@ -69,6 +71,7 @@ class Pool:
         self._pipes: list[Connection] = []
         self._store: Any = None
         self._num_groups = 0
+        self._output: Any = None
 
     @property
     def pids(self) -> list[int]:
@@ -98,18 +101,21 @@ class Pool:
             process.join(10)
         for pipe in self._pipes:
             pipe.close()
+        if self._output is not None:
+            self._output.close()
+        self._output = None
         self._processes, self._pipes, self._store, self._num_groups = [], [], None, 0
 
     def _start(self) -> None:
         from torch.distributed import TCPStore
 
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._output = tempfile.NamedTemporaryFile(prefix="ranks-")  # noqa: SIM115 - lives as long as the pool
         context = start_server()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(theirs, rank, self.world_size, self._store.port), daemon=True, name=f"rank {rank}"
-            )
+            place = (rank, self.world_size, self._store.port, self._output.name)
+            process = context.Process(target=_serve, args=(theirs, *place), daemon=True, name=f"rank {rank}")
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -141,7 +147,8 @@ class Pool:
         if waiting and not failures:
             failures.append(f"ranks {waiting} of {self.world_size} gave no answer in {timeout_s:g} s")
         if failures:
-            raise RankFailure(f"{what}: {failures[0]}")
+            printed = Path(self._output.name).read_text(errors="replace")[-2000:]
+            raise RankFailure(f"{what}: {failures[0]}" + (f"\nprinted by the ranks:\n{printed}" if printed else ""))
         return [results[rank] for rank in range(self.world_size)]
 
 
@@ -155,8 +162,11 @@ def start_server() -> Any:
     return context
 
 
-def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
+def _serve(pipe: Connection, rank: int, world_size: int, port: int, output: str) -> None:
     """One rank: join the group, then run what arrives until the pipe closes or the parent is gone."""
+    printed = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(printed, 1)
+    os.dup2(printed, 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which then ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["GLOO_SOCKET_IFNAME"] = LOOPBACK

@@ -22,6 +22,7 @@ def add_ranks(context: Rank, start: float) -> float:
 
 def raise_on(context: Rank, rank: int) -> None:
     if context.rank == rank:
+        print("something odd", flush=True)
         raise ValueError(f"rank {rank} is unhappy")
     dist.barrier()
 
@@ -78,7 +79,7 @@ def test_each_call_starts_from_a_fresh_ledger(ranks4: Pool) -> None:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (raise_on, r"rank 1 of 2 failed(.|\n)*ValueError: rank 1 is unhappy"),
+        (raise_on, r"rank 1 of 2 failed(.|\n)*ValueError: rank 1 is unhappy(.|\n)*something odd"),
         (die_on, "rank 1 of 2 died, exit code 7"),
         (hang_on, r"ranks \[1\] of 2 gave no answer in 0.5 s"),
     ],

@@ -33,6 +33,7 @@ class Layout:
 
     @property
     def world_size(self) -> int:
+        """The number of ranks: the product of the degrees."""
         return prod(self.degrees)
 
     def check(self, world_size: int) -> None:
@@ -43,14 +44,18 @@ class Layout:
             )
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """The place of `rank` on each axis."""
+        """The place of `rank` on each axis. UserError for a rank outside of the layout."""
+        if not 0 <= rank < self.world_size:
+            raise UserError(f"there is no rank {rank} in layout {self}, which has {self.world_size}")
         place = {}
         for axis, degree in zip(reversed(AXES), reversed(self.degrees), strict=True):
             rank, place[axis] = divmod(rank, degree)
         return {axis: place[axis] for axis in AXES}
 
     def groups(self, axis: str) -> list[tuple[int, ...]]:
-        """The groups of ranks that differ on `axis` only, each in the order of the axis."""
+        """The groups of ranks that differ on `axis` only, each in the order of the axis. UserError for an unknown axis."""
+        if axis not in AXES:
+            raise UserError(f"there is no axis {axis!r}; axes: {', '.join(AXES)}")
         members: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
             place = self.coordinates(rank)

@@ -5,6 +5,8 @@ Ki Mi Gi Ti by 1024 and are for bytes only.
 """
 
 import re
+from decimal import Decimal
+from math import isfinite
 
 from thinwire.errors import UserError
 
@@ -21,7 +23,7 @@ _FACTORS: dict[str, dict[str, float]] = {
     "": {"": 1.0, "%": 0.01},
 }
 _EXAMPLES = {"bit/s": "100 Mbit/s", "s": "50 us", "B": "4 GiB", "flop/s": "10 Gflop/s", "": "0.5 or 50 %"}
-_NUMBER = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*(\S*)\s*")
+_NUMBER = re.compile(r"\s*([+-]?[0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*(\S*)\s*")
 
 
 def parse(value: int | float | str, unit: str) -> float:
@@ -31,15 +33,20 @@ def parse(value: int | float | str, unit: str) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise UserError(f"{value!r} is not a quantity; write a number in {unit or 'no unit'} or e.g. {_EXAMPLES[unit]!r}")
-    if isinstance(value, int | float):
-        return float(value)
-    match = _NUMBER.fullmatch(value)
-    factors = _FACTORS[unit]
-    suffix = match.group(2) if match else ""
-    if match is None or (suffix and suffix not in factors):
-        allowed = ", ".join(factors) if unit != "bit/s" else "bit/s kbit/s Mbit/s Gbit/s Tbit/s, or B/s kB/s MB/s GB/s"
-        raise UserError(f"{value!r} has a wrong unit; allowed: {allowed}; e.g. {_EXAMPLES[unit]!r}")
-    return float(match.group(1)) * factors.get(suffix, 1.0)
+    if isinstance(value, str):
+        match = _NUMBER.fullmatch(value)
+        if match is None:
+            raise UserError(f"{value!r} is not a number with a unit; e.g. {_EXAMPLES[unit]!r}")
+        factors = _FACTORS[unit]
+        if match.group(2) and match.group(2) not in factors:
+            allowed = ", ".join(factors) if unit != "bit/s" else "bit/s kbit/s Mbit/s Gbit/s Tbit/s, or B/s kB/s MB/s GB/s"
+            raise UserError(f"{value!r} has a wrong unit; allowed: {allowed}; e.g. {_EXAMPLES[unit]!r}")
+        number = float(Decimal(match.group(1)) * Decimal(repr(factors.get(match.group(2), 1.0))))  # 50 us is 5e-05
+    else:
+        number = float(value)
+    if not isfinite(number):
+        raise UserError(f"{value!r} is not a quantity; it must be finite, e.g. {_EXAMPLES[unit]!r}")
+    return number
 
 
 def show(value: float, unit: str) -> str:
@@ -63,4 +70,4 @@ def _scaled(value: float, scales: list[tuple[str, float]]) -> str:
         if abs(value) >= factor * 0.9995:
             scaled = value / factor
             return f"{scaled:.0f} {name}" if abs(scaled) >= 99.95 else f"{scaled:.3g} {name}"
-    return f"{value:.3g} {scales[-1][0]}" if value == 0 else f"{value / scales[-1][1]:.3g} {scales[-1][0]}"
+    return f"{value / scales[-1][1]:.3g} {scales[-1][0]}"

@@ -35,7 +35,7 @@ def test_the_usual_values_are_filled_in_and_survive_a_round_trip() -> None:
 
 
 def test_a_changed_preset_fills_in_anew() -> None:
-    assert preset("1m", {"width": 256}).hidden == 1024
+    assert (preset("3m").hidden, preset("3m", {"width": 384}).hidden) == (512, 1024)
     with pytest.raises(UserError, match="width 100 is not a multiple of heads 3"):
         preset("1m", {"width": 100, "heads": 3})
     with pytest.raises(UserError, match="depth = 3: there is no such key"):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thinwire.data.bigram import bigram_loss
-from thinwire.data.corpus import Corpus, load_corpus, split_files
+from thinwire.data.corpus import Corpus, load_corpus, sample, split_files
 from thinwire.errors import UserError
 
 
@@ -77,6 +77,15 @@ def test_the_held_out_share_is_bounded(files: list[tuple[int, str]]) -> None:
     assert not chosen or wanted / 2 <= held <= 1.5 * wanted
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 5000), st.integers(1, 6000), st.integers(1, 700))
+def test_a_sample_is_spread_evenly_and_takes_no_token_twice(length: int, most: int, chunk: int) -> None:
+    taken = sample(np.arange(length), most, chunk)
+    assert len(np.unique(taken)) == len(taken) <= most and len(taken) > min(length, most) - min(chunk, most)
+    if length > most >= 2 * chunk:
+        assert taken[0] == 0 and taken[-1] == length - 1
+
+
 def test_a_changed_file_makes_new_tokens(tmp_path: Path) -> None:
     path = tmp_path / "one.txt"
     path.write_text("a" * 100)
@@ -86,16 +95,11 @@ def test_a_changed_file_makes_new_tokens(tmp_path: Path) -> None:
     assert first.sha256 != second.sha256 and second.train[0] == ord("b") and first.train[0] == ord("a")
 
 
-def load(arguments: tuple[str, str]) -> tuple[str, int]:
-    corpus = load_corpus(arguments[0], Path(arguments[1]))
-    return corpus.sha256, int(corpus.train.astype(np.int64).sum())
-
-
 def test_many_processes_at_once_read_the_same_tokens(tmp_path: Path) -> None:
-    arguments = (str(folder_of(tmp_path / "text")), str(tmp_path / "cache"))
+    arguments = (str(folder_of(tmp_path / "text")), tmp_path / "cache")
     with multiprocessing.get_context("forkserver").Pool(4) as pool:
-        answers = pool.map_async(load, [arguments] * 12, chunksize=1).get(timeout=50)
-    assert len(set(answers)) == 1
+        answers = pool.starmap_async(load_corpus, [arguments] * 12, chunksize=1).get(timeout=50)
+    assert len({(corpus.sha256, corpus.train.tobytes(), corpus.held_out.tobytes()) for corpus in answers}) == 1
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")] == []
     assert len(list((tmp_path / "cache").iterdir())) == 1
 

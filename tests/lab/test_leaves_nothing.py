@@ -82,6 +82,15 @@ def test_a_command_that_ignores_the_signal_is_killed_after_the_grace(supervise) 
     assert_gone(lab, networks, cards)
 
 
+def test_commands_that_end_by_the_signal_are_no_further_news(supervise) -> None:
+    lab = supervise("trap : USR1; sleep 60", "trap 'exit 143' TERM; while true; do sleep 0.05; done")
+    networks, cards = started(lab)
+    lab.process.send_signal(signal.SIGTERM)
+    out, _ = lab.process.communicate(timeout=10)
+    assert (out, lab.process.returncode) == ("stopped by SIGTERM 15\n", 143)
+    assert_gone(lab, networks, cards)
+
+
 def test_a_second_signal_does_not_wait_for_the_grace(supervise) -> None:
     lab = supervise(HANG, HANG, grace_s=60)
     networks, cards = started(lab)
@@ -94,10 +103,10 @@ def test_a_second_signal_does_not_wait_for_the_grace(supervise) -> None:
 
 
 def test_the_others_are_ended_after_one_failed(supervise) -> None:
-    lab = supervise("sleep 0.3; trap : USR1; echo no disk >&2; exit 7", HANG)
+    lab = supervise("sleep 0.3; trap : USR1; echo no disk >&2; exit 7", "trap : USR1; sleep 60")
     networks, cards = started(lab)
     out, err = lab.process.communicate(timeout=15)
-    assert lab.process.returncode == 1
+    assert lab.process.returncode == 7
     assert out.splitlines() == ["host0: exit code 7: no disk None"]
     assert err == "no disk\n"
     assert_gone(lab, networks, cards)

@@ -107,8 +107,14 @@ def test_a_failure_names_host_code_and_last_words_and_ends_the_others(build: Cal
     started = time.monotonic()
     result = run(build(), commands, LabOptions(notice_s=0.2))
     assert time.monotonic() - started < 5
-    assert (result.failure, result.exit_code) == ("host1: exit code 9: two", 1)
+    assert (result.failure, result.exit_code) == ("host1: exit code 9: two", 9)
     assert result.exit_codes == {"host0": -15, "host1": 9}
+
+
+def test_a_mistake_of_the_user_is_named_rather_than_its_echo_and_said_once(build: Callable[..., Cluster]) -> None:
+    commands = {"host0": shell("echo thinwire: error: port 1 is taken >&2; sleep 0.3; exit 2"), "host1": shell("exit 1")}
+    result = run(build(), commands)
+    assert (result.failure, result.exit_code) == ("host0: exit code 2: port 1 is taken", 2)
 
 
 def test_a_command_that_does_not_exist(build: Callable[..., Cluster]) -> None:
@@ -133,9 +139,9 @@ def test_train_becomes_one_agent_a_host(build: Callable[..., Cluster]) -> None:
 
 def test_the_command_line(tmp_path: Path) -> None:
     argv = [sys.executable, "-c", "from thinwire.cli.lab import app; app()", "run", "--cluster", "four-hosts-100mbit"]
-    argv += ["--json", str(tmp_path / "cards.json"), "--", "sh", "-c", "echo on $(hostname); exit $RANK"]
+    argv += ["--json", str(tmp_path / "cards.json"), "--", "sh", "-c", "echo on $(hostname); exit 3"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert done.stdout.startswith("on host0\n") and "host3 eth0" in done.stdout
     assert done.stderr.startswith("thinwire: error: host") and done.stderr.count("\n") == 1
     assert len(json.loads((tmp_path / "cards.json").read_text())["cards"]) == 4

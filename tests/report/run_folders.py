@@ -155,7 +155,7 @@ def _ledger(world_size: int, sizes: list[int], wire: list[int], steps: int) -> l
         entries.append({**setup, **common, "rank": rank, "wire_bytes": 4_257_792, "first_step": -1, "last_step": -1})
         for label, size, count in zip(LABELS, sizes, wire, strict=True):
             span = {"first_step": 0, "last_step": steps - 1, "calls": steps}
-            total = {"message_bytes": size * steps, "wire_bytes": count * steps}
+            total = {"message_bytes": size, "wire_bytes": count * steps}
             entries.append({"rank": rank, "label": label, "axis": "data", "op": "all_reduce", **common, **span, **total})
     return entries
 

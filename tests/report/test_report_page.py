@@ -168,10 +168,36 @@ def test_a_transfer_of_every_few_steps_is_counted_by_its_events(tmp_path: Path) 
     folder = make_run(tmp_path / "run", load_cluster("laptop"), steps=20)
     transfer = {"label": "outer", "axis": "data", "op": "all_reduce", "message_bytes": 600, "calls": 1, "every": 4}
     folder.write("predicted.json", {"step_s": 1.0, "transfers": [{**transfer, "wire_bytes_per_step": 225}]})
-    entry = {"label": "outer", "axis": "data", "op": "all_reduce", "message_bytes": 3000, "calls": 5, "wire_bytes": 4500}
+    entry = {"label": "outer", "axis": "data", "op": "all_reduce", "message_bytes": 600, "calls": 5, "wire_bytes": 4500}
     span = {"first_step": 3, "last_step": 19}
     folder.write("ledger.json", {"entries": [{**entry, **span, "rank": rank} for rank in range(4)]})
     assert [row.equal for row in transfer_rows(gather(folder))] == [True]
+
+
+def test_what_was_sent_before_ddp_ordered_its_buckets_is_a_row_of_its_own(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", load_cluster("laptop"), steps=10)
+    content = json.loads((folder.path / "ledger.json").read_text())
+    for entry in [entry for entry in content["entries"] if entry["label"] == "gradients/bucket0"]:
+        entry["wire_bytes"] -= entry["wire_bytes"] // entry["calls"]
+        entry["calls"], entry["first_step"] = 9, 1
+        first = {"calls": 1, "message_bytes": 77, "wire_bytes": 115, "first_step": 0, "last_step": 0}
+        content["entries"].append({**entry, **first})
+    folder.write("ledger.json", content)
+    rows = transfer_rows(gather(folder))
+    assert [row.equal for row in rows] == [True, True, True, False]
+    assert rows[-1].ledger_low == 115 and math.isnan(rows[-1].predicted_bytes)
+
+
+@pytest.mark.parametrize(("steps", "calls", "equal"), [(20, 4, True), (18, 4, True), (20, 3, False), (18, 5, False)])
+def test_one_more_event_may_end_the_run(tmp_path: Path, steps: int, calls: int, equal: bool) -> None:
+    folder = make_run(tmp_path / "run", load_cluster("laptop"), steps=steps)
+    transfer = {"label": "loss", "axis": "data", "op": "all_reduce", "message_bytes": 8, "calls": 1, "every": 5}
+    folder.write("predicted.json", {"step_s": 1.0, "transfers": [{**transfer, "wire_bytes_per_step": 12 / 5}]})
+    content = json.loads((folder.path / "ledger.json").read_text())
+    span = {"calls": calls, "wire_bytes": 12 * calls, "first_step": 4, "last_step": steps - 1}
+    content["entries"] += [{**transfer, **span, "rank": rank} for rank in range(4)]
+    folder.write("ledger.json", content)
+    assert transfer_rows(gather(folder))[0].equal is equal
 
 
 def test_cards_add_up_by_host(tmp_path: Path) -> None:

@@ -3,17 +3,14 @@
 from pathlib import Path
 
 
-def conclude(results: Path) -> None:
-    """`results`: where the ranks have left `run_folder`; without it (they failed) there is nothing to say."""
-    told = results / "run_folder"
-    if not told.is_file():
-        return
+def conclude(run_folder: Path) -> None:
+    """Print predicted beside measured, and write the report."""
     from rich.console import Console
 
     from thinwire.record import RunFolder
     from thinwire.report import gather, table, write_report
 
-    folder = RunFolder.open(told.read_text(encoding="utf-8"))
+    folder = RunFolder.open(run_folder)
     page = write_report(folder)
     console = Console()
     console.print(table(gather(folder)))

@@ -22,6 +22,7 @@ def run(
     """
     from rich.console import Console
 
+    from thinwire.cli.conclude import conclude
     from thinwire.cluster import load_cluster
     from thinwire.lab import cards
     from thinwire.lab.commands import processes_for
@@ -33,8 +34,12 @@ def run(
     prepared = prepare(network, options)
     for note in prepared[1].notes:
         typer.echo(f"thinwire: lab: {note}", err=True)
+    if unpaced:
+        typer.echo("thinwire: lab: compute is not paced; hosts that wait lend their cores to the others", err=True)
     result = launch(network, processes, options, prepared)
     Console().print(cards.table(result.cards, result.seconds))
+    if result.run_folder and result.failure is None:
+        conclude(result.run_folder)
     if json_path:
         cards.write(json_path, result.cards, {})
     if result.failure:

@@ -18,30 +18,37 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="A run folder to go on with, from its last checkpoint.")] = None,
 ) -> None:
     """Train a model; print and record predicted and measured times and bytes."""
+    from thinwire.train.runtime import read_surroundings
+
+    surroundings = read_surroundings()
+    if surroundings.place is None:
+        raise typer.Exit(_launch(run, changes or [], resume))
+    _work(surroundings, run, changes or [], resume)
+
+
+def _configure(run: Path | None, changes: list[str], resume: Path | None) -> "RunConfig":
     from thinwire.config.run import load_run
     from thinwire.errors import UserError
-    from thinwire.train.runtime import read_surroundings
 
     if resume is not None and run is not None:
         raise UserError(f"--resume {resume} goes on with that folder's run.toml; leave out {run} and use --set for changes")
     if resume is not None and not (resume / "run.toml").is_file():
         raise UserError(f"--resume {resume}: this is not a run folder; there is no run.toml in it")
-    config = load_run(resume / "run.toml" if resume else run, changes or [])
-    surroundings = read_surroundings()
-    if surroundings.place is None:
-        raise typer.Exit(_launch(config, run, changes or [], resume))
-    sys.exit(_work(config, surroundings, resume))
+    return load_run(resume / "run.toml" if resume else run, changes)
 
 
-def _launch(config: "RunConfig", run: Path | None, changes: list[str], resume: Path | None) -> int:
+def _launch(run: Path | None, changes: list[str], resume: Path | None) -> int:
     """Start the ranks on this machine, then print the table and write the report."""
     from thinwire.cli.conclude import conclude
     from thinwire.cluster import load_cluster
+
+    config = _configure(run, changes, resume)
+    ranks = config.train.ranks or (load_cluster(config.cluster.file).world_size if config.cluster.file else 2)
+    config.layout.resolve(ranks)
+
     from thinwire.train.agent import Nodes, launch
     from thinwire.train.runtime import loopback_environment
 
-    ranks = config.train.ranks or (load_cluster(config.cluster.file).world_size if config.cluster.file else 2)
-    config.layout.resolve(ranks)
     arguments = [str(run)] if run else []
     for change in changes:
         arguments += ["--set", change]
@@ -49,16 +56,21 @@ def _launch(config: "RunConfig", run: Path | None, changes: list[str], resume: P
         arguments += ["--resume", str(resume)]
     with tempfile.TemporaryDirectory(prefix="thinwire-") as results:
         code = launch(Nodes(ranks_per_node=ranks), arguments, loopback_environment() | {"THINWIRE_RESULTS": results})
-        conclude(Path(results))
+        told = Path(results) / "run_folder"
+        if told.is_file():
+            conclude(Path(told.read_text(encoding="utf-8")))
     return code
 
 
-def _work(config: "RunConfig", surroundings: "Surroundings", resume: Path | None) -> int:
+def _work(surroundings: "Surroundings", run: Path | None, changes: list[str], resume: Path | None) -> None:
     """Be one rank. Whatever goes wrong becomes one line, for the launcher if it listens."""
     from thinwire.errors import UserError
-    from thinwire.train.worker import failure_line, work, write_error_file
+    from thinwire.train.failure import failure_line, write_error_file
 
     try:
+        config = _configure(run, changes, resume)
+        from thinwire.train.worker import work
+
         work(config, surroundings, resume)
     except Exception as error:
         line = failure_line(error, surroundings.place)
@@ -68,7 +80,6 @@ def _work(config: "RunConfig", surroundings: "Surroundings", resume: Path | None
             print(f"thinwire: error: {line}", file=sys.stderr, flush=True)
         # Not through the interpreter's end: a broken process group may wait there for peers that are gone.
         _leave(2 if isinstance(error, UserError) else 1)
-    return 0
 
 
 def _leave(code: int) -> None:

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
-from itertools import pairwise
 
 import networkx
 
@@ -12,14 +11,12 @@ from thinwire.errors import UserError
 
 
 def graph(cluster: Cluster) -> networkx.DiGraph:
-    """The cluster as a networkx graph; each edge carries its Link as `link`. Parallel links: the faster one is kept."""
+    """The cluster as a networkx graph; each edge carries its Link as `link`."""
     result = networkx.DiGraph()
     result.add_nodes_from(host.name for host in cluster.hosts)
     result.add_nodes_from(switch.name for switch in cluster.switches)
     for link in cluster.links:
-        known = result.get_edge_data(link.source, link.target)
-        if known is None or known["link"].bandwidth_bps.value < link.bandwidth_bps.value:
-            result.add_edge(link.source, link.target, link=link)
+        result.add_edge(link.source, link.target, link=link)
     return result
 
 
@@ -31,6 +28,7 @@ class Routes:
         self._nodes = [cluster.node_of(rank) for rank in range(cluster.world_size)]
         self._name = cluster.name
         self._route = lru_cache(maxsize=None)(self._find)
+        self._before = lru_cache(maxsize=None)(self._search)
 
     def between(self, source_rank: int, target_rank: int) -> tuple[Link, ...]:
         """The links from one rank to another; empty when both sit on one node (memory is not modelled as a link)."""
@@ -44,11 +42,16 @@ class Routes:
                 loads[link] += payload_bytes  # type: ignore[assignment]
         return loads
 
+    def _search(self, source: str) -> dict[str, str]:
+        """For each node that can be reached, the node before it on the way from `source`."""
+        return dict(networkx.bfs_predecessors(self._graph, source))
+
     def _find(self, source: str, target: str) -> tuple[Link, ...]:
-        if source == target:
-            return ()
-        try:
-            path = networkx.shortest_path(self._graph, source, target)
-        except networkx.NetworkXException:
-            raise UserError(f"{self._name}: no way from {source!r} to {target!r}; add the missing link") from None
-        return tuple(self._graph.edges[a, b]["link"] for a, b in pairwise(path))
+        links: list[Link] = []
+        before = self._before(source)
+        while target != source:
+            if target not in before:
+                raise UserError(f"{self._name}: no way from {source!r} to {target!r}; add the missing link")
+            links.append(self._graph.edges[before[target], target]["link"])
+            target = before[target]
+        return tuple(reversed(links))

@@ -4,6 +4,7 @@ A bandwidth is always the line rate of a card or cable. Frame headers take their
 so at best bandwidth_bps / FRAME_OVERHEAD arrive as payload.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from thinwire.errors import UserError
@@ -35,6 +36,8 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
+    """A machine with one or more devices. address: where to reach it, if that is known."""
+
     name: str
     devices: tuple[Device, ...]
     rack: str | None = None
@@ -43,6 +46,8 @@ class Host:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Switch:
+    """A node that only forwards. kind: "network", "nvswitch" or "optical"."""
+
     name: str
     kind: str = "network"
 
@@ -67,31 +72,67 @@ class Cluster:
     links: tuple[Link, ...] = ()
     ranks: tuple[str, ...] = ()
     _host_of_device: dict[str, Host] = field(default_factory=dict, repr=False, compare=False)
+    _linked: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for host in self.hosts:
             for device in host.devices:
                 self._host_of_device[device.name] = host
+        for link in self.links:
+            self._linked.update((link.source, link.target))
         if not self.ranks:
             object.__setattr__(self, "ranks", tuple(self._host_of_device))
-        self._check()
+        self._check_names()
+        self._check_links()
+        self._check_ranks()
 
-    def _check(self) -> None:
+    def _check_names(self) -> None:
         names = [node for host in self.hosts for node in (host.name, *(device.name for device in host.devices))]
         names += [switch.name for switch in self.switches]
-        doubled = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-        if doubled:
-            raise UserError(f"{self.name}: the name {doubled[0]!r} is given twice; names of nodes must differ")
-        known = set(names)
-        for link in self.links:
-            for end in (link.source, link.target):
-                if end not in known:
-                    raise UserError(f"{self.name}: link {link.source!r} -> {link.target!r}: there is no host or switch {end!r}")
+        doubled = next((name for name, times in Counter(names).items() if times > 1), None)
+        if doubled is not None:
+            raise UserError(f"{self.name}: the name {doubled!r} is given twice; names of nodes must differ")
+        for host in self.hosts:
+            if not host.devices:
+                raise UserError(f"{self.name}: host {host.name!r} has no device; a host has one or more")
+            for device in host.devices:
+                if not device.name.startswith(f"{host.name}/"):
+                    raise UserError(f"{self.name}: device {device.name!r}: its name must begin with {host.name + '/'!r}")
+        for end in sorted(self._linked.difference(names)):
+            link = next(link for link in self.links if end in (link.source, link.target))
+            known = _some([name for name in names if name not in self._host_of_device])
+            raise UserError(
+                f"{self.name}: link {link.source!r} -> {link.target!r}: there is no host or switch {end!r}; known: {known}"
+            )
+
+    def _check_links(self) -> None:
+        ends = Counter((link.source, link.target) for link in self.links)
+        for (source, target), times in ends.items():
+            if source == target:
+                raise UserError(f"{self.name}: link {source!r} -> {target!r}: a link joins two different nodes")
+            if times > 1:
+                raise UserError(
+                    f"{self.name}: link {source!r} -> {target!r} is given {times} times; write one with the bandwidth of all"
+                )
+
+    def _check_ranks(self) -> None:
         for name in self.ranks:
             if name not in self._host_of_device:
                 raise UserError(f"{self.name}: ranks: there is no device {name!r}; known: {_some(list(self._host_of_device))}")
         if len(set(self.ranks)) < len(self.ranks):
-            raise UserError(f"{self.name}: ranks: a device is listed twice; each device carries one rank")
+            doubled = Counter(self.ranks).most_common(1)[0][0]
+            raise UserError(f"{self.name}: ranks: {doubled!r} is listed twice; each device carries one rank")
+        nodes = list(dict.fromkeys(self.node_of(rank) for rank in range(self.world_size)))
+        ahead: dict[str, list[str]] = {}
+        back: dict[str, list[str]] = {}
+        for link in self.links:
+            ahead.setdefault(link.source, []).append(link.target)
+            back.setdefault(link.target, []).append(link.source)
+        there, from_there = _reached(nodes[0], ahead), _reached(nodes[0], back)
+        for node in nodes:
+            for known, source, target in ((there, nodes[0], node), (from_there, node, nodes[0])):
+                if node not in known:
+                    raise UserError(f"{self.name}: no way from {source!r} to {target!r}; add the missing link or card")
 
     @property
     def world_size(self) -> int:
@@ -111,8 +152,15 @@ class Cluster:
     def node_of(self, rank: int) -> str:
         """The node of the graph where the messages of `rank` start: its device if that has a link, else its host."""
         name = self.ranks[rank]
-        has_link = any(name in (link.source, link.target) for link in self.links)
-        return name if has_link else self.host_of(rank).name
+        return name if name in self._linked else self.host_of(rank).name
+
+
+def _reached(start: str, neighbours: dict[str, list[str]]) -> set[str]:
+    reached, edge = {start}, [start]
+    while edge:
+        edge = [node for last in edge for node in neighbours.get(last, ()) if node not in reached]
+        reached.update(edge)
+    return reached
 
 
 def _some(names: list[str], limit: int = 8) -> str:

@@ -1,6 +1,6 @@
 """Explicit seams: collectives that our own hooks issue, entered in the ledger whatever the backend.
 
-Over the metered backend the call is entered there, and the seam gives the label; over any other (NCCL on CUDA) the seam enters it.
+Over the metered backend the call is entered there and the seam gives the label; over any other (NCCL on CUDA) the seam enters it.
 """
 
 import time

@@ -86,10 +86,10 @@ _GPT2 = {"positions": "learned", "norm": "layer", "mlp": "gelu", "tied": True}
 _LLAMA3 = {"vocabulary": 128_256, "context": 8192, "rotary_base": 500_000.0}
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "1m": {"layers": 5, "width": 128, "heads": 4, "context": 256, "norm": "layer", "mlp": "gelu"},
-    "3m": {"layers": 7, "width": 192, "heads": 6, "context": 256, "norm": "layer", "mlp": "gelu"},
-    "10m": {"layers": 8, "width": 320, "heads": 5, "context": 512},
-    "30m": {"layers": 9, "width": 512, "heads": 8, "context": 1024},
+    "1m": {"layers": 4, "width": 128, "heads": 4, "hidden": 448, "context": 256, "init_std": 0.06},
+    "3m": {"layers": 7, "width": 192, "heads": 6, "context": 256, "init_std": 0.05},
+    "10m": {"layers": 8, "width": 320, "heads": 5, "context": 512, "init_std": 0.04},
+    "30m": {"layers": 9, "width": 512, "heads": 8, "context": 1024, "init_std": 0.03},
     "124m": {"layers": 12, "width": 768, "heads": 12, "vocabulary": 50_257, "context": 1024, **_GPT2},
     "350m": {"layers": 24, "width": 1024, "heads": 16, "vocabulary": 50_257, "context": 1024, **_GPT2},
     "1b": {"layers": 20, "width": 2048, "heads": 16, "kv_heads": 4, "hidden": 5632, "vocabulary": 32_000, "context": 4096},

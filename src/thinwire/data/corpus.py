@@ -77,6 +77,16 @@ def load_corpus(source: str, cache: Path, tokenizer: str = BYTES) -> Corpus:
     return _read(folder, source, encoder)
 
 
+def sample(tokens: NDArray[Any], most: int, chunk: int = 4096) -> NDArray[Any]:
+    """At most `most` tokens, in chunks spread evenly over all: one held-out text for the model and for its baseline alike."""
+    if len(tokens) <= most:
+        return tokens
+    chunk = min(chunk, most)
+    count = most // chunk
+    starts = np.arange(count, dtype=np.int64) * (len(tokens) - chunk) // max(1, count - 1)
+    return np.concatenate([tokens[start : start + chunk] for start in starts])
+
+
 def split_files(sizes: Sequence[int], digests: Sequence[str]) -> frozenset[str]:
     """The digests of the contents that are held out; empty where whole files cannot give about 5 %."""
     total = sum(sizes)

@@ -51,11 +51,10 @@ def run(orders: dict[str, Any]) -> dict[str, Any]:
     watch = Watch(processes, control=0, notice_s=orders["notice_s"], grace_s=orders["grace_s"])
     seconds = watch.run()
     after = {name: spaces.counters(host["netns"]) for name, host in hosts.items()}
-    failed = watch.first_failure
     return {
         "seconds": seconds,
         "processes": [{"host": p.host, "code": p.code, "last_line": p.last_line()} for p in processes],
-        "failed": processes.index(failed) if failed else None,
+        "failures": [processes.index(failed) for failed in watch.failures],
         "signal": watch.signal,
         "counters": {
             name: {card: [now - then for now, then in zip(after[name][card], before[name][card], strict=True)] for card in cards}

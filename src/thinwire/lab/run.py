@@ -50,9 +50,13 @@ class LabOptions:
 
 @dataclass(frozen=True, slots=True)
 class LabResult:
-    """What came of it. `failure` is one line, None where every command succeeded; `results` are texts that they left."""
+    """What came of it. `failure` is one line, None where every command succeeded; `results` are texts that they left.
+
+    `exit_code` is 0 only if all succeeded: else that of the host in `failure`, or 128 + signal where one ended them.
+    """
 
     exit_codes: dict[str, int]
+    exit_code: int
     failure: str | None
     signal: int | None
     seconds: float
@@ -61,13 +65,6 @@ class LabResult:
     paced: bool
     results: dict[str, str] = field(default_factory=dict)
     run_folder: Path | None = None
-
-    @property
-    def exit_code(self) -> int:
-        """0 only if all succeeded; 128 + signal where a signal ended them, else 1."""
-        if self.failure is None:
-            return 0
-        return 128 + self.signal if self.signal else 1
 
 
 def prepare(cluster: Cluster, options: LabOptions) -> tuple[Kernel, Wiring]:
@@ -123,7 +120,7 @@ def _orders(
         hosts[host.name] = {
             "netns": netns,
             "interfaces": [card.interface for card in wiring.cards if card.host == host.name],
-            "hosts_file": "127.0.0.1 localhost\n" + "".join(f"{a} {name}\n" for name, a in wiring.addresses.items()),
+            "hosts_file": _hosts_file(wiring),
             "lab": lab,
         }
     with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
@@ -145,6 +142,14 @@ def _orders(
         "notice_s": options.notice_s,
         "grace_s": options.grace_s,
     }
+
+
+def _hosts_file(wiring: Wiring) -> str:
+    """Names of all hosts. The second half is for servers on IPv6 sockets, which look callers up by mapped addresses."""
+    known = {"localhost": "127.0.0.1", **wiring.addresses}
+    plain = [f"{address} {name}" for name, address in known.items()]
+    mapped = [f"::ffff:{address} {name}.lab" for name, address in known.items()]
+    return "\n".join([*plain, *mapped, ""])
 
 
 def _talk(kernel: Kernel, orders: dict[str, Any]) -> dict[str, Any]:
@@ -232,10 +237,12 @@ def _result(cluster: Cluster, wiring: Wiring, answer: dict[str, Any], *, paced: 
         sent, received = answer["counters"][card.host][card.interface]
         shares = (8 * count / (link.bandwidth_bps.value * seconds) for count, link in ((sent, card.out), (received, card.back)))
         counts.append(CardCount(card.host, card.interface, sent, received, *shares))
+    failed = _failed(answer)
     folder = answer["results"].get("run_folder", "").strip()
     result = LabResult(
         exit_codes=codes,
-        failure=_failure(answer),
+        failure=_failure(answer, failed),
+        exit_code=128 + answer["signal"] if failed and answer["signal"] else max(1, failed["code"]) if failed else 0,
         signal=answer["signal"],
         seconds=seconds,
         cards=tuple(counts),
@@ -250,14 +257,21 @@ def _result(cluster: Cluster, wiring: Wiring, answer: dict[str, Any], *, paced: 
     return result
 
 
-def _failure(answer: dict[str, Any]) -> str | None:
-    """One line that names the host, how it ended, and its last words."""
+def _failed(answer: dict[str, Any]) -> dict[str, Any] | None:
+    """The process that tells most of why: exit code 1 may be the echo of another host's end, other codes are specific."""
     processes = answer["processes"]
-    failed = processes[answer["failed"]] if answer["failed"] is not None else None
-    failed = failed or next((process for process in processes if process["code"] != 0), None)
+    failed = [processes[index] for index in answer["failures"]] or [process for process in processes if process["code"] != 0]
+    return min(failed, key=lambda process: process["code"] == 1, default=None)
+
+
+def _failure(answer: dict[str, Any], failed: dict[str, Any] | None) -> str | None:
+    """One line that names the host, how it ended, and its last words."""
     if failed is None:
         return None
     code = failed["code"]
+    why = f"stopped by {signal.Signals(answer['signal']).name}" if answer["signal"] else ""
+    if why and code in (-answer["signal"], 128 + answer["signal"]):
+        return why
     how = f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"
-    why = f"stopped by {signal.Signals(answer['signal']).name}: " if answer["signal"] else ""
-    return f"{why}{failed['host']}: {how}: {failed['last_line']}"
+    what = f"{failed['host']}: {how}: {failed['last_line'].removeprefix('thinwire: error: ')}"
+    return f"{why}: {what}" if why else what

@@ -17,6 +17,7 @@ from thinwire.lab.spaces import Space
 KILL_AFTER_S = 2.0
 TAIL_LINES = 20
 LINE_BYTES = 4096
+OWN_ERROR = b"thinwire: error: "
 
 
 class Running:
@@ -46,10 +47,11 @@ class Running:
         )
 
     def hear(self, name: str, chunk: bytes) -> None:
-        """Keep the last lines; the first process's stderr goes on to the terminal."""
+        """Keep the last lines; stderr of the first process goes on to the terminal, less what the lab says in the end."""
         if self.streams:
+            shown = b"".join(line for line in chunk.splitlines(keepends=True) if not line.startswith(OWN_ERROR))
             try:
-                os.write(2, chunk)
+                os.write(2, shown)
             except OSError:
                 self.streams = False
         first, *others = chunk.split(b"\n")
@@ -73,11 +75,11 @@ class Running:
 
 
 class Watch:
-    """Wait for all processes. `first_failure` is the one that failed by itself first; `signal` what came from outside."""
+    """Wait for all processes. `failures` are those that failed by themselves, in order; `signal` what came from outside."""
 
     def __init__(self, processes: list[Running], control: int, notice_s: float, grace_s: float) -> None:
         self.processes = processes
-        self.first_failure: Running | None = None
+        self.failures: list[Running] = []
         self.signal: int | None = None
         self._notice_s, self._grace_s, self._control = notice_s, grace_s, control
         self._deadline, self._ending = float("inf"), False
@@ -132,10 +134,10 @@ class Watch:
     def _on_signal(self, number: int) -> None:
         again = self.signal is not None
         self.signal = number
-        self._deadline = time.monotonic() + (KILL_AFTER_S if again else self._grace_s)
+        self._deadline = time.monotonic() + self._grace_s
         self._ending = True
         for process in self.processes:
-            process.send(signal.SIGTERM if again else number)
+            process.send(signal.SIGKILL if again else number)
 
     def _reap(self) -> None:
         """Collect every child that has ended; orphans of the hosts end up here too."""
@@ -152,9 +154,10 @@ class Watch:
                     self._after(process)
 
     def _after(self, process: Running) -> None:
-        if process.code != 0 and self.first_failure is None and not self._ending:
-            self.first_failure = process
-            self._deadline = time.monotonic() + self._notice_s
+        if process.code != 0 and not self._ending:
+            if not self.failures:
+                self._deadline = time.monotonic() + self._notice_s
+            self.failures.append(process)
 
     def _end(self) -> None:
         """The time is up: first ask, then kill."""

@@ -33,6 +33,8 @@ PARTS = {
 }
 """The parts of a step by key, in the order in which they are drawn; what they leave of the step is `OTHER`."""
 OTHER = "not accounted for"
+EVEN_OPS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
+"""Collectives in which every rank of a group sends the same number of bytes."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ class Row:
 class TransferRow:
     """One Transfer, predicted and in the ledger: bytes sent by one rank over the recorded steps.
 
-    `ledger_low`, `ledger_high`: the least and the most that a rank recorded; nan without a ledger.
+    `ledger_low`, `ledger_high`: the least and the most that a rank recorded; nan without a ledger. `equal`: to the byte,
+    on every rank; for an op in which ranks send unequal shares on rank 0, of which the prediction speaks.
     """
 
     label: str
@@ -122,12 +125,7 @@ class TransferRow:
     predicted_bytes: float
     ledger_low: float
     ledger_high: float
-    ranks: int
-
-    @property
-    def equal(self) -> bool:
-        """To the byte; on every rank, but for ops in which ranks differ: there on rank 0, of which the prediction speaks."""
-        return all(abs(self.predicted_bytes - known) < 0.5 for known in (self.ledger_low, self.ledger_high))
+    equal: bool
 
 
 @dataclass(frozen=True)
@@ -214,11 +212,11 @@ def transfer_rows(facts: Facts) -> list[TransferRow]:
         if last == end and (end - first) % transfer.every:
             events += 1
         total = events * transfer.every * transfer.wire_bytes_per_step
-        rows.append(_transfer_row(key, total, found, facts.ledger is not None))
+        rows.append(_transfer_row(key, total, found, facts))
     rest: dict[tuple[str, str, str], list[LedgerEntry]] = defaultdict(list)
     for (label, axis, op, _), found in exact.items():
         rest[label, axis, op] += found
-    return rows + [_transfer_row(key, math.nan, found, True) for key, found in rest.items()]
+    return rows + [_transfer_row(key, math.nan, found, facts) for key, found in rest.items()]
 
 
 def setup_bytes(facts: Facts) -> float:
@@ -248,15 +246,22 @@ def final_loss(events: Iterable[Step] | Iterable[Eval]) -> float:
     return ([event.loss for event in events] or [math.nan])[-1]
 
 
-def _transfer_row(key: tuple[str, str, str], predicted_bytes: float, found: list[LedgerEntry], metered: bool) -> TransferRow:
-    nothing = 0.0 if metered else math.nan
-    by_rank: dict[int, float] = defaultdict(float)
+def _transfer_row(key: tuple[str, str, str], predicted_bytes: float, found: list[LedgerEntry], facts: Facts) -> TransferRow:
+    nothing = math.nan if facts.ledger is None else 0.0
+    by_rank = dict.fromkeys(range(facts.record.world_size) if key[2] in EVEN_OPS else [0], nothing)
     calls: dict[int, int] = defaultdict(int)
     for entry in found:
-        by_rank[entry.rank] += entry.wire_bytes
+        by_rank[entry.rank] = by_rank.get(entry.rank, 0.0) + entry.wire_bytes
         calls[entry.rank] += entry.calls
-    low, high = (min(by_rank.values()), max(by_rank.values())) if by_rank else (nothing, nothing)
-    return TransferRow(*key, max(calls.values(), default=0), predicted_bytes, low, high, len(by_rank))
+    compared = by_rank.values() if key[2] in EVEN_OPS else [by_rank[0]]
+    return TransferRow(
+        *key,
+        calls=max(calls.values(), default=0),
+        predicted_bytes=predicted_bytes,
+        ledger_low=min(by_rank.values()),
+        ledger_high=max(by_rank.values()),
+        equal=all(abs(predicted_bytes - known) < 0.5 for known in compared),
+    )
 
 
 def _steady(steps: list[Step]) -> list[Step]:

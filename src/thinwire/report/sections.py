@@ -66,7 +66,7 @@ def headline(facts: Facts) -> Markup:
         tag("p", f"thinwire {record.thinwire} · started {moment(record.started)} · {facts.finished}", class_="when"),
         tag("h1", facts.name),
         tag("p", ran, class_="ran"),
-        tag("p", verdict(facts.measured, facts.predicted), class_="verdict"),
+        tag("p", verdict(facts.measured, facts.predicted).replace(" %", "\u00a0%"), class_="verdict"),
         tag(
             "dl",
             *(tag("div", tag("dt", name), tag("dd", value), tag("small", note)) for name, value, note in tiles),

@@ -2,9 +2,10 @@
 
     g = 1/p sum over ranks of ( 1/k sum over k micro-batches of grad loss )
 
-The gradients go out in buckets while the backward pass goes on (Li et al. 2020, PyTorch Distributed, VLDB, section 4.2): parameters
-are taken in reverse order of registration, and a bucket is closed when it holds `bucket_bytes` or more. Each bucket is divided
-by p and all-reduced. Underneath is DistributedDataParallel; the exchange is our communication hook on it.
+The gradients go out in buckets while the backward pass goes on (Li et al. 2020, PyTorch Distributed, VLDB, section 4.2):
+parameters are taken in reverse order of registration, and a bucket is closed when it holds `bucket_bytes` or more. Each bucket
+is divided by p and all-reduced. Only in the very first step, when the order is not
+known yet, all goes in one bucket. Underneath is DistributedDataParallel; the exchange is our communication hook on it.
 """
 
 import time
@@ -65,9 +66,7 @@ class EveryStepSync:
         ]
 
     @contextmanager
-    def attached(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh
-    ) -> Iterator[torch.nn.Module]:
+    def attached(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> Iterator[torch.nn.Module]:
         """Wraps `model`. Collective: every rank of the axis."""
         self._group = mesh.get_group(self._axis)
         with self._ledger.label("replica set-up"):

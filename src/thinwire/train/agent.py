@@ -17,8 +17,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from thinwire.train.runtime import environment
 
-INTERRUPTED = 130
+LOST = 1
 USER_ERROR = 2
+RANK_DIED = 3
+"""Exit codes: a rank failed (often because another one did), a mistake of the user, a rank died without a word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ def launch(nodes: Nodes, arguments: list[str], variables: dict[str, str]) -> int
     )
     command = ["-m", "thinwire", "train", *arguments]
     try:
-        with environment({"OMP_NUM_THREADS": "1"} | variables):
+        with environment({"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | variables):
             elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:
         line, code = _root_cause(list(error.failures.values()), nodes)
@@ -78,9 +80,9 @@ def _root_cause(failures: list[ProcessFailure], nodes: Nodes) -> tuple[str, int]
         first = died[0]
         rank = nodes.node_rank * nodes.ranks_per_node + first.local_rank
         how = f"was ended by {signal.Signals(-first.exitcode).name}" if first.exitcode < 0 else f"ended with {first.exitcode}"
-        return f"rank {rank} (process {first.pid}) {how}; the last whole checkpoint is kept, go on with --resume", 1
+        return f"rank {rank} (process {first.pid}) {how}; the last whole checkpoint is kept, go on with --resume", RANK_DIED
     first = min(failures, key=lambda failure: failure.timestamp)
-    return told(first)["message"], 1
+    return told(first)["message"], LOST
 
 
 def main() -> int:

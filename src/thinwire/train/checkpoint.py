@@ -1,8 +1,8 @@
 """Checkpoints that survive whatever happens while they are written, and resume a run bit for bit.
 
 A checkpoint is a folder `step-000120`: torch.distributed.checkpoint files for model and optimizer, one `rank-00000.pt` per rank
-(random state, synchroniser), `progress.json`, and `checksums.json` over all of them. It is written aside as `.step-000120.tmp` and
-renamed when whole, so a name without a dot is complete; a damaged one is found by its checksums and never loaded.
+(random state, synchroniser), `progress.json`, and `checksums.json` over all of them. It is written aside as `.step-000120.tmp`
+and renamed when whole, so a name without a dot is complete; a damaged one is found by its checksums and never loaded.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,7 +68,9 @@ def save(folder: Path, parts: Parts, progress: Progress) -> Path:
 
 
 def load(path: Path, parts: Parts) -> Progress:
-    """Load a checkpoint into `parts`. UserError, on every rank, if it is damaged or from another number of ranks."""
+    """Load a checkpoint into `parts`, before their first backward pass. UserError, on every rank, if it is damaged or does not fit."""
+    # With gradients there, torch would take the optimizer for initialised and load none of its state.
+    assert all(parameter.grad is None for parameter in parts.model.parameters()), "load before the first backward pass"
     progress = read_progress(path)
     verdict = [_verify(path) if parts.rank == 0 else None]
     with parts.ledger.label("checkpoint"), _said(f"checkpoint {path}", "read"):
@@ -80,7 +83,7 @@ def load(path: Path, parts: Parts) -> Progress:
                 "resume with the same number"
             )
         model, optimizer = get_state_dict(parts.model, parts.optimizer)
-        state = {"model": model, "optimizer": optimizer}
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
         dcp.load(state, checkpoint_id=path)
         set_state_dict(parts.model, parts.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         mine = torch.load(path / _rank_file(parts.rank), weights_only=True)
@@ -161,4 +164,3 @@ def _said(what: str, done: str) -> Iterator[None]:
     except dcp.api.CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
         raise UserError(f"{what} cannot be {done}: {first}") from None
-

@@ -37,9 +37,9 @@ def declared_rates(cluster: Cluster) -> tuple[float, ...] | None:
     return known if len(known) == len(rates) else None
 
 
-def timed_rates(task: Task, stepper: Stepper, layout: Layout, ledger: Ledger, rank: int) -> tuple[float, ...]:
+def timed_rates(task: Task, stepper: Stepper, layout: Layout, ledger: Ledger) -> tuple[float, ...]:
     """What each rank achieves on one micro-batch, all computing at once, nothing exchanged. Collective."""
-    batch = task.batch(0, 0, rank)
+    batch = task.batch(0, 0, dist.get_rank())
     seconds = []
     with ledger.label("calibration"):
         dist.barrier()

@@ -1,18 +1,21 @@
 """Paced compute: a rank computes at the rate that its device declares, however busy the machine really is.
 
 In a lab many ranks share few cores, and an idle rank lends its core to the others; stragglers and waiting would then vanish.
-So each forward and each backward pass follows a clock: the pass starts, and after block k it sleeps until
+So each forward and each backward pass follows a clock: the pass starts at t, and block k is over no sooner than
 
-    start + (share of the pass's flops up to and including block k) / flops_per_s
+    t + (share of the pass's flops up to and including block k) / flops_per_s
 
-The exchange goes on while it sleeps. A block that takes longer than its share is made up for by the next ones of the same pass;
-a pass that ends late is counted as missed. Flops outside the blocks (embedding, head) are spread evenly over the blocks.
+The exchange goes on while a rank sleeps. Going backward it sleeps before a block as long as the block has time to spare, so that
+gradients become ready when they would on the declared device, at the end of their block's share. A block that takes longer than
+its share is made up for by the next ones of the same pass; a pass that ends late is counted as missed. Flops outside the blocks
+(embedding, head) are spread evenly over the blocks. Evaluation is not paced.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -21,6 +24,8 @@ from thinwire.workload import Workload
 
 TOLERANCE = 0.02
 """A pass that ends later than this fraction is missed."""
+SMOOTHING = 0.2
+"""Weight of the newest block in the running mean of what a block takes."""
 
 
 @dataclass
@@ -31,8 +36,9 @@ class Pacer:
     backward_s: float
     passes: int = 0
     missed: int = 0
-    late_s: float = 0.0
-    _start: float = 0.0
+    _pass_started: float = 0.0
+    _block_started: float = 0.0
+    _block_takes_s: float = 0.0
     _handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
 
     @classmethod
@@ -47,15 +53,16 @@ class Pacer:
         """Hooks on, at the end hooks off. `blocks` in the order of the forward pass."""
         if not blocks:
             raise UserError("paced compute wants a model with repeated blocks, and this one names none; use --unpaced")
+        count = len(blocks)
         for index, block in enumerate(blocks):
-            done = (index + 1) / len(blocks)
             if index == 0:
-                self._handles.append(block.register_forward_pre_hook(self._begin))
-            self._handles.append(block.register_forward_hook(_after_forward(self, done)))
-            if index == len(blocks) - 1:
-                self._handles.append(block.register_full_backward_pre_hook(self._begin))
-            left = (len(blocks) - index) / len(blocks)
-            self._handles.append(block.register_full_backward_hook(_after(self, left, self.backward_s)))
+                self._keep(block.register_forward_pre_hook, self._begin_pass)
+            self._keep(block.register_forward_hook, partial(self._end_forward, (index + 1) / count))
+            if index == count - 1:
+                self._keep(block.register_full_backward_pre_hook, self._begin_pass)
+            share = (count - index) / count
+            self._keep(block.register_full_backward_pre_hook, partial(self._begin_backward, share))
+            self._keep(block.register_full_backward_hook, partial(self._end_backward, share))
         try:
             yield
         finally:
@@ -65,32 +72,40 @@ class Pacer:
 
     @property
     def missed_fraction(self) -> float:
+        """Passes that ended later than declared."""
         return self.missed / max(1, self.passes)
 
-    def _begin(self, *_: object) -> None:
-        self._start = time.perf_counter()
+    def _keep(self, register: Callable[..., torch.utils.hooks.RemovableHandle], hook: Callable[..., None]) -> None:
+        self._handles.append(register(hook))
 
-    def hold(self, share: float, pass_s: float) -> None:
-        """Sleep until `share` of the pass should be over."""
-        ahead = self._start + share * pass_s - time.perf_counter()
-        if ahead > 0:
-            time.sleep(ahead)
+    def _begin_pass(self, *_: object) -> None:
+        self._pass_started = time.perf_counter()
+
+    def _end_forward(self, share: float, *_: object) -> None:
+        if torch.is_grad_enabled():
+            self._hold(share, self.forward_s)
+
+    def _begin_backward(self, share: float, *_: object) -> None:
+        end = self._pass_started + share * self.backward_s
+        _sleep_until(end - self._block_takes_s)
+        self._block_started = time.perf_counter()
+
+    def _end_backward(self, share: float, *_: object) -> None:
+        took = time.perf_counter() - self._block_started
+        self._block_takes_s += (took - self._block_takes_s) * (SMOOTHING if self._block_takes_s else 1.0)
+        self._hold(share, self.backward_s)
+
+    def _hold(self, share: float, pass_s: float) -> None:
+        """Sleep until `share` of the pass should be over; at its end see whether that was kept."""
+        late = -_sleep_until(self._pass_started + share * pass_s)
         if share == 1.0:
             self.passes += 1
-            self.late_s += max(0.0, -ahead)
-            self.missed += -ahead > TOLERANCE * pass_s
+            self.missed += late > TOLERANCE * pass_s
 
 
-def _after(pacer: Pacer, share: float, pass_s: float) -> Callable[..., None]:
-    def hook(*_: object) -> None:
-        pacer.hold(share, pass_s)
-
-    return hook
-
-
-def _after_forward(pacer: Pacer, share: float) -> Callable[..., None]:
-    def hook(*_: object) -> None:
-        if torch.is_grad_enabled():  # an evaluation is not paced: it is not what is measured
-            pacer.hold(share, pacer.forward_s)
-
-    return hook
+def _sleep_until(moment: float) -> float:
+    """Returns by how much the moment was still ahead; negative if it had passed."""
+    ahead = moment - time.perf_counter()
+    if ahead > 0:
+        time.sleep(ahead)
+    return ahead

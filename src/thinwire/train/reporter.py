@@ -30,7 +30,8 @@ class Reporter:
         self.folder.append(event)
         wait = (event.exposed_s + event.waiting_s) / event.step_s
         self._say(
-            f"step {event.step:>{len(str(self.num_steps))}}/{self.num_steps}  loss {event.loss:.3f}  {event.tokens_per_s:,.0f} tokens/s  "
+            f"step {event.step:>{len(str(self.num_steps))}}/{self.num_steps}  loss {event.loss:.3f}  "
+            f"{event.tokens_per_s:,.0f} tokens/s  "
             f"{show(event.step_s, 's')} a step  {show(event.wire_bytes, 'B')} a step on the wire  {wait:.0%} waiting for the wire"
         )
         self._scalars(event.step, {"loss/train": event.loss, "learning_rate": event.learning_rate})

@@ -1,4 +1,4 @@
-"""The rank's surroundings: who started it, its place among the ranks, device, process group. The one file that reads the environment.
+"""The rank's surroundings: who started it, and its place among the ranks. The one file that reads the environment.
 
 Known launchers: torchrun (and our own agent), Slurm's srun, MPICH / Open MPI mpiexec, and none.
 """
@@ -140,7 +140,9 @@ def _lab(path: Path) -> Lab:
             results=Path(told["results"]),
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"THINWIRE_LAB={path} is not readable ({error!r}); start the command through `thinwire lab run`") from None
+        raise UserError(
+            f"THINWIRE_LAB={path} is not readable ({error!r}); start the command through `thinwire lab run`"
+        ) from None
 
 
 class StopRequest:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from thinwire.config.run import RunConfig
 from thinwire.data.bigram import LARGEST_VOCABULARY, bigram_loss
-from thinwire.data.corpus import load_corpus
+from thinwire.data.corpus import load_corpus, sample
 from thinwire.data.loader import IGNORED, TrainBatches, held_out_batches
 from thinwire.layout import Layout
 from thinwire.models.transformer import Transformer
@@ -64,7 +64,7 @@ class LanguageModel:
             global_batch=train.micro_batch * self._num_micro * layout.data,
             seed=train.seed,
         )
-        self._held_out = self._corpus.held_out[: train.eval_tokens + 1]
+        self._held_out = sample(self._corpus.held_out, train.eval_tokens)
         shape = config.model.shape()
         vocabulary = max(shape.vocabulary, self._corpus.vocabulary)
         self._shape = shape.model_copy(update={"vocabulary": vocabulary})

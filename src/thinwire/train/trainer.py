@@ -12,12 +12,12 @@ from thinwire.collectives.ledger import Ledger, Snapshot, difference
 from thinwire.collectives.seam import all_reduce
 from thinwire.config.run import TrainSection
 from thinwire.record.schema import Step
+from thinwire.traffic import Transfer
 from thinwire.train import checkpoint
 from thinwire.train.reporter import Reporter
 from thinwire.train.runtime import StopRequest
 from thinwire.train.step import Stepper, StepTimes, learning_rate
 from thinwire.train.task import Task
-from thinwire.traffic import Transfer
 
 NUMBER_BYTES = 8
 """Reports are float64."""
@@ -81,10 +81,9 @@ class Trainer:
             self._interval_loss += loss
             self.tokens += self.task.workload.tokens_per_microbatch * self.num_micro * self.group.size()
             done = step + 1
-            if done % train.log_every == 0 or done == train.steps:
-                if self._report(done):
-                    reason = "interrupted"
-                    break
+            if (done % train.log_every == 0 or done == train.steps) and self._report(done):
+                reason = "interrupted"
+                break
             pause = time.perf_counter()
             if train.eval_every and done % train.eval_every == 0 and done < train.steps:
                 self.evaluate(done)

@@ -1,0 +1,52 @@
+# The two commands of a new user are `make train` and `make test`; both set up .venv if it is not there.
+
+PYTHON ?= python3
+CLUSTER ?= clusters/four-hosts-100mbit.toml
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test check format clean
+
+help: ## print these targets
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP) ## make .venv with what constraints.txt pins (about 1.5 GB with the CPU build of torch)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else "thinwire needs Python 3.11 or newer and $(PYTHON) is %d.%d; try: make PYTHON=python3.12" % v[:2])'
+	@echo "setting up .venv: torch and what it needs, then thinwire; some minutes, once"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) torch hatchling editables
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+train: setup ## train a small language model on four hosts joined by 100 Mbit/s
+	@if $(BIN)/thinwire lab check > /dev/null 2>&1; then \
+	  $(BIN)/thinwire lab run --cluster $(CLUSTER) -- thinwire train examples/quickstart.toml; \
+	else \
+	  echo "no network namespaces here (see: $(BIN)/thinwire lab check): training on four local ranks instead"; \
+	  $(BIN)/thinwire train examples/quickstart.toml; \
+	fi
+
+test: setup ## run every test
+	@$(BIN)/python -m pytest
+
+check: setup ## lint, format, types, floors
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: setup ## let ruff put the code into form
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench-%: setup ## run one benchmark on CLUSTER, e.g. make bench-ddp; rows go to runs/bench-ddp.json
+	@mkdir -p runs
+	@$(BIN)/thinwire bench $* --cluster $(CLUSTER) --json runs/bench-$*.json
+
+clean: ## remove .venv and caches; runs/ stays
+	@rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,32 @@
+"""`thinwire bench NAME`: ours and the peer in turns, in one run; a table in the terminal, flat rows in a file."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def bench(
+    name: Annotated[str, typer.Argument(help="Which: `thinwire bench list` names them.")],
+    cluster: Annotated[str | None, typer.Option(help="A cluster file, or the name of a shipped one.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of this benchmark.")] = None,
+) -> None:
+    """Measure on this machine and compare. Takes minutes."""
+    import json
+
+    from rich.console import Console
+
+    from thinwire.bench import registry
+    from thinwire.bench.table import table
+
+    if name == "list":
+        for known, about in registry.describe().items():
+            typer.echo(f"{known:<8} {about}")
+        return
+    options: dict[str, Any] = registry.parse_options(changes or [])
+    rows = registry.find(name)(cluster, options)
+    Console().print(table(name, rows))
+    if json_path is not None:
+        content = {"bench": name, "machine": registry.machine(), "rows": rows}
+        json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,119 @@
+"""What a device computes, measured on a training step; and how much memory it has.
+
+The rate is that of forward and backward of a small transformer (flops counted as in `thinwire.workload`) without the
+optimizer and without any exchange, while every rank of the probe does the same: ranks that share a machine share its
+cores and its memory. A large matrix product is timed as well; it is the ceiling, not what training achieves.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from thinwire.config.model import preset
+from thinwire.models.transformer import Transformer
+from thinwire.workload import Workload
+
+STEP_S = 1.2
+MIN_STEPS = 3
+MATMUL_S = 0.4
+BFLOAT16_PAYS_BELOW = 0.75
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """Of one rank: flop/s of each timed training step, and of a matrix product."""
+
+    steps_flops_per_s: tuple[float, ...]
+    matmul_flops_per_s: float
+
+
+def find_device(local_rank: int) -> torch.device:
+    """The rank's card if this torch has CUDA, else the CPU with one thread a rank."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    torch.set_num_threads(1)
+    return torch.device("cpu")
+
+
+def kind_of(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def memory_bytes(device: torch.device, ranks_on_host: int) -> float:
+    """The card's, or an even share of the host's, limited by its control group."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    total = 0.0
+    if Path("/proc/meminfo").exists():
+        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
+        total = 1024.0 * float(line.split()[1])
+    else:
+        import os
+
+        total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, float(text))
+    return total / ranks_on_host
+
+
+def fast_dtype(device: torch.device) -> str:
+    """bfloat16 if it makes matrix products at least a third faster here, casts included."""
+    seconds = {dtype: min(_matmul_s(device, dtype) for _ in range(3)) for dtype in (torch.float32, torch.bfloat16)}
+    return "bfloat16" if seconds[torch.bfloat16] < BFLOAT16_PAYS_BELOW * seconds[torch.float32] else "float32"
+
+
+def compute(device: torch.device, dtype: str, barrier: Callable[[], None]) -> Computed:
+    """Time training steps, then matrix products, all ranks at once. Collective through `barrier`."""
+    on_cpu = device.type == "cpu"
+    config = preset("1m" if on_cpu else "124m")
+    micro_batch, sequence = (2, 256) if on_cpu else (8, 512)
+    flops = Workload.of_transformer(config, micro_batch, sequence).flops_per_microbatch
+    model = Transformer(config).to(device)
+    tokens = torch.randint(config.vocabulary, (micro_batch, sequence + 1), device=device)
+    precision = torch.autocast(device.type, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+    def step() -> None:
+        with precision:
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        _wait(device)
+
+    barrier()
+    step()
+    rates: list[float] = []
+    begun = time.perf_counter()
+    while len(rates) < MIN_STEPS or time.perf_counter() - begun < STEP_S:
+        started = time.perf_counter()
+        step()
+        rates.append(flops / (time.perf_counter() - started))
+    barrier()
+    torch_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    best, begun = _matmul_s(device, torch_dtype), time.perf_counter()
+    while time.perf_counter() - begun < MATMUL_S:
+        best = min(best, _matmul_s(device, torch_dtype))
+    return Computed(tuple(rates), 2.0 * _side(device) ** 3 / best)
+
+
+def _side(device: torch.device) -> int:
+    return 512 if device.type == "cpu" else 4096
+
+
+def _matmul_s(device: torch.device, dtype: torch.dtype) -> float:
+    a = torch.randn(_side(device), _side(device), device=device, dtype=dtype)
+    _wait(device)
+    started = time.perf_counter()
+    a @ a
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

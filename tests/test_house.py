@@ -1,0 +1,135 @@
+"""The promises of the house that README and CONTRIBUTING make, checked on the sources themselves."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "thinwire"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+WRITTEN = [
+    path
+    for folder in ("src", "tests", "clusters", "examples", ".ci")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.is_file() and path.suffix in ("", ".py", ".md", ".toml", ".css", ".js")
+] + [path for path in sorted(ROOT.glob("*")) if path.suffix in (".md", ".toml", ".txt") or path.name == "Makefile"]
+
+MAX_LINES = 400
+HELP_S = 0.3
+
+ENVIRONMENT_READERS = {"train/runtime.py"}
+FOREIGN_PROGRAMS = re.compile(r"bench/peers/plain_\w+\.py")
+"""Benchmark peers stand for other people's programs: no thinwire in the process, so they read torchrun's variables themselves."""
+
+
+def name(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def run(*arguments: str, timeout_s: float = 50) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_a_source_file_is_short_documented_and_without_global(path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_LINES
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree), "the module has no docstring"
+    assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Global)]
+    public = (node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef))
+    assert not [node.name for node in public if not node.name.startswith("_") and not ast.get_docstring(node)]
+
+
+def environment_lines(path: Path) -> Iterator[int]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "putenv"):
+            yield node.lineno
+        if isinstance(node, ast.ImportFrom) and node.module == "os" and {"environ", "getenv"} & {a.name for a in node.names}:
+            yield node.lineno
+
+
+def test_the_environment_is_read_in_one_file() -> None:
+    found = {name(path): list(environment_lines(path)) for path in SOURCES}
+    readers = {path for path, lines in found.items() if lines and not FOREIGN_PROGRAMS.fullmatch(path)}
+    assert readers <= ENVIRONMENT_READERS, {path: found[path] for path in readers - ENVIRONMENT_READERS}
+
+
+def test_nothing_points_outside_of_the_repository() -> None:
+    outside = re.compile(r"(?<![\w.])/wor" + r"k/|\bshar" + r"ed/")
+    assert not [str(path.relative_to(ROOT)) for path in WRITTEN if outside.search(path.read_text(encoding="utf-8"))]
+
+
+def test_imports_go_down_only() -> None:
+    done = run("-c", "from importlinter.cli import lint_imports_command as run; run()", "--no-cache", "--no-logo")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_code_is_in_form() -> None:
+    for arguments in (["check", "."], ["format", "--check", "."]):
+        done = run("-m", "ruff", *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+IMPORT_ALL = """
+import os, pkgutil, sys, threading
+import thinwire
+before = os.getcwd(), dict(os.environ), threading.active_count(), os.listdir()
+for module in pkgutil.walk_packages(thinwire.__path__, "thinwire."):
+    if not module.name.startswith("thinwire.bench.peers."):
+        __import__(module.name)
+assert (os.getcwd(), dict(os.environ), threading.active_count(), os.listdir()) == before
+print(sum(name.startswith("thinwire") for name in sys.modules), file=sys.stderr)
+"""
+
+
+def test_importing_modules_has_no_side_effect() -> None:
+    done = run("-W", "error::UserWarning:thinwire", "-c", IMPORT_ALL)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and int(done.stderr) > 50
+
+
+def without_torch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    program = f"import sys; sys.modules['torch'] = None; sys.argv[1:] = {list(arguments)!r}\n"
+    return run("-c", program + "from thinwire.cli.main import main; main()")
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["lab"], ["lab", "run"], ["lab", "check"], ["report"], ["bench"]], ids=" ".join
+)
+def test_help_needs_no_torch(command) -> None:
+    done = without_torch(*command, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "Usage:" in done.stdout and (not command or command[-1] in done.stdout)
+
+
+def test_help_is_quick() -> None:
+    best_s = float("inf")
+    for _ in range(7):
+        start = time.perf_counter()
+        assert without_torch("--help").returncode == 0
+        best_s = min(best_s, time.perf_counter() - start)
+    assert best_s < HELP_S
+
+
+def test_what_is_pinned_is_what_is_asked_for() -> None:
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    asked = re.findall(r'^    "([\w-]+)[><=]', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert pins["torch"] == "2.13.0"
+    assert not {package.replace("-", "_").lower() for package in asked} - {p.replace("-", "_").lower() for p in pins}
+    assert not any(package.startswith("nvidia") for package in pins)
+
+
+def test_continuous_integration_can_be_run() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert subprocess.run(["bash", "-n", str(script)], timeout=10).returncode == 0

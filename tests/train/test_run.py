@@ -1,0 +1,122 @@
+"""Whole runs on real ranks: what they write, what they resume, and that they send what was predicted."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from pool import Pool, Rank, RankFailure
+from thinwire.config.run import RunConfig
+from thinwire.record import RunFolder
+from thinwire.report import as_json, gather
+from thinwire.train.runtime import StopRequest, Surroundings
+from thinwire.train.worker import Outcome, train_as
+from thinwire.train.worker import Rank as TrainingRank
+
+
+class StopAfter(StopRequest):
+    """Asked to stop once the ledger has reached a step."""
+
+    def __init__(self, ledger: object, step: int) -> None:
+        self.ledger, self.step = ledger, step
+
+    @property
+    def requested(self) -> bool:  # type: ignore[override]
+        return self.ledger.step + 1 >= self.step  # type: ignore[attr-defined]
+
+
+def run_training(context: Rank, config: RunConfig, resume: Path | None = None, stop_after: int = 10**9) -> Outcome:
+    ledger = context.ledger
+    ledger.step = -1
+    rank = TrainingRank(
+        config=config,
+        surroundings=Surroundings(place=None, lab=None, error_file=None, cache_folder=Path("/nonexistent"), results=None),
+        layout=config.layout.resolve(context.world_size),
+        ledger=ledger,
+        device=torch.device("cpu"),
+        stop=StopAfter(ledger, stop_after),
+    )
+    return train_as(rank, resume)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {event.step: event.loss for event in RunFolder.open(folder).steps()}
+
+
+def scores(folder: Path) -> dict[int, float]:
+    return {event.step: event.loss for event in RunFolder.open(folder).evals()}
+
+
+def test_a_run_learns_and_leaves_a_whole_folder(ranks2: Pool, config: RunConfig) -> None:
+    (outcome, other) = ranks2.run(run_training, config)
+    assert outcome == other and outcome.reason == "done"
+    folder = RunFolder.open(outcome.folder)
+    assert len(folder.steps()) == 12 and [event.step for event in folder.evals()] == [4, 8, 12]
+    assert folder.evals()[-1].loss < folder.evals()[0].loss < 6
+    assert folder.end() is not None and folder.end().reason == "done"  # type: ignore[union-attr]
+    assert sorted(path.name for path in (outcome.folder / "checkpoints").iterdir()) == ["step-000012"]
+    assert list((outcome.folder / "tensorboard").iterdir())
+
+
+def test_predicted_transfers_equal_the_ledger_of_a_whole_run(ranks4: Pool, config: RunConfig) -> None:
+    outcome = ranks4.run(run_training, config)[0]
+    facts = as_json(gather(RunFolder.open(outcome.folder)))
+    predicted = [row for row in facts["transfers"] if row["predicted_bytes"] is not None]
+    assert len(predicted) >= 4
+    assert all(row["equal"] for row in predicted), predicted
+
+
+@pytest.mark.parametrize("stop_after", [1, 5])
+def test_resumed_equals_uninterrupted_bit_for_bit(ranks2: Pool, config: RunConfig, tmp_path: Path, stop_after: int) -> None:
+    whole = ranks2.run(run_training, config)[0].folder
+    kept = tmp_path / "whole"
+    shutil.move(whole, kept)
+    cut = ranks2.run(run_training, config, None, stop_after)[0]
+    assert cut.reason == "interrupted" and max(losses(cut.folder)) == stop_after
+    resumed = ranks2.run(run_training, config, cut.folder)[0]
+    assert resumed.reason == "done"
+    assert losses(resumed.folder) == losses(kept)
+    assert scores(resumed.folder) == scores(kept)
+
+
+def test_resume_drops_what_came_after_the_checkpoint(ranks2: Pool, tmp_path: Path, config: RunConfig) -> None:
+    config = config.model_copy(update={"train": config.train.model_copy(update={"checkpoint_every": 5})})
+    folder = ranks2.run(run_training, config)[0].folder
+    before = losses(folder)
+    shutil.rmtree(folder / "checkpoints" / "step-000012")
+    resumed = ranks2.run(run_training, config, folder)[0].folder
+    assert losses(resumed) == before
+    assert [event.dropped for event in RunFolder.open(resumed).resumes()] and (folder / "checkpoints" / "step-000012").is_dir()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "progress"])
+def test_a_damaged_checkpoint_is_one_line_and_harms_nothing(ranks2: Pool, config: RunConfig, damage: str) -> None:
+    config = config.model_copy(update={"train": config.train.model_copy(update={"checkpoint_every": 6})})
+    folder = ranks2.run(run_training, config)[0].folder
+    newest = folder / "checkpoints" / "step-000012"
+    victim = newest / "progress.json" if damage == "progress" else max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    if damage == "missing":
+        victim.unlink()
+    else:
+        victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    events = (folder / "events.jsonl").read_text()
+    with pytest.raises(RankFailure, match=r"step-000012 is damaged: .*; remove it to resume from step-000006"):
+        ranks2.run(run_training, config, folder)
+    assert (folder / "events.jsonl").read_text() == events and newest.is_dir()
+    shutil.rmtree(newest)
+    assert ranks2.run(run_training, config, folder)[0].reason == "done"
+
+
+def test_another_number_of_ranks_is_refused(ranks2: Pool, ranks4: Pool, config: RunConfig) -> None:
+    folder = ranks2.run(run_training, config)[0].folder
+    with pytest.raises(RankFailure, match="is of 2 ranks, and there are 4"):
+        ranks4.run(run_training, config, folder)
+
+
+def test_a_run_folder_is_not_overwritten(ranks2: Pool, config: RunConfig) -> None:
+    folder = ranks2.run(run_training, config)[0].folder
+    events = (folder / "events.jsonl").read_text()
+    with pytest.raises(RankFailure, match="is not empty"):
+        ranks2.run(run_training, config)
+    assert (folder / "events.jsonl").read_text() == events
