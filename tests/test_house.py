@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,11 +112,17 @@ def test_help_needs_no_torch(command) -> None:
 
 
 def test_help_is_quick() -> None:
+    """In seconds of the processor, so that neighbours on it do not count."""
+
+    def used_s() -> float:
+        times = os.times()
+        return times.children_user + times.children_system
+
     best_s = float("inf")
-    for _ in range(7):
-        start = time.perf_counter()
+    for _ in range(3):
+        before = used_s()
         assert without_torch("--help").returncode == 0
-        best_s = min(best_s, time.perf_counter() - start)
+        best_s = min(best_s, used_s() - before)
     assert best_s < HELP_S
 
 

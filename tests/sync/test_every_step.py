@@ -102,7 +102,7 @@ def test_replicas_are_bit_equal(ranks4: Pool) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first["weights"], other["weights"], strict=True))
 
 
-@pytest.mark.parametrize(("pool", "accumulate", "bucket_bytes"), [("ranks2", 1, 1), ("ranks4", 2, 5000), ("ranks4", 1, 2**20)])
+@pytest.mark.parametrize(("pool", "accumulate", "bucket_bytes"), [("ranks2", 1, 1), ("ranks4", 2, 5000), ("ranks4", 1, 0)])
 def test_predicted_equals_ledger(request: pytest.FixtureRequest, pool: str, accumulate: int, bucket_bytes: int) -> None:
     ranks: Pool = request.getfixturevalue(pool)
     steps = 4

@@ -21,14 +21,14 @@ from thinwire.errors import UserError
 from thinwire.lab.commands import Process, processes_for
 from thinwire.lab.run import RESULTS, LabOptions, launch
 
-DEFAULTS = {"turns": 9, "steps": 10, "micro_batch": 4, "context": 128, "layers": 4, "width": 128, "ranks": 4}
+DEFAULTS = {"turns": 15, "steps": 10, "micro_batch": 4, "context": 128, "layers": 4, "width": 128, "ranks": 4, "bucket_bytes": 0}
 UNSHAPED_BAR = 1.02
 _HERE = Path(__file__).parent
 _MODEL_FILE = _HERE.parent / "models" / "transformer.py"
 
 
 def run(cluster_name: str | None = None, options: Mapping[str, Any] | None = None) -> Rows:
-    """Rows: case, ranks, native_s, ours_s, no_exchange_s (medians), ratio (median of ours / native), quartiles, bar, held."""
+    """Rows: case, ranks, native_s, ours_s, no_exchange_s (medians), processor seconds of rank 0, ratio, its quartiles, bar, held."""
     told = take(options or {}, DEFAULTS)
     rows = []
     with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
@@ -60,7 +60,7 @@ def _commands(told: Mapping[str, Any], results: str) -> list[list[str]]:
         "mlp": "gelu",
     }
     model = ModelConfig.model_validate(shape).model_dump()
-    shared = {"model": model, "contenders": 2} | {key: told[key] for key in ("turns", "steps", "micro_batch")}
+    shared = {"model": model, "contenders": 2} | {key: told[key] for key in ("turns", "steps", "micro_batch", "bucket_bytes")}
     plain = json.dumps({**shared, "index": 0, "port": 29610})
     ours = json.dumps({**shared, "index": 1, "port": 29611})
     return [
@@ -81,6 +81,8 @@ def _row(case: str, ranks: int, results: Mapping[str, Mapping[str, list[float]]]
         "native_s": median(plain),
         "ours_s": median(ours),
         "no_exchange_s": median(results["plain"]["no_exchange"]),
+        "native_cpu_s": median(results["plain"]["processor"]),
+        "ours_cpu_s": median(results["ours"]["processor"]),
         "ratio": ratio,
         "quartile_low": low,
         "quartile_high": high,

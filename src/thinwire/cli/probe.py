@@ -1,5 +1,6 @@
 """`thinwire probe`: measure the network and the machines that it is started on, and write a cluster file."""
 
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,12 +43,12 @@ def probe(
 def _run(surroundings: "Surroundings", files: tuple[Path, Path | None], name: str, how: tuple[str, float]) -> None:
     """Be one rank. Whatever goes wrong becomes one line, for the launcher if it listens."""
     from thinwire.errors import UserError
-    from thinwire.train.worker import failure_line, write_error_file
+    from thinwire.train.failure import failure_line, write_error_file
 
     try:
         _work(surroundings, files, name, how)
     except Exception as error:
-        line = failure_line(error, surroundings.place).replace("; raise train.timeout_s if", "; raise --timeout-s if")
+        line = failure_line(error, surroundings.place).replace("train.timeout_s", "--timeout-s")
         if surroundings.error_file:
             write_error_file(surroundings.error_file, line, isinstance(error, UserError))
         print(f"thinwire: error: {line}", file=sys.stderr, flush=True)
@@ -72,6 +73,7 @@ def _work(surroundings: "Surroundings", files: tuple[Path, Path | None], name: s
             rank=place.rank,
             world_size=place.world_size,
             local_rank=place.local_rank,
+            host=socket.gethostname(),
             master_address=place.master_address,
             master_port=place.master_port,
         )
@@ -94,7 +96,8 @@ def _conclude(findings: "Findings", files: tuple[Path, Path | None], name: str, 
     output, json_path = files
     dump_cluster(to_cluster(findings, name), output)
     if json_path:
-        json_path.write_text(json.dumps({**asdict(findings), "sentences": sentences(findings)}, indent=1) + "\n", encoding="utf-8")
+        stands_out = {"slow_hosts": [host.name for host, _, _ in findings.slow_hosts()], "sentences": sentences(findings)}
+        json_path.write_text(json.dumps({**asdict(findings), **stands_out}, indent=1) + "\n", encoding="utf-8")
     Console().print(table(findings))
     for line in sentences(findings):
         print(line)

@@ -38,7 +38,32 @@ def expand(spec: ClusterSpec) -> Cluster:
         if end not in known:
             switches.append(Switch(name=end))
     links += [link for link_spec in spec.link for link in _each(link_spec)]
-    return Cluster(name=spec.name, hosts=tuple(hosts), switches=tuple(switches), links=tuple(links), ranks=tuple(spec.ranks))
+    cluster = Cluster(name=spec.name, hosts=tuple(hosts), switches=tuple(switches), links=tuple(links), ranks=tuple(spec.ranks))
+    _check_joined(cluster)
+    return cluster
+
+
+def _check_joined(cluster: Cluster) -> None:
+    """UserError unless every rank can reach every other: all from the first, and the first from all."""
+    nodes = list(dict.fromkeys(cluster.node_of(rank) for rank in range(cluster.world_size)))
+    ahead: dict[str, list[str]] = {}
+    back: dict[str, list[str]] = {}
+    for link in cluster.links:
+        ahead.setdefault(link.source, []).append(link.target)
+        back.setdefault(link.target, []).append(link.source)
+    reached, reaching = _reached(nodes[0], ahead), _reached(nodes[0], back)
+    for node in nodes:
+        for known, source, target in ((reached, nodes[0], node), (reaching, node, nodes[0])):
+            if node not in known:
+                raise UserError(f"{cluster.name}: no way from {source!r} to {target!r}; add the missing link or card")
+
+
+def _reached(start: str, neighbours: dict[str, list[str]]) -> set[str]:
+    reached, edge = {start}, [start]
+    while edge:
+        edge = list({node for last in edge for node in neighbours.get(last, ())} - reached)
+        reached.update(edge)
+    return reached
 
 
 def _host(spec: HostSpec, index: int) -> Host:

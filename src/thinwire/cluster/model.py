@@ -122,17 +122,6 @@ class Cluster:
         if len(set(self.ranks)) < len(self.ranks):
             doubled = Counter(self.ranks).most_common(1)[0][0]
             raise UserError(f"{self.name}: ranks: {doubled!r} is listed twice; each device carries one rank")
-        nodes = list(dict.fromkeys(self.node_of(rank) for rank in range(self.world_size)))
-        ahead: dict[str, list[str]] = {}
-        back: dict[str, list[str]] = {}
-        for link in self.links:
-            ahead.setdefault(link.source, []).append(link.target)
-            back.setdefault(link.target, []).append(link.source)
-        there, from_there = _reached(nodes[0], ahead), _reached(nodes[0], back)
-        for node in nodes:
-            for known, source, target in ((there, nodes[0], node), (from_there, node, nodes[0])):
-                if node not in known:
-                    raise UserError(f"{self.name}: no way from {source!r} to {target!r}; add the missing link or card")
 
     @property
     def world_size(self) -> int:
@@ -153,14 +142,6 @@ class Cluster:
         """The node of the graph where the messages of `rank` start: its device if that has a link, else its host."""
         name = self.ranks[rank]
         return name if name in self._linked else self.host_of(rank).name
-
-
-def _reached(start: str, neighbours: dict[str, list[str]]) -> set[str]:
-    reached, edge = {start}, [start]
-    while edge:
-        edge = [node for last in edge for node in neighbours.get(last, ()) if node not in reached]
-        reached.update(edge)
-    return reached
 
 
 def _some(names: list[str], limit: int = 8) -> str:

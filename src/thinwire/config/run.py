@@ -96,8 +96,9 @@ class EveryStep(_Section):
 
     kind: Literal["every_step"] = "every_step"
     accumulate: int = Field(1, ge=1)
-    bucket_bytes: Bytes = Field(2**20, gt=0)
-    """Gradients are handed to the wire in buckets of at least this size, while the backward pass goes on."""
+    bucket_bytes: Bytes = Field(0, ge=0)
+    """Gradients are handed to the wire in buckets of at least this size, while the backward pass goes on. Small ones overlap
+    better and cost more processor time. 0: as PyTorch does it, a first bucket of 1 MiB, then of 25 MiB."""
 
 
 class NoCompression(_Section):

@@ -64,8 +64,14 @@ def memory_bytes(device: torch.device, ranks_on_host: int) -> float:
 
 
 def fast_dtype(device: torch.device) -> str:
-    """bfloat16 if it makes matrix products at least a third faster here, casts included."""
-    seconds = {dtype: min(_matmul_s(device, dtype) for _ in range(3)) for dtype in (torch.float32, torch.bfloat16)}
+    """bfloat16 if it makes a matrix product at least a third faster here, the casts from float32 weights included."""
+    a, b = (torch.randn(_side(device), _side(device), device=device) for _ in range(2))
+    seconds = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    for dtype in [*seconds] * 6:
+        started = time.perf_counter()
+        (a.to(dtype) @ b.to(dtype)).float()
+        _wait(device)
+        seconds[dtype] = min(seconds[dtype], time.perf_counter() - started)
     return "bfloat16" if seconds[torch.bfloat16] < BFLOAT16_PAYS_BELOW * seconds[torch.float32] else "float32"
 
 
@@ -94,24 +100,23 @@ def compute(device: torch.device, dtype: str, barrier: Callable[[], None]) -> Co
         step()
         rates.append(flops / (time.perf_counter() - started))
     barrier()
-    torch_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    best, begun = _matmul_s(device, torch_dtype), time.perf_counter()
-    while time.perf_counter() - begun < MATMUL_S:
-        best = min(best, _matmul_s(device, torch_dtype))
-    return Computed(tuple(rates), 2.0 * _side(device) ** 3 / best)
+    return Computed(tuple(rates), _matmul_flops_per_s(device, torch.bfloat16 if dtype == "bfloat16" else torch.float32))
+
+
+def _matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
+    a = torch.randn(_side(device), _side(device), device=device).to(dtype)
+    a @ a
+    _wait(device)
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < MATMUL_S:
+        a @ a
+        _wait(device)
+        count += 1
+    return 2.0 * _side(device) ** 3 * count / (time.perf_counter() - started)
 
 
 def _side(device: torch.device) -> int:
     return 512 if device.type == "cpu" else 4096
-
-
-def _matmul_s(device: torch.device, dtype: torch.dtype) -> float:
-    a = torch.randn(_side(device), _side(device), device=device, dtype=dtype)
-    _wait(device)
-    started = time.perf_counter()
-    a @ a
-    _wait(device)
-    return time.perf_counter() - started
 
 
 def _wait(device: torch.device) -> None:

@@ -66,14 +66,16 @@ class Findings:
 
     def slow_hosts(self) -> list[tuple[HostFound, float, float]]:
         """Hosts with a card far below the median: (host, its rate in the slower direction, how many times slower)."""
-        rated = [(host, min(host.send_bps.value, host.receive_bps.value)) for host in self.hosts if host.send_bps and host.receive_bps]
+        rated = [
+            (host, min(host.send_bps.value, host.receive_bps.value)) for host in self.hosts if host.send_bps and host.receive_bps
+        ]
         if len(rated) < 3:
             return []
         middle = median(rate for _, rate in rated)
         return [(host, rate, middle / rate) for host, rate in rated if rate < SLOW_BELOW * middle]
 
 
-def unique_names(names: Sequence[str], taken: Sequence[str] = (CORE,)) -> list[str]:
+def unique_names(names: Sequence[str], taken: Sequence[str]) -> list[str]:
     """The names, told apart where machines share one: node, node-2, node-3."""
     used, result = Counter(taken), []
     for name in names:

@@ -1,10 +1,12 @@
 """Rounds of flows and of round trips among hosts: every host calls the same methods with the same rounds. No torch."""
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from thinwire.errors import UserError
 from thinwire.measure.fit import mean_bps, steady_bps
 from thinwire.measure.rounds import Flow, Round
 from thinwire.measure.wire import Peer, flow, round_trips
@@ -50,7 +52,8 @@ class Links:
             self._barrier()
             if to is None and caller is None:
                 continue
-            arrivals = flow(self._listener, self._peers[to] if to is not None else None, caller is not None, seconds)
+            with self._lines(to, caller):
+                arrivals = flow(self._listener, self._peers[to] if to is not None else None, caller is not None, seconds)
             if caller is not None and self._me is not None:
                 mean = mean_bps(arrivals, SKIP * seconds, seconds)
                 steady = steady_bps(arrivals, SKIP * seconds, seconds)
@@ -64,10 +67,21 @@ class Links:
             to, caller = self._part(flows)
             self._barrier()
             if to is not None or caller is not None:
-                seconds = round_trips(self._listener, self._peers[to] if to is not None else None, TRIPS, TRIPS_LIMIT_S)
+                with self._lines(to, caller):
+                    seconds = round_trips(self._listener, self._peers[to] if to is not None else None, TRIPS, TRIPS_LIMIT_S)
                 if to is not None and self._me is not None:
                     mine.append(((self._me, to), [0.5 * trip for trip in seconds]))
         return {pair: halves for told in self._gather(mine) for pair, halves in told}
+
+    @contextmanager
+    def _lines(self, to: int | None, caller: int | None) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            others = " or ".join(self._peers[host].host for host in (to, caller) if host is not None)
+            raise UserError(
+                f"the line to {others} broke in the middle of the probe: {error}; is its process still there?"
+            ) from None
 
     def _part(self, flows: Round) -> tuple[int | None, int | None]:
         """(to whom this host sends, who sends to it)"""

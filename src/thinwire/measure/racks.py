@@ -10,17 +10,22 @@ hosts into racks minimises
 (correlation clustering, Bansal, Blum and Chawla 2004, found here by moving single hosts and merging racks).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy
 
 from thinwire.measure.rounds import Flow
 
 SLOWED_BELOW = 0.8
-TOLERANCE = 0.2
+TOLERANCE = 0.3
 """Share of slowed flows that noise may cause between hosts of one rack."""
 SHARED_BELOW = 0.85
 """An uplink that carries less than this part of what the cards behind it could send is what limits them."""
+
+RESTARTS = 8
+TINY = 1e-9
 
 Rates = Iterable[tuple[Flow, float]]
 
@@ -43,17 +48,30 @@ def card_limits(alone: Rates, together: Rates) -> tuple[dict[int, float], dict[i
     return sure
 
 
-def find_racks(num_hosts: int, together: Rates, send: Mapping[int, float], receive: Mapping[int, float]) -> list[list[int]]:
-    """Hosts that no shared link separates, each list sorted, lists in the order of their first host."""
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """racks: hosts that no shared link separates, each sorted, in the order of their first host.
+
+    margin: by how many flows the least certain host is better placed where it is than anywhere else.
+    """
+
+    racks: list[list[int]]
+    margin: float
+
+
+def find_racks(num_hosts: int, together: Rates, send: Mapping[int, float], receive: Mapping[int, float]) -> Partition:
+    """The best partition that moving hosts and merging racks leads to, from several starts."""
     cost = numpy.zeros((num_hosts, num_hosts))
     for (source, target), rate in together:
         slowed = rate < SLOWED_BELOW * min(send[source], receive[target])
-        for a, b in ((source, target), (target, source)):
-            cost[a, b] += float(slowed) - TOLERANCE
-    starts = (list(range(num_hosts)), [0] * num_hosts)
-    best = min((_settle(cost, list(start)) for start in starts), key=lambda labels: _total(cost, labels))
-    racks = [[host for host in range(num_hosts) if best[host] == label] for label in dict.fromkeys(best)]
-    return sorted(racks)
+        cost[source, target] += float(slowed) - TOLERANCE
+        cost[target, source] += float(slowed) - TOLERANCE
+    shuffle = random.Random(0)
+    starts = [numpy.zeros(num_hosts, int), numpy.arange(num_hosts)]
+    starts += [numpy.array([shuffle.randrange(num_hosts) for _ in range(num_hosts)]) for _ in range(RESTARTS)]
+    labels = min((_settle(cost, start) for start in starts), key=lambda found: _total(cost, found))
+    racks = [[host for host in range(num_hosts) if labels[host] == label] for label in dict.fromkeys(labels.tolist())]
+    return Partition(sorted(racks), min(_margin(cost, labels, host) for host in range(num_hosts)))
 
 
 def together_share(together: Rates, send: Mapping[int, float], receive: Mapping[int, float]) -> float:
@@ -65,34 +83,38 @@ def together_share(together: Rates, send: Mapping[int, float], receive: Mapping[
     return got / allowed if allowed else 1.0
 
 
-def _settle(cost: numpy.ndarray, labels: list[int]) -> list[int]:
+def _settle(cost: numpy.ndarray, labels: numpy.ndarray) -> numpy.ndarray:
     """Move hosts and merge racks while that lowers the sum."""
-    num_hosts = len(labels)
-    for _ in range(4 * num_hosts + 8):
-        before = _total(cost, labels)
+    num_hosts, labels = len(labels), labels.copy()
+    for _ in range(4 * num_hosts):
+        changed = False
         for host in range(num_hosts):
-            joins = {label: cost[host, _members(labels, label, host)].sum() for label in {*labels}}
-            fresh = next(label for label in range(num_hosts + 1) if label not in labels)
-            joins[fresh] = 0.0
-            wanted = min(joins, key=lambda label: (joins[label], label != labels[host]))
-            if joins[wanted] < joins[labels[host]] - 1e-9:
-                labels[host] = wanted
-        merge = min(
-            ((cost[numpy.ix_(_members(labels, a), _members(labels, b))].sum(), a, b) for a in {*labels} for b in {*labels} if a < b),
-            default=(0.0, 0, 0),
-        )
-        if merge[0] < -1e-9:
-            labels = [merge[1] if label == merge[2] else label for label in labels]
-        if _total(cost, labels) >= before - 1e-9:
+            joins = _joins(cost, labels, host)
+            wanted = int(joins.argmin())
+            if joins[wanted] < joins[labels[host]] - TINY:
+                labels[host], changed = wanted, True
+        member = numpy.equal.outer(labels, numpy.arange(num_hosts)).astype(float)
+        between = member.T @ cost @ member
+        numpy.fill_diagonal(between, 0.0)
+        a, b = numpy.unravel_index(int(between.argmin()), between.shape)
+        if between[a, b] < -TINY:
+            labels[labels == b], changed = a, True
+        if not changed:
             break
     return labels
 
 
-def _members(labels: Sequence[int], label: int, but: int = -1) -> list[int]:
-    return [host for host, own in enumerate(labels) if own == label and host != but]
+def _joins(cost: numpy.ndarray, labels: numpy.ndarray, host: int) -> numpy.ndarray:
+    """What `host` would add to the sum in each rack, by label; unused labels stand for a rack of its own: 0."""
+    return numpy.bincount(labels, weights=cost[host], minlength=len(labels))
 
 
-def _total(cost: numpy.ndarray, labels: Sequence[int]) -> float:
-    same = numpy.equal.outer(labels, labels)
-    numpy.fill_diagonal(same, False)
-    return float(cost[same].sum() / 2)
+def _margin(cost: numpy.ndarray, labels: numpy.ndarray, host: int) -> float:
+    joins = _joins(cost, labels, host)
+    own = joins[labels[host]]
+    joins[labels[host]] = 0.0
+    return float(joins.min() - own)
+
+
+def _total(cost: numpy.ndarray, labels: numpy.ndarray) -> float:
+    return float(cost[numpy.equal.outer(labels, labels)].sum() / 2)

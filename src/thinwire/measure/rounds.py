@@ -27,19 +27,15 @@ def one_by_one(num_hosts: int) -> list[Round]:
     return [[(host, (host + 1) % num_hosts)] for host in range(num_hosts)]
 
 
-def everybody(num_hosts: int, passes: int, seed: int = 0) -> list[Round]:
-    """Rounds in which all send and all receive. One pass holds each ordered pair once.
+def everybody(num_hosts: int, seed: int = 0) -> list[Round]:
+    """Rounds in which all send and all receive; together they hold each ordered pair once.
 
-    A pass shifts a shuffled circle by 1, 2, ...; shuffled, so that how many flows leave a rack varies from round to
-    round whatever the order of the ranks.
+    A shuffled circle is shifted by 1, 2, ...; shuffled, so that how many flows leave a rack varies from round to round
+    whatever the order of the ranks. Another seed gives another circle.
     """
-    shuffle = random.Random(seed)
-    rounds = []
-    for _ in range(passes):
-        circle = list(range(num_hosts))
-        shuffle.shuffle(circle)
-        rounds += [[(circle[i], circle[(i + shift) % num_hosts]) for i in range(num_hosts)] for shift in range(1, num_hosts)]
-    return rounds
+    circle = list(range(num_hosts))
+    random.Random(seed).shuffle(circle)
+    return [[(circle[i], circle[(i + shift) % num_hosts]) for i in range(num_hosts)] for shift in range(1, num_hosts)]
 
 
 def inside(groups: Sequence[Sequence[int]], repetitions: int) -> list[Round]:

@@ -4,17 +4,21 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from thinwire.measure.findings import SLOW_BELOW, Findings, HostFound
+from thinwire.measure.findings import Findings
 from thinwire.measure.fit import Estimate
 from thinwire.measure.racks import SHARED_BELOW
 from thinwire.units import show
 
 TOGETHER_BELOW = 0.75
+_PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 
 def table(findings: Findings) -> Table:
     """A row a host; rates are line rates, in brackets the interval."""
-    result = Table(title=f"{len(findings.hosts)} hosts, {findings.world_size} ranks, probed in {findings.seconds:.1f} s", title_justify="left")
+    result = Table(
+        title=f"{len(findings.hosts)} hosts, {findings.world_size} ranks, probed in {findings.seconds:.1f} s",
+        title_justify="left",
+    )
     for column in ("host", "ranks"):
         result.add_column(column)
     for column in ("send", "receive", "latency", "rack", "training step", "matmul", "memory"):
@@ -23,9 +27,9 @@ def table(findings: Findings) -> Table:
     for host in findings.hosts:
         result.add_row(
             f"[red]{host.name}[/]" if host.name in slow else host.name,
-            _ranks(host),
-            _with_interval(host.send_bps, "bit/s"),
-            _with_interval(host.receive_bps, "bit/s"),
+            _spans(host.ranks),
+            _with_interval(host.send_bps),
+            _with_interval(host.receive_bps),
             show(host.latency_s.value, "s") if host.latency_s else "-",
             host.rack or "-",
             f"{len(host.ranks)} x {show(host.flops_per_s.value, 'flop/s')}",
@@ -38,7 +42,8 @@ def table(findings: Findings) -> Table:
 def sentences(findings: Findings) -> list[str]:
     """What stands out: slow hosts, shared uplinks, or that nothing is shared; and what the compute rate means."""
     told = [
-        f"{host.name}: {show(rate, 'bit/s')}, {times:.1f} times slower than the median" for host, rate, times in findings.slow_hosts()
+        f"slow host: {host.name}, {show(rate, 'bit/s')}, {times:.1f} times slower than the median"
+        for host, rate, times in findings.slow_hosts()
     ]
     for rack in findings.racks:
         up, down = rack.up_bps.value, rack.down_bps.value
@@ -52,7 +57,8 @@ def sentences(findings: Findings) -> list[str]:
         if findings.together < TOGETHER_BELOW:
             told.append(
                 f"all hosts at once get only {findings.together:.0%} of what they get alone, whoever sends to whom: "
-                "they share a hub, a radio cell or a processor, which a cluster file cannot say; the rates written are those alone"
+                "they share a hub, a radio cell or a processor, which a cluster file cannot say; "
+                "the rates written are those of one flow alone"
             )
         else:
             told.append("no shared uplink: all hosts stand on one switch")
@@ -62,16 +68,13 @@ def sentences(findings: Findings) -> list[str]:
     return told
 
 
-def _with_interval(found: Estimate | None, unit: str) -> str:
+def _with_interval(found: Estimate | None) -> str:
+    """100.1 [99.8, 100.1] Mbit/s"""
     if found is None:
         return "-"
-    value, unit_name = show(found.value, unit).split(" ")
-    factor = found.value / float(value) if float(value) else 1.0
-    return f"{found.value / factor:.4g} [{found.low / factor:.4g}, {found.high / factor:.4g}] {unit_name}"
-
-
-def _ranks(host: HostFound) -> str:
-    return _spans(host.ranks)
+    prefix, factor = next(((name, size) for name, size in _PREFIXES if found.value >= size), ("", 1.0))
+    value, low, high = (f"{rate / factor:.4g}" for rate in (found.value, found.low, found.high))
+    return f"{value} [{low}, {high}] {prefix}bit/s"
 
 
 def _spans(ranks: Sequence[int]) -> str:
@@ -83,6 +86,3 @@ def _spans(ranks: Sequence[int]) -> str:
         else:
             spans.append([rank, rank])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
-
-
-__all__ = ["SLOW_BELOW", "sentences", "table"]

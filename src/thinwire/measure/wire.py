@@ -29,19 +29,35 @@ class Peer:
     port: int
 
 
-def listen() -> socket.socket:
-    """A listening socket on a free port of all interfaces."""
-    return socket.create_server(("", 0), backlog=16)
+def listen(master_address: str) -> socket.socket:
+    """A listening socket on a free port of all interfaces, of the family in which the master is reached."""
+    family, _ = _resolve(master_address, 0)
+    return socket.create_server(("", 0), family=family, backlog=16)
 
 
 def address_towards(address: str, port: int) -> str:
     """This machine's own address on the way to another one. Sends nothing."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    family, where = _resolve(address, port)
+    with socket.socket(family, socket.SOCK_DGRAM) as line:
         try:
-            probe.connect((address, port))
+            line.connect(where)
         except OSError as error:
             raise UserError(f"{socket.gethostname()} has no way to {address}:{port}: {error}") from None
-        return str(probe.getsockname()[0])
+        return str(line.getsockname()[0])
+
+
+def is_loopback(address: str) -> bool:
+    return address == "::1" or address.startswith("127.")
+
+
+def _resolve(address: str, port: int) -> tuple[socket.AddressFamily, tuple]:
+    """IPv4 where there is one, so that all hosts choose alike."""
+    try:
+        known = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)
+    except OSError as error:
+        raise UserError(f"{socket.gethostname()} does not know the host {address!r}: {error}") from None
+    family, _, _, _, where = min(known, key=lambda entry: entry[0] != socket.AF_INET)
+    return family, where
 
 
 def round_trips(listener: socket.socket, to: Peer | None, count: int, limit_s: float) -> list[float]:

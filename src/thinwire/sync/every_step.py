@@ -29,14 +29,19 @@ GRADIENT_BYTES = 4
 """Weights, gradients and their exchange are float32."""
 
 
+PYTORCH_BUCKETS = (2**20, 25 * 2**20)
+"""Sizes of the first and of the other buckets where none is asked for."""
+
+
 def assign_buckets(parameters: Sequence[Parameter], bucket_bytes: int) -> list[list[Parameter]]:
-    """The buckets in the order in which they are sent, as DistributedDataParallel forms them."""
+    """The buckets in the order in which they are sent, as DistributedDataParallel forms them. bucket_bytes: 0 for its own sizes."""
+    first, others = (bucket_bytes, bucket_bytes) if bucket_bytes else PYTORCH_BUCKETS
     buckets: list[list[Parameter]] = [[]]
     size = 0
     for parameter in reversed(parameters):
         buckets[-1].append(parameter)
         size += parameter.numel * GRADIENT_BYTES
-        if size >= bucket_bytes:
+        if size >= (first if len(buckets) == 1 else others):
             buckets.append([])
             size = 0
     return [bucket for bucket in buckets if bucket]
@@ -73,7 +78,7 @@ class EveryStepSync:
             self._replica = DistributedDataParallel(
                 model,
                 process_group=self._group,
-                bucket_cap_mb=self._config.bucket_bytes / 2**20,
+                bucket_cap_mb=self._config.bucket_bytes / 2**20 or None,
                 gradient_as_bucket_view=True,
             )
         self._replica.register_comm_hook(self, _average)

@@ -50,11 +50,12 @@ def main(model_file, turns_file, results, settings):
 
     turns = load("turns", turns_file).Turns(results, told["index"], told["contenders"], rank, dist.barrier)
     seconds = {"exchange": [], "no_exchange": []}
+    processor = []
     for turn in range(told["turns"] + 1):
         turns.begin()
         for kind in seconds:
             dist.barrier()
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             for _ in range(told["steps"]):
                 if kind == "exchange":
                     step()
@@ -64,10 +65,12 @@ def main(model_file, turns_file, results, settings):
             dist.barrier()
             if turn:  # the first one warms up
                 seconds[kind].append((time.perf_counter() - started) / told["steps"])
+                if kind == "exchange":
+                    processor.append((time.process_time() - used) / told["steps"])
         turns.end()
     assert not any(name.startswith("thinwire") for name in sys.modules)
     if rank == 0:
-        load("turns", turns_file).write_result(results, "plain", seconds)
+        load("turns", turns_file).write_result(results, "plain", {**seconds, "processor": processor})
     dist.destroy_process_group()
 
 
