@@ -26,13 +26,15 @@ def share_fairly(flows: Sequence[Flow], routes: Mapping[Flow, Sequence[str]], ca
 
 @dataclass
 class SimulatedLinks:
-    """Hosts on cards of their own rates, in racks with uplinks (None: on the core switch). Rates and seconds as payload."""
+    """Hosts on cards of their own rates, in racks with uplinks (None: on the core switch); all together through
+    a hub. Rates and seconds as payload."""
 
     send: Sequence[float]
     receive: Sequence[float]
     rack: Sequence[int | None]
     up: Sequence[float] = ()
     down: Sequence[float] = ()
+    hub: float = float("inf")
     cable_s: float = 1e-4
     noise: float = 0.01
     broken: float = 0.0
@@ -46,14 +48,14 @@ class SimulatedLinks:
 
     def route(self, flow: Flow) -> list[str]:
         a, b = flow
-        links = [f"send{a}", f"receive{b}"]
+        links = [f"send{a}", f"receive{b}", "hub0"]
         if self.rack[a] != self.rack[b]:
             links += [f"up{self.rack[a]}"] if self.rack[a] is not None else []
             links += [f"down{self.rack[b]}"] if self.rack[b] is not None else []
         return links
 
     def stream(self, rounds: Sequence[Round], seconds: float) -> list[Sample]:
-        rates = {"send": self.send, "receive": self.receive, "up": self.up, "down": self.down}
+        rates = {"send": self.send, "receive": self.receive, "up": self.up, "down": self.down, "hub": [self.hub]}
         capacity = {f"{kind}{index}": rate for kind, values in rates.items() for index, rate in enumerate(values)}
         samples = []
         for index, flows in enumerate(rounds):
@@ -69,7 +71,7 @@ class SimulatedLinks:
 
     def trips(self, rounds: Sequence[Round]) -> dict[Flow, list[float]]:
         return {
-            (a, b): [len(self.route((a, b))) * self.cable_s * self._random.uniform(1.0, 1.05) for _ in range(12)]
+            (a, b): [(len(self.route((a, b))) - 1) * self.cable_s * self._random.uniform(1.0, 1.05) for _ in range(12)]
             for flows in rounds
             for a, b in flows
         }

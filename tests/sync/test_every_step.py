@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from pool import Pool, Rank
-from thinwire.collectives.ledger import Call
+from thinwire.collectives.ledger import Call, difference
 from thinwire.collectives.wire import sent_bytes
 from thinwire.config.run import EveryStep
 from thinwire.layout import Layout
@@ -65,9 +65,9 @@ def train_on_ranks(context: Rank, steps: int, accumulate: int, bucket_bytes: int
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
             sync.after_step(step)
-    from thinwire.collectives.ledger import difference
-
-    steady = {call: total for call, total in difference(context.ledger.snapshot(), after_first).items() if call.label[:6] == "bucket"}
+    steady = {
+        call: total for call, total in difference(context.ledger.snapshot(), after_first).items() if call.label[:6] == "bucket"
+    }
     return {
         "weights": [parameter.detach() for parameter in model.parameters()],
         "steady": steady,

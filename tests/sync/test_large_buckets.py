@@ -21,7 +21,9 @@ def sent_and_predicted(context: Rank) -> tuple[set[tuple[str, int]], set[tuple[s
         replica(torch.ones(1, 1024)).sum().backward()
         before = context.ledger.snapshot()
         replica(torch.ones(1, 1024)).sum().backward()
-    sent = {(call.label, call.message_bytes) for call in context.recorded() if call.label.startswith("bucket") and call not in before}
+    sent = {
+        (call.label, call.message_bytes) for call in context.recorded() if call.label.startswith("bucket") and call not in before
+    }
     return sent, predicted
 
 

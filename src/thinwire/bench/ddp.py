@@ -28,7 +28,7 @@ _MODEL_FILE = _HERE.parent / "models" / "transformer.py"
 
 
 def run(cluster_name: str | None = None, options: Mapping[str, Any] | None = None) -> Rows:
-    """Rows: case, ranks, native_s, ours_s, no_exchange_s (medians), processor seconds of rank 0, ratio, its quartiles, bar, held."""
+    """Rows: case, ranks, seconds of a step (medians), processor seconds of rank 0, ratio ours / native, quartiles, bar, held."""
     told = take(options or {}, DEFAULTS)
     rows = []
     with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:

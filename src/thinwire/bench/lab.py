@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from thinwire.cluster import FRAME_OVERHEAD, Cluster, Device, Host, Link, Quantity, Switch, load_cluster
+from thinwire.bench.clusters import equal_hosts
+from thinwire.cluster import FRAME_OVERHEAD, load_cluster
 from thinwire.errors import UserError
 from thinwire.lab.run import RESULTS, LabResult
 from thinwire.lab.run import run as run_lab
@@ -56,23 +57,10 @@ def transfer(link_bps: float, sizes_bytes: Sequence[int]) -> LabResult:
     """Send one message of each size from host0 to host1; UserError if the transfer failed."""
     script = [sys.executable, "-S", str(SCRIPT)]
     send = [*script, "send", "host1", f"{RESULTS}/socket_transfer.json", *(str(size) for size in sizes_bytes)]
-    result = run_lab(two_hosts(link_bps), {"host0": send, "host1": [*script, "receive"]})
+    result = run_lab(equal_hosts(2, link_bps), {"host0": send, "host1": [*script, "receive"]})
     if result.failure:
         raise UserError(result.failure)
     return result
-
-
-def two_hosts(link_bps: float) -> Cluster:
-    """Two hosts with one device each on a switch, both directions at `link_bps`."""
-    names = ("host0", "host1")
-    rate, latency = Quantity(link_bps), Quantity(0.0)
-    ends = [pair for name in names for pair in ((name, "switch"), ("switch", name))]
-    return Cluster(
-        name="two-hosts",
-        hosts=tuple(Host(name=name, devices=(Device(name=f"{name}/cpu0"),)) for name in names),
-        switches=(Switch(name="switch"),),
-        links=tuple(Link(source=a, target=b, bandwidth_bps=rate, latency_s=latency) for a, b in ends),
-    )
 
 
 def _rates(cluster_name: str) -> tuple[float, ...]:

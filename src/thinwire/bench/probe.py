@@ -47,7 +47,7 @@ def measure(cluster: Cluster, *, delay: bool = True) -> Rows:
 
 def compare(cluster: Cluster, found: Mapping[str, Any]) -> Rows:
     """`found`: what `thinwire probe --json` wrote."""
-    links = []
+    links: Rows = []
     for link, measured_bps in _matched(cluster, found):
         declared_bps = link.bandwidth_bps.value
         ratio = measured_bps / declared_bps
@@ -63,7 +63,7 @@ def compare(cluster: Cluster, found: Mapping[str, Any]) -> Rows:
         )
     racks, slow = sorted(sorted(rack["hosts"]) for rack in found["racks"]), sorted(found["slow_hosts"])
     right = racks == _declared_racks(cluster) and slow == _declared_slow(cluster)
-    ratios = sorted((row["ratio"] for row in links), key=lambda ratio: abs(ratio - 1))
+    ratios: list[float] = sorted((row["ratio"] for row in links), key=lambda ratio: abs(ratio - 1))
     summary = {
         "case": cluster.name,
         "link": f"all {len(links)}: the median, and the worst {ratios[-1]:.4f}" if ratios else "no link found",

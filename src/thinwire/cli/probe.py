@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 HOW_TO_START = (
     "a probe measures between ranks, so start it on every machine: "
-    "torchrun --nnodes N --node-rank I --rdzv-endpoint HOST0:29500 --no-python thinwire probe -o cluster.toml, "
+    "torchrun --nnodes N --node-rank I --master-addr HOST0 --master-port 29500 --no-python thinwire probe -o cluster.toml, "
     "or srun / mpiexec thinwire probe -o cluster.toml, or thinwire lab run --cluster C -- thinwire probe -o cluster.toml"
 )
 
@@ -42,17 +42,23 @@ def probe(
 
 def _run(surroundings: "Surroundings", files: tuple[Path, Path | None], name: str, how: tuple[str, float]) -> None:
     """Be one rank. Whatever goes wrong becomes one line, for the launcher if it listens."""
-    from thinwire.errors import UserError
-    from thinwire.train.failure import failure_line, write_error_file
+    from thinwire.train.failure import Failure, explain, write_error_file
 
     try:
         _work(surroundings, files, name, how)
     except Exception as error:
-        line = failure_line(error, surroundings.place).replace("train.timeout_s", "--timeout-s")
+        failure = explain(error, surroundings.place)
+        who = f"rank {surroundings.place.rank}" if surroundings.place else "this rank"
+        if failure.kind == "lost":
+            failure = Failure(
+                "lost", f"{who} lost the connection to another rank in the middle of the probe; nothing was written"
+            )
+        if failure.kind == "timeout":
+            failure = Failure("timeout", f"{who} waited {how[1]:g} s for another rank; raise --timeout-s if it is only slow")
         if surroundings.error_file:
-            write_error_file(surroundings.error_file, line, isinstance(error, UserError))
-        print(f"thinwire: error: {line}", file=sys.stderr, flush=True)
-        _leave(2 if isinstance(error, UserError) else 1)
+            write_error_file(surroundings.error_file, failure)
+        print(f"thinwire: error: {failure.line}", file=sys.stderr, flush=True)
+        _leave(2 if failure.kind == "user" else 1)
 
 
 def _work(surroundings: "Surroundings", files: tuple[Path, Path | None], name: str, how: tuple[str, float]) -> None:

@@ -1,6 +1,5 @@
 """`thinwire train`: started alone it starts its ranks; started by torchrun, srun or mpiexec it is one of them."""
 
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,21 +8,28 @@ import typer
 
 if TYPE_CHECKING:
     from thinwire.config.run import RunConfig
-    from thinwire.train.runtime import Surroundings
 
 
 def train(
-    run: Annotated[Path | None, typer.Argument(help="run.toml; without it, a 1M model on the standard library's sources.")] = None,
-    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key: train.steps=50.")] = None,
+    run: Annotated[Path | None, typer.Argument(help="run.toml; without it, a small model on the standard library.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key: train.steps=50.")] = None,
     resume: Annotated[Path | None, typer.Option(help="A run folder to go on with, from its last checkpoint.")] = None,
 ) -> None:
     """Train a model; print and record predicted and measured times and bytes."""
+    from thinwire.cli.rank import be_rank
     from thinwire.train.runtime import read_surroundings
 
     surroundings = read_surroundings()
     if surroundings.place is None:
         raise typer.Exit(_launch(run, changes or [], resume))
-    _work(surroundings, run, changes or [], resume)
+
+    def train_as_rank() -> None:
+        config = _configure(run, changes or [], resume)
+        from thinwire.train.worker import work
+
+        work(config, surroundings, resume)
+
+    be_rank(surroundings, train_as_rank)
 
 
 def _configure(run: Path | None, changes: list[str], resume: Path | None) -> "RunConfig":
@@ -60,31 +66,3 @@ def _launch(run: Path | None, changes: list[str], resume: Path | None) -> int:
         if told.is_file():
             conclude(Path(told.read_text(encoding="utf-8")))
     return code
-
-
-def _work(surroundings: "Surroundings", run: Path | None, changes: list[str], resume: Path | None) -> None:
-    """Be one rank. Whatever goes wrong becomes one line, for the launcher if it listens."""
-    from thinwire.errors import UserError
-    from thinwire.train.failure import failure_line, write_error_file
-
-    try:
-        config = _configure(run, changes, resume)
-        from thinwire.train.worker import work
-
-        work(config, surroundings, resume)
-    except Exception as error:
-        line = failure_line(error, surroundings.place)
-        if surroundings.error_file:
-            write_error_file(surroundings.error_file, line, isinstance(error, UserError))
-        else:
-            print(f"thinwire: error: {line}", file=sys.stderr, flush=True)
-        # Not through the interpreter's end: a broken process group may wait there for peers that are gone.
-        _leave(2 if isinstance(error, UserError) else 1)
-
-
-def _leave(code: int) -> None:
-    import os
-
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

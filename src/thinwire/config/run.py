@@ -28,6 +28,8 @@ class _Section(BaseModel):
 
 
 class ClusterSection(_Section):
+    """What the ranks run on."""
+
     file: str = ""
     """A cluster file or the name of a shipped one; empty: unknown, so nothing is predicted for the wire."""
 
@@ -58,6 +60,8 @@ class ModelSection(ModelConfig):
 
 
 class DataSection(_Section):
+    """The text."""
+
     source: str = "stdlib"
     """A file, a folder or a glob of .txt .md .py .jsonl; "stdlib": the Python standard library's own sources."""
     tokenizer: str = "bytes"
@@ -67,6 +71,8 @@ class DataSection(_Section):
 
 
 class LayoutSection(_Section):
+    """Degrees of the parallel axes; their product is the number of ranks."""
+
     outer: int = Field(1, ge=1)
     pipe: int = Field(1, ge=1)
     data: int = Field(0, ge=0)
@@ -102,10 +108,14 @@ class EveryStep(_Section):
 
 
 class NoCompression(_Section):
+    """Gradients travel as they are."""
+
     kind: Literal["none"] = "none"
 
 
 class AdamW(_Section):
+    """Loshchilov & Hutter 2019."""
+
     kind: Literal["adamw"] = "adamw"
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
@@ -114,6 +124,8 @@ class AdamW(_Section):
 
 
 class SGD(_Section):
+    """With momentum."""
+
     kind: Literal["sgd"] = "sgd"
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
@@ -124,6 +136,8 @@ def _adamw_unless_named(value: Any) -> Any:
 
 
 class TrainSection(_Section):
+    """Steps, batches, optimizer, and what is written how often."""
+
     steps: int = Field(300, ge=1)
     micro_batch: int = Field(8, ge=1)
     """Sequences per micro-batch and rank."""

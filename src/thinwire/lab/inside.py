@@ -22,6 +22,7 @@ CARRIER_TIMEOUT_S = 5.0
 
 
 def main() -> None:
+    """Process 1 of the lab: read the orders, build, run, answer."""
     report = int(sys.argv[1])
     os.set_inheritable(report, False)
     try:

@@ -42,6 +42,7 @@ def find_device(local_rank: int) -> torch.device:
 
 
 def kind_of(device: torch.device) -> str:
+    """ "cpu", or the name of the GPU."""
     return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 

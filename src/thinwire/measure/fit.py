@@ -89,13 +89,13 @@ def mean_bps(arrivals: Arrivals, begin_s: float, end_s: float) -> float:
 def card_rates(preferred: Mapping[int, Sequence[float]], others: Mapping[int, Sequence[float]]) -> dict[int, Estimate]:
     """The rate of each host's card in one direction, from flows that go through it and may be limited elsewhere.
 
-    No flow is faster than its card, so those near the best one show it. `preferred` flows were measured alone on their
-    way and are used if any of them comes near the best; `others` only show what else is possible.
+    No flow is faster than its card, so those near the best one show it. `preferred` flows shared no link with others and
+    are used if any of them comes near the best; `others` only show what else is possible.
     """
     rates = {}
     for host in preferred.keys() | others.keys():
         good, seen = list(preferred.get(host, ())), list(others.get(host, ()))
-        top = max(_second_best(good), _second_best(seen))
+        top = max([*good, _second_best(seen)])
         if top <= 0:
             continue
         near = [rate for rate in good if rate >= NEAR_TOP * top] or [rate for rate in seen if rate >= NEAR_TOP * top]

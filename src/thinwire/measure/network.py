@@ -22,7 +22,7 @@ from thinwire.errors import UserError
 from thinwire.measure import rounds
 from thinwire.measure.fit import Estimate, card_rates, estimate, split_latencies
 from thinwire.measure.links import Sample
-from thinwire.measure.racks import SHARED_BELOW, card_limits, find_racks, together_share
+from thinwire.measure.racks import SHARED_BELOW, Partition, card_limits, find_racks, together_share
 from thinwire.measure.rounds import Flow, Round
 
 ALONE_S, TOGETHER_S, CARDS_S, UPLINKS_S = 0.3, 0.4, 0.5, 0.5
@@ -109,8 +109,8 @@ def measure_network(links: Streams, names: Sequence[str], phase: Phases) -> Netw
     lonely = [host for group in groups if len(group) == 1 for host in group]
     groups = [group for group in groups if len(group) > 1]
     inside = links.stream(rounds.inside([*groups, lonely], REPETITIONS), max(CARDS_S, least_s))
-    cards_send = card_rates(_by_end(inside, 0), _by_end([*alone, *together], 0))
-    cards_receive = card_rates(_by_end(inside, 1), _by_end([*alone, *together], 1))
+    cards_send = card_rates(_by_end([*alone, *inside], 0), _by_end(together, 0))
+    cards_receive = card_rates(_by_end([*alone, *inside], 1), _by_end(together, 1))
     phase("cards", "pairs that share no uplink, one way at a time")
 
     found: list[Uplink] = []
@@ -137,16 +137,45 @@ def _racks(
 
     Goes on until every host's place is certain by a flow or more.
     """
+    by_round: list[list[tuple[Flow, float]]] = []
     for done in range(1, MOST_PASSES + 1):
-        together += links.stream(rounds.everybody(num_hosts, seed=done), seconds)
+        pairings = rounds.everybody(num_hosts, seed=done)
+        samples = links.stream(pairings, seconds)
+        together += samples
+        by_round += [[(sample.flow, sample.mean_bps) for sample in samples if sample.round == n] for n in range(len(pairings))]
         if done < FIRST_PASSES and num_hosts <= FIRST_PASSES_UP_TO:
             continue
-        rates = [(sample.flow, sample.mean_bps) for sample in together]
+        rates = [flow for flows in by_round for flow in flows]
         send, receive = card_limits([(sample.flow, sample.steady_bps) for sample in alone], rates)
-        found = find_racks(num_hosts, rates, send, receive)
+        found = find_racks(num_hosts, by_round, send, receive)
         if found.margin >= CERTAIN:
             break
-    return found.racks, together_share(rates, send, receive)
+    speed = {host: min(send[host], receive[host]) for host in send}
+    return _place(links, found, speed, seconds), together_share(rates, send, receive)
+
+
+def _place(links: Streams, found: Partition, speed: Mapping[int, float], seconds: float) -> list[list[int]]:
+    """Put hosts that are too slow to be slowed into racks: where a flow of theirs takes away from what the others get out."""
+    racks = [list(rack) for rack in found.racks]
+    if len(racks) == 1:
+        return [sorted([*racks[0], *found.unplaced])]
+    for host in found.unplaced:
+        tests: list[Round] = []
+        for own in range(len(found.racks)):
+            *others, (_, target) = rounds.across(found.racks, own, speed)[0]
+            tests += [others, [*others, (host, target)]]
+        sums = [0.0] * (2 * len(tests))
+        for sample in links.stream(tests * 2, seconds):
+            if sample.flow[0] != host:
+                sums[sample.round] += sample.mean_bps
+        half = len(tests)
+        lost = [sum(sums[i] - sums[i + 1] for i in (2 * own, 2 * own + half)) / 2 for own in range(len(found.racks))]
+        homes = [own for own, rate_bps in enumerate(lost) if rate_bps > 0.5 * speed[host]]
+        if len(homes) == 1:
+            racks[homes[0]] = sorted([*racks[homes[0]], host])
+        else:  # It takes from nobody, or on the way into a rack, whoever sends there: it stands in none of them.
+            racks.append([host])
+    return sorted(racks)
 
 
 def _uplinks(

@@ -77,7 +77,7 @@ def measure(seat: Seat, dtype: str, say: Callable[[str], None]) -> Findings:
         address = address_towards(seat.master_address, seat.master_port)
         told = gather(_Told(seat.host, address, listener.getsockname()[1], compute.kind_of(device)))
         homes = _homes(told, seat.master_address)
-        phase("hosts", f"{len(homes)} hosts, {seat.world_size} ranks")
+        phase("hosts", f"{len(homes)} host{'s' * (len(homes) > 1)}, {seat.world_size} ranks")
         network = None
         if len(homes) > 1:
             me = next((index for index, home in enumerate(homes) if home.ranks[0] == seat.rank), None)

@@ -11,8 +11,9 @@ hosts into racks minimises
 """
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import numpy
 
@@ -52,26 +53,41 @@ def card_limits(alone: Rates, together: Rates) -> tuple[dict[int, float], dict[i
 class Partition:
     """racks: hosts that no shared link separates, each sorted, in the order of their first host.
 
-    margin: by how many flows the least certain host is better placed where it is than anywhere else.
+    unplaced: hosts whose cards are so slow that a share of a busy link is all they ever wanted; they are in no rack.
+    margin: by how many flows the least certain of the others is better placed where it is than anywhere else.
     """
 
     racks: list[list[int]]
+    unplaced: list[int]
     margin: float
 
 
-def find_racks(num_hosts: int, together: Rates, send: Mapping[int, float], receive: Mapping[int, float]) -> Partition:
-    """The best partition that moving hosts and merging racks leads to, from several starts."""
+def find_racks(
+    num_hosts: int, together: Sequence[Sequence[tuple[Flow, float]]], send: Mapping[int, float], receive: Mapping[int, float]
+) -> Partition:
+    """The best partition that moving hosts and merging racks leads to, from several starts. together: rates, round by round."""
     cost = numpy.zeros((num_hosts, num_hosts))
-    for (source, target), rate in together:
-        slowed = rate < SLOWED_BELOW * min(send[source], receive[target])
-        cost[source, target] += float(slowed) - TOLERANCE
-        cost[target, source] += float(slowed) - TOLERANCE
+    told, silent = numpy.zeros(num_hosts), numpy.zeros(num_hosts)
+    for flows in together:
+        limits = {flow: min(send[flow[0]], receive[flow[1]]) for flow, _ in flows}
+        slowed = {flow: rate for flow, rate in flows if rate < SLOWED_BELOW * limits[flow]}
+        usual = median(slowed.values()) if slowed else 0.0
+        for flow, _ in flows:
+            ends = list(flow)
+            if flow not in slowed and SLOWED_BELOW * limits[flow] < usual:
+                silent[[host for host in ends if min(send[host], receive[host]) < usual / SLOWED_BELOW]] += 1
+                continue
+            told[ends] += 1
+            cost[ends, ends[::-1]] += float(flow in slowed) - TOLERANCE
+    unplaced = [host for host in range(num_hosts) if silent[host] > told[host]]
+    kept = [host for host in range(num_hosts) if host not in unplaced]
+    cost = cost[numpy.ix_(kept, kept)]
     shuffle = random.Random(0)
-    starts = [numpy.zeros(num_hosts, int), numpy.arange(num_hosts)]
-    starts += [numpy.array([shuffle.randrange(num_hosts) for _ in range(num_hosts)]) for _ in range(RESTARTS)]
+    starts = [numpy.zeros(len(kept), int), numpy.arange(len(kept))]
+    starts += [numpy.array([shuffle.randrange(len(kept)) for _ in kept]) for _ in range(RESTARTS)]
     labels = min((_settle(cost, start) for start in starts), key=lambda found: _total(cost, found))
-    racks = [[host for host in range(num_hosts) if labels[host] == label] for label in dict.fromkeys(labels.tolist())]
-    return Partition(sorted(racks), min(_margin(cost, labels, host) for host in range(num_hosts)))
+    racks = [[host for host, own in zip(kept, labels, strict=True) if own == label] for label in dict.fromkeys(labels.tolist())]
+    return Partition(sorted(racks), unplaced, min(_margin(cost, labels, place) for place in range(len(kept))))
 
 
 def together_share(together: Rates, send: Mapping[int, float], receive: Mapping[int, float]) -> float:

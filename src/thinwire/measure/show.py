@@ -1,7 +1,9 @@
 """Findings as a table and as sentences for a person. No torch."""
 
 from collections.abc import Sequence
+from statistics import median
 
+from rich.console import Group
 from rich.table import Table
 
 from thinwire.measure.findings import Findings
@@ -13,30 +15,31 @@ TOGETHER_BELOW = 0.75
 _PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 
-def table(findings: Findings) -> Table:
-    """A row a host; rates are line rates, in brackets the interval."""
-    result = Table(
-        title=f"{len(findings.hosts)} hosts, {findings.world_size} ranks, probed in {findings.seconds:.1f} s",
-        title_justify="left",
-    )
-    for column in ("host", "ranks"):
-        result.add_column(column)
-    for column in ("send", "receive", "latency", "rack", "training step", "matmul", "memory"):
-        result.add_column(column, justify="right" if column != "rack" else "left")
+def table(findings: Findings) -> Group:
+    """A row a host, first of its network (line rates, in brackets the interval), then of its devices."""
+    hosts = f"{len(findings.hosts)} host{'s' * (len(findings.hosts) > 1)}"
+    title = f"{hosts}, {findings.world_size} ranks, probed in {findings.seconds:.1f} s"
     slow = {host.name for host, _, _ in findings.slow_hosts()}
+    names = {host.name: f"[red]{host.name}[/]" if host.name in slow else host.name for host in findings.hosts}
+    devices = Table("host", "devices", title=None if len(findings.hosts) > 1 else title, title_justify="left")
+    for column in ("training step", "matmul", "memory"):
+        devices.add_column(f"{column}, each", justify="right")
     for host in findings.hosts:
-        result.add_row(
-            f"[red]{host.name}[/]" if host.name in slow else host.name,
-            _spans(host.ranks),
-            _with_interval(host.send_bps),
-            _with_interval(host.receive_bps),
-            show(host.latency_s.value, "s") if host.latency_s else "-",
-            host.rack or "-",
-            f"{len(host.ranks)} x {show(host.flops_per_s.value, 'flop/s')}",
-            show(host.matmul_flops_per_s, "flop/s"),
-            f"{len(host.ranks)} x {show(host.memory_bytes, 'B')}",
-        )
-    return result
+        rates = (show(rate, "flop/s") for rate in (host.flops_per_s.value, host.matmul_flops_per_s))
+        devices.add_row(names[host.name], f"{len(host.ranks)} x {host.kind}", *rates, show(host.memory_bytes, "B"))
+    if len(findings.hosts) == 1:
+        return Group(devices)
+    rated = [rate.value for host in findings.hosts for rate in (host.send_bps, host.receive_bps) if rate]
+    unit, factor = next(((name, size) for name, size in _PREFIXES if median(rated) >= size), ("", 1.0))
+    network = Table("host", "ranks", title=title, title_justify="left")
+    for column in (f"send {unit}bit/s", f"receive {unit}bit/s", "latency"):
+        network.add_column(column, justify="right", no_wrap=True)
+    network.add_column("rack")
+    for host in findings.hosts:
+        ways = (_with_interval(rate, factor) for rate in (host.send_bps, host.receive_bps))
+        latency = show(host.latency_s.value, "s") if host.latency_s else "-"
+        network.add_row(names[host.name], _spans(host.ranks), *ways, latency, host.rack or "-")
+    return Group(network, devices)
 
 
 def sentences(findings: Findings) -> list[str]:
@@ -68,13 +71,12 @@ def sentences(findings: Findings) -> list[str]:
     return told
 
 
-def _with_interval(found: Estimate | None) -> str:
-    """100.1 [99.8, 100.1] Mbit/s"""
+def _with_interval(found: Estimate | None, factor: float) -> str:
+    """100.1 [99.8, 100.1]"""
     if found is None:
         return "-"
-    prefix, factor = next(((name, size) for name, size in _PREFIXES if found.value >= size), ("", 1.0))
     value, low, high = (f"{rate / factor:.4g}" for rate in (found.value, found.low, found.high))
-    return f"{value} [{low}, {high}] {prefix}bit/s"
+    return f"{value} [{low}, {high}]"
 
 
 def _spans(ranks: Sequence[int]) -> str:

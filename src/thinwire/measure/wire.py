@@ -47,6 +47,7 @@ def address_towards(address: str, port: int) -> str:
 
 
 def is_loopback(address: str) -> bool:
+    """True for an address that reaches this machine only."""
     return address == "::1" or address.startswith("127.")
 
 

@@ -136,6 +136,7 @@ class Transformer(nn.Module):
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
+    """RMSNorm or LayerNorm over the width, with a gain and no bias."""
     if config.norm == "rms":
         return nn.RMSNorm(config.width, eps=NORM_EPSILON)
     return nn.LayerNorm(config.width, eps=NORM_EPSILON, bias=False)

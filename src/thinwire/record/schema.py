@@ -19,6 +19,8 @@ class Entry(BaseModel):
 
 
 class Data(Entry):
+    """The text that was trained on: where it came from, and its sha256."""
+
     source: str
     files: int = 0
     bytes: int = 0
@@ -26,6 +28,8 @@ class Data(Entry):
 
 
 class Baseline(Entry):
+    """What a simple table scores on the same held-out text."""
+
     name: str
     loss: Number
 
@@ -104,10 +108,14 @@ class LedgerEntry(Entry):
 
 
 class Ledger(Entry):
+    """ledger.json: all ranks' ledgers, one after another."""
+
     entries: tuple[LedgerEntry, ...]
 
 
 class Card(Entry):
+    """One network card's own counters over the command."""
+
     host: str
     interface: str
     sent_bytes: int
@@ -150,6 +158,8 @@ class Eval(Entry):
 
 
 class Checkpoint(Entry):
+    """A checkpoint is whole; `path` is relative to the run folder."""
+
     event: Literal["checkpoint"] = "checkpoint"
     step: int
     time_s: Number

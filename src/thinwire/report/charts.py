@@ -38,6 +38,8 @@ class Level:
 
 @dataclass(frozen=True)
 class Segment:
+    """One coloured part of a bar."""
+
     name: str
     colour: str
     seconds: float

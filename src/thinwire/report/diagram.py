@@ -67,6 +67,7 @@ def busy_share(way: Way, step_s: float | None) -> float:
 
 
 def colour(share: float) -> str:
+    """Of a link that is busy for `share` of a step."""
     return RAMP[min(int(share * len(RAMP)), len(RAMP) - 1)] if math.isfinite(share) else UNKNOWN_COLOUR
 
 

@@ -38,6 +38,7 @@ def whole(value: float) -> str:
 
 
 def plain(value: float, digits: int) -> str:
+    """Fixed digits; a dash where the value is not known."""
     return f"{value:.{digits}f}" if math.isfinite(value) else UNKNOWN
 
 
@@ -66,6 +67,7 @@ class Scale:
 
 
 def share(part: float, total: float) -> str:
+    """`part` as a percentage of `total`."""
     return percent(part / total) if total else UNKNOWN
 
 

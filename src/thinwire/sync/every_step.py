@@ -34,7 +34,7 @@ PYTORCH_BUCKETS = (2**20, 25 * 2**20)
 
 
 def assign_buckets(parameters: Sequence[Parameter], bucket_bytes: int) -> list[list[Parameter]]:
-    """The buckets in the order in which they are sent, as DistributedDataParallel forms them. bucket_bytes: 0 for its own sizes."""
+    """The buckets in the order in which they are sent, as DistributedDataParallel forms them. 0: its own sizes."""
     first, others = (bucket_bytes, bucket_bytes) if bucket_bytes else PYTORCH_BUCKETS
     buckets: list[list[Parameter]] = [[]]
     size = 0

@@ -15,9 +15,10 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from thinwire.train.failure import KINDS, read_error
 from thinwire.train.runtime import environment
 
-LOST = 1
+FAILED = 1
 USER_ERROR = 2
 RANK_DIED = 3
 """Exit codes: a rank failed (often because another one did), a mistake of the user, a rank died without a word."""
@@ -66,23 +67,21 @@ def launch(nodes: Nodes, arguments: list[str], variables: dict[str, str]) -> int
 
 
 def _root_cause(failures: list[ProcessFailure], nodes: Nodes) -> tuple[str, int]:
-    """What failed first: a mistake of the user, else a rank that died, else the earliest error."""
+    """The failure that explains the others, and the exit code.
 
-    def told(failure: ProcessFailure) -> dict:
-        message = failure.error_file_data.get("message", {}) if isinstance(failure.error_file_data, dict) else {}
-        return message if isinstance(message, dict) else {}
-
-    for failure in failures:
-        if told(failure).get("extraInfo", {}).get("user_error"):
-            return told(failure)["message"], USER_ERROR
-    died = [failure for failure in failures if failure.exitcode < 0 or not told(failure)]
-    if died:
-        first = died[0]
-        rank = nodes.node_rank * nodes.ranks_per_node + first.local_rank
-        how = f"was ended by {signal.Signals(-first.exitcode).name}" if first.exitcode < 0 else f"ended with {first.exitcode}"
-        return f"rank {rank} (process {first.pid}) {how}; the last whole checkpoint is kept, go on with --resume", RANK_DIED
-    first = min(failures, key=lambda failure: failure.timestamp)
-    return told(first)["message"], LOST
+    In this order: a mistake of the user, an unexpected error, a rank that waited in vain (the one it waited for was then ended by
+    the agent), a rank that died without a word, a rank that lost another one.
+    """
+    told = [failure for process in failures if (failure := read_error(process.error_file_data)) is not None]
+    silent = [process for process in failures if read_error(process.error_file_data) is None]
+    first = min(told, key=lambda failure: KINDS.index(failure.kind), default=None)
+    if first is None or (first.kind == "lost" and silent):
+        process = silent[0]
+        rank = nodes.node_rank * nodes.ranks_per_node + process.local_rank
+        code = process.exitcode
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        return f"rank {rank} (process {process.pid}) {how}; the last whole checkpoint is kept, go on with --resume", RANK_DIED
+    return first.line, USER_ERROR if first.kind == "user" else FAILED
 
 
 def main() -> int:

@@ -2,30 +2,52 @@
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from thinwire.errors import UserError
 from thinwire.train.runtime import Place
 
+KINDS = ("user", "error", "timeout", "lost")
+"""A mistake of the user; anything unexpected; waited too long for another rank; another rank went away. The first explains the
+others: a rank that fails makes its peers wait, or lose it."""
 
-def failure_line(error: BaseException, place: Place | None) -> str:
-    """One line for whatever went wrong on a rank."""
-    who = f"rank {place.rank}: " if place else ""
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What a rank tells. kind: one of KINDS."""
+
+    kind: str
+    line: str
+
+
+def explain(error: BaseException, place: Place | None) -> Failure:
+    """One line for an exception on the rank at `place`."""
     if isinstance(error, UserError):
-        return str(error)
+        return Failure("user", str(error))
+    who = f"rank {place.rank}: " if place else ""
     text = " ".join(str(error).split())
-    if isinstance(error, dist.DistError | RuntimeError) and any(
-        word in text for word in ("Connection closed", "Connection reset", "peer")
-    ):
-        return f"{who}lost the connection to another rank ({text[:160]})"
-    if "imed out" in text or "timeout" in text.lower():
-        return f"{who}gave up waiting for another rank ({text[:160]}); raise train.timeout_s if the network is only slow"
-    return f"{who}{type(error).__name__}: {text[:300]}"
+    if isinstance(error, dist.DistError | RuntimeError):
+        if "imed out" in text or "timeout" in text.lower():
+            advice = "if the network is only slow, raise train.timeout_s; the last whole checkpoint is kept"
+            return Failure("timeout", f"{who}gave up waiting for another rank ({text[:160]}); {advice}")
+        if any(word in text for word in ("Connection closed", "Connection reset", "Broken pipe", "connect")):
+            return Failure("lost", f"{who}lost the connection to another rank ({text[:160]}); the last whole checkpoint is kept")
+    return Failure("error", f"{who}{type(error).__name__}: {text[:300]}")
 
 
-def write_error_file(path: Path, line: str, user_error: bool) -> None:
+def write_error_file(path: Path, failure: Failure) -> None:
     """For the launcher, in the form that torchrun's agent reads."""
-    told = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time())), "user_error": user_error}}}
-    path.write_text(json.dumps(told), encoding="utf-8")
+    extra = {"timestamp": str(int(time.time())), "kind": failure.kind}
+    path.write_text(json.dumps({"message": {"message": failure.line, "extraInfo": extra}}), encoding="utf-8")
+
+
+def read_error(data: Any) -> Failure | None:
+    """What `write_error_file` wrote, from the data that the agent has read; None if a rank has left nothing of the kind."""
+    try:
+        return Failure(data["message"]["extraInfo"]["kind"], data["message"]["message"])
+    except (KeyError, TypeError):
+        return None

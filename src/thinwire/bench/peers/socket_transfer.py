@@ -18,6 +18,7 @@ HEAD = struct.Struct("!qd")
 
 
 def main() -> None:
+    """See the top of the file."""
     if sys.argv[1] == "receive":
         receive()
     else:
@@ -26,6 +27,7 @@ def main() -> None:
 
 
 def receive() -> None:
+    """Take messages; answer each with the seconds since its first byte was sent (both ends read one clock)."""
     with socket.create_server(("0.0.0.0", PORT)) as server:
         server.settimeout(20)
         connection, _ = server.accept()
@@ -41,6 +43,7 @@ def receive() -> None:
 
 
 def send(host: str, sizes: list[int]) -> dict[str, list[float] | list[str]]:
+    """Seconds of each message, from its first byte until the last one has arrived."""
     seconds: list[float] = []
     with connect(host) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -53,6 +56,7 @@ def send(host: str, sizes: list[int]) -> dict[str, list[float] | list[str]]:
 
 
 def connect(host: str) -> socket.socket:
+    """Tries until the receiver listens."""
     for _ in range(200):
         try:
             return socket.create_connection((host, PORT), timeout=600)
@@ -62,6 +66,7 @@ def connect(host: str) -> socket.socket:
 
 
 def read(connection: socket.socket, count: int) -> bytes:
+    """Exactly `count` bytes, fewer at the end of the connection."""
     content = b""
     while len(content) < count and (part := connection.recv(count - len(content))):
         content += part
@@ -69,6 +74,7 @@ def read(connection: socket.socket, count: int) -> bytes:
 
 
 def congestion(connection: socket.socket) -> str:
+    """Name of the congestion control that the kernel uses here."""
     return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
 
 

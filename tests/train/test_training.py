@@ -95,7 +95,9 @@ def test_a_damaged_checkpoint_is_one_line_and_harms_nothing(ranks2: Pool, config
     config = config.model_copy(update={"train": config.train.model_copy(update={"checkpoint_every": 6})})
     folder = ranks2.run(run_training, config)[0].folder
     newest = folder / "checkpoints" / "step-000012"
-    victim = newest / "progress.json" if damage == "progress" else max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    victim = (
+        newest / "progress.json" if damage == "progress" else max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    )
     if damage == "missing":
         victim.unlink()
     else:

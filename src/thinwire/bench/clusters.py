@@ -1,0 +1,16 @@
+"""Clusters that benchmarks make for themselves."""
+
+from thinwire.cluster import Cluster, Device, Host, Link, Quantity, Switch
+
+
+def equal_hosts(count: int, link_bps: float) -> Cluster:
+    """`count` hosts with one device each on a switch."""
+    names = [f"host{index}" for index in range(count)]
+    rate, latency = Quantity(link_bps), Quantity(0.0)
+    ends = [pair for name in names for pair in ((name, "switch"), ("switch", name))]
+    return Cluster(
+        name=f"{count}-hosts",
+        hosts=tuple(Host(name=name, devices=(Device(name=f"{name}/cpu0"),)) for name in names),
+        switches=(Switch(name="switch"),),
+        links=tuple(Link(source=a, target=b, bandwidth_bps=rate, latency_s=latency) for a, b in ends),
+    )

@@ -1,0 +1,86 @@
+"""The command line as a user starts it: a process of its own, its output, and what it leaves running."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MARK = "THINWIRE_TEST_MARK"
+
+
+def thinwire(*arguments: str, cwd: Path, timeout_s: float = 50, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `thinwire ARGUMENTS` to its end."""
+    with started(*arguments, cwd=cwd, **variables) as process:
+        out, err = process.communicate(timeout=timeout_s)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+@contextmanager
+def started(*arguments: str, cwd: Path, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """`thinwire ARGUMENTS` as a process group of its own; whatever is left of it is ended afterwards."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {MARK: f"{os.getpid()}-{cwd.name}", "COLUMNS": "200"} | variables
+    process = subprocess.Popen(
+        [sys.executable, "-m", "thinwire", *arguments],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            assert stream is not None
+            stream.close()
+
+
+def running(cwd: Path) -> list[int]:
+    """Processes that carry this test's mark in their environment."""
+    mark = f"{MARK}={os.getpid()}-{cwd.name}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if mark in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def nothing_left(cwd: Path, patience_s: float = 5) -> bool:
+    """True once no process of the test remains."""
+    end = time.monotonic() + patience_s
+    while running(cwd):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def ranks_of(cwd: Path) -> dict[int, int]:
+    """Rank -> process id, of the ranks that run."""
+    found = {}
+    for pid in running(cwd):
+        variables = dict(pair.split(b"=", 1) for pair in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if b"=" in pair)
+        if b"RANK" in variables:
+            found[int(variables[b"RANK"])] = pid
+    return found
+
+
+def one_line(text: str) -> str:
+    """The error that was printed: exactly one line on stderr."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    assert len(lines) == 1, text
+    assert lines[0].startswith("thinwire: error: "), text
+    return lines[0].removeprefix("thinwire: error: ")

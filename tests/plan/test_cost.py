@@ -1,0 +1,112 @@
+"""The prediction of a step: its parts, and laws that any cost model must keep."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from thinwire.bench.clusters import equal_hosts
+from thinwire.cluster import load_cluster
+from thinwire.collectives.price import price
+from thinwire.config.model import preset
+from thinwire.errors import UserError
+from thinwire.layout import Layout
+from thinwire.plan.cost import Prediction, Setting, predict
+from thinwire.traffic import Transfer
+from thinwire.workload import Workload
+
+WORKLOAD = Workload.of_transformer(preset("1m"), 4, 64)
+
+
+def setting(ranks: int = 4, rates: tuple[float, ...] = (), rate_bps: float = 100e6, micro_batches: int = 1) -> Setting:
+    return Setting(
+        cluster=equal_hosts(ranks, rate_bps),
+        layout=Layout(data=ranks),
+        workload=WORKLOAD,
+        micro_batches=micro_batches,
+        flops_per_s=rates or (10e9,) * ranks,
+    )
+
+
+def transfer(message_bytes: int, window_flops: float = 0.0, label: str = "bucket", every: int = 1) -> Transfer:
+    return Transfer(
+        label=label, axis="data", op="all_reduce", message_bytes=message_bytes, window_flops=window_flops, every=every
+    )
+
+
+def test_without_transfers_a_step_is_compute_and_optimizer() -> None:
+    found = predict(setting(micro_batches=3), [])
+    assert found.compute_s == pytest.approx(3 * WORKLOAD.flops_per_microbatch / 10e9)
+    assert found.exposed_s == found.waiting_s == 0
+    assert found.step_s == found.compute_s + found.optimizer_s
+
+
+def test_what_nobody_computes_beside_is_exposed_whole() -> None:
+    found = predict(setting(), [transfer(2**20), transfer(2**19)])
+    assert found.exposed_s == pytest.approx(sum(priced.seconds for priced in found.transfers))
+
+
+def test_what_fits_under_the_backward_pass_is_hidden() -> None:
+    alone = predict(setting(), [transfer(2**18)])
+    enough = alone.exposed_s * 10e9 * (1 + 1e-9)
+    assert predict(setting(), [transfer(2**18, enough)]).exposed_s == 0
+    assert predict(setting(), [transfer(2**18, enough / 2)]).exposed_s == pytest.approx(alone.exposed_s / 2, rel=0.02)
+
+
+def test_the_wire_serves_one_transfer_after_another() -> None:
+    """Two that become ready at once take twice as long as one, hidden or not."""
+    one = predict(setting(), [transfer(2**20, 1e8)])
+    two = predict(setting(), [transfer(2**20, 1e8), transfer(2**20, 1e8)])
+    assert two.exposed_s == pytest.approx(one.exposed_s + one.transfers[0].seconds)
+
+
+def test_fast_ranks_wait_for_slow_ones() -> None:
+    rates = (10e9, 10e9, 10e9, 5e9)
+    fast, slow = predict(setting(rates=rates), [], rank=0), predict(setting(rates=rates), [], rank=3)
+    assert fast.waiting_s == pytest.approx(fast.compute_s) and slow.waiting_s == 0
+    assert fast.compute_s + fast.waiting_s == pytest.approx(slow.compute_s)
+
+
+def test_rare_transfers_count_with_their_share() -> None:
+    each, rare = predict(setting(), [transfer(2**20)]), predict(setting(), [transfer(2**20, every=10)])
+    assert rare.exposed_s == pytest.approx(each.exposed_s / 10)
+    assert rare.transfers[0].wire_bytes_per_step == pytest.approx(each.transfers[0].wire_bytes_per_step / 10)
+
+
+def test_links_carry_what_the_ranks_send() -> None:
+    found = predict(setting(), [transfer(2**20)])
+    sent = 4 * found.transfers[0].wire_bytes_per_step
+    assert sum(found.links.values()) == pytest.approx(2 * sent), "up to the switch, and down again"
+
+
+def test_a_layout_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(UserError, match="needs 8 ranks, but there are 4"):
+        predict(replace(setting(), layout=Layout(data=8)), [])
+    with pytest.raises(UserError, match="3 compute rates for 4 ranks"):
+        predict(setting(rates=(1e9,) * 3), [])
+
+
+@given(
+    sizes=st.lists(st.integers(1, 10**7), max_size=6),
+    windows=st.lists(st.floats(0, 1e10), min_size=6, max_size=6),
+    faster=st.floats(1, 1000),
+)
+def test_a_faster_wire_never_makes_a_step_slower(sizes: list[int], windows: list[float], faster: float) -> None:
+    transfers = [transfer(size, window, f"bucket {i}") for i, (size, window) in enumerate(zip(sizes, windows, strict=False))]
+    slow, fast = predict(setting(), transfers), predict(setting(rate_bps=100e6 * faster), transfers)
+    assert fast.step_s <= slow.step_s + 1e-12
+    assert slow.exposed_s <= sum(priced.seconds for priced in slow.transfers) + 1e-12
+
+
+def test_racks_are_priced_by_their_uplink() -> None:
+    cluster = load_cluster("two-racks")
+    found: Prediction = predict(
+        Setting(cluster=cluster, layout=Layout(data=8), workload=WORKLOAD, micro_batches=1, flops_per_s=(6e9,) * 8),
+        [transfer(2**22)],
+    )
+    busiest = max(found.links, key=lambda link: found.links[link])
+    assert "rack-" in busiest.source and busiest.target in ("switch", "rack-a", "rack-b")
+    from thinwire.cluster.graph import Routes
+
+    assert found.transfers[0].seconds == price(Routes(cluster), "all_reduce", 2**22, range(8)).seconds
