@@ -59,12 +59,21 @@ def test_a_run_learns_and_leaves_a_whole_folder(ranks2: Pool, config: RunConfig)
     assert list((outcome.folder / "tensorboard").iterdir())
 
 
+def labels_of_a_run(context: Rank, config: RunConfig) -> tuple[Outcome, set[str]]:
+    outcome = run_training(context, config)
+    return outcome, {call.label for call, total in context.recorded().items() if total.last_step >= 0}
+
+
 def test_predicted_transfers_equal_the_ledger_of_a_whole_run(ranks4: Pool, config: RunConfig) -> None:
-    outcome = ranks4.run(run_training, config)[0]
+    outcome, labels = ranks4.run(labels_of_a_run, config)[0]
     facts = as_json(gather(RunFolder.open(outcome.folder)))
     predicted = [row for row in facts["transfers"] if row["predicted_bytes"] is not None]
     assert len(predicted) >= 4
     assert all(row["equal"] for row in predicted), predicted
+    others = labels - {row["label"] for row in predicted}
+    assert others == {"replica", "checkpoint"}, (
+        "DistributedDataParallel's indices after the first step, checkpoints; nothing else"
+    )
 
 
 @pytest.mark.parametrize("stop_after", [1, 5])

@@ -1,6 +1,6 @@
 """The ledger against the network cards' own counters: all-reduces at 2, 4 and 8 hosts in the lab.
 
-The cards count what the ledger does not: frame headers (4.7 % on full segments), acknowledgements and the rendezvous. Bar: on every
+The cards count what the ledger does not: frame headers (4.7 % on full segments), acknowledgements, the rendezvous. Bar: on every
 host the card has sent at most 8 % more than the ledger, and not less.
 """
 

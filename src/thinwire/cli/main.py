@@ -8,6 +8,7 @@ import typer
 from thinwire import __version__
 from thinwire.cli import lab, train
 from thinwire.cli.bench import bench
+from thinwire.cli.probe import probe
 from thinwire.cli.report import report
 from thinwire.errors import UserError
 
@@ -21,6 +22,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("train")(train.train)
+app.command("probe")(probe)
 app.command("report")(report)
 app.command("bench")(bench)
 app.add_typer(lab.app, name="lab")

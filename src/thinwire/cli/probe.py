@@ -1,7 +1,6 @@
 """`thinwire probe`: measure the network and the machines that it is started on, and write a cluster file."""
 
 import socket
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from thinwire.measure.findings import Findings
+    from thinwire.train.failure import Failure
     from thinwire.train.runtime import Surroundings
 
 HOW_TO_START = (
@@ -29,6 +29,9 @@ def probe(
 
     Started by torchrun, srun, mpiexec or the lab, once for each device.
     """
+    from dataclasses import replace
+
+    from thinwire.cli.rank import be_rank
     from thinwire.errors import UserError
     from thinwire.train.runtime import read_surroundings
 
@@ -37,31 +40,22 @@ def probe(
     surroundings = read_surroundings()
     if surroundings.place is None or surroundings.place.world_size < 2:
         raise UserError(HOW_TO_START)
-    _run(surroundings, (output, json_path), name or output.stem, (dtype, timeout_s))
+    who = f"rank {surroundings.place.rank}"
 
-
-def _run(surroundings: "Surroundings", files: tuple[Path, Path | None], name: str, how: tuple[str, float]) -> None:
-    """Be one rank. Whatever goes wrong becomes one line, for the launcher if it listens."""
-    from thinwire.train.failure import Failure, explain, write_error_file
-
-    try:
-        _work(surroundings, files, name, how)
-    except Exception as error:
-        failure = explain(error, surroundings.place)
-        who = f"rank {surroundings.place.rank}" if surroundings.place else "this rank"
+    def reword(failure: "Failure") -> "Failure":
         if failure.kind == "lost":
-            failure = Failure(
-                "lost", f"{who} lost the connection to another rank in the middle of the probe; nothing was written"
+            return replace(
+                failure, line=f"{who} lost the connection to another rank in the middle of the probe; nothing was written"
             )
         if failure.kind == "timeout":
-            failure = Failure("timeout", f"{who} waited {how[1]:g} s for another rank; raise --timeout-s if it is only slow")
-        if surroundings.error_file:
-            write_error_file(surroundings.error_file, failure)
-        print(f"thinwire: error: {failure.line}", file=sys.stderr, flush=True)
-        _leave(2 if failure.kind == "user" else 1)
+            return replace(failure, line=f"{who} waited {timeout_s:g} s for another rank; raise --timeout-s if it is only slow")
+        return failure
+
+    be_rank(surroundings, lambda: _work(surroundings, (output, json_path), name or output.stem, (dtype, timeout_s)), reword)
 
 
 def _work(surroundings: "Surroundings", files: tuple[Path, Path | None], name: str, how: tuple[str, float]) -> None:
+    from thinwire.cli.rank import USER_ERROR, leave
     from thinwire.errors import UserError
     from thinwire.measure.probe import Seat, gather, measure
     from thinwire.train.runtime import process_group
@@ -74,7 +68,7 @@ def _work(surroundings: "Surroundings", files: tuple[Path, Path | None], name: s
         if problem and place.rank == 0:
             raise UserError(problem)
         if problem:
-            _leave(2)
+            leave(USER_ERROR)
         seat = Seat(
             rank=place.rank,
             world_size=place.world_size,
@@ -126,12 +120,3 @@ def _not_writable(files: tuple[Path, Path | None]) -> str | None:
         if not existed:
             path.unlink()
     return None
-
-
-def _leave(code: int) -> None:
-    """Not through the interpreter's end: a broken process group may wait there for peers that are gone."""
-    import os
-
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

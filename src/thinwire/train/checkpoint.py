@@ -68,7 +68,7 @@ def save(folder: Path, parts: Parts, progress: Progress) -> Path:
 
 
 def load(path: Path, parts: Parts) -> Progress:
-    """Load a checkpoint into `parts`, before the first backward pass. UserError on every rank if it is damaged or does not fit."""
+    """Load a checkpoint into `parts`, before the first backward pass. UserError on all ranks if it is damaged or does not fit."""
     # With gradients there, torch would take the optimizer for initialised and load none of its state.
     assert all(parameter.grad is None for parameter in parts.model.parameters()), "load before the first backward pass"
     progress = read_progress(path)

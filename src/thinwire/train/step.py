@@ -68,20 +68,20 @@ class Stepper:
         started = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.train, step)
-        total = torch.zeros(())
+        losses = []
         for index, batch in enumerate(batches):
             with self.sync.microbatch(last=index == num_micro - 1):
                 with self.precision():
                     loss = self.loss(self.model, batch) / num_micro
                 loss.backward()
-                total += loss.detach().cpu()
+                losses.append(loss.detach())
         exchanged = time.perf_counter()
         if self.train.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)  # gradients are views of the buckets
         self.sync.after_step(step)
-        mean_loss = float(total)
+        mean_loss = float(torch.stack(losses).sum())
         ready = min(max(self.sync.ready_at, started), exchanged)
         times = StepTimes(ready - started, exchanged - ready, time.perf_counter() - exchanged)
         return mean_loss, times

@@ -84,17 +84,17 @@ class LanguageModel:
         return self._batches.micro_batch(step, micro_batch, self._num_micro, rank, self._layout.data)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        inputs, targets = batch
+        inputs, targets = (tensor.to(_device(model)) for tensor in batch)
         return model(inputs, targets)
 
     @torch.no_grad()
     def score(self, model: nn.Module, rank: int) -> tuple[float, float]:
-        total, count = 0.0, 0
+        total, count, device = 0.0, 0, _device(model)
         train = self._config.train
         for inputs, targets in held_out_batches(self._held_out, train.sequence, train.micro_batch, rank, self._layout.data):
             scored = int((targets != IGNORED).sum())
             if scored:
-                total += float(model(inputs, targets)) * scored
+                total += float(model(inputs.to(device), targets.to(device))) * scored
                 count += scored
         return total, float(count)
 
@@ -104,3 +104,7 @@ class LanguageModel:
             loss = bigram_loss(self._corpus.train, self._held_out, self._corpus.vocabulary)
             described["baseline"] = {"name": "bigram table", "loss": loss}
         return described
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,6 +1,6 @@
 """A few all-reduces through the metered backend; each rank leaves what its ledger says it sent.
 
-    python -m thinwire.bench.peers.all_reduces RESULTS MESSAGE_BYTES CALLS
+python -m thinwire.bench.peers.all_reduces RESULTS MESSAGE_BYTES CALLS
 """
 
 import json
