@@ -93,7 +93,8 @@ def write_end(trainer: Trainer, folder: RunFolder, pacer: Pacer | None, results:
     """After the last step: gather the ledgers of all ranks; rank 0 writes what was measured. Collective."""
     mine = {"entries": trainer.ledger.entries(trainer.group.rank()), "missed": pacer.missed_fraction if pacer else None}
     everybody: list[Any] | None = [None] * trainer.group.size() if trainer.reporter else None
-    dist.gather_object(mine, everybody, dst=0)
+    with trainer.ledger.label("results"):
+        dist.gather_object(mine, everybody, dst=0)
     if trainer.reporter is None or everybody is None:
         return
     folder.write("ledger.json", {"entries": [entry for told in everybody for entry in told["entries"]]})
