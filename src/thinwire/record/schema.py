@@ -89,6 +89,7 @@ class StepCost(Entry):
     transfers: tuple[TransferCost, ...] = ()
     links: tuple[LinkLoad, ...] = ()
     missed_pace: float | None = None
+    """Paced runs: how much longer than declared compute took, as a fraction, on the rank where it was most."""
 
 
 class LedgerEntry(Entry):

@@ -109,7 +109,7 @@ def circumstances(facts: Facts) -> list[str]:
     lines = ["paced: each rank computes at the rate that the cluster file declares"] if record.paced else []
     missed = facts.measured.missed_pace if facts.measured else None
     if missed:
-        lines.append(f"the declared rate was missed in {percent(missed)} of the blocks")
+        lines.append(f"the machine could not quite keep that rate: compute took {percent(missed)} longer than declared")
     if record.lab:
         lines.append("lab: the network is imitated on one machine")
         lines.append(

@@ -1,14 +1,15 @@
 """Paced compute: a rank computes at the rate that its device declares, however busy the machine really is.
 
 In a lab many ranks share few cores, and an idle rank lends its core to the others; stragglers and waiting would then vanish.
-So each forward and each backward pass follows a clock: the pass starts at t, and block k is over no sooner than
+So each forward and each backward pass follows the clock of the declared device. With F_j the forward flops before matrix j
+(`Parameter.forward_flops_before`), F those of the whole pass, and a pass that takes T = flops / flops_per_s from its start t:
 
-    t + (share of the pass's flops up to and including block k) / flops_per_s
+    forward    the module of matrix j returns no sooner than         t + T F_{j+1} / F
+    backward   the gradient of matrix j is ready no sooner than      t + T (1 - F_j / F)
 
-The exchange goes on while a rank sleeps. Going backward it sleeps before a block as long as the block has time to spare, so that
-gradients become ready when they would on the declared device, at the end of their block's share. A block that takes longer than
-its share is made up for by the next ones of the same pass; a pass that ends late is counted as missed. Flops outside the blocks
-(embedding, head) are spread evenly over the blocks. Evaluation is not paced.
+The exchange goes on while a rank sleeps. Going backward it sleeps before the module, as long as there is time to spare, so that
+gradients become ready when they would on the declared device. What takes longer than its share is made up for by the rest of the
+pass; by how much passes end late is added up and reported. Evaluation is not paced.
 """
 
 import time
@@ -18,27 +19,35 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from torch import nn
 
 from thinwire.errors import UserError
 from thinwire.workload import Workload
 
-TOLERANCE = 0.02
-"""A pass that ends later than this fraction is missed."""
 SMOOTHING = 0.2
-"""Weight of the newest block in the running mean of what a block takes."""
+"""Weight of the newest pass in the running mean of what a module takes."""
+
+
+@dataclass
+class _Stage:
+    """One matrix product: its module, when it is over going forward and backward (shares of the pass), and what it takes here."""
+
+    module: nn.Module
+    forward_end: float
+    backward_end: float
+    takes_s: float = 0.0
+    started: float = 0.0
 
 
 @dataclass
 class Pacer:
-    """Hooks on the repeated blocks of a model. forward_s and backward_s: declared seconds of one micro-batch."""
+    """Hooks on a model. forward_s and backward_s: declared seconds of one micro-batch; late_s: by how much passes were missed."""
 
     forward_s: float
     backward_s: float
-    passes: int = 0
-    missed: int = 0
+    declared_s: float = 0.0
+    late_s: float = 0.0
     _pass_started: float = 0.0
-    _block_started: float = 0.0
-    _block_takes_s: float = 0.0
     _handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
 
     @classmethod
@@ -49,20 +58,18 @@ class Pacer:
         return cls(forward_s=forward, backward_s=backward)
 
     @contextmanager
-    def attached(self, blocks: list[torch.nn.Module]) -> Iterator[None]:
-        """Hooks on, at the end hooks off. `blocks` in the order of the forward pass."""
-        if not blocks:
-            raise UserError("paced compute wants a model with repeated blocks, and this one names none; use --unpaced")
-        count = len(blocks)
-        for index, block in enumerate(blocks):
-            if index == 0:
-                self._keep(block.register_forward_pre_hook, self._begin_pass)
-            self._keep(block.register_forward_hook, partial(self._end_forward, (index + 1) / count))
-            if index == count - 1:
-                self._keep(block.register_full_backward_pre_hook, self._begin_pass)
-            share = (count - index) / count
-            self._keep(block.register_full_backward_pre_hook, partial(self._begin_backward, share))
-            self._keep(block.register_full_backward_hook, partial(self._end_backward, share))
+    def attached(self, model: nn.Module, workload: Workload) -> Iterator[None]:
+        """Hooks on, at the end hooks off. UserError for a model in which no matrix product is a module."""
+        stages = _stages(model, workload)
+        if not stages:
+            raise UserError("paced compute wants a model made of linear layers, and this one has none; use --unpaced")
+        self._keep(model.register_forward_pre_hook, self._begin_pass)
+        self._keep(model.register_forward_hook, partial(self._end_forward, 1.0))
+        self._keep(model.register_full_backward_pre_hook, self._begin_pass)
+        for stage in stages:
+            self._keep(stage.module.register_forward_hook, partial(self._end_forward, stage.forward_end))
+            self._keep(stage.module.register_full_backward_pre_hook, partial(self._begin_backward, stage))
+            self._keep(stage.module.register_full_backward_hook, partial(self._end_backward, stage))
         try:
             yield
         finally:
@@ -72,8 +79,8 @@ class Pacer:
 
     @property
     def missed_fraction(self) -> float:
-        """Passes that ended later than declared."""
-        return self.missed / max(1, self.passes)
+        """How much longer than declared the passes took so far."""
+        return self.late_s / self.declared_s if self.declared_s else 0.0
 
     def _keep(self, register: Callable[..., torch.utils.hooks.RemovableHandle], hook: Callable[..., None]) -> None:
         self._handles.append(register(hook))
@@ -85,22 +92,36 @@ class Pacer:
         if torch.is_grad_enabled():
             self._hold(share, self.forward_s)
 
-    def _begin_backward(self, share: float, *_: object) -> None:
-        end = self._pass_started + share * self.backward_s
-        _sleep_until(end - self._block_takes_s)
-        self._block_started = time.perf_counter()
+    def _begin_backward(self, stage: _Stage, *_: object) -> None:
+        _sleep_until(self._pass_started + stage.backward_end * self.backward_s - stage.takes_s)
+        stage.started = time.perf_counter()
 
-    def _end_backward(self, share: float, *_: object) -> None:
-        took = time.perf_counter() - self._block_started
-        self._block_takes_s += (took - self._block_takes_s) * (SMOOTHING if self._block_takes_s else 1.0)
-        self._hold(share, self.backward_s)
+    def _end_backward(self, stage: _Stage, *_: object) -> None:
+        took = time.perf_counter() - stage.started
+        stage.takes_s += (took - stage.takes_s) * (SMOOTHING if stage.takes_s else 1.0)
+        self._hold(stage.backward_end, self.backward_s)
 
     def _hold(self, share: float, pass_s: float) -> None:
         """Sleep until `share` of the pass should be over; at its end see whether that was kept."""
         late = -_sleep_until(self._pass_started + share * pass_s)
         if share == 1.0:
-            self.passes += 1
-            self.missed += late > TOLERANCE * pass_s
+            self.declared_s += pass_s
+            self.late_s += max(0.0, late)
+
+
+def _stages(model: nn.Module, workload: Workload) -> list[_Stage]:
+    """The linear layers among the owners of the workload's matrices, in the order of the forward pass."""
+    whole = workload.forward_flops_per_token
+    found = []
+    for parameter in workload.parameters:
+        owner = model.get_submodule(parameter.name.rpartition(".")[0])
+        if len(parameter.shape) == 2 and isinstance(owner, nn.Linear):
+            found.append((owner, parameter.forward_flops_before, 2.0 * parameter.numel))
+    ends = [before for _, before, _ in found[1:]] + [sum(found[-1][1:])] if found else []
+    return [
+        _Stage(module=module, forward_end=min(end / whole, 1.0 - 1e-9), backward_end=1.0 - before / whole)
+        for (module, before, _), end in zip(found, ends, strict=True)
+    ]
 
 
 def _sleep_until(moment: float) -> float:

@@ -29,10 +29,6 @@ class Task(Protocol):
         """The same weights on each rank: seeded."""
         ...
 
-    def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """The repeated blocks, in the order of the forward pass; empty if there are none."""
-        ...
-
     def batch(self, step: int, micro_batch: int, rank: int) -> Batch:
         """A function of its arguments alone, so a run resumes by asking for a later step."""
         ...
@@ -75,10 +71,6 @@ class LanguageModel:
         """Weights drawn from the seed, the same on each rank."""
         torch.manual_seed(self._config.train.seed)
         return Transformer(self._shape)
-
-    def blocks(self, model: nn.Module) -> list[nn.Module]:
-        assert isinstance(model, Transformer)
-        return list(model.blocks)
 
     def batch(self, step: int, micro_batch: int, rank: int) -> Batch:
         return self._batches.micro_batch(step, micro_batch, self._num_micro, rank, self._layout.data)

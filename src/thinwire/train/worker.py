@@ -114,7 +114,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     )
     prediction, pacer = _predict(rank, cluster, task, stepper)
     if pacer:
-        stack.enter_context(pacer.attached(task.blocks(model)))
+        stack.enter_context(pacer.attached(model, task.workload))
 
     hosts: list[Any] = [None] * layout.world_size
     dist.all_gather_object(hosts, rank.host)
