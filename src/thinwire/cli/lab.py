@@ -36,6 +36,8 @@ def run(
         typer.echo(f"thinwire: lab: {note}", err=True)
     if unpaced:
         typer.echo("thinwire: lab: compute is not paced; hosts that wait lend their cores to the others", err=True)
+    size = f"{len(network.hosts)} hosts, {len(network.links)} links"
+    typer.echo(f"lab: {network.name}, {size}; starting {len(processes)} processes (torch takes some seconds to load)")
     result = launch(network, processes, options, prepared)
     Console().print(cards.table(result.cards, result.seconds))
     if result.run_folder and result.failure is None:

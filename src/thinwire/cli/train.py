@@ -60,6 +60,7 @@ def _launch(run: Path | None, changes: list[str], resume: Path | None) -> int:
         arguments += ["--set", change]
     if resume:
         arguments += ["--resume", str(resume)]
+    typer.echo(f"starting {ranks} ranks on this machine")
     with tempfile.TemporaryDirectory(prefix="thinwire-") as results:
         code = launch(Nodes(ranks_per_node=ranks), arguments, loopback_environment() | {"THINWIRE_RESULTS": results})
         told = Path(results) / "run_folder"
