@@ -36,8 +36,9 @@ class Nodes:
 
 def launch(nodes: Nodes, arguments: list[str], variables: dict[str, str]) -> int:
     """Run `thinwire train ARGUMENTS` as the ranks of this node; returns the exit code. Prints one line when it is not 0."""
-    for name in ("torch.distributed.elastic", "torch.distributed.run"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):  # each has a level of its own; what they say is said in one line below
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     several = nodes.num_nodes > 1
     config = LaunchConfig(
         min_nodes=nodes.num_nodes,

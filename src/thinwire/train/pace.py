@@ -64,8 +64,7 @@ class Pacer:
         if not stages:
             raise UserError("paced compute wants a model made of linear layers, and this one has none; use --unpaced")
         self._keep(model.register_forward_pre_hook, self._begin_pass)
-        self._keep(model.register_forward_hook, partial(self._end_forward, 1.0))
-        self._keep(model.register_full_backward_pre_hook, self._begin_pass)
+        self._keep(model.register_forward_hook, self._end_pass)
         for stage in stages:
             self._keep(stage.module.register_forward_hook, partial(self._end_forward, stage.forward_end))
             self._keep(stage.module.register_full_backward_pre_hook, partial(self._begin_backward, stage))
@@ -87,6 +86,12 @@ class Pacer:
 
     def _begin_pass(self, *_: object) -> None:
         self._pass_started = time.perf_counter()
+
+    def _end_pass(self, model: nn.Module, arguments: object, output: object) -> None:
+        """The whole forward pass; the backward pass begins when the gradient of its output is there."""
+        self._end_forward(1.0)
+        if isinstance(output, torch.Tensor) and output.requires_grad:
+            output.register_hook(self._begin_pass)
 
     def _end_forward(self, share: float, *_: object) -> None:
         if torch.is_grad_enabled():
