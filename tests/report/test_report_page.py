@@ -9,9 +9,10 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy
 import pytest
 from chromium import framed, measured, screenshot
-from matplotlib.image import imread
+from PIL import Image
 from run_folders import RUN_TOML, make_run
 
 from thinwire.cluster import load_cluster, shipped_clusters
@@ -214,7 +215,7 @@ def test_it_looks_like_something_and_fits_desktop_and_phone(tmp_path: Path, name
     folder = make_run(tmp_path / "run", load_cluster(name))
     path = write_report(folder)
     screenshot(path, tmp_path / "page.png", 1200, 1600)
-    picture = imread(tmp_path / "page.png")[..., :3]
+    picture = numpy.asarray(Image.open(tmp_path / "page.png").convert("RGB")) / 255
     assert picture.shape == (1600, 1200, 3)
     ink = (picture.min(axis=2) < 0.6).mean()
     assert 0.01 < ink < 0.5, f"{ink:.1%} of the picture is dark"
