@@ -38,6 +38,10 @@ class Synchroniser(Protocol):
         """Hooks on, at the end hooks off. Gives the module to run forward with. Collective."""
         ...
 
+    def rehearsal(self) -> AbstractContextManager[None]:
+        """Around one forward and backward pass before training, whose gradients are thrown away: nothing is exchanged."""
+        ...
+
     def microbatch(self, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of one micro-batch; `last`: gradients are complete after this one."""
         ...

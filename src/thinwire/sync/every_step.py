@@ -4,8 +4,9 @@
 
 The gradients go out in buckets while the backward pass goes on (Li et al. 2020, PyTorch Distributed, VLDB, section 4.2):
 parameters are taken in reverse order of registration, and a bucket is closed when it holds `bucket_bytes` or more. Each bucket
-is divided by p and all-reduced. Only in the very first step, when the order is not
-known yet, all goes in one bucket. Underneath is DistributedDataParallel; the exchange is our communication hook on it.
+is divided by p and all-reduced. Underneath is DistributedDataParallel; the exchange is our communication hook on it. It forms its
+buckets after the first backward pass, which would go out in one piece, and add up in another order; so that a resumed run adds
+up as the uninterrupted one did, that pass is a rehearsal: it teaches the order and exchanges nothing.
 """
 
 import time
@@ -55,6 +56,7 @@ class EveryStepSync:
         self._config, self._axis, self._ledger = config, axis, ledger
         self._replica: DistributedDataParallel | None = None
         self._group: dist.ProcessGroup | None = None
+        self._rehearsing = False
 
     def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
         """One all-reduce a bucket; it may hide under the part of the backward pass that still runs."""
@@ -88,6 +90,15 @@ class EveryStepSync:
             self._replica = None
 
     @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Around one forward and backward pass, and the forward pass after it, in which the buckets are formed. Collective."""
+        self._rehearsing = True
+        try:
+            yield
+        finally:
+            self._rehearsing = False
+
+    @contextmanager
     def microbatch(self, last: bool) -> Iterator[None]:
         """Only the last micro-batch of a step exchanges; the others add to the gradients."""
         assert self._replica is not None, "attached() comes first"
@@ -113,6 +124,10 @@ def _average(sync: EveryStepSync, bucket: dist.GradBucket) -> torch.futures.Futu
     sync.ready_at = time.perf_counter()
     group = sync._group
     assert group is not None
+    if sync._rehearsing:
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
     buffer = bucket.buffer().div_(group.size())
     work = all_reduce(buffer, group, sync._ledger, f"bucket {bucket.index()}")
     return work.get_future().then(_first_tensor)

@@ -63,6 +63,13 @@ class Stepper:
     precision: Callable[[], AbstractContextManager]
     train: TrainSection
 
+    def rehearse(self, batch: object) -> None:
+        """Once before training, on any batch of this rank: the synchroniser learns in which order gradients come. Collective."""
+        with self.sync.rehearsal():
+            for _ in range(2):
+                self.loss(self.model, batch).backward()
+        self.optimizer.zero_grad(set_to_none=False)
+
     def run(self, step: int, batches: Iterable[object], num_micro: int) -> tuple[float, StepTimes]:
         """Returns this rank's mean loss over the micro-batches, and the times. Collective over the synchroniser's axis."""
         started = time.perf_counter()

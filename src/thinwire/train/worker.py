@@ -112,6 +112,8 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         precision=_precision(rank.device, dtype),
         train=config.train,
     )
+    with ledger.label("replica set-up"):
+        stepper.rehearse(task.batch(0, 0, group.rank()))
     prediction, pacer = _predict(rank, cluster, task, stepper)
     if pacer:
         stack.enter_context(pacer.attached(model, task.workload))

@@ -58,6 +58,7 @@ def main(results: str, settings: str) -> None:
             precision=nullcontext,
             train=train,
         )
+        stepper.rehearse(tokens)
         turns = Turns(results, told["index"], told["contenders"], place.rank, dist.barrier)
         for turn in range(told["turns"] + 1):
             turns.begin()
