@@ -1,3 +1,17 @@
 """thinwire: train language models over networks that are too slow for it."""
 
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+__all__ = ["compress_gradients"]
+
+_HOMES = {"compress_gradients": "thinwire.sync.hook"}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are loaded when they are used, so that `import thinwire` loads no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'thinwire' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

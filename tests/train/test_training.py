@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pool import Pool, Rank, RankFailure
-from thinwire.config.run import RunConfig
+from thinwire.config.run import Coded, RunConfig
 from thinwire.record import RunFolder
 from thinwire.report import as_json, gather
 from thinwire.train.runtime import StopRequest, Surroundings
@@ -74,11 +74,16 @@ def test_predicted_transfers_equal_the_ledger_of_a_whole_run(ranks4: Pool, confi
     assert others == {"checkpoint", "results"}, "checkpoints, and the ledgers themselves; nothing else"
 
 
-@pytest.mark.parametrize(("pool", "stop_after"), [("ranks2", 1), ("ranks4", 1), ("ranks4", 5)])
+@pytest.mark.parametrize(
+    ("pool", "stop_after", "kind"),
+    [("ranks2", 1, "none"), ("ranks4", 1, "none"), ("ranks4", 5, "none"), ("ranks4", 5, "int4"), ("ranks2", 3, "bf16")],
+)
 def test_resumed_equals_uninterrupted_bit_for_bit(
-    request: pytest.FixtureRequest, config: RunConfig, tmp_path: Path, pool: str, stop_after: int
+    request: pytest.FixtureRequest, config: RunConfig, tmp_path: Path, pool: str, stop_after: int, kind: str
 ) -> None:
     ranks: Pool = request.getfixturevalue(pool)
+    if kind != "none":
+        config = config.model_copy(update={"compress": Coded(kind=kind)})
     whole = ranks.run(run_training, config)[0].folder
     kept = tmp_path / "whole"
     shutil.move(whole, kept)

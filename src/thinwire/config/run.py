@@ -113,6 +113,20 @@ class NoCompression(_Section):
     kind: Literal["none"] = "none"
 
 
+class Coded(_Section):
+    """Gradients travel through a codec of this name."""
+
+    kind: Literal["bf16", "fp16", "int8", "int4", "fp4", "sign", "ternary", "codebook", "topk"]
+    feedback: bool = True
+    """What coding loses is kept and added to the next step's gradient."""
+    exclude: tuple[str, ...] = ("*embed*", "*positions*")
+    """Parameters that stay float32, by name, with * for anything."""
+    vectors: bool = False
+    """Code parameters of one dimension too."""
+    fused: bool = False
+    """Compile the codec's kernels (half a minute at the start); the bits are the same."""
+
+
 class AdamW(_Section):
     """Loshchilov & Hutter 2019."""
 
@@ -168,6 +182,12 @@ class TrainSection(_Section):
     """A collective that takes longer is given up, and the run with it."""
 
 
+def _coded_by_kind(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return (NoCompression if value.get("kind", "none") == "none" else Coded).model_validate(value)
+
+
 class RunConfig(_Section):
     """A whole run. `RunConfig()` is valid: a 1M model on the standard library's sources."""
 
@@ -176,7 +196,7 @@ class RunConfig(_Section):
     data: DataSection = DataSection()
     layout: LayoutSection = LayoutSection()
     sync: EveryStep = Field(EveryStep())
-    compress: NoCompression = Field(NoCompression())
+    compress: Annotated[NoCompression | Coded, BeforeValidator(_coded_by_kind)] = NoCompression()
     train: TrainSection = TrainSection()
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ up as the uninterrupted one did, that pass is a rehearsal: it teaches the order 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,15 +21,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.seam import all_reduce
+from thinwire.compress.exchange import Exchange
+from thinwire.compress.plain import GRADIENT_BYTES, PlainExchange
 from thinwire.config.run import EveryStep
 from thinwire.layout import Layout
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter, Workload
-
-GRADIENT_BYTES = 4
-"""Weights, gradients and their exchange are float32."""
-
 
 PYTORCH_BUCKETS = (2**20, 25 * 2**20)
 """Sizes of the first and of the other buckets where none is asked for."""
@@ -51,42 +49,39 @@ def assign_buckets(parameters: Sequence[Parameter], bucket_bytes: int) -> list[l
 class EveryStepSync:
     """See the top of the file. One per rank; `axis` is the mesh axis along which the replicas lie."""
 
-    def __init__(self, config: EveryStep, axis: str, ledger: Ledger) -> None:
+    def __init__(self, config: EveryStep, axis: str, ledger: Ledger, exchange: Exchange | None = None) -> None:
         self.ready_at = 0.0
         self._config, self._axis, self._ledger = config, axis, ledger
+        self._exchange: Exchange = exchange or PlainExchange(ledger)
         self._replica: DistributedDataParallel | None = None
-        self._group: dist.ProcessGroup | None = None
         self._rehearsing = False
 
     def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
-        """One all-reduce a bucket; it may hide under the part of the backward pass that still runs."""
-        tokens = workload.tokens_per_microbatch
-        return [
-            Transfer(
-                label=f"bucket {index}",
-                axis=self._axis,
-                op="all_reduce",
-                message_bytes=sum(parameter.numel for parameter in bucket) * GRADIENT_BYTES,
-                window_flops=tokens * workload.backward_flops_remaining(bucket[-1].name),
-            )
-            for index, bucket in enumerate(assign_buckets(workload.parameters, self._config.bucket_bytes))
-        ]
+        """What each bucket sends; it may hide under the part of the backward pass that still runs."""
+        found = []
+        for index, bucket in enumerate(assign_buckets(workload.parameters, self._config.bucket_bytes)):
+            window = workload.tokens_per_microbatch * workload.backward_flops_remaining(bucket[-1].name)
+            for transfer in self._exchange.transfers(f"bucket {index}", bucket, self._axis, getattr(layout, self._axis)):
+                found.append(replace(transfer, window_flops=window))
+        return found
 
     @contextmanager
     def attached(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> Iterator[torch.nn.Module]:
         """Wraps `model`. Collective: every rank of the axis."""
-        self._group = mesh.get_group(self._axis)
+        group = mesh.get_group(self._axis)
         with self._ledger.label("replica set-up"):
             self._replica = DistributedDataParallel(
                 model,
-                process_group=self._group,
+                process_group=group,
                 bucket_cap_mb=self._config.bucket_bytes / 2**20 or None,
                 gradient_as_bucket_view=True,
             )
-        self._replica.register_comm_hook(self, _average)
+            self._exchange.attach(group, self._axis, {id(parameter): name for name, parameter in model.named_parameters()})
+        self._replica.register_comm_hook(self, _hook)
         try:
             yield self._replica
         finally:
+            self._exchange.detach()
             self._replica = None
 
     @contextmanager
@@ -112,26 +107,19 @@ class EveryStepSync:
         """Nothing: replicas are equal after each step."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: nothing is carried from step to step."""
-        return {}
+        """What the exchange carries from step to step; nothing without compression."""
+        return self._exchange.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
+        """Before `attached`."""
+        self._exchange.load_state_dict(state)
 
 
-def _average(sync: EveryStepSync, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _hook(sync: EveryStepSync, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """The communication hook: called on each rank, in the same order, as soon as a bucket is full."""
     sync.ready_at = time.perf_counter()
-    group = sync._group
-    assert group is not None
     if sync._rehearsing:
         done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         done.set_result(bucket.buffer())
         return done
-    buffer = bucket.buffer().div_(group.size())
-    work = all_reduce(buffer, group, sync._ledger, f"bucket {bucket.index()}")
-    return work.get_future().then(_first_tensor)
-
-
-def _first_tensor(future: torch.futures.Future[Any]) -> torch.Tensor:
-    return future.value()[0]
+    return sync._exchange.start(bucket)

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from thinwire.cluster import Cluster
 from thinwire.collectives import backend
 from thinwire.collectives.ledger import Ledger
+from thinwire.compress.exchange import make_exchange
 from thinwire.config.run import RunConfig
 from thinwire.layout import AXES, Layout
 from thinwire.plan.cost import Prediction, Setting, predict
@@ -98,7 +99,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     dtype = agree_on_dtype(config, rank.device, folder if resume else None, task)
 
     model = task.build_model().to(rank.device)
-    sync = EveryStepSync(config.sync, DATA_AXIS, ledger)
+    sync = EveryStepSync(config.sync, DATA_AXIS, ledger, make_exchange(config.compress, ledger))
     optimizer = make_optimizer(model, config.train)
     parts = checkpoint.Parts(model=model, optimizer=optimizer, sync=sync, ledger=ledger, rank=rank.number)
     progress = checkpoint.Progress(step=0, tokens=0, world_size=layout.world_size)

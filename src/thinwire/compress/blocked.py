@@ -1,0 +1,87 @@
+"""What codecs with a small header per block share: the layout of the payload, and the walk over a long vector.
+
+    payload = header of every block (bf16 each), then the codes of every block
+
+Headers are bf16, not fp16: the same two bytes, but fp16 ends at 6e-8, where gradients go on. Where kernels are not fused, the
+vector is walked in pieces that stay in the processor's cache, so that memory is read once and not once an operation.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from thinwire.compress.base import check_payload, check_values
+from thinwire.compress.fused import compiled, fused_or_reason
+
+PIECE = 1 << 17
+"""Values a piece has at most: half a MiB."""
+
+Kernel = Callable[[Tensor, Tensor, Tensor], None]
+"""(values [n] float32, header [blocks * header_values] bf16, codes [blocks * code_bytes] int8): reads one side, fills the other."""
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """A codec of independent blocks. A codec names its sizes and its two kernels."""
+
+    name: ClassVar[str]
+    block: ClassVar[int]
+    header_values: ClassVar[int] = 1
+    code_bytes: ClassVar[int]
+    summable: ClassVar[bool] = False
+    wire_dtype: ClassVar[torch.dtype] = torch.uint8
+    encode_kernel: ClassVar[Kernel]
+    decode_kernel: ClassVar[Kernel]
+
+    fused: bool = False
+    """Kernels compiled into one pass, where a compiler is found (`fused_or_reason`); same bits."""
+
+    def payload_bytes(self, numel: int) -> int:
+        """Header and codes of each block."""
+        return numel // self.block * (2 * self.header_values + self.code_bytes)
+
+    def encode(self, values: Tensor) -> Tensor:
+        """[numel] float32 -> [payload_bytes] uint8."""
+        check_values(values, self.block)
+        payload = torch.empty(self.payload_bytes(values.numel()), dtype=torch.uint8, device=values.device)
+        self._walk(0, values, payload)
+        return payload
+
+    def decode(self, payload: Tensor, numel: int) -> Tensor:
+        """[payload_bytes] uint8 -> [numel] float32."""
+        assert numel % self.block == 0, f"{numel} values are no multiple of the block {self.block}"
+        check_payload(payload, self.payload_bytes(numel))
+        values = torch.empty(numel, dtype=torch.float32, device=payload.device)
+        self._walk(1, values, payload)
+        return values
+
+    def rows(self, values: Tensor) -> Tensor:
+        """[blocks, block]"""
+        return values.view(-1, self.block)
+
+    @cached_property
+    def _kernels(self) -> tuple[Kernel, Kernel] | None:
+        if not self.fused or fused_or_reason() is not None:
+            return None
+        return compiled(type(self).encode_kernel), compiled(type(self).decode_kernel)
+
+    def _walk(self, way: int, values: Tensor, payload: Tensor) -> None:
+        blocks = values.numel() // self.block
+        border = 2 * self.header_values * blocks
+        header, codes = payload[:border].view(torch.bfloat16), payload[border:].view(torch.int8)
+        if self._kernels is not None and blocks > 1:  # torch.compile makes a kernel of its own for lengths of 1
+            self._kernels[way](values, header, codes)
+            return
+        kernel = (type(self).encode_kernel, type(self).decode_kernel)[way]
+        step = max(1, PIECE // self.block) if values.device.type == "cpu" else max(1, blocks)
+        for first in range(0, blocks, step):
+            last = min(first + step, blocks)
+            kernel(
+                values[first * self.block : last * self.block],
+                header[first * self.header_values : last * self.header_values],
+                codes[first * self.code_bytes : last * self.code_bytes],
+            )

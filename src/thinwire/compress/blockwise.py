@@ -1,0 +1,142 @@
+"""int8, int4 and 4-bit floats with one scale a block: the workhorses.
+
+    s = bf16(max |x| / L),  q = round(x / s) in -L..L,  decoded: q s          L = 127 (int8, block 256) or 7 (int4, block 128)
+
+Rounded to nearest, |error| <= s / 2; bf16 moves s by at most 2^-8, too little to carry the largest value past L + 1/2. Coding
+what was decoded gives the same payload again. fp4 is E3M0, a sign and a power of two: q in 0, 2^-6 .. 2^0 of s = bf16(max |x|),
+nearest, |error| <= max(|x| / 3, 2^-7 s).
+
+Two 4-bit codes a, b in -7..7 share the byte a + 16 b, a from the first half of the block and b from the second: b is then the
+byte / 16 rounded to nearest. All arithmetic is on small integers in float32, so it is exact.
+Zeros decode to zeros; a block whose scale is below 2^-120 too. A block with a nan or an inf decodes to nothing finite.
+
+Dettmers et al. 2022 (block-wise 8 bit), Wang et al. 2023 (ZeRO++: int4), Douillard et al. 2025 (Streaming DiLoCo: E3M0).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from thinwire.compress.blocked import Blocked
+from thinwire.compress.fused import SMALLEST, inverse, round_bf16
+
+INT8_BLOCK, INT4_BLOCK, HALF = 256, 128, 64
+
+
+def _largest(rows: Tensor) -> Tensor:
+    return rows.abs().amax(1)
+
+
+def _pack(numbers: Tensor, codes: Tensor) -> None:
+    """[n, block] whole numbers in -7..7 -> two in a byte."""
+    codes.view(-1, HALF).copy_(numbers[:, :HALF].add(numbers[:, HALF:], alpha=16))
+
+
+def _unpack(codes: Tensor) -> Tensor:
+    """What `_pack` packed, as [n, 2 halves, HALF]: byte - 16 b for the first half and b for the second, in one expression for
+    both, because a compiler makes slow code of two writes into one tensor."""
+    both = codes.view(-1, 1, HALF).to(torch.float32)
+    second = (both * 0.0625).round_()
+    half = torch.arange(2, dtype=torch.float32, device=codes.device).view(1, 2, 1)
+    return torch.addcmul(both * (1 - half), second, 17 * half - 16)
+
+
+def encode_int8(values: Tensor, header: Tensor, codes: Tensor) -> None:
+    """See the formula above."""
+    rows = values.view(-1, INT8_BLOCK)
+    scales = round_bf16(_largest(rows) * (1 / 127))
+    header.copy_(scales)
+    codes.view(-1, INT8_BLOCK).copy_((rows * inverse(scales).unsqueeze(1)).round_())
+
+
+def decode_int8(values: Tensor, header: Tensor, codes: Tensor) -> None:
+    """Code times scale."""
+    rows = values.view(-1, INT8_BLOCK)
+    rows.copy_(codes.view(-1, INT8_BLOCK))
+    rows.mul_(header.to(torch.float32).unsqueeze(1))
+
+
+def encode_int4(values: Tensor, header: Tensor, codes: Tensor) -> None:
+    """See the formula above."""
+    rows = values.view(-1, INT4_BLOCK)
+    scales = round_bf16(_largest(rows) * (1 / 7))
+    header.copy_(scales)
+    _pack((rows * inverse(scales).unsqueeze(1)).round_(), codes)
+
+
+def decode_int4(values: Tensor, header: Tensor, codes: Tensor) -> None:
+    """Code times scale."""
+    values.view(-1, 2, HALF).copy_(_unpack(codes).mul_(header.to(torch.float32).view(-1, 1, 1)))
+
+
+def encode_float4(values: Tensor, header: Tensor, codes: Tensor) -> None:
+    """The exponent of 4/3 |x| / s is that of the nearest power of two: between 2^k and 2^(k+1) the middle is 3/2 2^k."""
+    rows = values.view(-1, INT4_BLOCK)
+    scales = round_bf16(_largest(rows))
+    header.copy_(scales)
+    parts = rows * inverse(scales).unsqueeze(1)
+    sizes = parts.abs()
+    exponents = ((sizes * (4 / 3)).view(torch.int32) >> 23) - 120
+    numbers = torch.maximum(exponents, (sizes >= 2**-7).to(torch.int32)).clamp(max=7)
+    _pack(numbers.to(torch.float32) * parts.sign(), codes)
+
+
+def decode_float4(values: Tensor, header: Tensor, codes: Tensor) -> None:
+    """+-2^(|q| - 7) s, made from the bits of its exponent; 0 for q = 0."""
+    numbers = _unpack(codes)
+    powers = ((numbers.abs().to(torch.int32) + 120) << 23).view(torch.float32)
+    values.view(-1, 2, HALF).copy_(numbers.sign_().mul_(powers).mul_(header.to(torch.float32).view(-1, 1, 1)))
+
+
+@dataclass(frozen=True)
+class _Integers(Blocked):
+    levels: ClassVar[int]
+
+    def error_bound(self, values: Tensor) -> Tensor:
+        """Half a scale, which may be 2^-8 more than max / levels, plus what float32 rounds off."""
+        largest = _largest(self.rows(values))
+        bound = largest * ((1 + 2**-8) * (0.5 + 2**-14) / self.levels)
+        return torch.where(largest < 2 * self.levels * SMALLEST, largest, bound).repeat_interleave(self.block)
+
+
+@dataclass(frozen=True)
+class Int8(_Integers):
+    """8.0625 bits a value."""
+
+    name: ClassVar[str] = "int8"
+    block: ClassVar[int] = INT8_BLOCK
+    code_bytes: ClassVar[int] = INT8_BLOCK
+    levels: ClassVar[int] = 127
+    encode_kernel = encode_int8
+    decode_kernel = decode_int8
+
+
+@dataclass(frozen=True)
+class Int4(_Integers):
+    """4.125 bits a value."""
+
+    name: ClassVar[str] = "int4"
+    block: ClassVar[int] = INT4_BLOCK
+    code_bytes: ClassVar[int] = HALF
+    levels: ClassVar[int] = 7
+    encode_kernel = encode_int4
+    decode_kernel = decode_int4
+
+
+@dataclass(frozen=True)
+class Float4(Blocked):
+    """4.125 bits a value, E3M0."""
+
+    name: ClassVar[str] = "fp4"
+    block: ClassVar[int] = INT4_BLOCK
+    code_bytes: ClassVar[int] = HALF
+    encode_kernel = encode_float4
+    decode_kernel = decode_float4
+
+    def error_bound(self, values: Tensor) -> Tensor:
+        """A third of the value, or half of the smallest power."""
+        largest = _largest(self.rows(values))
+        smallest = torch.where(largest < 2 * SMALLEST, largest, largest * (2**-7 * (1 + 2**-7)))
+        return torch.maximum(values.abs() * ((1 + 2**-20) / 3), smallest.repeat_interleave(self.block))

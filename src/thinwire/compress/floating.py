@@ -1,0 +1,64 @@
+"""bf16 and fp16: a shorter float for each value; the sum of two payloads is the payload of a sum, so they may be all-reduced.
+
+Rounding to nearest, ties to even. bf16 keeps float32's range with 8 bits of significand: |error| <= 2^-8 |x| (+ 2^-134 among the
+subnormals). fp16 has 11 bits, |error| <= 2^-11 |x| (+ 2^-25), but ends at 65504: what is beyond becomes inf, as does a sum that
+grows beyond it on the way; divide before summing, and look at the result with `finite`. nan and inf arrive as they are.
+Micikevicius et al. 2018 (mixed precision training), Kalamkar et al. 2019 (bfloat16).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from thinwire.compress.base import check_payload, check_values
+
+
+@dataclass(frozen=True)
+class _Cast:
+    name: ClassVar[str]
+    wire_dtype: ClassVar[torch.dtype]
+    relative: ClassVar[float]
+    absolute: ClassVar[float]
+    block: ClassVar[int] = 1
+    summable: ClassVar[bool] = True
+
+    def payload_bytes(self, numel: int) -> int:
+        """Two bytes a value."""
+        return 2 * numel
+
+    def encode(self, values: Tensor) -> Tensor:
+        """[numel] float32 -> [2 numel] uint8."""
+        check_values(values, self.block)
+        return values.to(self.wire_dtype).view(torch.uint8)
+
+    def decode(self, payload: Tensor, numel: int) -> Tensor:
+        """[2 numel] uint8 -> [numel] float32."""
+        check_payload(payload, self.payload_bytes(numel))
+        return payload.view(self.wire_dtype).to(torch.float32)
+
+    def error_bound(self, values: Tensor) -> Tensor:
+        """Half a unit in the last place; inf where the value is out of range."""
+        bound = values.abs() * self.relative + self.absolute
+        return torch.where(values.abs() <= torch.finfo(self.wire_dtype).max, bound, torch.inf)
+
+
+@dataclass(frozen=True)
+class BFloat16(_Cast):
+    """float32 with the lower half of its bits rounded away."""
+
+    name: ClassVar[str] = "bf16"
+    wire_dtype: ClassVar[torch.dtype] = torch.bfloat16
+    relative: ClassVar[float] = 2**-8
+    absolute: ClassVar[float] = 2**-134
+
+
+@dataclass(frozen=True)
+class Float16(_Cast):
+    """IEEE half precision."""
+
+    name: ClassVar[str] = "fp16"
+    wire_dtype: ClassVar[torch.dtype] = torch.float16
+    relative: ClassVar[float] = 2**-11
+    absolute: ClassVar[float] = 2**-25

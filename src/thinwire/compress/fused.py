@@ -1,0 +1,56 @@
+"""One kernel, two ways to run it: operation by operation, or fused into one pass by torch.compile.
+
+Both give the same bits. For that a kernel uses only what is exact or rounded once by IEEE rules in either: comparisons, minimum
+and maximum, multiplication, tensor-by-tensor division, rounding, casts of values that fit, sums in an order that is written down
+(`pairwise_sum`) or of integers. Not: division by a constant (compilers multiply by its inverse instead), sums over a dim (the
+order differs), casts to bf16 that lose bits (compilers keep the float32 instead; `round_bf16` rounds in integers).
+"""
+
+import shutil
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SMALLEST = 2.0**-120
+"""A scale below this counts as zero: its inverse would leave float32's range, and bf16 has too few bits there."""
+
+
+def fused_or_reason() -> str | None:
+    """None if fused kernels can be made for the CPU here, else why not: codecs asked for them then run operation by operation."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        compiler = get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "no C++ compiler was found"
+    return None if shutil.which(compiler) else f"the C++ compiler {compiler} was not found"
+
+
+def compiled(kernel: Callable[..., None]) -> Callable[..., None]:
+    """`kernel` fused for vectors of any length (compiled at its first call: seconds, then from a cache on disk)."""
+    return torch.compile(kernel, dynamic=True, fullgraph=True)
+
+
+def round_bf16(values: Tensor) -> Tensor:
+    """Float32 with bf16's bits, rounded to nearest, ties away from zero. inf and nan stay what they are."""
+    bits = (values.view(torch.int32) + 0x8000) & -0x10000
+    return bits.view(torch.float32)
+
+
+def inverse(scales: Tensor) -> Tensor:
+    """1 / scale; 0 where the scale is too small to have one, so that such a block is coded as zeros."""
+    return torch.where(scales < SMALLEST, 0.0, 1.0 / scales)
+
+
+def pairwise_sum(rows: Tensor) -> Tensor:
+    """[n, width] -> [n]: halves added onto each other while the width is even, then column by column: one order, everywhere."""
+    width = rows.shape[1]
+    while width % 2 == 0:
+        width //= 2
+        rows = rows[:, :width] + rows[:, width:]
+    total = rows[:, 0]
+    for column in range(1, width):
+        total = total + rows[:, column]
+    return total

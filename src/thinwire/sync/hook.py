@@ -1,0 +1,35 @@
+"""One line for users of plain DistributedDataParallel: `thinwire.compress_gradients(replica, "int4")`.
+
+The training loop, the optimizer and `no_sync` stay as they are; any number of buckets, unused parameters and sub-groups are fine.
+What is owed to the average is kept by parameter name: save `state_dict()` of what is returned on every rank, load it before the
+first step.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from thinwire.collectives.ledger import Ledger
+from thinwire.compress.exchange import Exchange, make_exchange
+from thinwire.config.run import Coded
+from thinwire.tomlfile import validate
+
+
+def compress_gradients(replica: DistributedDataParallel, kind: str, **options: Any) -> Exchange:
+    """Average the gradients of `replica` through the codec `kind` ("bf16", "int8", "int4", ...) from now on.
+
+    options: as in the section [compress] of run.toml: feedback, exclude, vectors, fused. Call once, before the first forward pass,
+    on every rank of the replica's group. UserError for an unknown kind or option.
+    """
+    config = validate(Coded, {"kind": kind, **options}, "compress_gradients")
+    exchange = make_exchange(config, Ledger())
+    names = {id(parameter): name for name, parameter in replica.module.named_parameters()}
+    exchange.attach(replica.process_group, "data", names)
+    replica.register_comm_hook(exchange, _hook)
+    return exchange
+
+
+def _hook(exchange: Exchange, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    return exchange.start(bucket)
