@@ -12,20 +12,23 @@ from collections.abc import Callable
 import torch
 
 
+_Entry = tuple[Callable[[], torch.Tensor], "torch.futures.Future[torch.Tensor]", Callable[[Exception], None] | None]
+
+
 class Executor:
     """Jobs are submitted by one thread per rank, in the same order on each rank of the group."""
 
     def __init__(self, name: str) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], torch.Tensor], torch.futures.Future[torch.Tensor]] | None] = (
-            queue.SimpleQueue()
-        )
+        self._jobs: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, job: Callable[[], torch.Tensor]) -> "torch.futures.Future[torch.Tensor]":
-        """Returns at once; the future holds what `job` returns, or its exception."""
+    def submit(
+        self, job: Callable[[], torch.Tensor], on_error: Callable[[Exception], None] | None = None
+    ) -> "torch.futures.Future[torch.Tensor]":
+        """Returns at once; the future holds what `job` returns, or its exception, of which `on_error` hears first."""
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-        self._jobs.put((job, future))
+        self._jobs.put((job, future, on_error))
         return future
 
     def close(self) -> None:
@@ -36,8 +39,10 @@ class Executor:
     @torch.no_grad()
     def _run(self) -> None:
         while (entry := self._jobs.get()) is not None:
-            job, future = entry
+            job, future, on_error = entry
             try:
                 future.set_result(job())
             except Exception as error:
-                future.set_exception(error)
+                if on_error:
+                    on_error(error)
+                future.set_exception(error)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ PIECE = 1 << 17
 """Values a piece has at most: half a MiB."""
 
 Kernel = Callable[[Tensor, Tensor, Tensor], None]
-"""(values [n] float32, header [blocks * header_values] bf16, codes [blocks * code_bytes] int8): reads one side, fills the other."""
+"""(values [n] float32, header [blocks * header_values] bf16, codes [blocks * code_bytes] int8): reads one, fills the other."""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
     s = bf16(max |x| / L),  q = round(x / s) in -L..L,  decoded: q s          L = 127 (int8, block 256) or 7 (int4, block 128)
 
 Rounded to nearest, |error| <= s / 2; bf16 moves s by at most 2^-8, too little to carry the largest value past L + 1/2. Coding
-what was decoded gives the same payload again. fp4 is E3M0, a sign and a power of two: q in 0, 2^-6 .. 2^0 of s = bf16(max |x|),
-nearest, |error| <= max(|x| / 3, 2^-7 s).
+what was decoded gives the same payload again. fp4 is E3M0, a sign and a power of two: q in 0, 2^-6 .. 2^0 of s = bf16(max
+|x|), nearest, |error| <= max(|x| / 3, 2^-7 s).
 
 Two 4-bit codes a, b in -7..7 share the byte a + 16 b, a from the first half of the block and b from the second: b is then the
 byte / 16 rounded to nearest. All arithmetic is on small integers in float32, so it is exact.

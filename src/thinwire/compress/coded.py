@@ -31,6 +31,7 @@ class CodedExchange:
 
     def __init__(self, codec: Codec, config: Coded, ledger: Ledger) -> None:
         self._codec, self._config, self._ledger = codec, config, ledger
+        self.failure: Exception | None = None
         self._names: Mapping[int, str] = {}
         self._restored: dict[str, torch.Tensor] = {}
         self._group: dist.ProcessGroup | None = None
@@ -87,7 +88,7 @@ class CodedExchange:
         if self._codec.summable:
             return self._executor.submit(lambda: self._sum(buffer, label))
         coded, plain = self._split(bucket)
-        return self._executor.submit(lambda: self._average(buffer, coded, plain, label))
+        return self._executor.submit(lambda: self._average(buffer, coded, plain, label), self._fail)
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank still owes to the average, by parameter name."""
@@ -116,6 +117,9 @@ class CodedExchange:
                 plain.append(Piece(name, first, numel, 0))
             first += numel
         return coded, plain
+
+    def _fail(self, error: Exception) -> None:
+        self.failure = self.failure or error
 
     def _average(self, buffer: torch.Tensor, coded: list[Piece], plain: list[Piece], label: str) -> torch.Tensor:
         assert self._two_shot is not None and self._group is not None

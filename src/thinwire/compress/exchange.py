@@ -18,6 +18,9 @@ from thinwire.workload import Parameter
 class Exchange(Protocol):
     """One per rank. Calls come in the same order on every rank."""
 
+    failure: Exception | None
+    """What went wrong on this rank; the backward pass that waited for it only says that there was something."""
+
     def transfers(self, label: str, parameters: Sequence[Parameter], axis: str, world_size: int) -> list[Transfer]:
         """What one bucket of `parameters` will send; no communication."""
         ...

@@ -1,9 +1,9 @@
 """bf16 and fp16: a shorter float for each value; the sum of two payloads is the payload of a sum, so they may be all-reduced.
 
-Rounding to nearest, ties to even. bf16 keeps float32's range with 8 bits of significand: |error| <= 2^-8 |x| (+ 2^-134 among the
-subnormals). fp16 has 11 bits, |error| <= 2^-11 |x| (+ 2^-25), but ends at 65504: what is beyond becomes inf, as does a sum that
-grows beyond it on the way; divide before summing, and look at the result with `finite`. nan and inf arrive as they are.
-Micikevicius et al. 2018 (mixed precision training), Kalamkar et al. 2019 (bfloat16).
+Rounding to nearest, ties to even. bf16 keeps float32's range with 8 bits of significand: |error| <= 2^-8 |x| (+ 2^-134 among
+the subnormals). fp16 has 11 bits, |error| <= 2^-11 |x| (+ 2^-25), but ends at 65504: what is beyond becomes inf, as does a
+sum that grows beyond it on the way; divide before summing, and look at the result with `finite`. nan and inf arrive as they
+are. Micikevicius et al. 2018 (mixed precision training), Kalamkar et al. 2019 (bfloat16).
 """
 
 from dataclasses import dataclass

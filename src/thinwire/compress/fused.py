@@ -1,9 +1,10 @@
 """One kernel, two ways to run it: operation by operation, or fused into one pass by torch.compile.
 
-Both give the same bits. For that a kernel uses only what is exact or rounded once by IEEE rules in either: comparisons, minimum
-and maximum, multiplication, tensor-by-tensor division, rounding, casts of values that fit, sums in an order that is written down
-(`pairwise_sum`) or of integers. Not: division by a constant (compilers multiply by its inverse instead), sums over a dim (the
-order differs), casts to bf16 that lose bits (compilers keep the float32 instead; `round_bf16` rounds in integers).
+Both give the same bits. For that a kernel uses only what is exact or rounded once by IEEE rules in either: comparisons,
+minimum and maximum, multiplication, tensor-by-tensor division, rounding, casts of values that fit, sums in an order that is
+written down (`pairwise_sum`) or of integers. Not: division by a constant (compilers multiply by its inverse instead), sums
+over a dim (the order differs), casts to bf16 that lose bits (compilers keep the float32 instead; `round_bf16` rounds in
+integers).
 """
 
 import shutil
@@ -36,7 +37,7 @@ def compiled(kernel: Callable[..., None]) -> Callable[..., None]:
 def round_bf16(values: Tensor) -> Tensor:
     """Float32 with bf16's bits, rounded to nearest, ties away from zero. inf and nan stay what they are."""
     bits = (values.view(torch.int32) + 0x8000) & -0x10000
-    return bits.view(torch.float32)
+    return torch.where(values.isfinite(), bits.view(torch.float32), values)
 
 
 def inverse(scales: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ class PlainExchange:
     """The exchange without compression; see `thinwire.compress.exchange.Exchange`."""
 
     def __init__(self, ledger: Ledger) -> None:
+        self.failure: Exception | None = None
         self._ledger = ledger
         self._group: dist.ProcessGroup | None = None
 

@@ -29,6 +29,10 @@ from thinwire.compress.base import Codec
 from thinwire.errors import UserError
 
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""The second is the name up to torch 2.12."""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """One parameter of a bucket: where it lies in the bucket, and the length of each of its p shards."""
@@ -73,7 +77,7 @@ class TwoShot:
         code = self._codec.encode(mean)
         averages = torch.empty(p, size, dtype=torch.uint8)
         with self._ledger.label(f"{label} averages"):
-            dist.all_gather_into_tensor(averages.view(-1), code, group=self._group)
+            _all_gather(averages.view(-1), code, group=self._group)
 
         results = torch.stack([self._codec.decode(averages[shard], length) for shard in range(p)])
         if self._feedback:

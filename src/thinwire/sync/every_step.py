@@ -11,7 +11,7 @@ up as the uninterrupted one did, that pass is a rehearsal: it teaches the order 
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -97,11 +97,13 @@ class EveryStepSync:
     def microbatch(self, last: bool) -> Iterator[None]:
         """Only the last micro-batch of a step exchanges; the others add to the gradients."""
         assert self._replica is not None, "attached() comes first"
-        if last:
-            yield
-        else:
-            with self._replica.no_sync():
+        try:
+            with nullcontext() if last else self._replica.no_sync():
                 yield
+        except RuntimeError:
+            if self._exchange.failure is None:
+                raise
+            raise self._exchange.failure from None
 
     def after_step(self, step: int) -> None:
         """Nothing: replicas are equal after each step."""

@@ -1,0 +1,64 @@
+"""One bit a value: its sign, and one scale a block.
+
+    s = bf16(mean |x|),  decoded: s where x >= 0, -s where x < 0          block 256, 1.0625 bits a value
+
+The mean is the scale that loses least: ||x - D(C(x))||^2 = ||x||^2 - ||x||_1^2 / block, a contraction, which is what error
+feedback needs to converge (without it sign descent may diverge). One bit cannot say zero: a zero in a block that is not all
+zeros decodes to +s, a block of zeros to zeros. |error| = | |x| - s |, s within 2^-8 of the mean. Coding what was decoded
+gives the same payload again. A block with a nan or an inf decodes to nothing finite.
+
+Byte j of a block holds the signs of x[j], x[j + 32], ... x[j + 224], bit 0 first; 1 is negative.
+Seide et al. 2014 (1-bit SGD), Karimireddy et al. 2019 (error feedback fixes signSGD), Tang et al. 2021 (1-bit Adam).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from thinwire.compress.blocked import Blocked
+from thinwire.compress.fused import pairwise_sum, round_bf16
+
+BLOCK, BYTES, BITS = 256, 32, 8
+
+
+def _means(rows: Tensor) -> Tensor:
+    return pairwise_sum(rows.abs() * (1 / BLOCK))
+
+
+def encode_sign(values: Tensor, header: Tensor, codes: Tensor) -> None:
+    """See the formula above."""
+    rows = values.view(-1, BLOCK)
+    header.copy_(round_bf16(_means(rows)))
+    negative = (rows < 0).to(torch.uint8).view(-1, BITS, BYTES)
+    packed = negative[:, 0]
+    for bit in range(1, BITS):
+        packed = packed.add(negative[:, bit], alpha=1 << bit)
+    codes.view(torch.uint8).view(-1, BYTES).copy_(packed)
+
+
+def decode_sign(values: Tensor, header: Tensor, codes: Tensor) -> None:
+    """Scale times 1 - 2 bit."""
+    packed = codes.view(torch.uint8).view(-1, 1, BYTES)
+    shifts = torch.arange(BITS, dtype=torch.uint8, device=codes.device).view(1, BITS, 1)
+    bits = (packed >> shifts) & 1
+    scales = header.to(torch.float32).view(-1, 1, 1)
+    values.view(-1, BITS, BYTES).copy_((1.0 - 2.0 * bits) * scales)
+
+
+@dataclass(frozen=True)
+class Sign(Blocked):
+    """1.0625 bits a value."""
+
+    name: ClassVar[str] = "sign"
+    block: ClassVar[int] = BLOCK
+    code_bytes: ClassVar[int] = BYTES
+    encode_kernel = encode_sign
+    decode_kernel = decode_sign
+
+    def error_bound(self, values: Tensor) -> Tensor:
+        """How far the size of the value is from the mean, and what bf16 moves the mean."""
+        means = _means(self.rows(values)).unsqueeze(1)
+        bound = (self.rows(values).abs() - means).abs() + means * (2**-8 + 2**-16) + 2**-133
+        return bound.view(-1)

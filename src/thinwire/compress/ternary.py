@@ -1,0 +1,76 @@
+"""Three values: -s, 0, s.
+
+    t = 0.7 mean |x|,  S = {i : |x_i| >= t},  s = bf16(mean of |x_i| over S),  decoded: s sign(x) in S, else 0
+
+t is close to the threshold that loses least for values drawn from a normal or uniform law, and s is the best scale for any t,
+so the loss is at most ||x||^2 - ||x_S||_1^2 / |S|: a contraction. Deterministic, unlike TernGrad, which draws; with error
+feedback the draw is not needed. |error| <= max(t, max |x| - t), and a little for bf16. Zeros decode to zeros, and so does a
+block whose largest value is below 2^-120; coding what was decoded gives the same payload again. A nan or an inf leaves
+nothing of its block finite.
+
+Five ternary digits make a byte, q0 + 3 q1 + 9 q2 + 27 q3 + 81 q4 in -121..121; the last digit is the byte / 81 rounded to
+nearest, and so on down. Digit k of byte j is value j + 64 k of a block of 320: 1.65 bits a value. Li et al. 2016 (ternary
+weight networks), Wen et al. 2017 (TernGrad).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from thinwire.compress.blocked import Blocked
+from thinwire.compress.fused import SMALLEST, pairwise_sum, round_bf16
+
+BLOCK, BYTES, DIGITS = 320, 64, 5
+
+
+def _thresholds(rows: Tensor) -> Tensor:
+    """[n, 1]; inf where the block counts as zeros."""
+    sizes = rows.abs()
+    threshold = pairwise_sum(sizes * (1 / BLOCK)) * 0.7
+    return torch.where(sizes.amax(1) < SMALLEST, torch.inf, threshold).unsqueeze(1)
+
+
+def encode_ternary(values: Tensor, header: Tensor, codes: Tensor) -> None:
+    """See the formula above."""
+    rows = values.view(-1, BLOCK)
+    sizes = rows.abs()
+    chosen = (sizes >= _thresholds(rows)).to(torch.float32)
+    share = pairwise_sum(chosen) * (1 / BLOCK)
+    total = pairwise_sum(sizes * (1 / BLOCK) * chosen)
+    header.copy_(round_bf16(torch.where(share > 0, total / share, total)))
+    digits = (chosen * rows.sign()).view(-1, DIGITS, BYTES)
+    packed = digits[:, 0]
+    for digit in range(1, DIGITS):
+        packed = packed.add(digits[:, digit], alpha=3**digit)
+    codes.view(-1, BYTES).copy_(packed)
+
+
+def decode_ternary(values: Tensor, header: Tensor, codes: Tensor) -> None:
+    """Digits times scale."""
+    scales = header.to(torch.float32).unsqueeze(1)
+    rest = codes.view(-1, BYTES).to(torch.float32)
+    digits = []
+    for digit in reversed(range(DIGITS)):
+        digits.append((rest * (1 / 3**digit)).round())
+        rest = rest - digits[-1] * 3**digit
+    values.view(-1, DIGITS, BYTES).copy_(torch.stack(digits[::-1], 1) * scales.unsqueeze(2))
+
+
+@dataclass(frozen=True)
+class Ternary(Blocked):
+    """1.65 bits a value."""
+
+    name: ClassVar[str] = "ternary"
+    block: ClassVar[int] = BLOCK
+    code_bytes: ClassVar[int] = BYTES
+    encode_kernel = encode_ternary
+    decode_kernel = decode_ternary
+
+    def error_bound(self, values: Tensor) -> Tensor:
+        """The threshold, or from there to the largest."""
+        rows = self.rows(values)
+        largest, threshold = rows.abs().amax(1), _thresholds(rows).squeeze(1)
+        bound = torch.maximum(threshold, largest - threshold) * (1 + 2**-16) + largest * (2**-8 + 2**-16)
+        return torch.where(largest < SMALLEST, largest, bound).repeat_interleave(self.block)
