@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pool import Pool, Rank, RankFailure
+from thinwire.compress.exchange import make_exchange
 from thinwire.config.run import Coded, RunConfig
 from thinwire.record import RunFolder
 from thinwire.report import as_json, gather
@@ -125,10 +126,40 @@ def test_a_damaged_checkpoint_is_one_line_and_harms_nothing(ranks2: Pool, config
     assert ranks2.run(run_training, config, folder)[0].reason == "done"
 
 
-def test_another_number_of_ranks_is_refused(ranks2: Pool, ranks4: Pool, config: RunConfig) -> None:
-    folder = ranks2.run(run_training, config)[0].folder
-    with pytest.raises(RankFailure, match="is of 2 ranks, and there are 4"):
-        ranks4.run(run_training, config, folder)
+def owed_on_average(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """1/p sum over ranks of what each owes, in float64."""
+    states = [torch.load(path, weights_only=True)["sync"]["owed"] for path in sorted(checkpoint.glob("rank-*.pt"))]
+    return {name: torch.stack([state[name].double() for state in states]).mean(0) for name in states[0]}
+
+
+def adopted_owed(context: Rank, config: RunConfig, checkpoint: Path) -> dict[str, torch.Tensor]:
+    """What this rank owes after it has adopted the states of a run with another number of ranks."""
+    exchange = make_exchange(config.compress, context.ledger)
+    exchange.adopt([torch.load(path, weights_only=True)["sync"] for path in sorted(checkpoint.glob("rank-*.pt"))])
+    return exchange.state_dict()["owed"]
+
+
+@pytest.mark.parametrize("kind", ["none", "int4"])
+@pytest.mark.parametrize("pool", ["ranks2", "ranks8"])
+def test_another_number_of_ranks_goes_on_and_conserves_what_is_owed(
+    request: pytest.FixtureRequest, ranks4: Pool, config: RunConfig, pool: str, kind: str
+) -> None:
+    ranks: Pool = request.getfixturevalue(pool)
+    if kind != "none":
+        config = config.model_copy(update={"compress": Coded(kind=kind)})
+    cut = ranks4.run(run_training, config, None, 6)[0]
+    before = scores(cut.folder)
+    if kind != "none":
+        checkpoint = cut.folder / "checkpoints" / "step-000006"
+        owed = owed_on_average(checkpoint)
+        adopted = ranks.run(adopted_owed, config, checkpoint)
+        for name, wanted in owed.items():
+            after = torch.stack([rank[name].double() for rank in adopted]).mean(0)
+            torch.testing.assert_close(after, wanted, rtol=0, atol=1e-6)
+        assert owed and any(wanted.abs().max() > 0 for wanted in owed.values())
+    resumed = ranks.run(run_training, config, cut.folder)[0]
+    assert resumed.reason == "done"
+    assert scores(resumed.folder)[12] < before[4]
 
 
 def test_a_run_folder_is_not_overwritten(ranks2: Pool, config: RunConfig) -> None:

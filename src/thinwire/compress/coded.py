@@ -104,6 +104,14 @@ class CodedExchange:
         if self._two_shot is not None:
             self._two_shot.owed = dict(self._restored)
 
+    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
+        """Deals out anew what is owed to the average: 1/p sum_i e_i stays the same, so each new rank takes exactly that."""
+        for state in states:
+            self.load_state_dict(state)
+        names = {name for state in states for name in state["owed"]}
+        total = {name: sum(state["owed"][name] for state in states if name in state["owed"]) for name in names}
+        self.load_state_dict({"owed": {name: owed / len(states) for name, owed in total.items()}})
+
     def _split(self, bucket: dist.GradBucket) -> tuple[list[Piece], list[Piece]]:
         """The coded and the plain parameters of a bucket, in its order."""
         assert self._group is not None

@@ -45,6 +45,10 @@ class Exchange(Protocol):
         """Before the first step."""
         ...
 
+    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
+        """Instead of load_state_dict, the states of all ranks of a run with another number of ranks."""
+        ...
+
 
 def make_exchange(config: NoCompression | Coded, ledger: Ledger) -> Exchange:
     """The exchange that [compress] asks for."""

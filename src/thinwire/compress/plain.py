@@ -49,6 +49,9 @@ class PlainExchange:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to load."""
 
+    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
+        """Nothing to deal out."""
+
 
 def _first_tensor(future: torch.futures.Future[Any]) -> torch.Tensor:
     return future.value()[0]

@@ -3,7 +3,7 @@
     t = 0.7 mean |x|,  S = {i : |x_i| >= t},  s = bf16(mean of |x_i| over S),  decoded: s sign(x) in S, else 0
 
 t is close to the threshold that loses least for values drawn from a normal or uniform law, and s is the best scale for any t,
-so the loss is at most ||x||^2 - ||x_S||_1^2 / |S|: a contraction. Deterministic, unlike TernGrad, which draws; with error
+so the loss is ||x||^2 - ||x_S||_1^2 / |S|: a contraction. Deterministic, unlike TernGrad, which draws; with error
 feedback the draw is not needed. |error| <= max(t, max |x| - t), and a little for bf16. Zeros decode to zeros, and so does a
 block whose largest value is below 2^-120; coding what was decoded gives the same payload again. A nan or an inf leaves
 nothing of its block finite.

@@ -45,7 +45,7 @@ class TopK:
     """Sparse; by default 64 of 4096 in bf16, 0.4375 bits a value."""
 
     k: int = 64
-    """Of 4096, even."""
+    """Of 4096; a multiple of 4."""
     values: Literal["bf16", "int8"] = "bf16"
     """What is sent of each."""
 
@@ -55,34 +55,35 @@ class TopK:
     wire_dtype: ClassVar[torch.dtype] = torch.uint8
 
     def __post_init__(self) -> None:
-        if not 2 <= self.k <= CHUNK or self.k % 2:
-            raise UserError(f"compress.k = {self.k}: of each {CHUNK} values an even number from 2 to {CHUNK} is sent")
+        if not 4 <= self.k <= CHUNK or self.k % 4:
+            raise UserError(f"compress.k = {self.k}: of each {CHUNK} values 4, 8, 12 .. {CHUNK} can be sent")
         if self.values not in ("bf16", "int8"):
             raise UserError(f"compress.values = {self.values!r}: the chosen values are sent as bf16 or int8")
 
     def payload_bytes(self, numel: int) -> int:
-        """Places, and values with the scale where there is one."""
-        return numel // CHUNK * (3 * self.k // 2 + self._value_bytes())
+        """Values, with a scale for each chunk where they are int8, and places."""
+        value_bytes = 2 * self.k if self.values == "bf16" else self.k + 2
+        return numel // CHUNK * (value_bytes + 3 * self.k // 2)
 
     def encode(self, values: Tensor) -> Tensor:
-        """[numel] float32 -> [payload_bytes] uint8: for each chunk its places, then its values."""
+        """[numel] float32 -> [payload_bytes] uint8: scales, values and places, each for all chunks."""
         check_values(values, CHUNK)
         rows = values.view(-1, CHUNK)
         if not rows.shape[0]:
             return values.new_empty(0, dtype=torch.uint8)
         places = rows.abs().topk(self.k, dim=1, sorted=False).indices.sort(1).values
-        chosen = self._code(rows.gather(1, places))
-        return torch.cat([pack_places(places), chosen], 1).view(-1)
+        parts = [*self._code(rows.gather(1, places)), pack_places(places)]
+        return torch.cat([part.view(torch.uint8).view(-1) for part in parts])
 
     def decode(self, payload: Tensor, numel: int) -> Tensor:
         """[payload_bytes] uint8 -> [numel] float32."""
         assert numel % CHUNK == 0, f"{numel} values are no multiple of the block {CHUNK}"
         check_payload(payload, self.payload_bytes(numel))
-        parts = payload.view(numel // CHUNK, -1) if numel else payload.view(0, self.payload_bytes(CHUNK))
-        border = 3 * self.k // 2
-        rows = torch.zeros(numel // CHUNK, CHUNK, device=payload.device)
-        rows.scatter_(1, unpack_places(parts[:, :border]), self._uncode(parts[:, border:].contiguous()))
-        return rows.view(-1)
+        chunks = numel // CHUNK
+        border = payload.numel() - chunks * 3 * self.k // 2
+        places = unpack_places(payload[border:].view(chunks, 3 * self.k // 2))
+        rows = torch.zeros(chunks, CHUNK, device=payload.device)
+        return rows.scatter_(1, places, self._uncode(payload[:border], chunks)).view(-1)
 
     def error_bound(self, values: Tensor) -> Tensor:
         """The k-th largest of the chunk, or the rounding of what is sent."""
@@ -96,19 +97,16 @@ class TopK:
             rounding = torch.where(largest < 254 * SMALLEST, largest, half_scale).expand_as(sizes)
         return torch.where(sizes > last, rounding, torch.maximum(last, rounding)).view(-1)
 
-    def _value_bytes(self) -> int:
-        return 2 * self.k if self.values == "bf16" else self.k + 2
-
-    def _code(self, chosen: Tensor) -> Tensor:
-        """[n, k] float32 -> [n, value bytes] uint8."""
+    def _code(self, chosen: Tensor) -> list[Tensor]:
+        """[chunks, k] float32 -> the parts of the payload before the places."""
         if self.values == "bf16":
-            return chosen.to(torch.bfloat16).view(torch.uint8)
+            return [chosen.to(torch.bfloat16)]
         scales = round_bf16(chosen.abs().amax(1, keepdim=True) * (1 / 127))
-        codes = (chosen * inverse(scales)).round_().to(torch.int8)
-        return torch.cat([scales.to(torch.bfloat16).view(torch.uint8), codes.view(torch.uint8)], 1)
+        return [scales.to(torch.bfloat16), (chosen * inverse(scales)).round_().to(torch.int8)]
 
-    def _uncode(self, coded: Tensor) -> Tensor:
-        """[n, value bytes] uint8 -> [n, k] float32."""
+    def _uncode(self, coded: Tensor, chunks: int) -> Tensor:
+        """What `_code` made -> [chunks, k] float32."""
         if self.values == "bf16":
-            return coded.view(torch.bfloat16).to(torch.float32)
-        return coded[:, 2:].contiguous().view(torch.int8).to(torch.float32) * coded[:, :2].contiguous().view(torch.bfloat16)
+            return coded.view(torch.bfloat16).view(chunks, self.k).to(torch.float32)
+        scales, codes = coded[: 2 * chunks].view(torch.bfloat16), coded[2 * chunks :].view(torch.int8)
+        return codes.view(chunks, self.k).to(torch.float32) * scales.view(chunks, 1)

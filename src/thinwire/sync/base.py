@@ -11,6 +11,7 @@ The training loop is the same for all:
             clip(); optimizer.step(); sync.after_step(step)
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -54,4 +55,10 @@ class Synchroniser(Protocol):
         """What a resumed run needs of this rank's synchroniser."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """This rank's own state. Before `attached`."""
+        ...
+
+    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
+        """Instead of load_state_dict: the states of all ranks of a run with another number of ranks. Before `attached`."""
+        ...

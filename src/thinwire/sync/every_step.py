@@ -116,6 +116,10 @@ class EveryStepSync:
         """Before `attached`."""
         self._exchange.load_state_dict(state)
 
+    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
+        """What all ranks of a run with another number of ranks carried. Before `attached`."""
+        self._exchange.adopt(states)
+
 
 def _hook(sync: EveryStepSync, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """The communication hook: called on each rank, in the same order, as soon as a bucket is full."""

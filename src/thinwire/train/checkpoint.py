@@ -68,7 +68,11 @@ def save(folder: Path, parts: Parts, progress: Progress) -> Path:
 
 
 def load(path: Path, parts: Parts) -> Progress:
-    """Load a checkpoint into `parts`, before the first backward pass. UserError on all ranks if it is damaged or does not fit."""
+    """Load a checkpoint into `parts`, before the first backward pass. UserError on all ranks if it is damaged.
+
+    With another number of ranks than it was written by, what each rank carried is dealt out anew (`Synchroniser.adopt`), and
+    random states begin afresh.
+    """
     # With gradients there, torch would take the optimizer for initialised and load none of its state.
     assert all(parameter.grad is None for parameter in parts.model.parameters()), "load before the first backward pass"
     progress = read_progress(path)
@@ -77,18 +81,17 @@ def load(path: Path, parts: Parts) -> Progress:
         dist.broadcast_object_list(verdict, 0)
         if verdict[0]:
             raise UserError(verdict[0])
-        if progress.world_size != dist.get_world_size():
-            raise UserError(
-                f"checkpoint {path} is of {progress.world_size} ranks, and there are {dist.get_world_size()}; "
-                "resume with the same number"
-            )
         model, optimizer = get_state_dict(parts.model, parts.optimizer)
         state: dict[str, Any] = {"model": model, "optimizer": optimizer}
         dcp.load(state, checkpoint_id=path)
         set_state_dict(parts.model, parts.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        mine = torch.load(path / _rank_file(parts.rank), weights_only=True)
-    parts.sync.load_state_dict(mine["sync"])
-    torch.set_rng_state(mine["random"])
+        if progress.world_size == dist.get_world_size():
+            mine = torch.load(path / _rank_file(parts.rank), weights_only=True)
+            parts.sync.load_state_dict(mine["sync"])
+            torch.set_rng_state(mine["random"])
+        else:
+            everybody = [torch.load(path / _rank_file(rank), weights_only=True) for rank in range(progress.world_size)]
+            parts.sync.adopt([theirs["sync"] for theirs in everybody])
     return progress
 
 

@@ -15,6 +15,7 @@ from thinwire.config.run import RunConfig, dump_run
 from thinwire.layout import Layout
 from thinwire.plan.cost import Prediction
 from thinwire.record.folder import RunFolder
+from thinwire.train.checkpoint import Progress
 from thinwire.train.pace import Pacer
 from thinwire.train.reporter import Reporter
 from thinwire.train.runtime import Lab
@@ -82,11 +83,15 @@ def write_beginning(
     )
 
 
-def write_resume(folder: RunFolder, reporter: Reporter, step: int) -> None:
-    """Before the first step of a resumed run, on rank 0: events after `step` go, the clock goes on."""
-    kept = folder.resume_at(step)
+def write_resume(folder: RunFolder, reporter: Reporter, progress: Progress, world_size: int) -> None:
+    """Before the first step of a resumed run, on rank 0: later events go, the clock goes on."""
+    kept = folder.resume_at(progress.step)
     reporter.started -= kept.time_s
-    print(f"resumed {folder.path} at step {step}; {kept.dropped} later events dropped", flush=True)
+    print(f"resumed {folder.path} at step {progress.step}; {kept.dropped} later events dropped", flush=True)
+    if progress.world_size != world_size:
+        print(
+            f"{world_size} ranks instead of {progress.world_size}: a step now counts {world_size / progress.world_size:g} times the tokens"
+        )
 
 
 def write_end(trainer: Trainer, folder: RunFolder, pacer: Pacer | None, results: Path | None) -> None:

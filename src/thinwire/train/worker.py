@@ -130,7 +130,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
             )
             results.write_beginning(folder, config, cluster, task, prediction, about)
         else:
-            results.write_resume(folder, reporter, progress.step)
+            results.write_resume(folder, reporter, progress, layout.world_size)
     trainer = Trainer(
         task=task,
         stepper=stepper,
