@@ -89,9 +89,8 @@ def write_resume(folder: RunFolder, reporter: Reporter, progress: Progress, worl
     reporter.started -= kept.time_s
     print(f"resumed {folder.path} at step {progress.step}; {kept.dropped} later events dropped", flush=True)
     if progress.world_size != world_size:
-        print(
-            f"{world_size} ranks instead of {progress.world_size}: a step now counts {world_size / progress.world_size:g} times the tokens"
-        )
+        times = world_size / progress.world_size
+        print(f"{world_size} ranks instead of {progress.world_size}: a step now counts {times:g} times the tokens", flush=True)
 
 
 def write_end(trainer: Trainer, folder: RunFolder, pacer: Pacer | None, results: Path | None) -> None:
