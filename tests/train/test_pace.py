@@ -51,16 +51,16 @@ def paced_seconds(context: Rank, pass_s: list[float]) -> dict:
 
 
 def test_half_the_rate_takes_twice_as_long_while_others_idle(ranks4: Pool) -> None:
-    full, half, *_ = ranks4.run(paced_seconds, [0.1, 0.2, 0, 0])
+    full, half, *_ = ranks4.run(paced_seconds, [0.25, 0.5, 0, 0])
     for name in ("forward_s", "backward_s"):
         assert half[name] / full[name] == pytest.approx(2.0, rel=0.1)
-    assert full["forward_s"] == pytest.approx(0.1, rel=0.1) and full["backward_s"] == pytest.approx(0.2, rel=0.1)
+    assert full["forward_s"] == pytest.approx(0.25, rel=0.1) and full["backward_s"] == pytest.approx(0.5, rel=0.1)
     assert full["detached_s"] < 0.05 and full["evaluation_s"] < 0.05
-    assert full["declared_s"] == pytest.approx(0.6)
+    assert full["declared_s"] == pytest.approx(1.5)
 
 
 def test_gradients_become_ready_when_they_would(ranks2: Pool) -> None:
-    for seconds in ranks2.run(paced_seconds, [0.2, 0.2]):
+    for seconds in ranks2.run(paced_seconds, [0.3, 0.3]):
         assert seconds["ready"] == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=0.06)
 
 

@@ -63,7 +63,9 @@ class CodedExchange:
         return found
 
     def attach(self, group: dist.ProcessGroup, axis: str, names: Mapping[int, str]) -> None:
-        """Makes a process group and a thread. names: by id of the parameter. Collective over the default group."""
+        """Makes a process group and a thread. names: by id of the parameter. Collective. UserError on CUDA."""
+        if "nccl" in dist.get_backend(group):
+            raise UserError(f"compress.kind = {self._config.kind!r}: only on CPUs yet, and this group is NCCL's; set it to none")
         ranks = dist.get_process_group_ranks(group)
         everybody = len(ranks) == dist.get_world_size()  # else only the members of a sub-group call
         self._group = dist.new_group(
