@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import torch
 
-
 _Entry = tuple[Callable[[], torch.Tensor], "torch.futures.Future[torch.Tensor]", Callable[[Exception], None] | None]
 
 

@@ -37,9 +37,6 @@ class Blocked:
     encode_kernel: ClassVar[Kernel]
     decode_kernel: ClassVar[Kernel]
 
-    fused: bool = False
-    """Kernels compiled into one pass, where a compiler is found (`fused_or_reason`); same bits."""
-
     def payload_bytes(self, numel: int) -> int:
         """Header and codes of each block."""
         return numel // self.block * (2 * self.header_values + self.code_bytes)
@@ -63,18 +60,17 @@ class Blocked:
         """[blocks, block]"""
         return values.view(-1, self.block)
 
-    @cached_property
-    def _kernels(self) -> tuple[Kernel, Kernel] | None:
-        if not self.fused or fused_or_reason() is not None:
-            return None
-        return compiled(type(self).encode_kernel), compiled(type(self).decode_kernel)
+    def _fused_kernels(self) -> tuple[Kernel, Kernel] | None:
+        """None: operation by operation."""
+        return None
 
     def _walk(self, way: int, values: Tensor, payload: Tensor) -> None:
         blocks = values.numel() // self.block
         border = 2 * self.header_values * blocks
         header, codes = payload[:border].view(torch.bfloat16), payload[border:].view(torch.int8)
-        if self._kernels is not None and blocks > 1:  # torch.compile makes a kernel of its own for lengths of 1
-            self._kernels[way](values, header, codes)
+        fused = self._fused_kernels()
+        if fused is not None and blocks > 1:  # torch.compile makes a kernel of its own for lengths of 1
+            fused[way](values, header, codes)
             return
         kernel = (type(self).encode_kernel, type(self).decode_kernel)[way]
         step = max(1, PIECE // self.block) if values.device.type == "cpu" else max(1, blocks)
@@ -85,3 +81,20 @@ class Blocked:
                 header[first * self.header_values : last * self.header_values],
                 codes[first * self.code_bytes : last * self.code_bytes],
             )
+
+
+@dataclass(frozen=True)
+class Fusable(Blocked):
+    """A codec that gains by it, as not all do."""
+
+    fused: bool = False
+    """Kernels compiled into one pass, where a compiler is found (`fused_or_reason`); same bits."""
+
+    def _fused_kernels(self) -> tuple[Kernel, Kernel] | None:
+        return self._compiled
+
+    @cached_property
+    def _compiled(self) -> tuple[Kernel, Kernel] | None:
+        if not self.fused or fused_or_reason() is not None:
+            return None
+        return compiled(type(self).encode_kernel), compiled(type(self).decode_kernel)

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from thinwire.compress.blocked import Blocked
+from thinwire.compress.blocked import Fusable
 from thinwire.compress.fused import SMALLEST, inverse, round_bf16
 
 INT8_BLOCK, INT4_BLOCK, HALF = 256, 128, 64
@@ -91,7 +91,7 @@ def decode_float4(values: Tensor, header: Tensor, codes: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class _Integers(Blocked):
+class _Integers(Fusable):
     levels: ClassVar[int]
 
     def error_bound(self, values: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class Int4(_Integers):
 
 
 @dataclass(frozen=True)
-class Float4(Blocked):
+class Float4(Fusable):
     """4.125 bits a value, E3M0."""
 
     name: ClassVar[str] = "fp4"

@@ -37,7 +37,7 @@ def encode_ternary(values: Tensor, header: Tensor, codes: Tensor) -> None:
     rows = values.view(-1, BLOCK)
     sizes = rows.abs()
     chosen = (sizes >= _thresholds(rows)).to(torch.float32)
-    share = pairwise_sum(chosen) * (1 / BLOCK)
+    share = chosen.sum(1) * (1 / BLOCK)
     total = pairwise_sum(sizes * (1 / BLOCK) * chosen)
     header.copy_(round_bf16(torch.where(share > 0, total / share, total)))
     digits = (chosen * rows.sign()).view(-1, DIGITS, BYTES)

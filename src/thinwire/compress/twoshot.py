@@ -28,7 +28,6 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.compress.base import Codec
 from thinwire.errors import UserError
 
-
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """The second is the name up to torch 2.12."""
 
