@@ -18,6 +18,7 @@ class Transfer:
     every          optimizer steps between events (1: each step)
     window_flops   compute that is still to run when the message is ready and under which it may hide, in flops of one
                    rank; 0: somebody waits at once
+    work_s         seconds of one rank's processor that belong to one call, before or after it: coding and decoding
     """
 
     label: str
@@ -27,3 +28,4 @@ class Transfer:
     calls: int = 1
     every: int = 1
     window_flops: float = 0.0
+    work_s: float = 0.0

@@ -7,8 +7,10 @@ neither: the whole bucket is cast and all-reduced.
 All of it runs on one thread in the order of the buckets, on a process group of its own, while the backward pass goes on.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -24,6 +26,8 @@ from thinwire.config.run import Coded
 from thinwire.errors import UserError
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
+
+TRIED_VALUES, TRIES = 2**17, 4
 
 
 class CodedExchange:
@@ -45,7 +49,7 @@ class CodedExchange:
         return not any(fnmatch(name, pattern) for pattern in self._config.exclude)
 
     def transfers(self, label: str, parameters: Sequence[Parameter], axis: str, world_size: int) -> list[Transfer]:
-        """Codes, averages, and the all-reduce of what is not coded; exactly what `start` sends."""
+        """Codes, averages, and the all-reduce of what is not coded; exactly what `start` sends. Times the codec."""
         if self._codec.summable:
             values = sum(parameter.numel for parameter in parameters)
             size = values * self._codec.wire_dtype.itemsize
@@ -56,8 +60,14 @@ class CodedExchange:
         size = self._codec.payload_bytes(length)
         found = []
         if length:
-            found.append(Transfer(label=f"{label} codes", axis=axis, op="all_to_all", message_bytes=world_size * size))
-            found.append(Transfer(label=f"{label} averages", axis=axis, op="all_gather", message_bytes=size))
+            encode_s, decode_s = self._seconds_per_value
+            others = (world_size - 1) * length
+            first = others * encode_s
+            second = length * encode_s + (others * (2 if self._config.feedback else 1) + world_size * length) * decode_s
+            found += [
+                Transfer(label=f"{label} codes", axis=axis, op="all_to_all", message_bytes=world_size * size, work_s=first),
+                Transfer(label=f"{label} averages", axis=axis, op="all_gather", message_bytes=size, work_s=second),
+            ]
         if plain:
             found.append(Transfer(label=f"{label} plain", axis=axis, op="all_reduce", message_bytes=plain))
         return found
@@ -113,6 +123,20 @@ class CodedExchange:
         names = {name for state in states for name in state["owed"]}
         total = {name: sum(state["owed"][name] for state in states if name in state["owed"]) for name in names}
         self.load_state_dict({"owed": {name: owed / len(states) for name, owed in total.items()}})
+
+    @cached_property
+    def _seconds_per_value(self) -> tuple[float, float]:
+        """What coding and decoding take here: the fastest of a few tries on a vector of a bucket's size."""
+        values = torch.linspace(-1, 1, TRIED_VALUES // self._codec.block * self._codec.block)
+        encode, decode = [], []
+        for _ in range(TRIES):
+            started = time.perf_counter()
+            payload = self._codec.encode(values)
+            coded = time.perf_counter()
+            self._codec.decode(payload, values.numel())
+            encode.append(coded - started)
+            decode.append(time.perf_counter() - coded)
+        return min(encode) / values.numel(), min(decode) / values.numel()
 
     def _split(self, bucket: dist.GradBucket) -> tuple[list[Piece], list[Piece]]:
         """The coded and the plain parameters of a bucket, in its order."""

@@ -7,7 +7,7 @@ exposed_s    the wire works on the transfers in the order in which they become r
 optimizer_s  bytes that the update touches / memory rate
 
 ready_k = compute - window_k / flops_per_s
-end_k   = max(ready_k, end_{k-1}) + calls * price
+end_k   = max(ready_k, end_{k-1}) + calls * (price + work_k)
 exposed = max(0, end_last - compute)
 """
 
@@ -119,7 +119,8 @@ def predict(setting: Setting, transfers: Sequence[Transfer], rank: int = 0) -> P
     priced, wire_end, links = [], 0.0, Counter[Link]()
     for transfer in transfers:
         groups = layout.groups(transfer.axis)
-        seconds = max(price(routes, transfer.op, transfer.message_bytes, group).seconds for group in groups) * transfer.calls
+        wire_s = max(price(routes, transfer.op, transfer.message_bytes, group).seconds for group in groups)
+        seconds = (wire_s + transfer.work_s) * transfer.calls
         mine = next(group for group in groups if rank in group)
         sent = sent_bytes(transfer.op, transfer.message_bytes, len(mine), mine.index(rank))
         priced.append(
