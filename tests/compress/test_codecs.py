@@ -12,7 +12,12 @@ from thinwire.compress.base import finite, make_codec
 from thinwire.compress.blocked import PIECE
 from thinwire.errors import UserError
 
-VARIANTS = [(kind, {}) for kind in ALL] + [("topk", {"values": "int8"}), ("topk", {"k": 4}), ("topk", {"k": 4096})]
+VARIANTS = [(kind, {}) for kind in ALL] + [
+    ("topk", {"values": "int8"}),
+    ("topk", {"k": 4}),
+    ("topk", {"k": 4096}),
+    ("int4", {"hadamard": True}),
+]
 
 
 def there_and_back(codec, values: torch.Tensor) -> torch.Tensor:
@@ -66,9 +71,9 @@ def test_what_was_decoded_codes_to_itself(kind, make) -> None:
         assert torch.equal(there_and_back(codec, once), once)
 
 
-@pytest.mark.parametrize("kind", ALL)
-def test_zeros_stay_zeros(kind) -> None:
-    codec = codec_of(kind)
+@pytest.mark.parametrize(("kind", "options"), VARIANTS)
+def test_zeros_stay_zeros(kind, options) -> None:
+    codec = codec_of(kind, **options)
     for zeros in (torch.zeros(3 * codec.block), -torch.zeros(3 * codec.block)):
         assert not there_and_back(codec, zeros).any()
 
@@ -86,10 +91,10 @@ def test_single_zeros_stay_zeros_and_signs_stay(kind, make) -> None:
         assert torch.equal(there_and_back(codec, -values), -decoded)
 
 
-@pytest.mark.parametrize("kind", [*BLOCKED, "topk"])
-def test_blocks_are_coded_by_themselves(kind) -> None:
+@pytest.mark.parametrize(("kind", "options"), [(kind, options) for kind, options in VARIANTS if kind not in ("bf16", "fp16")])
+def test_blocks_are_coded_by_themselves(kind, options) -> None:
     """Also where a long vector is walked in pieces."""
-    codec = codec_of(kind)
+    codec = codec_of(kind, **options)
     values = vector((2 * PIECE // codec.block + 3) * codec.block, 1)
     whole = there_and_back(codec, values)
     parts = [there_and_back(codec, part) for part in values.split(97 * codec.block)]

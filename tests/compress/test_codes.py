@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vectors import codec_of, vector, vectors
 
+from thinwire.compress.hadamard import rotate
 from thinwire.compress.topk import pack_places, unpack_places
 
 
@@ -100,3 +101,26 @@ def test_codecs_for_error_feedback_contract(make, k) -> None:
 def test_what_a_normal_vector_loses(kind, limit) -> None:
     """Beside the best that theory allows for independent normal values: 4 levels 0.1175, 3 levels 0.190, 2 levels 0.3634."""
     assert limit / 3 < lost(kind, vector(4096 * 20, 5)) < limit
+
+
+def test_a_rotation_is_its_own_inverse_and_keeps_the_norm() -> None:
+    rows = vector(128 * 5, 6).view(5, 128)
+    rotated = rotate(rows)
+    assert torch.allclose(rotate(rotated) / 128, rows, atol=1e-5)
+    assert torch.allclose(rotated.norm(dim=1) / 128**0.5, rows.norm(dim=1))
+    signs = rotate(torch.eye(128))
+    assert torch.equal(signs.abs(), torch.ones(128, 128)) and torch.equal(signs, signs.T)
+
+
+def test_a_rotation_helps_where_there_are_spikes() -> None:
+    """Of the small values, not of the norm, which is that of the spikes."""
+    values = vector(128 * 64, 7)
+    values[::128] *= 30
+    small = torch.arange(values.numel()) % 128 != 0
+    errors = []
+    for hadamard in (False, True):
+        codec = codec_of("int4", hadamard=hadamard)
+        errors.append(float((codec.decode(codec.encode(values), values.numel()) - values)[small].norm()))
+    assert errors[1] < 0.6 * errors[0]
+    normal = vector(128 * 64, 8)
+    assert lost("int4", normal, hadamard=True) < 1.1 * lost("int4", normal)

@@ -121,9 +121,7 @@ def train(context: Rank, kind: str, steps: int, accumulate: int) -> dict[str, An
         "weights": [parameter.detach() for parameter in model.parameters()],
         "losses": losses,
         "sent": sent,
-        "predicted": {
-            (t.label, t.op, t.message_bytes): (steps, "data") for t in sync.traffic(workload, Layout(data=context.world_size))
-        },
+        "predicted": {(t.label, t.op, t.message_bytes): (steps, "data") for t in transfers},
         "state": sync.state_dict(),
     }
 

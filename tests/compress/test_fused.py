@@ -1,4 +1,4 @@
-"""Fused kernels give the same bits as the plain ones. Compiling takes seconds, minutes on a busy machine, so it is done for two."""
+"""Fused kernels give the same bits as the plain ones. Compiling takes seconds, on a busy machine a minute: done for two."""
 
 import pytest
 import torch

@@ -16,6 +16,7 @@ Rows = list[dict[str, Any]]
 Benchmark = Callable[[str | None, Mapping[str, Any]], Rows]
 
 BENCHMARKS: Mapping[str, str] = {
+    "compress": "thinwire.bench.compress",
     "ddp": "thinwire.bench.ddp",
     "lab": "thinwire.bench.lab",
     "ledger": "thinwire.bench.ledger",

@@ -21,7 +21,7 @@ PIECE = 1 << 17
 """Values a piece has at most: half a MiB."""
 
 Kernel = Callable[[Tensor, Tensor, Tensor], None]
-"""(values [n] float32, header [blocks * header_values] bf16, codes [blocks * code_bytes] int8): reads one, fills the other."""
+"""(rows [n, block] float32, header [n, header_values] bf16, codes [n, code_bytes] int8): reads one side, fills the other."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,11 @@ class Blocked:
 
     def rows(self, values: Tensor) -> Tensor:
         """[blocks, block]"""
-        return values.view(-1, self.block)
+        return values.view(values.numel() // self.block, self.block)
+
+    def kernels(self) -> tuple[Kernel, Kernel]:
+        """Encode and decode."""
+        return type(self).encode_kernel, type(self).decode_kernel
 
     def _fused_kernels(self) -> tuple[Kernel, Kernel] | None:
         """None: operation by operation."""
@@ -67,20 +71,18 @@ class Blocked:
     def _walk(self, way: int, values: Tensor, payload: Tensor) -> None:
         blocks = values.numel() // self.block
         border = 2 * self.header_values * blocks
-        header, codes = payload[:border].view(torch.bfloat16), payload[border:].view(torch.int8)
+        rows = self.rows(values)
+        header = payload[:border].view(torch.bfloat16).view(blocks, self.header_values)
+        codes = payload[border:].view(torch.int8).view(blocks, self.code_bytes)
         fused = self._fused_kernels()
         if fused is not None and blocks > 1:  # torch.compile makes a kernel of its own for lengths of 1
-            fused[way](values, header, codes)
+            fused[way](rows, header, codes)
             return
-        kernel = (type(self).encode_kernel, type(self).decode_kernel)[way]
-        step = max(1, PIECE // self.block) if values.device.type == "cpu" else max(1, blocks)
+        kernel = self.kernels()[way]
+        step = PIECE // self.block if values.device.type == "cpu" else max(1, blocks)
         for first in range(0, blocks, step):
-            last = min(first + step, blocks)
-            kernel(
-                values[first * self.block : last * self.block],
-                header[first * self.header_values : last * self.header_values],
-                codes[first * self.code_bytes : last * self.code_bytes],
-            )
+            piece = slice(first, first + step)
+            kernel(rows[piece], header[piece], codes[piece])
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,10 @@ class Fusable(Blocked):
     fused: bool = False
     """Kernels compiled into one pass, where a compiler is found (`fused_or_reason`); same bits."""
 
+    def kernels(self) -> tuple[Kernel, Kernel]:
+        """Encode and decode."""
+        return type(self).encode_kernel, type(self).decode_kernel
+
     def _fused_kernels(self) -> tuple[Kernel, Kernel] | None:
         return self._compiled
 
@@ -97,4 +103,5 @@ class Fusable(Blocked):
     def _compiled(self) -> tuple[Kernel, Kernel] | None:
         if not self.fused or fused_or_reason() is not None:
             return None
-        return compiled(type(self).encode_kernel), compiled(type(self).decode_kernel)
+        encode, decode = self.kernels()
+        return compiled(encode), compiled(decode)

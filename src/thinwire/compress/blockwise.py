@@ -19,75 +19,84 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from thinwire.compress.blocked import Fusable
+from thinwire.compress.blocked import Fusable, Kernel
 from thinwire.compress.fused import SMALLEST, inverse, round_bf16
+from thinwire.compress.hadamard import rotate
 
 INT8_BLOCK, INT4_BLOCK, HALF = 256, 128, 64
 
 
 def _largest(rows: Tensor) -> Tensor:
-    return rows.abs().amax(1)
+    """[n, 1]"""
+    return rows.abs().amax(1, keepdim=True)
 
 
 def _pack(numbers: Tensor, codes: Tensor) -> None:
     """[n, block] whole numbers in -7..7 -> two in a byte."""
-    codes.view(-1, HALF).copy_(numbers[:, :HALF].add(numbers[:, HALF:], alpha=16))
+    codes.copy_(numbers[:, :HALF].add(numbers[:, HALF:], alpha=16))
 
 
 def _unpack(codes: Tensor) -> Tensor:
     """What `_pack` packed, as [n, 2 halves, HALF]: byte - 16 b for the first half and b for the second, in one expression for
     both, because a compiler makes slow code of two writes into one tensor."""
-    both = codes.view(-1, 1, HALF).to(torch.float32)
+    both = codes.unsqueeze(1).to(torch.float32)
     second = (both * 0.0625).round_()
     half = torch.arange(2, dtype=torch.float32, device=codes.device).view(1, 2, 1)
     return torch.addcmul(both * (1 - half), second, 17 * half - 16)
 
 
-def encode_int8(values: Tensor, header: Tensor, codes: Tensor) -> None:
+def encode_int8(rows: Tensor, header: Tensor, codes: Tensor) -> None:
     """See the formula above."""
-    rows = values.view(-1, INT8_BLOCK)
     scales = round_bf16(_largest(rows) * (1 / 127))
     header.copy_(scales)
-    codes.view(-1, INT8_BLOCK).copy_((rows * inverse(scales).unsqueeze(1)).round_())
+    codes.copy_((rows * inverse(scales)).round_())
 
 
-def decode_int8(values: Tensor, header: Tensor, codes: Tensor) -> None:
+def decode_int8(rows: Tensor, header: Tensor, codes: Tensor) -> None:
     """Code times scale."""
-    rows = values.view(-1, INT8_BLOCK)
-    rows.copy_(codes.view(-1, INT8_BLOCK))
-    rows.mul_(header.to(torch.float32).unsqueeze(1))
+    rows.copy_(codes)
+    rows.mul_(header.to(torch.float32))
 
 
-def encode_int4(values: Tensor, header: Tensor, codes: Tensor) -> None:
+def encode_int4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
     """See the formula above."""
-    rows = values.view(-1, INT4_BLOCK)
     scales = round_bf16(_largest(rows) * (1 / 7))
     header.copy_(scales)
-    _pack((rows * inverse(scales).unsqueeze(1)).round_(), codes)
+    _pack((rows * inverse(scales)).round_(), codes)
 
 
-def decode_int4(values: Tensor, header: Tensor, codes: Tensor) -> None:
+def decode_int4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
     """Code times scale."""
-    values.view(-1, 2, HALF).copy_(_unpack(codes).mul_(header.to(torch.float32).view(-1, 1, 1)))
+    rows.view(-1, 2, HALF).copy_(_unpack(codes).mul_(header.to(torch.float32).unsqueeze(2)))
 
 
-def encode_float4(values: Tensor, header: Tensor, codes: Tensor) -> None:
+def encode_rotated_int4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+    """See `hadamard`."""
+    encode_int4(rotate(rows * (1 / INT4_BLOCK)), header, codes)
+
+
+def decode_rotated_int4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+    """See `hadamard`."""
+    numbers = _unpack(codes).mul_(header.to(torch.float32).unsqueeze(2))
+    rows.copy_(rotate(numbers.view(-1, INT4_BLOCK)))
+
+
+def encode_float4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
     """The exponent of 4/3 |x| / s is that of the nearest power of two: between 2^k and 2^(k+1) the middle is 3/2 2^k."""
-    rows = values.view(-1, INT4_BLOCK)
     scales = round_bf16(_largest(rows))
     header.copy_(scales)
-    parts = rows * inverse(scales).unsqueeze(1)
+    parts = rows * inverse(scales)
     sizes = parts.abs()
     exponents = ((sizes * (4 / 3)).view(torch.int32) >> 23) - 120
     numbers = torch.maximum(exponents, (sizes >= 2**-7).to(torch.int32)).clamp(max=7)
     _pack(numbers.to(torch.float32) * parts.sign(), codes)
 
 
-def decode_float4(values: Tensor, header: Tensor, codes: Tensor) -> None:
+def decode_float4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
     """+-2^(|q| - 7) s, made from the bits of its exponent; 0 for q = 0."""
     numbers = _unpack(codes)
     powers = ((numbers.abs().to(torch.int32) + 120) << 23).view(torch.float32)
-    values.view(-1, 2, HALF).copy_(numbers.sign_().mul_(powers).mul_(header.to(torch.float32).view(-1, 1, 1)))
+    rows.view(-1, 2, HALF).copy_(numbers.sign_().mul_(powers).mul_(header.to(torch.float32).unsqueeze(2)))
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ class _Integers(Fusable):
         """Half a scale, which may be 2^-8 more than max / levels, plus what float32 rounds off."""
         largest = _largest(self.rows(values))
         bound = largest * ((1 + 2**-8) * (0.5 + 2**-14) / self.levels)
-        return torch.where(largest < 2 * self.levels * SMALLEST, largest, bound).repeat_interleave(self.block)
+        return torch.where(largest < 2 * self.levels * SMALLEST, largest, bound).view(-1).repeat_interleave(self.block)
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,21 @@ class Int4(_Integers):
     encode_kernel = encode_int4
     decode_kernel = decode_int4
 
+    hadamard: bool = False
+    """Rotate each block before it is coded: for vectors with spikes."""
+
+    def kernels(self) -> tuple[Kernel, Kernel]:
+        """Encode and decode."""
+        return (encode_rotated_int4, decode_rotated_int4) if self.hadamard else super().kernels()
+
+    def error_bound(self, values: Tensor) -> Tensor:
+        """That of integers; of a rotated block, all errors of the block added up."""
+        if not self.hadamard:
+            return super().error_bound(values)
+        rotated = rotate(self.rows(values) * (1 / self.block))
+        largest = _largest(rotated) * (1 + 2**-10)
+        return (super().error_bound(largest.expand_as(rotated).reshape(-1)) * self.block).view(-1)
+
 
 @dataclass(frozen=True)
 class Float4(Fusable):
@@ -139,4 +163,4 @@ class Float4(Fusable):
         """A third of the value, or half of the smallest power."""
         largest = _largest(self.rows(values))
         smallest = torch.where(largest < 2 * SMALLEST, largest, largest * (2**-7 * (1 + 2**-7)))
-        return torch.maximum(values.abs() * ((1 + 2**-20) / 3), smallest.repeat_interleave(self.block))
+        return torch.maximum(values.abs() * ((1 + 2**-20) / 3), smallest.view(-1).repeat_interleave(self.block))

@@ -32,29 +32,29 @@ def _normalised(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return parts, scales, pairwise_sum(parts * parts * (1 / BLOCK)).sqrt().unsqueeze(1)
 
 
-def encode_codebook2(values: Tensor, header: Tensor, codes: Tensor) -> None:
+def encode_codebook2(rows: Tensor, header: Tensor, codes: Tensor) -> None:
     """See the formula above."""
-    parts, scales, root = _normalised(values.view(-1, BLOCK))
+    parts, scales, root = _normalised(rows)
     bins = (parts >= -root).to(torch.uint8) + (parts >= 0).to(torch.uint8) + (parts >= root).to(torch.uint8)
     means = []
     for index in range(BINS):
         inside = (bins == index).to(torch.float32)
         count = inside.sum(1)
         means.append(pairwise_sum(parts * inside) / torch.where(count > 0, count, 1.0))
-    header.view(-1, BINS).copy_(round_bf16((torch.stack(means, 1) * scales).contiguous()))
+    header.copy_(round_bf16((torch.stack(means, 1) * scales).contiguous()))
     quarters = bins.view(-1, BINS, BYTES)
     packed = quarters[:, 0]
     for place in range(1, BINS):
         packed = packed.add(quarters[:, place], alpha=4**place)
-    codes.view(torch.uint8).view(-1, BYTES).copy_(packed)
+    codes.view(torch.uint8).copy_(packed)
 
 
-def decode_codebook2(values: Tensor, header: Tensor, codes: Tensor) -> None:
+def decode_codebook2(rows: Tensor, header: Tensor, codes: Tensor) -> None:
     """The mean of each value's bin."""
-    packed = codes.view(torch.uint8).view(-1, 1, BYTES)
+    packed = codes.view(torch.uint8).unsqueeze(1)
     shifts = torch.arange(0, 2 * BINS, 2, dtype=torch.uint8, device=codes.device).view(1, BINS, 1)
     bins = ((packed >> shifts) & 3).view(-1, BLOCK)
-    values.view(-1, BLOCK).copy_(header.to(torch.float32).view(-1, BINS).gather(1, bins.to(torch.int64)))
+    rows.copy_(header.to(torch.float32).gather(1, bins.to(torch.int64)))
 
 
 @dataclass(frozen=True)

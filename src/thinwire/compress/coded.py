@@ -73,14 +73,10 @@ class CodedExchange:
         return found
 
     def attach(self, group: dist.ProcessGroup, axis: str, names: Mapping[int, str]) -> None:
-        """Makes a process group and a thread. names: by id of the parameter. Collective. UserError on CUDA."""
+        """Makes a process group and a thread. names: by id of the parameter. Collective over all ranks. UserError on CUDA."""
         if "nccl" in dist.get_backend(group):
             raise UserError(f"compress.kind = {self._config.kind!r}: only on CPUs yet, and this group is NCCL's; set it to none")
-        ranks = dist.get_process_group_ranks(group)
-        everybody = len(ranks) == dist.get_world_size()  # else only the members of a sub-group call
-        self._group = dist.new_group(
-            ranks, backend=dist.get_backend(group), use_local_synchronization=not everybody, group_desc=f"{axis} exchange"
-        )
+        self._group = _private_copy(group, f"{axis} exchange")
         self._ledger.axes[self._group.group_name] = axis
         self._names = names
         self._two_shot = TwoShot(self._codec, self._group, self._ledger, feedback=self._config.feedback)
@@ -174,3 +170,17 @@ class CodedExchange:
         with self._ledger.label(label):
             dist.all_reduce(cast, group=self._group)
         return buffer.copy_(cast)
+
+
+def _private_copy(group: dist.ProcessGroup, description: str) -> dist.ProcessGroup:
+    """A new group of the same ranks. Collective over all ranks, whatever their group, since each must make all groups in one order.
+
+    (torch could let the members of a group make it alone, but it names such a group by its ranks and what each process has made
+    before, and members with different pasts then wait for each other for ever.)
+    """
+    groups: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(groups, tuple(dist.get_process_group_ranks(group)))
+    made = {
+        ranks: dist.new_group(ranks, backend=dist.get_backend(group), group_desc=description) for ranks in sorted(set(groups))
+    }
+    return made[tuple(dist.get_process_group_ranks(group))]

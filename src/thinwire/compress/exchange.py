@@ -26,7 +26,7 @@ class Exchange(Protocol):
         ...
 
     def attach(self, group: dist.ProcessGroup, axis: str, names: Mapping[int, str]) -> None:
-        """Before the first step. names: of the parameters, by id(). Collective."""
+        """Before the first step. names: of the parameters, by id(). Collective over all ranks."""
         ...
 
     def detach(self) -> None:

@@ -30,8 +30,19 @@ def fused_or_reason() -> str | None:
 
 
 def compiled(kernel: Callable[..., None]) -> Callable[..., None]:
-    """`kernel` fused for vectors of any length (compiled at its first call: seconds, then from a cache on disk)."""
-    return torch.compile(kernel, dynamic=True, fullgraph=True)
+    """`kernel` fused, for tensors that differ from call to call in their first dim only, which is at least 2.
+
+    The first call compiles: seconds, or less from the cache on disk. That dim is one symbol for all tensors, so that there is one
+    loop over blocks; flat tensors would give a loop each, and as many passes over memory.
+    """
+    fused = torch.compile(kernel, fullgraph=True)
+
+    def run(*tensors: Tensor) -> None:
+        for tensor in tensors:
+            torch._dynamo.mark_dynamic(tensor, 0)
+        fused(*tensors)
+
+    return run
 
 
 def round_bf16(values: Tensor) -> Tensor:

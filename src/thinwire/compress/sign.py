@@ -24,27 +24,26 @@ BLOCK, BYTES, BITS = 256, 32, 8
 
 
 def _means(rows: Tensor) -> Tensor:
-    return pairwise_sum(rows.abs() * (1 / BLOCK))
+    return pairwise_sum(rows.abs() * (1 / BLOCK)).unsqueeze(1)
 
 
-def encode_sign(values: Tensor, header: Tensor, codes: Tensor) -> None:
+def encode_sign(rows: Tensor, header: Tensor, codes: Tensor) -> None:
     """See the formula above."""
-    rows = values.view(-1, BLOCK)
     header.copy_(round_bf16(_means(rows)))
     negative = (rows < 0).to(torch.uint8).view(-1, BITS, BYTES)
     packed = negative[:, 0]
     for bit in range(1, BITS):
         packed = packed.add(negative[:, bit], alpha=1 << bit)
-    codes.view(torch.uint8).view(-1, BYTES).copy_(packed)
+    codes.view(torch.uint8).copy_(packed)
 
 
-def decode_sign(values: Tensor, header: Tensor, codes: Tensor) -> None:
+def decode_sign(rows: Tensor, header: Tensor, codes: Tensor) -> None:
     """Scale times 1 - 2 bit."""
-    packed = codes.view(torch.uint8).view(-1, 1, BYTES)
+    packed = codes.view(torch.uint8).unsqueeze(1)
     shifts = torch.arange(BITS, dtype=torch.uint8, device=codes.device).view(1, BITS, 1)
     bits = (packed >> shifts) & 1
-    scales = header.to(torch.float32).view(-1, 1, 1)
-    values.view(-1, BITS, BYTES).copy_((1.0 - 2.0 * bits) * scales)
+    scales = header.to(torch.float32).unsqueeze(2)
+    rows.view(-1, BITS, BYTES).copy_((1.0 - 2.0 * bits) * scales)
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,6 @@ class Sign(Blocked):
 
     def error_bound(self, values: Tensor) -> Tensor:
         """How far the size of the value is from the mean, and what bf16 moves the mean."""
-        means = _means(self.rows(values)).unsqueeze(1)
+        means = _means(self.rows(values))
         bound = (self.rows(values).abs() - means).abs() + means * (2**-8 + 2**-16) + 2**-133
         return bound.view(-1)

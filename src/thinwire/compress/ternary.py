@@ -32,30 +32,29 @@ def _thresholds(rows: Tensor) -> Tensor:
     return torch.where(sizes.amax(1) < SMALLEST, torch.inf, threshold).unsqueeze(1)
 
 
-def encode_ternary(values: Tensor, header: Tensor, codes: Tensor) -> None:
+def encode_ternary(rows: Tensor, header: Tensor, codes: Tensor) -> None:
     """See the formula above."""
-    rows = values.view(-1, BLOCK)
     sizes = rows.abs()
     chosen = (sizes >= _thresholds(rows)).to(torch.float32)
     share = chosen.sum(1) * (1 / BLOCK)
     total = pairwise_sum(sizes * (1 / BLOCK) * chosen)
-    header.copy_(round_bf16(torch.where(share > 0, total / share, total)))
+    header.copy_(round_bf16(torch.where(share > 0, total / share, total)).unsqueeze(1))
     digits = (chosen * rows.sign()).view(-1, DIGITS, BYTES)
     packed = digits[:, 0]
     for digit in range(1, DIGITS):
         packed = packed.add(digits[:, digit], alpha=3**digit)
-    codes.view(-1, BYTES).copy_(packed)
+    codes.copy_(packed)
 
 
-def decode_ternary(values: Tensor, header: Tensor, codes: Tensor) -> None:
+def decode_ternary(rows: Tensor, header: Tensor, codes: Tensor) -> None:
     """Digits times scale."""
-    scales = header.to(torch.float32).unsqueeze(1)
-    rest = codes.view(-1, BYTES).to(torch.float32)
+    scales = header.to(torch.float32).unsqueeze(2)
+    rest = codes.to(torch.float32)
     digits = []
     for digit in reversed(range(DIGITS)):
         digits.append((rest * (1 / 3**digit)).round())
         rest = rest - digits[-1] * 3**digit
-    values.view(-1, DIGITS, BYTES).copy_(torch.stack(digits[::-1], 1) * scales.unsqueeze(2))
+    rows.view(-1, DIGITS, BYTES).copy_(torch.stack(digits[::-1], 1) * scales)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def compress_gradients(replica: DistributedDataParallel, kind: str, **options: A
     """Average the gradients of `replica` through the codec `kind` ("bf16", "int8", "int4", ...) from now on.
 
     options: as in the section [compress] of run.toml: feedback, exclude, vectors, fused. Call once, before the first forward
-    pass, on every rank of the replica's group. UserError for an unknown kind or option.
+    pass, on all ranks of the default group, also where replicas form sub-groups. UserError for an unknown kind or option.
     """
     config = validate(Coded, {"kind": kind, **options}, "compress_gradients")
     exchange = make_exchange(config, Ledger())
