@@ -18,7 +18,7 @@ from thinwire.layout import Layout
 from thinwire.sync.every_step import EveryStepSync
 from thinwire.workload import Workload
 
-CODED = ["int8", "int4"]
+CODED = ["int8", "int4", "fp4", "sign", "ternary", "codebook2", "topk"]
 SUMMED = ["bf16", "fp16"]
 SIZES = {"a": 1000, "b": 17, "c": 5000, "d": 1}
 
@@ -68,7 +68,8 @@ def test_the_average_is_near_and_feedback_brings_the_rest(ranks4: Pool, kind: st
     mean = torch.stack([gradient(0, rank) for rank in range(4)]).mean(0)
     with_feedback = ranks4.run(same_gradient, kind, 30, True)[0]
     without = ranks4.run(same_gradient, kind, 30, False)[0]
-    assert (with_feedback - mean).norm() < 0.15 * (without - mean).norm()
+    left = {"sign": 0.35, "ternary": 0.35, "topk": 0.75}.get(kind, 0.15)  # what is owed after 30 steps, shared by them
+    assert (with_feedback - mean).norm() < left * (without - mean).norm()
 
 
 def same_gradient(context: Rank, kind: str, steps: int, feedback: bool) -> torch.Tensor:

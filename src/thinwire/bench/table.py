@@ -28,6 +28,6 @@ def _cell(column: str, value: Any) -> str:
     if isinstance(value, bool):
         return "[green]yes[/]" if value else "[red]no[/]"
     if isinstance(value, int | float):
-        unit = next((unit for ending, unit in _UNITS.items() if column.endswith(ending)), None)
+        unit = next((unit for ending, unit in _UNITS.items() if column.endswith(ending) and not column.endswith("_per_s")), None)
         return show(value, unit) if unit else f"{value:.4g}"
     return str(value)

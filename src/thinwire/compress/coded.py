@@ -173,7 +173,7 @@ class CodedExchange:
 
 
 def _private_copy(group: dist.ProcessGroup, description: str) -> dist.ProcessGroup:
-    """A new group of the same ranks. Collective over all ranks, whatever their group, since each must make all groups in one order.
+    """A new group of the same ranks. Collective over all ranks, whatever their group: each must make all groups in one order.
 
     (torch could let the members of a group make it alone, but it names such a group by its ranks and what each process has made
     before, and members with different pasts then wait for each other for ever.)

@@ -9,8 +9,10 @@ import torch.distributed as dist
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.base import make_codec
 from thinwire.compress.coded import CodedExchange
+from thinwire.compress.fused import fused_or_reason
 from thinwire.compress.plain import PlainExchange
 from thinwire.config.run import Coded, NoCompression
+from thinwire.errors import UserError
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
 
@@ -54,6 +56,8 @@ def make_exchange(config: NoCompression | Coded, ledger: Ledger) -> Exchange:
     """The exchange that [compress] asks for."""
     if isinstance(config, NoCompression):
         return PlainExchange(ledger)
+    if config.fused and (reason := fused_or_reason()):
+        raise UserError(f"compress.fused = true: {reason}; leave it out, the bits are the same")
     codec = make_codec(config)
     assert codec is not None, "only NoCompression has none"
     return CodedExchange(codec, config, ledger)

@@ -116,7 +116,7 @@ class NoCompression(_Section):
 class Coded(_Section):
     """Gradients travel through a codec of this name."""
 
-    kind: Literal["bf16", "fp16", "int8", "int4", "fp4", "sign", "ternary", "codebook", "topk"]
+    kind: Literal["bf16", "fp16", "int8", "int4", "fp4", "sign", "ternary", "codebook2", "topk"]
     feedback: bool = True
     """What coding loses is kept and added to the next step's gradient."""
     exclude: tuple[str, ...] = ("*embed*", "*positions*")
