@@ -4,6 +4,7 @@ import socket
 from pathlib import Path
 
 import pytest
+
 from command import nothing_left, one_line, thinwire
 
 TOML = '[train]\nsteps = 4\nrun = "run"\n'
