@@ -8,7 +8,7 @@ from hypothesis import settings
 from pool import Pool, start_server
 
 # No deadline: on shared cores a single example may take any time. Derandomised: a run can be repeated.
-settings.register_profile("thinwire", deadline=None, derandomize=True, database=None)
+settings.register_profile("thinwire", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("thinwire")
 
 _RANK_FIXTURES = {"ranks2", "ranks4", "ranks8"}
