@@ -22,11 +22,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from thinwire.collectives.ledger import Group, Ledger, Total
+from thinwire.collectives.ledger import Group, Ledger, Total, axis_of
 from thinwire.collectives.wire import sent_bytes
 from thinwire.errors import UserError
 
 NAME = "thinwire"
+
+# From torch 2.13 on the single forms are what FSDP2 calls, and the others warn.
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def register(ledger: Ledger) -> None:
@@ -39,12 +43,9 @@ def self_test(group: dist.ProcessGroup, ledger: Ledger) -> None:
     before = ledger.sent_bytes
     part = torch.zeros(1)
     whole = torch.zeros(group.size())
-    # From torch 2.13 on the single forms are what FSDP2 calls, and the others warn.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     with ledger.label("self-test"):
-        gather(whole, part, group=group)
-        scatter(part, whole, group=group)
+        ALL_GATHER(whole, part, group=group)
+        REDUCE_SCATTER(part, whole, group=group)
     p, rank = group.size(), group.rank()
     expected = sent_bytes("all_gather", 4, p, rank) + sent_bytes("reduce_scatter", 4 * p, p, rank)
     if ledger.sent_bytes - before != expected:
@@ -110,8 +111,7 @@ class MeteredGroup(dist.ProcessGroup):
 
     def _set_group_desc(self, desc: str) -> None:
         self._desc = desc
-        axis = desc.removeprefix("mesh_") if desc.startswith("mesh_") else "world"
-        self._group = Group(self._name, self._inner.rank(), self._inner.size(), axis)
+        self._group = Group(self._name, self._inner.rank(), self._inner.size(), axis_of(desc))
 
     @property
     def group_desc(self) -> str:  # type: ignore[override]

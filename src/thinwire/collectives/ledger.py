@@ -123,6 +123,11 @@ class Group:
     axis: str = "world"
 
 
+def axis_of(description: str) -> str:
+    """The mesh axis of a group that a DeviceMesh has made and described; "world" for any other."""
+    return description.removeprefix("mesh_") if description.startswith("mesh_") else "world"
+
+
 def difference(after: Snapshot, before: Snapshot) -> Snapshot:
     """What was entered between two snapshots; calls without any are left out."""
     result = {}

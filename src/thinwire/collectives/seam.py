@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from thinwire.collectives.backend import MeteredGroup
-from thinwire.collectives.ledger import Group, Ledger, Total
+from thinwire.collectives.ledger import Group, Ledger, Total, axis_of
 
 
 def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup, ledger: Ledger, label: str) -> dist.Work:
@@ -28,9 +28,7 @@ def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup, ledger: Ledger, l
 
 
 def _group(group: dist.ProcessGroup) -> Group:
-    description = group.group_desc
-    axis = description.removeprefix("mesh_") if description.startswith("mesh_") else "world"
-    return Group(group.group_name, group.rank(), group.size(), axis)
+    return Group(group.group_name, group.rank(), group.size(), axis_of(group.group_desc))
 
 
 def _completed(ledger: Ledger, total: Total, issued: float, _future: object) -> None:

@@ -24,12 +24,10 @@ from math import prod
 import torch
 import torch.distributed as dist
 
+from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.base import Codec
+from thinwire.compress.base import Codec, finite
 from thinwire.errors import UserError
-
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""The second is the name up to torch 2.12."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +74,7 @@ class TwoShot:
         code = self._codec.encode(mean)
         averages = torch.empty(p, size, dtype=torch.uint8)
         with self._ledger.label(f"{label} averages"):
-            _all_gather(averages.view(-1), code, group=self._group)
+            ALL_GATHER(averages.view(-1), code, group=self._group)
 
         results = torch.stack([self._codec.decode(averages[shard], length) for shard in range(p)])
         if self._feedback:
@@ -97,7 +95,7 @@ class TwoShot:
             values = buffer[piece.first : piece.first + piece.numel]
             if self._feedback and piece.name in self.owed:
                 values = values + self.owed[piece.name]
-            if not torch.isfinite(values.sum()):
+            if not finite(values):
                 raise UserError(
                     f"the gradient of {piece.name} is not finite; lower the learning rate, or look at the data of this step"
                 )

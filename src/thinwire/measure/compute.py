@@ -64,9 +64,13 @@ def memory_bytes(device: torch.device, ranks_on_host: int) -> float:
     return total / ranks_on_host
 
 
-def fast_dtype(device: torch.device) -> str:
-    """bfloat16 if it makes a matrix product at least a third faster here, the casts from float32 weights included."""
-    a, b = (torch.randn(_side(device), _side(device), device=device) for _ in range(2))
+def fast_dtype(device: torch.device, product: tuple[int, int, int] | None = None) -> str:
+    """bfloat16 if it makes a matrix product at least a third faster here, the casts from float32 weights included.
+
+    product: (rows, inner, columns); by default a square one that keeps the device busy.
+    """
+    rows, inner, columns = product or (_side(device),) * 3
+    a, b = torch.randn(rows, inner, device=device), torch.randn(inner, columns, device=device)
     seconds = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
     for dtype in [*seconds] * 6:
         started = time.perf_counter()
