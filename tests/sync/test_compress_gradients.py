@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import thinwire
 from pool import Pool, Rank
+from thinwire.compress.coded import CodedExchange
 from thinwire.errors import UserError
 
 
@@ -43,10 +44,10 @@ def loop(context: Rank, kind: str, steps: int, group_size: int) -> dict:
         losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
-    state = compression.state_dict() if compression else {}
+    owed = compression.owed() if isinstance(compression, CodedExchange) else {}
     if compression:
         compression.detach()
-    return {"weights": [p.detach() for p in model.parameters()], "losses": losses, "owed": sorted(state.get("owed", {}))}
+    return {"weights": [p.detach() for p in model.parameters()], "losses": losses, "owed": sorted(owed)}
 
 
 @pytest.mark.parametrize(("pool", "group_size"), [("ranks2", 2), ("ranks4", 4), ("ranks4", 2)])
@@ -76,4 +77,4 @@ def refused(context: Rank, kind: str, options: dict) -> str:
 
 def test_unknown_kinds_and_options_are_refused(ranks2: Pool) -> None:
     assert "compress_gradients: kind = 'int3'" in ranks2.run(refused, "int3", {})[0]
-    assert "unknown key feedbak; allowed: kind, feedback" in ranks2.run(refused, "int4", {"feedbak": True})[0]
+    assert "unknown key feedbak; allowed: kind, exclude" in ranks2.run(refused, "int4", {"feedbak": True})[0]

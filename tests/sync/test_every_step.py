@@ -14,7 +14,8 @@ from thinwire.collectives.ledger import Call, difference
 from thinwire.collectives.wire import sent_bytes
 from thinwire.config.run import EveryStep
 from thinwire.layout import Layout
-from thinwire.sync.every_step import EveryStepSync, assign_buckets
+from thinwire.sync.buckets import assign_buckets
+from thinwire.sync.every_step import EveryStepSync
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter, Workload
 

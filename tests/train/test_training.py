@@ -8,7 +8,8 @@ import torch
 
 from pool import Pool, Rank, RankFailure
 from thinwire.compress.exchange import make_exchange
-from thinwire.config.run import Coded, RunConfig
+from thinwire.config.compress import Coded
+from thinwire.config.run import RunConfig
 from thinwire.record import RunFolder
 from thinwire.report import as_json, gather
 from thinwire.train.runtime import StopRequest, Surroundings
@@ -128,15 +129,15 @@ def test_a_damaged_checkpoint_is_one_line_and_harms_nothing(ranks2: Pool, config
 
 def owed_on_average(checkpoint: Path) -> dict[str, torch.Tensor]:
     """1/p sum over ranks of what each owes, in float64."""
-    states = [torch.load(path, weights_only=True)["sync"]["owed"] for path in sorted(checkpoint.glob("rank-*.pt"))]
-    return {name: torch.stack([state[name].double() for state in states]).mean(0) for name in states[0]}
+    states = [torch.load(path, weights_only=True)["sync"]["memory"]["owed"] for path in sorted(checkpoint.glob("rank-*.pt"))]
+    return {name: torch.stack([state["kept"][name].double() for state in states]).mean(0) for name in states[0]["kept"]}
 
 
 def adopted_owed(context: Rank, config: RunConfig, checkpoint: Path) -> dict[str, torch.Tensor]:
     """What this rank owes after it has adopted the states of a run with another number of ranks."""
     exchange = make_exchange(config.compress, context.ledger)
     exchange.adopt([torch.load(path, weights_only=True)["sync"] for path in sorted(checkpoint.glob("rank-*.pt"))])
-    return exchange.state_dict()["owed"]
+    return exchange.owed()
 
 
 @pytest.mark.parametrize("kind", ["none", "int4"])

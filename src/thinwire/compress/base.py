@@ -4,10 +4,10 @@ A codec turns a flat float32 vector into bytes of a size known in advance, and b
 names. What arrives is `decode(encode(values))`; how far that may be from `values` each codec states as `error_bound`.
 """
 
-import dataclasses
 import importlib
-from collections.abc import Mapping
-from typing import Any, Protocol
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ from thinwire.errors import UserError
 
 class Codec(Protocol):
     """Same values, same bytes: encode and decode are deterministic. The device of what comes in is kept."""
+
+    def __hash__(self) -> int:
+        """By its options: equal codecs code alike."""
+        ...
 
     @property
     def name(self) -> str:
@@ -55,6 +59,43 @@ class Codec(Protocol):
         ...
 
 
+@runtime_checkable
+class LosingCodec(Protocol):
+    """A codec that knows what it loses as it encodes."""
+
+    def encode_with_error(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The same as `composed_with_error`, sooner."""
+        ...
+
+
+class TensorCodec(Protocol):
+    """A codec that wants the whole parameter with its shape: low rank, transforms of tiles, the largest of all values.
+
+    Its payloads cannot be cut into shards, so they travel by all-gather (`gather`). Deterministic as a Codec is.
+    """
+
+    def __hash__(self) -> int:
+        """By its options: equal codecs code alike."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """As `kind` in run.toml."""
+        ...
+
+    def payload_bytes(self, shape: Sequence[int]) -> int:
+        """Exact, and even."""
+        ...
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Any shape, float32, contiguous -> [payload_bytes] uint8."""
+        ...
+
+    def decode(self, payload: Tensor, shape: Sequence[int]) -> Tensor:
+        """[payload_bytes] uint8, contiguous, beginning at an even byte of its storage -> float32 of `shape`."""
+        ...
+
+
 CODECS: Mapping[str, str] = {
     "bf16": "thinwire.compress.floating:BFloat16",
     "fp16": "thinwire.compress.floating:Float16",
@@ -68,21 +109,49 @@ CODECS: Mapping[str, str] = {
 }
 
 
-def make_codec(config: Any) -> Codec | None:
-    """The codec of `config.kind`, None for "none". Its options are the attributes of `config` that are called as they are.
+TENSOR_CODECS: Mapping[str, str] = {
+    "demo": "thinwire.compress.dct:Demo",
+    "topk_global": "thinwire.compress.largest:GlobalTopK",
+    "svd": "thinwire.compress.svd:TruncatedSVD",
+}
 
-    UserError for an unknown kind, and for `fused` with a codec that has no fused kernels.
-    """
+
+def make_codec(config: Any) -> Codec | None:
+    """The codec of flat vectors of `config.kind`, None for "none". UserError for an unknown kind; see `build`."""
     if config.kind == "none":
         return None
     if config.kind not in CODECS:
         raise UserError(f"compress.kind {config.kind!r} does not exist; there are none, {', '.join(CODECS)}")
-    module, _, name = CODECS[config.kind].partition(":")
+    codec: Codec = build(CODECS[config.kind], config)
+    return codec
+
+
+OPTIONS = ("fused", "hadamard", "rounding", "k", "values", "fraction", "rank", "tile", "momentum", "warmup_steps")
+"""Keys of [compress] that belong to single kinds: None or False where they are not set."""
+
+
+def build(path: str, config: Any, *given: Any) -> Any:
+    """The class at "module:Name", made of `given` and the options of `config` that are set. UserError for one it does not have."""
+    module, _, name = path.partition(":")
     made = getattr(importlib.import_module(module), name)
-    options = {field.name for field in dataclasses.fields(made)}
-    if getattr(config, "fused", False) and "fused" not in options:
-        raise UserError(f"compress.fused: {config.kind} has no fused kernels; leave fused out")
-    return made(**{option: getattr(config, option) for option in options if hasattr(config, option)})
+    own = inspect.signature(made).parameters
+    told = {option: value for option in OPTIONS if (value := getattr(config, option, None)) not in (None, False)}
+    for option in told:
+        if option not in own:
+            raise UserError(f"compress.{option}: {config.kind} has no such option; leave it out")
+    return made(*given, **told)
+
+
+def composed_with_error(codec: Codec, values: Tensor) -> tuple[Tensor, Tensor]:
+    """encode(values), and values - decode(encode(values)): what error feedback keeps."""
+    payload = codec.encode(values)
+    decoded = codec.decode(payload, values.numel())
+    return payload, torch.sub(values, decoded, out=decoded)
+
+
+def encode_with_error(codec: Codec, values: Tensor) -> tuple[Tensor, Tensor]:
+    """`composed_with_error`, by the codec's own kernel where it has one. `values` stays as it is."""
+    return codec.encode_with_error(values) if isinstance(codec, LosingCodec) else composed_with_error(codec, values)
 
 
 def finite(values: Tensor) -> bool:
@@ -99,6 +168,13 @@ def check_values(values: Tensor, block: int) -> None:
         f"a codec takes a flat contiguous float32 vector, not {values.dtype} of shape {tuple(values.shape)}"
     )
     assert values.numel() % block == 0, f"{values.numel()} values are no multiple of the block {block}"
+
+
+def check_tensor(values: Tensor) -> None:
+    """What every encode of a TensorCodec demands of its caller."""
+    assert values.dtype == torch.float32 and values.is_contiguous(), (
+        f"a codec takes a contiguous float32 tensor, not {values.dtype} of shape {tuple(values.shape)}"
+    )
 
 
 def check_payload(payload: Tensor, size: int) -> None:

@@ -1,4 +1,4 @@
-"""The contract of an exchange: how the gradients of one bucket become their average over the replicas."""
+"""The contract of an exchange: how buffers of gradients become their average over the replicas."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -7,11 +7,17 @@ import torch
 import torch.distributed as dist
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.base import make_codec
+from thinwire.compress.averager import Averager, Piece
+from thinwire.compress.base import TENSOR_CODECS, build, make_codec
+from thinwire.compress.cast import CastExchange
 from thinwire.compress.coded import CodedExchange
+from thinwire.compress.dgc import dgc_memory
 from thinwire.compress.fused import fused_or_reason
+from thinwire.compress.gather import Flat, Gather
+from thinwire.compress.memory import ErrorFeedback, Memory, NoMemory
 from thinwire.compress.plain import PlainExchange
-from thinwire.config.run import Coded, NoCompression
+from thinwire.compress.twoshot import TwoShot
+from thinwire.config.compress import Coded, NoCompression
 from thinwire.errors import UserError
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
@@ -23,20 +29,30 @@ class Exchange(Protocol):
     failure: Exception | None
     """What went wrong on this rank; the backward pass that waited for it only says that there was something."""
 
+    @property
+    def settled_after(self) -> int:
+        """Steps after which it sends what `transfers` says; before, it exchanges plainly."""
+        ...
+
     def transfers(self, label: str, parameters: Sequence[Parameter], axis: str, world_size: int) -> list[Transfer]:
         """What one bucket of `parameters` will send; no communication."""
         ...
 
-    def attach(self, group: dist.ProcessGroup, axis: str, names: Mapping[int, str]) -> None:
-        """Before the first step. names: of the parameters, by id(). Collective over all ranks."""
+    def attach(self, group: dist.ProcessGroup, axis: str) -> None:
+        """Before the first step. Collective over all ranks, also where groups are smaller."""
         ...
 
     def detach(self) -> None:
         """After the last step; waits for what is under way."""
         ...
 
-    def start(self, bucket: dist.GradBucket) -> "torch.futures.Future[torch.Tensor]":
-        """Called in the backward pass when the bucket is full; the future holds its averaged buffer."""
+    def start(
+        self, buffer: torch.Tensor, pieces: Sequence[Piece], label: str, *, last: bool
+    ) -> "torch.futures.Future[torch.Tensor]":
+        """Begin to average the flat float32 `buffer` in place; the future holds it. last: the step ends with this one.
+
+        Called by one thread of each rank, with the same pieces in the same order.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -52,12 +68,55 @@ class Exchange(Protocol):
         ...
 
 
+AVERAGERS: Mapping[str, str] = {
+    "dgc": "thinwire.compress.dgc:DGC",
+    "powersgd": "thinwire.compress.powersgd:PowerSGD",
+    "randomk": "thinwire.compress.randomk:RandomK",
+}
+"""Kinds that are more than a codec: they talk to the other ranks while they code."""
+
+DEMO = ErrorFeedback(decay=0.999, removal=0.2)
+
+
 def make_exchange(config: NoCompression | Coded, ledger: Ledger) -> Exchange:
-    """The exchange that [compress] asks for."""
+    """The exchange that [compress] asks for. UserError for options that do not fit its kind."""
     if isinstance(config, NoCompression):
         return PlainExchange(ledger)
     if config.fused and (reason := fused_or_reason()):
         raise UserError(f"compress.fused = true: {reason}; leave it out, the bits are the same")
+    if config.kind in ("bf16", "fp16"):
+        codec = make_codec(config)
+        assert codec is not None
+        return CastExchange(codec, ledger)
+    memory = make_memory(config)
+    return CodedExchange(make_averagers(config, memory, ledger), memory, config, ledger)
+
+
+def make_averagers(config: Coded, memory: Memory, ledger: Ledger) -> list[Averager]:
+    """Those among which an exchange of this kind chooses by bytes."""
+    if config.kind == "dgc":
+        config = config.model_copy(update={"momentum": None})  # the memory's
+    if config.kind in AVERAGERS:
+        return [build(AVERAGERS[config.kind], config, memory, ledger)]
+    if config.kind in TENSOR_CODECS:
+        return [Gather(build(TENSOR_CODECS[config.kind], config), memory, ledger)]
     codec = make_codec(config)
     assert codec is not None, "only NoCompression has none"
-    return CodedExchange(codec, config, ledger)
+    both: dict[str, Averager] = {"gather": Gather(Flat(codec), memory, ledger), "two-shot": TwoShot(codec, memory, ledger)}
+    return list(both.values()) if config.exchange == "auto" else [both[config.exchange]]
+
+
+def make_memory(config: Coded) -> Memory:
+    """What the kind needs by itself (DeMo's momentum), or what `feedback` asks for."""
+    if config.kind == "dgc":
+        return dgc_memory(config)
+    if not config.feedback:
+        return NoMemory()
+    usual = DEMO if config.kind == "demo" else ErrorFeedback()
+    return ErrorFeedback(
+        decay=usual.decay if config.feedback_decay is None else config.feedback_decay,
+        average=config.feedback_average,
+        reset_steps=config.feedback_reset,
+        removal=usual.removal if config.feedback_removal is None else config.feedback_removal,
+        storage=config.feedback_storage,
+    )

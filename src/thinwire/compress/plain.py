@@ -1,6 +1,10 @@
-"""Buckets of gradients averaged as they are: divided by the number of ranks and all-reduced in float32."""
+"""Gradients averaged as they are: divided by the number of ranks and all-reduced in float32.
 
-from collections.abc import Mapping, Sequence
+As a whole exchange without compression, or as the averager of what a compressed exchange leaves alone.
+"""
+
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -8,6 +12,7 @@ import torch.distributed as dist
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.seam import all_reduce
+from thinwire.compress.averager import Piece
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
 
@@ -17,6 +22,8 @@ GRADIENT_BYTES = 4
 
 class PlainExchange:
     """The exchange without compression; see `thinwire.compress.exchange.Exchange`."""
+
+    settled_after = 0
 
     def __init__(self, ledger: Ledger) -> None:
         self.failure: Exception | None = None
@@ -28,18 +35,19 @@ class PlainExchange:
         message_bytes = sum(parameter.numel for parameter in parameters) * GRADIENT_BYTES
         return [Transfer(label=label, axis=axis, op="all_reduce", message_bytes=message_bytes)]
 
-    def attach(self, group: dist.ProcessGroup, axis: str, names: Mapping[int, str]) -> None:
+    def attach(self, group: dist.ProcessGroup, axis: str) -> None:
         """No state of its own."""
         self._group = group
 
     def detach(self) -> None:
         """Nothing to undo."""
 
-    def start(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def start(
+        self, buffer: torch.Tensor, pieces: Sequence[Piece], label: str, *, last: bool
+    ) -> torch.futures.Future[torch.Tensor]:
         """Asynchronous; the wire works while the backward pass goes on."""
         assert self._group is not None
-        buffer = bucket.buffer().div_(self._group.size())
-        work = all_reduce(buffer, self._group, self._ledger, f"bucket {bucket.index()}")
+        work = all_reduce(buffer.div_(self._group.size()), self._group, self._ledger, label)
         return work.get_future().then(_first_tensor)
 
     def state_dict(self) -> dict[str, Any]:
@@ -55,3 +63,46 @@ class PlainExchange:
 
 def _first_tensor(future: torch.futures.Future[Any]) -> torch.Tensor:
     return future.value()[0]
+
+
+class Plain:
+    """See `thinwire.compress.averager.Averager`. No state."""
+
+    settled_after = 0
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._group: dist.ProcessGroup | None = None
+
+    def sent_bytes(self, shape: Sequence[int], world_size: int) -> float:
+        """A ring's 2 (p-1)/p of the parameter."""
+        return 2 * (world_size - 1) / world_size * GRADIENT_BYTES * prod(shape)
+
+    def transfers(self, label: str, parameters: Sequence[Parameter], axis: str, world_size: int) -> list[Transfer]:
+        """One all-reduce."""
+        message_bytes = sum(parameter.numel for parameter in parameters) * GRADIENT_BYTES
+        return [Transfer(label=f"{label} plain", axis=axis, op="all_reduce", message_bytes=message_bytes)]
+
+    def attach(self, group: dist.ProcessGroup) -> None:
+        """The group over which it averages."""
+        self._group = group
+
+    def average(self, buffer: torch.Tensor, pieces: Sequence[Piece], label: str) -> None:
+        """All pieces in one all-reduce; what is not finite arrives as it is, as without compression."""
+        assert self._group is not None, "attach() comes first"
+        parts = [piece.of(buffer) for piece in pieces]
+        together = torch.cat(parts).div_(self._group.size())
+        with self._ledger.label(f"{label} plain"):
+            dist.all_reduce(together, group=self._group)
+        for part, mean in zip(parts, together.split([piece.numel for piece in pieces]), strict=True):
+            part.copy_(mean)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
+        """Nothing to deal out."""

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from thinwire.config.compress import Coded, NoCompression, by_kind
 from thinwire.config.model import PRESETS, ModelConfig, preset
 from thinwire.errors import UserError
 from thinwire.layout import Layout
@@ -107,26 +108,6 @@ class EveryStep(_Section):
     better and cost more processor time. 0: as PyTorch does it, a first bucket of 1 MiB, then of 25 MiB."""
 
 
-class NoCompression(_Section):
-    """Gradients travel as they are."""
-
-    kind: Literal["none"] = "none"
-
-
-class Coded(_Section):
-    """Gradients travel through a codec of this name."""
-
-    kind: Literal["bf16", "fp16", "int8", "int4", "fp4", "sign", "ternary", "codebook2", "topk"]
-    feedback: bool = True
-    """What coding loses is kept and added to the next step's gradient."""
-    exclude: tuple[str, ...] = ("*embed*", "*positions*")
-    """Parameters that stay float32, by name, with * for anything."""
-    vectors: bool = False
-    """Code parameters of one dimension too."""
-    fused: bool = False
-    """Compile the codec's kernels (half a minute at the start); the bits are the same."""
-
-
 class AdamW(_Section):
     """Loshchilov & Hutter 2019."""
 
@@ -135,6 +116,13 @@ class AdamW(_Section):
     beta2: float = Field(0.95, ge=0, lt=1)
     epsilon: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
+
+
+class SignSGD(_Section):
+    """Each value moves by the learning rate, in the direction of its gradient's sign (Bernstein et al. 2018); for DeMo."""
+
+    kind: Literal["signsgd"] = "signsgd"
+    weight_decay: float = Field(0.0, ge=0)
 
 
 class SGD(_Section):
@@ -160,7 +148,7 @@ class TrainSection(_Section):
     seed: int = Field(0, ge=0)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products; "auto": bfloat16 where the device is fast in it. Weights and their exchange stay float32."""
-    optimizer: Annotated[AdamW | SGD, Field(discriminator="kind"), BeforeValidator(_adamw_unless_named)] = AdamW()
+    optimizer: Annotated[AdamW | SGD | SignSGD, Field(discriminator="kind"), BeforeValidator(_adamw_unless_named)] = AdamW()
     learning_rate: float = Field(1e-3, gt=0)
     final_learning_rate: float = Field(0.1, ge=0, le=1)
     """End of the cosine, as a fraction of learning_rate."""
@@ -182,12 +170,6 @@ class TrainSection(_Section):
     """A collective that takes longer is given up, and the run with it."""
 
 
-def _coded_by_kind(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return (NoCompression if value.get("kind", "none") == "none" else Coded).model_validate(value)
-
-
 class RunConfig(_Section):
     """A whole run. `RunConfig()` is valid: a 1M model on the standard library's sources."""
 
@@ -196,7 +178,7 @@ class RunConfig(_Section):
     data: DataSection = DataSection()
     layout: LayoutSection = LayoutSection()
     sync: EveryStep = Field(EveryStep())
-    compress: Annotated[NoCompression | Coded, BeforeValidator(_coded_by_kind)] = NoCompression()
+    compress: Annotated[NoCompression | Coded, BeforeValidator(by_kind)] = NoCompression()
     train: TrainSection = TrainSection()
 
     @model_validator(mode="after")
@@ -221,7 +203,7 @@ def load_run(path: Path | None, changes: list[str] = []) -> RunConfig:  # noqa: 
 
 def dump_run(config: RunConfig, path: Path) -> None:
     """Write `config` in full, defaults included."""
-    path.write_text(tomli_w.dumps(config.model_dump(mode="json")), encoding="utf-8")
+    path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
 
 
 def _value(text: str) -> Any:

@@ -29,6 +29,11 @@ class Synchroniser(Protocol):
     ready_at: float
     """time.perf_counter() when the last gradient of the step was ready; what follows it in backward is waiting."""
 
+    @property
+    def settled_after(self) -> int:
+        """Steps after which it sends what `traffic` says."""
+        ...
+
     def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
         """What will be sent, in the order in which it becomes ready. No communication."""
         ...

@@ -2,11 +2,10 @@
 
     g = 1/p sum over ranks of ( 1/k sum over k micro-batches of grad loss )
 
-The gradients go out in buckets while the backward pass goes on (Li et al. 2020, PyTorch Distributed, VLDB, section 4.2):
-parameters are taken in reverse order of registration, and a bucket is closed when it holds `bucket_bytes` or more. Each bucket
-is divided by p and all-reduced. Underneath is DistributedDataParallel; the exchange is our communication hook on it. It forms its
-buckets after the first backward pass, which would go out in one piece, and add up in another order; so that a resumed run adds
-up as the uninterrupted one did, that pass is a rehearsal: it teaches the order and exchanges nothing.
+The gradients go out in buckets while the backward pass goes on (`buckets`). Underneath is DistributedDataParallel; the exchange is
+our communication hook on it. It forms its buckets after the first backward pass, which would go out in one piece, and add up in
+another order; so that a resumed run adds up as the uninterrupted one did, that pass is a rehearsal: it teaches the order and
+exchanges nothing.
 """
 
 import time
@@ -22,28 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.exchange import Exchange
-from thinwire.compress.plain import GRADIENT_BYTES, PlainExchange
+from thinwire.compress.plain import PlainExchange
 from thinwire.config.run import EveryStep
 from thinwire.layout import Layout
+from thinwire.sync.buckets import assign_buckets, exchange_bucket, names_of
 from thinwire.traffic import Transfer
-from thinwire.workload import Parameter, Workload
-
-PYTORCH_BUCKETS = (2**20, 25 * 2**20)
-"""Sizes of the first and of the other buckets where none is asked for."""
-
-
-def assign_buckets(parameters: Sequence[Parameter], bucket_bytes: int) -> list[list[Parameter]]:
-    """The buckets in the order in which they are sent, as DistributedDataParallel forms them. 0: its own sizes."""
-    first, others = (bucket_bytes, bucket_bytes) if bucket_bytes else PYTORCH_BUCKETS
-    buckets: list[list[Parameter]] = [[]]
-    size = 0
-    for parameter in reversed(parameters):
-        buckets[-1].append(parameter)
-        size += parameter.numel * GRADIENT_BYTES
-        if size >= (first if len(buckets) == 1 else others):
-            buckets.append([])
-            size = 0
-    return [bucket for bucket in buckets if bucket]
+from thinwire.workload import Workload
 
 
 class EveryStepSync:
@@ -54,7 +37,13 @@ class EveryStepSync:
         self._config, self._axis, self._ledger = config, axis, ledger
         self._exchange: Exchange = exchange or PlainExchange(ledger)
         self._replica: DistributedDataParallel | None = None
+        self._names: dict[int, str] = {}
         self._rehearsing = False
+
+    @property
+    def settled_after(self) -> int:
+        """Those of the exchange."""
+        return self._exchange.settled_after
 
     def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
         """What each bucket sends; it may hide under the part of the backward pass that still runs."""
@@ -76,7 +65,8 @@ class EveryStepSync:
                 bucket_cap_mb=self._config.bucket_bytes / 2**20 or None,
                 gradient_as_bucket_view=True,
             )
-            self._exchange.attach(group, self._axis, {id(parameter): name for name, parameter in model.named_parameters()})
+            self._exchange.attach(group, self._axis)
+        self._names = names_of(model)
         self._replica.register_comm_hook(self, _hook)
         try:
             yield self._replica
@@ -128,4 +118,4 @@ def _hook(sync: EveryStepSync, bucket: dist.GradBucket) -> torch.futures.Future[
         done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         done.set_result(bucket.buffer())
         return done
-    return sync._exchange.start(bucket)
+    return exchange_bucket(sync._exchange, sync._names, bucket)

@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.exchange import Exchange, make_exchange
-from thinwire.config.run import Coded
+from thinwire.config.compress import Coded
+from thinwire.sync.buckets import exchange_bucket, names_of
 from thinwire.tomlfile import validate
 
 
@@ -25,11 +26,10 @@ def compress_gradients(replica: DistributedDataParallel, kind: str, **options: A
     """
     config = validate(Coded, {"kind": kind, **options}, "compress_gradients")
     exchange = make_exchange(config, Ledger())
-    names = {id(parameter): name for name, parameter in replica.module.named_parameters()}
-    exchange.attach(replica.process_group, "data", names)
-    replica.register_comm_hook(exchange, _hook)
+    exchange.attach(replica.process_group, "data")
+    replica.register_comm_hook((exchange, names_of(replica.module)), _hook)
     return exchange
 
 
-def _hook(exchange: Exchange, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    return exchange.start(bucket)
+def _hook(state: tuple[Exchange, dict[int, str]], bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    return exchange_bucket(*state, bucket)

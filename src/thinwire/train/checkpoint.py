@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,6 +93,19 @@ def load(path: Path, parts: Parts) -> Progress:
         else:
             everybody = [torch.load(path / _rank_file(rank), weights_only=True) for rank in range(progress.world_size)]
             parts.sync.adopt([theirs["sync"] for theirs in everybody])
+    return progress
+
+
+def load_weights(path: Path, model: torch.nn.Module) -> Progress:
+    """Load the model alone, in one process without a process group. UserError if it is damaged, or of another model."""
+    progress = read_progress(path)
+    if damage := _verify(path):
+        raise UserError(damage)
+    state = {"model": model.state_dict()}
+    with _said(f"checkpoint {path}", "read"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.load(state, checkpoint_id=path, no_dist=True)
+    model.load_state_dict(state["model"])
     return progress
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from thinwire.config.run import SGD, AdamW, TrainSection
+from thinwire.config.run import SGD, AdamW, SignSGD, TrainSection
 from thinwire.sync.base import Synchroniser
+from thinwire.train.sign_descent import SignDescent
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class StepTimes:
 
 
 def make_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
-    """AdamW or SGD with momentum; weight decay on matrices only. Fused on the devices that have it."""
+    """AdamW, SGD with momentum or signs; weight decay on matrices only. Fused on the devices that have it."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     chosen = train.optimizer
@@ -41,6 +42,8 @@ def make_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimiz
             return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=chosen.epsilon, fused=True)
         case SGD():
             return torch.optim.SGD(groups, lr=train.learning_rate, momentum=chosen.momentum, fused=True)
+        case SignSGD():
+            return SignDescent(groups, train.learning_rate)
 
 
 def learning_rate(train: TrainSection, step: int) -> float:

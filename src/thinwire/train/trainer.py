@@ -170,7 +170,7 @@ class Trainer:
             )
         mark = (done, self.ledger.snapshot())
         if self._steady is None:
-            self._steady = mark
+            self._steady = mark if done >= self.stepper.sync.settled_after else None
         elif count == self.train.log_every:
             self._last = mark
         self._begin_interval()

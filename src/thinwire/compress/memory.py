@@ -1,0 +1,223 @@
+"""Error feedback: what coding has lost of a gradient is kept, and added to the next one.
+
+With g the gradient, e the memory, w what should be sent and l = w - (what arrived of it):
+
+    w  = g + d e
+    e <- (1 - a) e + a l      after each step; 0 every T steps
+
+    d = 1, a = 1          nothing is ever lost, only late (Seide et al. 2014; Karimireddy et al. 2019): the default
+    d = 0.95              SparseLoCo (Sarfi et al. 2025)
+    a = 0.8, T = 1024     LoCo (Xie et al. 2024): a moving average of errors, for coarse codes over long runs
+
+DeMo (Peng et al. 2024) keeps a momentum instead, of which what was sent is taken away in part:
+
+    w = d e + g,   e <- w - r (w - l)     d = 0.999, r = 0.2
+
+The memory belongs to a parameter by its name, never to a bucket. It is float32, or block int8, whose own loss is at most half a
+step of each block of 256. When the number of ranks changes, each new rank takes the mean of the old ranks' memories, so that what
+is still owed to the average, 1/p sum_i e_i, stays the same.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from thinwire.compress.blockwise import INT8_BLOCK, Int8
+from thinwire.errors import UserError
+
+
+class Memory(Protocol):
+    """One per rank, shared by the averagers of an exchange; each parameter once per step."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether `keep` wants to be called."""
+        ...
+
+    def corrected(self, name: str, gradient: Tensor) -> Tensor:
+        """[numel] float32 -> [numel]: what should be sent. Does not change `gradient`; may return it."""
+        ...
+
+    def keep(self, name: str, lost: Tensor) -> None:
+        """[numel] float32: what did not arrive of the latest `corrected`; the memory may hold on to it."""
+        ...
+
+    def owed(self) -> dict[str, Tensor]:
+        """What is kept of each parameter, by name, [numel] float32."""
+        ...
+
+    def memory_bytes(self, numel: int) -> int:
+        """What it holds for a parameter of `numel` values."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's memory."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """UserError if it was made by another kind of memory."""
+        ...
+
+    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
+        """From the states of all ranks of a run with another number of ranks."""
+        ...
+
+
+class NoMemory:
+    """What is lost is lost."""
+
+    keeps = False
+
+    def corrected(self, name: str, gradient: Tensor) -> Tensor:
+        """The gradient."""
+        return gradient
+
+    def keep(self, name: str, lost: Tensor) -> None:
+        """Nothing."""
+
+    def owed(self) -> dict[str, Tensor]:
+        """Empty."""
+        return {}
+
+    def memory_bytes(self, numel: int) -> int:
+        """None."""
+        return 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
+        """Nothing to deal out."""
+
+
+@dataclass
+class Store:
+    """Flat float32 vectors by name, as they are or as block int8."""
+
+    storage: Literal["float32", "int8"] = "float32"
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    """As stored; with int8 the codes, behind which the number of values stands in `numels`."""
+    numels: dict[str, int] = field(default_factory=dict)
+
+    def put(self, name: str, values: Tensor) -> None:
+        """Keeps a copy, or codes."""
+        self.numels[name] = values.numel()
+        if self.storage == "float32":
+            self.kept[name] = values.clone()
+        else:
+            self.kept[name] = Int8().encode(pad(values, (0, -values.numel() % INT8_BLOCK)))
+
+    def get(self, name: str) -> Tensor | None:
+        """None if there is nothing under this name."""
+        if name not in self.kept:
+            return None
+        if self.storage == "float32":
+            return self.kept[name]
+        padded = -(-self.numels[name] // INT8_BLOCK) * INT8_BLOCK
+        return Int8().decode(self.kept[name], padded)[: self.numels[name]]
+
+    def stored_bytes(self, numel: int) -> int:
+        """Of one vector."""
+        return 4 * numel if self.storage == "float32" else Int8().payload_bytes(-(-numel // INT8_BLOCK) * INT8_BLOCK)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Codes are saved as codes, so that a resumed run goes on bit for bit."""
+        return {"storage": self.storage, "kept": dict(self.kept), "numels": dict(self.numels)}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "Store":
+        """From a state_dict."""
+        return cls(state["storage"], dict(state["kept"]), dict(state["numels"]))
+
+    def take(self, other: "Store") -> None:
+        """All of `other`, in this one's storage; as it is where that is the same."""
+        if other.storage == self.storage:
+            self.kept, self.numels = other.kept, other.numels
+            return
+        for name in other.kept:
+            values = other.get(name)
+            assert values is not None
+            self.put(name, values)
+
+    def take_mean(self, others: Sequence["Store"]) -> None:
+        """For each name the mean over `others`, where absent counts as zero."""
+        for name in dict.fromkeys(name for other in others for name in other.kept):
+            found = [values for other in others if (values := other.get(name)) is not None]
+            self.put(name, torch.stack(found).sum(0).div_(len(others)))
+
+
+@dataclass
+class ErrorFeedback:
+    """See the top of the file: d, a, T, r."""
+
+    decay: float = 1.0
+    average: float = 1.0
+    reset_steps: int = 0
+    """0: never."""
+    removal: float = 1.0
+    storage: Literal["float32", "int8"] = "float32"
+    keeps: bool = True
+    store: Store = field(init=False)
+    steps: dict[str, int] = field(default_factory=dict)
+    _sent: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.store = Store(self.storage)
+
+    def owed(self) -> dict[str, Tensor]:
+        """By name, [numel] float32; nothing before the first step."""
+        return {name: values for name in self.store.kept if (values := self.store.get(name)) is not None}
+
+    def corrected(self, name: str, gradient: Tensor) -> Tensor:
+        """g + d e"""
+        owed = self.store.get(name)
+        wanted = gradient if owed is None else gradient.add(owed, alpha=self.decay)
+        if self.removal != 1.0:
+            self._sent[name] = wanted.clone()
+        return wanted
+
+    def keep(self, name: str, lost: Tensor) -> None:
+        """(1 - a) e + a l, or nothing in every T-th step."""
+        self.steps[name] = self.steps.get(name, 0) + 1
+        if self.reset_steps and self.steps[name] % self.reset_steps == 0:
+            lost = torch.zeros_like(lost)
+        elif self.removal != 1.0:
+            lost = torch.lerp(self._sent.pop(name), lost, self.removal)
+        elif self.average != 1.0:
+            before = self.store.get(name)
+            lost = self.average * lost if before is None else torch.lerp(before, lost, self.average)
+        self.store.put(name, lost)
+
+    def memory_bytes(self, numel: int) -> int:
+        """4 bytes a value in float32, about 1 in int8."""
+        return self.store.stored_bytes(numel)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is owed, and how often each parameter was sent."""
+        return {"owed": self.store.state_dict(), "steps": dict(self.steps)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """UserError if there is nothing owed in it."""
+        check_owed([state])
+        self.store.take(Store.of(state["owed"]))
+        self.steps = dict(state["steps"])
+
+    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
+        """1/p sum_i e_i for every new rank."""
+        check_owed(states)
+        self.store.take_mean([Store.of(state["owed"]) for state in states])
+        self.steps = dict(states[0]["steps"])
+
+
+def check_owed(states: Sequence[dict[str, Any]]) -> None:
+    """UserError unless each state was written by a memory."""
+    if not all(isinstance(state.get("owed"), dict) for state in states):
+        raise UserError("the checkpoint holds nothing that is owed; resume with compress.kind and feedback as it was made with")

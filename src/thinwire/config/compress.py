@@ -1,0 +1,88 @@
+"""[compress]: what gradients look like on the wire."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class NoCompression(BaseModel):
+    """Gradients travel as they are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["none"] = "none"
+
+
+class Coded(BaseModel):
+    """Gradients travel through the codes of this kind. Options that may be None belong to single kinds, with defaults there."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal[
+        "bf16",
+        "fp16",
+        "int8",
+        "int4",
+        "fp4",
+        "sign",
+        "ternary",
+        "codebook2",
+        "topk",
+        "topk_global",
+        "randomk",
+        "dgc",
+        "svd",
+        "powersgd",
+        "demo",
+    ]
+    exclude: tuple[str, ...] = ("*embed*", "*positions*")
+    """Parameters that stay float32, by name, with * for anything."""
+    vectors: bool = False
+    """Code parameters of one dimension too."""
+    after_steps: int = Field(0, ge=0)
+    """Exchange plainly in the first steps, while gradients change fast."""
+    exchange: Literal["auto", "two-shot", "gather"] = "auto"
+    """How codes that cannot be summed are averaged; auto: for each parameter by whichever sends fewer bytes."""
+
+    feedback: bool = True
+    """What coding loses is kept and added to the next step's gradient."""
+    feedback_decay: float | None = Field(None, ge=0, le=1)
+    """Of what is kept, this part is added: 1, but 0.999 for demo, whose memory is a momentum."""
+    feedback_average: float = Field(1.0, gt=0, le=1)
+    """Weight of the newest loss in a moving average (LoCo: 0.8); 1: all that was lost is kept."""
+    feedback_reset: int = Field(0, ge=0)
+    """Steps after which what is kept is forgotten (LoCo: 1024); 0: never."""
+    feedback_removal: float | None = Field(None, gt=0, le=1)
+    """Which part of what was sent is taken out of what is kept: 1, but 0.2 for demo."""
+    feedback_storage: Literal["float32", "int8"] = "float32"
+    """int8 takes a quarter of the memory, and loses a little itself."""
+
+    fused: bool = False
+    """Compile the codec's kernels (half a minute at the start); the bits are the same."""
+    rounding: Literal["nearest", "stochastic"] | None = None
+    """int8, int4."""
+    hadamard: bool = False
+    """int4: rotate each block before it is coded, for gradients with spikes."""
+    k: int | None = Field(None, ge=1)
+    """topk: values sent of each 4096; demo: coefficients sent of each tile."""
+    values: Literal["bf16", "int8"] | None = None
+    """topk: how each value is sent."""
+    fraction: float | None = Field(None, gt=0, le=1)
+    """topk_global, randomk, dgc: part of the values that is sent."""
+    rank: int | None = Field(None, ge=1)
+    """powersgd, svd: of the matrices that are sent."""
+    tile: int | None = Field(None, ge=2)
+    """demo: side of the square tiles that are transformed."""
+    momentum: float | None = Field(None, ge=0, lt=1)
+    """dgc: of the sum that each rank keeps, 0.9; the optimizer should have none of its own."""
+    warmup_steps: int | None = Field(None, ge=1)
+    """dgc: so many steps each with 25 %, 6.25 %, ... of the values sent, until `fraction` is reached; without it, at once."""
+
+
+def by_kind(value: Any) -> Any:
+    """For a field that may be either: what the kind says."""
+    if not isinstance(value, dict):
+        return value
+    return (NoCompression if value.get("kind", "none") == "none" else Coded).model_validate(value)
