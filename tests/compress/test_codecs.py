@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from vectors import ALL, BLOCKED, STABLE, codec_of, vector, vectors
 
 from thinwire.compress.base import finite, make_codec
-from thinwire.compress.blocked import PIECE
+from thinwire.compress.codecs.blocked import PIECE
 from thinwire.errors import UserError
 
 VARIANTS = [(kind, {}) for kind in ALL] + [
@@ -178,7 +178,7 @@ def test_codecs_are_made_by_kind_with_the_options_they_know() -> None:
         ("topk", {"k": 6}, "4, 8"),
         ("topk", {"k": 0}, "4, 8"),
         ("topk", {"values": "fp8"}, "bf16 or int8"),
-        ("topk", {"fused": True}, "no fused"),
+        ("topk", {"fused": True}, "fused: topk has no such option"),
     ):
         with pytest.raises(UserError, match=word) as raised:
             codec_of(kind, **options)

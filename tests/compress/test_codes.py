@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vectors import codec_of, vector, vectors
 
-from thinwire.compress.hadamard import rotate
-from thinwire.compress.topk import pack_places, unpack_places
+from thinwire.compress.codecs.hadamard import rotate
+from thinwire.compress.codecs.topk import pack_places, unpack_places
 
 
 def lost(kind: str, values: torch.Tensor, **options) -> float:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from ways import average
 
 from pool import Pool, Rank, RankFailure
 from thinwire.collectives.ledger import difference
@@ -49,7 +50,7 @@ def make_averager(kind: str, way: str, memory: Memory, context: Rank) -> Average
     else:
         codec = make_codec(config)
         made = TwoShot(codec, memory, context.ledger) if way == "two-shot" else Gather(Flat(codec), memory, context.ledger)
-    made.attach(dist.group.WORLD)
+    made.attach(dist.group.WORLD, dist.group.WORLD)
     return made
 
 
@@ -60,7 +61,7 @@ def averaged(context: Rank, kind: str, way: str, steps: int) -> list[dict[str, A
     for step in range(steps):
         buffer = gradient(step, context.rank)
         before = {name: owed.clone() for name, owed in memory.owed().items()}
-        averager.average(buffer, pieces(), "bucket 0")
+        average(averager, buffer, pieces(), "bucket 0")
         told.append({"result": buffer, "before": before, "owed": {name: owed.clone() for name, owed in memory.owed().items()}})
     return told
 
@@ -105,7 +106,7 @@ def same_gradient(context: Rank, kind: str, way: str, steps: int, feedback: bool
     total = torch.zeros(VALUES)
     for _ in range(steps):
         buffer = gradient(0, context.rank)
-        averager.average(buffer, pieces(), "bucket 0")
+        average(averager, buffer, pieces(), "bucket 0")
         total += buffer
     return total / steps
 
@@ -170,11 +171,31 @@ def test_vectors_and_excluded_parameters_stay_float32(ranks2: Pool) -> None:
     assert sorted(told["state"]["memory"]["owed"]["kept"]) == ["1.weight", "3.weight", "4.weight"]
 
 
+def riding(context: Rank, kind: str, way: str) -> torch.Tensor:
+    """ "b" and "d" go along exactly with the coded "a" and "c"."""
+    averager = make_averager(kind, way, ErrorFeedback(), context)
+    buffer = gradient(0, context.rank)
+    coded = [piece for piece in pieces() if piece.name in "ac"]
+    exact = [piece for piece in pieces() if piece.name in "bd"]
+    average(averager, buffer, coded, "bucket 0", exact)
+    return torch.cat([piece.of(buffer) for piece in exact])
+
+
+@pytest.mark.parametrize(("kind", "way"), [("int4", "two-shot"), ("int4", "gather"), ("demo", "gather")])
+@pytest.mark.parametrize("pool", ["ranks2", "ranks3"])
+def test_what_rides_along_is_averaged_exactly(request: pytest.FixtureRequest, pool: str, kind: str, way: str) -> None:
+    ranks: Pool = request.getfixturevalue(pool)
+    told = ranks.run(riding, kind, way)
+    exact = [piece for piece in pieces() if piece.name in "bd"]
+    total = sum(torch.cat([piece.of(gradient(0, rank)) for piece in exact]) for rank in range(len(told)))
+    assert all(torch.equal(one, total / len(told)) for one in told)
+
+
 def not_finite(context: Rank, way: str) -> None:
     averager = make_averager("int8", way, ErrorFeedback(), context)
     buffer = torch.ones(300)
     buffer[7] = float("nan")
-    averager.average(buffer, [Piece("layer.weight", 0, (300,))], "bucket 0")
+    average(averager, buffer, [Piece("layer.weight", 0, (300,))], "bucket 0")
 
 
 @pytest.mark.parametrize("way", ["two-shot", "gather"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from vectors import SCALES, SHAPES, codec_of, vector
 
-from thinwire.compress.fused import fused_or_reason, pairwise_sum, round_bf16
+from thinwire.compress.codecs.fused import fused_or_reason, pairwise_sum, round_bf16
 
 
 @pytest.mark.timeout(300)
@@ -23,11 +23,11 @@ def test_fused_and_plain_give_the_same_bits(kind) -> None:
 
 def test_no_compiler_no_fused_kernel_same_result(monkeypatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    reason = fused_or_reason()
-    assert reason is not None and "compiler" in reason and "\n" not in reason
-    values = vector(128 * 9, 0)
-    assert torch.equal(codec_of("int4", fused=True).encode(values), codec_of("int4").encode(values))
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        reason = fused_or_reason()
+        assert reason is not None and "compiler" in reason and "\n" not in reason
+        values = vector(128 * 9, 0)
+        assert torch.equal(codec_of("int4", fused=True).encode(values), codec_of("int4").encode(values))
 
 
 def test_bf16_is_rounded_to_nearest() -> None:

@@ -19,8 +19,8 @@ import torch
 from thinwire.bench.codec_peers import find_peers
 from thinwire.bench.registry import Rows, take
 from thinwire.compress.base import CODECS, Codec, make_codec
-from thinwire.compress.blocked import Fusable
-from thinwire.compress.fused import fused_or_reason
+from thinwire.compress.codecs.blocked import Fusable
+from thinwire.compress.codecs.fused import fused_or_reason
 
 DEFAULTS = {"numels": [1 << 22, 1 << 24], "turns": 7, "fused": True, "kinds": list(CODECS), "peers": True}
 BAR = 0.35

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from thinwire.bench.clusters import equal_hosts
+from thinwire.bench.registry import take
 from thinwire.cluster import FRAME_OVERHEAD, load_cluster
 from thinwire.errors import UserError
 from thinwire.lab.run import RESULTS, LabResult
@@ -19,6 +20,7 @@ from thinwire.lab.run import run as run_lab
 
 RATES_BPS = (1e6, 10e6, 100e6)
 SIZES_BYTES = (256 * 1024, 4 * 1024 * 1024)
+DEFAULTS = {"rates_bps": [], "sizes_bytes": SIZES_BYTES}
 SCRIPT = Path(__file__).parent / "peers" / "socket_transfer.py"
 
 
@@ -28,10 +30,9 @@ def run(cluster_name: str | None = None, options: Mapping[str, Any] | None = Non
     Without a cluster at 1, 10 and 100 Mbit/s, else at the line rates of that cluster's links. `options` may give
     `rates_bps` and `sizes_bytes`. At 1 Mbit/s, 4 MiB take 35 s.
     """
-    options = options or {}
-    rates: Sequence[float] = options.get("rates_bps") or (_rates(cluster_name) if cluster_name else RATES_BPS)
-    sizes: Sequence[int] = options.get("sizes_bytes") or SIZES_BYTES
-    return [row for rate in rates for row in measure(rate, sizes)]
+    told = take(options or {}, DEFAULTS)
+    rates: Sequence[float] = told["rates_bps"] or (_rates(cluster_name) if cluster_name else RATES_BPS)
+    return [row for rate in rates for row in measure(rate, told["sizes_bytes"])]
 
 
 def measure(link_bps: float, sizes_bytes: Sequence[int]) -> list[dict[str, Any]]:

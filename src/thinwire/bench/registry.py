@@ -18,9 +18,12 @@ Benchmark = Callable[[str | None, Mapping[str, Any]], Rows]
 BENCHMARKS: Mapping[str, str] = {
     "compress": "thinwire.bench.compress",
     "ddp": "thinwire.bench.ddp",
+    "fsdp": "thinwire.bench.fsdp",
     "lab": "thinwire.bench.lab",
     "ledger": "thinwire.bench.ledger",
     "probe": "thinwire.bench.probe",
+    "sync": "thinwire.bench.sync",
+    "uneven": "thinwire.bench.uneven",
 }
 
 
@@ -54,7 +57,7 @@ def take(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, A
     """`defaults` with `options` laid over them. UserError for an option that the benchmark does not have."""
     unknown = set(options) - set(defaults)
     if unknown:
-        raise UserError(f"--set {sorted(unknown)[0]}: this benchmark has the options {', '.join(defaults)}")
+        raise UserError(f"option {sorted(unknown)[0]}: this benchmark has the options {', '.join(defaults)}")
     return {**defaults, **options}
 
 

@@ -10,6 +10,14 @@ from thinwire.units import show
 _UNITS = {"_s": "s", "_bps": "bit/s", "bytes": "B"}
 
 
+def tables(name: str, rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """A table for each set of keys that rows have, so that none is mostly empty."""
+    alike: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        alike.setdefault(tuple(row), []).append(row)
+    return [table(name, part) for part in alike.values()]
+
+
 def table(name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """All keys of the rows as columns, in the order in which they first appear."""
     result = Table(title=f"bench {name}", title_justify="left")

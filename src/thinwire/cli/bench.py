@@ -5,12 +5,18 @@ from typing import Annotated, Any
 
 import typer
 
+PIPED_COLUMNS = 200
+"""Width of a table that nobody watches in a terminal."""
+
 
 def bench(
     name: Annotated[str, typer.Argument(help="Which: `thinwire bench list` names them.")],
     cluster: Annotated[str | None, typer.Option(help="A cluster file, or the name of a shipped one.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of this benchmark.")] = None,
+    methods: Annotated[str | None, typer.Option(metavar="A,B", help="Option `methods`: names, with commas between.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Option `seeds`: how many.")] = None,
+    links: Annotated[str | None, typer.Option(metavar="A,B", help="Option `links`, e.g. '1 Mbit/s,unshaped'.")] = None,
 ) -> None:
     """Measure on this machine and compare. Takes minutes."""
     import json
@@ -18,15 +24,23 @@ def bench(
     from rich.console import Console
 
     from thinwire.bench import registry
-    from thinwire.bench.table import table
+    from thinwire.bench.table import tables
 
     if name == "list":
         for known, about in registry.describe().items():
             typer.echo(f"{known:<8} {about}")
         return
     options: dict[str, Any] = registry.parse_options(changes or [])
+    listed = {"methods": methods, "links": links}
+    options |= {key: [part.strip() for part in text.split(",")] for key, text in listed.items() if text is not None}
+    if seeds is not None:
+        options["seeds"] = seeds
     rows = registry.find(name)(cluster, options)
-    Console().print(table(name, rows))
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, PIPED_COLUMNS)
+    for table in tables(name, rows):
+        console.print(table)
     if json_path is not None:
         content = {"bench": name, "machine": registry.machine(), "rows": rows}
         json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

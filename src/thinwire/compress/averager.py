@@ -3,7 +3,7 @@
 A CodedExchange holds several and gives each parameter to the one that sends the fewest bytes for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
@@ -35,7 +35,11 @@ class Piece:
 
 
 class Averager(Protocol):
-    """One per rank. Every rank of the group calls `average` with the same pieces in the same order."""
+    """One per rank. Every rank of the group calls `average` with the same pieces in the same order.
+
+    An average has one or two stages. All first stages run on one thread, all second stages on another, each in the order of the
+    buckets and each on a process group of its own: while one bucket is decoded the wire carries the next.
+    """
 
     @property
     def settled_after(self) -> int:
@@ -46,18 +50,24 @@ class Averager(Protocol):
         """What a rank sends for one parameter of this shape, about; None if this averager does not take it."""
         ...
 
-    def transfers(self, label: str, parameters: Sequence[Parameter], axis: str, world_size: int) -> list[Transfer]:
-        """Exactly what `average` will send for `parameters` of one bucket; no communication."""
+    def carries(self, numel: int, world_size: int) -> bool:
+        """Whether `numel` values that are averaged exactly may ride along, and so save a collective of their own."""
         ...
 
-    def attach(self, group: dist.ProcessGroup) -> None:
-        """Before the first `average`. group: used by one thread on each rank."""
+    def transfers(
+        self, label: str, parameters: Sequence[Parameter], exact: Sequence[Parameter], axis: str, world_size: int
+    ) -> list[Transfer]:
+        """What `average` will send for `parameters` of one bucket and what rides along, to the byte; no communication."""
         ...
 
-    def average(self, buffer: torch.Tensor, pieces: Sequence[Piece], label: str) -> None:
-        """Replace the pieces of the flat float32 `buffer` by their average, bit-equal on all ranks. Waits for the wire.
+    def attach(self, first: dist.ProcessGroup, second: dist.ProcessGroup) -> None:
+        """Before the first `average`: the groups of the two stages, each used by one thread on each rank."""
+        ...
 
-        UserError names a parameter that is not finite.
+    def average(self, buffer: torch.Tensor, pieces: Sequence[Piece], exact: Sequence[Piece], label: str) -> Iterator[None]:
+        """Replace the pieces of the flat float32 `buffer` by their average, bit-equal on all ranks; `exact` ones in float32.
+
+        Yields once, between its stages. Waits for the wire. UserError names a parameter that is not finite.
         """
         ...
 
@@ -72,6 +82,17 @@ class Averager(Protocol):
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
         """Instead of load_state_dict, the states of all ranks of a run with another number of ranks."""
         ...
+
+
+def joined(buffer: torch.Tensor, pieces: Sequence[Piece]) -> torch.Tensor:
+    """The pieces of the flat buffer one behind the other, a copy."""
+    return torch.cat([piece.of(buffer) for piece in pieces]) if pieces else buffer[:0]
+
+
+def put_back(values: torch.Tensor, buffer: torch.Tensor, pieces: Sequence[Piece]) -> None:
+    """What `joined` took apart from the buffer, back to its places."""
+    for piece, part in zip(pieces, values.split([piece.numel for piece in pieces]), strict=True):
+        piece.of(buffer).copy_(part)
 
 
 def check_finite(values: torch.Tensor, name: str) -> None:

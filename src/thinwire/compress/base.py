@@ -97,22 +97,22 @@ class TensorCodec(Protocol):
 
 
 CODECS: Mapping[str, str] = {
-    "bf16": "thinwire.compress.floating:BFloat16",
-    "fp16": "thinwire.compress.floating:Float16",
-    "int8": "thinwire.compress.blockwise:Int8",
-    "int4": "thinwire.compress.blockwise:Int4",
-    "fp4": "thinwire.compress.blockwise:Float4",
-    "sign": "thinwire.compress.sign:Sign",
-    "ternary": "thinwire.compress.ternary:Ternary",
-    "codebook2": "thinwire.compress.codebook:Codebook2",
-    "topk": "thinwire.compress.topk:TopK",
+    "bf16": "thinwire.compress.codecs.floating:BFloat16",
+    "fp16": "thinwire.compress.codecs.floating:Float16",
+    "int8": "thinwire.compress.codecs.blockwise:Int8",
+    "int4": "thinwire.compress.codecs.blockwise:Int4",
+    "fp4": "thinwire.compress.codecs.blockwise:Float4",
+    "sign": "thinwire.compress.codecs.sign:Sign",
+    "ternary": "thinwire.compress.codecs.ternary:Ternary",
+    "codebook2": "thinwire.compress.codecs.codebook:Codebook2",
+    "topk": "thinwire.compress.codecs.topk:TopK",
 }
 
 
 TENSOR_CODECS: Mapping[str, str] = {
-    "demo": "thinwire.compress.dct:Demo",
-    "topk_global": "thinwire.compress.largest:GlobalTopK",
-    "svd": "thinwire.compress.svd:TruncatedSVD",
+    "demo": "thinwire.compress.codecs.dct:Demo",
+    "topk_global": "thinwire.compress.codecs.largest:GlobalTopK",
+    "svd": "thinwire.compress.codecs.svd:TruncatedSVD",
 }
 
 
@@ -131,11 +131,13 @@ OPTIONS = ("fused", "hadamard", "rounding", "k", "values", "fraction", "rank", "
 
 
 def build(path: str, config: Any, *given: Any) -> Any:
-    """The class at "module:Name", made of `given` and the options of `config` that are set. UserError for one it does not have."""
+    """The class at "module:Name", made of `given` and the options of `config` that are set. UserError for one it does not
+    have."""
     module, _, name = path.partition(":")
     made = getattr(importlib.import_module(module), name)
     own = inspect.signature(made).parameters
-    told = {option: value for option in OPTIONS if (value := getattr(config, option, None)) not in (None, False)}
+    set_ = {option: getattr(config, option, None) for option in OPTIONS}
+    told = {option: value for option, value in set_.items() if value is not None and value is not False}
     for option in told:
         if option not in own:
             raise UserError(f"compress.{option}: {config.kind} has no such option; leave it out")

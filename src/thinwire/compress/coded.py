@@ -4,12 +4,13 @@ By default vectors (norms) and embeddings stay float32: they are few, and coarse
 parameter goes to the cheapest of the averagers (`averager`) that take its shape; a plain all-reduce is always among them, so what
 would grow by coding is not coded. Compression may begin after some steps that exchange plainly.
 
-All of it runs on one thread in the order of the buffers, on a process group of its own, while the backward pass goes on.
+What is not coded rides along where it can. All of it runs on two threads, each in the order of the buffers and each on a process
+group of its own, while the backward pass goes on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,9 @@ from thinwire.errors import UserError
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
 
+_Part = TypeVar("_Part", Piece, Parameter)
+_Share = tuple[Averager, list[_Part], list[_Part]]
+
 
 class CodedExchange:
     """The exchange by the cheapest of `averagers`, or plainly; see `thinwire.compress.exchange.Exchange`."""
@@ -33,8 +37,8 @@ class CodedExchange:
         self._averagers: list[Averager] = [*averagers, Plain(ledger)]
         self._memory, self._config, self._ledger = memory, config, ledger
         self.failure: Exception | None = None
-        self._group: dist.ProcessGroup | None = None
-        self._executor: Executor | None = None
+        self._world_size = 1
+        self._threads: tuple[Executor, ...] = ()
         self._step = 0
 
     @property
@@ -50,13 +54,9 @@ class CodedExchange:
 
     def transfers(self, label: str, parameters: Sequence[Parameter], axis: str, world_size: int) -> list[Transfer]:
         """Those of each averager for its share of the bucket, in the order in which `start` sends them."""
-        shares: list[list[Parameter]] = [[] for _ in self._averagers]
-        for parameter in parameters:
-            shares[self._cheapest(parameter.name, parameter.shape, world_size)].append(parameter)
         found = []
-        for averager, share in zip(self._averagers, shares, strict=True):
-            if share:
-                found += averager.transfers(label, share, axis, world_size)
+        for averager, share, exact in self._deal(parameters, world_size):
+            found += averager.transfers(label, share, exact, axis, world_size)
         return found
 
     def owed(self) -> dict[str, torch.Tensor]:
@@ -70,31 +70,34 @@ class CodedExchange:
         return sum(self._memory.memory_bytes(parameter.numel) for parameter in coded)
 
     def attach(self, group: dist.ProcessGroup, axis: str) -> None:
-        """Makes a process group and a thread. Collective over all ranks. UserError on CUDA."""
+        """Makes two process groups and a thread for each. Collective over all ranks. UserError on CUDA."""
         refuse_nccl(group, self._config.kind)
-        self._group = private_copy(group, f"{axis} exchange")
-        self._ledger.axes[self._group.group_name] = axis
+        first, second = (private_copy(group, f"{axis} exchange {stage}") for stage in ("first", "second"))
+        self._ledger.axes[first.group_name] = self._ledger.axes[second.group_name] = axis
+        self._world_size = first.size()
         for averager in self._averagers:
-            averager.attach(self._group)
-        self._executor = Executor("thinwire-exchange")
+            averager.attach(first, second)
+        self._threads = Executor("thinwire-first"), Executor("thinwire-second")
 
     def detach(self) -> None:
         """Waits for what is under way. Collective."""
-        if self._executor is not None:
-            self._executor.close()
-        self._executor = None
+        for thread in self._threads:
+            thread.close()
+        self._threads = ()
 
     def start(
         self, buffer: torch.Tensor, pieces: Sequence[Piece], label: str, *, last: bool
     ) -> torch.futures.Future[torch.Tensor]:
-        """Hands the buffer to the thread."""
-        assert self._executor is not None and self._group is not None, "attach() comes first"
-        shares: list[list[Piece]] = [[] for _ in self._averagers]
-        for piece in pieces:
-            route = self._cheapest(piece.name, piece.shape, self._group.size())
-            shares[route if self._step >= self._config.after_steps else -1].append(piece)
+        """Hands the buffer to the threads."""
+        assert self._threads, "attach() comes first"
+        if self._step < self._config.after_steps:
+            dealt: list[_Share[Piece]] = [(self._averagers[-1], [], list(pieces))]
+        else:
+            dealt = self._deal(pieces, self._world_size)
         self._step += last
-        return self._executor.submit(lambda: self._average(buffer, shares, label), self._fail)
+        stages = [averager.average(buffer, share, exact, label) for averager, share, exact in dealt]
+        begun = self._threads[0].submit(lambda: _first_stages(stages, buffer))
+        return self._threads[1].submit(lambda: _second_stages(begun, stages), self._fail)
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank still owes to the average, and what its averagers carry."""
@@ -125,6 +128,23 @@ class CodedExchange:
                     "resume with the kind it was made with"
                 )
 
+    def _deal(self, parts: Sequence[_Part], world_size: int) -> "list[_Share[_Part]]":
+        """Each averager that has a share of the bucket: what it codes, and what rides along with it."""
+        routes = [self._cheapest(part.name, part.shape, world_size) for part in parts]
+        plain = len(self._averagers) - 1
+        coding = sorted({route for route in routes if route != plain})
+        riding = [plain] * len(parts)
+        for index, part in enumerate(parts):
+            able = [route for route in coding if self._averagers[route].carries(part.numel, world_size)]
+            riding[index] = able[0] if able else plain
+        dealt = []
+        for number, averager in enumerate(self._averagers):
+            share = [part for part, route in zip(parts, routes, strict=True) if route == number != plain]
+            exact = [part for part, route, ride in zip(parts, routes, riding, strict=True) if route == plain and ride == number]
+            if share or exact:
+                dealt.append((averager, share, exact))
+        return dealt
+
     def _cheapest(self, name: str, shape: Sequence[int], world_size: int) -> int:
         """Index of the averager; at equal bytes the first one, so that plainly is the last resort."""
         if not self.is_coded(name, shape):
@@ -135,8 +155,17 @@ class CodedExchange:
     def _fail(self, error: Exception) -> None:
         self.failure = self.failure or error
 
-    def _average(self, buffer: torch.Tensor, shares: Sequence[Sequence[Piece]], label: str) -> torch.Tensor:
-        for averager, share in zip(self._averagers, shares, strict=True):
-            if share:
-                averager.average(buffer, share, label)
-        return buffer
+
+def _first_stages(stages: Sequence[Iterator[None]], buffer: torch.Tensor) -> torch.Tensor:
+    for stage in stages:
+        next(stage)
+    return buffer
+
+
+def _second_stages(begun: "torch.futures.Future[torch.Tensor]", stages: Sequence[Iterator[None]]) -> torch.Tensor:
+    """Raises what went wrong in the first."""
+    buffer = begun.wait()
+    for stage in stages:
+        for _ in stage:
+            raise AssertionError("an average has two stages at most")
+    return buffer

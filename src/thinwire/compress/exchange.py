@@ -8,11 +8,11 @@ import torch.distributed as dist
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.averager import Averager, Piece
-from thinwire.compress.base import TENSOR_CODECS, build, make_codec
+from thinwire.compress.base import CODECS, TENSOR_CODECS, build, make_codec
 from thinwire.compress.cast import CastExchange
+from thinwire.compress.codecs.fused import fused_or_reason
 from thinwire.compress.coded import CodedExchange
 from thinwire.compress.dgc import dgc_memory
-from thinwire.compress.fused import fused_or_reason
 from thinwire.compress.gather import Flat, Gather
 from thinwire.compress.memory import ErrorFeedback, Memory, NoMemory
 from thinwire.compress.plain import PlainExchange
@@ -75,6 +75,9 @@ AVERAGERS: Mapping[str, str] = {
 }
 """Kinds that are more than a codec: they talk to the other ranks while they code."""
 
+SUMMABLE = {"bf16", "fp16"}
+"""Casts, which an all-reduce adds up on the way; what they lose is not fed back."""
+
 DEMO = ErrorFeedback(decay=0.999, removal=0.2)
 
 
@@ -84,7 +87,9 @@ def make_exchange(config: NoCompression | Coded, ledger: Ledger) -> Exchange:
         return PlainExchange(ledger)
     if config.fused and (reason := fused_or_reason()):
         raise UserError(f"compress.fused = true: {reason}; leave it out, the bits are the same")
-    if config.kind in ("bf16", "fp16"):
+    if config.exchange != "auto" and config.kind not in CODECS.keys() - SUMMABLE:
+        raise UserError(f"compress.exchange = {config.exchange!r}: {config.kind} has one way only; leave exchange out")
+    if config.kind in SUMMABLE:
         codec = make_codec(config)
         assert codec is not None
         return CastExchange(codec, ledger)

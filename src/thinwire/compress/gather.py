@@ -8,7 +8,7 @@ One collective and one loss instead of two. A rank sends (p-1) codes of the whol
 for two ranks, more for any other number, unless the parameter is so small that padding its shards costs more.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,12 +18,18 @@ import torch.distributed as dist
 
 from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import Piece, check_finite
+from thinwire.compress.averager import Piece, check_finite, joined, put_back
 from thinwire.compress.base import Codec, TensorCodec
 from thinwire.compress.memory import Memory
 from thinwire.compress.speed import seconds_of_tensor
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
+
+EXACT_BYTES = 4
+"""Of a float32 value."""
+
+RIDE_BYTES = 2**14
+"""Less than the wire carries while a collective of its own would begin."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +73,25 @@ class Gather:
         """A code to each other rank."""
         return (world_size - 1) * self._codec.payload_bytes(shape)
 
-    def transfers(self, label: str, parameters: Sequence[Parameter], axis: str, world_size: int) -> list[Transfer]:
+    def carries(self, numel: int, world_size: int) -> bool:
+        """For two ranks gathering is as cheap as an all-reduce; for more, what is so little that a collective would cost more."""
+        return world_size == 2 or EXACT_BYTES * numel * (world_size - 1) <= RIDE_BYTES
+
+    def transfers(
+        self, label: str, parameters: Sequence[Parameter], exact: Sequence[Parameter], axis: str, world_size: int
+    ) -> list[Transfer]:
         """One all-gather. Times the codec."""
         size = sum(self._codec.payload_bytes(parameter.shape) for parameter in parameters)
+        size += EXACT_BYTES * sum(parameter.numel for parameter in exact)
         seconds = [seconds_of_tensor(self._codec, parameter.shape) for parameter in parameters]
         work = sum(encode_s + world_size * decode_s for encode_s, decode_s in seconds)
         return [Transfer(label=f"{label} gathered", axis=axis, op="all_gather", message_bytes=size, work_s=work)]
 
-    def attach(self, group: dist.ProcessGroup) -> None:
-        """The group over which it averages."""
-        self._group = group
+    def attach(self, first: dist.ProcessGroup, second: dist.ProcessGroup) -> None:
+        """The second stage only decodes."""
+        self._group = first
 
-    def average(self, buffer: torch.Tensor, pieces: Sequence[Piece], label: str) -> None:
+    def average(self, buffer: torch.Tensor, pieces: Sequence[Piece], exact: Sequence[Piece], label: str) -> Iterator[None]:
         """One collective, see the top of the file."""
         assert self._group is not None, "attach() comes first"
         p, rank = self._group.size(), self._group.rank()
@@ -87,21 +100,21 @@ class Gather:
             wanted.append(self._memory.corrected(piece.name, piece.of(buffer)))
             check_finite(wanted[-1], piece.name)
         codes = [self._codec.encode(values.view(piece.shape)) for values, piece in zip(wanted, pieces, strict=True)]
-        code = torch.cat(codes)
+        code = torch.cat([*codes, joined(buffer, exact).view(torch.uint8)])
         received = torch.empty(p, code.numel(), dtype=torch.uint8)
         with self._ledger.label(f"{label} gathered"):
             ALL_GATHER(received.view(-1), code, group=self._group)
+        yield
         start = 0
         for values, piece in zip(wanted, pieces, strict=True):
             end = start + self._codec.payload_bytes(piece.shape)
             decoded = [self._codec.decode(received[source, start:end], piece.shape).view(-1) for source in range(p)]
             if self._memory.keeps:
                 self._memory.keep(piece.name, values - decoded[rank])
-            mean = decoded[0]
-            for other in decoded[1:]:
-                mean = mean + other
-            piece.of(buffer).copy_(mean / p)
+            piece.of(buffer).copy_(_mean(decoded))
             start = end
+        if exact:
+            put_back(_mean([received[source, start:].clone().view(torch.float32) for source in range(p)]), buffer, exact)
 
     def state_dict(self) -> dict[str, Any]:
         """Empty."""
@@ -112,3 +125,11 @@ class Gather:
 
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
         """Nothing to deal out."""
+
+
+def _mean(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """In the order of ranks."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total / len(parts)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from thinwire.compress.blockwise import INT8_BLOCK, Int8
+from thinwire.compress.codecs.blockwise import INT8_BLOCK, Int8
 from thinwire.errors import UserError
 
 
@@ -43,7 +43,7 @@ class Memory(Protocol):
         ...
 
     def keep(self, name: str, lost: Tensor) -> None:
-        """[numel] float32: what did not arrive of the latest `corrected`; the memory may hold on to it."""
+        """[numel] float32: what did not arrive of the latest `corrected`; now the memory's own."""
         ...
 
     def owed(self) -> dict[str, Tensor]:
@@ -108,10 +108,10 @@ class Store:
     numels: dict[str, int] = field(default_factory=dict)
 
     def put(self, name: str, values: Tensor) -> None:
-        """Keeps a copy, or codes."""
+        """Keeps `values` themselves, or codes of them."""
         self.numels[name] = values.numel()
         if self.storage == "float32":
-            self.kept[name] = values.clone()
+            self.kept[name] = values
         else:
             self.kept[name] = Int8().encode(pad(values, (0, -values.numel() % INT8_BLOCK)))
 

@@ -3,7 +3,7 @@
 As a whole exchange without compression, or as the averager of what a compressed exchange leaves alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.seam import all_reduce
-from thinwire.compress.averager import Piece
+from thinwire.compress.averager import Piece, joined, put_back
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
 
@@ -36,8 +36,9 @@ class PlainExchange:
         return [Transfer(label=label, axis=axis, op="all_reduce", message_bytes=message_bytes)]
 
     def attach(self, group: dist.ProcessGroup, axis: str) -> None:
-        """No state of its own."""
+        """No state of its own. An axis as large as the world uses the default group, which does not know its axis."""
         self._group = group
+        self._ledger.axes[group.group_name] = axis
 
     def detach(self) -> None:
         """Nothing to undo."""
@@ -78,24 +79,29 @@ class Plain:
         """A ring's 2 (p-1)/p of the parameter."""
         return 2 * (world_size - 1) / world_size * GRADIENT_BYTES * prod(shape)
 
-    def transfers(self, label: str, parameters: Sequence[Parameter], axis: str, world_size: int) -> list[Transfer]:
+    def carries(self, numel: int, world_size: int) -> bool:
+        """It carries nothing else."""
+        return True
+
+    def transfers(
+        self, label: str, parameters: Sequence[Parameter], exact: Sequence[Parameter], axis: str, world_size: int
+    ) -> list[Transfer]:
         """One all-reduce."""
-        message_bytes = sum(parameter.numel for parameter in parameters) * GRADIENT_BYTES
+        message_bytes = sum(parameter.numel for parameter in (*parameters, *exact)) * GRADIENT_BYTES
         return [Transfer(label=f"{label} plain", axis=axis, op="all_reduce", message_bytes=message_bytes)]
 
-    def attach(self, group: dist.ProcessGroup) -> None:
-        """The group over which it averages."""
-        self._group = group
+    def attach(self, first: dist.ProcessGroup, second: dist.ProcessGroup) -> None:
+        """There is one stage."""
+        self._group = first
 
-    def average(self, buffer: torch.Tensor, pieces: Sequence[Piece], label: str) -> None:
+    def average(self, buffer: torch.Tensor, pieces: Sequence[Piece], exact: Sequence[Piece], label: str) -> Iterator[None]:
         """All pieces in one all-reduce; what is not finite arrives as it is, as without compression."""
         assert self._group is not None, "attach() comes first"
-        parts = [piece.of(buffer) for piece in pieces]
-        together = torch.cat(parts).div_(self._group.size())
+        together = joined(buffer, [*pieces, *exact]).div_(self._group.size())
         with self._ledger.label(f"{label} plain"):
             dist.all_reduce(together, group=self._group)
-        for part, mean in zip(parts, together.split([piece.numel for piece in pieces]), strict=True):
-            part.copy_(mean)
+        put_back(together, buffer, [*pieces, *exact])
+        yield
 
     def state_dict(self) -> dict[str, Any]:
         """Empty."""

@@ -17,8 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from thinwire.compress.blocked import Blocked
-from thinwire.compress.fused import pairwise_sum, round_bf16
+from thinwire.compress.codecs.blocked import Blocked
+from thinwire.compress.codecs.fused import pairwise_sum, round_bf16
 
 BLOCK, BYTES, BITS = 256, 32, 8
 

@@ -51,6 +51,12 @@ def round_bf16(values: Tensor) -> Tensor:
     return torch.where(values.isfinite(), bits.view(torch.float32), values)
 
 
+def raise_bf16(values: Tensor) -> Tensor:
+    """The same for values that are not negative, but never down."""
+    bits = (values.view(torch.int32) + 0xFFFF) & -0x10000
+    return torch.where(values.isfinite(), bits.view(torch.float32), values)
+
+
 def inverse(scales: Tensor) -> Tensor:
     """1 / scale; 0 where the scale is too small to have one, so that such a block is coded as zeros."""
     return torch.where(scales < SMALLEST, 0.0, 1.0 / scales)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from thinwire.compress.base import check_payload, check_values
-from thinwire.compress.fused import SMALLEST, inverse, round_bf16
+from thinwire.compress.codecs.fused import SMALLEST, inverse, round_bf16
 from thinwire.errors import UserError
 
 CHUNK = 4096

@@ -19,8 +19,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from thinwire.compress.blocked import Blocked
-from thinwire.compress.fused import SMALLEST, pairwise_sum, round_bf16
+from thinwire.compress.codecs.blocked import Blocked
+from thinwire.compress.codecs.fused import SMALLEST, pairwise_sum, round_bf16
 
 BLOCK, BYTES, DIGITS = 320, 64, 5
 

@@ -6,6 +6,10 @@ Rounded to nearest, |error| <= s / 2; bf16 moves s by at most 2^-8, too little t
 what was decoded gives the same payload again. fp4 is E3M0, a sign and a power of two: q in 0, 2^-6 .. 2^0 of s = bf16(max
 |x|), nearest, |error| <= max(|x| / 3, 2^-7 s).
 
+With rounding = "stochastic" (int8, int4) q is x / s rounded up or down by the hash of `dither`, so that errors average out over
+values that differ; s is then rounded up, so that no |x / s| passes L. |error| <= s, and coding what was decoded may give another
+payload. It is for where nothing feeds errors back; where something does, nearest loses less.
+
 Two 4-bit codes a, b in -7..7 share the byte a + 16 b, a from the first half of the block and b from the second: b is then the
 byte / 16 rounded to nearest. All arithmetic is on small integers in float32, so it is exact.
 Zeros decode to zeros; a block whose scale is below 2^-120 too. A block with a nan or an inf decodes to nothing finite.
@@ -14,14 +18,16 @@ Dettmers et al. 2022 (block-wise 8 bit), Wang et al. 2023 (ZeRO++: int4), Douill
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from thinwire.compress.blocked import Fusable, Kernel
-from thinwire.compress.fused import SMALLEST, inverse, round_bf16
-from thinwire.compress.hadamard import rotate
+from thinwire.compress.codecs.blocked import Fusable, Kernel, LosingKernel
+from thinwire.compress.codecs.dither import round_stochastic
+from thinwire.compress.codecs.fused import SMALLEST, inverse, raise_bf16, round_bf16
+from thinwire.compress.codecs.hadamard import rotate
+from thinwire.errors import UserError
 
 INT8_BLOCK, INT4_BLOCK, HALF = 256, 128, 64
 
@@ -45,11 +51,43 @@ def _unpack(codes: Tensor) -> Tensor:
     return torch.addcmul(both * (1 - half), second, 17 * half - 16)
 
 
+def _nearest(rows: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Scales [n, 1] and whole numbers [n, block]."""
+    scales = round_bf16(_largest(rows) * (1 / levels))
+    return scales, (rows * inverse(scales)).round_()
+
+
+def _stochastic(rows: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """As `_nearest`."""
+    scales = raise_bf16(_largest(rows) * (1 / levels))
+    return scales, round_stochastic(rows, inverse(scales), levels)
+
+
+def _put_int8(coded: tuple[Tensor, Tensor], header: Tensor, codes: Tensor) -> None:
+    header.copy_(coded[0])
+    codes.copy_(coded[1])
+
+
+def _put_int4(coded: tuple[Tensor, Tensor], header: Tensor, codes: Tensor) -> None:
+    header.copy_(coded[0])
+    _pack(coded[1], codes)
+
+
 def encode_int8(rows: Tensor, header: Tensor, codes: Tensor) -> None:
     """See the formula above."""
-    scales = round_bf16(_largest(rows) * (1 / 127))
-    header.copy_(scales)
-    codes.copy_((rows * inverse(scales)).round_())
+    _put_int8(_nearest(rows, 127), header, codes)
+
+
+def encode_int8_stochastic(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+    """See `dither`."""
+    _put_int8(_stochastic(rows, 127), header, codes)
+
+
+def lose_int8(rows: Tensor, header: Tensor, codes: Tensor, lost: Tensor) -> None:
+    """encode_int8, and what it loses."""
+    coded = _nearest(rows, 127)
+    _put_int8(coded, header, codes)
+    lost.copy_(rows - coded[1].mul_(coded[0]))
 
 
 def decode_int8(rows: Tensor, header: Tensor, codes: Tensor) -> None:
@@ -60,9 +98,19 @@ def decode_int8(rows: Tensor, header: Tensor, codes: Tensor) -> None:
 
 def encode_int4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
     """See the formula above."""
-    scales = round_bf16(_largest(rows) * (1 / 7))
-    header.copy_(scales)
-    _pack((rows * inverse(scales)).round_(), codes)
+    _put_int4(_nearest(rows, 7), header, codes)
+
+
+def encode_int4_stochastic(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+    """See `dither`."""
+    _put_int4(_stochastic(rows, 7), header, codes)
+
+
+def lose_int4(rows: Tensor, header: Tensor, codes: Tensor, lost: Tensor) -> None:
+    """encode_int4, and what it loses."""
+    coded = _nearest(rows, 7)
+    _put_int4(coded, header, codes)
+    lost.copy_(rows - coded[1].mul_(coded[0]))
 
 
 def decode_int4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
@@ -73,6 +121,11 @@ def decode_int4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
 def encode_rotated_int4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
     """See `hadamard`."""
     encode_int4(rotate(rows * (1 / INT4_BLOCK)), header, codes)
+
+
+def encode_rotated_int4_stochastic(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+    """See `hadamard` and `dither`."""
+    encode_int4_stochastic(rotate(rows * (1 / INT4_BLOCK)), header, codes)
 
 
 def decode_rotated_int4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
@@ -101,13 +154,21 @@ def decode_float4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Integers(Fusable):
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Stochastic: without bias over values that differ, with twice the largest error."""
+
     levels: ClassVar[int]
 
+    def __post_init__(self) -> None:
+        if self.rounding not in ("nearest", "stochastic"):
+            raise UserError(f"compress.rounding = {self.rounding!r}: values are rounded nearest or stochastic")
+
     def error_bound(self, values: Tensor) -> Tensor:
-        """Half a scale, which may be 2^-8 more than max / levels, plus what float32 rounds off."""
+        """Half a scale or a whole one; a scale may be 2^-8 or 2^-7 more than max / levels; plus what float32 rounds off."""
         largest = _largest(self.rows(values))
-        bound = largest * ((1 + 2**-8) * (0.5 + 2**-14) / self.levels)
-        return torch.where(largest < 2 * self.levels * SMALLEST, largest, bound).view(-1).repeat_interleave(self.block)
+        steps = (1 + 2**-8) * (0.5 + 2**-14) if self.rounding == "nearest" else (1 + 2**-7) * (1 + 2**-14)
+        tiny = largest < 2 * self.levels * SMALLEST
+        return torch.where(tiny, largest, largest * (steps / self.levels)).view(-1).repeat_interleave(self.block)
 
 
 @dataclass(frozen=True)
@@ -118,8 +179,14 @@ class Int8(_Integers):
     block: ClassVar[int] = INT8_BLOCK
     code_bytes: ClassVar[int] = INT8_BLOCK
     levels: ClassVar[int] = 127
-    encode_kernel = encode_int8
-    decode_kernel = decode_int8
+
+    def kernels(self) -> tuple[Kernel, Kernel]:
+        """Encode and decode."""
+        return encode_int8 if self.rounding == "nearest" else encode_int8_stochastic, decode_int8
+
+    def losing_kernel(self) -> LosingKernel | None:
+        """Where it is faster by a third or more."""
+        return lose_int8 if self.rounding == "nearest" else None
 
 
 @dataclass(frozen=True)
@@ -130,15 +197,20 @@ class Int4(_Integers):
     block: ClassVar[int] = INT4_BLOCK
     code_bytes: ClassVar[int] = HALF
     levels: ClassVar[int] = 7
-    encode_kernel = encode_int4
-    decode_kernel = decode_int4
 
     hadamard: bool = False
     """Rotate each block before it is coded: for vectors with spikes."""
 
     def kernels(self) -> tuple[Kernel, Kernel]:
         """Encode and decode."""
-        return (encode_rotated_int4, decode_rotated_int4) if self.hadamard else super().kernels()
+        nearest = self.rounding == "nearest"
+        if self.hadamard:
+            return encode_rotated_int4 if nearest else encode_rotated_int4_stochastic, decode_rotated_int4
+        return encode_int4 if nearest else encode_int4_stochastic, decode_int4
+
+    def losing_kernel(self) -> LosingKernel | None:
+        """Where it is faster by a third or more: not where the dither or the rotation is most of the work."""
+        return lose_int4 if self.rounding == "nearest" and not self.hadamard else None
 
     def error_bound(self, values: Tensor) -> Tensor:
         """That of integers; of a rotated block, all errors of the block added up."""

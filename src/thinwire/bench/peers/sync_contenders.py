@@ -1,0 +1,249 @@
+"""One rank of `thinwire bench sync`: every method in this one process, the stock peers beside ours, on the same batches.
+
+    python -m thinwire.bench.peers.sync_contenders time|learn|time,learn RESULTS '{"methods": [...], ...}'
+
+time: the methods take turns; in its turn one trains a few steps, with compute at the declared rate where the lab asks for it.
+Stock peers run on a gloo group of their own. learn: one method after another trains from the same weights, seed by seed, and is
+scored on the held-out part; all run on the metered group, so that the ledger counts what the stock peers send too.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from thinwire.bench.progress import tell
+from thinwire.bench.stock_sync import SILENT, StockSync
+from thinwire.bench.sync_methods import Method, make_method
+from thinwire.cluster import load_cluster
+from thinwire.collectives import backend
+from thinwire.collectives.ledger import Ledger
+from thinwire.compress.exchange import make_exchange
+from thinwire.layout import Layout
+from thinwire.sync.every_step import EveryStepSync
+from thinwire.train.agree import make_task
+from thinwire.train.forecast import declared_rates
+from thinwire.train.pace import Pacer
+from thinwire.train.runtime import process_group, read_surroundings
+from thinwire.train.step import Stepper, make_optimizer
+
+AXIS = "data"
+WARM_STEPS, MOST_STEPS = 2, 20
+TELL_EVERY = 50
+"""Steps of learning between two words of how far it is."""
+
+
+class Rank:
+    """What all contenders of this rank share."""
+
+    def __init__(self, told, ledger, surroundings):
+        self.told, self.ledger, self.surroundings = told, ledger, surroundings
+        self.place = surroundings.place
+        self.mesh = init_device_mesh("cpu", (self.place.world_size,), mesh_dim_names=(AXIS,))
+        self.methods = [make_method(name, told["base"], fused=told["fused"]) for name in told["methods"]]
+        self.num_micro = self.methods[0].config.sync.accumulate
+
+    def task(self, config):
+        """Collective."""
+        return make_task(config, Layout(data=self.place.world_size), self.surroundings)
+
+    def sync(self, method, group):
+        """group: of stock peers."""
+        if method.hook is not None:
+            return StockSync(method.hook, method.rank, group)
+        return EveryStepSync(method.config.sync, AXIS, self.ledger, make_exchange(method.config.compress, self.ledger))
+
+    def stepper(self, method, task, group, stack):
+        """A replica of its own, ready to train. Collective."""
+        model = task.build_model()
+        train = method.config.train
+        optimizer, sync = make_optimizer(model, train), self.sync(method, group)
+        stepper = Stepper(
+            model=stack.enter_context(sync.attached(model, optimizer, self.mesh)),
+            optimizer=optimizer,
+            sync=sync,
+            loss=task.loss,
+            precision=nullcontext,
+            train=train,
+        )
+        stepper.rehearse(task.batch(0, self.place.rank))
+        return stepper, model
+
+    def step(self, stepper, task, step):
+        """One step of one contender. Collective."""
+        batches = [task.batch(step, micro * self.place.world_size + self.place.rank) for micro in range(self.num_micro)]
+        return stepper.run(step, batches, self.num_micro)
+
+    def sum(self, values):
+        """Over the ranks."""
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def tell(self, done, total, what):
+        """Rank 0 only."""
+        if self.place.rank == 0:
+            tell(Path(self.told["progress"]), done, total, what)
+
+
+@dataclass
+class Contender:
+    """One that takes turns. steps: in each of its turns."""
+
+    name: str
+    stepper: Stepper
+    pacer: Pacer | None
+    steps: int = 1
+    done: int = 0
+    measured: dict = field(default_factory=lambda: {"step_s": [], "processor_s": [], "card_bytes": [], "wait_s": []})
+
+
+def measure_time(rank):
+    """{"no exchange" or the method: {"step_s": [of each turn], ...}}."""
+    told, place = rank.told, rank.place
+    stock_group = dist.new_group(backend="gloo")
+    task = rank.task(rank.methods[0].config)
+    silent = Method("no exchange", make_method("ddp", told["base"]).config, hook=SILENT)
+    flops_per_s = pace_of(rank.surroundings.lab, place.rank)
+    methods = [silent, *rank.methods]
+    parts = len(methods) * (told["turns"] + 1)
+    with ExitStack() as stack:
+        contenders = []
+        for index, method in enumerate(methods):
+            stepper, model = rank.stepper(method, task, stock_group, stack)
+            pacer = Pacer.of(task.workload, flops_per_s) if flops_per_s else None
+            if pacer:
+                stack.enter_context(pacer.attached(model, task.workload))
+            contender = Contender(method.name, stepper, pacer)
+            warm_up(rank, contender, task)
+            contenders.append(contender)
+            rank.tell(index + 1, parts, f"{method.name} is warm")
+        for turn in range(told["turns"]):
+            for index, contender in enumerate(contenders):
+                take_turn(rank, contender, task)
+                done = len(methods) * (turn + 1) + index + 1
+                rank.tell(done, parts, f"turn {turn + 1}: {contender.name} {contender.measured['step_s'][-1]:.3f} s a step")
+    return {
+        contender.name: {**contender.measured, "late": contender.pacer.missed_fraction if contender.pacer else None}
+        for contender in contenders
+    }
+
+
+def warm_up(rank, contender, task):
+    """Untimed steps, and how many fit into a turn; as rank 0 says."""
+    for _ in range(WARM_STEPS):
+        dist.barrier()
+        started = time.perf_counter()
+        rank.step(contender.stepper, task, contender.done)
+        contender.done += 1
+    fitting = [round(rank.told["turn_s"] / (time.perf_counter() - started))]
+    dist.broadcast_object_list(fitting, 0)
+    contender.steps = min(max(1, fitting[0]), MOST_STEPS)
+    if contender.pacer:
+        contender.pacer.late_s = contender.pacer.declared_s = 0.0
+
+
+def take_turn(rank, contender, task):
+    """Timed between barriers; the card's counter is read outside."""
+    first = contender.done
+    times = []
+    dist.barrier()
+    counts = rank.surroundings.lab is not None and rank.place.local_rank == 0  # outside a lab the cards carry others' bytes
+    sent = card_bytes() if counts else 0
+    started, used = time.perf_counter(), time.process_time()
+    for step in range(first, first + contender.steps):
+        times.append(rank.step(contender.stepper, task, step)[1])
+    dist.barrier()
+    seconds, used = time.perf_counter() - started, time.process_time() - used
+    sent = card_bytes() - sent if counts else 0
+    contender.done += contender.steps
+    sums = rank.sum([sent])
+    measured = contender.measured
+    measured["step_s"].append(seconds / contender.steps)
+    measured["processor_s"].append(used / contender.steps)
+    measured["card_bytes"].append(sums[0] / contender.steps / rank.place.world_size)
+    if contender.stepper.sync.ready_at:  # stock peers do not say
+        measured["wait_s"].append(sum(time.wait_s for time in times) / contender.steps)
+
+
+def learn(rank):
+    """[{"method", "seed", "heldout_loss", "wire_bytes_per_step"}]."""
+    told = rank.told
+    rows, done, parts = [], 0, len(told["seeds"]) * len(rank.methods)
+    for seed in told["seeds"]:
+        base = {**told["base"], "train": {**told["base"]["train"], "seed": seed}}
+        task = rank.task(make_method("ddp", base).config)
+        for method in rank.methods:
+            rows.append({"method": method.name, "seed": seed, **learn_one(rank, method, task, seed, (done, parts))})
+            done += 1
+            rank.tell(done, parts, f"{method.name}, seed {seed}: held-out loss {rows[-1]['heldout_loss']:.4f}")
+    return rows
+
+
+def learn_one(rank, method, task, seed, progress):
+    """Train one method from the beginning; the bytes are those of the later half of the steps."""
+    steps, (done, parts) = method.config.train.steps, progress
+    with ExitStack() as stack:
+        stepper, model = rank.stepper(method, task, dist.group.WORLD, stack)
+        for step in range(steps):
+            if step == steps // 2:
+                sent = rank.ledger.sent_bytes
+            if step and step % TELL_EVERY == 0:
+                rank.tell(done + step / steps, parts, f"{method.name}, seed {seed}: step {step}")
+            rank.step(stepper, task, step)
+        sent = rank.ledger.sent_bytes - sent
+        check_equal(model, f"{method.name}, seed {seed}")
+        total, weight, sent = rank.sum([*task.score(model, rank.place.rank), sent])
+    return {"heldout_loss": total / weight, "wire_bytes_per_step": sent / rank.place.world_size / (steps - steps // 2)}
+
+
+def check_equal(model, name):
+    """Replicas are bit-equal or the benchmark is worth nothing. Collective."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().numpy().tobytes())
+    digests = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, digest.hexdigest())
+    if len(set(digests)) > 1:
+        sys.exit(f"{name}: after training the replicas differ: {', '.join(digest[:8] for digest in digests)}")
+
+
+def pace_of(lab, rank):
+    """flops_per_s to keep; None where nobody asks for a pace."""
+    rates = declared_rates(load_cluster(lab.cluster)) if lab and lab.paced else None
+    return rates[rank] if rates else None
+
+
+def card_bytes():
+    """Sent by all cards of this host but loopback; 0 where the system does not say."""
+    counters = Path("/proc/net/dev")
+    lines = counters.read_text().splitlines()[2:] if counters.is_file() else []
+    cards = dict(line.split(":") for line in lines)
+    return sum(int(numbers.split()[8]) for name, numbers in cards.items() if name.strip() != "lo")
+
+
+def main(phases, results, settings):
+    """See the top of the file."""
+    surroundings = read_surroundings()
+    torch.set_num_threads(1)
+    ledger = Ledger()
+    backend.register(ledger)
+    told = json.loads(settings)
+    with process_group(surroundings.place, backend.NAME, told["timeout_s"]):
+        rank = Rank(told, ledger, surroundings)
+        for phase in phases.split(","):
+            found = measure_time(rank) if phase == "time" else learn(rank)
+            if surroundings.place.rank == 0:
+                (Path(results) / f"{phase}.json").write_text(json.dumps(found))
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

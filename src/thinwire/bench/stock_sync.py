@@ -1,0 +1,92 @@
+"""PyTorch's own ways to synchronise gradients behind the Synchroniser's contract, so that one loop trains peers and ours.
+
+DistributedDataParallel and its hooks, nothing of ours underneath:
+
+    ""          no hook: float32, averaged by all-reduce
+    "fp16"      cast to float16 on the way
+    "powersgd"  low rank with error feedback and warm start (Vogels et al. 2019)
+    "silent"    every pass under no_sync: what a step takes where nothing is exchanged
+
+The rehearsal exchanges (and throws away) two gradients where ours exchanges none: PyTorch forms its buckets anew after the first
+pass, and its PowerSGD can compress only from the third on. So all methods begin training with their first compressed step.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+
+from thinwire.layout import Layout
+from thinwire.traffic import Transfer
+from thinwire.workload import Workload
+
+ONE_BUCKET_MIB = 1000.0
+"""With more than one bucket PyTorch's PowerSGD hangs on gloo: all-reduces of two buckets are issued by two threads."""
+FIRST_COMPRESSED = 2
+"""The earliest that torch allows with error feedback."""
+SILENT = "silent"
+
+
+class StockSync:
+    """One per rank; see thinwire.sync.base.Synchroniser. group: whose backend does the exchange."""
+
+    def __init__(self, hook: str, rank: int, group: dist.ProcessGroup) -> None:
+        self.ready_at = 0.0
+        self._hook, self._rank, self._group = hook, rank, group
+        self._replica: DistributedDataParallel | None = None
+
+    def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
+        """Not predicted; the ledger counts it where the group is metered."""
+        return []
+
+    @contextmanager
+    def attached(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> Iterator[torch.nn.Module]:
+        """Wraps `model`. Collective."""
+        self._replica = DistributedDataParallel(
+            model,
+            process_group=self._group,
+            bucket_cap_mb=ONE_BUCKET_MIB if self._hook == "powersgd" else None,
+            gradient_as_bucket_view=True,
+        )
+        if self._hook == "fp16":
+            self._replica.register_comm_hook(self._group, default_hooks.fp16_compress_hook)
+        elif self._hook == "powersgd":
+            state = powerSGD_hook.PowerSGDState(
+                self._group, matrix_approximation_rank=self._rank, start_powerSGD_iter=FIRST_COMPRESSED
+            )
+            self._replica.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        try:
+            yield self._replica
+        finally:
+            self._replica = None
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """See the top of the file. Collective unless silent."""
+        with self.microbatch(last=True):
+            yield
+
+    @contextmanager
+    def microbatch(self, last: bool) -> Iterator[None]:
+        """Only the last micro-batch of a step exchanges."""
+        assert self._replica is not None, "attached() comes first"
+        with nullcontext() if last and self._hook != SILENT else self._replica.no_sync():
+            yield
+
+    def after_step(self, step: int) -> None:
+        """Nothing: replicas are equal after each step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """A benchmark is not resumed."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
+        """Nothing to deal out."""

@@ -1,0 +1,193 @@
+"""Ways to synchronise gradients, PyTorch's own and ours, on one model in one run: seconds of a step, bytes, held-out loss.
+
+Time: in the lab, compute paced by what the cluster declares, all methods in turns in the same processes; medians over the turns.
+Each turn lasts about `turn_s`, one step at least. `no_exchange_step_s` is the step under no_sync, which takes turns too.
+
+    utilisation = no_exchange_step_s / step_s
+
+Learning: on loopback, unpaced, because results do not depend on the wire: every method from the same weights on the same batches,
+one seed after another; replicas must be bit-equal at the end. Without a cluster the turns are on loopback too, and unpaced.
+
+    wire_bytes_per_step   by the ledger: mean over the ranks and the later half of the steps
+    card_bytes_per_step   by the network cards' counters in the turns: headers and acknowledgements included
+    processor_s           of a step, on rank 0, all its threads: what a method computes shows here even where it hides in time
+    wait_s                of ours: from a rank's last gradient until the exchange was over
+    late                  by how much passes took longer than declared, as a fraction
+    spread                of the turns: between the quartiles, as a fraction
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from thinwire.bench.local import run_local
+from thinwire.bench.progress import shown
+from thinwire.bench.registry import Rows, take
+from thinwire.bench.sync_bars import bar_rows
+from thinwire.bench.sync_methods import make_method
+from thinwire.cluster import Cluster, Quantity, load_cluster
+from thinwire.errors import UserError
+from thinwire.lab.commands import processes_for
+from thinwire.lab.run import RESULTS, LabOptions, launch
+from thinwire.units import parse, show
+
+DEFAULTS: Mapping[str, Any] = {
+    "methods": ["ddp", "ddp-fp16", "ddp-powersgd4", "none", "bf16", "int8", "int4", "int4-all", "sign", "topk"],
+    "seeds": 1,
+    "links": [],
+    "ranks": 4,
+    "preset": "1m",
+    "model": {"layers": 8},
+    "sequence": 64,
+    "micro_batch": 2,
+    "accumulate": 1,
+    "bucket_bytes": 2**20,
+    "fused": False,
+    "steps": 300,
+    "learning_rate": 2e-3,
+    "warmup_steps": 20,
+    "eval_tokens": 65_536,
+    "turns": 5,
+    "turn_s": 2.0,
+}
+UNSHAPED = "unshaped"
+UNSHAPED_BPS = 100e9
+"""The fastest that a lab can be told; no card of it gets there."""
+TIMEOUT_S, PATIENCE_S = 1800.0, 4 * 3600.0
+NO_EXCHANGE = "no exchange"
+SCRIPT = "thinwire.bench.peers.sync_contenders"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A rate to give to the cards of the cluster; None: unshaped. given: as the cluster has them."""
+
+    rate_bps: float | None
+    given: bool = False
+
+
+def run(cluster_name: str | None = None, options: Mapping[str, Any] | None = None) -> Rows:
+    """A row for each method, link and seed, then one for each bar; link_bps is None where cards are not shaped."""
+    told = take(options or {}, DEFAULTS)
+    cluster = load_cluster(cluster_name) if cluster_name else None
+    methods, seeds, links = _methods(told), _seeds(told["seeds"]), find_links(told["links"], cluster)
+    settings = {
+        "base": _base(told),
+        "methods": methods,
+        "seeds": seeds,
+        "timeout_s": TIMEOUT_S,
+        **{key: told[key] for key in ("fused", "turns", "turn_s")},
+    }
+    if cluster is None:
+        found = _on_loopback("time,learn", told["ranks"], settings)
+        timed, learned = {links[0]: found["time"]}, found["learn"]
+    else:
+        timed = {link: _in_lab(cluster, link, settings) for link in links}
+        learned = _on_loopback("learn", cluster.world_size, settings)["learn"]
+    rows = [_row(timed[link], link, one) for link in links for one in learned]
+    return rows + bar_rows(rows)
+
+
+def find_links(wanted: Sequence[Any], cluster: Cluster | None) -> list[Link]:
+    """["1 Mbit/s", "unshaped"] -> links; none wanted: the cluster as it is, called by its slowest link."""
+    if not wanted:
+        rates = [link.bandwidth_bps.value for link in cluster.links] if cluster else []
+        return [Link(min(rates, default=None), given=True)]
+    if cluster is None:
+        raise UserError("links: the lab shapes the cards of a cluster; name one with --cluster")
+    links = [Link(None if name == UNSHAPED else parse(name, "bit/s")) for name in wanted]
+    if len(set(links)) < len(links):
+        raise UserError(f"links = {list(wanted)}: name each once")
+    return links
+
+
+def shaped(cluster: Cluster, link: Link) -> Cluster:
+    """`cluster` with all its cards, not the cables between switches, at the rate of `link`."""
+    if link.given:
+        return cluster
+    rate = Quantity(link.rate_bps or UNSHAPED_BPS)
+    hosts = {host.name for host in cluster.hosts}
+    links = [replace(cable, bandwidth_bps=rate) if hosts & {cable.source, cable.target} else cable for cable in cluster.links]
+    return Cluster(name=cluster.name, hosts=cluster.hosts, switches=cluster.switches, links=tuple(links), ranks=cluster.ranks)
+
+
+def _base(told: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections of run.toml that all methods share."""
+    train = ("sequence", "micro_batch", "steps", "learning_rate", "warmup_steps", "eval_tokens")
+    return {
+        "model": {"preset": told["preset"], **told["model"]},
+        "sync": {"accumulate": told["accumulate"], "bucket_bytes": told["bucket_bytes"]},
+        "train": {key: told[key] for key in train} | {"dtype": "float32"},
+    }
+
+
+def _methods(told: Mapping[str, Any]) -> list[str]:
+    """Checked here, so that what is wrong is said before anything is started."""
+    names = list(told["methods"])
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"methods = {names}: name one or more, each once")
+    for name in names:
+        make_method(name, _base(told), fused=told["fused"])
+    return names
+
+
+def _seeds(wanted: int | Sequence[int]) -> list[int]:
+    seeds = list(range(wanted)) if isinstance(wanted, int) else list(wanted)
+    if not seeds:
+        raise UserError(f"seeds = {wanted}: give how many, one or more, or a list of them")
+    return seeds
+
+
+def _command(phases: str, results: str, progress: Path, settings: Mapping[str, Any]) -> list[str]:
+    return [sys.executable, "-m", SCRIPT, phases, results, json.dumps({**settings, "progress": str(progress)})]
+
+
+def _on_loopback(phases: str, ranks: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """{phase: what rank 0 wrote}."""
+    with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
+        progress = Path(folder) / "progress"
+        with shown(progress, "loopback"):
+            run_local([_command(phases, folder, progress, settings)], ranks, PATIENCE_S)
+        return {phase: json.loads((Path(folder) / f"{phase}.json").read_text()) for phase in phases.split(",")}
+
+
+def _in_lab(cluster: Cluster, link: Link, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{method: lists over the turns}."""
+    lab_cluster = shaped(cluster, link)
+    with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
+        progress = Path(folder) / "progress"
+        processes = processes_for(lab_cluster, _command("time", RESULTS, progress, settings))
+        with shown(progress, show(link.rate_bps, "bit/s") if link.rate_bps else UNSHAPED):
+            lab = launch(lab_cluster, processes, LabOptions())
+    if lab.failure:
+        raise UserError(lab.failure)
+    found: dict[str, dict[str, Any]] = json.loads(lab.results["time.json"])
+    return found
+
+
+def _row(timed: Mapping[str, Mapping[str, Any]], link: Link, learned: Mapping[str, Any]) -> dict[str, Any]:
+    name = learned["method"]
+    mine, silent = timed[name], median(timed[NO_EXCHANGE]["step_s"])
+    step_s, turns = median(mine["step_s"]), sorted(mine["step_s"])
+    quarter = len(turns) // 4
+    return {
+        "case": "measured",
+        "method": name,
+        "link_bps": link.rate_bps,
+        "seed": learned["seed"],
+        "step_s": step_s,
+        "spread": (turns[-1 - quarter] - turns[quarter]) / step_s,
+        "no_exchange_step_s": silent,
+        "utilisation": silent / step_s,
+        "processor_s": median(mine["processor_s"]),
+        "wait_s": median(mine["wait_s"]) if mine["wait_s"] else None,
+        "late": mine["late"],
+        "wire_bytes_per_step": learned["wire_bytes_per_step"],
+        "card_bytes_per_step": median(mine["card_bytes"]) or None,
+        "heldout_loss": learned["heldout_loss"],
+    }

@@ -1,0 +1,87 @@
+"""Ways to synchronise gradients, by name, as `thinwire bench sync` compares them.
+
+    ddp  ddp-fp16  ddp-powersgdR      PyTorch's DistributedDataParallel: plain, and with its hooks (R: rank of the approximation)
+    none                              ours without compression
+    KIND  KINDn                       a kind of [compress]; n: the rank of powersgd and svd, the k of topk and demo
+    KIND-all                          with embeddings and vectors coded too
+    KIND-nofeedback                   without error feedback
+    KIND-fused                        with compiled kernels
+    KIND-256k                         with buckets of 256 KiB
+
+What a method changes of the run (its optimizer, say) is in `TRAIN`, by kind.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from thinwire.compress.base import CODECS, make_codec
+from thinwire.compress.codecs.blocked import Fusable
+from thinwire.config.run import RunConfig
+from thinwire.errors import UserError
+from thinwire.tomlfile import validate
+
+STOCK = re.compile(r"ddp(?:-(?P<hook>fp16|powersgd(?P<rank>[1-9]\d*)))?")
+KIND = re.compile(r"(?P<kind>[a-z]+)(?P<number>[1-9]\d*)")
+BUCKETS = re.compile(r"([1-9]\d*)k")
+NUMBERS: Mapping[str, str] = {"powersgd": "rank", "svd": "rank", "topk": "k", "demo": "k"}
+"""What the number behind a kind's name sets."""
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "all": {"exclude": [], "vectors": True},
+    "nofeedback": {"feedback": False},
+    "fused": {"fused": True},
+}
+TRAIN: Mapping[str, Mapping[str, Any]] = {
+    "demo": {"optimizer": {"kind": "signsgd"}, "learning_rate": 1e-3, "clip": 0.0},
+}
+"""Changes to [train] that belong to a kind: DeMo's momentum is in its exchange, and only the sign of what comes out is used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A name and all that follows from it. hook: of a stock peer, "" for plain DDP, None for ours; rank: of its PowerSGD."""
+
+    name: str
+    config: RunConfig
+    hook: str | None = None
+    rank: int = 0
+
+
+def make_method(name: str, base: Mapping[str, Any], *, fused: bool = False) -> Method:
+    """`base`: the sections of the run that all methods share. fused: where the codec can. UserError for an unknown name."""
+    stock = STOCK.fullmatch(name)
+    if stock:
+        hook = "powersgd" if stock["rank"] else stock["hook"] or ""
+        return Method(name, _config(name, base, {}, {}), hook, int(stock["rank"] or 0))
+    word, *variants = name.split("-")
+    compress, sync = compress_section(word), dict(base.get("sync", {}))
+    for variant in variants:
+        buckets = BUCKETS.fullmatch(variant)
+        if buckets:
+            sync["bucket_bytes"] = int(buckets[1]) * 1024
+        elif variant in VARIANTS:
+            compress |= VARIANTS[variant]
+        else:
+            raise UserError(f"method {name!r}: there is no variant {variant!r}; there are {', '.join(VARIANTS)}, and 256k")
+    if fused and _has_kernels(compress["kind"]):
+        compress["fused"] = True
+    return Method(name, _config(name, {**base, "sync": sync}, compress, TRAIN.get(compress["kind"], {})))
+
+
+def compress_section(word: str) -> dict[str, Any]:
+    """The section [compress]; a kind it does not have is found out by its validation."""
+    numbered = KIND.fullmatch(word)
+    if numbered and numbered["kind"] in NUMBERS:
+        return {"kind": numbered["kind"], NUMBERS[numbered["kind"]]: int(numbered["number"])}
+    return {"kind": word}
+
+
+def _has_kernels(kind: str) -> bool:
+    return kind in CODECS and isinstance(make_codec(SimpleNamespace(kind=kind)), Fusable)
+
+
+def _config(name: str, base: Mapping[str, Any], compress: Mapping[str, Any], train: Mapping[str, Any]) -> RunConfig:
+    content = {**base, "train": {**base.get("train", {}), **train}, "compress": dict(compress)}
+    return validate(RunConfig, content, f"method {name!r}")

@@ -1,0 +1,1 @@
+"""What crosses pipeline boundaries and tensor-parallel groups, in codes."""

@@ -1,0 +1,86 @@
+"""What crosses a pipeline boundary, coded: activations on the way forward, their gradients on the way back.
+
+    payload = C(flat(a), zeros up to a whole block)          arrives as a' = D(payload), |a' - a| <= the codec's error bound
+
+The payload's size follows from the shape alone, so both sides know it before anything is sent. There is no error feedback:
+an activation is used once, and its error cannot be made good at a later one. (Where samples come back, `differences` sends less.)
+
+`CodedBoundary` does the same within one process: the next stage sees a', and the gradient that comes back is coded too. As
+the rounding has no useful derivative, it is passed over (straight through, Bengio et al. 2013).
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinwire.compress.base import Codec, finite
+from thinwire.errors import UserError
+
+
+def padded(numel: int, block: int) -> int:
+    """`numel`, or the next multiple of `block`."""
+    return -(-numel // block) * block
+
+
+def encode_finite(codec: Codec, values: Tensor, what: str) -> Tensor:
+    """[numel] float32 -> payload. UserError naming `what` if a value is nan or inf, or becomes inf in the codec's floats."""
+    if not finite(values):
+        raise UserError(f"{what} is not finite; lower the learning rate, or look at the data of this step")
+    payload = codec.encode(values)
+    if codec.wire_dtype.is_floating_point and not finite(payload.view(codec.wire_dtype)):
+        largest, limit = float(values.abs().max()), torch.finfo(codec.wire_dtype).max
+        raise UserError(f"{what} has values of {largest:.3g}, and {codec.name} ends at {limit:.3g}; choose another codec")
+    return payload
+
+
+class BoundaryCodec:
+    """One direction of one boundary. `boundary` names it in errors: "the activation of boundary 0-1"."""
+
+    def __init__(self, codec: Codec, boundary: str) -> None:
+        self.codec, self.boundary = codec, boundary
+
+    def payload_bytes(self, shape: Sequence[int]) -> int:
+        """Exact."""
+        return self.codec.payload_bytes(padded(prod(shape), self.codec.block))
+
+    def pack(self, values: Tensor) -> Tensor:
+        """Any shape, float32 or shorter floats -> [payload_bytes] uint8. UserError if a value is not finite."""
+        flat = values.detach().reshape(-1).to(torch.float32)
+        filling = padded(flat.numel(), self.codec.block) - flat.numel()
+        return encode_finite(self.codec, torch.nn.functional.pad(flat, (0, filling)), self.boundary)
+
+    def unpack(self, payload: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """What `pack` was given, up to the codec's error. payload: uint8, from an even byte of its storage."""
+        numel = prod(shape)
+        return self.codec.decode(payload, padded(numel, self.codec.block))[:numel].view(*shape).to(dtype)
+
+    def error_bound(self, values: Tensor) -> Tensor:
+        """Largest error of each value in float32; a shorter dtype then rounds once more."""
+        flat = values.detach().reshape(-1).to(torch.float32)
+        filling = padded(flat.numel(), self.codec.block) - flat.numel()
+        bound = self.codec.error_bound(torch.nn.functional.pad(flat, (0, filling)))
+        return bound[: flat.numel()].view(values.shape)
+
+
+class CodedBoundary(torch.autograd.Function):
+    """`CodedBoundary.apply(x, forward, backward)`: x and its gradient as they arrive behind a boundary. None: not coded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: BoundaryCodec | None, backward: BoundaryCodec | None) -> Tensor:
+        """The decoded value."""
+        ctx.backward_codec = backward
+        return _crossed(x, forward)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """The decoded gradient."""
+        return _crossed(gradients[0], ctx.backward_codec), None, None
+
+
+def _crossed(values: Tensor, codec: BoundaryCodec | None) -> Tensor:
+    if codec is None:
+        return values.view_as(values)
+    return codec.unpack(codec.pack(values), values.shape, values.dtype)

@@ -1,0 +1,115 @@
+"""The two operators of tensor parallelism, with sums that travel coded.
+
+A matrix product that is split over a group leaves a partial result on each rank; their sum is due in the forward pass behind a
+row-parallel layer (Megatron's g), and in the backward pass before a column-parallel one (its conjugate f):
+
+    coded_all_reduce      forward: y = sum over ranks of x_i        backward: the gradient as it is
+    coded_gradient_sum    forward: x as it is                       backward: sum over ranks of the gradients
+
+The sum goes in two shots, as the average of gradients does (`twoshot`), but without error feedback. p ranks; x is padded to p
+shards of whole blocks; C a codec, D its decoder:
+
+    all-to-all    rank i sends C(x_i[s]) to rank s, for each shard s but its own
+    sum           a[r] = x_r[r] + sum over i != r of D C(x_i[r]), in float32, in the order of ranks
+    all-gather    each rank gets D C(a[s]) for every s, so results are bit-equal on all ranks
+
+    |result - sum| <= sum over i != s of bound(x_i[s]) + bound(a[s]) + what float32 rounds off
+
+Without a codec x is all-reduced as it is, in its own dtype. Shoeybi et al. 2019 (Megatron-LM: f and g).
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from thinwire.collectives.backend import ALL_GATHER
+from thinwire.collectives.ledger import Ledger
+from thinwire.collectives.seam import all_reduce
+from thinwire.compress.activations.boundary import encode_finite, padded
+from thinwire.compress.base import Codec
+from thinwire.errors import UserError
+from thinwire.traffic import Transfer
+
+
+def _shard(numel: int, codec: Codec, world_size: int) -> int:
+    return padded(numel, world_size * codec.block) // world_size
+
+
+def sum_transfers(values: tuple[int, torch.dtype], codec: Codec | None, axis: str, world_size: int, label: str) -> list[Transfer]:
+    """What one coded sum sends, exactly. values: their number and dtype. Coding time is the caller's to add (`work_s`)."""
+    numel, dtype = values
+    if world_size == 1 or numel == 0:
+        return []
+    if codec is None:
+        return [Transfer(label=label, axis=axis, op="all_reduce", message_bytes=numel * dtype.itemsize)]
+    size = codec.payload_bytes(_shard(numel, codec, world_size))
+    return [
+        Transfer(label=f"{label} codes", axis=axis, op="all_to_all", message_bytes=world_size * size),
+        Transfer(label=f"{label} sums", axis=axis, op="all_gather", message_bytes=size),
+    ]
+
+
+def coded_sum(x: Tensor, group: dist.ProcessGroup, codec: Codec | None, ledger: Ledger, label: str) -> Tensor:
+    """The sum of x over `group`, bit-equal on all ranks; a new tensor. Collective. UserError if it is not finite, or on NCCL."""
+    p, rank = group.size(), group.rank()
+    if p == 1 or x.numel() == 0:
+        return x.detach().clone()
+    if codec is None:
+        total = x.detach().clone(memory_format=torch.contiguous_format)
+        all_reduce(total, group, ledger, label).wait()
+        return total
+    if "nccl" in dist.get_backend(group):
+        raise UserError(f"{label} through {codec.name}: only on CPUs yet, and this group is NCCL's; send it plain")
+    length = _shard(x.numel(), codec, p)
+    flat = x.detach().reshape(-1).to(torch.float32)
+    shards = torch.nn.functional.pad(flat, (0, p * length - flat.numel())).view(p, length)
+    size = codec.payload_bytes(length)
+    codes = torch.zeros(p, size, dtype=torch.uint8)
+    for shard in range(p):
+        if shard != rank:
+            codes[shard] = encode_finite(codec, shards[shard], label)
+    received = torch.empty_like(codes)
+    with ledger.label(f"{label} codes"):
+        dist.all_to_all_single(received, codes, group=group)
+    total = torch.zeros(length)
+    for source in range(p):
+        total += shards[rank] if source == rank else codec.decode(received[source], length)
+    results = torch.empty_like(codes)
+    code = encode_finite(codec, total, label)
+    with ledger.label(f"{label} sums"):
+        ALL_GATHER(results.view(-1), code, group=group)
+    decoded = torch.cat([codec.decode(results[shard], length) for shard in range(p)])
+    return decoded[: x.numel()].view(x.shape).to(x.dtype)
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *how: Any) -> Tensor:
+        return coded_sum(x, *how)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0], None, None, None, None
+
+
+class _GradientSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *how: Any) -> Tensor:
+        ctx.how = how
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return coded_sum(gradients[0], *ctx.how), None, None, None, None
+
+
+def coded_all_reduce(x: Tensor, group: dist.ProcessGroup, codec: Codec | None, ledger: Ledger, label: str) -> Tensor:
+    """Behind a row-parallel layer: the sum over `group` forward, nothing backward. Collective in the forward pass."""
+    return _AllReduce.apply(x, group, codec, ledger, label)
+
+
+def coded_gradient_sum(x: Tensor, group: dist.ProcessGroup, codec: Codec | None, ledger: Ledger, label: str) -> Tensor:
+    """Before a column-parallel layer: nothing forward, the sum of gradients over `group` backward; collective there."""
+    return _GradientSum.apply(x, group, codec, ledger, label)

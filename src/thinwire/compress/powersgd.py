@@ -1,0 +1,206 @@
+"""Averaging in low rank: one step of the power iteration, whose two factors are all-reduced.
+
+p ranks, w_i = g_i + e_i the matrix that rank i should send, [n, m] (a parameter of more dimensions as [first, all others]),
+Q [r, m] of the step before, Gaussian from the parameter's name in the first step:
+
+    P   = sum_i w_i Q^T           all-reduce, [n, r]
+    B   = orthonormal basis of P  by Householder's QR, on each rank from the same bits
+    Q_i = B^T w_i                 [r, m]
+    Q   = 1/p sum_i Q_i           all-reduce
+    result  B Q                   lost  l_i = w_i - B Q_i
+
+P and Q are linear in w, so the result is that of one process that knows the mean of all w_i: its projection onto B. What is owed
+to the average is conserved: 1/p sum_i l_i = 1/p sum_i w_i - result. (w_i - result would do as well, but it also keeps by how
+much rank i differs from the mean; that part never arrives anywhere, and grows for ever.)
+
+Q goes on to the next step, so over steps B turns to the r largest singular vectors of what is sent. QR's basis is complete even
+where P has a lower rank, or is zero: it ends with any columns then, and a matrix that was zero for some steps is found again.
+
+Matrices for which n m is less than twice r (n + m), and vectors, are not taken. All matrices of a bucket share two collectives.
+The float32 sums of an all-reduce over more than two ranks depend on where in its message a value stands, so results in other
+buckets agree within rounding and not to the bit. B Q is a matrix product: bit-equal on ranks with the same kind of processor.
+
+Vogels, Karimireddy & Jaggi 2019 (PowerSGD).
+"""
+
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from thinwire.collectives.ledger import Ledger
+from thinwire.compress.averager import Piece, check_finite, joined, put_back
+from thinwire.compress.base import finite
+from thinwire.compress.memory import Memory
+from thinwire.errors import UserError
+from thinwire.traffic import Transfer
+from thinwire.workload import Parameter
+
+WORTH = 2
+"""How many times smaller the two factors must be than the matrix."""
+
+TRIED_VALUES, TRIES = 2**20, 3
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """[first dimension, all others]."""
+    return shape[0], prod(shape[1:])
+
+
+def first_right(name: str, rank: int, columns: int) -> Tensor:
+    """[rank, columns]: where the iteration of this parameter begins, on all ranks."""
+    return torch.randn(rank, columns, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+
+
+def bases(left: Tensor, rows: Sequence[int], rank: int) -> list[Tensor]:
+    """Flat P of matrices with so many rows each -> their B [n, r]. Neighbours with equal rows go together."""
+    found: list[Tensor] = []
+    start = 0
+    for height, group in groupby(rows):
+        count = len(list(group))
+        end = start + count * height * rank
+        found += torch.linalg.qr(left[start:end].view(count, height, rank)).Q.unbind()
+        start = end
+    return found
+
+
+class PowerSGD:
+    """See the top of the file, and `thinwire.compress.averager.Averager`. Q goes on from step to step, equal on all ranks."""
+
+    settled_after = 0
+
+    def __init__(self, memory: Memory, ledger: Ledger, *, rank: int = 4) -> None:
+        self._memory, self._ledger, self._rank = memory, ledger, rank
+        self._first: dist.ProcessGroup | None = None
+        self._second: dist.ProcessGroup | None = None
+        self._rights: dict[str, Tensor] = {}
+        self._seconds: dict[tuple[int, int], tuple[float, float]] = {}
+
+    def sent_bytes(self, shape: Sequence[int], world_size: int) -> float | None:
+        """A ring's 2 (p-1)/p of P and Q."""
+        if len(shape) < 2:
+            return None
+        rows, columns = matrix_shape(shape)
+        factors = self._rank * (rows + columns)
+        return 2 * (world_size - 1) / world_size * 4 * factors if WORTH * factors <= rows * columns else None
+
+    def carries(self, numel: int, world_size: int) -> bool:
+        """Behind P, in the same all-reduce."""
+        return True
+
+    def transfers(
+        self, label: str, parameters: Sequence[Parameter], exact: Sequence[Parameter], axis: str, world_size: int
+    ) -> list[Transfer]:
+        """An all-reduce of all P and what is exact, and one of all Q. Times the products."""
+        shapes = [matrix_shape(parameter.shape) for parameter in parameters]
+        first = sum(self._work_s(shape)[0] for shape in shapes)
+        second = sum(self._work_s(shape)[1] for shape in shapes)
+        left = 4 * (self._rank * sum(rows for rows, _ in shapes) + sum(parameter.numel for parameter in exact))
+        right = 4 * self._rank * sum(columns for _, columns in shapes)
+        return [
+            Transfer(label=f"{label} P", axis=axis, op="all_reduce", message_bytes=left, work_s=first),
+            Transfer(label=f"{label} Q", axis=axis, op="all_reduce", message_bytes=right, work_s=second),
+        ]
+
+    def attach(self, first: dist.ProcessGroup, second: dist.ProcessGroup) -> None:
+        """One group for each factor."""
+        self._first, self._second = first, second
+
+    def average(self, buffer: Tensor, pieces: Sequence[Piece], exact: Sequence[Piece], label: str) -> Iterator[None]:
+        """Two collectives, see the top of the file. What is not finite is found on all ranks, in P."""
+        assert self._first is not None and self._second is not None, "attach() comes first"
+        pieces = sorted(pieces, key=lambda piece: matrix_shape(piece.shape))
+        shapes = [matrix_shape(piece.shape) for piece in pieces]
+        rows = [height for height, _ in shapes]
+        wanted = [self._memory.corrected(piece.name, piece.of(buffer)) for piece in pieces]
+        matrices = [values.view(shape) for values, shape in zip(wanted, shapes, strict=True)]
+
+        riding = joined(buffer, exact).div_(self._first.size())
+        message = torch.empty(self._rank * sum(rows) + riding.numel())
+        left, behind = message.split([self._rank * sum(rows), riding.numel()])
+        behind.copy_(riding)
+        for matrix, piece, part in zip(matrices, pieces, left.split([self._rank * height for height in rows]), strict=True):
+            torch.mm(matrix, self._right(piece.name, matrix.shape[1]).t(), out=part.view(-1, self._rank))
+        with self._ledger.label(f"{label} P"):
+            dist.all_reduce(message, group=self._first)
+        if not finite(left):
+            self._refuse(left, pieces)
+        put_back(behind, buffer, exact)
+        yield
+
+        basis = bases(left, rows, self._rank)
+        widths = [self._rank * columns for _, columns in shapes]
+        own = torch.empty(sum(widths))
+        for matrix, base, part in zip(matrices, basis, own.split(widths), strict=True):
+            torch.mm(base.t(), matrix, out=part.view(self._rank, -1))
+        mean = own / self._second.size()
+        with self._ledger.label(f"{label} Q"):
+            dist.all_reduce(mean, group=self._second)
+
+        owns, means = own.split(widths), mean.split(widths)
+        for piece, matrix, base, mine, all_of_us in zip(pieces, matrices, basis, owns, means, strict=True):
+            if self._memory.keeps:  # before the result, which may lie where `matrix` does
+                self._memory.keep(piece.name, torch.addmm(matrix, base, mine.view(self._rank, -1), alpha=-1).view(-1))
+            right = self._rights[piece.name] = all_of_us.view(self._rank, -1)
+            torch.mm(base, right, out=piece.of(buffer).view(matrix.shape))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Q of every parameter."""
+        return {"rights": {name: right.clone() for name, right in self._rights.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """UserError if they are of another rank."""
+        for name, right in state["rights"].items():
+            if right.shape[0] != self._rank:
+                raise UserError(
+                    f"the checkpoint was made with compress.rank = {right.shape[0]} ({name}), not {self._rank}; "
+                    "resume with the rank it was made with"
+                )
+        self._rights = {name: right.clone() for name, right in state["rights"].items()}
+
+    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
+        """Q was equal on all ranks."""
+        self.load_state_dict(states[0])
+
+    def _right(self, name: str, columns: int) -> Tensor:
+        if name not in self._rights:
+            self._rights[name] = first_right(name, self._rank, columns)
+        return self._rights[name]
+
+    def _refuse(self, left: Tensor, pieces: Sequence[Piece]) -> None:
+        """The sum over ranks is not finite where any rank's gradient is not."""
+        for piece, part in zip(pieces, left.split([self._rank * piece.shape[0] for piece in pieces]), strict=True):
+            check_finite(part, piece.name)
+
+    def _work_s(self, shape: tuple[int, int]) -> tuple[float, float]:
+        """Before P and after it, measured here on a bucket full of such matrices or of their rows: the fastest of a few tries."""
+        if shape not in self._seconds:
+            height, columns = shape
+            rows = min(height, max(self._rank, TRIED_VALUES // columns))
+            count = max(1, TRIED_VALUES // (rows * columns))
+            values, right = torch.ones(count, rows, columns), first_right("", self._rank, columns)
+            owed: dict[int, Tensor] = {}
+            before, after = [], []
+            for _ in range(TRIES):
+                started = time.perf_counter()
+                wanted = [value + owed.get(index, value) if self._memory.keeps else value for index, value in enumerate(values)]
+                left = torch.cat([matrix @ right.t() for matrix in wanted])
+                summed = time.perf_counter()
+                for index, (matrix, base) in enumerate(
+                    zip(wanted, bases(left.view(-1), [rows] * count, self._rank), strict=True)
+                ):
+                    own = base.t() @ matrix
+                    if self._memory.keeps:
+                        owed[index] = torch.addmm(matrix, base, own, alpha=-1).clone()
+                    torch.mm(base, own, out=values[index])
+                before.append(summed - started)
+                after.append(time.perf_counter() - summed)
+            scale = height / rows / count
+            self._seconds[shape] = min(before) * scale, min(after) * scale
+        return self._seconds[shape]

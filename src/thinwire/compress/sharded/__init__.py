@@ -1,0 +1,1 @@
+"""Compression inside FSDP2: gradients reduce-scattered and weights all-gathered in codes."""

@@ -1,0 +1,189 @@
+"""One line for users of FSDP2: `thinwire.compress_sharded(model, gradients="int4", weights="int8")` after `fully_shard`.
+
+The training loop, the optimizer, the float32 weights in the shards, gradient clipping and accumulation stay as they are. Per
+unit, gradients are reduce-scattered in codes with error feedback, and weights are all-gathered in codes; ZeRO++ (Wang et al.
+2023, arXiv 2306.10209) does both. Its third part, a second copy of the weights inside a host, is not here.
+
+Vectors and what `exclude` names stay as they are: their part of the unit's buffer goes beside the codes in the same message.
+"""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from thinwire.collectives.ledger import Ledger, axis_of
+from thinwire.collectives.private import private_copy
+from thinwire.compress.base import Codec, make_codec
+from thinwire.compress.sharded.layout import EXCLUDED, UnitShape, Ways, sharded_transfers
+from thinwire.compress.sharded.memory import STORAGES, Owed, owed_to_average
+from thinwire.compress.sharded.units import Unit, find_units, prefetch
+from thinwire.compress.sharded.wire import CodedAllGather, CodedReduceScatter, Lane
+from thinwire.errors import UserError
+from thinwire.traffic import Transfer
+
+PLAIN = "float32"
+"""Not coded, but through our collectives: one message of its own size, where gloo's reduce-scatter sends two, and overlapped."""
+WEIGHT_KINDS = (PLAIN, "bf16", "fp16", "int8", "int4")
+GRADIENT_KINDS = (PLAIN, "bf16", "fp16", "int8", "int4", "fp4", "sign")
+"""The codecs whose blocks fill CODED_BLOCK."""
+NO_FEEDBACK = "none"
+PREFETCH = 2
+"""Units whose weights are under way while one computes: with two, the wire works while a unit's weights are decoded."""
+
+
+def compress_sharded(
+    model: nn.Module,
+    gradients: str | None = "int4",
+    weights: str | None = "int8",
+    *,
+    feedback: str = "int8",
+    exclude: Sequence[str] = EXCLUDED,
+    prefetch_units: int = PREFETCH,
+    ledger: Ledger | None = None,
+) -> "ShardedCompression":
+    """Code what the units of `model` exchange from now on. Call after `fully_shard`, on all ranks of the default group.
+
+    gradients, weights: names of codecs, "float32" for none, None to leave FSDP2's own collective in its place.
+    feedback: "int8" or "float32", how what coding of gradients loses is kept until the next step; "none": it is lost.
+    exclude: parameters that stay as they are, by name, with * for anything; vectors always do.
+    prefetch_units: weights are asked for so many units ahead in the forward pass; 0, or a unit for which
+    set_modules_to_forward_prefetch was called: as it is.
+    ledger: where labels go, if the process group is the metered one.
+
+    UserError for a model without `fully_shard`, an unknown name, and uses of `fully_shard` that are not supported.
+    """
+    if gradients is None and weights is None:
+        raise UserError("compress_sharded has nothing to do: gradients and weights are both None; name a codec for one of them")
+    if feedback not in (*STORAGES, NO_FEEDBACK):
+        raise UserError(f"feedback {feedback!r} does not exist; there are {', '.join(STORAGES)}, {NO_FEEDBACK}")
+    ways = Ways(
+        gradients=_codec(gradients, "gradients", GRADIENT_KINDS),
+        weights=_codec(weights, "weights", WEIGHT_KINDS),
+        stock_gradients=gradients is None,
+        stock_weights=weights is None,
+        exclude=tuple(exclude),
+    )
+    compression = ShardedCompression(find_units(model), ways, feedback, ledger or Ledger())
+    compression.attach(prefetch_units)
+    return compression
+
+
+class ShardedCompression:
+    """What `compress_sharded` has put in place: its predictions, its memory, and the way back."""
+
+    def __init__(self, units: list[Unit], ways: Ways, feedback: str, ledger: Ledger) -> None:
+        self._units, self._ways, self._ledger = units, ways, ledger
+        group = units[0].process_group
+        if any(unit.process_group != group for unit in units):
+            raise UserError("the units of the model are sharded over different groups; compress_sharded wants one mesh for all")
+        self._group, self._storage = group, feedback
+        self._rank, self._world_size = group.rank(), group.size()
+        self._owed: dict[str, Owed] = {}
+        if feedback != NO_FEEDBACK and ways.gradients is not None and self._world_size > 1:
+            for unit in units:
+                row = ways.gradients_row(unit.shape, self._world_size)
+                if row.coded_values:
+                    self._owed[unit.name] = Owed(row, self._rank, feedback)
+        self._lanes: list[Lane] = []
+        self._restore: list[Any] = []
+
+    def attach(self, prefetch_units: int) -> None:
+        """Makes a group and a thread for each kind of message. Collective over all ranks of the default group."""
+        ways, p = self._ways, self._world_size
+        weights = None if ways.stock_weights else self._lane("weights")
+        gradients = None if ways.stock_gradients else self._lane("gradients")
+        for unit in self._units:
+            gather = reduce = None
+            if weights is not None:
+                gather = CodedAllGather(unit, ways.weights_row(unit.shape, p), weights)
+            if gradients is not None:
+                reduce = CodedReduceScatter(unit, ways.gradients_row(unit.shape, p), gradients, self._owed.get(unit.name))
+            self._restore.append(unit.install(gather, reduce))
+        if prefetch_units and not self._ways.stock_weights:
+            self._restore.append(prefetch(self._units, prefetch_units))
+
+    def detach(self) -> None:
+        """Puts FSDP2's own collectives back, after what is under way. What is owed stays in `state_dict`."""
+        for lane in self._lanes:
+            lane.executor.close()
+            dist.destroy_process_group(lane.group)
+        for restore in self._restore:
+            restore()
+        self._lanes, self._restore = [], []
+
+    @property
+    def units(self) -> list[UnitShape]:
+        """All units with their parameters; for `sharded_transfers`."""
+        return [unit.shape for unit in self._units]
+
+    def transfers(self, micro_batches: int = 1) -> list[Transfer]:
+        """Exactly what a step of `micro_batches` sends, gradients being reduced in the last one. Evaluation is not in it."""
+        if self._world_size == 1:
+            return []
+        return sharded_transfers(self.units, self._world_size, self._ways, self._axis, micro_batches)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What this rank keeps between steps for what is owed."""
+        return sum(owed.num_bytes for owed in self._owed.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of this rank: what it owes to the average, in the form in which it is stored. After `backward()`."""
+        return {
+            "storage": self._storage,
+            "world_size": self._world_size,
+            "rank": self._rank,
+            "units": {name: owed.state_dict() for name, owed in self._owed.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Of the same rank of as many. Before the first step; the run then goes on bit for bit."""
+        if (state["world_size"], state["rank"]) != (self._world_size, self._rank):
+            raise UserError(
+                f"the checkpoint is of rank {state['rank']} of {state['world_size']}, this is rank {self._rank} of "
+                f"{self._world_size}; hand the states of all ranks to adopt()"
+            )
+        if state["storage"] != self._storage or set(state["units"]) != set(self._owed):
+            raise UserError(
+                f"the checkpoint keeps feedback={state['storage']!r} for {len(state['units'])} units, this run "
+                f"{self._storage!r} for {len(self._owed)}; resume with the same options and units, or use adopt()"
+            )
+        for name, owed in self._owed.items():
+            owed.load_state_dict(name, state["units"][name])
+
+    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
+        """The states of all ranks of an earlier run, however many: what was owed to the average stays owed to it.
+
+        Units and storage may differ; parameters may not. UserError for a parameter that is not coded any more.
+        """
+        owed = owed_to_average(states)
+        for unit in self._owed.values():
+            unit.adopt(owed)
+        left = [name for name, vector in owed.items() if bool(vector.any())]
+        if left:
+            raise UserError(
+                f"the checkpoint owes gradients of {len(left)} parameters that this run does not code, first {left[0]}; keep the "
+                "options, or start without the state"
+            )
+
+    def _lane(self, kind: str) -> Lane:
+        group = private_copy(self._group, f"sharded {kind}")
+        self._ledger.axes[group.group_name] = self._axis
+        self._lanes.append(Lane(group, self._ledger, f"thinwire-{kind}"))
+        return self._lanes[-1]
+
+    @property
+    def _axis(self) -> str:
+        return self._ledger.axes.get(self._group.group_name, axis_of(self._group.group_desc))
+
+
+def _codec(kind: str | None, what: str, kinds: Sequence[str]) -> Codec | None:
+    if kind is None or kind == PLAIN:
+        return None
+    if kind not in kinds:
+        raise UserError(f"{what}={kind!r} does not exist; there are {', '.join(kinds)}, and None for FSDP2's own")
+    codec: Any = make_codec(SimpleNamespace(kind=kind))
+    return codec

@@ -1,0 +1,172 @@
+"""What of FSDP2 (`fully_shard`) is private in PyTorch and needed here: all of it is in this file.
+
+The seams `set_custom_all_gather` and `set_custom_reduce_scatter` are public, and take any object that can be called as FSDP2's
+own are. Which parameters lie in a unit's flat buffer, and whether anybody reads a reduced gradient before the backward pass is
+over, only the unit's FSDPParamGroup knows. Written against torch 2.13; what a torch lacks is named in a UserError.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from thinwire.compress.sharded.layout import UnitShape
+from thinwire.errors import UserError
+from thinwire.workload import Parameter
+
+NEEDED = ("set_custom_all_gather", "set_custom_reduce_scatter", "set_modules_to_forward_prefetch", "_get_fsdp_state")
+GROUP_NEEDED = ("fsdp_params", "mesh_info", "post_forward_mesh_info", "_all_gather_comm", "_reduce_scatter_comm")
+
+
+@dataclass
+class Unit:
+    """One module to which `fully_shard` was applied and that has parameters of its own. name: its path in the model."""
+
+    name: str
+    module: Any
+    names: list[str]
+    """Of its parameters in the whole model, in the order of the flat buffer."""
+    is_root: bool
+
+    @property
+    def param_group(self) -> Any:
+        """FSDP2's FSDPParamGroup."""
+        return self.module._get_fsdp_state()._fsdp_param_group
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """Over which it is sharded."""
+        return self.param_group.mesh_info.shard_process_group
+
+    @property
+    def shape(self) -> UnitShape:
+        """The parameters in the flat buffer, as they are now."""
+        pairs = list(zip(self.names, self.param_group.fsdp_params, strict=True))
+        return UnitShape(
+            self.name,
+            parameters=tuple(Parameter(name, tuple(parameter._orig_size)) for name, parameter in pairs),
+            reshards=self.reshards,
+            frozen=frozenset(name for name, parameter in pairs if not parameter.sharded_param.requires_grad),
+        )
+
+    @property
+    def reshards(self) -> bool:
+        """Whether weights are gathered again for the backward pass. FSDP2 does not, for a root that was not told."""
+        automatic = getattr(self.module._get_fsdp_state(), "_auto_reshard_after_forward", False)
+        return self.param_group.post_forward_mesh_info is not None and not (self.is_root and automatic)
+
+    def may_wait_for_gradients(self) -> bool:
+        """Nobody reads the reduced gradients before the end of the backward pass: FSDP2 neither adds them to others, nor casts or
+        all-reduces them, and no hook of the user's takes them."""
+        group = self.param_group
+        dtypes = {parameter.sharded_param.dtype for parameter in group.fsdp_params}
+        return (
+            group._all_reduce_hook is None
+            and (group.mp_policy.reduce_dtype or group.mp_policy.param_dtype or torch.float32) in dtypes
+            and len(dtypes) == 1
+            and all(
+                parameter.sharded_param.grad is None and not getattr(parameter.sharded_param, "_post_accumulate_grad_hooks", None)
+                for parameter in group.fsdp_params
+            )
+        )
+
+    def factor(self, op: Any) -> float:
+        """What the sum over ranks is multiplied by. FSDP2 asks for an average, a sum, or a sum over the user's divisor."""
+        if op == dist.ReduceOp.AVG:
+            return 1.0 / self.process_group.size()
+        if op == dist.ReduceOp.SUM:
+            return 1.0
+        return 1.0 / float(self.param_group.gradient_divide_factor)
+
+    def install(self, all_gather: Any | None, reduce_scatter: Any | None) -> Callable[[], None]:
+        """Put ours in the place of FSDP2's; None leaves it. Returns what puts the former ones back."""
+        group = self.param_group
+        before = group._all_gather_comm, group._reduce_scatter_comm
+        if all_gather is not None:
+            self.module.set_custom_all_gather(all_gather)
+        if reduce_scatter is not None:
+            self.module.set_custom_reduce_scatter(reduce_scatter)
+
+        def restore() -> None:
+            group._all_gather_comm, group._reduce_scatter_comm = before
+
+        return restore
+
+
+def prefetch(units: list[Unit], depth: int) -> Callable[[], None]:
+    """Each unit asks for the weights of the next `depth` when its own are there; units whose user said so already keep that."""
+    changed = []
+    for index, unit in enumerate(units):
+        if not unit.module._get_fsdp_state()._states_to_forward_prefetch:
+            unit.module.set_modules_to_forward_prefetch([later.module for later in units[index + 1 : index + 1 + depth]])
+            changed.append(unit)
+
+    def restore() -> None:
+        for unit in changed:
+            unit.module.set_modules_to_forward_prefetch([])
+
+    return restore
+
+
+def find_units(model: nn.Module) -> list[Unit]:
+    """In the order of registration, the root first. UserError for a model or a use of `fully_shard` that is not supported."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: list[Unit] = []
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        if not hasattr(module, "set_requires_gradient_sync") or not hasattr(module, "reshard"):
+            continue
+        missing = [name for name in NEEDED if not hasattr(module, name)]
+        if missing:
+            raise UserError(
+                f"torch {torch.__version__} has no FSDPModule.{missing[0]}; compress_sharded wants torch 2.11 to 2.15"
+            )
+        state: Any = module._get_fsdp_state()
+        if len(getattr(state, "_fsdp_param_groups", ())) > 1:
+            raise UserError(f"unit {path or 'root'} shards its parameters over several meshes; compress_sharded wants one mesh")
+        group = state._fsdp_param_group
+        if group is None or id(group) in seen:
+            continue
+        seen.add(id(group))
+        _check(path or "root", group)
+        listed = [names[id(parameter.sharded_param)] for parameter in group.fsdp_params]
+        found.append(Unit(path, module, listed, module is model))
+    if not found:
+        raise UserError("compress_sharded wants a model to which fully_shard was applied, and this one has no such module")
+    return found
+
+
+def _check(name: str, group: Any) -> None:
+    missing = [attribute for attribute in GROUP_NEEDED if not hasattr(group, attribute)]
+    if missing:
+        raise UserError(
+            f"torch {torch.__version__} has no FSDPParamGroup.{missing[0]}; compress_sharded wants torch 2.11 to 2.15"
+        )
+    if not hasattr(group.mesh_info, "shard_process_group") or hasattr(group.mesh_info, "replicate_process_group"):
+        raise UserError(
+            f"unit {name} is replicated as well as sharded (a mesh of two axes); compress_sharded wants a mesh of one"
+        )
+    later = group.post_forward_mesh_info
+    if later is not None and later != group.mesh_info:
+        raise UserError(
+            f"unit {name} reshards to fewer ranks after forward; compress_sharded wants reshard_after_forward True or False"
+        )
+    for parameter in group.fsdp_params:
+        if parameter.fsdp_placement.dim != 0:
+            raise UserError(
+                f"unit {name} shards a parameter along dim {parameter.fsdp_placement.dim}; compress_sharded wants dim 0"
+            )
+    if "nccl" in dist.get_backend(group.mesh_info.shard_process_group):
+        raise UserError("compress_sharded: only on CPUs yet, and this mesh is NCCL's; shard over a gloo mesh")
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> bool:
+    """Have `callback` called when the backward pass under way is over, before `backward()` returns; False if none is."""
+    try:
+        torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,222 @@
+"""`thinwire bench sync`: names of methods, links, bars; the stock peers' bytes; and one small comparison, whole."""
+
+import json
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from typer.testing import CliRunner
+
+from pool import Pool, Rank
+from thinwire.bench.peers.sync_contenders import check_equal
+from thinwire.bench.progress import shown, tell
+from thinwire.bench.registry import find
+from thinwire.bench.stock_sync import SILENT, StockSync
+from thinwire.bench.sync import DEFAULTS, Link, find_links, shaped
+from thinwire.bench.sync_bars import Bar, bar_rows
+from thinwire.bench.sync_methods import compress_section, make_method
+from thinwire.cli.main import app
+from thinwire.cluster import load_cluster
+from thinwire.errors import UserError
+
+WIDTH, BIAS = 64, 48
+
+
+@pytest.mark.parametrize("name, hook, rank", [("ddp", "", 0), ("ddp-fp16", "fp16", 0), ("ddp-powersgd16", "powersgd", 16)])
+def test_stock_names(name: str, hook: str, rank: int) -> None:
+    method = make_method(name, {}, fused=True)
+    assert (method.hook, method.rank, method.config.compress.kind) == (hook, rank, "none")
+
+
+def test_our_names() -> None:
+    def compress(name: str) -> dict[str, Any]:
+        method = make_method(name, {"train": {"steps": 7}})
+        assert method.hook is None and method.config.train.steps == 7
+        return method.config.compress.model_dump()
+
+    assert compress("none") == {"kind": "none"}
+    plain = compress("int4")
+    assert plain["kind"] == "int4" and plain["feedback"] and not plain["vectors"] and plain["exclude"]
+    assert compress("int4-nofeedback") == plain | {"feedback": False}
+    assert compress("int4-all-fused") == plain | {"exclude": (), "vectors": True, "fused": True}
+    assert make_method("int8-512k", {"sync": {"accumulate": 3, "bucket_bytes": 1}}).config.sync.model_dump() == {
+        "kind": "every_step",
+        "accumulate": 3,
+        "bucket_bytes": 512 * 1024,
+    }
+    assert compress("codebook2")["kind"] == "codebook2"
+    assert compress_section("powersgd4") == {"kind": "powersgd", "rank": 4}
+    assert make_method("demo8", {}).config.train.optimizer.kind == "signsgd"
+    assert not make_method("topk", {}, fused=True).config.compress.model_dump().get("fused")
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("int5", "method 'int5'.*compress.*'int5'"),
+        ("ddp-bf16", "method 'ddp-bf16'"),
+        ("int4-fast", "there is no variant 'fast'; there are all, nofeedback, fused, and 256k"),
+        ("none-all", "method 'none-all'"),
+    ],
+)
+def test_unknown_names_are_refused_in_one_line(name: str, says: str) -> None:
+    with pytest.raises(UserError, match=says) as refused:
+        make_method(name, {})
+    assert "\n" not in str(refused.value)
+
+
+def test_a_benchmark_says_what_is_wrong_before_it_starts_anything() -> None:
+    run = find("sync")
+    for options, says in (
+        ({"methods": ["ddp", "ddp"]}, "each once"),
+        ({"methods": ["int5"]}, "int5"),
+        ({"seeds": 0}, "seeds = 0"),
+        ({"links": ["1 Mbit/s"]}, "--cluster"),
+        ({"sequence": 10_000}, "longer than model.context"),
+        ({"method": ["ddp"]}, "this benchmark has the options methods, seeds"),
+    ):
+        with pytest.raises(UserError, match=says):
+            run(None, options)
+
+
+@pytest.mark.parametrize("arguments", [("lab", "--seeds", "3"), ("ddp", "--methods", "int4"), ("probe", "--links", "1 Mbit/s")])
+def test_conveniences_are_refused_by_benchmarks_that_do_not_have_them(arguments: tuple[str, ...]) -> None:
+    refused = CliRunner().invoke(app, ["bench", *arguments]).exception
+    assert isinstance(refused, UserError) and "this benchmark has the options" in str(refused)
+
+
+def test_links_replace_cards_and_leave_cables_between_switches() -> None:
+    racks = load_cluster("two-racks")
+    hosts = {host.name for host in racks.hosts}
+    assert find_links([], racks)[0].given and shaped(racks, find_links([], racks)[0]) is racks
+    slow, free = find_links(["1 Mbit/s", "unshaped"], racks)
+    assert (slow, free) == (Link(1e6), Link(None))
+    with pytest.raises(UserError, match="each once"):
+        find_links(["1 Mbit/s", 1e6], racks)
+    for link, rate in ((slow, 1e6), (free, 100e9)):
+        made = shaped(racks, link)
+        assert [replace(cable, bandwidth_bps=old.bandwidth_bps) for cable, old in zip(made.links, racks.links, strict=True)] == [
+            *racks.links
+        ]
+        for cable, old in zip(made.links, racks.links, strict=True):
+            assert cable.bandwidth_bps.value == (rate if hosts & {cable.source, cable.target} else old.bandwidth_bps.value)
+
+
+def test_bars_compare_means_where_both_are_measured() -> None:
+    def row(method: str, seed: int, step_s: float, loss: float, link_bps: float | None = 1e8) -> dict[str, Any]:
+        return {"method": method, "seed": seed, "link_bps": link_bps, "step_s": step_s, "heldout_loss": loss}
+
+    rows = [row("none", 0, 0.9, 9.0), row("ddp", 0, 1.0, 2.0), row("ddp", 1, 1.0, 3.0)]
+    rows += [row("int4", 0, 0.2, 2.6), row("int4", 1, 0.2, 2.4), row("int4", 0, 1.0, 2.5, None), row("ddp", 0, 1.0, 2.5, None)]
+    bars = [
+        Bar("int4", ("ddp", "none"), "heldout_loss", 1.005),
+        Bar("int4", ("ddp",), "step_s", 0.25, link_bps=1e8),
+        Bar("int4", ("ddp",), "step_s", 0.5),
+        Bar("powersgd4", ("ddp",), "step_s", 1.0),
+    ]
+    found = [(made["ratio"], made["bar"], made["held"]) for made in bar_rows(rows, bars)]
+    assert found == [
+        (pytest.approx(1.0), 1.005, True),
+        (pytest.approx(0.2), 0.25, True),
+        (pytest.approx(0.2), 0.5, True),
+        (1.0, 0.5, False),
+    ]
+
+
+def test_progress_is_shown_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with shown(tmp_path / "progress", "learning"):
+        for part in (1, 2):
+            tell(tmp_path / "progress", part, 2, f"part {part}")
+    said = capsys.readouterr()
+    assert said.err.splitlines() == ["learning: 1 of 2: part 1", "learning: 2 of 2: part 2"] and not said.out
+
+
+def _stock_bytes(context: Rank, hook: str, approximation: int) -> tuple[int, bool]:
+    """What the first step after the rehearsal sends, and whether the replicas have the same gradient then."""
+    model = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH, bias=False), torch.nn.Linear(WIDTH, BIAS))
+    mesh = init_device_mesh("cpu", (context.world_size,), mesh_dim_names=("data",))
+    sync = StockSync(hook, approximation, dist.group.WORLD)
+    batch = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(context.rank))
+    with ExitStack() as stack:
+        replica = stack.enter_context(sync.attached(model, torch.optim.SGD(model.parameters(), 0.1), mesh))
+        with sync.rehearsal():
+            for _ in range(2):
+                replica(batch).square().sum().backward()
+        model.zero_grad(set_to_none=False)
+        sent = context.ledger.sent_bytes
+        for micro in range(2):
+            with sync.microbatch(last=micro == 1):
+                replica(batch).square().sum().backward()
+        sent = context.ledger.sent_bytes - sent
+    gradients: list[Any] = [None] * context.world_size
+    dist.all_gather_object(gradients, [parameter.grad for parameter in model.parameters()])
+    return sent, all(torch.equal(mine, theirs) for mine, theirs in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("hook, value_bytes", [("", 4), ("fp16", 2), (SILENT, 0)])
+def test_stock_peers_send_every_value_once_per_step(ranks2: Pool, hook: str, value_bytes: int) -> None:
+    """On two ranks an all-reduce sends as many bytes as its message has."""
+    values = WIDTH * WIDTH + WIDTH * BIAS + BIAS
+    assert ranks2.run(_stock_bytes, hook, 0) == [(value_bytes * values, hook != SILENT)] * 2
+
+
+def test_stock_powersgd_compresses_the_first_step(ranks2: Pool) -> None:
+    """r (n + m) values of each matrix, and the bias as it is."""
+    values = 2 * (WIDTH + WIDTH) + 2 * (WIDTH + BIAS) + BIAS
+    assert ranks2.run(_stock_bytes, "powersgd", 2) == [(4 * values, True)] * 2
+
+
+def _checked(context: Rank, apart: bool) -> str:
+    model = torch.nn.Linear(4, 4)
+    with torch.no_grad():
+        model.weight[0, 0] += float(apart) * context.rank
+    try:
+        check_equal(model, "int4, seed 0")
+    except SystemExit as error:
+        return str(error.code)
+    return "equal"
+
+
+def test_replicas_that_differ_are_found(ranks2: Pool) -> None:
+    assert ranks2.run(_checked, False) == ["equal"] * 2
+    assert all(said.startswith("int4, seed 0: after training the replicas differ") for said in ranks2.run(_checked, True))
+
+
+def test_a_small_comparison_is_whole(tmp_path: Path) -> None:
+    """On two ranks ours without compression rounds exactly as DDP does: the losses are the same number."""
+    small = {
+        "ranks": 2,
+        "model": "{layers=1, width=32, heads=2}",
+        "sequence": 16,
+        "steps": 2,
+        "eval_tokens": 64,
+        "turns": 1,
+        "turn_s": 0,
+    }
+    options = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
+    where = tmp_path / "rows.json"
+    done = CliRunner().invoke(app, ["bench", "sync", "--methods", "ddp,none,int4", "--json", str(where), *options])
+    assert done.exit_code == 0, done.exception
+    rows = json.loads(where.read_text())["rows"]
+    measured = {row["method"]: row for row in rows if row["case"] == "measured"}
+    assert list(measured) == ["ddp", "none", "int4"]
+    ddp, none, int4 = measured.values()
+    assert ddp["heldout_loss"] == none["heldout_loss"] != int4["heldout_loss"]
+    values = 256 * 32 + (4 * 32 * 32 + 3 * 32 * preset_hidden() + 2 * 32) + 32
+    assert ddp["wire_bytes_per_step"] == none["wire_bytes_per_step"] == 4 * values
+    assert int4["wire_bytes_per_step"] < 4 * values
+    for row in measured.values():
+        assert all(row[key] > 0 for key in ("no_exchange_step_s", "step_s", "processor_s"))
+        assert row["link_bps"] is None and row["seed"] == 0
+        assert row["utilisation"] == row["no_exchange_step_s"] / row["step_s"]
+    assert {row["case"] for row in rows} == {"measured", "wire_bytes_per_step: int4 / ddp", "heldout_loss: int4 / ddp"}
+
+
+def preset_hidden() -> int:
+    """Of the preset that the comparison changes."""
+    return int(make_method("none", {"model": {"preset": DEFAULTS["preset"]}}).config.model.hidden)
