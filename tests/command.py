@@ -1,31 +1,39 @@
-"""The command line as a user starts it: a process of its own, its output, and what it leaves running."""
+"""The command line as a user starts it: a process of its own, its output, and what it leaves running.
+
+`cold=True` starts a new interpreter; otherwise the process is forked from one that has torch loaded (`warm`).
+"""
 
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from warm import COMMAND, SOCKET, Warm, server
+
 MARK = "THINWIRE_TEST_MARK"
 
 
-def thinwire(*arguments: str, cwd: Path, timeout_s: float = 50, **variables: str) -> subprocess.CompletedProcess[str]:
+def thinwire(
+    *arguments: str, cwd: Path, timeout_s: float = 50, cold: bool = False, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run `thinwire ARGUMENTS` to its end."""
-    with started(*arguments, cwd=cwd, **variables) as process:
+    with started(*arguments, cwd=cwd, cold=cold, **variables) as process:
         out, err = process.communicate(timeout=timeout_s)
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
 @contextmanager
-def started(*arguments: str, cwd: Path, **variables: str) -> Iterator[subprocess.Popen[str]]:
+def started(*arguments: str, cwd: Path, cold: bool = False, **variables: str) -> Iterator[subprocess.Popen[str]]:
     """`thinwire ARGUMENTS` as a process group of its own; whatever is left of it is ended afterwards."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {MARK: f"{os.getpid()}-{cwd.name}", "COLUMNS": "200"} | variables
-    process = subprocess.Popen(
-        [sys.executable, "-m", "thinwire", *arguments],
+    if not cold:
+        environment[SOCKET] = server()
+    process = Warm(
+        [*COMMAND, *arguments],
         cwd=cwd,
         env=environment,
         stdout=subprocess.PIPE,
@@ -45,13 +53,13 @@ def started(*arguments: str, cwd: Path, **variables: str) -> Iterator[subprocess
 
 
 def running(cwd: Path) -> list[int]:
-    """Processes that carry this test's mark in their environment."""
-    mark = f"{MARK}={os.getpid()}-{cwd.name}".encode()
+    """Processes of this test: they carry its mark in their environment, or, not started cold, are in its folder."""
+    mark, folder = f"{MARK}={os.getpid()}-{cwd.name}".encode(), cwd.resolve()
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if mark in (entry / "environ").read_bytes().split(b"\0"):
+                if (entry / "cwd").readlink() == folder or mark in (entry / "environ").read_bytes().split(b"\0"):
                     found.append(int(entry.name))
             except OSError:
                 continue
@@ -73,8 +81,11 @@ def ranks_of(cwd: Path) -> dict[int, int]:
     found = {}
     for pid in running(cwd):
         variables = dict(pair.split(b"=", 1) for pair in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if b"=" in pair)
+        name = Path(f"/proc/{pid}/comm").read_text().strip()
         if b"RANK" in variables:
             found[int(variables[b"RANK"])] = pid
+        elif name.startswith("rank"):  # a warm one
+            found[int(name.removeprefix("rank"))] = pid
     return found
 
 

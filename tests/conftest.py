@@ -11,20 +11,29 @@ from pool import Pool, start_server
 settings.register_profile("thinwire", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("thinwire")
 
-_RANK_FIXTURES = {"ranks2", "ranks4", "ranks8"}
+_RANK_FIXTURES = {"ranks2", "ranks3", "ranks4", "ranks8"}
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Let the server load torch while the first tests run."""
-    if not session.config.option.collectonly and any(
-        _RANK_FIXTURES & set(getattr(item, "fixturenames", ())) for item in session.items
-    ):
+
+    def needs_server(item: pytest.Item) -> bool:
+        return bool(_RANK_FIXTURES & set(getattr(item, "fixturenames", ()))) or hasattr(getattr(item, "module", None), "thinwire")
+
+    if not session.config.option.collectonly and any(map(needs_server, session.items)):
         start_server()
 
 
 @pytest.fixture(scope="session")
 def ranks2() -> Iterator[Pool]:
     pool = Pool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def ranks3() -> Iterator[Pool]:
+    pool = Pool(3)
     yield pool
     pool.close()
 

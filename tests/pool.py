@@ -30,10 +30,20 @@ PRELOAD = [
     "torch.distributed.fsdp",
     "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
+    "torch.distributed.elastic.multiprocessing",
+    "torch.distributed.launcher.api",
     "torch.nn.parallel",
-    "thinwire.collectives.backend",
+    "torch.utils.tensorboard",
+    "thinwire.cli.conclude",
+    "thinwire.cli.main",
+    "thinwire.measure.probe",
+    "thinwire.report",
+    "thinwire.train.agent",
+    "thinwire.train.worker",
+    "hypothesis",
+    "pytest",
 ]
-"""Loaded once by the server from which ranks are forked."""
+"""Loaded once by the server from which ranks and commands are forked: what they and the tests' own modules import."""
 
 MAX_GROUPS = 40
 """Groups that a pool may hold, each with sockets and threads on every rank, before it is started anew. Groups that a test

@@ -5,9 +5,15 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["compress_gradients"]
+__all__ = ["AsyncDiLoCo", "DiLoCo", "ParameterServerWorker", "compress_gradients", "compress_sharded"]
 
-_HOMES = {"compress_gradients": "thinwire.sync.hook"}
+_HOMES = {
+    "AsyncDiLoCo": "thinwire.sync.server.diloco",
+    "DiLoCo": "thinwire.sync.standalone",
+    "ParameterServerWorker": "thinwire.sync.server.worker",
+    "compress_gradients": "thinwire.sync.hook",
+    "compress_sharded": "thinwire.compress.sharded.api",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,8 @@ from math import prod
 from thinwire.errors import UserError
 
 AXES = ("outer", "pipe", "data", "seq", "tensor")
+REPLICAS = "replicas"
+"""Not an axis of its own: the ranks that differ on outer and data only, each of which sees other tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +54,30 @@ class Layout:
             rank, place[axis] = divmod(rank, degree)
         return {axis: place[axis] for axis in AXES}
 
+    @property
+    def replicas(self) -> int:
+        """How many copies of the model see other tokens."""
+        return self.outer * self.data
+
+    @property
+    def replica_axis(self) -> str:
+        """The axis along which replicas lie, REPLICAS if both are used."""
+        return "data" if self.outer == 1 else "outer" if self.data == 1 else REPLICAS
+
+    def replica(self, rank: int) -> int:
+        """The number of the replica that `rank` belongs to."""
+        place = self.coordinates(rank)
+        return place["outer"] * self.data + place["data"]
+
     def groups(self, axis: str) -> list[tuple[int, ...]]:
         """The groups of ranks that differ on `axis` only, each in the order of the axis. UserError for an unknown axis."""
-        if axis not in AXES:
+        if axis not in (*AXES, REPLICAS):
             raise UserError(f"there is no axis {axis!r}; axes: {', '.join(AXES)}")
+        varied = ("outer", "data") if axis == REPLICAS else (axis,)
         members: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
             place = self.coordinates(rank)
-            members.setdefault(tuple(place[other] for other in AXES if other != axis), []).append(rank)
+            members.setdefault(tuple(place[other] for other in AXES if other not in varied), []).append(rank)
         return [tuple(group) for group in members.values()]
 
     def __str__(self) -> str:

@@ -34,17 +34,31 @@ def validate(schema: type[Schema], content: dict[str, Any], where: str) -> Schem
 def _one_line(error: ValidationError, schema: type[BaseModel], where: str) -> str:
     problems = error.errors(include_url=False)
     first = problems[0]
-    key = ".".join(str(part) for part in first["loc"]) or "(whole file)"
+    key = ".".join(str(part) for part in _without_tags(schema, first["loc"])) or "(whole file)"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         owner = _schema_at(schema, first["loc"][:-1])
         allowed = f"; allowed: {', '.join(owner.model_fields)}" if owner else ""
         return f"{where}: unknown key {key}{allowed}{more}"
+    if first["type"] == "union_tag_invalid":
+        told = first["ctx"]
+        return f"{where}: {key}.kind = {told['tag']!r}: there are {told['expected_tags']}{more}"
     if first["type"] == "missing":
         return f"{where}: {key} is missing{more}"
     if first["type"] in ("value_error", "assertion_error"):
         return f"{where}: {key}: {first['ctx']['error']}{more}"
     return f"{where}: {key} = {_short(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"
+
+
+def _without_tags(schema: type[BaseModel], loc: tuple[str | int, ...]) -> list[str | int]:
+    """`loc` as the file has it: without the kinds by which members of a union are told apart."""
+    kept: list[str | int] = []
+    for index, part in enumerate(loc):
+        owner = _schema_at(schema, loc[:index])
+        is_field = owner is None or isinstance(part, int) or part in owner.model_fields
+        if is_field or _schema_at(schema, loc[: index + 1]) is None:
+            kept.append(part)
+    return kept
 
 
 def _schema_at(schema: type[BaseModel], loc: tuple[str | int, ...]) -> type[BaseModel] | None:

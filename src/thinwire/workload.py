@@ -23,7 +23,7 @@ from thinwire.config.model import ModelConfig
 from thinwire.errors import UserError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-OPTIMIZER_BYTES_PER_PARAMETER = {"adamw": 8, "sgd": 4, "signsgd": 0}
+OPTIMIZER_BYTES_PER_PARAMETER = {"adamw": 8, "sgd": 4, "muon": 4, "signsgd": 0}
 BACKWARD_OVER_FORWARD = 2.0
 
 
@@ -151,7 +151,8 @@ class Workload:
         return self.num_parameters * _dtype_bytes(dtype)
 
     def optimizer_bytes(self, optimizer: str = "adamw") -> int:
-        """State beside parameters and gradients, kept in float32: two moments for adamw, one momentum for sgd, none for signsgd."""
+        """State beside parameters and gradients, kept in float32: two moments for adamw, one momentum for sgd and muon, none for
+        signsgd."""
         if optimizer not in OPTIMIZER_BYTES_PER_PARAMETER:
             raise UserError(f"optimizer {optimizer!r} is not known; there are {', '.join(OPTIMIZER_BYTES_PER_PARAMETER)}")
         return self.num_parameters * OPTIMIZER_BYTES_PER_PARAMETER[optimizer]

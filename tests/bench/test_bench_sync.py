@@ -20,6 +20,8 @@ from thinwire.bench.stock_sync import SILENT, StockSync
 from thinwire.bench.sync import DEFAULTS, Link, find_links, shaped
 from thinwire.bench.sync_bars import Bar, bar_rows
 from thinwire.bench.sync_methods import compress_section, make_method
+from thinwire.bench.sync_rates import rate_needed, rate_predicted
+from thinwire.bench.sync_target import add_targets, loss_at, steps_to
 from thinwire.cli.main import app
 from thinwire.cluster import load_cluster
 from thinwire.errors import UserError
@@ -44,11 +46,8 @@ def test_our_names() -> None:
     assert plain["kind"] == "int4" and plain["feedback"] and not plain["vectors"] and plain["exclude"]
     assert compress("int4-nofeedback") == plain | {"feedback": False}
     assert compress("int4-all-fused") == plain | {"exclude": (), "vectors": True, "fused": True}
-    assert make_method("int8-512k", {"sync": {"accumulate": 3, "bucket_bytes": 1}}).config.sync.model_dump() == {
-        "kind": "every_step",
-        "accumulate": 3,
-        "bucket_bytes": 512 * 1024,
-    }
+    sync = make_method("int8-512k", {"sync": {"accumulate": 3, "bucket_bytes": 1}}).config.sync
+    assert (sync.kind, sync.accumulate, sync.bucket_bytes) == ("every_step", 3, 512 * 1024)
     assert compress("codebook2")["kind"] == "codebook2"
     assert compress_section("powersgd4") == {"kind": "powersgd", "rank": 4}
     assert make_method("demo8", {}).config.train.optimizer.kind == "signsgd"
@@ -220,3 +219,37 @@ def test_a_small_comparison_is_whole(tmp_path: Path) -> None:
 def preset_hidden() -> int:
     """Of the preset that the comparison changes."""
     return int(make_method("none", {"model": {"preset": DEFAULTS["preset"]}}).config.model.hidden)
+
+
+def test_a_curve_tells_when_the_target_is_reached() -> None:
+    curve = [(10, 3.0), (20, 2.0), (30, 1.0)]
+    assert loss_at(curve, 25) == 1.5 and loss_at(curve, 5) == 3.0 and loss_at(curve, 99) == 1.0
+    assert steps_to(curve, 1.5) == 25 and steps_to(curve, 3.5) == 10 and steps_to(curve, 0.5) is None
+    rows = [{"method": name, "seed": 0, "step_s": step_s} for name, step_s in (("ddp", 2.0), ("int4", 0.5))]
+    learned = [{"method": "ddp", "seed": 0, "curve": curve}, {"method": "int4", "seed": 0, "curve": [(10, 3.0), (30, 0.9)]}]
+    add_targets(rows, learned, 0.8, "ddp", 1.0)
+    assert rows[0]["target_loss"] == pytest.approx(1.6) and rows[0]["time_ratio"] == pytest.approx(2.0)
+    assert rows[1]["time_to_target_s"] == pytest.approx(0.5 * (10 + 20 * 1.4 / 2.1))
+
+
+def test_the_rate_that_a_level_needs() -> None:
+    points = [(1e6, 0.2), (1e7, 0.6), (1e8, 0.99)]
+    assert rate_needed(points, 0.4) == pytest.approx(10**6.5)
+    assert rate_needed(points, 0.1) is None and rate_needed(points, 0.999) is None
+    assert rate_predicted(lambda rate: rate / (rate + 1e6), 0.5) == pytest.approx(1e6)
+    assert rate_predicted(lambda rate: 0.5, 0.9) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "every", "code"),
+    [
+        ("diloco30", "diloco", 30, "none"),
+        ("streaming40-overlap5-layers2-int4", "streaming", 40, "int4"),
+        ("muloco30-fp4", "muloco", 30, "fp4"),
+    ],
+)
+def test_methods_that_exchange_rarely(name: str, kind: str, every: int, code: str) -> None:
+    config = make_method(name, {}).config
+    assert (config.sync.kind, config.sync.every, config.compress.kind) == (kind, every, code)
+    if kind == "streaming":
+        assert (config.sync.overlap, config.sync.layers_per_fragment) == (5, 2)

@@ -45,7 +45,7 @@ def test_missing_files(tmp_path: Path) -> None:
 
 def test_a_broken_cluster_file(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text('name = "c"\n[[host]]\nname = "a"\ncard = { bandwidth_bps = "100 ms" }\n')
-    done = thinwire("lab", "run", "--cluster", "c.toml", "--", "true", cwd=tmp_path)
+    done = thinwire("lab", "run", "--cluster", "c.toml", "--", "true", cwd=tmp_path, cold=True)
     assert done.returncode == 2
     assert "c.toml: host.0.card.bandwidth_bps: '100 ms' has a wrong unit; allowed: bit/s kbit/s" in one_line(done.stderr)
 
@@ -67,13 +67,13 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        done = thinwire("train", "run.toml", cwd=tmp_path, **variables)
+        done = thinwire("train", "run.toml", cwd=tmp_path, cold=True, **variables)
     assert done.returncode == 2
     assert f"cannot join 2 ranks at 127.0.0.1:{port}" in one_line(done.stderr)
 
 
 def test_a_rank_that_never_comes(tmp_path: Path) -> None:
-    (tmp_path / "run.toml").write_text(TOML + 'timeout_s = "3 s"\n')
+    (tmp_path / "run.toml").write_text(TOML + 'timeout_s = "1 s"\n')
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -1,5 +1,6 @@
 """The metered backend on real ranks: results are gloo's own, and each call is entered with the bytes of its formula."""
 
+import sys
 import threading
 import time
 from collections import Counter
@@ -385,3 +386,24 @@ def test_the_meter_costs_at_most_50_us_a_call(ranks2: Pool, op) -> None:
         if costs[-1] <= 50e-6:
             break
     assert min(costs) <= 50e-6, costs
+
+
+def references_while_under_way(context: Rank) -> tuple[int, int]:
+    """How many hold a group of ours before a call, and while it waits for the other rank."""
+    group = dist.new_group(range(context.world_size))
+    dist.all_reduce(torch.ones(1), group=group)
+    before = sys.getrefcount(group)
+    if context.rank == 1:
+        dist.recv(torch.empty(1), 0)
+    work = dist.all_reduce(torch.ones(1), group=group, async_op=True)
+    during = sys.getrefcount(group)
+    if context.rank == 0:
+        dist.send(torch.ones(1), 1)
+    work.wait()
+    return before, during
+
+
+def test_a_call_under_way_does_not_hold_its_group(ranks2: Pool) -> None:
+    """gloo's thread lets go of the callback late; were that the last one to hold the group, it would have to join itself."""
+    before, during = ranks2.run(references_while_under_way)[0]
+    assert during == before

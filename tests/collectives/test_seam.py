@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from pool import Pool, Rank
 from thinwire.collectives.ledger import Call, Total
-from thinwire.collectives.seam import all_reduce
+from thinwire.collectives.seam import all_reduce, swap
 
 N = 24
 
@@ -24,3 +24,16 @@ def test_a_call_is_entered_once_whatever_the_backend(ranks4: Pool) -> None:
             call, entered = entries[0]
             assert call == Call(label="bucket 0", axis="world", op="all_reduce", world_size=4, message_bytes=4 * N)
             assert (entered.calls, entered.wire_bytes) == (1, 6 * N)
+
+
+def swapped(context: Rank, backend: str) -> tuple[float, dict[Call, int]]:
+    group = dist.group.WORLD if backend == "thinwire" else dist.new_group(backend=backend)
+    theirs = swap(torch.full((N,), float(context.rank)), context.rank ^ 2, group, context.ledger, "pair")
+    return float(theirs.mean()), {call: total.wire_bytes for call, total in context.recorded().items() if call.op == "send"}
+
+
+def test_two_swap_and_each_send_is_entered_once_whatever_the_backend(ranks4: Pool) -> None:
+    for backend in ("thinwire", "gloo"):
+        for rank, (got, sends) in enumerate(ranks4.run(swapped, backend)):
+            assert got == rank ^ 2
+            assert sends == {Call(label="pair", axis="world", op="send", world_size=4, message_bytes=4 * N): 4 * N}

@@ -1,15 +1,16 @@
 """The command as a user meets it: in the lab, on this machine's ranks, and where something is wrong."""
 
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
+from command import started, thinwire
 from thinwire.cluster import Cluster, Device, Host, Link, Quantity, Switch, load_cluster
 from thinwire.lab.commands import processes_for
 from thinwire.lab.kernel import examine
@@ -26,24 +27,26 @@ def port() -> int:
         return int(line.getsockname()[1])
 
 
-def start(rank: int, world_size: int, port: int, *arguments: str) -> subprocess.Popen[str]:
-    place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "MASTER_PORT": port}
-    variables = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": LOOPBACK}
-    return subprocess.Popen(
-        [*PROBE, *arguments], env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def rank_of_two(rank: int, folder: Path, port: int, output: Path) -> AbstractContextManager[subprocess.Popen[str]]:
+    """`thinwire probe -o OUTPUT` as one of two ranks on this machine."""
+    place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    variables = {name: str(value) for name, value in place.items()}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": LOOPBACK}
+    return started("probe", "-o", str(output), cwd=folder, **variables)
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    try:
-        out, err = process.communicate(timeout=40)
-    finally:
-        process.kill()
+    out, err = process.communicate(timeout=40)
     return process.returncode, out, err
 
 
+def both(folder: Path, port: int, output: Path) -> tuple[tuple[int, str, str], tuple[int, str, str]]:
+    with rank_of_two(0, folder, port, output) as first, rank_of_two(1, folder, port, output) as second:
+        return end(first), end(second)
+
+
 def test_started_alone_it_says_how_to_start_it(tmp_path: Path) -> None:
-    done = subprocess.run([*PROBE, "-o", str(tmp_path / "c.toml")], capture_output=True, text=True, timeout=40, check=False)
+    done = thinwire("probe", "-o", "c.toml", cwd=tmp_path, cold=True)
     assert done.returncode == 2
     assert done.stderr.startswith("thinwire: error: a probe measures between ranks")
     assert "torchrun" in done.stderr and "thinwire lab run" in done.stderr
@@ -52,7 +55,7 @@ def test_started_alone_it_says_how_to_start_it(tmp_path: Path) -> None:
 
 def test_ranks_of_one_machine_are_one_host(tmp_path: Path, port: int) -> None:
     path = tmp_path / "c.toml"
-    (code, out, err), (other, _, _) = [end(process) for process in [start(rank, 2, port, "-o", str(path)) for rank in (0, 1)]]
+    (code, out, err), (other, _, _) = both(tmp_path, port, path)
     assert (code, other) == (0, 0), err
     assert "there are no links to measure" in out
     cluster = load_cluster(path)
@@ -63,24 +66,25 @@ def test_ranks_of_one_machine_are_one_host(tmp_path: Path, port: int) -> None:
 
 def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path: Path, port: int) -> None:
     path = tmp_path / "missing" / "c.toml"
-    (code, out, err), (other, _, echo) = [end(process) for process in [start(rank, 2, port, "-o", str(path)) for rank in (0, 1)]]
+    (code, out, err), (other, _, echo) = both(tmp_path, port, path)
     assert (code, other) == (2, 2)
     assert err.strip() == f"thinwire: error: {path} cannot be written: No such file or directory; give another file with -o"
     assert (out, echo) == ("", "")
 
 
 def test_a_rank_that_vanishes_ends_the_others_in_one_line(tmp_path: Path, port: int) -> None:
-    first, second = (start(rank, 2, port, "-o", str(tmp_path / "c.toml")) for rank in (0, 1))
-    assert first.stdout is not None
-    assert "1 host, 2 ranks" in first.stdout.readline()
-    second.send_signal(signal.SIGKILL)
-    begun = time.monotonic()
-    code, _, err = end(first)
-    end(second)
-    assert code == 1
+    path = tmp_path / "c.toml"
+    with rank_of_two(0, tmp_path, port, path) as first, rank_of_two(1, tmp_path, port, path) as second:
+        assert first.stdout is not None
+        assert "1 host, 2 ranks" in first.stdout.readline()
+        second.send_signal(signal.SIGKILL)
+        begun = time.monotonic()
+        code, _, err = end(first)
+        killed, _, _ = end(second)
+    assert (code, killed) == (1, -signal.SIGKILL)
     assert time.monotonic() - begun < 20
     assert err.strip().splitlines()[-1].startswith("thinwire: error: rank 0 lost the connection to another rank")
-    assert not (tmp_path / "c.toml").exists()
+    assert not path.exists()
 
 
 @pytest.mark.lab

@@ -82,7 +82,7 @@ def unexplained(predicted: list[Transfer], steady: dict, steps: int, world_size:
     for transfer in predicted:
         wire = sent_bytes(transfer.op, transfer.message_bytes, world_size, rank) * transfer.calls * steps
         call = Call(
-            label=transfer.label, axis="world", op=transfer.op, world_size=world_size, message_bytes=transfer.message_bytes
+            label=transfer.label, axis=transfer.axis, op=transfer.op, world_size=world_size, message_bytes=transfer.message_bytes
         )
         wanted[call] = (transfer.calls * steps, wire)
     found = {call: (total.calls, total.wire_bytes) for call, total in steady.items()}

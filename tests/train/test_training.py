@@ -1,15 +1,20 @@
 """Whole runs on real ranks: what they write, what they resume, and that they send what was predicted."""
 
+import re
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from small_run import make_config
 
 from pool import Pool, Rank, RankFailure
 from thinwire.compress.exchange import make_exchange
 from thinwire.config.compress import Coded
 from thinwire.config.run import RunConfig
+from thinwire.errors import UserError
 from thinwire.record import RunFolder
 from thinwire.report import as_json, gather
 from thinwire.train.runtime import StopRequest, Surroundings
@@ -34,7 +39,7 @@ def run_training(context: Rank, config: RunConfig, resume: Path | None = None, s
     rank = TrainingRank(
         config=config,
         surroundings=Surroundings(place=None, lab=None, error_file=None, cache_folder=Path("/nonexistent"), results=None),
-        layout=config.layout.resolve(context.world_size),
+        layout=config.layout.resolve(context.world_size, rare=config.sync.rare),
         ledger=ledger,
         device=torch.device("cpu"),
         stop=StopAfter(ledger, stop_after),
@@ -50,15 +55,8 @@ def scores(folder: Path) -> dict[int, float]:
     return {event.step: event.loss for event in RunFolder.open(folder).evals()}
 
 
-def test_a_run_learns_and_leaves_a_whole_folder(ranks2: Pool, config: RunConfig) -> None:
-    (outcome, other) = ranks2.run(run_training, config)
-    assert outcome == other and outcome.reason == "done"
-    folder = RunFolder.open(outcome.folder)
-    assert len(folder.steps()) == 12 and [event.step for event in folder.evals()] == [4, 8, 12]
-    assert folder.evals()[-1].loss < folder.evals()[0].loss < 6
-    assert folder.end() is not None and folder.end().reason == "done"  # type: ignore[union-attr]
-    assert sorted(path.name for path in (outcome.folder / "checkpoints").iterdir()) == ["step-000012"]
-    assert list((outcome.folder / "tensorboard").iterdir())
+def compressed(config: RunConfig, kind: str) -> RunConfig:
+    return config if kind == "none" else config.model_copy(update={"compress": Coded(kind=kind)})
 
 
 def labels_of_a_run(context: Rank, config: RunConfig) -> tuple[Outcome, set[str]]:
@@ -66,8 +64,59 @@ def labels_of_a_run(context: Rank, config: RunConfig) -> tuple[Outcome, set[str]
     return outcome, {call.label for call, total in context.recorded().items() if total.last_step >= 0}
 
 
-def test_predicted_transfers_equal_the_ledger_of_a_whole_run(ranks4: Pool, config: RunConfig) -> None:
-    outcome, labels = ranks4.run(labels_of_a_run, config)[0]
+Finished = Callable[[Pool, str], list[tuple[Outcome, set[str]]]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """(pool, kind) -> by rank, outcome and labels of a run that nobody interrupts.
+
+    Each is made once; a test that changes the folder takes a copy.
+    """
+
+    @cache
+    def run(pool: Pool, kind: str) -> list[tuple[Outcome, set[str]]]:
+        config = make_config(tmp_path_factory.mktemp("finished"), checkpoint_every=5)
+        return pool.run(labels_of_a_run, compressed(config, kind))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def cut_at_six(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Pool, str], Outcome]:
+    """(pool, kind) -> a run that was asked to stop after six steps. Made once, as `finished`."""
+
+    @cache
+    def run(pool: Pool, kind: str) -> Outcome:
+        return pool.run(run_training, compressed(make_config(tmp_path_factory.mktemp("cut")), kind), None, 6)[0]
+
+    return run
+
+
+def refusals(context: Rank, config: RunConfig, resume: Path | None = None) -> str:
+    """What this rank is told by a training that is refused."""
+    try:
+        run_training(context, config, resume)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("it was not refused")
+
+
+def test_a_run_learns_and_leaves_a_whole_folder(ranks2: Pool, finished: Finished) -> None:
+    (outcome, _), (other, _) = finished(ranks2, "none")
+    assert outcome == other and outcome.reason == "done"
+    folder = RunFolder.open(outcome.folder)
+    assert len(folder.steps()) == 12 and [event.step for event in folder.evals()] == [4, 8, 12]
+    assert folder.evals()[-1].loss < folder.evals()[0].loss < 6
+    assert folder.end() is not None and folder.end().reason == "done"  # type: ignore[union-attr]
+    assert sorted(path.name for path in (outcome.folder / "checkpoints").iterdir()) == [
+        "step-000005", "step-000010", "step-000012",
+    ]  # fmt: skip
+    assert list((outcome.folder / "tensorboard").iterdir())
+
+
+def test_predicted_transfers_equal_the_ledger_of_a_whole_run(ranks4: Pool, finished: Finished) -> None:
+    outcome, labels = finished(ranks4, "none")[0]
     facts = as_json(gather(RunFolder.open(outcome.folder)))
     predicted = [row for row in facts["transfers"] if row["predicted_bytes"] is not None]
     assert len(predicted) >= 4
@@ -81,36 +130,33 @@ def test_predicted_transfers_equal_the_ledger_of_a_whole_run(ranks4: Pool, confi
     [("ranks2", 1, "none"), ("ranks4", 1, "none"), ("ranks4", 5, "none"), ("ranks4", 5, "int4"), ("ranks2", 3, "bf16")],
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(
-    request: pytest.FixtureRequest, config: RunConfig, tmp_path: Path, pool: str, stop_after: int, kind: str
+    request: pytest.FixtureRequest, config: RunConfig, finished: Finished, pool: str, stop_after: int, kind: str
 ) -> None:
     ranks: Pool = request.getfixturevalue(pool)
-    if kind != "none":
-        config = config.model_copy(update={"compress": Coded(kind=kind)})
-    whole = ranks.run(run_training, config)[0].folder
-    kept = tmp_path / "whole"
-    shutil.move(whole, kept)
+    config = compressed(config, kind)
+    whole = finished(ranks, kind)[0][0].folder
     cut = ranks.run(run_training, config, None, stop_after)[0]
     assert cut.reason == "interrupted" and max(losses(cut.folder)) == stop_after
     resumed = ranks.run(run_training, config, cut.folder)[0]
     assert resumed.reason == "done"
-    assert losses(resumed.folder) == losses(kept)
-    assert scores(resumed.folder) == scores(kept)
+    assert losses(resumed.folder) == losses(whole)
+    assert scores(resumed.folder) == scores(whole)
 
 
-def test_resume_drops_what_came_after_the_checkpoint(ranks2: Pool, tmp_path: Path, config: RunConfig) -> None:
-    config = config.model_copy(update={"train": config.train.model_copy(update={"checkpoint_every": 5})})
-    folder = ranks2.run(run_training, config)[0].folder
+def test_resume_drops_what_came_after_the_checkpoint(ranks2: Pool, tmp_path: Path, config: RunConfig, finished: Finished) -> None:
+    folder = shutil.copytree(finished(ranks2, "none")[0][0].folder, tmp_path / "run")
     before = losses(folder)
     shutil.rmtree(folder / "checkpoints" / "step-000012")
     resumed = ranks2.run(run_training, config, folder)[0].folder
-    assert losses(resumed) == before
+    assert resumed == folder and losses(resumed) == before
     assert [event.dropped for event in RunFolder.open(resumed).resumes()] and (folder / "checkpoints" / "step-000012").is_dir()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "progress"])
-def test_a_damaged_checkpoint_is_one_line_and_harms_nothing(ranks2: Pool, config: RunConfig, damage: str) -> None:
-    config = config.model_copy(update={"train": config.train.model_copy(update={"checkpoint_every": 6})})
-    folder = ranks2.run(run_training, config)[0].folder
+def test_a_damaged_checkpoint_is_one_line_and_harms_nothing(
+    ranks2: Pool, tmp_path: Path, config: RunConfig, finished: Finished, damage: str
+) -> None:
+    folder = shutil.copytree(finished(ranks2, "none")[0][0].folder, tmp_path / "run")
     newest = folder / "checkpoints" / "step-000012"
     victim = (
         newest / "progress.json" if damage == "progress" else max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
@@ -120,8 +166,8 @@ def test_a_damaged_checkpoint_is_one_line_and_harms_nothing(ranks2: Pool, config
     else:
         victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
     events = (folder / "events.jsonl").read_text()
-    with pytest.raises(RankFailure, match=r"step-000012 is damaged: .*; remove it to resume from step-000006"):
-        ranks2.run(run_training, config, folder)
+    for told in ranks2.run(refusals, config, folder):
+        assert re.search(r"step-000012 is damaged: .*; remove it to resume from step-000010$", told)
     assert (folder / "events.jsonl").read_text() == events and newest.is_dir()
     shutil.rmtree(newest)
     assert ranks2.run(run_training, config, folder)[0].reason == "done"
@@ -143,29 +189,35 @@ def adopted_owed(context: Rank, config: RunConfig, checkpoint: Path) -> dict[str
 @pytest.mark.parametrize("kind", ["none", "int4"])
 @pytest.mark.parametrize("pool", ["ranks2", "ranks8"])
 def test_another_number_of_ranks_goes_on_and_conserves_what_is_owed(
-    request: pytest.FixtureRequest, ranks4: Pool, config: RunConfig, pool: str, kind: str
+    request: pytest.FixtureRequest,
+    ranks4: Pool,
+    config: RunConfig,
+    tmp_path: Path,
+    cut_at_six: Callable[[Pool, str], Outcome],
+    pool: str,
+    kind: str,
 ) -> None:
     ranks: Pool = request.getfixturevalue(pool)
+    config = compressed(config, kind)
+    folder = shutil.copytree(cut_at_six(ranks4, kind).folder, tmp_path / "run")
+    before = scores(folder)
     if kind != "none":
-        config = config.model_copy(update={"compress": Coded(kind=kind)})
-    cut = ranks4.run(run_training, config, None, 6)[0]
-    before = scores(cut.folder)
-    if kind != "none":
-        checkpoint = cut.folder / "checkpoints" / "step-000006"
+        checkpoint = folder / "checkpoints" / "step-000006"
         owed = owed_on_average(checkpoint)
         adopted = ranks.run(adopted_owed, config, checkpoint)
         for name, wanted in owed.items():
             after = torch.stack([rank[name].double() for rank in adopted]).mean(0)
             torch.testing.assert_close(after, wanted, rtol=0, atol=1e-6)
         assert owed and any(wanted.abs().max() > 0 for wanted in owed.values())
-    resumed = ranks.run(run_training, config, cut.folder)[0]
+    resumed = ranks.run(run_training, config, folder)[0]
     assert resumed.reason == "done"
     assert scores(resumed.folder)[12] < before[4]
 
 
-def test_a_run_folder_is_not_overwritten(ranks2: Pool, config: RunConfig) -> None:
-    folder = ranks2.run(run_training, config)[0].folder
+def test_a_run_folder_is_not_overwritten(ranks2: Pool, config: RunConfig, finished: Finished) -> None:
+    folder = finished(ranks2, "none")[0][0].folder
     events = (folder / "events.jsonl").read_text()
+    config = config.model_copy(update={"train": config.train.model_copy(update={"run": str(folder)})})
     with pytest.raises(RankFailure, match="is not empty"):
         ranks2.run(run_training, config)
     assert (folder / "events.jsonl").read_text() == events

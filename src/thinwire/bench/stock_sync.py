@@ -12,7 +12,7 @@ pass, and its PowerSGD can compress only from the third on. So all methods begin
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +34,10 @@ SILENT = "silent"
 
 class StockSync:
     """One per rank; see thinwire.sync.base.Synchroniser. group: whose backend does the exchange."""
+
+    replicas_differ = False
+    settled_after = 0
+    num_micro = 1
 
     def __init__(self, hook: str, rank: int, group: dist.ProcessGroup) -> None:
         self.ready_at = 0.0
@@ -80,6 +84,13 @@ class StockSync:
 
     def after_step(self, step: int) -> None:
         """Nothing: replicas are equal after each step."""
+
+    def finish(self) -> None:
+        """Nothing."""
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The model as it is."""
+        return nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
         """A benchmark is not resumed."""

@@ -14,12 +14,15 @@ one seed after another; replicas must be bit-equal at the end. Without a cluster
     wait_s                of ours: from a rank's last gradient until the exchange was over
     late                  by how much passes took longer than declared, as a fraction
     spread                of the turns: between the quartiles, as a fraction
+
+With three links or more a table says which rate each method needs (`sync_rates`); with `target`, a part of data parallelism's
+tokens, each row says how long the loss that it has then takes (`sync_target`).
 """
 
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -28,13 +31,21 @@ from typing import Any
 from thinwire.bench.local import run_local
 from thinwire.bench.progress import shown
 from thinwire.bench.registry import Rows, take
-from thinwire.bench.sync_bars import bar_rows
+from thinwire.bench.sync_bars import UNCOMPRESSED, bar_rows
 from thinwire.bench.sync_methods import make_method
+from thinwire.bench.sync_rates import rate_rows
+from thinwire.bench.sync_target import add_targets
 from thinwire.cluster import Cluster, Quantity, load_cluster
+from thinwire.collectives.ledger import Ledger
 from thinwire.errors import UserError
 from thinwire.lab.commands import processes_for
 from thinwire.lab.run import RESULTS, LabOptions, launch
+from thinwire.layout import Layout
+from thinwire.plan.cost import Setting, predict
+from thinwire.sync.make import make_synchroniser
+from thinwire.traffic import Transfer
 from thinwire.units import parse, show
+from thinwire.workload import Workload
 
 DEFAULTS: Mapping[str, Any] = {
     "methods": ["ddp", "ddp-fp16", "ddp-powersgd4", "none", "bf16", "int8", "int4", "int4-all", "sign", "topk"],
@@ -54,6 +65,8 @@ DEFAULTS: Mapping[str, Any] = {
     "eval_tokens": 65_536,
     "turns": 5,
     "turn_s": 2.0,
+    "curve_every": 0,
+    "target": 0.0,
 }
 UNSHAPED = "unshaped"
 UNSHAPED_BPS = 100e9
@@ -82,15 +95,48 @@ def run(cluster_name: str | None = None, options: Mapping[str, Any] | None = Non
         "seeds": seeds,
         "timeout_s": TIMEOUT_S,
         **{key: told[key] for key in ("fused", "turns", "turn_s")},
+        "curve_every": told["curve_every"] or (max(1, told["steps"] // 20) if told["target"] else 0),
     }
     if cluster is None:
-        found = _on_loopback("time,learn", told["ranks"], settings)
-        timed, learned = {links[0]: found["time"]}, found["learn"]
+        both = _on_loopback("time,learn", told["ranks"], settings)
+        timed, learned = {links[0]: both["time"]}, both["learn"]
     else:
         timed = {link: _in_lab(cluster, link, settings) for link in links}
         learned = _on_loopback("learn", cluster.world_size, settings)["learn"]
     rows = [_row(timed[link], link, one) for link in links for one in learned]
-    return rows + bar_rows(rows)
+    if told["target"]:
+        unshaped = next((timed[link] for link in links if link.rate_bps is None), None)
+        unshaped_s = median(unshaped[UNCOMPRESSED[0]]["step_s"]) if unshaped and UNCOMPRESSED[0] in unshaped else None
+        add_targets(rows, learned, told["target"], UNCOMPRESSED[0], unshaped_s)
+    needed = rate_rows(rows, _predicted(cluster, methods, told)) if cluster is not None and len(links) > 2 else []
+    return rows + bar_rows(rows) + needed
+
+
+def _predicted(cluster: Cluster, methods: Sequence[str], told: Mapping[str, Any]) -> dict[str, Callable[[float], float]]:
+    """For each method of ours: utilisation by the cost model, of the rate of the cards, compute as declared."""
+    found: dict[str, Callable[[float], float]] = {}
+    rates = tuple(rate.value for rank in range(cluster.world_size) if (rate := cluster.device_of(rank).flops_per_s) is not None)
+    for name in methods:
+        method = make_method(name, _base(told), fused=told["fused"])
+        if method.hook or len(rates) < cluster.world_size:
+            continue
+        config, size = method.config, cluster.world_size
+        layout = Layout(outer=size) if config.sync.rare else Layout(data=size)
+        workload = Workload.of_transformer(config.model.shape(), config.train.micro_batch, config.train.sequence)
+        transfers = make_synchroniser(config.sync, config.compress, layout, Ledger()).traffic(workload, layout)
+
+        def utilisation(
+            rate_bps: float, layout: Layout = layout, workload: Workload = workload, transfers: Sequence[Transfer] = transfers
+        ) -> float:
+            there = shaped(cluster, Link(rate_bps))
+            setting = Setting(
+                cluster=there, layout=layout, workload=workload, micro_batches=told["accumulate"], flops_per_s=rates
+            )
+            prediction = predict(setting, transfers)
+            return (prediction.step_s - prediction.exposed_s) / prediction.step_s
+
+        found[name] = utilisation
+    return found
 
 
 def find_links(wanted: Sequence[Any], cluster: Cluster | None) -> list[Link]:

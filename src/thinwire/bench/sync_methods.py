@@ -7,6 +7,9 @@
     KIND-nofeedback                   without error feedback
     KIND-fused                        with compiled kernels
     KIND-256k                         with buckets of 256 KiB
+    SYNCn                             a kind of [sync] that exchanges every n steps: diloco30, streaming30, sparseloco30, ..
+    SYNCn-KIND                        the same through a kind of [compress]
+    streamingN-overlap5-layers2       with so many steps of overlap, and layers in a fragment
 
 What a method changes of the run (its optimizer, say) is in `TRAIN`, by kind.
 """
@@ -24,16 +27,19 @@ from thinwire.errors import UserError
 from thinwire.tomlfile import validate
 
 STOCK = re.compile(r"ddp(?:-(?P<hook>fp16|powersgd(?P<rank>[1-9]\d*)))?")
-KIND = re.compile(r"(?P<kind>[a-z]+)(?P<number>[1-9]\d*)")
+KIND = re.compile(r"(?P<kind>[a-z_]+)(?P<number>[1-9]\d*)")
 BUCKETS = re.compile(r"([1-9]\d*)k")
 NUMBERS: Mapping[str, str] = {"powersgd": "rank", "svd": "rank", "topk": "k", "demo": "k"}
 """What the number behind a kind's name sets."""
+RARE = ("local_sgd", "diloco", "streaming", "sparseloco", "muloco", "noloco")
+SYNC_NUMBERS: Mapping[str, str] = {"overlap": "overlap", "layers": "layers_per_fragment"}
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "all": {"exclude": [], "vectors": True},
     "nofeedback": {"feedback": False},
     "fused": {"fused": True},
 }
 TRAIN: Mapping[str, Mapping[str, Any]] = {
+    "muloco": {"optimizer": {"kind": "muon"}},
     "demo": {"optimizer": {"kind": "signsgd"}, "learning_rate": 1e-3, "clip": 0.0},
 }
 """Changes to [train] that belong to a kind: DeMo's momentum is in its exchange, and only the sign of what comes out is used."""
@@ -56,18 +62,29 @@ def make_method(name: str, base: Mapping[str, Any], *, fused: bool = False) -> M
         hook = "powersgd" if stock["rank"] else stock["hook"] or ""
         return Method(name, _config(name, base, {}, {}), hook, int(stock["rank"] or 0))
     word, *variants = name.split("-")
-    compress, sync = compress_section(word), dict(base.get("sync", {}))
+    sync = dict(base.get("sync", {}))
+    rare = KIND.fullmatch(word)
+    if rare and rare["kind"] in RARE:
+        sync |= {"kind": rare["kind"], "every": int(rare["number"])}
+        compress: dict[str, Any] = {}
+    else:
+        rare, compress = None, compress_section(word)
     for variant in variants:
-        buckets = BUCKETS.fullmatch(variant)
-        if buckets:
+        buckets, number = BUCKETS.fullmatch(variant), KIND.fullmatch(variant)
+        if number and number["kind"] in SYNC_NUMBERS:
+            sync[SYNC_NUMBERS[number["kind"]]] = int(number["number"])
+        elif buckets:
             sync["bucket_bytes"] = int(buckets[1]) * 1024
         elif variant in VARIANTS:
             compress |= VARIANTS[variant]
+        elif rare and "kind" not in compress:
+            compress = {**compress_section(variant), **compress}
         else:
             raise UserError(f"method {name!r}: there is no variant {variant!r}; there are {', '.join(VARIANTS)}, and 256k")
-    if fused and _has_kernels(compress["kind"]):
+    if fused and compress and _has_kernels(compress["kind"]):
         compress["fused"] = True
-    return Method(name, _config(name, {**base, "sync": sync}, compress, TRAIN.get(compress["kind"], {})))
+    changes = TRAIN.get(sync["kind"] if rare else compress["kind"], {})
+    return Method(name, _config(name, {**base, "sync": sync}, compress, changes))
 
 
 def compress_section(word: str) -> dict[str, Any]:

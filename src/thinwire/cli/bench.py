@@ -9,13 +9,15 @@ PIPED_COLUMNS = 200
 """Width of a table that nobody watches in a terminal."""
 
 
-def bench(
+def bench(  # noqa: PLR0913 - each is an option of the command line
     name: Annotated[str, typer.Argument(help="Which: `thinwire bench list` names them.")],
     cluster: Annotated[str | None, typer.Option(help="A cluster file, or the name of a shipped one.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of this benchmark.")] = None,
     methods: Annotated[str | None, typer.Option(metavar="A,B", help="Option `methods`: names, with commas between.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Option `seeds`: how many.")] = None,
+    target: Annotated[float | None, typer.Option(help="Option `target`: time to the loss at this part of ddp's tokens.")] = None,
+    unshaped: Annotated[bool, typer.Option("--unshaped", help="Adds `unshaped` to the links.")] = False,
     links: Annotated[str | None, typer.Option(metavar="A,B", help="Option `links`, e.g. '1 Mbit/s,unshaped'.")] = None,
 ) -> None:
     """Measure on this machine and compare. Takes minutes."""
@@ -33,6 +35,10 @@ def bench(
     options: dict[str, Any] = registry.parse_options(changes or [])
     listed = {"methods": methods, "links": links}
     options |= {key: [part.strip() for part in text.split(",")] for key, text in listed.items() if text is not None}
+    if unshaped:
+        options.setdefault("links", []).append("unshaped")
+    if target is not None:
+        options["target"] = target
     if seeds is not None:
         options["seeds"] = seeds
     rows = registry.find(name)(cluster, options)

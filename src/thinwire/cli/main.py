@@ -9,7 +9,9 @@ from thinwire import __version__
 from thinwire.cli import lab, train
 from thinwire.cli.bench import bench
 from thinwire.cli.probe import probe
+from thinwire.cli.replicas import replicas, serve
 from thinwire.cli.report import report
+from thinwire.cli.shrink import shrink
 from thinwire.errors import UserError
 
 USER_ERROR = 2
@@ -22,8 +24,11 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("train")(train.train)
+app.command("replicas")(replicas)
+app.command("serve")(serve)
 app.command("probe")(probe)
 app.command("report")(report)
+app.command("shrink")(shrink)
 app.command("bench")(bench)
 app.add_typer(lab.app, name="lab")
 

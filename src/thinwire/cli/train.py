@@ -50,7 +50,7 @@ def _launch(run: Path | None, changes: list[str], resume: Path | None) -> int:
 
     config = _configure(run, changes, resume)
     ranks = config.train.ranks or (load_cluster(config.cluster.file).world_size if config.cluster.file else 2)
-    config.layout.resolve(ranks)
+    config.layout.resolve(ranks, rare=config.sync.rare)
 
     from thinwire.train.agent import Nodes, launch
     from thinwire.train.runtime import loopback_environment

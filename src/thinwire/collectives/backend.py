@@ -33,9 +33,9 @@ ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def register(ledger: Ledger) -> None:
-    """Make `init_process_group("thinwire")` and its sub-groups write into `ledger`. Call before init_process_group."""
-    dist.Backend.register_backend(NAME, partial(_create, ledger), devices=["cpu"])
+def register(ledger: Ledger, name: str = NAME) -> None:
+    """Make `init_process_group(name)` and its sub-groups write into `ledger`. Call before init_process_group."""
+    dist.Backend.register_backend(name, partial(_create, ledger), devices=["cpu"])
 
 
 def self_test(group: dist.ProcessGroup, ledger: Ledger) -> None:
@@ -57,6 +57,10 @@ def self_test(group: dist.ProcessGroup, ledger: Ledger) -> None:
 
 def _create(ledger: Ledger, store: dist.Store, rank: int, size: int, timeout: timedelta) -> "MeteredGroup":
     return MeteredGroup(ledger, dist.ProcessGroupGloo(store, rank, size, timeout))
+
+
+def _completed(ledger: Ledger, total: Total, issued: float, _future: Any = None) -> None:
+    ledger.completed(total, issued)
 
 
 def _bytes(tensors: Any) -> int:
@@ -121,15 +125,13 @@ class MeteredGroup(dist.ProcessGroup):
         issued = time.perf_counter()
         total = self._ledger.enter(op, message_bytes, self._group, root)
         work = issue()
-        done = partial(self._completed, total, issued)
+        # Holds the ledger only: gloo's thread drops it, late, and as the last holder of a group would have to join itself.
+        done = partial(_completed, self._ledger, total, issued)
         try:
             work.get_future().add_done_callback(done)
         except RuntimeError:  # gloo gives its reduce_scatter no future
             return _WaitedWork([work], done)
         return work
-
-    def _completed(self, total: Total, issued: float, _future: Any = None) -> None:
-        self._ledger.completed(total, issued)
 
     # -- collectives: arguments as c10d passes them (lists of tensors, options) -----------------------------------------
 
@@ -210,12 +212,12 @@ class MeteredGroup(dist.ProcessGroup):
     def send(self, tensors: Any, peer: int, tag: int) -> dist.Work:
         issued = time.perf_counter()
         total = self._ledger.enter("send", _bytes(tensors), self._group, peer)
-        return _WaitedWork([self._inner.send(tensors, peer, tag)], partial(self._completed, total, issued))
+        return _WaitedWork([self._inner.send(tensors, peer, tag)], partial(_completed, self._ledger, total, issued))
 
     def recv(self, tensors: Any, peer: int, tag: int) -> dist.Work:
         issued = time.perf_counter()
         total = self._ledger.enter("recv", _bytes(tensors), self._group, peer)
-        return _WaitedWork([self._inner.recv(tensors, peer, tag)], partial(self._completed, total, issued))
+        return _WaitedWork([self._inner.recv(tensors, peer, tag)], partial(_completed, self._ledger, total, issued))
 
     def recv_anysource(self, tensors: Any, tag: int) -> dist.Work:
         self._ledger.enter("recv", _bytes(tensors), self._group)  # no seconds: only gloo's own Work knows the source

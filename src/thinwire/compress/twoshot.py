@@ -106,6 +106,7 @@ class TwoShot:
         for source in range(p):
             mean += work[rank] if source == rank else self._codec.decode(received[source, :size], length)
             exact_mean += received[source, size:].clone().view(torch.float32)
+        self._check(mean, pieces, p)
         mean /= p
         exact_mean /= p
         code, lost[rank] = self._encode(mean)
@@ -147,10 +148,14 @@ class TwoShot:
                 values = torch.nn.functional.pad(values, (0, p * shard - values.numel()))
             work[:, start : start + shard] = values.view(p, shard)
             start += shard
-        if not finite(work):
-            for piece, columns in zip(pieces, work.split(shards, 1), strict=True):
-                check_finite(columns, piece.name)
         return work
+
+    def _check(self, mean: torch.Tensor, pieces: Sequence[Piece], p: int) -> None:
+        """What is not finite on any rank is not finite in the owner's mean, which is a p-th of what there would be to look at."""
+        if not finite(mean):
+            shards = [shard_length(piece.shape, p, self._codec.block) for piece in pieces]
+            for piece, part in zip(pieces, mean.split(shards), strict=True):
+                check_finite(part, piece.name)
 
     def _hand_out(
         self, results: list[torch.Tensor], lost: list[torch.Tensor], buffer: torch.Tensor, pieces: Sequence[Piece]

@@ -14,12 +14,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from thinwire.config.compress import Coded, NoCompression, by_kind
 from thinwire.config.model import PRESETS, ModelConfig, preset
+from thinwire.config.sync import EveryStep, Sync
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.tomlfile import read_toml, validate
 from thinwire.units import parse
 
-Bytes = Annotated[int, BeforeValidator(lambda value: int(parse(value, "B")))]
 DEFAULT_PRESET = "1m"
 Seconds = Annotated[float, BeforeValidator(lambda value: parse(value, "s"))]
 
@@ -74,44 +74,48 @@ class DataSection(_Section):
 class LayoutSection(_Section):
     """Degrees of the parallel axes; their product is the number of ranks."""
 
-    outer: int = Field(1, ge=1)
+    outer: int = Field(0, ge=0)
+    """Replicas that exchange rarely; 0: all ranks that the other axes leave if sync.kind is such a one, else 1."""
     pipe: int = Field(1, ge=1)
     data: int = Field(0, ge=0)
-    """0: all ranks that the other axes leave."""
+    """Replicas that average gradients in each step; 0: all ranks that the other axes leave, but 1 beside a rare sync.kind."""
     seq: int = Field(1, ge=1)
     tensor: int = Field(1, ge=1)
 
-    def resolve(self, world_size: int) -> Layout:
-        """The Layout for `world_size` ranks. UserError if it does not fit, or uses an axis that is not built yet."""
-        for axis in ("outer", "pipe", "seq", "tensor"):
+    def resolve(self, world_size: int, *, rare: bool) -> Layout:
+        """The Layout for `world_size` ranks. rare: of sync.kind. UserError if it does not fit, or uses an axis not built yet."""
+        for axis in ("pipe", "seq", "tensor"):
             if getattr(self, axis) > 1:
                 raise UserError(f"layout.{axis} = {getattr(self, axis)}: training over this axis does not exist yet; set it to 1")
-        others = self.outer * self.pipe * self.seq * self.tensor
-        layout = Layout(
-            outer=self.outer,
-            pipe=self.pipe,
-            data=self.data or max(1, world_size // others),
-            seq=self.seq,
-            tensor=self.tensor,
-        )
+        if self.outer > 1 and not rare:
+            raise UserError(f"layout.outer = {self.outer}: only a sync.kind that exchanges rarely uses this axis; set it to 1")
+        others = self.pipe * self.seq * self.tensor
+        if rare:
+            data = self.data or (max(1, world_size // (self.outer * others)) if self.outer else 1)
+            outer = self.outer or max(1, world_size // (data * others))
+        else:
+            outer = 1
+            data = self.data or max(1, world_size // others)
+        layout = Layout(outer=outer, pipe=self.pipe, data=data, seq=self.seq, tensor=self.tensor)
         layout.check(world_size)
         return layout
-
-
-class EveryStep(_Section):
-    """Gradients are averaged in each optimizer step, once for `accumulate` micro-batches."""
-
-    kind: Literal["every_step"] = "every_step"
-    accumulate: int = Field(1, ge=1)
-    bucket_bytes: Bytes = Field(0, ge=0)
-    """Gradients are handed to the wire in buckets of at least this size, while the backward pass goes on. Small ones overlap
-    better and cost more processor time. 0: as PyTorch does it, a first bucket of 1 MiB, then of 25 MiB."""
 
 
 class AdamW(_Section):
     """Loshchilov & Hutter 2019."""
 
     kind: Literal["adamw"] = "adamw"
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+
+
+class Muon(_Section):
+    """Momentum orthonormalised for matrices (Jordan et al. 2024), AdamW for embeddings and vectors."""
+
+    kind: Literal["muon"] = "muon"
+    momentum: float = Field(0.95, ge=0, lt=1)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     epsilon: float = Field(1e-8, gt=0)
@@ -137,6 +141,9 @@ def _adamw_unless_named(value: Any) -> Any:
     return {"kind": "adamw", **value} if isinstance(value, dict) else value
 
 
+Optimizer = Annotated[AdamW | SGD | SignSGD | Muon, Field(discriminator="kind"), BeforeValidator(_adamw_unless_named)]
+
+
 class TrainSection(_Section):
     """Steps, batches, optimizer, and what is written how often."""
 
@@ -148,7 +155,9 @@ class TrainSection(_Section):
     seed: int = Field(0, ge=0)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products; "auto": bfloat16 where the device is fast in it. Weights and their exchange stay float32."""
-    optimizer: Annotated[AdamW | SGD | SignSGD, Field(discriminator="kind"), BeforeValidator(_adamw_unless_named)] = AdamW()
+    optimizer: Annotated[AdamW | SGD | SignSGD | Muon, Field(discriminator="kind"), BeforeValidator(_adamw_unless_named)] = (
+        AdamW()
+    )
     learning_rate: float = Field(1e-3, gt=0)
     final_learning_rate: float = Field(0.1, ge=0, le=1)
     """End of the cosine, as a fraction of learning_rate."""
@@ -177,7 +186,7 @@ class RunConfig(_Section):
     model: ModelSection = ModelSection.model_validate({})
     data: DataSection = DataSection()
     layout: LayoutSection = LayoutSection()
-    sync: EveryStep = Field(EveryStep())
+    sync: Sync = EveryStep()
     compress: Annotated[NoCompression | Coded, BeforeValidator(by_kind)] = NoCompression()
     train: TrainSection = TrainSection()
 

@@ -1,12 +1,12 @@
 """Batches of next-token prediction, with nothing to save: each is a function of the step and the seed.
 
 The training tokens are cut into windows of `sequence` tokens (from an offset drawn anew each epoch), the windows are
-permuted, and each step takes the next `global_batch` of them; the epoch ends when no full global batch is left. With b
-sequences a micro-batch, b = global_batch / (num_micro * world_size),
+permuted, and each step takes the next `global_batch` of them; the epoch ends when no full global batch is left. A global batch
+is cut into micro-batches of b sequences each:
 
-    row i of a micro-batch = sequence (micro * world_size + rank) * b + i of the global batch
+    row i of micro-batch j = sequence j * b + i of the global batch
 
-so a step trains on the same windows however many ranks or micro-batches share it, and a run resumes at a step by asking.
+so a step trains on the same windows whoever takes which micro-batch, and a run resumes at a step by asking.
 """
 
 from __future__ import annotations
@@ -51,19 +51,18 @@ class TrainBatches:
     def steps_per_epoch(self) -> int:
         return self.num_windows // self.global_batch
 
-    def micro_batch(self, step: int, micro: int, num_micro: int, rank: int, world_size: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, int64 [b, sequence] each, of one micro-batch of one data rank. Local: nobody else need call.
+    def micro_batch(self, step: int, index: int, num_micro: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, int64 [b, sequence] each, of micro-batch `index` of the step's `num_micro` over all ranks. Local.
 
         UserError if the global batch does not divide evenly.
         """
-        parts = num_micro * world_size
-        if self.global_batch % parts:
+        if self.global_batch % num_micro:
             raise UserError(
-                f"a batch of {self.global_batch} sequences does not divide over {world_size} data ranks "
-                f"x {num_micro} micro-batches; make it a multiple of {parts}"
+                f"a batch of {self.global_batch} sequences does not divide over {num_micro} micro-batches; "
+                f"make it a multiple of {num_micro}"
             )
-        size = self.global_batch // parts
-        first = (micro * world_size + rank) * size
+        size = self.global_batch // num_micro
+        first = index * size
         starts = self.window_starts(step)[first : first + size]
         return _cut(self.tokens, starts, self.sequence)
 

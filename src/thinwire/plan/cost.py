@@ -1,14 +1,14 @@
 """Seconds of a step from Cluster, Workload and Transfers: computing, exposed communication, waiting, optimizer.
 
-compute_s    flops of the step's micro-batches / the rank's flops_per_s (what a training step achieves, not the peak)
-waiting_s    until the slowest rank has computed as much:  max over ranks compute_s - compute_s of this rank
+compute_s    flops of the rank's micro-batches / its flops_per_s (what a training step achieves, not the peak)
+waiting_s    until the last rank has computed:  max over ranks compute_s - compute_s of this rank
 exposed_s    the wire works on the transfers in the order in which they become ready, one after the other;
              what remains when the slowest rank has computed everything is exposed
 optimizer_s  bytes that the update touches / memory rate
 
-ready_k = compute - window_k / flops_per_s
+ready_k = max over ranks of (compute_s - window_k / flops_per_s)
 end_k   = max(ready_k, end_{k-1}) + calls * (price + work_k)
-exposed = max(0, end_last - compute)
+exposed = max(0, end_last - max compute_s) + sum over events every H > 1 steps of max(0, calls * (price + work) - window) / H
 """
 
 from collections import Counter
@@ -31,7 +31,10 @@ MEMORY_BYTES_PER_S = 4e9
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a prediction is made for. flops_per_s: by rank, what a training step achieves there; rates_are: how they are known."""
+    """What a prediction is made for. flops_per_s: by rank, what a training step achieves there; rates_are: how they are known.
+
+    micro_batches: of a step and replica; where they differ that is their mean, and `deal` has those of each replica.
+    """
 
     cluster: Cluster
     layout: Layout
@@ -40,6 +43,14 @@ class Setting:
     flops_per_s: tuple[float, ...]
     rates_are: str = "declared"
     optimizer: str = "adamw"
+    deal: tuple[int, ...] = ()
+
+    @property
+    def compute_s(self) -> tuple[float, ...]:
+        """Of a step, by rank."""
+        counts = self.deal or (self.micro_batches,) * self.layout.replicas
+        flops = self.workload.flops_per_microbatch
+        return tuple(counts[self.layout.replica(rank)] * flops / rate for rank, rate in enumerate(self.flops_per_s))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +122,11 @@ def predict(setting: Setting, transfers: Sequence[Transfer], rank: int = 0) -> P
     layout.check(setting.cluster.world_size)
     if len(setting.flops_per_s) != layout.world_size:
         raise UserError(f"{len(setting.flops_per_s)} compute rates for {layout.world_size} ranks; give one per rank")
-    flops = setting.workload.flops_per_microbatch * setting.micro_batches
-    compute_s = flops / setting.flops_per_s[rank]
-    slowest_rate = min(setting.flops_per_s)
-    slowest_s = flops / slowest_rate
+    by_rank = setting.compute_s
+    compute_s, slowest_s, slowest_rate = by_rank[rank], max(by_rank), min(setting.flops_per_s)
+    paces = set(zip(by_rank, setting.flops_per_s, strict=True))
 
-    priced, wire_end, links = [], 0.0, Counter[Link]()
+    priced, wire_end, rare_s, links = [], 0.0, 0.0, Counter[Link]()
     for transfer in transfers:
         groups = layout.groups(transfer.axis)
         wire_s = max(price(routes, transfer.op, transfer.message_bytes, group).seconds for group in groups)
@@ -126,9 +136,11 @@ def predict(setting: Setting, transfers: Sequence[Transfer], rank: int = 0) -> P
         priced.append(
             PricedTransfer(transfer=transfer, wire_bytes_per_step=sent * transfer.calls / transfer.every, seconds=seconds)
         )
-        ready = slowest_s - transfer.window_flops / slowest_rate
-        # Events that are not in each step count with their share: the average step is predicted.
-        wire_end = max(ready, wire_end) + seconds / transfer.every
+        if transfer.every == 1:
+            ready_s = max(end_s - transfer.window_flops / rate for end_s, rate in paces)
+            wire_end = max(ready_s, wire_end) + seconds
+        else:
+            rare_s += max(0.0, seconds - transfer.window_flops / slowest_rate) / transfer.every
         for group in groups:
             placed = [(group[a], group[b], size) for a, b, size in flows(transfer.op, transfer.message_bytes, len(group))]
             for link, payload in routes.load(placed).items():
@@ -137,9 +149,9 @@ def predict(setting: Setting, transfers: Sequence[Transfer], rank: int = 0) -> P
         rank=rank,
         compute_s=compute_s,
         waiting_s=slowest_s - compute_s,
-        exposed_s=max(0.0, wire_end - slowest_s),
+        exposed_s=max(0.0, wire_end - slowest_s) + rare_s,
         optimizer_s=_optimizer_seconds(setting),
-        tokens_per_step=setting.workload.tokens_per_microbatch * setting.micro_batches * layout.data * layout.outer,
+        tokens_per_step=setting.workload.tokens_per_microbatch * setting.micro_batches * layout.replicas,
         transfers=tuple(priced),
         links=dict(links),
         assumptions=_assumptions(setting),

@@ -26,8 +26,18 @@ from thinwire.workload import Workload
 class Synchroniser(Protocol):
     """Every rank of the axis makes one and calls it at the same places."""
 
-    ready_at: float
-    """time.perf_counter() when the last gradient of the step was ready; what follows it in backward is waiting."""
+    replicas_differ: bool
+    """Between exchanges: each replica's own parameters and optimizer state then belong into the checkpoint."""
+
+    @property
+    def ready_at(self) -> float:
+        """time.perf_counter() when the last gradient of the step was ready; what follows it in backward is waiting."""
+        ...
+
+    @property
+    def num_micro(self) -> int:
+        """Micro-batches of a step: the mean over the ranks, by which gradients are divided."""
+        ...
 
     @property
     def settled_after(self) -> int:
@@ -54,6 +64,14 @@ class Synchroniser(Protocol):
 
     def after_step(self, step: int) -> None:
         """After the optimizer step. Collective."""
+        ...
+
+    def finish(self) -> None:
+        """After the last step of training: nothing stays unsent. Collective."""
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the model holds the parameters that count, which are the same on all replicas. Local."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,16 +1,17 @@
 """Gradients averaged in each optimizer step (data parallelism), once for several micro-batches if wished.
 
-    g = 1/p sum over ranks of ( 1/k sum over k micro-batches of grad loss )
+    g = 1/p sum over ranks of ( 1/k sum over the rank's micro-batches of grad loss )
 
-The gradients go out in buckets while the backward pass goes on (`buckets`). Underneath is DistributedDataParallel; the exchange is
-our communication hook on it. It forms its buckets after the first backward pass, which would go out in one piece, and add up in
-another order; so that a resumed run adds up as the uninterrupted one did, that pass is a rehearsal: it teaches the order and
+where ranks have k micro-batches each, or k on average: then g is the mean over all of them too, whoever computed how many.
+The gradients go out in buckets while the backward pass goes on (`buckets`). Underneath is DistributedDataParallel; the exchange
+is our communication hook on it. It forms its buckets after the first backward pass, which would go out in one piece, and add up
+in another order; so that a resumed run adds up as the uninterrupted one did, that pass is a rehearsal: it teaches the order and
 exchanges nothing.
 """
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -32,8 +33,11 @@ from thinwire.workload import Workload
 class EveryStepSync:
     """See the top of the file. One per rank; `axis` is the mesh axis along which the replicas lie."""
 
+    replicas_differ = False
+
     def __init__(self, config: EveryStep, axis: str, ledger: Ledger, exchange: Exchange | None = None) -> None:
         self.ready_at = 0.0
+        self.num_micro = config.accumulate
         self._config, self._axis, self._ledger = config, axis, ledger
         self._exchange: Exchange = exchange or PlainExchange(ledger)
         self._replica: DistributedDataParallel | None = None
@@ -97,6 +101,13 @@ class EveryStepSync:
 
     def after_step(self, step: int) -> None:
         """Nothing: replicas are equal after each step."""
+
+    def finish(self) -> None:
+        """Nothing."""
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The model as it is."""
+        return nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
         """What the exchange carries from step to step; nothing without compression."""

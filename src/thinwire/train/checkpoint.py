@@ -1,8 +1,9 @@
 """Checkpoints that survive whatever happens while they are written, and resume a run bit for bit.
 
 A checkpoint is a folder `step-000120`: torch.distributed.checkpoint files for model and optimizer, one `rank-00000.pt` per rank
-(random state, synchroniser), `progress.json`, and `checksums.json` over all of them. It is written aside as `.step-000120.tmp`
-and renamed when whole, so a name without a dot is complete; a damaged one is found by its checksums and never loaded.
+(random state, synchroniser, and where replicas differ what is the replica's own), `progress.json`, and `checksums.json` over all
+of them. It is written aside as `.step-000120.tmp` and renamed when whole, so a name without a dot is complete; a damaged one is
+found by its checksums and never loaded.
 """
 
 import hashlib
@@ -19,22 +20,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.errors import UserError
 from thinwire.sync.base import Synchroniser
+from thinwire.train.deal import Deal
 
 _PROGRESS, _CHECKSUMS = "progress.json", "checksums.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands: the next step to train, tokens seen, world size."""
+    """Where a run stands: the next step to train, tokens seen, world size, micro-batches by replica."""
 
     step: int
     tokens: int
     world_size: int
+    deal: Deal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +61,14 @@ def save(folder: Path, parts: Parts, progress: Progress) -> Path:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         dist.barrier()
-        model, optimizer = get_state_dict(parts.model, parts.optimizer)
-        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=aside)
         mine = {"sync": parts.sync.state_dict(), "random": torch.get_rng_state()}
+        if parts.sync.replicas_differ:
+            mine["model"], mine["optimizer"] = parts.model.state_dict(), parts.optimizer.state_dict()
+        with parts.sync.averaged():
+            model, optimizer = get_state_dict(parts.model, parts.optimizer)
+            # What ranks have alike is written by any of them; where replicas differ it must be one, or the file is a mixture.
+            planner = DefaultSavePlanner(dedup_save_to_lowest_rank=parts.sync.replicas_differ)
+            dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=aside, planner=planner)
         torch.save(mine, aside / _rank_file(parts.rank))
         dist.barrier()
         if parts.rank == 0:
@@ -72,7 +81,7 @@ def load(path: Path, parts: Parts) -> Progress:
     """Load a checkpoint into `parts`, before the first backward pass. UserError on all ranks if it is damaged.
 
     With another number of ranks than it was written by, what each rank carried is dealt out anew (`Synchroniser.adopt`), and
-    random states begin afresh.
+    random states begin afresh; replicas that differed begin from the parameters that count, with the first one's optimizer.
     """
     # With gradients there, torch would take the optimizer for initialised and load none of its state.
     assert all(parameter.grad is None for parameter in parts.model.parameters()), "load before the first backward pass"
@@ -88,6 +97,9 @@ def load(path: Path, parts: Parts) -> Progress:
         set_state_dict(parts.model, parts.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         if progress.world_size == dist.get_world_size():
             mine = torch.load(path / _rank_file(parts.rank), weights_only=True)
+            if "model" in mine:
+                parts.model.load_state_dict(mine["model"])
+                parts.optimizer.load_state_dict(mine["optimizer"])
             parts.sync.load_state_dict(mine["sync"])
             torch.set_rng_state(mine["random"])
         else:
@@ -120,8 +132,9 @@ def latest(folder: Path) -> Path:
 def read_progress(path: Path) -> Progress:
     """What `progress.json` of a checkpoint says."""
     try:
-        return Progress(**json.loads((path / _PROGRESS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        told = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
+        return Progress(**told | {"deal": tuple(told["deal"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{_damaged(path, f'{_PROGRESS} is not readable ({type(error).__name__})')}") from None
 
 

@@ -39,7 +39,7 @@ def declared_rates(cluster: Cluster) -> tuple[float, ...] | None:
 
 def timed_rates(task: Task, stepper: Stepper, layout: Layout, ledger: Ledger) -> tuple[float, ...]:
     """What each rank achieves on one micro-batch, all computing at once, nothing exchanged. Collective."""
-    batch = task.batch(0, 0, dist.get_rank())
+    batch = task.batch(0, layout.replica(dist.get_rank()))
     seconds = []
     with ledger.label("calibration"):
         dist.barrier()

@@ -9,6 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from thinwire.record.folder import RunFolder
 from thinwire.record.schema import Checkpoint, End, Eval, Step
+from thinwire.train.deal import Deal, shown
 from thinwire.units import show
 
 
@@ -43,6 +44,10 @@ class Reporter:
         self.folder.append(Eval(step=step, time_s=self.now_s, tokens=tokens, loss=loss))
         self._say(f"step {step}: held-out loss {loss:.4f} {self.unit}")
         self._scalars(step, {"loss/held_out": loss})
+
+    def dealt(self, step: int, counts: Deal) -> None:
+        """From this step on, faster ranks have more micro-batches."""
+        self._say(f"step {step}: {shown(counts)}")
 
     def checkpoint(self, step: int, path: str, save_s: float) -> None:
         """After a checkpoint is whole."""

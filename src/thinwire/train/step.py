@@ -9,14 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from thinwire.config.run import SGD, AdamW, SignSGD, TrainSection
+from thinwire.config.run import SGD, AdamW, Muon, SignSGD, TrainSection
 from thinwire.sync.base import Synchroniser
+from thinwire.train.muon import OrthogonalMomentum, by_kind_of_matrix
 from thinwire.train.sign_descent import SignDescent
 
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Seconds of one step on this rank. wait_s: from the last gradient of this rank until the exchange was over."""
+    """Seconds of one step on this rank. wait_s: from the last gradient of this rank until the exchange was over, and in the
+    exchange after the step."""
 
     compute_s: float
     wait_s: float
@@ -44,6 +46,8 @@ def make_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimiz
             return torch.optim.SGD(groups, lr=train.learning_rate, momentum=chosen.momentum, fused=True)
         case SignSGD():
             return SignDescent(groups, train.learning_rate)
+        case Muon():
+            return OrthogonalMomentum(by_kind_of_matrix(model, chosen.weight_decay), train.learning_rate, chosen)
 
 
 def learning_rate(train: TrainSection, step: int) -> float:
@@ -73,8 +77,14 @@ class Stepper:
                 self.loss(self.model, batch).backward()
         self.optimizer.zero_grad(set_to_none=False)
 
-    def run(self, step: int, batches: Iterable[object], num_micro: int) -> tuple[float, StepTimes]:
-        """Returns this rank's mean loss over the micro-batches, and the times. Collective over the synchroniser's axis."""
+    def run(
+        self, step: int, batches: Iterable[object], num_micro: int, mean_micro: float | None = None
+    ) -> tuple[float, StepTimes]:
+        """Returns this rank's loss, and the times. Collective over the synchroniser's axis.
+
+        num_micro: micro-batches of this rank; mean_micro: the mean over the ranks, if that differs. Losses are divided by the
+        mean, so that the ranks' average, of gradients and of what is returned, is over the whole step's micro-batches.
+        """
         started = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.train, step)
@@ -82,7 +92,7 @@ class Stepper:
         for index, batch in enumerate(batches):
             with self.sync.microbatch(last=index == num_micro - 1):
                 with self.precision():
-                    loss = self.loss(self.model, batch) / num_micro
+                    loss = self.loss(self.model, batch) / (mean_micro or num_micro)
                 loss.backward()
                 losses.append(loss.detach())
         exchanged = time.perf_counter()
@@ -90,8 +100,11 @@ class Stepper:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)  # gradients are views of the buckets
+        updated = time.perf_counter()
         self.sync.after_step(step)
+        synchronised = time.perf_counter()
         mean_loss = float(torch.stack(losses).sum())
         ready = min(max(self.sync.ready_at, started), exchanged)
-        times = StepTimes(ready - started, exchanged - ready, time.perf_counter() - exchanged)
+        waited = (exchanged - ready) + (synchronised - updated)
+        times = StepTimes(ready - started, waited, time.perf_counter() - exchanged - (synchronised - updated))
         return mean_loss, times

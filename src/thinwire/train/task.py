@@ -29,16 +29,19 @@ class Task(Protocol):
         """The same weights on each rank: seeded."""
         ...
 
-    def batch(self, step: int, micro_batch: int, rank: int) -> Batch:
-        """A function of its arguments alone, so a run resumes by asking for a later step."""
+    def batch(self, step: int, index: int) -> Batch:
+        """Micro-batch `index` of all that the replicas share in the step, `accumulate` times as many as there are replicas.
+
+        A function of its arguments alone, so a run resumes by asking for a later step.
+        """
         ...
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean over the micro-batch, a scalar with a gradient."""
         ...
 
-    def score(self, model: nn.Module, rank: int) -> tuple[float, float]:
-        """(sum, weight) over this rank's share of the held-out part; the score is sum over sum of weights."""
+    def score(self, model: nn.Module, replica: int) -> tuple[float, float]:
+        """(sum, weight) over this replica's share of the held-out part; the score is sum over sum of weights."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -53,11 +56,11 @@ class LanguageModel:
         self._config, self._layout = config, layout
         train = config.train
         self._corpus = load_corpus(config.data.source, cache, config.data.tokenizer)
-        self._num_micro = config.sync.accumulate
+        self._num_micro = config.sync.accumulate * layout.replicas
         self._batches = TrainBatches(
             tokens=self._corpus.train,
             sequence=train.sequence,
-            global_batch=train.micro_batch * self._num_micro * layout.data,
+            global_batch=train.micro_batch * self._num_micro,
             seed=train.seed,
         )
         self._held_out = sample(self._corpus.held_out, train.eval_tokens)
@@ -72,18 +75,20 @@ class LanguageModel:
         torch.manual_seed(self._config.train.seed)
         return Transformer(self._shape)
 
-    def batch(self, step: int, micro_batch: int, rank: int) -> Batch:
-        return self._batches.micro_batch(step, micro_batch, self._num_micro, rank, self._layout.data)
+    def batch(self, step: int, index: int) -> Batch:
+        return self._batches.micro_batch(step, index, self._num_micro)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         inputs, targets = (tensor.to(_device(model)) for tensor in batch)
         return model(inputs, targets)
 
     @torch.no_grad()
-    def score(self, model: nn.Module, rank: int) -> tuple[float, float]:
+    def score(self, model: nn.Module, replica: int) -> tuple[float, float]:
         total, count, device = 0.0, 0, _device(model)
         train = self._config.train
-        for inputs, targets in held_out_batches(self._held_out, train.sequence, train.micro_batch, rank, self._layout.data):
+        for inputs, targets in held_out_batches(
+            self._held_out, train.sequence, train.micro_batch, replica, self._layout.replicas
+        ):
             scored = int((targets != IGNORED).sum())
             if scored:
                 total += float(model(inputs.to(device), targets.to(device))) * scored

@@ -1,8 +1,10 @@
 """The loop: steps, reports, evaluations, checkpoints. The same for every synchroniser and layout."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from thinwire.config.run import TrainSection
 from thinwire.record.schema import Step
 from thinwire.traffic import Transfer
 from thinwire.train import checkpoint
+from thinwire.train.deal import Deal, place_of, redeal
 from thinwire.train.reporter import Reporter
 from thinwire.train.runtime import StopRequest
 from thinwire.train.step import Stepper, StepTimes, learning_rate
@@ -43,18 +46,21 @@ def report_traffic(train: TrainSection, axis: str, world_size: int) -> list[Tran
 
 @dataclass(kw_only=True)
 class Trainer:
-    """One per rank; everything it does is collective over `group`. `reporter` on rank 0 only."""
+    """One per rank; everything it does is collective over `group`, the replicas. `reporter` on rank 0 only."""
 
     task: Task
     stepper: Stepper
     train: TrainSection
-    num_micro: int
     parts: checkpoint.Parts
     group: dist.ProcessGroup
     device: torch.device
     stop: StopRequest
     checkpoints: Path
     reporter: Reporter | None
+    deal: Deal
+    """Micro-batches of a step by replica."""
+    by_speed: bool = False
+    """Whether `deal` follows what the reports say."""
     tokens: int = 0
     _interval: list[StepTimes] = field(default_factory=list)
     _interval_loss: float = 0.0
@@ -63,6 +69,11 @@ class Trainer:
     _steady: tuple[int, Snapshot] | None = None
     _last: tuple[int, Snapshot] | None = None
     _saved_step: int = -1
+
+    @property
+    def replica(self) -> int:
+        """The number of this replica."""
+        return self.group.rank()
 
     @property
     def ledger(self) -> Ledger:
@@ -74,12 +85,13 @@ class Trainer:
         self._begin_interval()
         for step in range(first_step, train.steps):
             self.ledger.step = step
-            batches = (self.task.batch(step, micro, self.group.rank()) for micro in range(self.num_micro))
+            num_micro = self.deal[self.replica]
+            batches = (self.task.batch(step, place_of(self.deal, self.replica, micro)) for micro in range(num_micro))
             with self.ledger.label("replica"):
-                loss, times = self.stepper.run(step, batches, self.num_micro)
+                loss, times = self.stepper.run(step, batches, num_micro, sum(self.deal) / len(self.deal))
             self._interval.append(times)
             self._interval_loss += loss
-            self.tokens += self.task.workload.tokens_per_microbatch * self.num_micro * self.group.size()
+            self.tokens += self.task.workload.tokens_per_microbatch * sum(self.deal)
             done = step + 1
             if (done % train.log_every == 0 or done == train.steps) and self._report(done):
                 reason = "interrupted"
@@ -93,6 +105,7 @@ class Trainer:
         else:
             done = max(first_step, train.steps)
         if reason == "done":
+            self.parts.sync.finish()
             self.evaluate(done)
         if self._saved_step != done:
             self.save(done)
@@ -102,7 +115,8 @@ class Trainer:
 
     def evaluate(self, step: int) -> float:
         """The score on the held-out part, over all ranks."""
-        total, weight = self.task.score(self.parts.model, self.group.rank())
+        with self.parts.sync.averaged():
+            total, weight = self.task.score(self.parts.model, self.replica)
         sums = self._sum(torch.tensor([total, weight], dtype=torch.float64), "evaluation")
         score = float(sums[0] / sums[1])
         if self.reporter:
@@ -112,7 +126,7 @@ class Trainer:
     def save(self, step: int) -> None:
         """Write a checkpoint of the state after `step` steps."""
         started = time.perf_counter()
-        progress = checkpoint.Progress(step=step, tokens=self.tokens, world_size=self.group.size())
+        progress = checkpoint.Progress(step=step, tokens=self.tokens, world_size=self.group.size(), deal=self.deal)
         path = checkpoint.save(self.checkpoints, self.parts, progress)
         self._saved_step = step
         if self.reporter:
@@ -145,13 +159,16 @@ class Trainer:
         count, rank = len(self._interval), self.group.rank()
         compute = sum(times.compute_s for times in self._interval) / count
         wait = sum(times.wait_s for times in self._interval) / count
+        usual = median(
+            times.compute_s for times in self._interval
+        )  # one step that was disturbed says nothing about a rank's speed
         vector = torch.zeros(2 + self.group.size(), dtype=torch.float64)
-        vector[0], vector[1], vector[2 + rank] = self._interval_loss / count, float(self.stop.requested), compute
+        vector[0], vector[1], vector[2 + rank] = self._interval_loss / count, float(self.stop.requested), usual
         vector = self._sum(vector, "summary")
-        waiting = min(wait, max(0.0, float(vector[2:].max()) - compute))
+        waiting = min(wait, max(0.0, float(vector[2:].max()) - usual))
         seconds = (time.perf_counter() - self._interval_started) / count
         if self.reporter:
-            tokens = self.task.workload.tokens_per_microbatch * self.num_micro * self.group.size()
+            tokens = self.task.workload.tokens_per_microbatch * sum(self.deal)
             self.reporter.step(
                 Step(
                     step=done,
@@ -173,8 +190,17 @@ class Trainer:
             self._steady = mark if done >= self.stepper.sync.settled_after else None
         elif count == self.train.log_every:
             self._last = mark
+        if self.by_speed and done < self.train.steps:
+            self._redeal(done, vector[2:].tolist())
         self._begin_interval()
         return float(vector[1]) > 0
+
+    def _redeal(self, done: int, compute_s: Sequence[float]) -> None:
+        """compute_s: of a usual step, by replica, the same numbers on all of them; so all come to the same deal."""
+        before = self.deal
+        self.deal = redeal(before, [seconds / count for seconds, count in zip(compute_s, before, strict=True)])
+        if self.reporter and self.deal != before:
+            self.reporter.dealt(done, self.deal)
 
     def _begin_interval(self) -> None:
         self._interval, self._interval_loss = [], 0.0

@@ -1,7 +1,7 @@
 """What one rank does from its start to its end: join the others, build everything, train, write down what happened."""
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,13 +15,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from thinwire.cluster import Cluster
 from thinwire.collectives import backend
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.exchange import make_exchange
 from thinwire.config.run import RunConfig
-from thinwire.layout import AXES, Layout
+from thinwire.errors import UserError
+from thinwire.layout import AXES, REPLICAS, Layout
 from thinwire.plan.cost import Prediction, Setting, predict
-from thinwire.sync.every_step import EveryStepSync
+from thinwire.sync.make import make_synchroniser
 from thinwire.train import checkpoint, results
 from thinwire.train.agree import agree_on_dtype, agree_on_folder, make_task
+from thinwire.train.deal import Deal, opening
 from thinwire.train.forecast import declared_rates, find_cluster, timed_rates
 from thinwire.train.pace import Pacer
 from thinwire.train.reporter import Reporter
@@ -29,8 +30,6 @@ from thinwire.train.runtime import Place, StopRequest, Surroundings, process_gro
 from thinwire.train.step import Stepper, make_optimizer
 from thinwire.train.task import LanguageModel
 from thinwire.train.trainer import Trainer, report_traffic
-
-DATA_AXIS = "data"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +65,13 @@ def work(config: RunConfig, surroundings: Surroundings, resume: Path | None) -> 
     """Be one of the ranks that a launcher has started. Collective. `resume`: the run folder to go on with."""
     place = surroundings.place
     assert place is not None, "a launcher has started this process"
-    layout = config.layout.resolve(place.world_size)
+    layout = config.layout.resolve(place.world_size, rare=config.sync.rare)
     stop = StopRequest()
     stop.listen()
     ledger = Ledger()
     device, group_backend = _device(place)
+    if config.sync.by_speed and device.type != "cpu":
+        raise UserError(f"sync.deal = 'by_speed' times the processor, not {device.type}; set it to 'equal'")
     if group_backend == backend.NAME:
         backend.register(ledger)
     rank = Rank(config=config, surroundings=surroundings, layout=layout, ledger=ledger, device=device, stop=stop)
@@ -88,8 +89,9 @@ def train_as(rank: Rank, resume: Path | None) -> Outcome:
 def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     config, ledger, layout = rank.config, rank.ledger, rank.layout
     mesh = init_device_mesh(rank.device.type, layout.degrees, mesh_dim_names=AXES)
-    group = mesh.get_group(DATA_AXIS)
-    ledger.axes[group.group_name] = DATA_AXIS  # an axis as large as the world uses the default group, which has no axis
+    axis = layout.replica_axis
+    group = mesh["outer", "data"]._flatten(REPLICAS).get_group() if axis == REPLICAS else mesh.get_group(axis)
+    ledger.axes[group.group_name] = axis  # an axis as large as the world uses the default group, which has no axis
     if isinstance(group, backend.MeteredGroup):
         backend.self_test(group, ledger)
     lab = rank.surroundings.lab
@@ -99,10 +101,10 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     dtype = agree_on_dtype(config, rank.device, folder if resume else None, task)
 
     model = task.build_model().to(rank.device)
-    sync = EveryStepSync(config.sync, DATA_AXIS, ledger, make_exchange(config.compress, ledger))
+    sync = make_synchroniser(config.sync, config.compress, layout, ledger)
     optimizer = make_optimizer(model, config.train)
     parts = checkpoint.Parts(model=model, optimizer=optimizer, sync=sync, ledger=ledger, rank=rank.number)
-    progress = checkpoint.Progress(step=0, tokens=0, world_size=layout.world_size)
+    progress = checkpoint.Progress(step=0, tokens=0, world_size=layout.world_size, deal=())
     if resume is not None:
         progress = checkpoint.load(checkpoint.latest(folder.path / "checkpoints"), parts)
     stepper = Stepper(
@@ -114,8 +116,8 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         train=config.train,
     )
     with ledger.label("replica set-up"):
-        stepper.rehearse(task.batch(0, 0, group.rank()))
-    prediction, pacer = _predict(rank, cluster, task, stepper)
+        stepper.rehearse(task.batch(0, group.rank()))
+    prediction, pacer, deal = _predict(rank, cluster, task, stepper, progress)
     if pacer:
         stack.enter_context(pacer.attached(model, task.workload))
 
@@ -130,18 +132,21 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
             )
             results.write_beginning(folder, config, cluster, task, prediction, about)
         else:
-            results.write_resume(folder, reporter, progress, layout.world_size)
+            results.write_resume(folder, reporter, progress, layout.world_size, deal)
+        if config.sync.by_speed:
+            reporter.dealt(progress.step, deal)
     trainer = Trainer(
         task=task,
         stepper=stepper,
         train=config.train,
-        num_micro=config.sync.accumulate,
         parts=parts,
         group=group,
         device=rank.device,
         stop=rank.stop,
         checkpoints=folder.path / "checkpoints",
         reporter=reporter,
+        deal=deal,
+        by_speed=config.sync.by_speed,
         tokens=progress.tokens,
     )
     reason = trainer.run(progress.step)
@@ -164,8 +169,11 @@ def _precision(device: torch.device, dtype: str) -> Callable[[], AbstractContext
     return partial(torch.autocast, device.type, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext
 
 
-def _predict(rank: Rank, cluster: Cluster, task: LanguageModel, stepper: Stepper) -> tuple[Prediction, Pacer | None]:
-    """What a step will cost, and the pacer that holds this rank to the declared rate, if the lab asks for one. Collective."""
+def _predict(
+    rank: Rank, cluster: Cluster, task: LanguageModel, stepper: Stepper, progress: checkpoint.Progress
+) -> tuple[Prediction, Pacer | None, Deal]:
+    """What a step will cost; the pacer that holds this rank to the declared rate, if the lab asks for one; and who has how many
+    micro-batches. Collective."""
     lab, layout, config = rank.surroundings.lab, rank.layout, rank.config
     declared = declared_rates(cluster)
     if lab and lab.paced and declared:
@@ -174,6 +182,7 @@ def _predict(rank: Rank, cluster: Cluster, task: LanguageModel, stepper: Stepper
     else:
         rates, rates_are = timed_rates(task, stepper, layout, rank.ledger), "timed on this model before training"
         pacer = None
+    deal = _deal(config, layout, rates, progress.deal)
     setting = Setting(
         cluster=cluster,
         layout=layout,
@@ -182,6 +191,16 @@ def _predict(rank: Rank, cluster: Cluster, task: LanguageModel, stepper: Stepper
         flops_per_s=rates,
         rates_are=rates_are,
         optimizer=config.train.optimizer.kind,
+        deal=deal,
     )
-    transfers = stepper.sync.traffic(task.workload, layout) + report_traffic(config.train, DATA_AXIS, layout.data)
-    return predict(setting, transfers), pacer
+    transfers = stepper.sync.traffic(task.workload, layout) + report_traffic(config.train, layout.replica_axis, layout.replicas)
+    return predict(setting, transfers), pacer, deal
+
+
+def _deal(config: RunConfig, layout: Layout, rates: Sequence[float], saved: Deal) -> Deal:
+    """Micro-batches of a step by replica: as saved, if that fits this run, else by `rates`, which all ranks know."""
+    equal = (config.sync.accumulate,) * layout.replicas
+    if not config.sync.by_speed:
+        return equal
+    slowest = [min(rate for rank, rate in enumerate(rates) if layout.replica(rank) == replica) for replica in range(len(equal))]
+    return opening(equal, [1 / rate for rate in slowest], saved)

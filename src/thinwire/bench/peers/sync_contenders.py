@@ -25,16 +25,14 @@ from thinwire.bench.sync_methods import Method, make_method
 from thinwire.cluster import load_cluster
 from thinwire.collectives import backend
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.exchange import make_exchange
-from thinwire.layout import Layout
-from thinwire.sync.every_step import EveryStepSync
+from thinwire.layout import AXES, Layout
+from thinwire.sync.make import make_synchroniser
 from thinwire.train.agree import make_task
 from thinwire.train.forecast import declared_rates
 from thinwire.train.pace import Pacer
 from thinwire.train.runtime import process_group, read_surroundings
 from thinwire.train.step import Stepper, make_optimizer
 
-AXIS = "data"
 WARM_STEPS, MOST_STEPS = 2, 20
 TELL_EVERY = 50
 """Steps of learning between two words of how far it is."""
@@ -46,7 +44,9 @@ class Rank:
     def __init__(self, told, ledger, surroundings):
         self.told, self.ledger, self.surroundings = told, ledger, surroundings
         self.place = surroundings.place
-        self.mesh = init_device_mesh("cpu", (self.place.world_size,), mesh_dim_names=(AXIS,))
+        world_size = self.place.world_size
+        self.layouts = {False: Layout(data=world_size), True: Layout(outer=world_size)}
+        self.meshes = {rare: init_device_mesh("cpu", of.degrees, mesh_dim_names=AXES) for rare, of in self.layouts.items()}
         self.methods = [make_method(name, told["base"], fused=told["fused"]) for name in told["methods"]]
         self.num_micro = self.methods[0].config.sync.accumulate
 
@@ -58,7 +58,8 @@ class Rank:
         """group: of stock peers."""
         if method.hook is not None:
             return StockSync(method.hook, method.rank, group)
-        return EveryStepSync(method.config.sync, AXIS, self.ledger, make_exchange(method.config.compress, self.ledger))
+        config = method.config
+        return make_synchroniser(config.sync, config.compress, self.layouts[config.sync.rare], self.ledger)
 
     def stepper(self, method, task, group, stack):
         """A replica of its own, ready to train. Collective."""
@@ -66,7 +67,7 @@ class Rank:
         train = method.config.train
         optimizer, sync = make_optimizer(model, train), self.sync(method, group)
         stepper = Stepper(
-            model=stack.enter_context(sync.attached(model, optimizer, self.mesh)),
+            model=stack.enter_context(sync.attached(model, optimizer, self.meshes[method.config.sync.rare])),
             optimizer=optimizer,
             sync=sync,
             loss=task.loss,
@@ -95,11 +96,12 @@ class Rank:
 
 @dataclass
 class Contender:
-    """One that takes turns. steps: in each of its turns."""
+    """One that takes turns. steps: in each of its turns, whole periods of `every` steps."""
 
     name: str
     stepper: Stepper
     pacer: Pacer | None
+    every: int = 1
     steps: int = 1
     done: int = 0
     measured: dict = field(default_factory=lambda: {"step_s": [], "processor_s": [], "card_bytes": [], "wait_s": []})
@@ -121,7 +123,7 @@ def measure_time(rank):
             pacer = Pacer.of(task.workload, flops_per_s) if flops_per_s else None
             if pacer:
                 stack.enter_context(pacer.attached(model, task.workload))
-            contender = Contender(method.name, stepper, pacer)
+            contender = Contender(method.name, stepper, pacer, getattr(method.config.sync, "every", 1))
             warm_up(rank, contender, task)
             contenders.append(contender)
             rank.tell(index + 1, parts, f"{method.name} is warm")
@@ -145,7 +147,8 @@ def warm_up(rank, contender, task):
         contender.done += 1
     fitting = [round(rank.told["turn_s"] / (time.perf_counter() - started))]
     dist.broadcast_object_list(fitting, 0)
-    contender.steps = min(max(1, fitting[0]), MOST_STEPS)
+    contender.steps = -(-min(max(1, fitting[0]), MOST_STEPS) // contender.every) * contender.every
+    contender.done = 0 if contender.every > 1 else contender.done
     if contender.pacer:
         contender.pacer.late_s = contender.pacer.declared_s = 0.0
 
@@ -188,20 +191,31 @@ def learn(rank):
 
 
 def learn_one(rank, method, task, seed, progress):
-    """Train one method from the beginning; the bytes are those of the later half of the steps."""
+    """Train one method from the beginning; the bytes are those of the later half of the steps, of all if they come rarely."""
     steps, (done, parts) = method.config.train.steps, progress
+    counted_from = 0 if method.config.sync.rare else steps // 2
+    curve_every, curve = rank.told["curve_every"], []
     with ExitStack() as stack:
         stepper, model = rank.stepper(method, task, dist.group.WORLD, stack)
         for step in range(steps):
-            if step == steps // 2:
+            if step == counted_from:
                 sent = rank.ledger.sent_bytes
             if step and step % TELL_EVERY == 0:
                 rank.tell(done + step / steps, parts, f"{method.name}, seed {seed}: step {step}")
             rank.step(stepper, task, step)
+            if curve_every and (step + 1) % curve_every == 0:
+                before = rank.ledger.sent_bytes
+                with stepper.sync.averaged():
+                    total, weight = rank.sum(task.score(model, rank.place.rank))
+                curve.append([step + 1, total / weight])
+                sent += rank.ledger.sent_bytes - before
         sent = rank.ledger.sent_bytes - sent
-        check_equal(model, f"{method.name}, seed {seed}")
-        total, weight, sent = rank.sum([*task.score(model, rank.place.rank), sent])
-    return {"heldout_loss": total / weight, "wire_bytes_per_step": sent / rank.place.world_size / (steps - steps // 2)}
+        stepper.sync.finish()
+        with stepper.sync.averaged():
+            check_equal(model, f"{method.name}, seed {seed}")
+            total, weight, sent = rank.sum([*task.score(model, rank.place.rank), sent])
+    sent_per_step = sent / rank.place.world_size / (steps - counted_from)
+    return {"heldout_loss": total / weight, "wire_bytes_per_step": sent_per_step, "curve": curve}
 
 
 def check_equal(model, name):

@@ -1,0 +1,29 @@
+"""A user's own loop as a replica of asynchronous DiLoCo. Start `thinwire serve --service first_workers=2` first, then twice:
+
+    python examples/async_diloco.py 127.0.0.1:29700 a
+    python examples/async_diloco.py 127.0.0.1:29700 b
+
+Kill one and start it again: the other loses no step, and the one that comes back goes on from the newest weights.
+"""
+
+import sys
+
+import torch
+
+import thinwire
+
+store, name = sys.argv[1:]
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+with thinwire.AsyncDiLoCo(model, optimizer, every=20, store=store, name=name) as replica:
+    torch.manual_seed(ord(name[0]))
+    for step in range(replica.first_step, 2000):
+        inputs = torch.randn(32, 8)
+        loss = (model(inputs) - inputs[:, :1].sin()).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0:
+            print(f"{name}: step {step}, loss {float(loss):.4f}")

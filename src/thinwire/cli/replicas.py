@@ -1,0 +1,117 @@
+"""`thinwire replicas`: replicas that live and die alone, around servers that hold the weights."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from thinwire.config.replicas import Service
+    from thinwire.config.run import RunConfig
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--service", metavar="KEY=VALUE", help="merge.kind=gradients, merge.quorum=2, push.kind=int4, ..."),
+]
+
+
+def replicas(
+    run: Annotated[Path | None, typer.Argument(help="run.toml; without it, a small model on the standard library.")] = None,
+    number: Annotated[int | None, typer.Option("--replicas", min=1, help="Replicas to start; 4.")] = None,
+    servers: Annotated[int | None, typer.Option(min=1, help="Servers among which the weights are cut; 1.")] = None,
+    service: Settings = None,
+    restart: Annotated[int, typer.Option(min=0, help="How often a replica that died is started again.")] = 1,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key: train.steps=50.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="The folder of an earlier run, to go on with.")] = None,
+) -> None:
+    """Asynchronous DiLoCo with a quorum, or a parameter server, on this machine; a replica may be killed at any time."""
+    from thinwire.errors import UserError
+
+    if resume is not None:
+        if not (resume / "replicas-spec.json").is_file():
+            raise UserError(f"--resume {resume}: no run of replicas was made there; there is no replicas-spec.json in it")
+        if run or number or servers or service or changes:
+            raise UserError(f"--resume {resume} goes on as that run was begun; give --restart only")
+        raise typer.Exit(_resume(resume, restart))
+    config, number = _configure(run, changes or []), number or 4
+    agreed = _agreed(config, {"servers": servers or 1, "first_workers": number}, service or [])
+    folder = Path(config.train.run or f"runs/{datetime.now():%Y%m%d-%H%M%S}-replicas")
+    if folder.exists():
+        raise UserError(f"{folder} exists; go on with --resume {folder}, or set another train.run")
+
+    from thinwire.train.replica_launch import launch
+    from thinwire.train.runtime import read_surroundings
+
+    typer.echo(f"starting {agreed.servers} servers and {number} replicas on this machine")
+    raise typer.Exit(launch(config, agreed, number, restart, (folder.absolute(), read_surroundings().cache_folder)))
+
+
+def _resume(folder: Path, restart: int) -> int:
+    from thinwire.train.replica_launch import launch
+    from thinwire.train.replica_roles import Spec
+
+    spec = Spec.model_validate_json((folder / "replicas-spec.json").read_text(encoding="utf-8"))
+    return launch(spec.run, spec.service, spec.replicas, restart, (folder.absolute(), spec.cache))
+
+
+def _configure(run: Path | None, changes: list[str]) -> "RunConfig":
+    """The run, all of which replicas can do. UserError for what they cannot."""
+    from thinwire.config.run import load_run
+    from thinwire.errors import UserError
+
+    config = load_run(run, changes)
+    if config.compress.kind != "none":
+        raise UserError(f"compress.kind = {config.compress.kind!r} is for ranks; replicas take --service push.kind=...")
+    if config.sync.kind != "every_step":
+        raise UserError(f"sync.kind = {config.sync.kind!r} is for ranks; replicas take --service merge.kind=diloco or gradients")
+    if config.train.dtype == "bfloat16":
+        raise UserError("train.dtype = 'bfloat16': replicas train in float32 only; leave it out")
+    return config
+
+
+def _agreed(config: "RunConfig", given: dict[str, Any], settings: list[str]) -> "Service":
+    """The service that is asked for; for gradients the server's optimizer is the run's."""
+    import tomllib
+
+    from thinwire.config.replicas import Service
+    from thinwire.errors import UserError
+    from thinwire.tomlfile import validate
+
+    content = "\n".join(_as_toml(setting) for setting in settings)
+    try:
+        told = tomllib.loads(content)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"--service {' '.join(settings)}: {error}; write key=value, each key once") from None
+    merge = told.setdefault("merge", {})
+    if isinstance(merge, dict):
+        merge.setdefault("kind", "diloco")
+        if merge["kind"] == "gradients":
+            merge.setdefault("learning_rate", config.train.learning_rate)
+            merge.setdefault("optimizer", config.train.optimizer.model_dump())
+    return validate(Service, given | told, "--service")
+
+
+def _as_toml(setting: str) -> str:
+    """A line of TOML; a value that is none by itself is text."""
+    import tomllib
+
+    key, _, value = setting.partition("=")
+    try:
+        tomllib.loads(f"value = {value}")
+    except tomllib.TOMLDecodeError:
+        value = f'"{value}"'
+    return f"{key} = {value}"
+
+
+def serve(
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where workers find the store.")] = "127.0.0.1:29700",
+    service: Settings = None,
+    keep: Annotated[Path | None, typer.Option(help="A folder for what the servers hold; goes on from it if it is there.")] = None,
+) -> None:
+    """Serve workers of your own loops (AsyncDiLoCo, ParameterServerWorker) until Ctrl-C or SIGTERM."""
+    from thinwire.config.run import RunConfig
+    from thinwire.train.replica_serve import serve_here
+
+    agreed = _agreed(RunConfig(), {}, service or [])
+    serve_here(agreed, listen, keep)

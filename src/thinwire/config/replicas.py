@@ -1,0 +1,91 @@
+"""What servers and replicas that live and die alone must agree on. Servers publish it in the store, workers read it there."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from thinwire.units import parse
+
+Seconds = Annotated[float, BeforeValidator(lambda value: parse(value, "s"))]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Code(_Part):
+    """How vectors travel. Options that may be None belong to single kinds, with defaults there."""
+
+    kind: Literal["none", "bf16", "fp16", "int8", "int4", "fp4", "sign", "ternary", "codebook2", "topk"] = "none"
+    feedback: bool = True
+    """What coding loses is kept at the sender and added to the next push."""
+    feedback_decay: float = Field(1.0, ge=0, le=1)
+    """Of what is kept, this part is added (SparseLoCo: 0.95)."""
+    rounding: Literal["nearest", "stochastic"] | None = None
+    hadamard: bool = False
+    k: int | None = Field(None, ge=1)
+    values: Literal["bf16", "int8"] | None = None
+
+
+class ServerAdamW(_Part):
+    """AdamW on the server's range of the weights."""
+
+    kind: Literal["adamw"] = "adamw"
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+
+
+class ServerSGD(_Part):
+    """SGD with momentum on the server's range of the weights."""
+
+    kind: Literal["sgd"] = "sgd"
+    momentum: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class Gradients(_Part):
+    """A push is a gradient; the server's optimizer makes a step of it (Li et al. 2014)."""
+
+    kind: Literal["gradients"] = "gradients"
+    delay: int = Field(0, ge=-1)
+    """How many steps a worker may be ahead of the slowest live one; 0: sequential, -1: any number (eventual)."""
+    learning_rate: float = Field(0.1, gt=0)
+    """Used where a push names none."""
+    optimizer: Annotated[ServerSGD | ServerAdamW, Field(discriminator="kind")] = ServerSGD()
+
+
+class DiLoCo(_Part):
+    """A push is how far a replica's own optimizer went in some local steps; merged pushes are an outer step."""
+
+    kind: Literal["diloco"] = "diloco"
+    every: int = Field(30, ge=1)
+    """Local steps between pushes, for replicas that say nothing else."""
+    quorum: int = Field(0, ge=0)
+    """Pushes of live replicas that make a merge; 0: of all that live."""
+    grace_s: Seconds = Field(0.0, ge=0)
+    """Once the quorum is there, the others may come for so long."""
+    learning_rate: float = Field(0.7, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weighting: Literal["tokens_squared_per_step", "tokens", "equal"] = "tokens_squared_per_step"
+
+
+class Service(_Part):
+    """One parameter service: its servers and what they do with what is pushed."""
+
+    servers: int = Field(1, ge=1)
+    """The weights are cut into so many ranges, a server each."""
+    first_workers: int = Field(1, ge=1)
+    """Nobody begins before so many workers have joined; from then on they come and go."""
+    merge: Annotated[Gradients | DiLoCo, Field(discriminator="kind")] = DiLoCo()
+    push: Code = Code()
+    pull: Code = Code()
+    """Other than "none": a worker is sent the code of the difference to what it has."""
+    heartbeat_s: Seconds = Field(0.5, gt=0)
+    silent_s: Seconds = Field(10.0, gt=0)
+    """A member whose heartbeat is not heard for so long is dead."""
+    timeout_s: Seconds = Field(300.0, gt=0)
+    """A wait on a link that takes longer is given up."""

@@ -1,0 +1,63 @@
+"""The synchroniser that [sync] asks for."""
+
+from thinwire.collectives.ledger import Ledger
+from thinwire.compress.exchange import make_exchange
+from thinwire.compress.plain import PlainExchange
+from thinwire.config.compress import Coded, NoCompression
+from thinwire.config.sync import DiLoCo, EveryStep, LocalSGD, MuLoCo, NoLoCo, SparseLoCo, Streaming, Sync
+from thinwire.layout import Layout
+from thinwire.sync import sparseloco
+from thinwire.sync.alone import Alone
+from thinwire.sync.base import Synchroniser
+from thinwire.sync.diloco import diloco
+from thinwire.sync.every_step import EveryStepSync
+from thinwire.sync.local_sgd import AVERAGE, local_sgd
+from thinwire.sync.muloco import muloco
+from thinwire.sync.noloco import NoLoCoSync
+from thinwire.sync.outer import Nesterov
+from thinwire.sync.rare import RareSync, Schedule
+from thinwire.sync.streaming import streaming
+
+DATA, OUTER = "data", "outer"
+
+
+def make_synchroniser(config: Sync, compress: NoCompression | Coded, layout: Layout, ledger: Ledger) -> Synchroniser:
+    """Every step over the data axis, or rarely over the outer axis with every step inside. UserError if options do not fit.
+
+    Compression belongs to the rare exchange if there is one; inside, gradients travel as they are.
+    """
+    if isinstance(config, EveryStep):
+        return EveryStepSync(config, DATA, ledger, make_exchange(compress, ledger))
+    if isinstance(config, NoLoCo):
+        return NoLoCoSync(config, compress, OUTER, ledger, _inside(config, layout, ledger))
+    if isinstance(config, SparseLoCo) and isinstance(compress, NoCompression):
+        compress = sparseloco.COMPRESSION
+    schedule, outer = _plan(config, layout.outer)
+    return RareSync(schedule, outer, OUTER, ledger, make_exchange(compress, ledger), _inside(config, layout, ledger))
+
+
+def _inside(config: Sync, layout: Layout, ledger: Ledger) -> Synchroniser:
+    """What holds the ranks of one replica together."""
+    if layout.data == 1:
+        return Alone(config.accumulate)
+    if isinstance(config, LocalSGD) and config.every_inside:
+        alone = Alone(config.accumulate)
+        return RareSync(Schedule(every=config.every_inside), AVERAGE, DATA, ledger, PlainExchange(ledger), alone)
+    inner = EveryStep(accumulate=config.accumulate, bucket_bytes=config.bucket_bytes)
+    return EveryStepSync(inner, DATA, ledger, PlainExchange(ledger))
+
+
+def _plan(config: Sync, replicas: int) -> tuple[Schedule, Nesterov]:
+    match config:
+        case LocalSGD():
+            return local_sgd(config, replicas)
+        case DiLoCo():
+            return diloco(config, replicas)
+        case Streaming():
+            return streaming(config, replicas)
+        case SparseLoCo():
+            return sparseloco.sparseloco(config, replicas)
+        case MuLoCo():
+            return muloco(config, replicas)
+        case _:
+            raise AssertionError(config)

@@ -1,0 +1,202 @@
+"""NoLoCo (Kolehmainen et al. 2025, arXiv 2506.10911): replicas exchange in pairs drawn at random; there is no all-reduce.
+
+Replica i trains x_i from its slow weights y_i. After H steps of its own, with the replica j that it is paired with:
+
+    m_i <- mu m_i + eta mean_ij(x - y) + eta (mean_ij(y) - y_i),   y_i <- y_i + m_i,   x_i <- y_i
+
+The first mean is the pair's pseudo-gradient, the second term pulls the two together. With one eta for both, as published, the
+pair's mean of y cancels, and each sends x alone, half as much:
+
+    m_i <- mu m_i + eta (mean_ij(x) - y_i)
+
+Sent through a cast C (bf16, fp16), mean_ij(x) is taken as (C(x_i) + C(x_j)) / 2 + x_i - C(x_i): what the cast loses cancels in
+the sum over the pair, and does not move their mean. Pairs are drawn from the number of the exchange, on all ranks alike; of an
+odd number of replicas one has no partner and takes its step alone. Published: H = 50, eta = 0.7, mu = 0.5.
+
+Slow weights differ between replicas. Until the end each replica is evaluated by its own, and the score is the mean of theirs. At
+the end of training the last steps are taken in without a partner, and the slow weights are averaged once over all replicas, in
+float32: that mean is the model.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from random import Random
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from thinwire.collectives.ledger import Ledger
+from thinwire.collectives.seam import all_reduce, swap
+from thinwire.config.compress import Coded, NoCompression
+from thinwire.config.sync import NoLoCo
+from thinwire.errors import UserError
+from thinwire.layout import Layout
+from thinwire.sync.base import Synchroniser
+from thinwire.traffic import Transfer
+from thinwire.workload import Workload
+
+SEED = 0
+"""Of the pairs."""
+
+CASTS = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What may travel, by compress.kind."""
+
+
+def pairs(replicas: int, exchange: int) -> list[tuple[int, ...]]:
+    """Who exchanges with whom in exchange number `exchange`: disjoint pairs of all replicas; one is alone if they are odd."""
+    order = list(range(replicas))
+    Random(f"{SEED} {exchange}").shuffle(order)
+    return [tuple(order[first : first + 2]) for first in range(0, replicas, 2)]
+
+
+class NoLoCoSync:
+    """See the top of the file. One per rank; replicas lie along `axis`, `inner` holds together what is one replica."""
+
+    replicas_differ = True
+
+    def __init__(self, config: NoLoCo, compress: NoCompression | Coded, axis: str, ledger: Ledger, inner: Synchroniser) -> None:
+        if compress.kind not in CASTS:
+            raise UserError(
+                f"compress.kind = {compress.kind!r}: noloco sends weights, which only {', '.join(CASTS)} keep; take one of these"
+            )
+        self.inner = inner
+        self._config, self._wire_dtype, self._axis, self._ledger = config, CASTS[compress.kind], axis, ledger
+        self._group: dist.ProcessGroup | None = None
+        self._parameters: dict[str, torch.nn.Parameter] = {}
+        self._slow, self._momentum = torch.empty(0), torch.empty(0)
+        self._restored: dict[str, Any] | None = None
+        self._adopted = False
+        self._done = 0
+
+    @property
+    def ready_at(self) -> float:
+        """The inner one's."""
+        return self.inner.ready_at
+
+    @property
+    def num_micro(self) -> int:
+        """Micro-batches of a step."""
+        return self.inner.num_micro
+
+    @property
+    def settled_after(self) -> int:
+        """The inner one's."""
+        return self.inner.settled_after
+
+    def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
+        """The inner one's, and one message to the partner in `every` steps; of an odd number of replicas one sends nothing."""
+        found = self.inner.traffic(workload, layout)
+        if getattr(layout, self._axis) > 1:
+            size = sum(parameter.numel for parameter in workload.parameters) * self._wire_dtype.itemsize
+            found.append(Transfer(label="pair", axis=self._axis, op="send", message_bytes=size, every=self._config.every))
+        return found
+
+    @contextmanager
+    def attached(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> Iterator[torch.nn.Module]:
+        """Takes the model's parameters for the slow weights, unless a checkpoint was loaded. Collective over all ranks."""
+        with self.inner.attached(model, optimizer, mesh) as module:
+            self._parameters = dict(model.named_parameters())
+            self._slow = self._flat()
+            self._momentum = torch.zeros_like(self._slow)
+            if self._restored is not None:
+                self._restore(self._restored)
+            self._group = mesh.get_group(self._axis)
+            self._ledger.axes[self._group.group_name] = self._axis
+            yield module
+
+    def rehearsal(self) -> AbstractContextManager[None]:
+        """The inner one's."""
+        return self.inner.rehearsal()
+
+    def microbatch(self, last: bool) -> AbstractContextManager[None]:
+        """The inner one's."""
+        return self.inner.microbatch(last)
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Every H steps: exchange with the partner, and an outer step. Collective over the pair."""
+        self.inner.after_step(step)
+        self._done = step + 1
+        if self._done % self._config.every == 0:
+            self._step(self._mean_of_pair(self._flat()))
+            self._write(self._slow)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """After the last step: what was not exchanged in it enters alone, then one model, the mean. Collective over all."""
+        self.inner.finish()
+        assert self._group is not None, "attached() comes first"
+        if self._done % self._config.every:
+            self._step(self._flat())
+        all_reduce(self._slow.div_(self._group.size()), self._group, self._ledger, "final").wait()
+        self._write(self._slow)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model holds this replica's slow weights; after `finish` they are the same on all. Local."""
+        own = self._flat()
+        with torch.no_grad():
+            self._write(self._slow)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self._write(own)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This replica's slow weights and momentum."""
+        return {
+            "inner": self.inner.state_dict(),
+            "done": self._done,
+            "names": list(self._parameters),
+            "slow": self._slow.clone(),
+            "momentum": self._momentum.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Before `attached`."""
+        self.inner.load_state_dict(state["inner"])
+        self._restored = state
+
+    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
+        """All begin from the mean of the slow weights that there were, with the mean of the momenta. Before `attached`."""
+        self.inner.adopt([state["inner"] for state in states])
+        means = {key: torch.stack([state[key] for state in states]).mean(0) for key in ("slow", "momentum")}
+        self._restored, self._adopted = states[0] | means, True
+
+    def _mean_of_pair(self, own: torch.Tensor) -> torch.Tensor:
+        """mean_ij(x); x_i where there is no partner."""
+        group = self._group
+        assert group is not None, "attached() comes first"
+        drawn = pairs(group.size(), self._done // self._config.every)
+        mine = next(pair for pair in drawn if group.rank() in pair)
+        if len(mine) == 1:
+            return own
+        sent = own.to(self._wire_dtype)
+        theirs = swap(sent, sum(mine) - group.rank(), group, self._ledger, "pair")
+        mean = sent.float().add_(theirs).div_(2)
+        return mean if sent is own else mean.add_(own).sub_(sent)
+
+    def _step(self, mean: torch.Tensor) -> None:
+        self._momentum.mul_(self._config.outer_momentum).add_(mean - self._slow, alpha=self._config.outer_learning_rate)
+        self._slow.add_(self._momentum)
+
+    def _flat(self) -> torch.Tensor:
+        """A copy of all parameters."""
+        return torch.cat([parameter.detach().reshape(-1) for parameter in self._parameters.values()])
+
+    def _write(self, flat: torch.Tensor) -> None:
+        parts = flat.split([parameter.numel() for parameter in self._parameters.values()])
+        for parameter, part in zip(self._parameters.values(), parts, strict=True):
+            parameter.copy_(part.view_as(parameter))
+
+    @torch.no_grad()
+    def _restore(self, state: dict[str, Any]) -> None:
+        assert state["names"] == list(self._parameters), "the same model"
+        self._done = state["done"]
+        self._slow.copy_(state["slow"])
+        self._momentum.copy_(state["momentum"])
+        if self._adopted:
+            self._write(self._slow)

@@ -1,0 +1,251 @@
+"""Replicas that go alone for H steps, and how they are brought together: the engine under local SGD and the DiLoCo family.
+
+All replicas begin a period with the same parameters x, the anchor. After H steps of its own, replica m stands at x_m:
+
+    send       D_m = x - x_m, through any exchange (codes, error feedback)     D = mean_m D_m, bit-equal everywhere
+    outer      x <- outer optimizer(x, D), the same on all replicas            (`outer`)
+    apply      x_m <- alpha x_m + (1 - alpha) x, `overlap` steps after D_m was sent
+
+With fragments (`fragments`) each of them has a period of its own, shifted against the others'. The model that counts is x: it is
+what is evaluated and saved. At the end of training everything is sent once more, so that the last steps are in x.
+
+Within a replica another synchroniser may be at work, on other axes.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from thinwire.collectives.ledger import Ledger
+from thinwire.compress.averager import Piece
+from thinwire.compress.exchange import Exchange
+from thinwire.layout import Layout
+from thinwire.sync.base import Synchroniser
+from thinwire.sync.fragments import due, fragments
+from thinwire.sync.outer import Nesterov
+from thinwire.traffic import Transfer
+from thinwire.workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """every: H; layers_per_fragment: 0 for one fragment of everything; overlap: tau; mixing: alpha."""
+
+    every: int
+    layers_per_fragment: int = 0
+    overlap: int = 0
+    mixing: float = 0.0
+
+
+@dataclass
+class _Fragment:
+    """Parameters that are sent together. anchor: flat float32, as is the outer optimizer's momentum."""
+
+    index: int
+    pieces: list[Piece]
+    anchor: torch.Tensor
+    momentum: torch.Tensor
+    sent_at: int = 0
+    """Steps done when it was last sent."""
+    under_way: "torch.futures.Future[torch.Tensor] | None" = None
+    numel: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.numel = sum(piece.numel for piece in self.pieces)
+
+
+class RareSync:
+    """See the top of the file. One per rank; replicas lie along `axis`, `inner` holds together what is one replica."""
+
+    replicas_differ = True
+
+    def __init__(
+        self, schedule: Schedule, outer: Nesterov, axis: str, ledger: Ledger, exchange: Exchange, inner: Synchroniser
+    ) -> None:
+        self.inner = inner
+        self._schedule, self._outer, self._axis = schedule, outer, axis
+        self._ledger, self._exchange = ledger, exchange
+        self._parameters: dict[str, torch.nn.Parameter] = {}
+        self._fragments: list[_Fragment] = []
+        self._restored: dict[str, Any] | None = None
+        self._done = 0
+
+    @property
+    def ready_at(self) -> float:
+        """The inner one's."""
+        return self.inner.ready_at
+
+    @property
+    def settled_after(self) -> int:
+        """The inner one's, or the first period after the exchange has settled."""
+        return max(self.inner.settled_after, self._exchange.settled_after * self._schedule.every)
+
+    def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
+        """The inner one's, and each fragment once in `every` steps; it may hide under the steps of the overlap."""
+        found = self.inner.traffic(workload, layout)
+        by_name = {parameter.name: parameter for parameter in workload.parameters}
+        window = self._schedule.overlap * workload.flops_per_microbatch * self.num_micro
+        for index, names in enumerate(fragments(list(by_name), self._schedule.layers_per_fragment)):
+            parameters = [by_name[name] for name in names]
+            for transfer in self._exchange.transfers(f"fragment {index}", parameters, self._axis, getattr(layout, self._axis)):
+                found.append(replace(transfer, every=self._schedule.every, window_flops=window))
+        return found
+
+    @property
+    def num_micro(self) -> int:
+        """Micro-batches of a step."""
+        return self.inner.num_micro
+
+    @contextmanager
+    def attached(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> Iterator[torch.nn.Module]:
+        """Takes the model's parameters for the anchor, unless a checkpoint was loaded. Collective over all ranks."""
+        with self.inner.attached(model, optimizer, mesh) as module:
+            self._parameters = dict(model.named_parameters())
+            self._fragments = [
+                self._fragment(index, names)
+                for index, names in enumerate(fragments(list(self._parameters), self._schedule.layers_per_fragment))
+            ]
+            if self._restored is not None:
+                self._restore(self._restored)
+            with self._ledger.label("replica set-up"):
+                self._exchange.attach(mesh.get_group(self._axis), self._axis)
+            try:
+                yield module
+            finally:
+                self._exchange.detach()
+
+    def rehearsal(self) -> AbstractContextManager[None]:
+        """The inner one's."""
+        return self.inner.rehearsal()
+
+    def microbatch(self, last: bool) -> AbstractContextManager[None]:
+        """The inner one's."""
+        return self.inner.microbatch(last)
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Send what is due, apply what has come back. Collective in the steps where something is due."""
+        self.inner.after_step(step)
+        self._done = step + 1
+        for fragment in self._fragments:
+            if fragment.under_way is not None and self._done == fragment.sent_at + self._schedule.overlap:
+                self._apply(fragment)
+            if due(fragment.index, len(self._fragments), self._schedule.every, self._done):
+                self._send(fragment)
+                if not self._schedule.overlap:
+                    self._apply(fragment)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """After the last step: everything that was not sent in this step is sent once more, and applied. Collective."""
+        self.inner.finish()
+        for fragment in self._fragments:
+            if fragment.under_way is not None:
+                self._apply(fragment)
+        late = [fragment for fragment in self._fragments if fragment.sent_at != self._done]
+        for fragment in late:
+            self._send(fragment, "final")
+        for fragment in late:
+            self._apply(fragment)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model holds the anchor, which is the same on all replicas. Local."""
+        own = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        with torch.no_grad():
+            for fragment in self._fragments:
+                self._write(fragment, fragment.anchor, mixing=0.0)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self._parameters.items():
+                    parameter.copy_(own[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Anchors, momenta, what is under way (waited for), and what the exchange carries."""
+        saved = [self._saved(fragment) for fragment in self._fragments]  # first: it waits, and until then the exchange changes
+        return {
+            "inner": self.inner.state_dict(),
+            "exchange": self._exchange.state_dict(),
+            "done": self._done,
+            "fragments": saved,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Before `attached`."""
+        self.inner.load_state_dict(state["inner"])
+        self._exchange.load_state_dict(state["exchange"])
+        self._restored = state
+
+    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
+        """Anchors, momenta and averages under way are the same on all replicas; what the exchange carries is dealt out anew."""
+        self.inner.adopt([state["inner"] for state in states])
+        self._exchange.adopt([state["exchange"] for state in states])
+        self._restored = states[0]
+
+    def _fragment(self, index: int, names: Sequence[str]) -> _Fragment:
+        pieces, first = [], 0
+        for name in names:
+            pieces.append(Piece(name, first, tuple(self._parameters[name].shape)))
+            first += pieces[-1].numel
+        anchor = torch.cat([self._parameters[piece.name].detach().reshape(-1) for piece in pieces])
+        return _Fragment(index, pieces, anchor, torch.zeros(first) if self._outer.momentum else torch.empty(0))
+
+    def _send(self, fragment: _Fragment, label: str = "fragment") -> None:
+        buffer = fragment.anchor.clone()
+        for piece in fragment.pieces:
+            piece.of(buffer).sub_(self._parameters[piece.name].reshape(-1))
+        fragment.sent_at = self._done
+        last = fragment.index == len(self._fragments) - 1
+        with self._ledger.label("fragment"):
+            fragment.under_way = self._exchange.start(buffer, fragment.pieces, f"{label} {fragment.index}", last=last)
+
+    def _apply(self, fragment: _Fragment) -> None:
+        mean = self._arrived(fragment)
+        fragment.under_way = None
+        self._outer.step(fragment.anchor, mean, fragment.momentum)
+        self._write(fragment, fragment.anchor, mixing=self._schedule.mixing)
+
+    def _arrived(self, fragment: _Fragment) -> torch.Tensor:
+        """Waits for the average."""
+        assert fragment.under_way is not None
+        try:
+            return fragment.under_way.wait()
+        except RuntimeError:
+            if self._exchange.failure is None:
+                raise
+            raise self._exchange.failure from None
+
+    def _write(self, fragment: _Fragment, values: torch.Tensor, *, mixing: float) -> None:
+        for piece in fragment.pieces:
+            parameter = self._parameters[piece.name]
+            new = piece.of(values).view(piece.shape)
+            if mixing:
+                parameter.lerp_(new, 1 - mixing)
+            else:
+                parameter.copy_(new)
+
+    def _saved(self, fragment: _Fragment) -> dict[str, Any]:
+        return {
+            "names": [piece.name for piece in fragment.pieces],
+            "anchor": fragment.anchor.clone(),
+            "momentum": fragment.momentum.clone(),
+            "sent_at": fragment.sent_at,
+            "under_way": self._arrived(fragment).clone() if fragment.under_way is not None else None,
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._done = state["done"]
+        for fragment, saved in zip(self._fragments, state["fragments"], strict=True):
+            assert saved["names"] == [piece.name for piece in fragment.pieces], "the same model and fragments"
+            fragment.anchor.copy_(saved["anchor"])
+            fragment.momentum.copy_(saved["momentum"])
+            fragment.sent_at = saved["sent_at"]
+            if saved["under_way"] is not None:
+                fragment.under_way = torch.futures.Future()
+                fragment.under_way.set_result(saved["under_way"].clone())

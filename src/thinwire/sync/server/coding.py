@@ -1,0 +1,98 @@
+"""How pushes and pulls look on the wire: float32, or the code of a codec.
+
+A push is coded with error feedback at the worker: with v what should be pushed, e what was lost before and C the codec,
+
+    sent C(v + d e),   e <- (v + d e) - D C(v + d e)        d: feedback_decay
+
+which makes the "significantly modified" filter of Li et al. 2014 one codec among others (topk). A pull is coded as a difference:
+both ends keep the copy c of what the worker has, the server sends C(w - c), both add D C(w - c) to c. What a code loses is in the
+next difference, so nothing is lost for good. The first pull over a link is float32.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinwire.compress.base import finite, make_codec
+from thinwire.compress.gather import Flat
+from thinwire.compress.memory import ErrorFeedback, Memory, NoMemory
+from thinwire.config.replicas import Code
+from thinwire.errors import UserError
+
+
+def make_flat(code: Code) -> Flat | None:
+    """The codec of vectors of any length; None for float32."""
+    codec = make_codec(code)
+    return None if codec is None else Flat(codec)
+
+
+def coded_bytes(codec: Flat | None, numel: int) -> int:
+    """What `numel` values take on the wire."""
+    return 4 * numel if codec is None else codec.payload_bytes((numel,))
+
+
+def encode(codec: Flat | None, values: Tensor) -> Tensor:
+    """[n] float32 -> uint8."""
+    return values.contiguous().view(torch.uint8) if codec is None else codec.encode(values)
+
+
+def decode(codec: Flat | None, payload: Tensor, numel: int) -> Tensor:
+    """uint8 -> [numel] float32."""
+    return payload.view(torch.float32) if codec is None else codec.decode(payload, (numel,))
+
+
+class PushCoder:
+    """The worker's side of pushes: codes by range, and what is owed to each."""
+
+    def __init__(self, code: Code) -> None:
+        self._codec = make_flat(code)
+        lossy = self._codec is not None and code.feedback
+        self._memory: Memory = ErrorFeedback(decay=code.feedback_decay) if lossy else NoMemory()
+
+    def encode(self, name: str, values: Tensor) -> Tensor:
+        """The payload of one range. UserError if a value is not finite, which coding would spread."""
+        if not finite(values):
+            raise UserError("what is pushed to the servers is not finite; lower the learning rate, or look at the data")
+        wanted = self._memory.corrected(name, values)
+        payload = encode(self._codec, wanted)
+        if self._memory.keeps:
+            self._memory.keep(name, wanted - decode(self._codec, payload, values.numel()))
+        return payload
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is owed."""
+        return self._memory.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Before the first push, with the same number of servers. UserError if it was made without feedback."""
+        self._memory.load_state_dict(state)
+
+
+class Mirror:
+    """One end of coded pulls over one link: the copy of what the worker has."""
+
+    def __init__(self, code: Code) -> None:
+        self._codec = make_flat(code)
+        self._copy: Tensor | None = None
+
+    def encode(self, values: Tensor) -> Tensor:
+        """At the server: the payload that brings the copy to `values`, or near."""
+        if self._codec is None:
+            return encode(None, values)
+        if self._copy is None:
+            self._copy = values.clone()
+            return encode(None, values)
+        payload = self._codec.encode(values - self._copy)
+        self._copy += self._codec.decode(payload, values.shape)
+        return payload
+
+    def decode(self, payload: Tensor, numel: int) -> Tensor:
+        """At the worker: its weights now, [numel]. Not to be changed. UserError if the server's range is another."""
+        if self._codec is None or self._copy is None:
+            if payload.numel() != 4 * numel:
+                raise UserError(f"a server holds {payload.numel() // 4} weights where this model has {numel}; all need one model")
+            self._copy = decode(None, payload, numel)
+        else:
+            self._copy = self._copy + self._codec.decode(payload, (numel,))
+        return self._copy

@@ -1,0 +1,66 @@
+"""A server's range of the weights, float32, and the optimizer that moves it.
+
+    gradient       torch.optim.SGD or AdamW
+    merged push    Nesterov: u <- m u + D;  w <- w - r (D + m u)        D: how far the replicas went, m momentum, r rate
+
+The last is torch.optim.SGD(nesterov=True) with D for a gradient (Douillard et al. 2023, DiLoCo).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinwire.config.replicas import DiLoCo, Gradients, ServerAdamW
+from thinwire.sync.server.ranges import Span
+
+
+class Weights:
+    """Used under the lock of whoever holds it."""
+
+    def __init__(self, config: Gradients | DiLoCo, values: Tensor, spans: Sequence[Span]) -> None:
+        self.values = values.clone()
+        self.spans = list(spans)
+        self.base_rate = config.learning_rate
+        parameters = []
+        for span in self.spans:  # views of one vector: the optimizer moves the vector, all workers are sent the vector
+            part = self.values[span.first : span.end].detach()
+            parameters.append((torch.nn.Parameter(part), span.decays))
+        self._parameters = [parameter for parameter, _ in parameters]
+        self._optimizer = _optimizer(config, parameters)
+
+    def step(self, gradient: Tensor, learning_rate: float) -> None:
+        """One step of the optimizer. gradient: [numel] of the range."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        for span, parameter in zip(self.spans, self._parameters, strict=True):
+            parameter.grad = gradient[span.first : span.end]
+        self._optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, spans, and the optimizer's moments."""
+        spans = [(span.first, span.end, span.decays) for span in self.spans]
+        return {"values": self.values.clone(), "spans": spans, "optimizer": self._optimizer.state_dict()}
+
+    @classmethod
+    def of(cls, config: Gradients | DiLoCo, state: dict[str, Any]) -> "Weights":
+        """From a state_dict."""
+        found = cls(config, state["values"], [Span(*span) for span in state["spans"]])
+        found._optimizer.load_state_dict(state["optimizer"])
+        return found
+
+
+def _optimizer(config: Gradients | DiLoCo, parameters: list[tuple[torch.nn.Parameter, bool]]) -> torch.optim.Optimizer:
+    if isinstance(config, DiLoCo):
+        every = [parameter for parameter, _ in parameters]
+        return torch.optim.SGD(every, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0)
+    chosen = config.optimizer
+    groups = [
+        {"params": [parameter for parameter, decays in parameters if decays == wanted], "weight_decay": weight_decay}
+        for wanted, weight_decay in ((True, chosen.weight_decay), (False, 0.0))
+    ]
+    groups = [group for group in groups if group["params"]]
+    if isinstance(chosen, ServerAdamW):
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(chosen.beta1, chosen.beta2), eps=chosen.epsilon)
+    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=chosen.momentum)

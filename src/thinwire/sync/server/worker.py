@@ -1,0 +1,58 @@
+"""A user's own loop as a worker of parameter servers: gradients go up, weights come down.
+
+    with thinwire.ParameterServerWorker(model, store="10.0.0.1:29700", name="a") as worker:
+        for step in range(worker.first_step, steps):
+            loss_of(model, batch(step)).backward()
+            worker.step()
+
+There is no optimizer here: the servers have it. Pulled weights are those of the service's consistency (`gradients`).
+"""
+
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from thinwire.collectives.ledger import Ledger
+from thinwire.config.replicas import Gradients
+from thinwire.errors import UserError
+from thinwire.sync.server.client import ServerClient
+from thinwire.sync.server.flat import FlatParameters
+
+
+class ParameterServerWorker:
+    """One life of worker `name`; the weights of `model` become the servers' at `with`."""
+
+    def __init__(self, model: nn.Module, *, store: str, name: str, ledger: Ledger | None = None) -> None:
+        self._flat = FlatParameters(model)
+        self._model = model
+        self.client = ServerClient(store, name, self._flat.values(), self._flat.spans(), ledger)
+        if not isinstance(self.client.service.merge, Gradients):
+            raise UserError(f"the servers at {store} want DiLoCo's distances, not gradients; use AsyncDiLoCo")
+
+    @property
+    def first_step(self) -> int:
+        """Steps that are behind; a worker that comes later, or again, begins there."""
+        return self.client.step
+
+    def __enter__(self) -> "ParameterServerWorker":
+        self.client.__enter__()
+        self._flat.put(self.client.weights)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.client.__exit__(kind, error, traceback)
+
+    def step(self, *, samples: float = 1.0, learning_rate: float = 0.0) -> None:
+        """Push the gradients, set them to zero, and take the weights. samples: how many are behind the gradients' mean."""
+        weights = self.client.push(self._flat.gradients(), weight=samples, learning_rate=learning_rate)
+        self._flat.put(weights)
+        self._model.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What coding has lost; small, and saved by whoever wants to come back with it."""
+        return self.client.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Before the first step."""
+        self.client.load_state_dict(state)

@@ -1,0 +1,182 @@
+"""A user's own loop as one replica of DiLoCo or its kin: it trains alone, and every H steps the replicas come together.
+
+    torch.distributed.init_process_group("gloo")
+    with thinwire.DiLoCo(model, inner_optimizer, every=30) as outer:
+        for batch in my_share_of_the_data:
+            loss_of(model, batch).backward()
+            inner_optimizer.step()                     # every 30th: exchange, and the outer step
+            inner_optimizer.zero_grad()
+        with outer.averaged():
+            evaluate(model)
+    # here the model holds the averaged parameters, the same on all replicas
+
+`torch.optim` calls us after each step of the inner optimizer; nothing else in the loop changes. All replicas must make the same
+number of steps: one that skips a step lets the others wait.
+
+At `with` all begin from the first replica's parameters and buffers; later on buffers (batch statistics) stay each replica's own.
+The exchange has a metered group of its own, made beside the user's, whatever the backend of that: what it sends is in `ledger`.
+The methods are in `rare` and `noloco`.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from thinwire.collectives import backend
+from thinwire.collectives.ledger import Ledger
+from thinwire.collectives.private import private_copy
+from thinwire.config import sync as kinds
+from thinwire.config.compress import Coded, NoCompression
+from thinwire.errors import UserError
+from thinwire.layout import Layout
+from thinwire.sync.make import OUTER, make_synchroniser
+from thinwire.tomlfile import validate
+from thinwire.traffic import Transfer
+from thinwire.workload import Workload
+
+KINDS: Mapping[str, type[BaseModel]] = {
+    "diloco": kinds.DiLoCo,
+    "streaming": kinds.Streaming,
+    "sparseloco": kinds.SparseLoCo,
+    "muloco": kinds.MuLoCo,
+    "local_sgd": kinds.LocalSGD,
+    "noloco": kinds.NoLoCo,
+}
+
+OF_THE_LOOP = ("accumulate", "bucket_bytes", "every_inside")
+"""Keys of [sync] about what happens within a replica, which is here the user's own loop."""
+
+
+class DiLoCo:
+    """Replicas of `model` on the ranks of `group` (None: all ranks), brought together every `every` steps of `optimizer`.
+
+    compress: "none", "int4", ..., or a table as in the section [compress] of run.toml, {"kind": "topk", "k": 64}. options: as in
+    [sync]: outer_learning_rate, outer_momentum, layers_per_fragment, overlap, mixing. Where each replica is itself several ranks
+    (DistributedDataParallel inside), `group` is the ranks with the same place in their replicas; `model` may be the wrapped one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        every: int = 30,
+        kind: str = "diloco",
+        compress: str | Mapping[str, Any] = "none",
+        group: dist.ProcessGroup | None = None,
+        **options: Any,
+    ) -> None:
+        if not dist.is_initialized():
+            raise UserError('DiLoCo: there is no process group; call torch.distributed.init_process_group("gloo") before')
+        if kind not in KINDS:
+            raise UserError(f"DiLoCo: kind = {kind!r} does not exist; there are {', '.join(KINDS)}")
+        for option in OF_THE_LOOP:
+            if option in options:
+                raise UserError(f"DiLoCo: {option} is about what happens within a replica, which is your own loop; leave it out")
+        _check_parameters(model)
+        table = {"kind": compress} if isinstance(compress, str) else dict(compress)
+        coding: type[BaseModel] = NoCompression if table.get("kind") == "none" else Coded
+        self.ledger = Ledger()
+        self._model, self._optimizer = model, optimizer
+        self._group = group if group is not None else dist.group.WORLD
+        assert self._group is not None
+        self._layout = Layout(outer=self._group.size())
+        self._sync = make_synchroniser(
+            validate(KINDS[kind], {"every": every, **options}, "DiLoCo"),  # type: ignore[arg-type]
+            validate(coding, table, "DiLoCo: compress"),  # type: ignore[arg-type]
+            self._layout,
+            self.ledger,
+        )
+        self._resumed = False
+        self._steps = 0
+        self._open = ExitStack()
+
+    @property
+    def sent_bytes(self) -> int:
+        """What this rank has sent so far, by the ledger."""
+        return self.ledger.sent_bytes
+
+    @property
+    def steps(self) -> int:
+        """Steps of the inner optimizer, with those before a resume."""
+        return self._steps
+
+    def __enter__(self) -> "DiLoCo":
+        """Collective over all ranks of the default group, also where replicas lie along sub-groups."""
+        if any(isinstance(getattr(hook, "__self__", None), DiLoCo) for hook in _step_hooks(self._optimizer).values()):
+            raise UserError("DiLoCo: another one is at work on this optimizer; leave its with block first")
+        with ExitStack() as stack:
+            with self.ledger.label("replica set-up"):
+                group = self._metered_group()
+                if not self._resumed:
+                    for tensor in [*self._model.parameters(), *self._model.buffers()]:
+                        dist.broadcast(tensor.detach(), group=group, group_src=0)
+            mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=(OUTER,))
+            stack.enter_context(self._sync.attached(self._model, self._optimizer, mesh))
+            stack.callback(self._optimizer.register_step_post_hook(self._after_step).remove)
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """The last exchange; after an exception nothing is sent any more, and the model stays as it is."""
+        with self._open:
+            if error is None:
+                self._sync.finish()
+                self._keep_averaged()
+
+    def traffic(self, workload: Workload) -> list[Transfer]:
+        """What will be sent. No communication."""
+        return self._sync.traffic(workload, self._layout)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the model holds the parameters that count, alike on all replicas (noloco: this replica's slow ones). Local."""
+        return self._sync.averaged()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank carries besides its model and optimizer: save all three, on every rank."""
+        return {"steps": self._steps, "sync": self._sync.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Before `with`. Load this rank's own model and optimizer too: nothing is broadcast then."""
+        self._steps = state["steps"]
+        self._sync.load_state_dict(state["sync"])
+        self._resumed = True
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.ledger.step = self._steps
+        self._sync.after_step(self._steps)
+        self._steps += 1
+
+    @torch.no_grad()
+    def _keep_averaged(self) -> None:
+        with self._sync.averaged():
+            averaged = [parameter.detach().clone() for parameter in self._model.parameters()]
+        for parameter, value in zip(self._model.parameters(), averaged, strict=True):
+            parameter.copy_(value)
+
+    def _metered_group(self) -> dist.ProcessGroup:
+        """The same ranks behind a meter that writes into our own ledger: a backend by a name that nobody else has."""
+        name = f"{backend.NAME}-{OUTER}-{len(dist.Backend.backend_list)}"
+        backend.register(self.ledger, name)
+        assert self._group is not None
+        return private_copy(self._group, f"mesh_{OUTER}", name)
+
+
+def _check_parameters(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+            raise UserError(
+                f"DiLoCo: {name} is {str(parameter.dtype).removeprefix('torch.')} on {parameter.device.type}; "
+                "only float32 on CPUs yet, where autocast may compute in bfloat16"
+            )
+
+
+def _step_hooks(optimizer: torch.optim.Optimizer) -> Mapping[int, Any]:
+    return optimizer._optimizer_step_post_hooks

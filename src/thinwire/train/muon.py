@@ -1,0 +1,105 @@
+"""Muon: momentum orthonormalised, for matrices; AdamW for embeddings, the head and vectors.
+
+    m <- mu m + g,   n = g + mu m (Nesterov),   x <- (1 - lr d) x - 0.2 sqrt(max(rows, columns)) lr O(n)
+
+O(n) is near the nearest orthonormal matrix to n: five quintic Newton-Schulz steps y <- a y + (b S + c S^2) y with S = y y^T, on
+n / ||n||, which bring the singular values close to 1. The factor makes the step as large as AdamW's, so that one learning rate
+does for both. Jordan et al. 2024 (Muon; the coefficients), Liu et al. 2025 (arXiv 2502.16982: the factor, weight decay).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from thinwire.config.run import Muon
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+STEPS = 5
+
+
+def by_kind_of_matrix(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: hidden matrices; embeddings (and heads tied to them) and an untied head; vectors."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    looked_up, hidden, vectors = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            vectors.append(parameter)
+        elif id(parameter) in embeddings or name.startswith("head"):
+            looked_up.append(parameter)
+        else:
+            hidden.append(parameter)
+    return [
+        {"params": hidden, "weight_decay": weight_decay, "orthogonal": True},
+        {"params": looked_up, "weight_decay": weight_decay, "orthogonal": False},
+        {"params": vectors, "weight_decay": 0.0, "orthogonal": False},
+    ]
+
+
+def orthonormalised(matrix: Tensor) -> Tensor:
+    """O of the formula above, for a matrix of any shape (more dims: all but the first count as columns). float32."""
+    a, b, c = COEFFICIENTS
+    rows = matrix.flatten(1)
+    y = rows.T if rows.shape[0] > rows.shape[1] else rows
+    y = y / (y.norm() + 1e-7)
+    for _ in range(STEPS):
+        s = y @ y.T
+        y = a * y + (b * s + c * s @ s) @ y
+    return (y.T if rows.shape[0] > rows.shape[1] else y).reshape(matrix.shape)
+
+
+class OrthogonalMomentum(torch.optim.Optimizer):
+    """See the top of the file. Groups as of `by_kind_of_matrix`."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, config: Muon) -> None:
+        defaults = {"lr": lr, "momentum": config.momentum, "betas": (config.beta1, config.beta2), "eps": config.epsilon}
+        super().__init__(groups, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Move every parameter that has a gradient."""
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["orthogonal"]:
+                for parameter in parameters:
+                    self._turn(parameter, group)
+            elif parameters:
+                self._adamw(parameters, group)
+
+    def _turn(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum = state["momentum"].mul_(group["momentum"]).add_(gradient)
+        update = orthonormalised(gradient.add(momentum, alpha=group["momentum"]))
+        rows, columns = parameter.flatten(1).shape
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update, alpha=-0.2 * max(rows, columns) ** 0.5 * group["lr"])
+
+    def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        states = [self.state[parameter] for parameter in parameters]
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )

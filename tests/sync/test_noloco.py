@@ -1,0 +1,235 @@
+"""Replicas that exchange in pairs: equal to a one-process reference with both of the paper's terms, to the byte, resumed."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from pool import Pool, Rank
+from thinwire.collectives.ledger import Ledger, difference
+from thinwire.config.compress import Coded, NoCompression
+from thinwire.config.sync import NoLoCo
+from thinwire.errors import UserError
+from thinwire.layout import AXES, Layout
+from thinwire.sync.make import make_synchroniser
+from thinwire.sync.noloco import pairs
+from thinwire.workload import Workload
+
+STEPS, EVERY, RATE, MU = 8, 3, 0.7, 0.5
+
+
+def net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def batch(step: int, replica: int) -> torch.Tensor:
+    return torch.randn(4, 8, generator=torch.Generator().manual_seed(1000 * replica + step))
+
+
+def flat(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.02)
+
+
+def compression(kind: str) -> NoCompression | Coded:
+    return NoCompression() if kind == "none" else Coded(kind=kind)
+
+
+def run(context: Rank, kind: str, data: int, first: int, last: int, state: dict | None) -> dict[str, Any]:
+    """Steps `first` to `last`, resumed from `state`, and the end of training if last is STEPS."""
+    layout = Layout(outer=context.world_size // data, data=data)
+    sync = make_synchroniser(NoLoCo(every=EVERY), compression(kind), layout, context.ledger)
+    model = net()
+    optimizer = adamw(model)
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        sync.load_state_dict(state["sync"])
+    mesh = init_device_mesh("cpu", layout.degrees, mesh_dim_names=AXES)
+    with sync.attached(model, optimizer, mesh) as module:
+        with sync.rehearsal():
+            for _ in range(2):
+                module(batch(0, 0)).sum().backward()
+        optimizer.zero_grad(set_to_none=False)
+        before = context.ledger.snapshot()
+        for step in range(first, last):
+            with sync.microbatch(last=True):
+                (module(batch(step, context.rank)) - 1).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            sync.after_step(step)
+        sent = difference(context.ledger.snapshot(), before)
+        saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "sync": sync.state_dict()}
+        saved = {key: {k: v.clone() if torch.is_tensor(v) else v for k, v in value.items()} for key, value in saved.items()}
+        local = flat(model)
+        with sync.averaged():
+            slow = flat(model)
+        back = torch.equal(flat(model), local)
+        if last == STEPS:
+            sync.finish()
+    workload = Workload.of_parameters([(name, tuple(p.shape)) for name, p in model.named_parameters()], 4)
+    return {
+        "state": saved,
+        "local": local,
+        "slow": slow,
+        "back": back,
+        "final": flat(model),
+        "sent": {(c.label, c.op, c.message_bytes, c.axis): (t.calls, t.wire_bytes) for c, t in sent.items()},
+        "predicted": sync.traffic(workload, layout),
+    }
+
+
+def reference(replicas: int) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """All in one process, with both terms of the formula: (fast weights, slow weights, the mean after the end)."""
+    models = [net() for _ in range(replicas)]
+    optimizers = [adamw(model) for model in models]
+    phi = [flat(model) for model in models]
+    m = [torch.zeros_like(one) for one in phi]
+
+    def outer(groups: list[tuple[int, ...]]) -> None:
+        for group in groups:
+            delta = sum(flat(models[i]) - phi[i] for i in group) / len(group)
+            mean = sum(phi[i] for i in group) / len(group)
+            for i in group:
+                m[i] = MU * m[i] + RATE * delta + RATE * (mean - phi[i])
+            for i in group:
+                phi[i] = phi[i] + m[i]
+
+    for step in range(STEPS):
+        for i, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            (model(batch(step, i)) - 1).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if (step + 1) % EVERY == 0:
+            outer(pairs(replicas, (step + 1) // EVERY))
+            for model, slow in zip(models, phi, strict=True):
+                nn.utils.vector_to_parameters(slow.clone(), model.parameters())
+    fast, slow = [flat(model) for model in models], list(phi)
+    outer([(i,) for i in range(replicas)])
+    return fast, slow, sum(phi) / replicas
+
+
+@pytest.mark.parametrize("pool", ["ranks2", "ranks3", "ranks4"])
+def test_equals_the_reference_in_one_process(request: pytest.FixtureRequest, pool: str) -> None:
+    ranks: Pool = request.getfixturevalue(pool)
+    told = ranks.run(run, "none", 1, 0, STEPS, None)
+    fast, slow, mean = reference(len(told))
+    for rank, one in enumerate(told):
+        torch.testing.assert_close(one["local"], fast[rank], rtol=0, atol=2e-6)
+        torch.testing.assert_close(one["slow"], slow[rank], rtol=0, atol=2e-6)
+        torch.testing.assert_close(one["final"], mean, rtol=0, atol=2e-6)
+        assert torch.equal(one["final"], told[0]["final"]) and one["back"]
+    if len(told) > 2:
+        assert not torch.equal(told[0]["slow"], told[1]["slow"]) or not torch.equal(told[0]["slow"], told[2]["slow"])
+
+
+@pytest.mark.parametrize(("kind", "width"), [("none", 4), ("bf16", 2), ("fp16", 2)])
+@pytest.mark.parametrize("data", [1, 2])
+def test_sends_what_was_predicted(ranks4: Pool, kind: str, width: int, data: int) -> None:
+    told = ranks4.run(run, kind, data, 0, STEPS, None)
+    numel = told[0]["local"].numel()
+    (predicted,) = [transfer for transfer in told[0]["predicted"] if transfer.axis == "outer"]
+    assert (predicted.op, predicted.message_bytes, predicted.every) == ("send", width * numel, EVERY)
+    for one in told:
+        mine = {row: seen for row, seen in one["sent"].items() if row[3] == "outer"}
+        assert mine.pop(("pair", "recv", width * numel, "outer")) == (STEPS // EVERY, 0)
+        assert mine == {("pair", "send", predicted.message_bytes, "outer"): (STEPS // EVERY, STEPS // EVERY * width * numel)}
+        assert torch.equal(one["final"], told[0]["final"])
+    if data == 2:
+        assert torch.equal(told[0]["slow"], told[1]["slow"]) and torch.equal(told[2]["slow"], told[3]["slow"])
+
+
+def test_of_three_one_is_alone_in_each_exchange(ranks3: Pool) -> None:
+    told = ranks3.run(run, "none", 1, 0, STEPS, None)
+    calls = [sum(calls for row, (calls, _) in one["sent"].items() if row[1] == "send") for one in told]
+    paired = Counter(
+        rank for event in range(1, STEPS // EVERY + 1) for pair in pairs(3, event) if len(pair) == 2 for rank in pair
+    )
+    assert calls == [paired[rank] for rank in range(3)] and sum(calls) == 2 * (STEPS // EVERY)
+
+
+@pytest.mark.parametrize("kind", ["none", "bf16"])
+@pytest.mark.parametrize("stop", [3, 5])
+def test_resumed_equals_uninterrupted_bit_for_bit(ranks3: Pool, kind: str, stop: int) -> None:
+    whole = ranks3.run(run, kind, 1, 0, STEPS, None)
+    cut = ranks3.run(run, kind, 1, 0, stop, None)
+    resumed = ranks3.run(resume, kind, [one["state"] for one in cut], stop)
+    for one, other in zip(whole, resumed, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in ("local", "slow", "final"))
+
+
+def resume(context: Rank, kind: str, states: list[dict], stop: int) -> dict[str, Any]:
+    return run(context, kind, 1, stop, STEPS, states[context.rank])
+
+
+def adopted(context: Rank, states: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(fast, slow) weights of a replica that begins with the states of another number of replicas."""
+    layout = Layout(outer=context.world_size)
+    sync = make_synchroniser(NoLoCo(every=EVERY), NoCompression(), layout, context.ledger)
+    model = net(seed=7)
+    sync.adopt(states)
+    with sync.attached(model, adamw(model), init_device_mesh("cpu", layout.degrees, mesh_dim_names=AXES)):
+        fast = flat(model)
+        with sync.averaged():
+            return fast, flat(model)
+
+
+def test_another_number_of_replicas_begins_from_the_mean(ranks3: Pool, ranks2: Pool) -> None:
+    states = [one["state"]["sync"] for one in ranks3.run(run, "none", 1, 0, 5, None)]
+    mean = sum(state["slow"] for state in states) / 3
+    for fast, slow in ranks2.run(adopted, states):
+        torch.testing.assert_close(fast, mean)
+        assert torch.equal(fast, slow)
+
+
+def drift(context: Rank, kind: str, exchanges: int) -> list[torch.Tensor]:
+    """Slow weights after each exchange, without any gradient, from a beginning of each replica's own."""
+    layout = Layout(outer=context.world_size)
+    sync = make_synchroniser(NoLoCo(every=1), compression(kind), layout, context.ledger)
+    model = net(seed=context.rank)
+    seen = [flat(model)]
+    with sync.attached(model, adamw(model), init_device_mesh("cpu", layout.degrees, mesh_dim_names=AXES)):
+        for step in range(exchanges):
+            sync.after_step(step)
+            seen.append(flat(model))
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["none", "bf16"])
+def test_without_gradients_replicas_come_together_and_their_mean_stays(ranks4: Pool, kind: str) -> None:
+    told = ranks4.run(drift, kind, 30)
+    means, spreads = [], []
+    for stacked in map(torch.stack, zip(*told, strict=True)):
+        means.append(stacked.mean(0))
+        spreads.append(float(stacked.std(0).norm()))
+    for mean in means[1:]:
+        torch.testing.assert_close(mean, means[0], rtol=0, atol=2e-6)
+    assert spreads[10] < 0.3 * spreads[0]
+    assert spreads[30] < (1e-2 if kind == "none" else 3e-2) * spreads[0]
+
+
+@given(st.integers(1, 33), st.integers(0, 10**6))
+def test_pairs_are_disjoint_and_leave_at_most_one_alone(replicas: int, event: int) -> None:
+    drawn = pairs(replicas, event)
+    assert sorted(rank for pair in drawn for rank in pair) == list(range(replicas))
+    assert [len(pair) for pair in drawn] == [2] * (replicas // 2) + [1] * (replicas % 2)
+    assert drawn == pairs(replicas, event)
+
+
+def test_every_pair_is_drawn_as_often() -> None:
+    seen = Counter(tuple(sorted(pair)) for event in range(6000) for pair in pairs(5, event) if len(pair) == 2)
+    assert len(seen) == 10 and all(count == pytest.approx(1200, rel=0.1) for count in seen.values())
+
+
+def test_codes_that_lose_too_much_for_weights_are_refused() -> None:
+    with pytest.raises(UserError, match=r"compress.kind = 'int4': noloco sends weights, which only none, bf16, fp16 keep"):
+        make_synchroniser(NoLoCo(), Coded(kind="int4"), Layout(outer=2), Ledger())

@@ -1,0 +1,92 @@
+"""`thinwire replicas` as a user starts it: a replica is killed, a server is killed, the run goes on; nothing is left behind."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+from command import nothing_left, one_line, running, started, thinwire
+from thinwire.sync.server.saved import load
+
+TEXT = "thin wire ring tree rank slow link loss step send " * 1200
+
+
+def arguments(folder: Path, steps: int) -> list[str]:
+    text = folder / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    train = {"steps": steps, "micro_batch": 2, "sequence": 16, "log_every": 5, "eval_tokens": 512, "warmup_steps": 2}
+    data = {"source": str(text), "cache": str(folder / "cache")}
+    model = {"layers": 2, "width": 16, "heads": 2, "context": 16}
+    sections = {"train": train | {"run": str(folder / "run")}, "data": data, "model": model}
+    changes = [f"{section}.{key}={value}" for section, keys in sections.items() for key, value in keys.items()]
+    return [
+        *("replicas", "--replicas", "2", "--service", "merge.every=10", "--service", "heartbeat_s=0.1"),
+        *(part for change in changes for part in ("--set", change)),
+    ]
+
+
+def pids(cwd: Path, role: str, number: int) -> list[int]:
+    found = []
+    for pid in running(cwd):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        if "thinwire.train.replica_roles" in words and words[3:5] == [role, str(number)]:
+            found.append(pid)
+    return found
+
+
+def read_until(stream, words: str) -> list[str]:
+    lines = []
+    for line in stream:
+        lines.append(line)
+        if words in line:
+            return lines
+    raise AssertionError("".join(lines))
+
+
+def test_a_killed_replica_comes_back_and_the_other_does_not_stop(tmp_path) -> None:
+    variables = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    with started(*arguments(tmp_path, 300), cwd=tmp_path, **variables) as process:
+        read_until(process.stdout, "replica 1  step 20/")
+        os.kill(pids(tmp_path, "replica", 1)[0], signal.SIGKILL)
+        said, errors = process.communicate(timeout=50)
+    assert process.returncode == 0, errors
+    assert "was ended by SIGKILL; started again, 1 of 1" in said and "held-out loss of the servers' weights" in said
+    found = json.loads((tmp_path / "run" / "replicas.json").read_text())
+    assert found["steps"] == {"r0": 300, "r1": 300} and found["restarts"] == {"r0": 0, "r1": 1}
+    events = [(event["worker"], event["what"], event["incarnation"]) for event in found["servers"][0]["events"]]
+    assert sorted(events) == [
+        *(("r0", "joined", 1), ("r0", "left", 1)),
+        *(("r1", "joined", 1), ("r1", "joined", 2), ("r1", "left", 2), ("r1", "lost", 1)),
+    ]
+    assert found["held_out_loss"] < 2.9
+    assert nothing_left(tmp_path)
+
+
+def test_nothing_is_left_when_the_launcher_or_a_server_is_killed_and_the_run_can_be_resumed(tmp_path) -> None:
+    variables = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    with started(*arguments(tmp_path, 100_000), cwd=tmp_path, **variables) as process:
+        read_until(process.stdout, "replica 0  step 30/")
+        assert len(running(tmp_path)) == 4
+        os.kill(process.pid, signal.SIGKILL)
+        assert nothing_left(tmp_path)
+    done = load(tmp_path / "run" / "server-0.pt")["steps"]["r0"]
+    assert done >= 10
+    with started("replicas", "--resume", str(tmp_path / "run"), cwd=tmp_path, **variables) as process:
+        told = read_until(process.stdout, "replica 0  step ")[-1]
+        assert done < int(told.split("step ")[1].split("/")[0]) <= done + 10
+        os.kill(pids(tmp_path, "server", 0)[0], signal.SIGKILL)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 3
+    last = [line for line in errors.splitlines() if line.startswith("thinwire: error: ")]
+    assert len(last) == 1 and "server 0 (process" in last[0] and "SIGKILL" in last[0] and "--resume" in last[0]
+    assert nothing_left(tmp_path)
+
+
+def test_what_replicas_cannot_do_is_refused(tmp_path) -> None:
+    for wrong, words in (
+        (["--set", "compress.kind=int8"], "--service push.kind"),
+        (["--service", "merge.quorum=-1"], "merge"),
+        (["--resume", "nowhere"], "no run of replicas was made there"),
+    ):
+        done = thinwire("replicas", *wrong, cwd=tmp_path)
+        assert done.returncode == 2 and words in one_line(done.stderr)

@@ -1,0 +1,252 @@
+"""Micro-batches dealt by speed, on real ranks: the mathematics of one global batch, resumed bit for bit, fewer for slow ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_run import make_config
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from pool import Pool, Rank
+from thinwire.bench.clusters import equal_hosts
+from thinwire.cluster import Quantity, dump_cluster
+from thinwire.config.compress import Coded
+from thinwire.config.run import EveryStep, RunConfig, TrainSection
+from thinwire.errors import UserError
+from thinwire.record import RunFolder
+from thinwire.sync.every_step import EveryStepSync
+from thinwire.tomlfile import validate
+from thinwire.train import checkpoint
+from thinwire.train.deal import Deal
+from thinwire.train.pace import Pacer
+from thinwire.train.runtime import Lab, StopRequest, Surroundings
+from thinwire.train.step import Stepper
+from thinwire.train.trainer import Trainer
+from thinwire.train.worker import Outcome, train_as
+from thinwire.train.worker import Rank as TrainingRank
+from thinwire.workload import Workload
+
+ROWS, WIDTH = 6, 24
+LEARNING_RATE = 0.1
+
+
+def plain_model() -> nn.Module:
+    torch.manual_seed(3)
+    stack = [module for _ in range(3) for module in (nn.Linear(WIDTH, WIDTH, bias=False), nn.Tanh())]
+    return nn.Sequential(*stack, nn.Linear(WIDTH, 1, bias=False))
+
+
+def rows(step: int, index: int) -> torch.Tensor:
+    return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1000 * step + index))
+
+
+def one_process(steps: int, total: int) -> tuple[list[torch.Tensor], list[float]]:
+    """The reference: plain PyTorch on the whole batch of each step, nothing of ours. Weights at the end, losses of the steps."""
+    model, losses = plain_model(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = model(torch.cat([rows(step, index) for index in range(total)])).square().mean()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+    return [parameter.detach() for parameter in model.parameters()], losses
+
+
+class Regression:
+    """A Task. slow: {step: factor}: from that step on, this rank's passes take so much longer."""
+
+    unit = "squares"
+
+    def __init__(self, pacer: Pacer | None = None, slow: dict[int, float] | None = None) -> None:
+        self.workload = Workload.of_parameters([(name, tuple(p.shape)) for name, p in plain_model().named_parameters()], ROWS)
+        self._pacer, self._slow, self._seen = pacer, slow or {}, -1
+
+    def build_model(self) -> nn.Module:
+        return plain_model()
+
+    def batch(self, step: int, index: int) -> torch.Tensor:
+        if self._pacer and step != self._seen and step in self._slow:
+            self._pacer.forward_s *= self._slow[step]
+            self._pacer.backward_s *= self._slow[step]
+        self._seen = step
+        return rows(step, index)
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        return model(batch).square().mean()
+
+    def score(self, model: nn.Module, replica: int) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+
+class Notes:
+    """In place of a Reporter: the losses and deals that it is told."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.deals: list[Deal] = []
+
+    def step(self, event: Any) -> None:
+        self.losses.append(event.loss)
+
+    def dealt(self, step: int, counts: Deal) -> None:
+        self.deals.append(counts)
+
+    def evaluation(self, *_: object) -> None: ...
+
+    def checkpoint(self, *_: object) -> None: ...
+
+    def end(self, *_: object) -> None: ...
+
+
+def train(context: Rank, folder: Path, counts: Deal, steps: int, passes_s: list[tuple[float, dict[int, float]]]) -> Any:
+    """(weights, losses, deals) of a run that begins with `counts`. passes_s: by rank, a micro-batch's seconds and Regression's
+    slow; where given, the deal follows the speed."""
+    seconds, slow = passes_s[context.rank] if passes_s else (0.0, {})
+    pacer = Pacer(forward_s=seconds / 3, backward_s=2 * seconds / 3) if passes_s else None
+    task, notes = Regression(pacer, slow), Notes()
+    model = task.build_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
+    sync = EveryStepSync(EveryStep(bucket_bytes=2048), "data", context.ledger)
+    mesh = init_device_mesh("cpu", (context.world_size,), mesh_dim_names=("data",))
+    settings = TrainSection(
+        steps=steps, learning_rate=LEARNING_RATE, final_learning_rate=1.0, warmup_steps=0, clip=0, log_every=1, eval_every=0
+    )
+    with sync.attached(model, optimizer, mesh) as replica:
+        stepper = Stepper(
+            model=replica, optimizer=optimizer, sync=sync, loss=task.loss, precision=torch.enable_grad, train=settings
+        )
+        stepper.rehearse(task.batch(0, context.rank))
+        trainer = Trainer(
+            task=task,
+            stepper=stepper,
+            train=settings,
+            parts=checkpoint.Parts(model=model, optimizer=optimizer, sync=sync, ledger=context.ledger, rank=context.rank),
+            group=mesh.get_group("data"),
+            device=torch.device("cpu"),
+            stop=StopRequest(),
+            checkpoints=folder,
+            reporter=notes,  # type: ignore[arg-type]
+            deal=counts,
+            by_speed=pacer is not None,
+        )
+        if pacer:
+            with pacer.attached(model, task.workload):
+                trainer.run(0)
+        else:
+            trainer.run(0)
+    return [parameter.detach() for parameter in model.parameters()], notes.losses, notes.deals
+
+
+@pytest.mark.parametrize(("pool", "counts"), [("ranks2", (1, 3)), ("ranks4", (2, 1, 5, 3))])
+def test_any_deal_equals_one_process_on_the_global_batch(
+    request: pytest.FixtureRequest, tmp_path: Path, pool: str, counts: Deal
+) -> None:
+    weights, losses = one_process(4, sum(counts))
+    wrong, _ = one_process(4, sum(counts) - 1)
+    ranks: Pool = request.getfixturevalue(pool)
+    for ours, told, deals in ranks.run(train, tmp_path, counts, 4, []):
+        assert told == pytest.approx(losses, abs=1e-6) and deals == []
+        for mine, theirs in zip(ours, weights, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+        assert max(float((mine - other).abs().max()) for mine, other in zip(ours, wrong, strict=True)) > 1e-4
+    assert checkpoint.read_progress(checkpoint.latest(tmp_path)).deal == counts
+
+
+def test_a_rank_that_slows_down_gets_fewer_and_as_many_when_it_recovers(ranks4: Pool, tmp_path: Path) -> None:
+    """The last rank takes 1.7 times as long from step 2 on, and is as fast as the others again from step 5 on."""
+    pass_s = 0.03
+    found = ranks4.run(train, tmp_path, (3, 3, 3, 3), 8, [(pass_s, {})] * 3 + [(pass_s, {2: 1.7, 5: 1 / 1.7})])
+    weights, losses = one_process(8, 12)
+    slow, *_, recovered = found[0][2]
+    assert slow[3] == 2 and sorted(slow[:3]) == [3, 3, 4], "four passes at most, where three long ones took 5.1"
+    assert recovered == (3, 3, 3, 3)
+    for ours, told, deals in found:
+        assert deals == found[0][2], "all ranks deal the same"
+        assert told == pytest.approx(losses, abs=1e-6)
+        for mine, theirs in zip(ours, weights, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def uneven_config(folder: Path, kind: str) -> RunConfig:
+    config = make_config(folder)
+    coded = config if kind == "none" else config.model_copy(update={"compress": Coded(kind=kind)})  # type: ignore[arg-type]
+    sync = EveryStep(accumulate=2, bucket_bytes=4096, deal="by_speed")
+    return coded.model_copy(update={"sync": sync})
+
+
+def one_third_the_speed(folder: Path) -> Path:
+    """A cluster file of two hosts: a micro-batch of the small run takes about 10 and 30 ms."""
+    cluster = equal_hosts(2, 1e9)
+    for device, rate in zip(cluster.devices, (3e8, 1e8), strict=True):
+        object.__setattr__(device, "flops_per_s", Quantity(rate))
+    path = folder / "cluster.toml"
+    dump_cluster(cluster, path)
+    return path
+
+
+def run_paced(context: Rank, config: RunConfig, cluster: Path, resume: Path | None, stop_after: int) -> Outcome:
+    ledger = context.ledger
+    ledger.step = -1
+
+    class StopAfter(StopRequest):
+        @property
+        def requested(self) -> bool:  # type: ignore[override]
+            return ledger.step + 1 >= stop_after
+
+        @requested.setter
+        def requested(self, value: bool) -> None: ...
+
+    lab = Lab(cluster=cluster, host=f"host{context.rank}", paced=True, delay="none", results=cluster.parent)
+    rank = TrainingRank(
+        config=config,
+        surroundings=Surroundings(place=None, lab=lab, error_file=None, cache_folder=Path("/nonexistent"), results=None),
+        layout=config.layout.resolve(context.world_size, rare=False),
+        ledger=ledger,
+        device=torch.device("cpu"),
+        stop=StopAfter(),
+    )
+    return train_as(rank, resume)
+
+
+@pytest.mark.parametrize("kind", ["none", "int4"])
+def test_a_dealt_run_sends_what_was_predicted_and_resumes_bit_for_bit(ranks2: Pool, tmp_path: Path, kind: str) -> None:
+    cluster, runs = one_third_the_speed(tmp_path), {}
+    for name, stop_after in (("whole", 10**9), ("cut", 5)):
+        (tmp_path / name).mkdir()
+        config = uneven_config(tmp_path / name, kind)
+        runs[name] = ranks2.run(run_paced, config, cluster, None, stop_after)[0].folder
+    progress = checkpoint.read_progress(checkpoint.latest(runs["cut"] / "checkpoints"))
+    assert (progress.step, progress.deal, progress.tokens) == (5, (3, 1), 5 * 4 * 2 * 16)
+    assert ranks2.run(run_paced, config, cluster, runs["cut"], 10**9)[0].reason == "done"
+    whole, resumed = (
+        [(event.step, event.tokens, event.loss) for event in RunFolder.open(runs[name]).steps()] for name in ("whole", "cut")
+    )
+    assert whole == resumed and len(whole) == 12
+    predicted, measured = RunFolder.open(runs["whole"]).predicted(), RunFolder.open(runs["whole"]).measured()
+    assert predicted is not None and measured is not None
+    wanted, found = (
+        {(row.label, row.op, row.message_bytes): row.wire_bytes_per_step for row in cost.transfers if row.every == 1}
+        for cost in (predicted, measured)
+    )
+    assert wanted == found and len(wanted) >= 4
+    assert predicted.compute_s == pytest.approx(measured.compute_s, rel=0.5) and predicted.waiting_s < 0.1 * predicted.compute_s
+
+
+@pytest.mark.parametrize(
+    ("sync", "told"),
+    [
+        ({"deal": "by_speed"}, "sync: deal = 'by_speed' with accumulate = 1 leaves each rank its one micro-batch"),
+        ({"deal": "by_speed", "kind": "diloco"}, "deal = 'by_speed': only kind = 'every_step' deals micro-batches"),
+        ({"deal": "by_luck"}, "sync.deal = 'by_luck'"),
+    ],
+)
+def test_a_deal_that_cannot_be_is_refused_in_one_line(sync: dict[str, str], told: str) -> None:
+    with pytest.raises(UserError, match=r"^run\.toml: ") as refused:
+        validate(RunConfig, {"sync": sync}, "run.toml")
+    assert told in str(refused.value) and "\n" not in str(refused.value)

@@ -1,0 +1,185 @@
+"""Commands without the seconds that every process spends on loading torch: forked from a server that has it loaded.
+
+`Warm` is a `subprocess.Popen` for `python -m thinwire ...`. What it starts is a process as real as any: with its own id, session,
+folder, environment, pipes, signals and exit code. The ranks that such a command starts are forked from the same server. Three
+things differ from a cold start: modules are imported already, all processes share one seed of str hashes, and static C++ objects
+are not destroyed at the end. A few tests therefore start cold.
+
+A request is a JSON object and the three standard streams on a Unix socket; the answers are the process id and, at the end, the
+exit code.
+"""
+
+import atexit
+import contextlib
+import functools
+import inspect
+import json
+import multiprocessing
+import os
+import runpy
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pool import start_server
+
+SOCKET = "THINWIRE_TEST_WARM"
+"""The variable that tells a command, and its ranks, where the server listens."""
+
+COMMAND = [sys.executable, "-m", "thinwire"]
+
+
+@functools.cache
+def server() -> str:
+    """The address of the server, which is started at the first call and ends with this process."""
+    folder = tempfile.mkdtemp(prefix="warm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = str(Path(folder) / "socket")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen(64)
+    process = start_server().Process(target=_serve, args=(listener,), daemon=True, name="warm commands")
+    process.start()
+    listener.close()
+    return path
+
+
+class Warm(subprocess.Popen[str]):
+    """`subprocess.Popen`; if it is to run `python -m thinwire` and its environment names a server, forked from that."""
+
+    _line: socket.socket | None = None
+
+    def _execute_child(self, *arguments: Any) -> None:
+        told = inspect.signature(subprocess.Popen._execute_child).bind(self, *arguments).arguments  # type: ignore[attr-defined]
+        argv, environment = [os.fspath(word) for word in told["args"]], os.environ if told["env"] is None else told["env"]
+        if argv[:3] != COMMAND or SOCKET not in environment:
+            super()._execute_child(*arguments)  # type: ignore[misc]
+            return
+        request = {
+            "arguments": argv[3:],
+            "cwd": os.fspath(told["cwd"] or os.getcwd()),
+            "environment": dict(environment),
+            "session": next(bool(value) for name, value in told.items() if name.endswith("start_new_session")),
+        }
+        streams = [told["p2cread"], told["c2pwrite"], told["errwrite"]]
+        self._line = socket.socket(socket.AF_UNIX)
+        self._line.connect(environment[SOCKET])
+        message = json.dumps(request).encode()
+        socket.send_fds(self._line, [len(message).to_bytes(4, "little")], [fd if fd != -1 else i for i, fd in enumerate(streams)])
+        self._line.sendall(message)
+        self.pid = _receive_integer(self._line)
+        self._child_created = True
+        pipes = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+        self._close_pipe_fds(*(told[name] for name in pipes))  # type: ignore[attr-defined]
+
+    def _internal_poll(self, *arguments: Any, **named: Any) -> int | None:
+        if self._line is None:
+            return super()._internal_poll(*arguments, **named)  # type: ignore[misc, no-any-return]
+        if self.returncode is None and select.select([self._line], [], [], 0)[0]:
+            self._end()
+        return self.returncode
+
+    def _wait(self, timeout: float | None) -> int:
+        if self._line is None:
+            return super()._wait(timeout)  # type: ignore[misc, no-any-return]
+        if self.returncode is None:
+            if not select.select([self._line], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+            self._end()
+        return self.returncode
+
+    def _end(self) -> None:
+        assert self._line is not None
+        self.returncode = _receive_integer(self._line)
+        self._line.close()
+
+
+def _receive_integer(line: socket.socket) -> int:
+    received = line.recv(8, socket.MSG_WAITALL)
+    assert len(received) == 8, "the server of warm commands has ended"
+    return int.from_bytes(received, "little", signed=True)
+
+
+def _send_integer(line: socket.socket, value: int) -> None:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # nobody waits for it any more
+        line.sendall(value.to_bytes(8, "little", signed=True))
+
+
+def _serve(listener: socket.socket) -> None:
+    """One process for each request, which forks the command and waits for its end. Ends with the tests."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while parent.sentinel not in select.select([listener, parent.sentinel], [], [])[0]:
+        line, _ = listener.accept()
+        if os.fork():
+            line.close()
+            continue
+        listener.close()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        header, streams, *_ = socket.recv_fds(line, 4, 3)
+        request = json.loads(line.recv(int.from_bytes(header, "little"), socket.MSG_WAITALL))
+        pid = os.fork()
+        if pid == 0:
+            line.close()
+            _become(request, streams)
+        for stream in streams:
+            os.close(stream)
+        _send_integer(line, pid)
+        _send_integer(line, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        os._exit(0)
+
+
+def _become(request: Mapping[str, Any], streams: list[int]) -> NoReturn:
+    """Be `python -m thinwire ARGUMENTS` from here to the end."""
+    code: object = 1
+    try:
+        if request["session"]:
+            os.setsid()
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        os.chdir(request["cwd"])
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115 - to the end of the process
+        sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+        tests = str(Path(__file__).parent)
+        sys.path[:] = [request["cwd"], *(folder for folder in sys.path if not folder.startswith(tests))]
+        sys.argv[:] = ["thinwire", *request["arguments"]]
+        if "RANK" in os.environ:  # /proc/PID/environ still shows the server's
+            Path("/proc/self/comm").write_text(f"rank{os.environ['RANK']}")
+        _settle()
+        runpy.run_module("thinwire", run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    with contextlib.suppress(BaseException):
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def _settle() -> None:
+    """What was read from the environment as torch was loaded; and how the ranks of this process are started."""
+    import torch
+    import torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler as handler
+
+    handler.Popen = Warm  # type: ignore[misc, assignment]
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
