@@ -55,9 +55,20 @@ def _resume(folder: Path, restart: int) -> int:
     return launch(spec.run, spec.service, spec.replicas, restart, (folder.absolute(), spec.cache))
 
 
+UNUSED = (
+    ("cluster", "file"),
+    ("layout", "data"),
+    ("layout", "outer"),
+    ("train", "eval_every"),
+    ("train", "checkpoint_every"),
+    ("train", "ranks"),
+)
+"""What a run may ask of ranks and replicas do not do."""
+
+
 def _configure(run: Path | None, changes: list[str]) -> "RunConfig":
     """The run, all of which replicas can do. UserError for what they cannot."""
-    from thinwire.config.run import load_run
+    from thinwire.config.run import RunConfig, load_run
     from thinwire.errors import UserError
 
     config = load_run(run, changes)
@@ -67,6 +78,13 @@ def _configure(run: Path | None, changes: list[str]) -> "RunConfig":
         raise UserError(f"sync.kind = {config.sync.kind!r} is for ranks; replicas take --service merge.kind=diloco or gradients")
     if config.train.dtype == "bfloat16":
         raise UserError("train.dtype = 'bfloat16': replicas train in float32 only; leave it out")
+    usual, unused = RunConfig(), []
+    for section, key in UNUSED:
+        value = getattr(getattr(config, section), key)
+        if value != getattr(getattr(usual, section), key):
+            unused.append(f"{section}.{key} = {value!r}")
+    if unused:
+        typer.echo(f"not used by replicas: {', '.join(unused)}; --replicas says how many, and they are scored at the end")
     return config
 
 
