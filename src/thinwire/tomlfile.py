@@ -74,8 +74,13 @@ def _schema_at(schema: type[BaseModel], loc: tuple[str | int, ...]) -> type[Base
             options = list(_models_in(field.annotation))
             current = options[0] if options else None
         else:
-            current = next((m for m in options if part in get_args(m.model_fields["kind"].annotation)), None)
+            current = next((model for model in options if _is_kind(model, part)), None)
     return current
+
+
+def _is_kind(model: type[BaseModel], tag: str) -> bool:
+    """Whether `tag` tells this member of a union from the others."""
+    return "kind" in model.model_fields and tag in get_args(model.model_fields["kind"].annotation)
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
