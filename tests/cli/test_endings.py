@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -77,7 +78,7 @@ def test_a_rank_that_stands_still(tmp_path: Path) -> None:
         os.kill(stopped, signal.SIGCONT)  # too late; but it can end by itself now
         _, err = process.communicate(timeout=55)
     assert process.returncode != 0
-    assert "rank 0: gave up waiting for another rank" in one_line(err)
+    assert re.match(r".*rank [01]: gave up waiting for another rank", one_line(err))  # the stopped one may notice too
     assert nothing_left(tmp_path) and checkpoints(tmp_path)
 
 
