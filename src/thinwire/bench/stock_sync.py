@@ -7,13 +7,13 @@ DistributedDataParallel and its hooks, nothing of ours underneath:
     "powersgd"  low rank with error feedback and warm start (Vogels et al. 2019)
     "silent"    every pass under no_sync: what a step takes where nothing is exchanged
 
-The rehearsal exchanges (and throws away) two gradients where ours exchanges none: PyTorch forms its buckets anew after the first
-pass, and its PowerSGD can compress only from the third on. So all methods begin training with their first compressed step.
+Nothing is predicted; the ledger counts what is sent where the group is metered. The rehearsal exchanges (and throws away) two
+gradients where ours exchanges none: PyTorch forms its buckets anew after the first pass, and its PowerSGD can compress only from
+the third on. So all methods begin training with their first compressed step.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -21,9 +21,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from thinwire.layout import Layout
-from thinwire.traffic import Transfer
-from thinwire.workload import Workload
+from thinwire.sync.alone import Alone
 
 ONE_BUCKET_MIB = 1000.0
 """With more than one bucket PyTorch's PowerSGD hangs on gloo: all-reduces of two buckets are issued by two threads."""
@@ -32,21 +30,13 @@ FIRST_COMPRESSED = 2
 SILENT = "silent"
 
 
-class StockSync:
+class StockSync(Alone):
     """One per rank; see thinwire.sync.base.Synchroniser. group: whose backend does the exchange."""
 
-    replicas_differ = False
-    settled_after = 0
-    num_micro = 1
-
     def __init__(self, hook: str, rank: int, group: dist.ProcessGroup) -> None:
-        self.ready_at = 0.0
+        super().__init__()
         self._hook, self._rank, self._group = hook, rank, group
         self._replica: DistributedDataParallel | None = None
-
-    def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
-        """Not predicted; the ledger counts it where the group is metered."""
-        return []
 
     @contextmanager
     def attached(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> Iterator[torch.nn.Module]:
@@ -81,23 +71,3 @@ class StockSync:
         assert self._replica is not None, "attached() comes first"
         with nullcontext() if last and self._hook != SILENT else self._replica.no_sync():
             yield
-
-    def after_step(self, step: int) -> None:
-        """Nothing: replicas are equal after each step."""
-
-    def finish(self) -> None:
-        """Nothing."""
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """The model as it is."""
-        return nullcontext()
-
-    def state_dict(self) -> dict[str, Any]:
-        """A benchmark is not resumed."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
-
-    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
-        """Nothing to deal out."""

@@ -4,7 +4,6 @@ On a thread and a process group of its own, while the backward pass goes on.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,11 +13,12 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.private import private_copy
 from thinwire.compress.averager import Piece, refuse_nccl
 from thinwire.compress.base import Codec
+from thinwire.compress.stateless import Stateless
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
 
 
-class CastExchange:
+class CastExchange(Stateless):
     """See `thinwire.compress.exchange.Exchange`. No state."""
 
     settled_after = 0
@@ -54,16 +54,6 @@ class CastExchange:
         """Hands the buffer to the thread."""
         assert self._executor is not None, "attach() comes first"
         return self._executor.submit(lambda: self._sum(buffer, label))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Empty."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
-
-    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
-        """Nothing to deal out."""
 
     def _sum(self, buffer: torch.Tensor, label: str) -> torch.Tensor:
         assert self._group is not None

@@ -11,7 +11,6 @@ for two ranks, more for any other number, unless the parameter is so small that 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,12 +20,11 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.compress.averager import Piece, check_finite, joined, put_back
 from thinwire.compress.base import Codec, TensorCodec
 from thinwire.compress.memory import Memory
+from thinwire.compress.plain import GRADIENT_BYTES
 from thinwire.compress.speed import seconds_of_tensor
+from thinwire.compress.stateless import Stateless
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
-
-EXACT_BYTES = 4
-"""Of a float32 value."""
 
 RIDE_BYTES = 2**14
 """Less than the wire carries while a collective of its own would begin."""
@@ -60,7 +58,7 @@ class Flat:
         return -(-prod(shape) // self.codec.block) * self.codec.block
 
 
-class Gather:
+class Gather(Stateless):
     """See the top of the file, and `thinwire.compress.averager.Averager`. Nothing but the memory goes on from step to step."""
 
     settled_after = 0
@@ -75,14 +73,14 @@ class Gather:
 
     def carries(self, numel: int, world_size: int) -> bool:
         """For two ranks gathering is as cheap as an all-reduce; for more, what is so little that a collective would cost more."""
-        return world_size == 2 or EXACT_BYTES * numel * (world_size - 1) <= RIDE_BYTES
+        return world_size == 2 or GRADIENT_BYTES * numel * (world_size - 1) <= RIDE_BYTES
 
     def transfers(
         self, label: str, parameters: Sequence[Parameter], exact: Sequence[Parameter], axis: str, world_size: int
     ) -> list[Transfer]:
         """One all-gather. Times the codec."""
         size = sum(self._codec.payload_bytes(parameter.shape) for parameter in parameters)
-        size += EXACT_BYTES * sum(parameter.numel for parameter in exact)
+        size += GRADIENT_BYTES * sum(parameter.numel for parameter in exact)
         seconds = [seconds_of_tensor(self._codec, parameter.shape) for parameter in parameters]
         work = sum(encode_s + world_size * decode_s for encode_s, decode_s in seconds)
         return [Transfer(label=f"{label} gathered", axis=axis, op="all_gather", message_bytes=size, work_s=work)]
@@ -115,16 +113,6 @@ class Gather:
             start = end
         if exact:
             put_back(_mean([received[source, start:].clone().view(torch.float32) for source in range(p)]), buffer, exact)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Empty."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
-
-    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
-        """Nothing to deal out."""
 
 
 def _mean(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from thinwire.compress.codecs.blockwise import INT8_BLOCK, Int8
+from thinwire.compress.stateless import Stateless
 from thinwire.errors import UserError
 
 
@@ -67,7 +68,7 @@ class Memory(Protocol):
         ...
 
 
-class NoMemory:
+class NoMemory(Stateless):
     """What is lost is lost."""
 
     keeps = False
@@ -86,16 +87,6 @@ class NoMemory:
     def memory_bytes(self, numel: int) -> int:
         """None."""
         return 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Empty."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
-
-    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
-        """Nothing to deal out."""
 
 
 @dataclass

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.seam import all_reduce
 from thinwire.compress.averager import Piece, joined, put_back
+from thinwire.compress.stateless import Stateless
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
 
@@ -20,7 +21,7 @@ GRADIENT_BYTES = 4
 """Gradients are float32."""
 
 
-class PlainExchange:
+class PlainExchange(Stateless):
     """The exchange without compression; see `thinwire.compress.exchange.Exchange`."""
 
     settled_after = 0
@@ -51,22 +52,12 @@ class PlainExchange:
         work = all_reduce(buffer.div_(self._group.size()), self._group, self._ledger, label)
         return work.get_future().then(_first_tensor)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Empty."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
-
-    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
-        """Nothing to deal out."""
-
 
 def _first_tensor(future: torch.futures.Future[Any]) -> torch.Tensor:
     return future.value()[0]
 
 
-class Plain:
+class Plain(Stateless):
     """See `thinwire.compress.averager.Averager`. No state."""
 
     settled_after = 0
@@ -102,13 +93,3 @@ class Plain:
             dist.all_reduce(together, group=self._group)
         put_back(together, buffer, [*pieces, *exact])
         yield
-
-    def state_dict(self) -> dict[str, Any]:
-        """Empty."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
-
-    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
-        """Nothing to deal out."""

@@ -20,7 +20,6 @@ is averaged exactly goes along in the same two messages, as float32.
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,12 +29,11 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.compress.averager import Piece, check_finite, joined, put_back
 from thinwire.compress.base import Codec, encode_with_error, finite
 from thinwire.compress.memory import Memory
+from thinwire.compress.plain import GRADIENT_BYTES
 from thinwire.compress.speed import seconds_per_value
+from thinwire.compress.stateless import Stateless
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
-
-EXACT_BYTES = 4
-"""Of a float32 value."""
 
 
 def shard_length(shape: Sequence[int], world_size: int, block: int) -> int:
@@ -43,7 +41,7 @@ def shard_length(shape: Sequence[int], world_size: int, block: int) -> int:
     return -(-prod(shape) // (world_size * block)) * block
 
 
-class TwoShot:
+class TwoShot(Stateless):
     """See the top of the file, and `thinwire.compress.averager.Averager`. Nothing but the memory goes on from step to step."""
 
     settled_after = 0
@@ -66,7 +64,7 @@ class TwoShot:
     ) -> list[Transfer]:
         """An all-to-all of codes and an all-gather of the averages' codes. Times the codec."""
         length = sum(shard_length(parameter.shape, world_size, self._codec.block) for parameter in parameters)
-        size = self._codec.payload_bytes(length) + EXACT_BYTES * -(-sum(one.numel for one in exact) // world_size)
+        size = self._codec.payload_bytes(length) + GRADIENT_BYTES * -(-sum(one.numel for one in exact) // world_size)
         encode_s, decode_s = seconds_per_value(self._codec)
         others = (world_size - 1) * length
         if self._memory.keeps:
@@ -91,7 +89,7 @@ class TwoShot:
         size = self._codec.payload_bytes(length)
         riding = joined(buffer, exact)
         riding = torch.nn.functional.pad(riding, (0, -riding.numel() % p)).view(p, -1)
-        codes = torch.zeros(p, size + EXACT_BYTES * riding.shape[1], dtype=torch.uint8)
+        codes = torch.zeros(p, size + GRADIENT_BYTES * riding.shape[1], dtype=torch.uint8)
         codes[:, size:] = riding.view(torch.uint8)
         lost = [work[rank]] * p
         for shard in range(p):
@@ -122,16 +120,6 @@ class TwoShot:
         if exact:
             flat = averages[:, size:].reshape(-1).view(torch.float32)
             put_back(flat[: sum(piece.numel for piece in exact)], buffer, exact)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Empty."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
-
-    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
-        """Nothing to deal out."""
 
     def _encode(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The code of `values`, and what it loses if anybody keeps that."""

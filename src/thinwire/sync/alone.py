@@ -1,19 +1,19 @@
 """A replica of one rank: nothing to exchange inside."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from thinwire.compress.stateless import Stateless
 from thinwire.layout import Layout
 from thinwire.traffic import Transfer
 from thinwire.workload import Workload
 
 
-class Alone:
+class Alone(Stateless):
     """The synchroniser that does nothing; see `thinwire.sync.base.Synchroniser`."""
 
     replicas_differ = False
@@ -51,13 +51,3 @@ class Alone:
     def averaged(self) -> AbstractContextManager[None]:
         """The model as it is."""
         return nullcontext()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Empty."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
-
-    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
-        """Nothing to deal out."""

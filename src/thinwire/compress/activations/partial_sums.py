@@ -27,14 +27,11 @@ from torch import Tensor
 from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.seam import all_reduce
-from thinwire.compress.activations.boundary import encode_finite, padded
+from thinwire.compress.activations.boundary import encode_finite
 from thinwire.compress.base import Codec
+from thinwire.compress.twoshot import shard_length
 from thinwire.errors import UserError
 from thinwire.traffic import Transfer
-
-
-def _shard(numel: int, codec: Codec, world_size: int) -> int:
-    return padded(numel, world_size * codec.block) // world_size
 
 
 def sum_transfers(values: tuple[int, torch.dtype], codec: Codec | None, axis: str, world_size: int, label: str) -> list[Transfer]:
@@ -44,7 +41,7 @@ def sum_transfers(values: tuple[int, torch.dtype], codec: Codec | None, axis: st
         return []
     if codec is None:
         return [Transfer(label=label, axis=axis, op="all_reduce", message_bytes=numel * dtype.itemsize)]
-    size = codec.payload_bytes(_shard(numel, codec, world_size))
+    size = codec.payload_bytes(shard_length((numel,), world_size, codec.block))
     return [
         Transfer(label=f"{label} codes", axis=axis, op="all_to_all", message_bytes=world_size * size),
         Transfer(label=f"{label} sums", axis=axis, op="all_gather", message_bytes=size),
@@ -62,7 +59,7 @@ def coded_sum(x: Tensor, group: dist.ProcessGroup, codec: Codec | None, ledger: 
         return total
     if "nccl" in dist.get_backend(group):
         raise UserError(f"{label} through {codec.name}: only on CPUs yet, and this group is NCCL's; send it plain")
-    length = _shard(x.numel(), codec, p)
+    length = shard_length(x.shape, p, codec.block)
     flat = x.detach().reshape(-1).to(torch.float32)
     shards = torch.nn.functional.pad(flat, (0, p * length - flat.numel())).view(p, length)
     size = codec.payload_bytes(length)
