@@ -1,0 +1,169 @@
+"""The order of a ring, from the cluster.
+
+On a tree of switches: depth first, small subtrees first. Every link is then crossed once in each direction, by one flow, which is
+the least for any ring, and with equal links as fast as any all-reduce (Patarasuk and Yuan 2009).
+
+On any other network the best of three candidates, judged by the busiest link of their routes, then by the sum over all links:
+depth first along the tree of shortest routes from rank 0; the min-max order, up to SEARCHED ranks; the order of ranks.
+
+Min-max order: c(i, j) seconds per bit from rank i to rank j, alone on the wires. Least greatest c(i, j) over the edges of the
+ring, then least sum (bottleneck travelling salesman; c may be asymmetric). Exact up to EXACT ranks: the least threshold under
+which a Hamiltonian cycle exists, by dynamic programming over sets of ranks, then Held and Karp 1962 under this threshold. Above
+that a heuristic: the order of ranks and nearest neighbour from several starts, each improved by moves that remove the worst edge
+(turn round a stretch, move a rank) while they help. It may miss the best order.
+"""
+
+from collections.abc import Iterator, Sequence
+from math import inf
+
+import networkx
+
+from thinwire.cluster import Cluster
+from thinwire.cluster.graph import Routes, graph
+from thinwire.collectives.schedules.schedule import check_order
+
+EXACT = 12
+SEARCHED = 64
+STARTS = 4
+
+Matrix = Sequence[Sequence[float]]
+
+
+def ring_order(cluster: Cluster) -> tuple[int, ...]:
+    """The ranks of `cluster` in the order in which a ring should visit them; begins with rank 0."""
+    wires = graph(cluster).to_undirected()
+    start = cluster.node_of(0)
+    part = wires.subgraph(networkx.node_connected_component(wires, start))
+    if networkx.is_tree(part):
+        return _depth_first(cluster, part)
+    shortest = networkx.bfs_tree(part, start).to_undirected()
+    routes = Routes(cluster)
+    candidates = [_depth_first(cluster, shortest), tuple(range(cluster.world_size))]
+    if cluster.world_size <= SEARCHED:
+        candidates.insert(1, min_max_order(seconds_per_bit(cluster)))
+    return min(candidates, key=lambda order: _busy_s(routes, order))
+
+
+def _busy_s(routes: Routes, order: Sequence[int]) -> tuple[float, float]:
+    """Seconds that the busiest link, and all together, need for one bit from each rank to the next in the ring."""
+    loads = routes.load((order[i - 1], order[i], 1) for i in range(len(order)))
+    busy = [bits / link.bandwidth_bps.value for link, bits in loads.items()]
+    return max(busy, default=0.0), sum(busy)
+
+
+def seconds_per_bit(cluster: Cluster) -> list[list[float]]:
+    """c(i, j): the slowest link from rank i to rank j; 0 on one node."""
+    routes, ranks = Routes(cluster), range(cluster.world_size)
+    return [[max((1 / link.bandwidth_bps.value for link in routes.between(i, j)), default=0.0) for j in ranks] for i in ranks]
+
+
+def min_max_order(seconds: Matrix) -> tuple[int, ...]:
+    """See the top of the file; begins with rank 0."""
+    p = len(seconds)
+    if p <= 2:
+        return tuple(range(p))
+    return _exact(seconds) if p <= EXACT else _heuristic(seconds)
+
+
+def _depth_first(cluster: Cluster, tree: networkx.Graph) -> tuple[int, ...]:
+    """Ranks in the order in which a walk from rank 0 along the tree meets their nodes."""
+    on_node: dict[str, list[int]] = {}
+    for rank in range(cluster.world_size):
+        on_node.setdefault(cluster.node_of(rank), []).append(rank)
+    start = cluster.node_of(0)
+    parents = {start: start, **{node: before for before, node in networkx.bfs_edges(tree, start)}}
+    below = {node: list(on_node.get(node, [])) for node in parents}
+    for node in reversed(parents):
+        if node != start:
+            below[parents[node]] += below[node]
+    order: list[int] = []
+    waiting = [start]
+    while waiting:
+        node = waiting.pop()
+        order += on_node.get(node, [])
+        further = [other for other in tree.neighbors(node) if other != parents[node] and below[other]]
+        waiting += sorted(further, key=lambda other: (len(below[other]), min(below[other])), reverse=True)
+    return check_order(order)
+
+
+def _exact(seconds: Matrix) -> tuple[int, ...]:
+    values = sorted({seconds[i][j] for i in range(len(seconds)) for j in range(len(seconds)) if i != j})
+    low, high = 0, len(values) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _has_cycle(seconds, values[middle]) else (middle + 1, high)
+    return _held_karp(seconds, values[low])
+
+
+def _has_cycle(seconds: Matrix, limit: float) -> bool:
+    """Whether a ring exists with all edges at most `limit`. ends[set]: ranks at which a path from 0 through the set can end."""
+    p = len(seconds)
+    into = [sum(1 << i for i in range(p) if i != j and seconds[i][j] <= limit) for j in range(p)]
+    ends = [0] * (1 << p)
+    ends[1] = 1
+    for visited in range(3, 1 << p, 2):
+        ends[visited] = sum(1 << j for j in range(1, p) if visited >> j & 1 and ends[visited ^ 1 << j] & into[j])
+    return bool(ends[-1] & into[0])
+
+
+def _held_karp(seconds: Matrix, limit: float) -> tuple[int, ...]:
+    """The ring of the least sum among those with all edges at most `limit`, of which there is one."""
+    p = len(seconds)
+    best: dict[tuple[int, int], tuple[float, int]] = {(1, 0): (0.0, 0)}
+    for visited in range(3, 1 << p, 2):
+        for j in range(1, p):
+            if visited >> j & 1:
+                before = visited ^ 1 << j
+                near = [i for i in range(p) if (before, i) in best and seconds[i][j] <= limit]
+                least = min(((best[before, i][0] + seconds[i][j], i) for i in near), default=None)
+                if least:
+                    best[visited, j] = least
+    visited, order = (1 << p) - 1, []
+    closing = [j for j in range(1, p) if (visited, j) in best and seconds[j][0] <= limit]
+    last = min(closing, key=lambda j: best[visited, j][0] + seconds[j][0])
+    while last:
+        order.append(last)
+        visited, last = visited ^ 1 << last, best[visited, last][1]
+    return (0, *reversed(order))
+
+
+def _heuristic(seconds: Matrix) -> tuple[int, ...]:
+    p = len(seconds)
+    starts = sorted({place * p // STARTS for place in range(STARTS)})
+    begun = [list(range(p)), *(_nearest(seconds, start) for start in starts)]
+    order = min((_improved(seconds, one) for one in begun), key=lambda one: _cost(seconds, one))
+    zero = order.index(0)
+    return tuple(order[zero:] + order[:zero])
+
+
+def _nearest(seconds: Matrix, start: int) -> list[int]:
+    order, left = [start], set(range(len(seconds))) - {start}
+    while left:
+        row = seconds[order[-1]]
+        order.append(min(left, key=lambda j: (row[j], j)))
+        left.remove(order[-1])
+    return order
+
+
+def _improved(seconds: Matrix, order: list[int]) -> list[int]:
+    cost = _cost(seconds, order)
+    while True:
+        worst = max(range(len(order)), key=lambda i: seconds[order[i - 1]][order[i]])
+        order = order[worst:] + order[:worst]  # the worst edge now goes from the last to the first
+        least, better = min(((_cost(seconds, one), one) for one in _moves(order)), default=((inf, inf), order))
+        if least >= cost:
+            return order
+        cost, order = least, better
+
+
+def _moves(order: list[int]) -> Iterator[list[int]]:
+    """Rings without the edge from the last to the first."""
+    for i in range(1, len(order) - 1):
+        yield order[:i][::-1] + order[i:]
+        yield order[1 : i + 1] + order[:1] + order[i + 1 :]
+        yield order[:i] + order[-1:] + order[i:-1]
+
+
+def _cost(seconds: Matrix, order: Sequence[int]) -> tuple[float, float]:
+    edges = [seconds[order[i - 1]][order[i]] for i in range(len(order))]
+    return max(edges), sum(edges)
