@@ -1,0 +1,78 @@
+"""Maximum flow on small dense integer graphs, and the question that all of synthesis asks of it.
+
+The question (Edmonds 1973): r_u trees are rooted at each compute node u, R = sum r_u in all. They exist within the capacities c
+(switches taken as plain nodes) iff a source s with edges s -> u of capacity r_u can send R to each compute node v on its own.
+
+Two shortcuts keep the number of flows small. Once v is known to get R, no cut that parts it from s is too small, so v may be
+merged with s for all later questions. And sum_u min(s -> u, u -> v) is a flow already: where that is R, none has to be sought.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_flow
+
+from thinwire.collectives.synthesis.graph import Mask, Matrix
+
+Counts = NDArray[np.int64]
+_INT32 = 2**31 - 1
+
+
+def least_cut(capacity: Matrix, source: int, target: int) -> tuple[int, Mask]:
+    """The maximum flow from source to target, and the nodes on the source's side of a least cut."""
+    value, flow = _flow(capacity, source, target)
+    left = (capacity - flow) > 0
+    inside = np.zeros(len(capacity), dtype=bool)
+    inside[source] = True
+    edge = inside.copy()
+    while edge.any():
+        edge = left[edge].any(0) & ~inside
+        inside |= edge
+    return value, inside
+
+
+def flows_between(capacity: Matrix, source: int, target: int) -> Matrix:
+    """What a maximum flow sends over each edge."""
+    return np.maximum(_flow(capacity, source, target)[1], 0)
+
+
+def _flow(capacity: Matrix, source: int, target: int) -> tuple[int, Matrix]:
+    """The value of a maximum flow, and its net amounts (negative against an edge)."""
+    narrow = int(capacity.sum()) < _INT32
+    done = maximum_flow(csr_array(capacity.astype(np.int32 if narrow else np.int64)), source, target)
+    return int(done.flow_value), done.flow.toarray().astype(np.int64)
+
+
+def too_small(capacity: Matrix, roots: Counts, first: int | None = None) -> tuple[int, int, Mask] | None:
+    """None if `roots` (one number for each compute node) can all reach all; else (v, how many are missing at v, the cut).
+
+    The cut is the nodes on the source's side. `first`: the compute node to ask first (it failed last time, say).
+    """
+    computes, size = len(roots), len(capacity)
+    total = int(roots.sum())
+    given = np.zeros((size + 1, size + 1), dtype=np.int64)
+    given[:size, :size] = capacity
+    given[size, :computes] = roots
+    waiting = np.ones(computes, dtype=bool)
+    if first is not None:
+        failure = _ask(given, first, total)
+        if failure is not None:
+            return first, *failure
+        given[size, first], waiting[first] = total, False
+    while waiting.any():
+        surely = given[size, :computes] + np.minimum(given[size, :size, None], capacity[:, :computes]).sum(0)
+        found = waiting & (surely >= total)
+        if not found.any():
+            node = int(np.where(waiting, surely, -1).argmax())
+            failure = _ask(given, node, total)
+            if failure is not None:
+                return node, *failure
+            found = np.arange(computes) == node
+        given[size, :computes][found] = total
+        waiting &= ~found
+    return None
+
+
+def _ask(given: Matrix, node: int, total: int) -> tuple[int, Mask] | None:
+    value, inside = least_cut(given, len(given) - 1, node)
+    return None if value >= total else (total - value, inside[:-1])

@@ -1,0 +1,198 @@
+"""Switches out of the graph: each way u -> w -> t through a switch w becomes an edge u -> t between nodes that compute.
+
+Splitting off the pair (u, w), (w, t) by g takes g from both and adds g to u -> t (nothing where u = t). A switch with in = out
+can be split off completely so that all trees still exist (Bang-Jensen, Frank & Jackson 1995, used so by Zhao et al., ForestColl
+2024); any order of the pairs ends well, each by the largest g that leaves every compute node reachable by R trees.
+
+The order decides how deep the trees become, so a whole plan is tried first, and pairs one by one only where it does not hold:
+    1. what enters w is spread evenly over all others, so that a root finds every other node one hop away;
+    2. the same, but over pairs that nothing else joins (cards beside an NVSwitch carry what goes to other boxes).
+A cut that is just large enough stays so; pairs that would shrink one are skipped without asking.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
+
+from thinwire.collectives.synthesis.flow import Counts, flows_between, too_small
+from thinwire.collectives.synthesis.graph import Mask, Matrix, Pair
+
+Piece = tuple[tuple[int, ...], int]
+"""A physical way (nodes, both ends included) and how many trees it carries."""
+
+_ROUNDS = 20
+
+
+@dataclass(slots=True)
+class Split:
+    """The graph while it loses its switches: capacities, and for each edge the physical ways behind them."""
+
+    capacity: Matrix
+    roots: Counts
+    ways: dict[Pair, list[Piece]]
+    tight: list[Mask] = field(default_factory=list)
+    last: int | None = None
+
+    def move(self, u: int, w: int, t: int, amount: int) -> None:
+        """Split (u, w), (w, t) off by `amount`."""
+        self.capacity[u, w] -= amount
+        self.capacity[w, t] -= amount
+        heads, tails = take(self.ways[u, w], amount), take(self.ways[w, t], amount)
+        if u == t:
+            return
+        self.capacity[u, t] += amount
+        self.ways.setdefault((u, t), []).extend(_joined(heads, tails))
+
+    def most(self, u: int, w: int, t: int, wanted: int) -> int:
+        """The largest amount up to `wanted` by which (u, w), (w, t) can be split off."""
+        while wanted > 0 and not any(_shrinks(inside, u, w, t) for inside in self.tight):
+            trial = self.capacity.copy()
+            trial[u, w] -= wanted
+            trial[w, t] -= wanted
+            if u != t:
+                trial[u, t] += wanted
+            failure = too_small(trial, self.roots, self.last)
+            if failure is None:
+                return wanted
+            self.last, missing, inside = failure
+            wanted -= missing
+            if wanted <= 0:
+                self.tight.append(inside)
+        return 0
+
+
+def without_switches(capacity: Matrix, roots: Counts) -> tuple[Matrix, dict[Pair, list[Piece]]]:
+    """Capacities between compute nodes alone, with as many trees as before, and the physical ways of each edge.
+
+    capacity: balanced at every switch; roots: trees rooted at each compute node, all of which must exist.
+    """
+    computes = len(roots)
+    ways: dict[Pair, list[Piece]] = {
+        (int(a), int(b)): [((int(a), int(b)), int(capacity[a, b]))] for a, b in np.argwhere(capacity)
+    }
+    split = Split(capacity.copy(), roots, ways)
+    waiting = set(range(computes, len(capacity)))
+    while waiting:
+        w = min(waiting, key=lambda w: _place(split.capacity, w, computes))
+        waiting.remove(w)
+        _remove(split, w)
+    return split.capacity[:computes, :computes], split.ways
+
+
+def take(pieces: list[Piece], amount: int) -> list[Piece]:
+    """Remove `amount` from the front of `pieces`; return what was removed."""
+    taken: list[Piece] = []
+    while amount:
+        way, size = pieces[0]
+        part = min(size, amount)
+        taken.append((way, part))
+        amount -= part
+        if part == size:
+            pieces.pop(0)
+        else:
+            pieces[0] = way, size - part
+    return taken
+
+
+def _place(capacity: Matrix, w: int, computes: int) -> tuple[bool, int, int, int]:
+    """The order of the switches: those between two nodes (cards), then the core (switches among switches), then small ones."""
+    joined = (capacity[w] > 0) | (capacity[:, w] > 0)
+    return bool(joined.sum() > 2), -int(joined[computes:].sum()), int(joined[:computes].sum()), w
+
+
+def _remove(split: Split, w: int) -> None:
+    plans = [_spread(split.capacity, w, allowed) for allowed in _choices(split.capacity, w, len(split.roots))]
+    for plan in plans:
+        trial = split.capacity.copy()
+        trial[:, w] = trial[w, :] = 0
+        trial += plan
+        np.fill_diagonal(trial, 0)
+        failure = too_small(trial, split.roots, split.last)
+        if failure is None:
+            _follow(split, w, plan)
+            return
+        split.last = failure[0]
+    for plan in plans[::-1]:
+        for u, t in np.argwhere(plan).tolist():
+            wanted = min(int(plan[u, t]), int(split.capacity[u, w]), int(split.capacity[w, t]))
+            split.move(u, w, t, split.most(u, w, t, wanted))
+    for u in np.flatnonzero(split.capacity[:, w]).tolist():
+        for t in np.flatnonzero(split.capacity[w]).tolist():
+            wanted = min(int(split.capacity[u, w]), int(split.capacity[w, t]))
+            split.move(u, w, t, split.most(u, w, t, wanted))
+    assert not split.capacity[w].any() and not split.capacity[:, w].any(), f"switch {w} cannot be split off"
+
+
+def _follow(split: Split, w: int, plan: Matrix) -> None:
+    for u, t in np.argwhere(plan):
+        split.move(int(u), w, int(t), int(plan[u, t]))
+
+
+def _shrinks(inside: Mask, u: int, w: int, t: int) -> bool:
+    """Whether splitting (u, w), (w, t) off takes capacity from the cut."""
+    return bool(inside[u] == inside[t] != inside[w])
+
+
+def _choices(capacity: Matrix, w: int, computes: int) -> list[Mask]:
+    """Which pairs should share w: all; those that no other edge or switch joins; those in parts that no edges join."""
+    others = capacity > 0
+    others[:, w] = others[w, :] = False
+    all_pairs = ~np.eye(len(capacity), dtype=bool)
+    direct = others.copy()
+    direct[computes:] = direct[:, computes:] = False
+    part = connected_components(csr_array(direct), directed=False)[1]
+    return [all_pairs, all_pairs & ~others & ~(others @ others), part[:, None] != part[None, :]]
+
+
+def _spread(capacity: Matrix, w: int, allowed: Mask) -> Matrix:
+    """An integral plan of what goes from u through w to t, as even as can be. Pairs not allowed take only what is left."""
+    size = len(capacity)
+    inward, outward = capacity[:, w].copy(), capacity[w].copy()
+    even = np.where(allowed, np.outer(inward, outward), 0).astype(float)
+    for _ in range(_ROUNDS):  # scale rows and columns to what they may carry
+        for axis, limit in ((1, inward[:, None]), (0, outward[None, :])):
+            even *= np.divide(
+                limit, even.sum(axis, keepdims=True), out=np.zeros(limit.shape), where=even.sum(axis, keepdims=True) > 0
+            )
+    even *= np.minimum(1, np.divide(inward[:, None], np.maximum(even.sum(1, keepdims=True), 1e-9)))
+    plan = np.floor(even + 1e-6).astype(np.int64)
+    most = np.minimum.outer(inward, outward)
+    for limit in (np.where(even > 0, 1, 0), np.where(allowed, most, 0), np.where(np.eye(size, dtype=bool), 0, most)):
+        plan += _filled(inward - plan.sum(1), outward - plan.sum(0), limit)
+    plan[np.diag_indices(size)] += inward - plan.sum(1)
+    return plan
+
+
+def _filled(rows: Counts, columns: Counts, limit: Matrix) -> Matrix:
+    """As much as fits into the remaining rows and columns, at most `limit` in each place."""
+    size = len(rows)
+    if not rows.any() or not limit.any():
+        return np.zeros_like(limit)
+    graph = np.zeros((2 * size + 2, 2 * size + 2), dtype=np.int64)
+    graph[2 * size, :size] = rows
+    graph[:size, size : 2 * size] = limit
+    graph[size : 2 * size, 2 * size + 1] = columns
+    return flows_between(graph, 2 * size, 2 * size + 1)[:size, size : 2 * size]
+
+
+def _joined(heads: list[Piece], tails: list[Piece]) -> list[Piece]:
+    """Ways to w and ways from w, put end to end; a loop in one is cut off, which only frees links."""
+    joined: list[Piece] = []
+    while heads:
+        (head, size), (tail, other) = heads[0], tails[0]
+        part = min(size, other)
+        joined.append((_without_loops(head + tail[1:]), part))
+        take(heads, part)
+        take(tails, part)
+    return joined
+
+
+def _without_loops(way: tuple[int, ...]) -> tuple[int, ...]:
+    straight: list[int] = []
+    for node in way:
+        if node in straight:
+            del straight[straight.index(node) :]
+        straight.append(node)
+    return tuple(straight)

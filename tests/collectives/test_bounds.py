@@ -1,0 +1,134 @@
+"""Lower bounds: closed forms, the link that they name, and that no forest beats them; NCCL's files as graphs."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from known_networks import a100, small_graphs
+
+from thinwire.cluster import FRAME_OVERHEAD, load_cluster
+from thinwire.collectives.synthesis import (
+    Graph,
+    all_gather_forest,
+    all_reduce_plan,
+    bound,
+    broadcast_forest,
+    nccl_graph,
+    optimum,
+    reduce_forest,
+    reduce_scatter_forest,
+)
+from thinwire.errors import UserError
+
+SIZE = 4 << 20
+PER_BYTE = 8 * FRAME_OVERHEAD / 100e6
+LATENCY = 100e-6
+
+
+@pytest.mark.parametrize(
+    ("op", "times"),
+    [
+        ("all_reduce", 14 / 8),
+        ("all_gather", 7),
+        ("reduce_scatter", 7 / 8),
+        ("all_to_all", 7 / 8),
+        ("broadcast", 1),
+        ("reduce", 1),
+    ],
+)
+def test_closed_forms_on_a_switch(op: str, times: float) -> None:
+    found = bound(load_cluster("eight-hosts-100mbit"), op, SIZE)
+    assert found.bandwidth_s == pytest.approx(times * SIZE * PER_BYTE, rel=1e-9)
+    assert found.latency_s == pytest.approx(LATENCY, rel=1e-6)
+    assert found.seconds == pytest.approx(found.bandwidth_s + found.latency_s)
+
+
+def test_the_slow_host_and_the_uplink_are_named() -> None:
+    slow = bound(load_cluster("one-slow-host"), "all_reduce", SIZE)
+    assert slow.bandwidth_s == pytest.approx(4 * SIZE * PER_BYTE)
+    assert len(slow.links) == 1 and f"{slow.links[0][0]} -> {slow.links[0][1]}" in slow.where and "23.9 Mbit/s" in slow.where
+    uplink = bound(load_cluster("two-racks"), "all_to_all", SIZE)
+    assert uplink.bandwidth_s == pytest.approx(16 / 8 * SIZE * PER_BYTE)
+    assert any("rack-" in end for end in uplink.links[0])
+    assert bound(load_cluster("laptop"), "all_reduce", SIZE).where == "all ranks are on laptop: no link is crossed"
+
+
+def test_small_messages_are_bounded_by_the_farthest_ranks() -> None:
+    far = bound(load_cluster("two-racks"), "all_reduce", 4)
+    assert far.seconds == pytest.approx(140e-6) and far.where == "latency from a0 to b0: 140 us"
+
+
+def test_uneven_lines_bound_by_what_can_be_sent() -> None:
+    """home-internet sends slower than it receives: 3 shares of 4 must come out of 4 slow ends, 1 / (4 * 20 Mbit/s) each."""
+    found = bound(load_cluster("home-internet"), "all_gather", SIZE)
+    assert found.bandwidth_s == pytest.approx(4 * 3 * SIZE * 8 * FRAME_OVERHEAD / 80e6, rel=1e-6)
+
+
+def test_a_thousand_ranks_are_no_trouble() -> None:
+    found = bound(load_cluster("dgx-h100-x128"), "all_reduce", 1e9)
+    assert found.bandwidth_s > 0 and found.links
+
+
+@settings(max_examples=15)
+@given(graph=small_graphs(balanced=False))
+def test_no_forest_beats_its_bound_and_few_miss_it(graph: Graph) -> None:
+    p = graph.world_size
+    found = {
+        "all_gather": all_gather_forest(graph, None if graph.balanced() else 4).seconds_per_byte * p,
+        "reduce_scatter": reduce_scatter_forest(graph, None if graph.balanced() else 4).seconds_per_byte,
+        "broadcast": broadcast_forest(graph, 0).seconds_per_byte,
+        "reduce": reduce_forest(graph, 0).seconds_per_byte,
+        "all_reduce": all_reduce_plan(graph).seconds_per_byte,
+    }
+    for op, seconds in found.items():
+        least = bound(graph, op, SIZE).seconds
+        assert least <= seconds * SIZE * (1 + 1e-6), op
+        if graph.balanced() or op == "all_reduce":
+            assert seconds * SIZE <= least * 1.025, op
+
+
+GPU = '<pci busid="{bus}" link_speed="16.0 GT/s PCIe" link_width="16"><gpu dev="{dev}" sm="80" rank="{dev}">{links}</gpu></pci>'
+SWITCH = '<nvlink target="ffff" count="12" tclass="0x068000"/>'
+
+
+def dump(path: Path, gpus: str, cpu: str = "0") -> Path:
+    path.write_text(f'<system version="1"><cpu numaid="{cpu}" arch="x86_64">{gpus}</cpu></system>')
+    return path
+
+
+def test_an_nvswitch_box_from_nccl(tmp_path: Path) -> None:
+    """12 NVLinks of 20 GB/s to the switch and PCIe of 24 GB/s to the CPU, so 264 into each of 8 GPUs."""
+    gpus = "".join(GPU.format(bus=f"0{dev}", dev=dev, links=SWITCH) for dev in range(8))
+    graph = nccl_graph(dump(tmp_path / "topo.xml", gpus + '<nic><net name="mlx5_0" speed="200000"/></nic>'))
+    assert graph.nodes[:8] == tuple(f"gpu{dev}" for dev in range(8)) and set(graph.nodes[8:]) == {"nvswitch", "cpu0"}
+    assert optimum(graph).bytes_per_s(graph) == pytest.approx(8 / 7 * 264e9)
+
+
+def test_nvlinks_between_gpus_from_nccl(tmp_path: Path) -> None:
+    gpus = "".join(
+        GPU.format(bus=f"0{dev}", dev=dev, links=f'<nvlink target="0{1 - dev}" count="4" tclass="0x030200"/>') for dev in range(2)
+    )
+    graph = nccl_graph(dump(tmp_path / "topo.xml", gpus))
+    assert graph.capacity[0, 1] == graph.capacity[1, 0] == 80
+    assert optimum(graph).bytes_per_s(graph) == pytest.approx(2 * 104e9)
+
+
+def test_what_is_not_understood_of_nccl_is_said(tmp_path: Path) -> None:
+    path, one = tmp_path / "topo.xml", GPU.format(bus="00", dev=0, links=SWITCH)
+    for text, message in [
+        (one.replace("nvlink", "xgmi"), "<xgmi> inside <gpu>"),
+        (one.replace('sm="80"', 'sm="61"'), "sm 61"),
+        (one.replace("0x068000", "0x020000"), "class 0x0200"),
+        ("<nvme/>", "<nvme> is not understood"),
+        ("", "no <gpu>"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            nccl_graph(dump(path, text))
+    second = '</cpu><cpu numaid="1">' + GPU.format(bus="01", dev=1, links="")
+    with pytest.raises(UserError, match="give cpu_gbytes_per_s"):
+        nccl_graph(dump(path, one + second))
+    assert nccl_graph(dump(path, one + second), 10.0).world_size == 2
+    with pytest.raises(UserError, match="not a readable XML file"):
+        nccl_graph(tmp_path / "none.xml")
+    with pytest.raises(UserError, match="'gather' has no bound"):
+        bound(a100(1), "gather", 1)
