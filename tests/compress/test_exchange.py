@@ -15,7 +15,7 @@ from thinwire.compress.averager import Averager, Piece
 from thinwire.compress.base import CODECS, TENSOR_CODECS, build, make_codec
 from thinwire.compress.exchange import make_exchange
 from thinwire.compress.gather import Flat, Gather
-from thinwire.compress.memory import ErrorFeedback, Memory, NoMemory
+from thinwire.compress.memory import ErrorFeedback, NoMemory, ShardMemory
 from thinwire.compress.twoshot import TwoShot
 from thinwire.config.compress import Coded
 from thinwire.config.run import EveryStep
@@ -42,7 +42,7 @@ def pieces() -> list[Piece]:
     return found
 
 
-def make_averager(kind: str, way: str, memory: Memory, context: Rank) -> Averager:
+def make_averager(kind: str, way: str, memory: ShardMemory, context: Rank) -> Averager:
     config = Coded(kind=kind)
     made: Averager
     if kind in TENSOR_CODECS:

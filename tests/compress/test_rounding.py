@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from vectors import ALL, SCALES, SHAPES, codec_of, vector, vectors
 
-from thinwire.compress.base import composed_with_error, encode_with_error, finite
+from thinwire.compress.base import finite
 from thinwire.compress.codecs.blocked import PIECE
 from thinwire.compress.codecs.blockwise import Float4, Int4, Int8
 from thinwire.compress.codecs.dither import dither
 from thinwire.compress.codecs.fused import fused_or_reason, raise_bf16
+from thinwire.compress.rows import encode_with_error
 from thinwire.errors import UserError
 
 STOCHASTIC = [Int8(rounding="stochastic"), Int4(rounding="stochastic"), Int4(rounding="stochastic", hadamard=True)]
@@ -22,6 +23,11 @@ EVERY = [*STOCHASTIC, *LOSING, Int4(hadamard=True), Float4()]
 
 def there_and_back(codec, values: torch.Tensor) -> torch.Tensor:
     return codec.decode(codec.encode(values), values.numel())
+
+
+def composed_with_error(codec, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    payload = codec.encode(values)
+    return payload, values - codec.decode(payload, values.numel())
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -37,8 +37,9 @@ class Piece:
 class Averager(Protocol):
     """One per rank. Every rank of the group calls `average` with the same pieces in the same order.
 
-    An average has one or two stages. All first stages run on one thread, all second stages on another, each in the order of the
-    buckets and each on a process group of its own: while one bucket is decoded the wire carries the next.
+    An average has up to three stages. A stage waits for what the one before it has sent, computes, and sends without waiting, so
+    that the wire always has something to carry. First, second and third stages run on a thread each, in the order of the buckets;
+    each thread sends on a process group of its own.
     """
 
     @property
@@ -61,13 +62,13 @@ class Averager(Protocol):
         ...
 
     def attach(self, first: dist.ProcessGroup, second: dist.ProcessGroup) -> None:
-        """Before the first `average`: the groups of the two stages, each used by one thread on each rank."""
+        """Before the first `average`: the groups of the first two stages; the third sends nothing."""
         ...
 
     def average(self, buffer: torch.Tensor, pieces: Sequence[Piece], exact: Sequence[Piece], label: str) -> Iterator[None]:
         """Replace the pieces of the flat float32 `buffer` by their average, bit-equal on all ranks; `exact` ones in float32.
 
-        Yields once, between its stages. Waits for the wire. UserError names a parameter that is not finite.
+        Yields between its stages. UserError names a parameter that is not finite.
         """
         ...
 

@@ -7,7 +7,7 @@ names. What arrives is `decode(encode(values))`; how far that may be from `value
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -56,15 +56,6 @@ class Codec(Protocol):
 
     def error_bound(self, values: Tensor) -> Tensor:
         """[numel] float32: the largest error that decode(encode(values)) may have at each place, for finite values."""
-        ...
-
-
-@runtime_checkable
-class LosingCodec(Protocol):
-    """A codec that knows what it loses as it encodes."""
-
-    def encode_with_error(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The same as `composed_with_error`, sooner."""
         ...
 
 
@@ -142,18 +133,6 @@ def build(path: str, config: Any, *given: Any) -> Any:
         if option not in own:
             raise UserError(f"compress.{option}: {config.kind} has no such option; leave it out")
     return made(*given, **told)
-
-
-def composed_with_error(codec: Codec, values: Tensor) -> tuple[Tensor, Tensor]:
-    """encode(values), and values - decode(encode(values)): what error feedback keeps."""
-    payload = codec.encode(values)
-    decoded = codec.decode(payload, values.numel())
-    return payload, torch.sub(values, decoded, out=decoded)
-
-
-def encode_with_error(codec: Codec, values: Tensor) -> tuple[Tensor, Tensor]:
-    """`composed_with_error`, by the codec's own kernel where it has one. `values` stays as it is."""
-    return codec.encode_with_error(values) if isinstance(codec, LosingCodec) else composed_with_error(codec, values)
 
 
 def finite(values: Tensor) -> bool:

@@ -14,7 +14,7 @@ from thinwire.compress.codecs.fused import fused_or_reason
 from thinwire.compress.coded import CodedExchange
 from thinwire.compress.dgc import dgc_memory
 from thinwire.compress.gather import Flat, Gather
-from thinwire.compress.memory import ErrorFeedback, Memory, NoMemory
+from thinwire.compress.memory import ErrorFeedback, Memory, NoMemory, ShardMemory
 from thinwire.compress.plain import PlainExchange
 from thinwire.compress.twoshot import TwoShot
 from thinwire.config.compress import Coded, NoCompression
@@ -107,6 +107,7 @@ def make_averagers(config: Coded, memory: Memory, ledger: Ledger) -> list[Averag
         return [Gather(build(TENSOR_CODECS[config.kind], config), memory, ledger)]
     codec = make_codec(config)
     assert codec is not None, "only NoCompression has none"
+    assert isinstance(memory, ShardMemory), "only that of dgc is not, which has an averager of its own"
     both: dict[str, Averager] = {"gather": Gather(Flat(codec), memory, ledger), "two-shot": TwoShot(codec, memory, ledger)}
     return list(both.values()) if config.exchange == "auto" else [both[config.exchange]]
 

@@ -101,8 +101,10 @@ class Gather(Stateless):
         code = torch.cat([*codes, joined(buffer, exact).view(torch.uint8)])
         received = torch.empty(p, code.numel(), dtype=torch.uint8)
         with self._ledger.label(f"{label} gathered"):
-            ALL_GATHER(received.view(-1), code, group=self._group)
+            sent = ALL_GATHER(received.view(-1), code, group=self._group, async_op=True)
         yield
+
+        sent.wait()
         start = 0
         for values, piece in zip(wanted, pieces, strict=True):
             end = start + self._codec.payload_bytes(piece.shape)

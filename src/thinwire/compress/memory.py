@@ -20,7 +20,7 @@ is still owed to the average, 1/p sum_i e_i, stays the same.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -68,6 +68,19 @@ class Memory(Protocol):
         ...
 
 
+@runtime_checkable
+class ShardMemory(Memory, Protocol):
+    """A memory that can also take parameters cut into the shards of a two-shot average, padded at the end."""
+
+    def place(self, name: str, gradient: Tensor, out: Tensor) -> None:
+        """[numel] float32 -> `out` [p, shard]: what should be sent, zeros behind its end."""
+        ...
+
+    def keep_placed(self, name: str, lost: Tensor, numel: int) -> None:
+        """[p, shard] float32: what did not arrive of the latest `place`; now the memory's own."""
+        ...
+
+
 class NoMemory(Stateless):
     """What is lost is lost."""
 
@@ -78,6 +91,13 @@ class NoMemory(Stateless):
         return gradient
 
     def keep(self, name: str, lost: Tensor) -> None:
+        """Nothing."""
+
+    def place(self, name: str, gradient: Tensor, out: Tensor) -> None:
+        """The gradient."""
+        spread(gradient, out)
+
+    def keep_placed(self, name: str, lost: Tensor, numel: int) -> None:
         """Nothing."""
 
     def owed(self) -> dict[str, Tensor]:
@@ -95,23 +115,24 @@ class Store:
 
     storage: Literal["float32", "int8"] = "float32"
     kept: dict[str, Tensor] = field(default_factory=dict)
-    """As stored; with int8 the codes, behind which the number of values stands in `numels`."""
+    """As stored: float32 of any shape, or the codes of a flat vector; only the first `numels` values count."""
     numels: dict[str, int] = field(default_factory=dict)
 
-    def put(self, name: str, values: Tensor) -> None:
-        """Keeps `values` themselves, or codes of them."""
-        self.numels[name] = values.numel()
+    def put(self, name: str, values: Tensor, numel: int | None = None) -> None:
+        """Keeps `values` themselves, or codes of them; the first `numel` of them, all by default."""
+        self.numels[name] = values.numel() if numel is None else numel
         if self.storage == "float32":
             self.kept[name] = values
         else:
-            self.kept[name] = Int8().encode(pad(values, (0, -values.numel() % INT8_BLOCK)))
+            flat = flattened(values, self.numels[name])
+            self.kept[name] = Int8().encode(pad(flat, (0, -flat.numel() % INT8_BLOCK)))
 
     def get(self, name: str) -> Tensor | None:
         """None if there is nothing under this name."""
         if name not in self.kept:
             return None
         if self.storage == "float32":
-            return self.kept[name]
+            return flattened(self.kept[name], self.numels[name])
         padded = -(-self.numels[name] // INT8_BLOCK) * INT8_BLOCK
         return Int8().decode(self.kept[name], padded)[: self.numels[name]]
 
@@ -121,7 +142,8 @@ class Store:
 
     def state_dict(self) -> dict[str, Any]:
         """Codes are saved as codes, so that a resumed run goes on bit for bit."""
-        return {"storage": self.storage, "kept": dict(self.kept), "numels": dict(self.numels)}
+        kept = dict(self.kept) if self.storage == "int8" else {name: self.get(name) for name in self.kept}
+        return {"storage": self.storage, "kept": kept, "numels": dict(self.numels)}
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> "Store":
@@ -175,6 +197,28 @@ class ErrorFeedback:
             self._sent[name] = wanted.clone()
         return wanted
 
+    def place(self, name: str, gradient: Tensor, out: Tensor) -> None:
+        """g + d e, in one pass where e lies as `out` does."""
+        owed = self.store.kept.get(name)
+        if owed is None or owed.shape != out.shape or self.storage != "float32" or self.removal != 1.0:
+            spread(self.corrected(name, gradient), out)
+            return
+        full, rest = divmod(gradient.numel(), out.shape[1])
+        border = gradient.numel() - rest
+        torch.add(gradient[:border].view(full, out.shape[1]), owed[:full], alpha=self.decay, out=out[:full])
+        if rest:
+            torch.add(gradient[border:], owed[full, :rest], alpha=self.decay, out=out[full, :rest])
+            out[full, rest:] = 0.0
+        out[full + (rest > 0) :] = 0.0
+
+    def keep_placed(self, name: str, lost: Tensor, numel: int) -> None:
+        """As `keep`."""
+        if self.reset_steps or self.removal != 1.0 or self.average != 1.0:
+            self.keep(name, flattened(lost, numel))
+            return
+        self.steps[name] = self.steps.get(name, 0) + 1
+        self.store.put(name, lost, numel)
+
     def keep(self, name: str, lost: Tensor) -> None:
         """(1 - a) e + a l, or nothing in every T-th step."""
         self.steps[name] = self.steps.get(name, 0) + 1
@@ -206,6 +250,24 @@ class ErrorFeedback:
         check_owed(states)
         self.store.take_mean([Store.of(state["owed"]) for state in states])
         self.steps = dict(states[0]["steps"])
+
+
+def spread(values: Tensor, out: Tensor) -> None:
+    """[numel] -> [p, shard], row behind row, zeros behind the end."""
+    full, rest = divmod(values.numel(), out.shape[1])
+    border = values.numel() - rest
+    out[:full] = values[:border].view(full, out.shape[1])
+    if rest:
+        out[full, :rest] = values[border:]
+        out[full, rest:] = 0.0
+    out[full + (rest > 0) :] = 0.0
+
+
+def flattened(values: Tensor, numel: int) -> Tensor:
+    """The first `numel` values, row behind row; a copy unless they are all there is of `values`, in one piece."""
+    if values.dim() == 1 and values.numel() == numel:
+        return values
+    return values.reshape(-1)[:numel].clone()
 
 
 def check_owed(states: Sequence[dict[str, Any]]) -> None:

@@ -90,6 +90,8 @@ class Plain(Stateless):
         assert self._group is not None, "attach() comes first"
         together = joined(buffer, [*pieces, *exact]).div_(self._group.size())
         with self._ledger.label(f"{label} plain"):
-            dist.all_reduce(together, group=self._group)
-        put_back(together, buffer, [*pieces, *exact])
+            sent = dist.all_reduce(together, group=self._group, async_op=True)
         yield
+
+        sent.wait()
+        put_back(together, buffer, [*pieces, *exact])

@@ -128,12 +128,13 @@ class PowerSGD:
         for matrix, piece, part in zip(matrices, pieces, left.split([self._rank * height for height in rows]), strict=True):
             torch.mm(matrix, self._right(piece.name, matrix.shape[1]).t(), out=part.view(-1, self._rank))
         with self._ledger.label(f"{label} P"):
-            dist.all_reduce(message, group=self._first)
+            sent = dist.all_reduce(message, group=self._first, async_op=True)
+        yield
+
+        sent.wait()
         if not finite(left):
             self._refuse(left, pieces)
         put_back(behind, buffer, exact)
-        yield
-
         basis = bases(left, rows, self._rank)
         widths = [self._rank * columns for _, columns in shapes]
         own = torch.empty(sum(widths))
@@ -141,8 +142,10 @@ class PowerSGD:
             torch.mm(base.t(), matrix, out=part.view(self._rank, -1))
         mean = own / self._second.size()
         with self._ledger.label(f"{label} Q"):
-            dist.all_reduce(mean, group=self._second)
+            sent = dist.all_reduce(mean, group=self._second, async_op=True)
+        yield
 
+        sent.wait()
         owns, means = own.split(widths), mean.split(widths)
         for piece, matrix, base, mine, all_of_us in zip(pieces, matrices, basis, owns, means, strict=True):
             if self._memory.keeps:  # before the result, which may lie where `matrix` does

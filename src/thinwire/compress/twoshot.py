@@ -4,7 +4,7 @@ Two shots (as in 1-bit Adam, Tang et al. 2021, and ZeRO++, Wang et al. 2023). p 
 decoder; the vector is cut into p shards, and rank r averages shard r:
 
     all-to-all    rank i sends C(w_i[s]) to rank s, for each shard s but its own
-    average       a[r] = 1/p ( w_r[r] + sum over i != r, in the order of ranks, of D C(w_i[r]) )
+    average       a[r] = 1/p ( w_r[r] + D C(w_i[r]) for each i != r in the order of ranks )
     all-gather    each rank gets D C(a[s]) for every s, so all results are bit-equal
 
 Error feedback with one memory per rank for both stages (the owner of a shard keeps what its second stage has lost, p-fold because
@@ -19,6 +19,7 @@ is averaged exactly goes along in the same two messages, as float32.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from math import prod
 
 import torch
@@ -27,9 +28,10 @@ import torch.distributed as dist
 from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.averager import Piece, check_finite, joined, put_back
-from thinwire.compress.base import Codec, encode_with_error, finite
-from thinwire.compress.memory import Memory
+from thinwire.compress.base import Codec, finite
+from thinwire.compress.memory import ShardMemory
 from thinwire.compress.plain import GRADIENT_BYTES
+from thinwire.compress.rows import add_rows, decode_rows, encode_rows
 from thinwire.compress.speed import seconds_per_value
 from thinwire.compress.stateless import Stateless
 from thinwire.traffic import Transfer
@@ -46,7 +48,7 @@ class TwoShot(Stateless):
 
     settled_after = 0
 
-    def __init__(self, codec: Codec, memory: Memory, ledger: Ledger) -> None:
+    def __init__(self, codec: Codec, memory: ShardMemory, ledger: Ledger) -> None:
         self._codec, self._memory, self._ledger = codec, memory, ledger
         self._first: dist.ProcessGroup | None = None
         self._second: dist.ProcessGroup | None = None
@@ -84,80 +86,71 @@ class TwoShot(Stateless):
         """Two collectives, see the top of the file. A row is the codes of a shard, and behind them its part of what is exact."""
         assert self._first is not None and self._second is not None, "attach() comes first"
         p, rank = self._first.size(), self._first.rank()
-        work = self._gather(buffer, pieces, p)
-        length = work.shape[1]
+        parts = self._parts(pieces, p)
+        length = parts[-1].stop
+        work = torch.empty(p, length)  # row s: shard s of every piece; what should be sent, and then what was lost of it
+        for piece, part in zip(pieces, parts, strict=True):
+            self._memory.place(piece.name, piece.of(buffer), work[:, part])
         size = self._codec.payload_bytes(length)
         riding = joined(buffer, exact)
         riding = torch.nn.functional.pad(riding, (0, -riding.numel() % p)).view(p, -1)
-        codes = torch.zeros(p, size + GRADIENT_BYTES * riding.shape[1], dtype=torch.uint8)
+        codes = torch.empty(p, size + GRADIENT_BYTES * riding.shape[1], dtype=torch.uint8)
         codes[:, size:] = riding.view(torch.uint8)
-        lost = [work[rank]] * p
-        for shard in range(p):
-            if shard != rank:
-                codes[shard, :size], lost[shard] = self._encode(work[shard])
+        others = [run for run in (slice(0, rank), slice(rank + 1, p)) if run.start < run.stop]
+        for run in others:
+            encode_rows(self._codec, work[run], codes[run], lose=self._memory.keeps)
         received = torch.empty_like(codes)
         with self._ledger.label(f"{label} codes"):
-            dist.all_to_all_single(received, codes, group=self._first)
+            sent = dist.all_to_all_single(received, codes, group=self._first, async_op=True)
         yield
 
-        mean, exact_mean = torch.zeros(length), torch.zeros(riding.shape[1])
-        for source in range(p):
-            mean += work[rank] if source == rank else self._codec.decode(received[source, :size], length)
-            exact_mean += received[source, size:].clone().view(torch.float32)
-        self._check(mean, pieces, p)
+        sent.wait()
+        mean = work[rank]
+        for run in others:
+            add_rows(self._codec, received[run], mean)
+        self._check(mean, pieces, parts)
         mean /= p
+        exact_mean = torch.zeros(riding.shape[1])
+        for part in received[:, size:].reshape(-1).clone().view(torch.float32).view_as(riding):
+            exact_mean += part
         exact_mean /= p
-        code, lost[rank] = self._encode(mean)
-        code = torch.cat([code, exact_mean.view(torch.uint8)])
-        averages = torch.empty(p, code.numel(), dtype=torch.uint8)
+        code = torch.empty_like(codes[0])
+        encode_rows(self._codec, work[rank : rank + 1], code.view(1, -1), lose=self._memory.keeps)
+        code[size:] = exact_mean.view(torch.uint8)
+        averages = torch.empty_like(codes)
         with self._ledger.label(f"{label} averages"):
-            ALL_GATHER(averages.view(-1), code, group=self._second)
-
-        results = [self._codec.decode(averages[shard, :size], length) for shard in range(p)]
+            sent = ALL_GATHER(averages.view(-1), code, group=self._second, async_op=True)
         if self._memory.keeps:
-            lost[rank].mul_(p)
-        self._hand_out(results, lost, buffer, pieces)
+            mean *= p
+            for piece, part in zip(pieces, parts, strict=True):
+                self._memory.keep_placed(piece.name, work[:, part], piece.numel)
+        yield
+
+        sent.wait()
+        results = torch.empty_like(work)
+        decode_rows(self._codec, averages, results)
+        for piece, part in zip(pieces, parts, strict=True):
+            collect(results[:, part], piece.of(buffer))
         if exact:
             flat = averages[:, size:].reshape(-1).view(torch.float32)
             put_back(flat[: sum(piece.numel for piece in exact)], buffer, exact)
 
-    def _encode(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The code of `values`, and what it loses if anybody keeps that."""
-        return encode_with_error(self._codec, values) if self._memory.keeps else (self._codec.encode(values), values)
+    def _parts(self, pieces: Sequence[Piece], p: int) -> list[slice]:
+        """Of a row, for each piece."""
+        ends = [0, *accumulate(shard_length(piece.shape, p, self._codec.block) for piece in pieces)]
+        return [slice(first, last) for first, last in pairwise(ends)]
 
-    def _gather(self, buffer: torch.Tensor, pieces: Sequence[Piece], p: int) -> torch.Tensor:
-        """[p, sum of shards]: row s holds shard s of every piece, with what is owed added and zeros behind the end."""
-        shards = [shard_length(piece.shape, p, self._codec.block) for piece in pieces]
-        work = torch.empty(p, sum(shards))
-        start = 0
-        for piece, shard in zip(pieces, shards, strict=True):
-            values = self._memory.corrected(piece.name, piece.of(buffer))
-            if values.numel() < p * shard:
-                values = torch.nn.functional.pad(values, (0, p * shard - values.numel()))
-            work[:, start : start + shard] = values.view(p, shard)
-            start += shard
-        return work
-
-    def _check(self, mean: torch.Tensor, pieces: Sequence[Piece], p: int) -> None:
+    def _check(self, mean: torch.Tensor, pieces: Sequence[Piece], parts: Sequence[slice]) -> None:
         """What is not finite on any rank is not finite in the owner's mean, which is a p-th of what there would be to look at."""
         if not finite(mean):
-            shards = [shard_length(piece.shape, p, self._codec.block) for piece in pieces]
-            for piece, part in zip(pieces, mean.split(shards), strict=True):
-                check_finite(part, piece.name)
+            for piece, part in zip(pieces, parts, strict=True):
+                check_finite(mean[part], piece.name)
 
-    def _hand_out(
-        self, results: list[torch.Tensor], lost: list[torch.Tensor], buffer: torch.Tensor, pieces: Sequence[Piece]
-    ) -> None:
-        """Results back into the buffer, and what was lost into the memory, shard behind shard for each piece."""
-        start, p = 0, len(results)
-        for piece in pieces:
-            shard = shard_length(piece.shape, p, self._codec.block)
-            part = slice(start, start + shard)
-            if self._memory.keeps:
-                self._memory.keep(piece.name, torch.cat([row[part] for row in lost])[: piece.numel])
-            rows = [row[part] for row in results]
-            if piece.numel == p * shard:
-                torch.cat(rows, out=piece.of(buffer))
-            else:
-                piece.of(buffer).copy_(torch.cat(rows)[: piece.numel])
-            start += shard
+
+def collect(shards: torch.Tensor, out: torch.Tensor) -> None:
+    """[p, shard] -> [numel], row behind row, without what lies behind the end."""
+    full, rest = divmod(out.numel(), shards.shape[1])
+    border = out.numel() - rest
+    out[:border].view(full, shards.shape[1]).copy_(shards[:full])
+    if rest:
+        out[border:] = shards[full, :rest]

@@ -9,22 +9,50 @@ vector is walked in pieces that stay in the processor's cache, so that memory is
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from thinwire.compress.base import check_payload, check_values, composed_with_error
+from thinwire.compress.base import check_payload, check_values
 from thinwire.compress.codecs.fused import compiled, fused_or_reason
 
 PIECE = 1 << 17
 """Values a piece has at most: half a MiB."""
+TOGETHER = 4
+"""Payloads that one fused kernel adds up at most: each number of them is a kernel of its own."""
 
 Kernel = Callable[[Tensor, Tensor, Tensor], None]
 """(rows [n, block] float32, header [n, header_values] bf16, codes [n, code_bytes] int8): reads one side, fills the other."""
 
-LosingKernel = Callable[[Tensor, Tensor, Tensor, Tensor], None]
-"""(rows, header, codes, lost [n, block] float32): encodes, and fills `lost` with rows - decoded."""
+
+class Kernels(NamedTuple):
+    """Of one codec, as they are or fused."""
+
+    encode: Kernel
+    decode: Kernel
+    lose: Kernel
+    """Encodes, and leaves rows - decoded in `rows`."""
+    add: Kernel
+    """(total [n, block], header [r, n, ..], codes [r, n, ..]): adds what is decoded to `total`, payload after payload."""
+
+    @classmethod
+    def of(cls, encode: Kernel, decode: Kernel, lose: Kernel | None = None) -> "Kernels":
+        """lose: where that can be had for less than encode, decode and subtract."""
+
+        def composed(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+            encode(rows, header, codes)
+            decoded = torch.empty_like(rows)
+            decode(decoded, header, codes)
+            rows.sub_(decoded)
+
+        def add(total: Tensor, header: Tensor, codes: Tensor) -> None:
+            for one in range(codes.shape[0]):
+                decoded = torch.empty_like(total)
+                decode(decoded, header[one], codes[one])
+                total.add_(decoded)
+
+        return cls(encode, decode, lose or composed, add)
 
 
 @dataclass(frozen=True)
@@ -48,7 +76,7 @@ class Blocked:
         """[numel] float32 -> [payload_bytes] uint8."""
         check_values(values, self.block)
         payload = torch.empty(self.payload_bytes(values.numel()), dtype=torch.uint8, device=values.device)
-        self._walk(0, values, payload)
+        self.encode_rows(values.view(1, -1), payload.view(1, -1))
         return payload
 
     def decode(self, payload: Tensor, numel: int) -> Tensor:
@@ -56,8 +84,54 @@ class Blocked:
         assert numel % self.block == 0, f"{numel} values are no multiple of the block {self.block}"
         check_payload(payload, self.payload_bytes(numel))
         values = torch.empty(numel, dtype=torch.float32, device=payload.device)
-        self._walk(1, values, payload)
+        self.decode_rows(payload.view(1, -1), values.view(1, -1))
         return values
+
+    def encode_rows(self, rows: Tensor, payloads: Tensor, *, lose: bool = False) -> None:
+        """See `thinwire.compress.rows.RowCodec`."""
+        blocks = rows.shape[1] // self.block
+        if blocks == 0:
+            return
+        fused = self._fused_for(blocks)
+        header, codes = self._parts(payloads, blocks)
+        if fused is None:
+            self._walk(self.kernels.lose if lose else self.kernels.encode, rows, header, codes)
+            return
+        flat = [
+            part if len(part) == 1 else torch.empty_like(part, memory_format=torch.contiguous_format) for part in (header, codes)
+        ]
+        kernel = fused.lose if lose else fused.encode
+        kernel(self.rows(rows), *(part.view(-1, part.shape[2]) for part in flat))
+        for part, made in zip((header, codes), flat, strict=True):
+            if made is not part:
+                part.copy_(made)
+
+    def decode_rows(self, payloads: Tensor, rows: Tensor) -> None:
+        """See `thinwire.compress.rows.RowCodec`."""
+        blocks = rows.shape[1] // self.block
+        if blocks == 0:
+            return
+        fused = self._fused_for(blocks)
+        header, codes = self._parts(payloads, blocks)
+        if fused is None:
+            self._walk(self.kernels.decode, rows, header, codes)
+        else:
+            fused.decode(self.rows(rows), *(part.reshape(-1, part.shape[2]) for part in (header, codes)))
+
+    def add_rows(self, payloads: Tensor, total: Tensor) -> None:
+        """See `thinwire.compress.rows.RowCodec`."""
+        rows = self.rows(total)
+        blocks = len(rows)
+        if blocks == 0:
+            return
+        fused = self._fused_for(blocks)
+        kernels, width, step = (self.kernels, 1, self._step(rows)) if fused is None else (fused, TOGETHER, blocks)
+        header, codes = self._parts(payloads, blocks)
+        for first in range(0, blocks, step):
+            piece = slice(first, first + step)
+            for one in range(0, len(payloads), width):
+                some = slice(one, one + width)
+                kernels.add(rows[piece], header[some, piece], codes[some, piece])
 
     def error_bound(self, values: Tensor) -> Tensor:
         """See `Codec`."""
@@ -67,32 +141,38 @@ class Blocked:
         """[blocks, block]"""
         return values.view(values.numel() // self.block, self.block)
 
-    def kernels(self) -> tuple[Kernel, Kernel]:
-        """Encode and decode."""
-        return type(self).encode_kernel, type(self).decode_kernel
+    @cached_property
+    def kernels(self) -> Kernels:
+        """Operation by operation."""
+        return Kernels.of(type(self).encode_kernel, type(self).decode_kernel)
 
-    def _fused_kernels(self) -> tuple[Kernel, Kernel] | None:
-        """None: operation by operation."""
+    @property
+    def fused_kernels(self) -> Kernels | None:
+        """Each in one pass, where that was asked for and a compiler was found."""
         return None
 
-    def _walk(self, way: int, values: Tensor, payload: Tensor) -> None:
-        fused = self._fused_kernels()
-        self._run(self.kernels()[way], None if fused is None else fused[way], payload, values)
+    def _parts(self, payloads: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+        """[r, at least payload_bytes] -> header and codes as kernels want them, views."""
+        border, r = 2 * self.header_values * blocks, payloads.shape[0]
+        header = payloads[:, :border].view(torch.bfloat16).view(r, blocks, self.header_values)
+        codes = payloads[:, border : border + self.code_bytes * blocks].view(torch.int8).view(r, blocks, self.code_bytes)
+        return header, codes
 
-    def _run(self, kernel: Callable[..., None], fused: Callable[..., None] | None, payload: Tensor, *flat: Tensor) -> None:
-        """`kernel(rows of flat[0], header, codes, rows of flat[1] ..)`, piece by piece, or `fused` with all at once."""
-        rows, *others = (self.rows(values) for values in flat)
-        blocks = rows.shape[0]
-        border = 2 * self.header_values * blocks
-        header = payload[:border].view(torch.bfloat16).view(blocks, self.header_values)
-        codes = payload[border:].view(torch.int8).view(blocks, self.code_bytes)
-        if fused is not None and blocks > 1:  # torch.compile makes a kernel of its own for lengths of 1
-            fused(rows, header, codes, *others)
-            return
-        step = PIECE // self.block if rows.device.type == "cpu" else max(1, blocks)
-        for first in range(0, blocks, step):
-            piece = slice(first, first + step)
-            kernel(rows[piece], header[piece], codes[piece], *(other[piece] for other in others))
+    def _fused_for(self, blocks: int) -> Kernels | None:
+        return self.fused_kernels if blocks > 1 else None  # torch.compile makes a kernel of its own for lengths of 1
+
+    def _step(self, rows: Tensor) -> int:
+        """Blocks to take at a time."""
+        return PIECE // self.block if rows.device.type == "cpu" else len(rows)
+
+    def _walk(self, kernel: Kernel, rows: Tensor, header: Tensor, codes: Tensor) -> None:
+        """Row by row and piece by piece."""
+        for one, row in enumerate(rows):
+            shaped = self.rows(row)
+            step = self._step(shaped)
+            for first in range(0, len(shaped), step):
+                piece = slice(first, first + step)
+                kernel(shaped[piece], header[one, piece], codes[one, piece])
 
 
 @dataclass(frozen=True)
@@ -102,36 +182,9 @@ class Fusable(Blocked):
     fused: bool = False
     """Kernels compiled into one pass, where a compiler is found (`fused_or_reason`); same bits."""
 
-    def encode_with_error(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The payload and values - decode(payload), in one pass where there is a kernel for it."""
-        kernel = self.losing_kernel()
-        if kernel is None:
-            return composed_with_error(self, values)
-        check_values(values, self.block)
-        payload = torch.empty(self.payload_bytes(values.numel()), dtype=torch.uint8, device=values.device)
-        lost = torch.empty_like(values)
-        self._run(kernel, self._compiled_losing, payload, values, lost)
-        return payload, lost
-
-    def kernels(self) -> tuple[Kernel, Kernel]:
-        """Encode and decode."""
-        return type(self).encode_kernel, type(self).decode_kernel
-
-    def losing_kernel(self) -> LosingKernel | None:
-        """For `encode_with_error`; None: encode, decode and subtract."""
-        return None
-
-    def _fused_kernels(self) -> tuple[Kernel, Kernel] | None:
-        return self._compiled
-
     @cached_property
-    def _compiled(self) -> tuple[Kernel, Kernel] | None:
+    def fused_kernels(self) -> Kernels | None:
+        """See `Blocked`."""
         if not self.fused or fused_or_reason() is not None:
             return None
-        encode, decode = self.kernels()
-        return compiled(encode), compiled(decode)
-
-    @cached_property
-    def _compiled_losing(self) -> LosingKernel | None:
-        kernel = self.losing_kernel()
-        return compiled(kernel) if kernel is not None and self._compiled is not None else None
+        return Kernels(*(compiled(kernel) for kernel in self.kernels))

@@ -18,12 +18,13 @@ Dettmers et al. 2022 (block-wise 8 bit), Wang et al. 2023 (ZeRO++: int4), Douill
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from thinwire.compress.codecs.blocked import Fusable, Kernel, LosingKernel
+from thinwire.compress.codecs.blocked import Fusable, Kernels
 from thinwire.compress.codecs.dither import round_stochastic
 from thinwire.compress.codecs.fused import SMALLEST, inverse, raise_bf16, round_bf16
 from thinwire.compress.codecs.hadamard import rotate
@@ -33,26 +34,26 @@ INT8_BLOCK, INT4_BLOCK, HALF = 256, 128, 64
 
 
 def _largest(rows: Tensor) -> Tensor:
-    """[n, 1]"""
-    return rows.abs().amax(1, keepdim=True)
+    """[.., block] -> [.., 1]"""
+    return rows.abs().amax(-1, keepdim=True)
 
 
 def _pack(numbers: Tensor, codes: Tensor) -> None:
-    """[n, block] whole numbers in -7..7 -> two in a byte."""
-    codes.copy_(numbers[:, :HALF].add(numbers[:, HALF:], alpha=16))
+    """[.., block] whole numbers in -7..7 -> two in a byte."""
+    codes.copy_(numbers[..., :HALF].add(numbers[..., HALF:], alpha=16))
 
 
 def _unpack(codes: Tensor) -> Tensor:
-    """What `_pack` packed, as [n, 2 halves, HALF]: byte - 16 b for the first half and b for the second, in one expression for
+    """What `_pack` packed, as [.., 2 halves, HALF]: byte - 16 b for the first half and b for the second, in one expression for
     both, because a compiler makes slow code of two writes into one tensor."""
-    both = codes.unsqueeze(1).to(torch.float32)
+    both = codes.unsqueeze(-2).to(torch.float32)
     second = (both * 0.0625).round_()
-    half = torch.arange(2, dtype=torch.float32, device=codes.device).view(1, 2, 1)
+    half = torch.arange(2, dtype=torch.float32, device=codes.device).view(2, 1)
     return torch.addcmul(both * (1 - half), second, 17 * half - 16)
 
 
 def _nearest(rows: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Scales [n, 1] and whole numbers [n, block]."""
+    """Scales [.., 1] and whole numbers [.., block]."""
     scales = round_bf16(_largest(rows) * (1 / levels))
     return scales, (rows * inverse(scales)).round_()
 
@@ -83,11 +84,11 @@ def encode_int8_stochastic(rows: Tensor, header: Tensor, codes: Tensor) -> None:
     _put_int8(_stochastic(rows, 127), header, codes)
 
 
-def lose_int8(rows: Tensor, header: Tensor, codes: Tensor, lost: Tensor) -> None:
+def lose_int8(rows: Tensor, header: Tensor, codes: Tensor) -> None:
     """encode_int8, and what it loses."""
     coded = _nearest(rows, 127)
     _put_int8(coded, header, codes)
-    lost.copy_(rows - coded[1].mul_(coded[0]))
+    rows.sub_(coded[1].mul_(coded[0]))
 
 
 def decode_int8(rows: Tensor, header: Tensor, codes: Tensor) -> None:
@@ -106,16 +107,16 @@ def encode_int4_stochastic(rows: Tensor, header: Tensor, codes: Tensor) -> None:
     _put_int4(_stochastic(rows, 7), header, codes)
 
 
-def lose_int4(rows: Tensor, header: Tensor, codes: Tensor, lost: Tensor) -> None:
+def lose_int4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
     """encode_int4, and what it loses."""
     coded = _nearest(rows, 7)
     _put_int4(coded, header, codes)
-    lost.copy_(rows - coded[1].mul_(coded[0]))
+    rows.sub_(coded[1].mul_(coded[0]))
 
 
 def decode_int4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
     """Code times scale."""
-    rows.view(-1, 2, HALF).copy_(_unpack(codes).mul_(header.to(torch.float32).unsqueeze(2)))
+    rows.unflatten(-1, (2, HALF)).copy_(_unpack(codes).mul_(header.to(torch.float32).unsqueeze(-1)))
 
 
 def encode_rotated_int4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
@@ -130,8 +131,8 @@ def encode_rotated_int4_stochastic(rows: Tensor, header: Tensor, codes: Tensor) 
 
 def decode_rotated_int4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
     """See `hadamard`."""
-    numbers = _unpack(codes).mul_(header.to(torch.float32).unsqueeze(2))
-    rows.copy_(rotate(numbers.view(-1, INT4_BLOCK)))
+    numbers = _unpack(codes).mul_(header.to(torch.float32).unsqueeze(-1))
+    rows.copy_(rotate(numbers.flatten(-2)))
 
 
 def encode_float4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
@@ -149,7 +150,7 @@ def decode_float4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
     """+-2^(|q| - 7) s, made from the bits of its exponent; 0 for q = 0."""
     numbers = _unpack(codes)
     powers = ((numbers.abs().to(torch.int32) + 120) << 23).view(torch.float32)
-    rows.view(-1, 2, HALF).copy_(numbers.sign_().mul_(powers).mul_(header.to(torch.float32).unsqueeze(2)))
+    rows.unflatten(-1, (2, HALF)).copy_(numbers.sign_().mul_(powers).mul_(header.to(torch.float32).unsqueeze(-1)))
 
 
 @dataclass(frozen=True)
@@ -180,13 +181,12 @@ class Int8(_Integers):
     code_bytes: ClassVar[int] = INT8_BLOCK
     levels: ClassVar[int] = 127
 
-    def kernels(self) -> tuple[Kernel, Kernel]:
-        """Encode and decode."""
-        return encode_int8 if self.rounding == "nearest" else encode_int8_stochastic, decode_int8
-
-    def losing_kernel(self) -> LosingKernel | None:
-        """Where it is faster by a third or more."""
-        return lose_int8 if self.rounding == "nearest" else None
+    @cached_property
+    def kernels(self) -> Kernels:
+        """What nearest rounding loses comes for less than by decoding."""
+        if self.rounding == "nearest":
+            return Kernels.of(encode_int8, decode_int8, lose_int8)
+        return Kernels.of(encode_int8_stochastic, decode_int8)
 
 
 @dataclass(frozen=True)
@@ -201,16 +201,13 @@ class Int4(_Integers):
     hadamard: bool = False
     """Rotate each block before it is coded: for vectors with spikes."""
 
-    def kernels(self) -> tuple[Kernel, Kernel]:
-        """Encode and decode."""
+    @cached_property
+    def kernels(self) -> Kernels:
+        """As those of Int8."""
         nearest = self.rounding == "nearest"
         if self.hadamard:
-            return encode_rotated_int4 if nearest else encode_rotated_int4_stochastic, decode_rotated_int4
-        return encode_int4 if nearest else encode_int4_stochastic, decode_int4
-
-    def losing_kernel(self) -> LosingKernel | None:
-        """Where it is faster by a third or more: not where the dither or the rotation is most of the work."""
-        return lose_int4 if self.rounding == "nearest" and not self.hadamard else None
+            return Kernels.of(encode_rotated_int4 if nearest else encode_rotated_int4_stochastic, decode_rotated_int4)
+        return Kernels.of(encode_int4, decode_int4, lose_int4) if nearest else Kernels.of(encode_int4_stochastic, decode_int4)
 
     def error_bound(self, values: Tensor) -> Tensor:
         """That of integers; of a rotated block, all errors of the block added up."""

@@ -27,8 +27,8 @@ def _shifted(words: Tensor, by: int) -> Tensor:
 
 
 def dither(rows: Tensor) -> Tensor:
-    """[n, block] float32 -> [n, block] int32 in 0 .. 2^16 - 1. The product of int32 wraps, which is what is wanted."""
-    places = torch.arange(rows.shape[1], dtype=torch.int32, device=rows.device) * _PLACE
+    """[.., block] float32 -> [.., block] int32 in 0 .. 2^16 - 1. The product of int32 wraps, which is what is wanted."""
+    places = torch.arange(rows.shape[-1], dtype=torch.int32, device=rows.device) * _PLACE
     words = (rows.view(torch.int32) & 0x7FFFFFFF) ^ places
     words = (words ^ _shifted(words, 16)) * _FIRST
     words = (words ^ _shifted(words, 15)) * _SECOND
@@ -36,6 +36,6 @@ def dither(rows: Tensor) -> Tensor:
 
 
 def round_stochastic(rows: Tensor, inverses: Tensor, levels: int) -> Tensor:
-    """[n, block] float32 and [n, 1] 1 / s -> q as float32, in -levels .. levels. Finite |x| / s must not pass 2^14."""
+    """[.., block] float32 and [.., 1] 1 / s -> q as float32, in -levels .. levels. Finite |x| / s must not pass 2^14."""
     fixed = (rows.abs() * inverses * 2**BITS).round_().to(torch.int32)
     return ((fixed + dither(rows)) >> BITS).clamp(max=levels).to(torch.float32).copysign(rows)

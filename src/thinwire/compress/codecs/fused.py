@@ -30,16 +30,19 @@ def fused_or_reason() -> str | None:
 
 
 def compiled(kernel: Callable[..., None]) -> Callable[..., None]:
-    """`kernel` fused, for tensors that differ from call to call in their first dim only, which is at least 2.
+    """`kernel` fused, for tensors [n, ..] and [r, n, ..] that differ from call to call in n only, which is at least 2, and in r.
 
-    The first call compiles: seconds, or less from the cache on disk. That dim is one symbol for all tensors, so that there is one
-    loop over blocks; flat tensors would give a loop each, and as many passes over memory.
+    The first call compiles, and the first of each r: seconds, or less from the cache on disk. n is one symbol for all tensors, so
+    that there is one loop over blocks; flat tensors would give a loop each, and as many passes over memory. What is written to
+    must not lie between what else is handed over: torch.compile would think that they overlap.
     """
     fused = torch.compile(kernel, fullgraph=True)
 
     def run(*tensors: Tensor) -> None:
         for tensor in tensors:
-            torch._dynamo.mark_dynamic(tensor, 0)
+            torch._dynamo.mark_dynamic(tensor, tensor.dim() - 2)
+            if tensor.dim() == 3:
+                torch._dynamo.mark_static(tensor, 0)
         fused(*tensors)
 
     return run

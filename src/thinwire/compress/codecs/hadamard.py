@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 def rotate(rows: Tensor) -> Tensor:
-    """[n, width] -> rows times the Hadamard matrix of order `width`, a power of two, without normalisation."""
-    width = rows.shape[1]
+    """[.., width] -> rows times the Hadamard matrix of order `width`, a power of two, without normalisation."""
+    shape, width = rows.shape, rows.shape[-1]
     half = width // 2
     while half:
         pairs = rows.view(-1, width // (2 * half), 2, half)
         first, second = pairs[:, :, 0], pairs[:, :, 1]
         rows = torch.stack([first + second, first - second], 2).view(-1, width)
         half //= 2
-    return rows
+    return rows.view(shape)
