@@ -84,7 +84,8 @@ class LocalSGD(_Rare):
 
 class _Outer(_Rare):
     outer_learning_rate: float | None = Field(None, gt=0)
-    """Of the step along the averaged pseudo-gradient; None: by the published scaling laws from the number of replicas."""
+    """Of the step along the averaged pseudo-gradient; None: what was published, for diloco from the number of replicas, found at
+    every = 30. The best one is said to rise with `every`, by no known formula: far from 30, try some."""
     outer_momentum: float = Field(0.9, ge=0, lt=1)
     """Nesterov's."""
 

@@ -15,11 +15,11 @@ odd number of replicas one has no partner and takes its step alone. Published: H
 
 Slow weights differ between replicas. Until the end each replica is evaluated by its own, and the score is the mean of theirs. At
 the end of training the last steps are taken in without a partner, and the slow weights are averaged once over all replicas, in
-float32: that mean is the model.
+float32: that mean is the model. Under FSDP2 all of this is done to shards (`shards`).
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from random import Random
 from typing import Any
 
@@ -33,7 +33,9 @@ from thinwire.config.compress import Coded, NoCompression
 from thinwire.config.sync import NoLoCo
 from thinwire.errors import UserError
 from thinwire.layout import Layout
+from thinwire.sync.around import AroundInner
 from thinwire.sync.base import Synchroniser
+from thinwire.sync.shards import Shards
 from thinwire.traffic import Transfer
 from thinwire.workload import Workload
 
@@ -51,45 +53,28 @@ def pairs(replicas: int, exchange: int) -> list[tuple[int, ...]]:
     return [tuple(order[first : first + 2]) for first in range(0, replicas, 2)]
 
 
-class NoLoCoSync:
+class NoLoCoSync(AroundInner):
     """See the top of the file. One per rank; replicas lie along `axis`, `inner` holds together what is one replica."""
-
-    replicas_differ = True
 
     def __init__(self, config: NoLoCo, compress: NoCompression | Coded, axis: str, ledger: Ledger, inner: Synchroniser) -> None:
         if compress.kind not in CASTS:
             raise UserError(
                 f"compress.kind = {compress.kind!r}: noloco sends weights, which only {', '.join(CASTS)} keep; take one of these"
             )
-        self.inner = inner
+        super().__init__(inner)
         self._config, self._wire_dtype, self._axis, self._ledger = config, CASTS[compress.kind], axis, ledger
         self._group: dist.ProcessGroup | None = None
-        self._parameters: dict[str, torch.nn.Parameter] = {}
+        self._shards = Shards(torch.nn.Module())
         self._slow, self._momentum = torch.empty(0), torch.empty(0)
         self._restored: dict[str, Any] | None = None
         self._adopted = False
         self._done = 0
 
-    @property
-    def ready_at(self) -> float:
-        """The inner one's."""
-        return self.inner.ready_at
-
-    @property
-    def num_micro(self) -> int:
-        """Micro-batches of a step."""
-        return self.inner.num_micro
-
-    @property
-    def settled_after(self) -> int:
-        """The inner one's."""
-        return self.inner.settled_after
-
     def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
         """The inner one's, and one message to the partner in `every` steps; of an odd number of replicas one sends nothing."""
         found = self.inner.traffic(workload, layout)
-        if getattr(layout, self._axis) > 1:
-            size = sum(parameter.numel for parameter in workload.parameters) * self._wire_dtype.itemsize
+        size = sum(parameter.numel for parameter in workload.parameters) * self._wire_dtype.itemsize
+        if getattr(layout, self._axis) > 1 and size:
             found.append(Transfer(label="pair", axis=self._axis, op="send", message_bytes=size, every=self._config.every))
         return found
 
@@ -97,7 +82,7 @@ class NoLoCoSync:
     def attached(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> Iterator[torch.nn.Module]:
         """Takes the model's parameters for the slow weights, unless a checkpoint was loaded. Collective over all ranks."""
         with self.inner.attached(model, optimizer, mesh) as module:
-            self._parameters = dict(model.named_parameters())
+            self._shards = Shards(model)
             self._slow = self._flat()
             self._momentum = torch.zeros_like(self._slow)
             if self._restored is not None:
@@ -105,14 +90,6 @@ class NoLoCoSync:
             self._group = mesh.get_group(self._axis)
             self._ledger.axes[self._group.group_name] = self._axis
             yield module
-
-    def rehearsal(self) -> AbstractContextManager[None]:
-        """The inner one's."""
-        return self.inner.rehearsal()
-
-    def microbatch(self, last: bool) -> AbstractContextManager[None]:
-        """The inner one's."""
-        return self.inner.microbatch(last)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -130,27 +107,26 @@ class NoLoCoSync:
         assert self._group is not None, "attached() comes first"
         if self._done % self._config.every:
             self._step(self._flat())
-        all_reduce(self._slow.div_(self._group.size()), self._group, self._ledger, "final").wait()
+        if self._slow.numel():
+            all_reduce(self._slow.div_(self._group.size()), self._group, self._ledger, "final").wait()
         self._write(self._slow)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, the model holds this replica's slow weights; after `finish` they are the same on all. Local."""
         own = self._flat()
-        with torch.no_grad():
-            self._write(self._slow)
+        self._write(self._slow)
         try:
             yield
         finally:
-            with torch.no_grad():
-                self._write(own)
+            self._write(own)
 
     def state_dict(self) -> dict[str, Any]:
         """This replica's slow weights and momentum."""
         return {
             "inner": self.inner.state_dict(),
             "done": self._done,
-            "names": list(self._parameters),
+            "names": list(self._shards),
             "slow": self._slow.clone(),
             "momentum": self._momentum.clone(),
         }
@@ -172,7 +148,7 @@ class NoLoCoSync:
         assert group is not None, "attached() comes first"
         drawn = pairs(group.size(), self._done // self._config.every)
         mine = next(pair for pair in drawn if group.rank() in pair)
-        if len(mine) == 1:
+        if len(mine) == 1 or not own.numel():
             return own
         sent = own.to(self._wire_dtype)
         theirs = swap(sent, sum(mine) - group.rank(), group, self._ledger, "pair")
@@ -184,17 +160,20 @@ class NoLoCoSync:
         self._slow.add_(self._momentum)
 
     def _flat(self) -> torch.Tensor:
-        """A copy of all parameters."""
-        return torch.cat([parameter.detach().reshape(-1) for parameter in self._parameters.values()])
+        """A copy of all that this rank holds."""
+        return torch.cat([values.reshape(-1) for values in self._shards.values()])
 
     def _write(self, flat: torch.Tensor) -> None:
-        parts = flat.split([parameter.numel() for parameter in self._parameters.values()])
-        for parameter, part in zip(self._parameters.values(), parts, strict=True):
-            parameter.copy_(part.view_as(parameter))
+        parts = flat.split([values.numel() for values in self._shards.values()])
+        self._shards.write({name: part.view_as(self._shards[name]) for name, part in zip(self._shards, parts, strict=True)})
 
     @torch.no_grad()
     def _restore(self, state: dict[str, Any]) -> None:
-        assert state["names"] == list(self._parameters), "the same model"
+        if state["names"] != list(self._shards) or state["slow"].numel() != self._slow.numel():
+            raise UserError(
+                f"this rank holds {self._slow.numel()} values of {len(self._shards)} parameters, that of the checkpoint held "
+                f"{state['slow'].numel()} of {len(state['names'])}; resume with the same model and shards"
+            )
         self._done = state["done"]
         self._slow.copy_(state["slow"])
         self._momentum.copy_(state["momentum"])

@@ -8,6 +8,10 @@ size):
 
     M      1     2     4     8
     eta    0.4   0.6   0.6   0.8        in between by log2 M, beyond 8 as for 8
+
+Of H, the steps between exchanges, the paper reports a trend only, the best eta rises with it, and what others chose gives no
+formula either: DiLoCo (2311.08105) and OpenDiLoCo took 0.7 for H = 500, the former with M = 8, which is less than the 0.8 above;
+Streaming DiLoCo took 0.4 for H = 30 and 100. So H does not enter; far from 30, try some values of `outer_learning_rate`.
 """
 
 from dataclasses import dataclass

@@ -9,11 +9,11 @@ All replicas begin a period with the same parameters x, the anchor. After H step
 With fragments (`fragments`) each of them has a period of its own, shifted against the others'. The model that counts is x: it is
 what is evaluated and saved. At the end of training everything is sent once more, so that the last steps are in x.
 
-Within a replica another synchroniser may be at work, on other axes.
+Within a replica another synchroniser may be at work, on other axes; under FSDP2 all of this is done to shards (`shards`).
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,10 +23,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.averager import Piece
 from thinwire.compress.exchange import Exchange
+from thinwire.errors import UserError
 from thinwire.layout import Layout
+from thinwire.sync.around import AroundInner
 from thinwire.sync.base import Synchroniser
 from thinwire.sync.fragments import due, fragments
 from thinwire.sync.outer import Nesterov
+from thinwire.sync.shards import Shards
 from thinwire.traffic import Transfer
 from thinwire.workload import Workload
 
@@ -43,7 +46,8 @@ class Schedule:
 
 @dataclass
 class _Fragment:
-    """Parameters that are sent together. anchor: flat float32, as is the outer optimizer's momentum."""
+    """Parameters that are sent together, as far as this rank holds values of them. anchor: flat float32, as is the outer
+    optimizer's momentum."""
 
     index: int
     pieces: list[Piece]
@@ -57,27 +61,26 @@ class _Fragment:
     def __post_init__(self) -> None:
         self.numel = sum(piece.numel for piece in self.pieces)
 
+    @property
+    def values(self) -> dict[str, torch.Tensor]:
+        """The anchor by parameter."""
+        return {piece.name: piece.of(self.anchor).view(piece.shape) for piece in self.pieces}
 
-class RareSync:
+
+class RareSync(AroundInner):
     """See the top of the file. One per rank; replicas lie along `axis`, `inner` holds together what is one replica."""
-
-    replicas_differ = True
 
     def __init__(
         self, schedule: Schedule, outer: Nesterov, axis: str, ledger: Ledger, exchange: Exchange, inner: Synchroniser
     ) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self._schedule, self._outer, self._axis = schedule, outer, axis
         self._ledger, self._exchange = ledger, exchange
-        self._parameters: dict[str, torch.nn.Parameter] = {}
+        self._shards = Shards(torch.nn.Module())
         self._fragments: list[_Fragment] = []
+        self._num_fragments = 0
         self._restored: dict[str, Any] | None = None
         self._done = 0
-
-    @property
-    def ready_at(self) -> float:
-        """The inner one's."""
-        return self.inner.ready_at
 
     @property
     def settled_after(self) -> int:
@@ -90,25 +93,22 @@ class RareSync:
         by_name = {parameter.name: parameter for parameter in workload.parameters}
         window = self._schedule.overlap * workload.flops_per_microbatch * self.num_micro
         for index, names in enumerate(fragments(list(by_name), self._schedule.layers_per_fragment)):
-            parameters = [by_name[name] for name in names]
+            parameters = [by_name[name] for name in names if by_name[name].numel]
+            if not parameters:
+                continue
             for transfer in self._exchange.transfers(f"fragment {index}", parameters, self._axis, getattr(layout, self._axis)):
                 found.append(replace(transfer, every=self._schedule.every, window_flops=window))
         return found
-
-    @property
-    def num_micro(self) -> int:
-        """Micro-batches of a step."""
-        return self.inner.num_micro
 
     @contextmanager
     def attached(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> Iterator[torch.nn.Module]:
         """Takes the model's parameters for the anchor, unless a checkpoint was loaded. Collective over all ranks."""
         with self.inner.attached(model, optimizer, mesh) as module:
-            self._parameters = dict(model.named_parameters())
-            self._fragments = [
-                self._fragment(index, names)
-                for index, names in enumerate(fragments(list(self._parameters), self._schedule.layers_per_fragment))
-            ]
+            self._shards = Shards(model)
+            parts = fragments(list(self._shards), self._schedule.layers_per_fragment)
+            self._num_fragments = len(parts)
+            found = [self._fragment(index, names) for index, names in enumerate(parts)]
+            self._fragments = [fragment for fragment in found if fragment.numel]
             if self._restored is not None:
                 self._restore(self._restored)
             with self._ledger.label("replica set-up"):
@@ -118,14 +118,6 @@ class RareSync:
             finally:
                 self._exchange.detach()
 
-    def rehearsal(self) -> AbstractContextManager[None]:
-        """The inner one's."""
-        return self.inner.rehearsal()
-
-    def microbatch(self, last: bool) -> AbstractContextManager[None]:
-        """The inner one's."""
-        return self.inner.microbatch(last)
-
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Send what is due, apply what has come back. Collective in the steps where something is due."""
@@ -134,7 +126,7 @@ class RareSync:
         for fragment in self._fragments:
             if fragment.under_way is not None and self._done == fragment.sent_at + self._schedule.overlap:
                 self._apply(fragment)
-            if due(fragment.index, len(self._fragments), self._schedule.every, self._done):
+            if due(fragment.index, self._num_fragments, self._schedule.every, self._done):
                 self._send(fragment)
                 if not self._schedule.overlap:
                     self._apply(fragment)
@@ -155,16 +147,13 @@ class RareSync:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, the model holds the anchor, which is the same on all replicas. Local."""
-        own = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
-        with torch.no_grad():
-            for fragment in self._fragments:
-                self._write(fragment, fragment.anchor, mixing=0.0)
+        own = {name: values.clone() for name, values in self._shards.items()}
+        for fragment in self._fragments:
+            self._shards.write(fragment.values)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, parameter in self._parameters.items():
-                    parameter.copy_(own[name])
+            self._shards.write(own)
 
     def state_dict(self) -> dict[str, Any]:
         """Anchors, momenta, what is under way (waited for), and what the exchange carries."""
@@ -191,17 +180,19 @@ class RareSync:
     def _fragment(self, index: int, names: Sequence[str]) -> _Fragment:
         pieces, first = [], 0
         for name in names:
-            pieces.append(Piece(name, first, tuple(self._parameters[name].shape)))
-            first += pieces[-1].numel
-        anchor = torch.cat([self._parameters[piece.name].detach().reshape(-1) for piece in pieces])
+            if self._shards[name].numel():
+                pieces.append(Piece(name, first, tuple(self._shards[name].shape)))
+                first += pieces[-1].numel
+        held = [self._shards[piece.name].reshape(-1) for piece in pieces]
+        anchor = torch.cat(held) if held else torch.empty(0)
         return _Fragment(index, pieces, anchor, torch.zeros(first) if self._outer.momentum else torch.empty(0))
 
     def _send(self, fragment: _Fragment, label: str = "fragment") -> None:
         buffer = fragment.anchor.clone()
         for piece in fragment.pieces:
-            piece.of(buffer).sub_(self._parameters[piece.name].reshape(-1))
+            piece.of(buffer).sub_(self._shards[piece.name].reshape(-1))
         fragment.sent_at = self._done
-        last = fragment.index == len(self._fragments) - 1
+        last = fragment is self._fragments[-1]
         with self._ledger.label("fragment"):
             fragment.under_way = self._exchange.start(buffer, fragment.pieces, f"{label} {fragment.index}", last=last)
 
@@ -209,7 +200,7 @@ class RareSync:
         mean = self._arrived(fragment)
         fragment.under_way = None
         self._outer.step(fragment.anchor, mean, fragment.momentum)
-        self._write(fragment, fragment.anchor, mixing=self._schedule.mixing)
+        self._shards.write(fragment.values, keep=self._schedule.mixing)
 
     def _arrived(self, fragment: _Fragment) -> torch.Tensor:
         """Waits for the average."""
@@ -220,15 +211,6 @@ class RareSync:
             if self._exchange.failure is None:
                 raise
             raise self._exchange.failure from None
-
-    def _write(self, fragment: _Fragment, values: torch.Tensor, *, mixing: float) -> None:
-        for piece in fragment.pieces:
-            parameter = self._parameters[piece.name]
-            new = piece.of(values).view(piece.shape)
-            if mixing:
-                parameter.lerp_(new, 1 - mixing)
-            else:
-                parameter.copy_(new)
 
     def _saved(self, fragment: _Fragment) -> dict[str, Any]:
         return {
@@ -241,8 +223,14 @@ class RareSync:
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._done = state["done"]
+        mine = [([piece.name for piece in fragment.pieces], fragment.numel) for fragment in self._fragments]
+        theirs = [(saved["names"], saved["anchor"].numel()) for saved in state["fragments"]]
+        if mine != theirs:
+            raise UserError(
+                f"this rank holds {sum(numel for _, numel in mine)} values in {len(mine)} fragments, that of the checkpoint held "
+                f"{sum(numel for _, numel in theirs)} in {len(theirs)}; resume with the same model, fragments and shards"
+            )
         for fragment, saved in zip(self._fragments, state["fragments"], strict=True):
-            assert saved["names"] == [piece.name for piece in fragment.pieces], "the same model and fragments"
             fragment.anchor.copy_(saved["anchor"])
             fragment.momentum.copy_(saved["momentum"])
             fragment.sent_at = saved["sent_at"]

@@ -16,10 +16,18 @@ number of steps: one that skips a step lets the others wait.
 At `with` all begin from the first replica's parameters and buffers; later on buffers (batch statistics) stay each replica's own.
 The exchange has a metered group of its own, made beside the user's, whatever the backend of that: what it sends is in `ledger`.
 The methods are in `rare` and `noloco`.
+
+A replica may itself be several ranks, and the user's loop what holds them together: DistributedDataParallel, or FSDP2, where each
+rank exchanges its shards only (`shards`), alone or with `thinwire.compress_sharded`:
+
+    mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("outer", "shard"))
+    fully_shard(model, mesh=mesh["shard"])
+    with thinwire.DiLoCo(model, inner_optimizer, group=mesh["outer"]) as outer: ...
 """
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -37,6 +45,7 @@ from thinwire.config.compress import Coded, NoCompression
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.sync.make import OUTER, make_synchroniser
+from thinwire.sync.shards import Shards, local
 from thinwire.tomlfile import validate
 from thinwire.traffic import Transfer
 from thinwire.workload import Workload
@@ -59,7 +68,8 @@ class DiLoCo:
 
     compress: "none", "int4", ..., or a table as in the section [compress] of run.toml, {"kind": "topk", "k": 64}. options: as in
     [sync]: outer_learning_rate, outer_momentum, layers_per_fragment, overlap, mixing. Where each replica is itself several ranks
-    (DistributedDataParallel inside), `group` is the ranks with the same place in their replicas; `model` may be the wrapped one.
+    (DistributedDataParallel or `fully_shard` inside), `group` is the ranks with the same place in their replicas, as a process
+    group or a mesh of one axis; `model` may be the wrapped one.
     """
 
     def __init__(
@@ -70,7 +80,7 @@ class DiLoCo:
         every: int = 30,
         kind: str = "diloco",
         compress: str | Mapping[str, Any] = "none",
-        group: dist.ProcessGroup | None = None,
+        group: dist.ProcessGroup | DeviceMesh | None = None,
         **options: Any,
     ) -> None:
         if not dist.is_initialized():
@@ -85,8 +95,8 @@ class DiLoCo:
         coding: type[BaseModel] = NoCompression if table.get("kind") == "none" else Coded
         self.ledger = Ledger()
         self._model, self._optimizer = model, optimizer
-        self._group = group if group is not None else dist.group.WORLD
-        assert self._group is not None
+        self._group = _process_group(group)
+        Shards(model).check_group(self._group)
         self._layout = Layout(outer=self._group.size())
         self._sync = make_synchroniser(
             validate(KINDS[kind], {"every": every, **options}, "DiLoCo"),  # type: ignore[arg-type]
@@ -114,10 +124,13 @@ class DiLoCo:
             raise UserError("DiLoCo: another one is at work on this optimizer; leave its with block first")
         with ExitStack() as stack:
             with self.ledger.label("replica set-up"):
+                shards = Shards(self._model)
+                shards.check_same_everywhere(self._group)
                 group = self._metered_group()
                 if not self._resumed:
-                    for tensor in [*self._model.parameters(), *self._model.buffers()]:
-                        dist.broadcast(tensor.detach(), group=group, group_src=0)
+                    for values in [*shards.values(), *map(local, self._model.buffers())]:
+                        if values.numel():
+                            dist.broadcast(values, group=group, group_src=0)
             mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=(OUTER,))
             stack.enter_context(self._sync.attached(self._model, self._optimizer, mesh))
             stack.callback(self._optimizer.register_step_post_hook(self._after_step).remove)
@@ -132,7 +145,14 @@ class DiLoCo:
                 self._keep_averaged()
 
     def traffic(self, workload: Workload) -> list[Transfer]:
-        """What will be sent. No communication."""
+        """What this rank will send, of its shards under FSDP2; `workload` has the whole shapes. No communication."""
+        shards = Shards(self._model)
+        if shards.cut():
+            missing = [parameter.name for parameter in workload.parameters if parameter.name not in shards]
+            if missing:
+                raise UserError(f"DiLoCo: the model has no parameter {missing[0]!r}; name them as model.named_parameters() does")
+            held = tuple(replace(parameter, shape=tuple(shards[parameter.name].shape)) for parameter in workload.parameters)
+            workload = replace(workload, parameters=held)
         return self._sync.traffic(workload, self._layout)
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -140,7 +160,10 @@ class DiLoCo:
         return self._sync.averaged()
 
     def state_dict(self) -> dict[str, Any]:
-        """What this rank carries besides its model and optimizer: save all three, on every rank."""
+        """What this rank carries besides its model and optimizer: save all three with torch.save, on every rank.
+
+        torch.distributed.checkpoint takes shards of the same name and place for copies, and would keep those of one replica.
+        """
         return {"steps": self._steps, "sync": self._sync.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -154,19 +177,30 @@ class DiLoCo:
         self._sync.after_step(self._steps)
         self._steps += 1
 
-    @torch.no_grad()
     def _keep_averaged(self) -> None:
+        shards = Shards(self._model)
         with self._sync.averaged():
-            averaged = [parameter.detach().clone() for parameter in self._model.parameters()]
-        for parameter, value in zip(self._model.parameters(), averaged, strict=True):
-            parameter.copy_(value)
+            averaged = {name: values.clone() for name, values in shards.items()}
+        shards.write(averaged)
 
     def _metered_group(self) -> dist.ProcessGroup:
         """The same ranks behind a meter that writes into our own ledger: a backend by a name that nobody else has."""
         name = f"{backend.NAME}-{OUTER}-{len(dist.Backend.backend_list)}"
         backend.register(self.ledger, name)
-        assert self._group is not None
         return private_copy(self._group, f"mesh_{OUTER}", name)
+
+
+def _process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise UserError(
+                f"DiLoCo: group is a mesh of {group.ndim} axes, {group.mesh_dim_names}; hand over the one along which replicas "
+                'lie: group=mesh["outer"]'
+            )
+        return group.get_group()
+    chosen = group if group is not None else dist.group.WORLD
+    assert chosen is not None, "there is a default group"
+    return chosen
 
 
 def _check_parameters(model: nn.Module) -> None:

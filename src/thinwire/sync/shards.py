@@ -1,0 +1,92 @@
+"""What one rank holds of a model: all of each parameter, or under FSDP2 a shard of it.
+
+With `fully_shard` inside a replica, its rank s holds shard s of each parameter (a DTensor). The mean over replicas m, the outer
+step and the mixing work value by value, and so commute with cutting:
+
+    shard s of F(x_1, .., x_M) = F(shard s of x_1, .., shard s of x_M)
+
+Rank s of a replica therefore exchanges what it holds with rank s of the others, and with nobody else. Codes are of each shard by
+itself. A shard may be empty, on all these ranks alike, since the same place has the same shape in each replica.
+
+FSDP2 keeps gathered weights after a forward pass that no backward pass follows, as in an evaluation, those of the root at least.
+Whoever writes shards frees them (`free_gathered`), or the next forward pass would compute with the old values.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from thinwire.errors import UserError
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of `tensor`, in the same memory, without autograd."""
+    with torch.no_grad():
+        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+class Shards(Mapping[str, Tensor]):
+    """What this rank holds of each parameter of `model`, by name; written to, the model changes. No communication."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self.free_gathered()  # only then are the parameters those which the optimizer knows
+        self._parameters = dict(model.named_parameters())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return local(self._parameters[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    @torch.no_grad()
+    def write(self, values: Mapping[str, Tensor], keep: float = 0.0) -> None:
+        """x <- keep x + (1 - keep) value, for each name in `values`."""
+        for name, value in values.items():
+            if keep:
+                self[name].lerp_(value, 1 - keep)
+            else:
+                self[name].copy_(value)
+        self.free_gathered()
+
+    def free_gathered(self) -> None:
+        """What FSDP2 has gathered of old values."""
+        for unit in self._units:
+            unit.reshard()
+
+    def cut(self) -> dict[str, DTensor]:
+        """The parameters of which other ranks of this replica hold other parts."""
+        return {name: one for name, one in self._parameters.items() if isinstance(one, DTensor)}
+
+    def check_group(self, group: dist.ProcessGroup) -> None:
+        """UserError if ranks of `group` hold other shards of the same replica. Local."""
+        ranks = dist.get_process_group_ranks(group)
+        for name, parameter in self.cut().items():
+            inside = set(parameter.device_mesh.mesh.flatten().tolist())
+            if len(inside.intersection(ranks)) > 1:
+                raise UserError(
+                    f"DiLoCo: {name} is sharded over the ranks {sorted(inside)}, of which group = {sorted(ranks)} has several; "
+                    'hand over those with the same shard in each replica: group=mesh["outer"]'
+                )
+
+    def check_same_everywhere(self, group: dist.ProcessGroup) -> None:
+        """UserError on all ranks if those of some group do not hold the same shards. Collective over all ranks."""
+        places = {name: parameter.device_mesh.get_coordinate() for name, parameter in self.cut().items()}
+        held = [(name, tuple(values.shape), places.get(name)) for name, values in self.items()]
+        told: list[tuple[list[int], str]] = [([], "")] * dist.get_world_size()
+        digest = hashlib.sha256(repr(held).encode()).hexdigest()
+        dist.all_gather_object(told, (dist.get_process_group_ranks(group), digest))
+        for ranks, _ in told:
+            if len({told[rank][1] for rank in ranks}) > 1:
+                raise UserError(
+                    f"DiLoCo: the ranks {ranks} of a group do not hold parameters, or shards, of the same names, shapes and "
+                    "places; make the same model on all, and groups of the ranks at the same place in their replicas"
+                )
