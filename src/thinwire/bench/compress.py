@@ -66,9 +66,9 @@ def _contenders(told: Mapping[str, Any]) -> tuple[list[_Contender], Rows]:
             else:
                 notes.append({"case": f"{kind} fused: {reason}"})
     if told["peers"]:
-        peers, missing = find_peers()
+        peers, reasons = find_peers()
         found += [_Contender(f"peer: {peer.name}", peer.encode, peer.decode, 256, peer.bits) for peer in peers]
-        notes += [{"case": f"peer: {name}, not installed"} for name in missing]
+        notes += [{"case": f"peer: {reason}"} for reason in reasons]
     return found, notes
 
 

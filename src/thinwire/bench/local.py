@@ -1,9 +1,13 @@
 """Ranks on this machine over loopback, for benchmarks that want no lab: started, waited for, ended if one fails."""
 
+import os
+import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from thinwire.errors import UserError
 
@@ -12,7 +16,7 @@ PATIENCE_S = 900.0
 
 def run_local(commands: Sequence[Sequence[str]], world_size: int, patience_s: float = PATIENCE_S) -> None:
     """Start each command as `world_size` ranks, all at once, with the variables that launchers set. UserError if one fails."""
-    processes: list[subprocess.Popen[str]] = []
+    ranks: list[_Started] = []
     try:
         for command in commands:
             port = _free_port()
@@ -26,15 +30,30 @@ def run_local(commands: Sequence[Sequence[str]], world_size: int, patience_s: fl
                     "GLOO_SOCKET_IFNAME": "lo",
                     "OMP_NUM_THREADS": 1,
                 }
-                argv = ["env", *(f"{name}={value}" for name, value in variables.items()), *command]
-                processes.append(subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
-        _wait(processes, patience_s)
+                ranks.append(_Started(["env", *(f"{name}={value}" for name, value in variables.items()), *command]))
+        _wait(ranks, patience_s)
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-            if process.stderr:
-                process.stderr.close()
+        for started in ranks:
+            started.end()
+
+
+class _Started:
+    """One rank, all processes that it starts, and what they wrote to stderr: in a file, which never fills up as a pipe does."""
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        self.process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=self._stderr, start_new_session=True)
+
+    def last_line(self) -> str:
+        self._stderr.seek(0)
+        lines = self._stderr.read().strip().splitlines()
+        return lines[-1].removeprefix("thinwire: error: ") if lines else "nothing was printed"
+
+    def end(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self._stderr.close()
 
 
 def _free_port() -> int:
@@ -42,16 +61,14 @@ def _free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def _wait(processes: Sequence[subprocess.Popen[str]], patience_s: float) -> None:
+def _wait(ranks: Sequence[_Started], patience_s: float) -> None:
     end = time.monotonic() + patience_s
-    while any(process.poll() is None for process in processes):
-        failed = next((process for process in processes if process.poll()), None)
+    while True:
+        failed = next((rank for rank in ranks if rank.process.poll()), None)
         if failed is not None:
-            lines = (failed.stderr.read() if failed.stderr else "").strip().splitlines()
-            raise UserError(f"a rank ended with {failed.returncode}: {lines[-1] if lines else 'nothing was printed'}")
+            raise UserError(f"a rank ended with {failed.process.returncode}: {failed.last_line()}")
+        if all(rank.process.returncode == 0 for rank in ranks):
+            return
         if time.monotonic() > end:
             raise UserError(f"the ranks did not end in {patience_s:.0f} s")
         time.sleep(0.1)
-    failed = next((process for process in processes if process.returncode), None)
-    if failed is not None:
-        raise UserError(f"a rank ended with {failed.returncode}")

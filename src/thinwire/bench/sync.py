@@ -6,7 +6,8 @@ Each turn lasts about `turn_s`, one step at least. `no_exchange_step_s` is the s
     utilisation = no_exchange_step_s / step_s
 
 Learning: on loopback, unpaced, because results do not depend on the wire: every method from the same weights on the same batches,
-one seed after another; replicas must be bit-equal at the end. Without a cluster the turns are on loopback too, and unpaced.
+one seed after another; replicas must be bit-equal at the end, hivemind's excepted. Without a cluster the turns are on loopback
+too, and unpaced.
 
     wire_bytes_per_step   by the ledger: mean over the ranks and the later half of the steps
     card_bytes_per_step   by the network cards' counters in the turns: headers and acknowledgements included
@@ -14,9 +15,11 @@ one seed after another; replicas must be bit-equal at the end. Without a cluster
     wait_s                of ours: from a rank's last gradient until the exchange was over
     late                  by how much passes took longer than declared, as a fraction
     spread                of the turns: between the quartiles, as a fraction
+    weights_apart         the largest difference between two replicas' values of a weight in the end
+    torn                  the part of the exchanges that lacked values of a rank
 
 With three links or more a table says which rate each method needs (`sync_rates`); with `target`, a part of data parallelism's
-tokens, each row says how long the loss that it has then takes (`sync_target`).
+tokens, each row says how long the loss that it has then takes (`sync_target`). Methods of other packages are in `peer_sync`.
 """
 
 import json
@@ -29,10 +32,11 @@ from statistics import median
 from typing import Any
 
 from thinwire.bench.local import run_local
+from thinwire.bench.peer_sync import check, launches, prefix
 from thinwire.bench.progress import shown
 from thinwire.bench.registry import Rows, take
 from thinwire.bench.sync_bars import UNCOMPRESSED, bar_rows
-from thinwire.bench.sync_methods import make_method
+from thinwire.bench.sync_methods import Method, make_method
 from thinwire.bench.sync_rates import rate_rows
 from thinwire.bench.sync_target import add_targets
 from thinwire.cluster import Cluster, Quantity, load_cluster
@@ -91,24 +95,30 @@ def run(cluster_name: str | None = None, options: Mapping[str, Any] | None = Non
     methods, seeds, links = _methods(told), _seeds(told["seeds"]), find_links(told["links"], cluster)
     settings = {
         "base": _base(told),
-        "methods": methods,
         "seeds": seeds,
         "timeout_s": TIMEOUT_S,
         **{key: told[key] for key in ("fused", "turns", "turn_s")},
         "curve_every": told["curve_every"] or (max(1, told["steps"] // 20) if told["target"] else 0),
     }
-    if cluster is None:
-        both = _on_loopback("time,learn", told["ranks"], settings)
-        timed, learned = {links[0]: both["time"]}, both["learn"]
-    else:
-        timed = {link: _in_lab(cluster, link, settings) for link in links}
-        learned = _on_loopback("learn", cluster.world_size, settings)["learn"]
+    timed: dict[Link, dict[str, dict[str, Any]]] = {link: {} for link in links}
+    learned: list[dict[str, Any]] = []
+    for launch_methods in launches(methods):
+        if cluster is None:
+            both = _on_loopback("time,learn", told["ranks"], launch_methods, settings)
+            timed[links[0]] |= _beside_silence(both["time"])
+        else:
+            for link in links:
+                timed[link] |= _beside_silence(_in_lab(cluster, link, launch_methods, settings))
+            both = _on_loopback("learn", cluster.world_size, launch_methods, settings)
+        learned += both["learn"]
+    names = [method.name for method in methods]
+    learned.sort(key=lambda one: (seeds.index(one["seed"]), names.index(one["method"])))
     rows = [_row(timed[link], link, one) for link in links for one in learned]
     if told["target"]:
         unshaped = next((timed[link] for link in links if link.rate_bps is None), None)
         unshaped_s = median(unshaped[UNCOMPRESSED[0]]["step_s"]) if unshaped and UNCOMPRESSED[0] in unshaped else None
         add_targets(rows, learned, told["target"], UNCOMPRESSED[0], unshaped_s)
-    needed = rate_rows(rows, _predicted(cluster, methods, told)) if cluster is not None and len(links) > 2 else []
+    needed = rate_rows(rows, _predicted(cluster, names, told)) if cluster is not None and len(links) > 2 else []
     return rows + bar_rows(rows) + needed
 
 
@@ -118,7 +128,7 @@ def _predicted(cluster: Cluster, methods: Sequence[str], told: Mapping[str, Any]
     rates = tuple(rate.value for rank in range(cluster.world_size) if (rate := cluster.device_of(rank).flops_per_s) is not None)
     for name in methods:
         method = make_method(name, _base(told), fused=told["fused"])
-        if method.hook or len(rates) < cluster.world_size:
+        if method.hook or method.package or len(rates) < cluster.world_size:
             continue
         config, size = method.config, cluster.world_size
         layout = Layout(outer=size) if config.sync.rare else Layout(data=size)
@@ -172,14 +182,14 @@ def _base(told: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _methods(told: Mapping[str, Any]) -> list[str]:
+def _methods(told: Mapping[str, Any]) -> list[Method]:
     """Checked here, so that what is wrong is said before anything is started."""
     names = list(told["methods"])
     if not names or len(set(names)) < len(names):
         raise UserError(f"methods = {names}: name one or more, each once")
-    for name in names:
-        make_method(name, _base(told), fused=told["fused"])
-    return names
+    methods = [make_method(name, _base(told), fused=told["fused"]) for name in names]
+    check(methods)
+    return methods
 
 
 def _seeds(wanted: int | Sequence[int]) -> list[int]:
@@ -189,25 +199,26 @@ def _seeds(wanted: int | Sequence[int]) -> list[int]:
     return seeds
 
 
-def _command(phases: str, results: str, progress: Path, settings: Mapping[str, Any]) -> list[str]:
-    return [sys.executable, "-m", SCRIPT, phases, results, json.dumps({**settings, "progress": str(progress)})]
+def _command(phases: str, results: str, progress: Path, methods: Sequence[Method], settings: Mapping[str, Any]) -> list[str]:
+    told = {**settings, "methods": [method.name for method in methods], "progress": str(progress)}
+    return [*prefix(methods), sys.executable, "-m", SCRIPT, phases, results, json.dumps(told)]
 
 
-def _on_loopback(phases: str, ranks: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _on_loopback(phases: str, ranks: int, methods: Sequence[Method], settings: Mapping[str, Any]) -> dict[str, Any]:
     """{phase: what rank 0 wrote}."""
     with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
         progress = Path(folder) / "progress"
         with shown(progress, "loopback"):
-            run_local([_command(phases, folder, progress, settings)], ranks, PATIENCE_S)
+            run_local([_command(phases, folder, progress, methods, settings)], ranks, PATIENCE_S)
         return {phase: json.loads((Path(folder) / f"{phase}.json").read_text()) for phase in phases.split(",")}
 
 
-def _in_lab(cluster: Cluster, link: Link, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _in_lab(cluster: Cluster, link: Link, methods: Sequence[Method], settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """{method: lists over the turns}."""
     lab_cluster = shaped(cluster, link)
     with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
         progress = Path(folder) / "progress"
-        processes = processes_for(lab_cluster, _command("time", RESULTS, progress, settings))
+        processes = processes_for(lab_cluster, _command("time", RESULTS, progress, methods, settings))
         with shown(progress, show(link.rate_bps, "bit/s") if link.rate_bps else UNSHAPED):
             lab = launch(lab_cluster, processes, LabOptions())
     if lab.failure:
@@ -216,9 +227,16 @@ def _in_lab(cluster: Cluster, link: Link, settings: Mapping[str, Any]) -> dict[s
     return found
 
 
+def _beside_silence(timed: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What was measured of each method, with the step without any exchange from the same start."""
+    silent = median(timed[NO_EXCHANGE]["step_s"])
+    return {name: {**mine, "no_exchange_step_s": silent} for name, mine in timed.items() if name != NO_EXCHANGE}
+
+
 def _row(timed: Mapping[str, Mapping[str, Any]], link: Link, learned: Mapping[str, Any]) -> dict[str, Any]:
     name = learned["method"]
-    mine, silent = timed[name], median(timed[NO_EXCHANGE]["step_s"])
+    mine = timed[name]
+    silent = mine["no_exchange_step_s"]
     step_s, turns = median(mine["step_s"]), sorted(mine["step_s"])
     quarter = len(turns) // 4
     return {
@@ -236,4 +254,6 @@ def _row(timed: Mapping[str, Mapping[str, Any]], link: Link, learned: Mapping[st
         "wire_bytes_per_step": learned["wire_bytes_per_step"],
         "card_bytes_per_step": median(mine["card_bytes"]) or None,
         "heldout_loss": learned["heldout_loss"],
+        "weights_apart": learned["weights_apart"],
+        "torn": max(mine["torn"], learned["torn"]),
     }

@@ -10,6 +10,8 @@
     SYNCn                             a kind of [sync] that exchanges every n steps: diloco30, streaming30, sparseloco30, ..
     SYNCn-KIND                        the same through a kind of [compress]
     streamingN-overlap5-layers2       with so many steps of overlap, and layers in a fragment
+    torchft-dilocoN                   torchft's DiLoCo every N steps, float32
+    hivemind-CODE                     hivemind's averaging of gradients every step; CODE: fp32, fp16, u8 or q8
 
 What a method changes of the run (its optimizer, say) is in `TRAIN`, by kind.
 """
@@ -27,6 +29,8 @@ from thinwire.errors import UserError
 from thinwire.tomlfile import validate
 
 STOCK = re.compile(r"ddp(?:-(?P<hook>fp16|powersgd(?P<rank>[1-9]\d*)))?")
+TORCHFT = re.compile(r"torchft-diloco(?P<every>[1-9]\d*)")
+HIVEMIND = re.compile(r"hivemind-(?P<code>fp32|fp16|u8|q8)")
 KIND = re.compile(r"(?P<kind>[a-z_]+)(?P<number>[1-9]\d*)")
 BUCKETS = re.compile(r"([1-9]\d*)k")
 NUMBERS: Mapping[str, str] = {"powersgd": "rank", "svd": "rank", "topk": "k", "demo": "k"}
@@ -47,12 +51,17 @@ TRAIN: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A name and all that follows from it. hook: of a stock peer, "" for plain DDP, None for ours; rank: of its PowerSGD."""
+    """A name and all that follows from it. hook: of a stock peer, "" for plain DDP, else None; rank: of its PowerSGD.
+
+    package: that does it, "" for PyTorch and ours; code: what hivemind sends.
+    """
 
     name: str
     config: RunConfig
     hook: str | None = None
     rank: int = 0
+    package: str = ""
+    code: str = ""
 
 
 def make_method(name: str, base: Mapping[str, Any], *, fused: bool = False) -> Method:
@@ -61,8 +70,16 @@ def make_method(name: str, base: Mapping[str, Any], *, fused: bool = False) -> M
     if stock:
         hook = "powersgd" if stock["rank"] else stock["hook"] or ""
         return Method(name, _config(name, base, {}, {}), hook, int(stock["rank"] or 0))
-    word, *variants = name.split("-")
     sync = dict(base.get("sync", {}))
+    torchft, hivemind = TORCHFT.fullmatch(name), HIVEMIND.fullmatch(name)
+    if torchft:
+        rarely = {**base, "sync": sync | {"kind": "diloco", "every": int(torchft["every"])}}
+        return Method(name, _config(name, rarely, {}, {}), package="torchft")
+    if hivemind:
+        return Method(name, _config(name, base, {}, {}), package="hivemind", code=hivemind["code"])
+    word, *variants = name.split("-")
+    if word in ("torchft", "hivemind"):
+        raise UserError(f"method {name!r}: of others there are torchft-dilocoN and hivemind-fp32, -fp16, -u8 and -q8")
     rare = KIND.fullmatch(word)
     if rare and rare["kind"] in RARE:
         sync |= {"kind": rare["kind"], "every": int(rare["number"])}

@@ -5,10 +5,14 @@
 time: the methods take turns; in its turn one trains a few steps, with compute at the declared rate where the lab asks for it.
 Stock peers run on a gloo group of their own. learn: one method after another trains from the same weights, seed by seed, and is
 scored on the held-out part; all run on the metered group, so that the ledger counts what the stock peers send too.
+
+Peers of other packages (`Method.package`) come here alone, one to a start of the ranks, as they bring servers and processes that
+would work and send in the others' turns. They send past the ledger, and what their helpers compute counts as theirs.
 """
 
 import hashlib
 import json
+import socket
 import sys
 import time
 from contextlib import ExitStack, nullcontext
@@ -19,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from thinwire.bench.peers.outside import alone, helpers_s
 from thinwire.bench.progress import tell
 from thinwire.bench.stock_sync import SILENT, StockSync
 from thinwire.bench.sync_methods import Method, make_method
@@ -59,7 +64,25 @@ class Rank:
         if method.hook is not None:
             return StockSync(method.hook, method.rank, group)
         config = method.config
+        if method.package:
+            return self.foreign(method)
         return make_synchroniser(config.sync, config.compress, self.layouts[config.sync.rare], self.ledger)
+
+    def foreign(self, method):
+        """Of a package that need not be installed, so it is imported here."""
+        lab = self.surroundings.lab
+        address = socket.gethostbyname(lab.host) if lab else "127.0.0.1"
+        if method.package == "torchft":
+            from thinwire.bench.peers.torchft_sync import TorchftSync
+
+            return TorchftSync(method.name, method.config.sync, address)
+        from thinwire.bench.peers.hivemind_sync import HivemindSync
+
+        return HivemindSync(method.name, method.code, address)
+
+    def processor_s(self):
+        """Used by this rank so far, with its helpers where there are any."""
+        return time.process_time() + (helpers_s() if any(method.package for method in self.methods) else 0.0)
 
     def stepper(self, method, task, group, stack):
         """A replica of its own, ready to train. Collective."""
@@ -132,8 +155,13 @@ def measure_time(rank):
                 take_turn(rank, contender, task)
                 done = len(methods) * (turn + 1) + index + 1
                 rank.tell(done, parts, f"turn {turn + 1}: {contender.name} {contender.measured['step_s'][-1]:.3f} s a step")
+        torn = {contender.name: torn_exchanges(rank, contender.stepper.sync) for contender in contenders}
     return {
-        contender.name: {**contender.measured, "late": contender.pacer.missed_fraction if contender.pacer else None}
+        contender.name: {
+            **contender.measured,
+            "late": contender.pacer.missed_fraction if contender.pacer else None,
+            "torn": torn[contender.name],
+        }
         for contender in contenders
     }
 
@@ -160,11 +188,12 @@ def take_turn(rank, contender, task):
     dist.barrier()
     counts = rank.surroundings.lab is not None and rank.place.local_rank == 0  # outside a lab the cards carry others' bytes
     sent = card_bytes() if counts else 0
-    started, used = time.perf_counter(), time.process_time()
+    used = rank.processor_s()
+    started = time.perf_counter()
     for step in range(first, first + contender.steps):
         times.append(rank.step(contender.stepper, task, step)[1])
     dist.barrier()
-    seconds, used = time.perf_counter() - started, time.process_time() - used
+    seconds, used = time.perf_counter() - started, rank.processor_s() - used
     sent = card_bytes() - sent if counts else 0
     contender.done += contender.steps
     sums = rank.sum([sent])
@@ -212,10 +241,34 @@ def learn_one(rank, method, task, seed, progress):
         sent = rank.ledger.sent_bytes - sent
         stepper.sync.finish()
         with stepper.sync.averaged():
-            check_equal(model, f"{method.name}, seed {seed}")
+            apart = weights_apart(model)
+            if method.package != "hivemind":
+                check_equal(model, f"{method.name}, seed {seed}")
             total, weight, sent = rank.sum([*task.score(model, rank.place.rank), sent])
-    sent_per_step = sent / rank.place.world_size / (steps - counted_from)
-    return {"heldout_loss": total / weight, "wire_bytes_per_step": sent_per_step, "curve": curve}
+        torn = torn_exchanges(rank, stepper.sync)
+    sent_per_step = None if method.package else sent / rank.place.world_size / (steps - counted_from)
+    return {
+        "heldout_loss": total / weight,
+        "wire_bytes_per_step": sent_per_step,
+        "curve": curve,
+        "weights_apart": apart,
+        "torn": torn,
+    }
+
+
+def torn_exchanges(rank, sync):
+    """The part of the exchanges that lacked values, mean over the ranks; only hivemind goes on then. Collective."""
+    return rank.sum([getattr(sync, "torn", 0.0)])[0] / rank.place.world_size
+
+
+def weights_apart(model):
+    """The largest difference between two replicas' values of a weight. Collective."""
+    with torch.no_grad():
+        low = torch.cat([parameter.reshape(-1) for parameter in model.parameters()])
+        high = low.clone()
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+        return float((high - low).max())
 
 
 def check_equal(model, name):
@@ -260,4 +313,8 @@ def main(phases, results, settings):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    names = json.loads(sys.argv[3])["methods"]
+    if any(make_method(name, {}).package for name in names):
+        alone(lambda: main(*sys.argv[1:]), ", ".join(names))
+    else:
+        main(*sys.argv[1:])
