@@ -1,9 +1,11 @@
-"""A user's own loop as a replica of asynchronous DiLoCo. Start `thinwire serve --service first_workers=2` first, then twice:
+"""A user's own loop as a replica of asynchronous DiLoCo. Start the servers first, then it twice:
 
+    thinwire serve --service first_workers=2 --service total_tokens=4000
     python examples/async_diloco.py 127.0.0.1:29700 a
     python examples/async_diloco.py 127.0.0.1:29700 b
 
-Kill one and start it again: the other loses no step, and the one that comes back goes on from the newest weights.
+Kill one and start it again: the other loses no step, and the one that comes back goes on from the newest weights. Both end when
+4000 steps of either are merged.
 """
 
 import sys
@@ -19,7 +21,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 with thinwire.AsyncDiLoCo(model, optimizer, every=20, store=store, name=name) as replica:
     torch.manual_seed(ord(name[0]))
-    for step in range(replica.first_step, 2000):
+    for step in replica.remaining_steps():
         inputs = torch.randn(32, 8)
         loss = (model(inputs) - inputs[:, :1].sin()).square().mean()
         loss.backward()

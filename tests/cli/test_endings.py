@@ -78,7 +78,8 @@ def test_a_rank_that_stands_still(tmp_path: Path) -> None:
         os.kill(stopped, signal.SIGCONT)  # too late; but it can end by itself now
         _, err = process.communicate(timeout=55)
     assert process.returncode != 0
-    assert re.match(r".*rank [01]: gave up waiting for another rank", one_line(err))  # the stopped one may notice too
+    # The stopped one may notice too.
+    assert re.match(r".*rank [01] on \S+ gave up waiting for rank 1 on \S+ after 4 s", one_line(err))
     assert nothing_left(tmp_path) and checkpoints(tmp_path)
 
 

@@ -14,6 +14,11 @@ def run(
     cluster: Annotated[str, typer.Option(help="A cluster file, or the name of a shipped one.")],
     no_delay: Annotated[bool, typer.Option("--no-delay", help="Go on without the declared latencies.")] = False,
     unpaced: Annotated[bool, typer.Option("--unpaced", help="Do not hold hosts to their declared compute.")] = False,
+    stall: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST:AT:FOR", help="No frame passes from or to HOST from AT on for FOR: host1:20:60 (seconds)."),
+    ] = None,
+    notice: Annotated[float, typer.Option(min=0, help="Seconds that the others go on after a command has failed.")] = 10.0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the cards' counters here.")] = None,
 ) -> None:
     """Run a command on every host of a cluster: `thinwire train` once a host, any other command once a rank.
@@ -27,9 +32,11 @@ def run(
     from thinwire.lab import cards
     from thinwire.lab.commands import processes_for
     from thinwire.lab.run import LabOptions, launch, prepare
+    from thinwire.lab.stalls import Stall
 
     network = load_cluster(cluster)
-    options = LabOptions(delay=not no_delay, paced=not unpaced)
+    stalls = tuple(Stall.read(text) for text in stall or [])
+    options = LabOptions(delay=not no_delay, paced=not unpaced, stalls=stalls, notice_s=notice)
     processes = processes_for(network, command)
     prepared = prepare(network, options)
     for note in prepared[1].notes:

@@ -35,7 +35,9 @@ def replicas(
             raise UserError(f"--resume {resume} goes on as that run was begun; give --restart only")
         raise typer.Exit(_resume(resume, restart))
     config, number = _configure(run, changes or []), number or 4
-    agreed = _agreed(config, {"servers": servers or 1, "first_workers": number}, service or [])
+    tokens = number * config.train.steps * config.train.micro_batch * config.train.sequence * config.sync.accumulate
+    given = {"servers": servers or 1, "first_workers": number, "total_tokens": tokens}
+    agreed = _agreed(config, given, service or [])
     folder = Path(config.train.run or f"runs/{datetime.now():%Y%m%d-%H%M%S}-replicas")
     if folder.exists():
         raise UserError(f"{folder} exists; go on with --resume {folder}, or set another train.run")

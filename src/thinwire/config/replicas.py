@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from thinwire.units import parse
 
@@ -80,12 +80,20 @@ class Service(_Part):
     """The weights are cut into so many ranges, a server each."""
     first_workers: int = Field(1, ge=1)
     """Nobody begins before so many workers have joined; from then on they come and go."""
+    total_tokens: float = Field(0.0, ge=0)
+    """Once so many tokens, as pushes weigh them, are merged, the run is over for every worker; 0: each ends by itself."""
     merge: Annotated[Gradients | DiLoCo, Field(discriminator="kind")] = DiLoCo()
     push: Code = Code()
     pull: Code = Code()
     """Other than "none": a worker is sent the code of the difference to what it has."""
     heartbeat_s: Seconds = Field(0.5, gt=0)
-    silent_s: Seconds = Field(10.0, gt=0)
-    """A member whose heartbeat is not heard for so long is dead."""
     timeout_s: Seconds = Field(300.0, gt=0)
-    """A wait on a link that takes longer is given up."""
+    """Whoever is silent for so long is given up; silence that is shorter delays. One that is killed is noticed at once."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Service:
+        if isinstance(self.merge, DiLoCo) and self.merge.quorum and self.servers > 1:
+            raise ValueError(
+                f"a quorum of {self.merge.quorum} with {self.servers} servers: each would merge others; take 1 server"
+            )
+        return self

@@ -13,16 +13,22 @@ from thinwire.cluster import Cluster
 from thinwire.errors import UserError
 
 MASTER_PORT = 29500
+TRAINING = "training"
+"""What `thinwire train` leaves among the results when its first step begins."""
 FIRST_CARD = {"GLOO_SOCKET_IFNAME": "eth0", "TP_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth0"}
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A command to start on `host`, with variables added to the environment that the lab was started with."""
+    """A command to start on `host`, with variables added to the environment that the lab was started with.
+
+    begins: the file among the results by which it says that it has begun what it is for; "": it says nothing.
+    """
 
     host: str
     argv: tuple[str, ...]
     variables: Mapping[str, str] = field(default_factory=dict)
+    begins: str = ""
 
 
 def processes_for(cluster: Cluster, argv: Sequence[str]) -> list[Process]:
@@ -60,6 +66,7 @@ def _agents(cluster: Cluster, arguments: Sequence[str]) -> list[Process]:
                 *("--rdzv-endpoint", f"{first}:{MASTER_PORT}", "--", *arguments),
             ),
             FIRST_CARD,
+            begins=TRAINING,
         )
         for index, (host, own) in enumerate(ranks.items())
     ]

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,10 @@ def run(orders: dict[str, Any]) -> dict[str, Any]:
     before = {name: spaces.counters(host["netns"]) for name, host in hosts.items()}
     processes = [Running(spec, homes[spec["host"]], orders["cwd"]) for spec in orders["processes"]]
     watch = Watch(processes, control=0, notice_s=orders["notice_s"], grace_s=orders["grace_s"])
+    if orders["begins"]:
+        watch.clock_from = RESULTS / orders["begins"]
+    for turn in orders["turns"]:
+        watch.at(turn["at_s"], partial(_turn, turn, orders["tools"]))
     seconds = watch.run()
     after = {name: spaces.counters(host["netns"]) for name, host in hosts.items()}
     return {
@@ -82,6 +87,11 @@ def apply(step: dict[str, Any], tools: dict[str, str]) -> None:
     done = subprocess.run(argv, input="\n".join(lines) + "\n", capture_output=True, text=True, timeout=60, check=False)
     if done.returncode != 0:
         raise OSError(f"{step['tool']} {netns or 'core'}: {' '.join(done.stderr.split())}")
+
+
+def _turn(turn: dict[str, Any], tools: dict[str, str]) -> None:
+    apply({"tool": "ip", "netns": None, "lines": turn["lines"]}, tools)
+    os.write(2, f"thinwire: lab: {turn['said']}\n".encode())
 
 
 def _settle(name: str, host: dict[str, Any]) -> spaces.Space:

@@ -27,6 +27,7 @@ from thinwire.lab import cards
 from thinwire.lab.cards import CardCount
 from thinwire.lab.commands import Process
 from thinwire.lab.kernel import Kernel, examine
+from thinwire.lab.stalls import Stall, turns
 from thinwire.lab.wiring import Wiring, wire
 
 ROOT = "/run/thinwire"
@@ -40,12 +41,14 @@ class LabOptions:
     """How to run. Without `delay`, latencies are not imitated; `paced` asks trainers to keep the declared compute rates.
 
     After a failure the other hosts get `notice_s` to notice; after a signal all get `grace_s` to end cleanly.
+    `stalls`: links that fall silent for a while.
     """
 
     delay: bool = True
     paced: bool = True
     notice_s: float = 10.0
     grace_s: float = 30.0
+    stalls: tuple[Stall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,8 @@ def _orders(
         "steps": [asdict(step) for step in wiring.steps],
         "hosts": hosts,
         "processes": specs,
+        "begins": next((process.begins for process in processes if process.begins), ""),
+        "turns": [asdict(turn) for turn in turns(options.stalls, cluster, wiring)],
         "cwd": os.getcwd(),
         "notice_s": options.notice_s,
         "grace_s": options.grace_s,

@@ -10,11 +10,14 @@ import signal
 import subprocess
 import time
 from collections import deque
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from thinwire.lab.spaces import Space
 
 KILL_AFTER_S = 2.0
+LOOK_S = 0.1
 TAIL_LINES = 20
 LINE_BYTES = 4096
 OWN_ERROR = b"thinwire: error: "
@@ -84,10 +87,17 @@ class Watch:
         self._notice_s, self._grace_s, self._control = notice_s, grace_s, control
         self._deadline, self._ending = float("inf"), False
         self._selector = selectors.DefaultSelector()
+        self._timed: deque[tuple[float, Callable[[], None]]] = deque()
+        self.clock_from: Path | None = None
+        self._clock = 0.0
+
+    def at(self, time_s: float, act: Callable[[], None]) -> None:
+        """Call `act` so long after `run` was called, or after `clock_from` was there, if a process still runs then. In order."""
+        self._timed.append((time_s, act))
 
     def run(self) -> float:
         """Seconds from now until the last process ended. Ends this process if the pipe from outside closes."""
-        started = time.monotonic()
+        started = self._clock = time.monotonic()
         woken, wake = os.pipe()
         os.set_blocking(wake, False)
         os.set_blocking(woken, False)
@@ -102,7 +112,8 @@ class Watch:
                     self._selector.register(stream, selectors.EVENT_READ, (process, name))
         self._reap()
         while any(process.code is None for process in self.processes):
-            for key, _ in self._selector.select(min(1.0, max(0.0, self._deadline - time.monotonic()))):
+            due = min(self._deadline, self._act() if self._timed else self._deadline)
+            for key, _ in self._selector.select(min(1.0, max(0.0, due - time.monotonic()))):
                 self._on(key)
             self._reap()
             if time.monotonic() >= self._deadline:
@@ -112,6 +123,16 @@ class Watch:
             for key in heard:
                 self._on(key)
         return seconds
+
+    def _act(self) -> float:
+        """Do what is due; returns when to look again."""
+        if self.clock_from is not None:
+            if not self.clock_from.exists():
+                return time.monotonic() + LOOK_S
+            self._clock, self.clock_from = time.monotonic(), None
+        while self._timed and time.monotonic() >= self._clock + self._timed[0][0]:
+            self._timed.popleft()[1]()
+        return self._clock + self._timed[0][0] if self._timed else self._deadline
 
     def _on(self, key: selectors.SelectorKey) -> None:
         chunk = b""

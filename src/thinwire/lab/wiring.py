@@ -65,6 +65,8 @@ class Wiring:
     steps: tuple[Step, ...]
     cards: tuple[Card, ...]
     netns: dict[str, str]
+    bridges: dict[str, str]
+    """By switch."""
     addresses: dict[str, str]
     delay: str
     notes: tuple[str, ...]
@@ -91,10 +93,12 @@ def wire(cluster: Cluster, *, netem: bool, delay: bool = True) -> Wiring:
     if said.startswith("refused"):
         notes.append(f"delay {said}")
     netns = {host.name: f"h{index}" for index, host in enumerate(cluster.hosts)}
+    bridges = {switch: f"b{index}" for index, switch in enumerate(switches)}
     return Wiring(
-        steps=_steps(switches, cards, uplinks, netns, with_netem),
+        steps=_steps(bridges, cards, uplinks, netns, with_netem),
         cards=tuple(cards),
         netns=netns,
+        bridges=bridges,
         addresses={card.host: card.address for card in cards if card.interface == "eth0"},
         delay=said,
         notes=tuple(notes),
@@ -230,9 +234,8 @@ def _rate_notes(cluster: Cluster, links: list[Link]) -> list[str]:
 
 
 def _steps(
-    switches: list[str], cards: list[Card], uplinks: list[_Cable], netns: dict[str, str], with_netem: bool
+    bridge: dict[str, str], cards: list[Card], uplinks: list[_Cable], netns: dict[str, str], with_netem: bool
 ) -> tuple[Step, ...]:
-    bridge = {switch: f"b{index}" for index, switch in enumerate(switches)}
     make = [f"netns add {name}" for name in netns.values()]
     make += [f"link add {name} type bridge mcast_snooping 0 ageing_time 8640000" for name in bridge.values()]
     up = ["link set lo up", *(f"link set {name} up" for name in bridge.values())]

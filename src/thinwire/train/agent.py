@@ -21,7 +21,10 @@ from thinwire.train.runtime import environment
 FAILED = 1
 USER_ERROR = 2
 RANK_DIED = 3
-"""Exit codes: a rank failed (often because another one did), a mistake of the user, a rank died without a word."""
+RANK_SILENT = 4
+"""Exit codes: a rank failed (often because another one did), a mistake of the user, a rank died without a word, a rank that is
+named does not answer."""
+CODES = {"user": USER_ERROR, "silent": RANK_SILENT}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,7 @@ def _root_cause(failures: list[ProcessFailure], nodes: Nodes) -> tuple[str, int]
         code = process.exitcode
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
         return f"rank {rank} (process {process.pid}) {how}; the last whole checkpoint is kept, go on with --resume", RANK_DIED
-    return first.line, USER_ERROR if first.kind == "user" else FAILED
+    return first.line, CODES.get(first.kind, FAILED)
 
 
 def main() -> int:

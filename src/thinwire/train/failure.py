@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from thinwire.errors import UserError
+from thinwire.train.pulse import PeerGone, symptom
 from thinwire.train.runtime import Place
 
-KINDS = ("user", "error", "timeout", "lost")
-"""A mistake of the user; anything unexpected; waited too long for another rank; another rank went away. The first explains the
-others: a rank that fails makes its peers wait, or lose it."""
+KINDS = ("user", "error", "silent", "timeout", "lost")
+"""A mistake of the user; anything unexpected; ranks that are known to be silent; waited too long for another rank; another rank
+went away. The first explains the others: a rank that fails makes its peers wait, or lose it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +28,14 @@ def explain(error: BaseException, place: Place | None) -> Failure:
     if isinstance(error, UserError):
         return Failure("user", str(error))
     who = f"rank {place.rank}: " if place else ""
+    if isinstance(error, PeerGone):
+        return Failure(error.kind, str(error))
     text = " ".join(str(error).split())
-    if isinstance(error, dist.DistError | RuntimeError):
-        if "imed out" in text or "timeout" in text.lower():
+    match symptom(error):
+        case "timeout":
             advice = "if the network is only slow, raise train.timeout_s; the last whole checkpoint is kept"
             return Failure("timeout", f"{who}gave up waiting for another rank ({text[:160]}); {advice}")
-        if any(word in text for word in ("Connection closed", "Connection reset", "Broken pipe", "connect")):
+        case "lost":
             return Failure("lost", f"{who}lost the connection to another rank ({text[:160]}); the last whole checkpoint is kept")
     return Failure("error", f"{who}{type(error).__name__}: {text[:300]}")
 

@@ -28,6 +28,7 @@ from thinwire.sync.server.diloco import AsyncDiLoCo
 from thinwire.sync.server.link import PeerLost
 from thinwire.sync.server.members import connect
 from thinwire.sync.server.server import Event, Server
+from thinwire.sync.server.weights import load_optimizers
 from thinwire.sync.server.worker import ParameterServerWorker
 from thinwire.train.step import learning_rate, make_optimizer
 from thinwire.train.task import LanguageModel
@@ -59,6 +60,7 @@ class Spec(BaseModel):
 
 def serve(spec: Spec, index: int, end: threading.Event) -> None:
     """Be server `index`; goes on from its file if there is one."""
+    load_optimizers()
     ledger = Ledger()
     server = Server(spec.service, connect(spec.address, CONNECT_S), index, ledger, heard=_tell(index))
     kept = spec.file("server", index, "pt")
@@ -69,7 +71,10 @@ def serve(spec: Spec, index: int, end: threading.Event) -> None:
 
 
 def replicate(spec: Spec, number: int) -> None:
-    """Be replica `number`: join, train what is left of train.steps, leave."""
+    """Be replica `number`: join, train until the servers have merged what all steps have in tokens, leave.
+
+    The learning rate follows what is merged: train.steps times that part, and the local steps since.
+    """
     run, task, name = spec.run, spec.task(), f"r{number}"
     model = task.build_model()
     optimizer = make_optimizer(model, run.train)
@@ -85,11 +90,12 @@ def replicate(spec: Spec, number: int) -> None:
         joined.load_state_dict(saved.load(kept))
     with joined as worker:
         first, pushed = worker.first_step, 0
-        for step in range(first, run.train.steps):
+        for step in worker.remaining_steps():
             loss = _backward(spec, task, model, step, number)
             if run.train.clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), run.train.clip)
-            rate = learning_rate(run.train, step)
+            at = round(run.train.steps * worker.client.progress) + step - worker.first_step
+            rate = learning_rate(run.train, min(at, run.train.steps - 1))
             if isinstance(worker, AsyncDiLoCo):
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -102,10 +108,11 @@ def replicate(spec: Spec, number: int) -> None:
             if owes and new_pushes > pushed:
                 saved.save(worker.state_dict(), kept)
                 pushed = new_pushes
-            if (step + 1) % run.train.log_every == 0 or step + 1 == run.train.steps:
-                print(f"replica {number}  step {step + 1}/{run.train.steps}  loss {loss:.4f}", flush=True)
-    ledger = worker.client.ledger
-    about = {"replica": number, "first_step": first, "steps": run.train.steps, "ledger": ledger.entries(number)}
+            if (step + 1) % run.train.log_every == 0:
+                merged = f"{worker.client.progress:.0%} of the run merged"
+                print(f"replica {number}  step {step + 1}  {merged}  loss {loss:.4f}\n", end="", flush=True)
+    client = worker.client
+    about = {"replica": number, "first_step": first, "steps": client.step, "ledger": client.ledger.entries(number)}
     _write(spec.file("replica", number, "json"), about)
 
 
@@ -120,8 +127,7 @@ def _backward(spec: Spec, task: LanguageModel, model: torch.nn.Module, step: int
 
 def _tell(index: int) -> Callable[[Event], None]:
     def tell(event: Event) -> None:
-        why = f": {event.why}" if event.why else ""
-        print(f"server {index}  version {event.version}  {event.worker} {event.what}{why}\n", end="", flush=True)
+        print(f"server {index}  {event.line()}\n", end="", flush=True)
 
     return tell
 

@@ -12,6 +12,7 @@ from thinwire.config.replicas import Service
 from thinwire.errors import UserError
 from thinwire.sync.server import saved
 from thinwire.sync.server.server import Event, Server, publish
+from thinwire.sync.server.weights import load_optimizers
 
 
 def serve_here(service: Service, listen: str, keep: Path | None) -> None:
@@ -19,6 +20,7 @@ def serve_here(service: Service, listen: str, keep: Path | None) -> None:
     host, colon, port = listen.rpartition(":")
     if not colon or not port.isdigit():
         raise UserError(f"--listen {listen}: write host:port")
+    load_optimizers()
     try:
         store = TCPStore(host, int(port), is_master=True, wait_for_workers=False)
     except (DistError, RuntimeError) as error:
@@ -44,5 +46,4 @@ def serve_here(service: Service, listen: str, keep: Path | None) -> None:
 
 
 def _tell(event: Event) -> None:
-    why = f": {event.why}" if event.why else ""
-    print(f"version {event.version}  {event.worker} {event.what}{why}\n", end="", flush=True)
+    print(f"{event.line()}\n", end="", flush=True)

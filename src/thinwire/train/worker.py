@@ -17,6 +17,7 @@ from thinwire.collectives import backend
 from thinwire.collectives.ledger import Ledger
 from thinwire.config.run import RunConfig
 from thinwire.errors import UserError
+from thinwire.lab.commands import TRAINING
 from thinwire.layout import AXES, REPLICAS, Layout
 from thinwire.plan.cost import Prediction, Setting, predict
 from thinwire.sync.make import make_synchroniser
@@ -25,6 +26,7 @@ from thinwire.train.agree import agree_on_dtype, agree_on_folder, make_task
 from thinwire.train.deal import Deal, opening
 from thinwire.train.forecast import declared_rates, find_cluster, timed_rates
 from thinwire.train.pace import Pacer
+from thinwire.train.pulse import Pulse
 from thinwire.train.reporter import Reporter
 from thinwire.train.runtime import Place, StopRequest, Surroundings, process_group
 from thinwire.train.step import Stepper, make_optimizer
@@ -75,8 +77,12 @@ def work(config: RunConfig, surroundings: Surroundings, resume: Path | None) -> 
     if group_backend == backend.NAME:
         backend.register(ledger)
     rank = Rank(config=config, surroundings=surroundings, layout=layout, ledger=ledger, device=device, stop=stop)
-    with process_group(place, group_backend, config.train.timeout_s):
-        return train_as(rank, resume)
+    timeout_s = config.train.timeout_s
+    with process_group(place, group_backend, timeout_s), Pulse(place, rank.host, timeout_s) as pulse:
+        try:
+            return train_as(rank, resume)
+        except RuntimeError as error:
+            raise pulse.explained(error) from error
 
 
 def train_as(rank: Rank, resume: Path | None) -> Outcome:
@@ -149,6 +155,8 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         by_speed=config.sync.by_speed,
         tokens=progress.tokens,
     )
+    if rank.number == 0 and rank.surroundings.results is not None:
+        (rank.surroundings.results / TRAINING).touch()
     reason = trainer.run(progress.step)
     results.write_end(trainer, folder, pacer, rank.surroundings.results)
     return Outcome(reason=reason, folder=folder.path)

@@ -21,6 +21,7 @@ from thinwire.errors import UserError
 from thinwire.sync.server.coding import Mirror, PushCoder
 from thinwire.sync.server.link import Dialer, Link
 from thinwire.sync.server.members import Membership, connect
+from thinwire.sync.server.merger import Pace
 from thinwire.sync.server.message import Head, Kind
 from thinwire.sync.server.polled import Polled
 from thinwire.sync.server.ranges import Range, Span, cut, within
@@ -33,10 +34,20 @@ CONNECT_S = 30.0
 class ServerClient:
     """One life of worker `name`. values, spans: its own initial weights, used if the servers have none."""
 
-    def __init__(self, address: str, name: str, values: Tensor, spans: Sequence[Span], ledger: Ledger | None = None) -> None:
-        self.name, self.ledger = name, ledger or Ledger()
-        self.step = 0
-        """Where server 0 says that this worker is."""
+    def __init__(
+        self,
+        address: str,
+        name: str,
+        values: Tensor,
+        spans: Sequence[Span],
+        pace: Pace = Pace(),  # noqa: B008 (frozen)
+        ledger: Ledger | None = None,
+    ) -> None:
+        self.name, self.ledger, self._pace = name, ledger or Ledger(), pace
+        self.step = self.local_steps = 0
+        """Where server 0 says that this worker is, and how many steps it is to make before it pushes; 0: the run is over."""
+        self.merged = 0.0
+        """Tokens that server 0 has merged."""
         self.weights = values
         self._values, self._spans = values, spans
         self._store = connect(address, CONNECT_S)
@@ -53,6 +64,12 @@ class ServerClient:
         """Of the weights it holds, by server."""
         return list(self._versions)
 
+    @property
+    def progress(self) -> float:
+        """What part of the tokens of the run is merged, 0 where their number was not agreed on."""
+        total = self.service.total_tokens
+        return min(1.0, self.merged / total) if total else 0.0
+
     def __enter__(self) -> "ServerClient":
         service = self.service
         self._membership = Membership(self._store, "worker", self.name, service.heartbeat_s)
@@ -61,7 +78,8 @@ class ServerClient:
             dialer = Dialer(self._store, self.ledger, service.timeout_s)
             for index in range(service.servers):
                 self._links.append(dialer.link(index, self.name, incarnation, serving=False))
-            states = self._ask([(Head(kind=Kind.HELLO), None)] * service.servers)
+            hello = Head(kind=Kind.HELLO, local_steps=self._pace.every, weight=self._pace.tokens_per_step)
+            states = self._ask([(hello, None)] * service.servers)
             for link, part, (head, _) in zip(self._links, self._ranges, states, strict=True):
                 if head.version < 0:
                     spans = within(self._spans, part)
@@ -77,8 +95,15 @@ class ServerClient:
     def push(self, values: Tensor, *, weight: float = 1.0, local_steps: int = 1, learning_rate: float = 0.0) -> Tensor:
         """Send [numel] to the servers; returns the weights with which to go on, when it may. PeerLost names a lost server.
 
+        UserError when the run is over.
+
         weight: tokens or samples behind it. learning_rate: for the server's optimizer; 0: its own.
         """
+        if not self.local_steps:
+            raise UserError(
+                f"the {self.service.total_tokens:g} tokens that the servers were to merge are merged; end the loop: "
+                "`for step in replica.remaining_steps()` does"
+            )
         requests: list[tuple[Head, Tensor | None]] = []
         for part, version in zip(self._ranges, self._versions, strict=True):
             head = Head(kind=Kind.PUSH, version=version, weight=weight, local_steps=local_steps, learning_rate=learning_rate)
@@ -109,14 +134,15 @@ class ServerClient:
         """One request to each server, then one answer from each."""
         for link, (head, payload) in zip(self._links, requests, strict=True):
             link.send(head, payload, label="push")
-        return [link.receive() for link in self._links]
+        return [_answer(link) for link in self._links]
 
     def _take(self, answers: Sequence[tuple[Head, Tensor]]) -> None:
         parts = []
         for index, (head, payload) in enumerate(answers):
             self._versions[index] = head.version
             parts.append(self._mirrors[index].decode(payload, self._ranges[index].numel))
-        self.step = answers[0][0].step
+        first = answers[0][0]
+        self.step, self.local_steps, self.merged = first.step, first.local_steps, first.merged
         self.weights = torch.cat(parts)
 
     def _break(self) -> None:
@@ -126,6 +152,13 @@ class ServerClient:
         for link in self._links:
             link.cut()
         self._links = []
+
+
+def _answer(link: Link) -> tuple[Head, Tensor]:
+    """What the server says once it does not let us wait any more."""
+    while (found := link.receive())[0].kind == Kind.WAIT:
+        pass
+    return found
 
 
 def _agreed(store: Any, address: str) -> Service:

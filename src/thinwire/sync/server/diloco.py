@@ -1,7 +1,7 @@
 """A user's own loop as a replica of asynchronous DiLoCo: it trains alone, and every H steps hands in how far it went.
 
     with thinwire.AsyncDiLoCo(model, optimizer, every=30, store="10.0.0.1:29700", name="a") as replica:
-        for step in range(replica.first_step, steps):
+        for step in replica.remaining_steps():         # until the servers have merged total_tokens
             loss_of(model, batch(step)).backward()
             optimizer.step()                           # every 30th: push, wait for the merge, go on from its weights
             optimizer.zero_grad()
@@ -9,6 +9,7 @@
 The optimizer's own state stays here and is never synchronised (Douillard et al. 2023). Merges are described in `merges`.
 """
 
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -20,13 +21,14 @@ from thinwire.config.replicas import DiLoCo
 from thinwire.errors import UserError
 from thinwire.sync.server.client import ServerClient
 from thinwire.sync.server.flat import FlatParameters
+from thinwire.sync.server.merger import Pace
 
 
 class AsyncDiLoCo:
     """One life of replica `name`; the weights of `model` become the servers' at `with`.
 
-    every: local steps between pushes, 0: as the servers say; what is left at the end is pushed too. tokens_per_step: for the
-    weight of its pushes.
+    every: local steps between pushes, 0: as the servers say; what is left at the end is pushed too. tokens_per_step: by which its
+    pushes are weighed, and the work is counted.
     """
 
     def __init__(
@@ -43,11 +45,10 @@ class AsyncDiLoCo:
         self._optimizer, self._tokens_per_step = optimizer, tokens_per_step
         self._local_steps = 0
         self._hook: Any = None
-        self.client = ServerClient(store, name, self._flat.values(), self._flat.spans())
-        merge = self.client.service.merge
-        if not isinstance(merge, DiLoCo):
+        pace = Pace(every=every, tokens_per_step=tokens_per_step)
+        self.client = ServerClient(store, name, self._flat.values(), self._flat.spans(), pace)
+        if not isinstance(self.client.service.merge, DiLoCo):
             raise UserError(f"the servers at {store} want gradients, not DiLoCo's distances; use ParameterServerWorker")
-        self._every = every or merge.every
         self.pushes = 0
 
     @property
@@ -59,6 +60,13 @@ class AsyncDiLoCo:
     def first_step(self) -> int:
         """Local steps that this name has made and pushed, over all its lives."""
         return self.client.step
+
+    def remaining_steps(self) -> Iterator[int]:
+        """The numbers of this name's next steps, until total_tokens are merged; without an end if that is 0."""
+        step = self.first_step
+        while self.client.local_steps:
+            yield step
+            step += 1
 
     def __enter__(self) -> "AsyncDiLoCo":
         self.client.__enter__()
@@ -86,7 +94,7 @@ class AsyncDiLoCo:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._local_steps += 1
-        if self._local_steps == self._every:
+        if self._local_steps >= self.client.local_steps:
             self._push()
 
     def _push(self) -> None:

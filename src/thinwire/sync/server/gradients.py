@@ -10,7 +10,8 @@ delay,
     else     each gradient is an optimizer step as it comes, at 1 / (number of live workers) of the learning rate, so that the
              weights go about as far when everybody has pushed once
 
-A worker that dies is not waited for; what it has pushed counts. One that comes begins at the step of the slowest.
+A worker that dies is not waited for; what it has pushed counts. One that comes begins at the step of the slowest. The run is over
+when its tokens are merged (`merger`): while a worker is away, a step has fewer of them, and there are more steps.
 """
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from thinwire.config.replicas import Gradients, Service
 from thinwire.sync.server.lives import Lives
 from thinwire.sync.server.members import Member
-from thinwire.sync.server.merger import Push
+from thinwire.sync.server.merger import Pace, Push, Standing
 
 EVENTUAL = -1
 
@@ -35,7 +36,7 @@ class GradientMerger(Lives):
         self.furthest_ahead = 0
         """The most steps by which a worker that was let go on was ahead of the slowest live one."""
 
-    def begin(self, member: Member) -> int:
+    def begin(self, member: Member, pace: Pace) -> int:
         """Sequential: the step that is being collected. Bounded: that of the slowest. Eventual: where it was before."""
         with self.changed:
             others = [self.steps[other.name] for other in self.live if other.name != member.name]
@@ -45,55 +46,49 @@ class GradientMerger(Lives):
                 self.steps[member.name] = min(others)
             else:
                 self.steps.setdefault(member.name, 0)
-            self._born(member)
+            self._born(member, Pace(every=1, tokens_per_step=pace.tokens_per_step))
             return self.steps[member.name]
 
-    def push(self, push: Push) -> None:
+    def _take(self, push: Push) -> None:
         """Sequential: collect it. Else: one step of the optimizer."""
-        with self.changed:
-            if push.member not in self.live:
-                return  # it was given up meanwhile; a new life will compute this step
-            self.steps[push.member.name] += 1
-            if self._delay == 0:
-                self._pending.append(push)
-                self._step_if_complete()
-            else:
-                self._apply(push.values, (push.learning_rate or self._config.learning_rate) / len(self.live))
-            self.changed.notify_all()
+        if self._delay == 0:
+            self._pending.append(push)
+            self._look()
+        else:
+            rate = push.learning_rate or self._config.learning_rate
+            self._apply(push.values, rate / len(self.live), push.weight)
 
-    def admit(self, member: Member) -> tuple[Tensor, int, int]:
+    def admit(self, member: Member, patience_s: float) -> Standing | None:
         """Wait as long as the delay asks for it."""
         with self.changed:
-            self.changed.wait_for(lambda: member not in self.live or (self.started and self._may_go_on(member)))
-            if member in self.live:
+            standing = super().admit(member, patience_s)
+            if standing is not None and member in self.live:
                 self.furthest_ahead = max(self.furthest_ahead, self.steps[member.name] - self._slowest())
-            return self._copy(member)
-
-    def lost(self, member: Member) -> None:
-        """The step may be complete without it."""
-        with self.changed:
-            self.live.discard(member)
-            self._step_if_complete()
-            self.changed.notify_all()
+            return standing
 
     def _may_go_on(self, member: Member) -> bool:
         if self._delay == 0:
             return self.version >= self.steps[member.name]
         return self._delay == EVENTUAL or self.steps[member.name] - self._slowest() <= self._delay
 
+    def _pushes_per_merge(self) -> int:
+        return 1  # a push is one step, so there is nothing to share
+
     def _slowest(self) -> int:
         return min(self.steps[member.name] for member in self.live)
 
-    def _step_if_complete(self) -> None:
+    def _look(self) -> None:
         if not self._pending or not self.started or not {push.member for push in self._pending} >= self.live:
             return
         pushes = sorted(self._pending, key=lambda push: push.member)  # the sum must not depend on who was first
         weights = torch.tensor([push.weight for push in pushes])
         mean = torch.stack([push.values for push in pushes]).mul_((weights / weights.sum())[:, None]).sum(0)
         self._pending = []
-        self._apply(mean, pushes[0].learning_rate or self._config.learning_rate)
+        rate = pushes[0].learning_rate or self._config.learning_rate
+        self._apply(mean, rate, sum(push.weight for push in pushes))
 
-    def _apply(self, gradient: Tensor, learning_rate: float) -> None:
+    def _apply(self, gradient: Tensor, learning_rate: float, weight: float) -> None:
         assert self.weights is not None, "a worker gives the weights before it pushes"
         self.weights.step(gradient, learning_rate)
         self.version += 1
+        self.merged += weight

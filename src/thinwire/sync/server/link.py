@@ -22,6 +22,7 @@ from torch import Tensor
 
 from thinwire.collectives.ledger import Group, Ledger
 from thinwire.errors import UserError
+from thinwire.sync.server.members import host_of
 from thinwire.sync.server.message import HEAD_BYTES, Head
 from thinwire.sync.server.polled import Polled
 
@@ -36,7 +37,7 @@ _CUT_TAG = 7
 
 
 class PeerLost(UserError):
-    """The link to `peer` ("server 0", "worker a") is gone for good."""
+    """The link to `peer` ("server 0 on host0", "worker a on host1") is gone for good."""
 
     def __init__(self, peer: str, why: str) -> None:
         super().__init__(f"{peer} {why}")
@@ -62,16 +63,18 @@ class Dialer:
             group = gloo(store, rank, 2, options)
         except (dist.DistError, RuntimeError):
             raise PeerLost(peer, f"did not come to the link within {self._timeout_s:g} s; look at its own output") from None
-        return Link(group, rank, peer, self._ledger, self._timeout_s)
+        kind, name = ("worker", worker) if serving else ("server", str(server))
+        return Link(group, rank, (peer, host_of(self._store, kind, name)), self._ledger, self._timeout_s)
 
 
 class Link:
-    """One end. Used by one thread; `cut` may be called by any. received_bytes: heads and payloads that came in."""
+    """One end. Used by one thread; `cut` may be called by any. peer: name and host. received_bytes: heads and payloads."""
 
-    def __init__(self, group: Any, rank: int, peer: str, ledger: Ledger, timeout_s: float) -> None:
+    def __init__(self, group: Any, rank: int, peer: tuple[str, str], ledger: Ledger, timeout_s: float) -> None:
         self._group, self._other = group, 1 - rank
         self._place = Group(name="", rank=rank, size=2, axis=AXIS)
-        self.peer, self._ledger, self._timeout_s = peer, ledger, timeout_s
+        self.peer, self._host = peer
+        self._ledger, self._timeout_s = ledger, timeout_s
         self.sent_bytes = self.received_bytes = 0
 
     def send(self, head: Head, payload: Tensor | None = None, label: str = "") -> None:
@@ -118,7 +121,7 @@ class Link:
                 why = f"was silent for {limit_s:g} s; raise timeout_s if its link or its peers may stall for longer"
             else:
                 why = "is gone: its connection is closed; see its own output for why"
-            raise PeerLost(self.peer, why) from None
+            raise PeerLost(f"{self.peer} on {self._host}", why) from None
 
 
 def _address_towards(host: str, port: int) -> str:

@@ -2,13 +2,14 @@
 
     join        an incarnation, 1 for the first life of this name, and a heartbeat: a counter that goes up every `heartbeat_s`
     leave       the counter says so
-    dead        the counter has not changed for `silent_s` by the clock of whoever watches; no two clocks are ever compared
+    dead        the counter has not changed for `timeout_s` by the clock of whoever watches; no two clocks are ever compared
 
 A member that is killed and comes back has a new incarnation, which is also the news that the old one is dead.
 """
 
 import contextlib
 import json
+import socket
 import threading
 import time
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class Membership:
         self._store = store
         self._heartbeat_s = heartbeat_s
         self.member = Member(name, self._store.add(f"incarnations/{kind}/{name}", 1))
+        self._store.set(_host_key(kind, name), socket.gethostname())
         self._key = _beat_key(kind, self.member)
         self._store.set(self._key, b"0")
         number = self._store.add(f"joins/{kind}", 1)
@@ -80,8 +82,8 @@ class Membership:
 class Watch:
     """Whoever joins, leaves or falls silent among members of a kind, seen by one thread."""
 
-    def __init__(self, store: Any, kind: str, silent_s: float) -> None:
-        self._store, self._kind, self._silent_s = store, kind, silent_s
+    def __init__(self, store: Any, kind: str, timeout_s: float) -> None:
+        self._store, self._kind, self._timeout_s = store, kind, timeout_s
         self._seen_joins = 0
         self._heard: dict[Member, tuple[bytes, float]] = {}
 
@@ -109,11 +111,21 @@ class Watch:
                 found[member] = "came back as a new one"
             elif beat != before:
                 self._heard[member] = (beat, now)
-            elif now - since > self._silent_s:
-                found[member] = f"was silent for {self._silent_s:g} s"
+            elif now - since > self._timeout_s:
+                found[member] = f"was silent for {self._timeout_s:g} s"
         for member in found:
             del self._heard[member]
         return found
+
+
+def host_of(store: Any, kind: str, name: str) -> str:
+    """The host of a member that has joined, where its newest life is."""
+    told: bytes = store.multi_get([_host_key(kind, name)])[0]  # `get` may look up names first, which can take seconds
+    return told.decode()
+
+
+def _host_key(kind: str, name: str) -> str:
+    return f"hosts/{kind}/{name}"
 
 
 def _beat_key(kind: str, member: Member) -> str:

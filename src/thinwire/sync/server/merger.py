@@ -1,6 +1,15 @@
-"""The contract of a merger: when what workers push becomes weights, and when a worker may go on.
+"""The contract of a merger: when what workers push becomes weights, when a worker may go on, and when the run is over.
 
-One per server, called by the threads of all its workers. A worker is a Member: another life of the same name is another worker.
+    tau     tokens merged so far, by the weights of the pushes that were merged
+    T       tokens that were agreed on (`Service.total_tokens`)
+    over    tau >= T, for everybody at once: a push that comes later is not merged, and each worker is told so when it next asks
+    next    a worker is to make min(h, ceil((T - tau) / (q t))) local steps before its next push
+                h: steps between pushes, t: tokens of a step, q: how many pushes make a merge
+
+So no worker owes a number of steps of its own: what one that is killed misses is done by those that live, and nobody is left to
+merge alone at the end. The last merge may exceed T by less than the pushes in it.
+
+One merger per server, called by the threads of all its workers. A worker is a Member: another life of the same name is another.
 """
 
 import threading
@@ -16,6 +25,14 @@ from thinwire.sync.server.weights import Weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """What a worker wishes: local steps between pushes (0: as the service says), and tokens of a local step."""
+
+    every: int = 0
+    tokens_per_step: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Push:
     """values: [numel] of the server's range; version: of the weights it started from."""
 
@@ -27,15 +44,30 @@ class Push:
     learning_rate: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """With what a worker goes on: a copy of the weights, its own step, and the local steps until its next push (0: over)."""
+
+    values: Tensor
+    version: int
+    step: int
+    merged: float
+    local_steps: int
+
+
 class Merger(Protocol):
     """Every method takes the lock itself; `changed` is notified whenever somebody may go on."""
 
     changed: threading.Condition
     version: int
     """Steps or merges made."""
+    merged: float
+    """Tokens in them."""
+    late: dict[str, int]
+    """Local steps by worker's name that came when the run was over, and were not merged."""
     weights: Weights | None
 
-    def begin(self, member: Member) -> int:
+    def begin(self, member: Member, pace: Pace) -> int:
         """It lives from now on. Returns the step at which it is to go on."""
         ...
 
@@ -47,8 +79,8 @@ class Merger(Protocol):
         """Take it in; merge if it was the last one awaited."""
         ...
 
-    def admit(self, member: Member) -> tuple[Tensor, int, int]:
-        """Wait until the worker may go on. A copy of the weights, their version, and its step."""
+    def admit(self, member: Member, patience_s: float) -> Standing | None:
+        """Wait until the worker may go on; None if that takes longer than patience_s."""
         ...
 
     def lost(self, member: Member) -> None:
@@ -56,7 +88,7 @@ class Merger(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, moments, versions, and how far each worker was."""
+        """Weights, moments, versions, tokens, and how far each worker was."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

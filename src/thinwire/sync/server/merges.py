@@ -9,20 +9,23 @@ quorum K,
 
 A push that comes later is part of the next merge; its staleness is the number of merges made since version a. The replica waits
 for the merge that holds its push, and goes on from its result: with K = L that is DiLoCo, with K = 1 nobody waits for anybody.
-A replica that is lost is not waited for; what it has pushed counts. Its steps are counted by name, so another life goes on there.
+A replica that is lost is not waited for; what it has pushed counts, what it has not is gone. One that comes, or comes back, takes
+the weights of the next merge and goes on from there: nobody waits for it meanwhile, and it repeats no rounds that it has missed.
+The run is over when its tokens are merged (`merger`). Steps are counted by name for the data only: another life begins behind the
+last push.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from thinwire.config.replicas import DiLoCo, Service
 from thinwire.sync.server.lives import Lives
 from thinwire.sync.server.members import Member
-from thinwire.sync.server.merger import Push
+from thinwire.sync.server.merger import Pace, Push
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,52 +46,47 @@ class DiLoCoMerger(Lives):
         assert isinstance(service.merge, DiLoCo)
         self._diloco = service.merge
         self._pending: list[Push] = []
-        self._deadline: float | None = None
+        self._next_round: set[Member] = set()
+        """Those who have come while a merge was under way."""
         self.merges: list[Merge] = []
 
-    def begin(self, member: Member) -> int:
+    def begin(self, member: Member, pace: Pace) -> int:
         """Where an earlier life of this name was."""
         with self.changed:
             self.steps.setdefault(member.name, 0)
-            self._born(member)
+            if self.started and self._awaited_now():
+                self._next_round.add(member)
+            self._born(member, Pace(every=pace.every or self._diloco.every, tokens_per_step=pace.tokens_per_step))
             return self.steps[member.name]
 
-    def push(self, push: Push) -> None:
-        """Collect it."""
-        with self.changed:
-            if push.member not in self.live:
-                return
-            self.steps[push.member.name] += push.local_steps
-            self._pending.append(push)
-            self._merge_if_due()
+    def _awaited_now(self) -> set[Member]:
+        """Those who owe this merge a push, or have pushed."""
+        return self.live - self._next_round
 
-    def admit(self, member: Member) -> tuple[Tensor, int, int]:
-        """Wait until what it has pushed is merged."""
-        with self.changed:
-            self.changed.wait_for(lambda: member not in self.live or self.started)
-            while member in self.live and any(push.member == member for push in self._pending):
-                self.changed.wait(None if self._deadline is None else max(0.0, self._deadline - time.monotonic()))
-                self._merge_if_due()
-            return self._copy(member)
+    def _take(self, push: Push) -> None:
+        self._pending.append(push)
+        self._look()
 
-    def lost(self, member: Member) -> None:
-        """The quorum may be there without it."""
-        with self.changed:
-            self.live.discard(member)
-            self._merge_if_due()
-            self.changed.notify_all()
+    def _may_go_on(self, member: Member) -> bool:
+        return member not in self._next_round and not any(push.member == member for push in self._pending)
 
-    def _merge_if_due(self) -> None:
+    def _pushes_per_merge(self) -> int:
+        awaited = max(1, len(self._awaited_now()))
+        return min(self._diloco.quorum or awaited, awaited)
+
+    def _look(self) -> None:
+        awaited = self._awaited_now()
+        if not awaited:
+            self._next_round.clear()  # nobody is left whose merge they could wait for
         there = {push.member for push in self._pending}
-        quorum = min(self._diloco.quorum or len(self.live), len(self.live))
-        if not there or len(there) < quorum:
+        if not there or len(there) < self._pushes_per_merge():
             return
-        if there >= self.live:
+        if there >= awaited:
             self._merge()
-        elif self._deadline is None:
+        elif self._deadline == math.inf:
             self._deadline = time.monotonic() + self._diloco.grace_s
             self.changed.notify_all()  # those who wait must wait no longer than until then
-        if self._deadline is not None and time.monotonic() >= self._deadline:
+        if time.monotonic() >= self._deadline:
             self._merge()
 
     def _merge(self) -> None:
@@ -102,7 +100,9 @@ class DiLoCoMerger(Lives):
         staleness = [self.version - push.version for push in pushes]
         self.merges.append(Merge(self.version, names, staleness, shares.tolist()))
         self.version += 1
-        self._pending, self._deadline = [], None
+        self.merged += sum(push.weight for push in pushes)
+        self._pending, self._deadline = [], math.inf
+        self._next_round.clear()
         self.changed.notify_all()
 
     def _weight(self, push: Push) -> float:

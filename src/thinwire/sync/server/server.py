@@ -21,8 +21,8 @@ from thinwire.sync.server import saved
 from thinwire.sync.server.coding import Mirror, decode, make_flat
 from thinwire.sync.server.gradients import GradientMerger
 from thinwire.sync.server.link import Dialer, Link, PeerLost
-from thinwire.sync.server.members import Member, Membership, Watch
-from thinwire.sync.server.merger import Merger, Push
+from thinwire.sync.server.members import Member, Membership, Watch, host_of
+from thinwire.sync.server.merger import Merger, Pace, Push
 from thinwire.sync.server.merges import DiLoCoMerger
 from thinwire.sync.server.message import HEAD_BYTES, Head, Kind
 from thinwire.sync.server.ranges import Span
@@ -40,7 +40,13 @@ class Event:
     worker: str
     incarnation: int
     version: int
+    host: str
     why: str = ""
+
+    def line(self) -> str:
+        """For people."""
+        why = f": {self.why}" if self.why else ""
+        return f"version {self.version}  {self.worker} on {self.host} {self.what}{why}"
 
 
 def publish(store: dist.Store, service: Service) -> None:
@@ -75,7 +81,7 @@ class Server:
     def run(self, end: threading.Event, checkpoint: Path | None = None, every: int = 1) -> None:
         """Serve until `end` is set. checkpoint: written after every `every` versions, and at the end."""
         membership = Membership(self._store, "server", str(self._index), self._service.heartbeat_s)
-        watch = Watch(self._store, "worker", self._service.silent_s)
+        watch = Watch(self._store, "worker", self._service.timeout_s)
         next_look = written = 0.0
         try:
             while not end.wait(POLL_S):
@@ -86,7 +92,7 @@ class Server:
                 if time.monotonic() >= next_look:
                     for member, why in watch.gone().items():
                         self._lose(member, why)
-                    next_look = time.monotonic() + min(self._service.heartbeat_s, self._service.silent_s / 4)
+                    next_look = time.monotonic() + min(self._service.heartbeat_s, self._service.timeout_s / 4)
                 if checkpoint and self.merger.version >= written + every:
                     written = self.merger.version
                     saved.save(self.merger.state_dict(), checkpoint)
@@ -104,6 +110,8 @@ class Server:
         found: dict[str, Any] = {
             "server": self._index,
             "version": self.merger.version,
+            "merged_tokens": self.merger.merged,
+            "late_steps": dict(self.merger.late),
             "events": [asdict(event) for event in self.events],
             "received_bytes": dict(self.received_bytes),
         }
@@ -142,7 +150,7 @@ class Server:
         merger = self.merger
         match head.kind:
             case Kind.HELLO:
-                step = merger.begin(member)
+                step = merger.begin(member, Pace(every=head.local_steps, tokens_per_step=head.weight))
                 self._note("joined", member)
                 link.send(Head(kind=Kind.STATE, step=step, version=-1 if merger.weights is None else merger.version))
                 return
@@ -161,8 +169,16 @@ class Server:
                     learning_rate=head.learning_rate,
                 )
                 merger.push(push)
-        values, version, step = merger.admit(member)
-        link.send(Head(kind=Kind.WEIGHTS, step=step, version=version), mirror.encode(values), label="weights")
+        while (standing := merger.admit(member, self._service.timeout_s / 4)) is None:
+            link.send(Head(kind=Kind.WAIT))
+        answer = Head(
+            kind=Kind.WEIGHTS,
+            step=standing.step,
+            version=standing.version,
+            local_steps=standing.local_steps,
+            merged=standing.merged,
+        )
+        link.send(answer, mirror.encode(standing.values), label="weights")
 
     def _lose(self, member: Member, why: str) -> None:
         with self._lock:
@@ -177,7 +193,8 @@ class Server:
 
     def _note(self, what: str, member: Member, why: str = "") -> None:
         passed_s = time.monotonic() - self._started
-        event = Event(round(passed_s, 3), what, member.name, member.incarnation, self.merger.version, why)
+        host = host_of(self._store, "worker", member.name)
+        event = Event(round(passed_s, 3), what, member.name, member.incarnation, self.merger.version, host, why)
         self.events.append(event)
         self._heard(event)
 

@@ -51,6 +51,11 @@ class Weights:
         return found
 
 
+def load_optimizers() -> None:
+    """The first optimizer of a process makes torch load for seconds; better before the first worker waits for an answer."""
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
+
+
 def _optimizer(config: Gradients | DiLoCo, parameters: list[tuple[torch.nn.Parameter, bool]]) -> torch.optim.Optimizer:
     if isinstance(config, DiLoCo):
         every = [parameter for parameter, _ in parameters]

@@ -1,13 +1,14 @@
 """A user's own loop as a worker of parameter servers: gradients go up, weights come down.
 
     with thinwire.ParameterServerWorker(model, store="10.0.0.1:29700", name="a") as worker:
-        for step in range(worker.first_step, steps):
+        for step in worker.remaining_steps():          # until the servers have merged total_tokens
             loss_of(model, batch(step)).backward()
             worker.step()
 
 There is no optimizer here: the servers have it. Pulled weights are those of the service's consistency (`gradients`).
 """
 
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -26,7 +27,7 @@ class ParameterServerWorker:
     def __init__(self, model: nn.Module, *, store: str, name: str, ledger: Ledger | None = None) -> None:
         self._flat = FlatParameters(model)
         self._model = model
-        self.client = ServerClient(store, name, self._flat.values(), self._flat.spans(), ledger)
+        self.client = ServerClient(store, name, self._flat.values(), self._flat.spans(), ledger=ledger)
         if not isinstance(self.client.service.merge, Gradients):
             raise UserError(f"the servers at {store} want DiLoCo's distances, not gradients; use AsyncDiLoCo")
 
@@ -34,6 +35,11 @@ class ParameterServerWorker:
     def first_step(self) -> int:
         """Steps that are behind; a worker that comes later, or again, begins there."""
         return self.client.step
+
+    def remaining_steps(self) -> Iterator[int]:
+        """The numbers of this worker's next steps, until total_tokens are merged; without an end if that is 0."""
+        while self.client.local_steps:
+            yield self.first_step
 
     def __enter__(self) -> "ParameterServerWorker":
         self.client.__enter__()
@@ -44,7 +50,8 @@ class ParameterServerWorker:
         self.client.__exit__(kind, error, traceback)
 
     def step(self, *, samples: float = 1.0, learning_rate: float = 0.0) -> None:
-        """Push the gradients, set them to zero, and take the weights. samples: how many are behind the gradients' mean."""
+        """Push the gradients, set them to zero, and take the weights. samples: how many are behind the
+        gradients' mean; of them the work is counted."""
         weights = self.client.push(self._flat.gradients(), weight=samples, learning_rate=learning_rate)
         self._flat.put(weights)
         self._model.zero_grad(set_to_none=True)

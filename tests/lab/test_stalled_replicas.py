@@ -1,0 +1,68 @@
+"""Replicas that live and die alone on hosts whose links fall silent: short silence changes nothing, long silence ends the one."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from small_cluster import build_cluster
+
+from thinwire.lab.commands import FIRST_CARD, Process
+from thinwire.lab.run import RESULTS, LabOptions, LabResult, launch
+from thinwire.lab.stalls import Stall
+
+REPLICAS, STEPS, EVERY = 2, 48, 4
+LOOP = f"""
+import hashlib, sys, time
+from pathlib import Path
+import torch
+import thinwire
+torch.set_num_threads(1)
+name = sys.argv[1]
+torch.manual_seed(0)
+model = torch.nn.Linear(16, 1)
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+with thinwire.AsyncDiLoCo(model, optimizer, store="host0:29700", name=name) as replica:
+    for step in replica.remaining_steps():
+        Path("{RESULTS}/begun").touch()
+        torch.manual_seed(1000 * step + ord(name))
+        inputs = torch.randn(8, 16)
+        (model(inputs) - inputs[:, :1]).square().mean().backward()
+        time.sleep(0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+weights = replica.client.weights.numpy().tobytes()
+Path("{RESULTS}/" + name).write_text(hashlib.sha256(weights).hexdigest())
+"""
+SERVE = f"""
+{sys.executable} -m thinwire serve --listen host0:29700 --keep "$PWD/kept" --service timeout_s=$1 --service heartbeat_s=0.2 \\
+    --service first_workers={REPLICAS} --service total_tokens={REPLICAS * STEPS} --service merge.every={EVERY} \\
+    > {RESULTS}/served &
+while [ $(grep -c " left\\| lost" {RESULTS}/served) -lt {REPLICAS} ]; do sleep 0.1; done
+kill -TERM $!; wait $!
+"""
+
+
+def result_of(timeout_s: float, *stalls: Stall) -> LabResult:
+    cluster = build_cluster(*((f"host{index}", "switch") for index in range(REPLICAS + 1)))
+    processes = [Process("host0", ("sh", "-c", SERVE, "serve", str(timeout_s)), FIRST_CARD, begins="begun")]
+    for index in range(REPLICAS):
+        processes.append(Process(f"host{index + 1}", (sys.executable, "-c", LOOP, "ab"[index]), FIRST_CARD))
+    return launch(cluster, processes, LabOptions(stalls=stalls, notice_s=30))
+
+
+@pytest.mark.lab
+@pytest.mark.timeout(120)
+def test_short_silence_of_a_replica_changes_nothing_and_long_silence_ends_it_alone(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = result_of(30, Stall("host2", 0.5, 2.0))
+    assert short.failure is None, short.failure
+    assert short.results["a"] == short.results["b"] and " lost" not in short.results["served"]
+    (tmp_path / "kept" / "server-0.pt").unlink()
+
+    long = result_of(6, Stall("host2", 0.5, 60.0))
+    assert " b on host2 lost: was silent for 6 s" in long.results["served"]
+    assert " a on host1 left" in long.results["served"]
+    assert long.exit_codes == {"host0": 0, "host1": 0, "host2": 1}
+    assert long.failure and long.failure.startswith("host2: exit code 1: ")
+    assert "server 0 on host0 was silent for 6 s; raise timeout_s" in long.failure
+    assert (tmp_path / "kept" / "server-0.pt").is_file() and "b" not in long.results

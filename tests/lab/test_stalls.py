@@ -1,0 +1,137 @@
+"""Links that fall silent: what passes and what does not; short silence delays training, long silence ends it in one line."""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small_cluster import build_cluster
+
+from command import thinwire
+from thinwire.cluster import Cluster
+from thinwire.errors import UserError
+from thinwire.lab.commands import processes_for
+from thinwire.lab.run import RESULTS, LabOptions, LabResult, launch, run
+from thinwire.lab.stalls import Stall, turns
+from thinwire.lab.wiring import wire
+
+PING = f"""
+import socket, sys, time
+if sys.argv[1] == "answer":
+    connection, _ = socket.create_server(("0.0.0.0", 9999)).accept()
+    while data := connection.recv(1):
+        connection.sendall(data)
+    sys.exit()
+began = time.monotonic()
+for _ in range(100):
+    try:
+        connection = socket.create_connection((sys.argv[2], 9999))
+        break
+    except ConnectionRefusedError:
+        time.sleep(0.02)
+answers = []
+while time.monotonic() < began + float(sys.argv[3]):
+    connection.sendall(b"x")
+    connection.recv(1)
+    answers.append(time.monotonic() - began)
+    time.sleep(0.01)
+pauses = [later - earlier for earlier, later in zip(answers, answers[1:])]
+open(f"{RESULTS}/" + sys.argv[2], "w").write(str(max(pauses)))
+"""
+
+
+@pytest.mark.lab
+def test_no_frame_passes_and_tcp_goes_on() -> None:
+    """host0 asks host1, whose link falls silent, and host2 asks host3, whose does not."""
+    cluster = build_cluster(*((f"host{index}", "switch") for index in range(4)))
+    commands = {
+        f"host{index}": [sys.executable, "-S", "-c", PING, "ask" if index % 2 == 0 else "answer", f"host{index | 1}", "4"]
+        for index in range(4)
+    }
+    result = run(cluster, commands, LabOptions(stalls=(Stall("host1", 1.0, 1.5),)))
+    assert result.failure is None
+    assert 1.5 < float(result.results["host1"]) < 3.5 and float(result.results["host3"]) < 1.0
+
+
+def test_turns_are_in_order_and_what_is_wrong_is_said() -> None:
+    cluster = build_cluster(("host0", "a"), ("host0", "b"), ("host1", "a"), ("host1", "b"))
+    wiring = wire(cluster, netem=False)
+    found = turns([Stall.read("host1:20 s:1 min"), Stall.read("host0:5:1")], cluster, wiring)
+    assert [(turn.at_s, len(turn.lines)) for turn in found] == [(5, 2), (6, 2), (20, 2), (80, 2)]
+    assert found[2].lines == ("link set h1eth0 nomaster", "link set h1eth1 nomaster")
+    assert found[3].lines == ("link set h1eth0 master b0", "link set h1eth1 master b1")
+    for wrong, words in (
+        (["host7:1:1"], "no host 'host7'; known: host0, host1"),
+        (["host1:1"], "write HOST:AT:FOR"),
+        (["host1:1:0"], "lasts longer than 0 s"),
+        (["host1:1:x"], "'x' is not a number"),
+        (["host1:1:5", "host1:2:1"], "is silent then already"),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            turns([Stall.read(text) for text in wrong], cluster, wiring)
+
+
+RUN = """
+[model]
+layers = 1
+width = 16
+heads = 2
+context = 32
+[data]
+source = "text.txt"
+cache = "cache"
+[train]
+micro_batch = 1
+sequence = 32
+log_every = 1
+eval_every = 0
+eval_tokens = 64
+checkpoint_every = 5
+timeout_s = 8
+learning_rate = 1e-4
+warmup_steps = 0
+final_learning_rate = 1.0
+"""
+SHORT_S, PAUSE_S = 2.0, 4.5
+"""TCP asks again no later than 3 s or so after a silence of 2 s begins."""
+
+
+def steps_of(folder: Path) -> list[dict]:
+    lines = (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    return [event for line in lines if (event := json.loads(line))["event"] == "step"]
+
+
+def stalled_run(folder: Path, build: Callable[..., Cluster]) -> tuple[LabResult, list[dict]]:
+    """Endless training on two hosts; host1 is silent for a while, and then for good."""
+    arguments = ["thinwire", "train", str(folder / "run.toml"), "--set", "train.steps=1000000", "--set", "train.run=run"]
+    stalls = Stall("host1", 0.5, SHORT_S), Stall("host1", 0.5 + SHORT_S + PAUSE_S, 1000.0)
+    cluster = build()
+    result = launch(cluster, processes_for(cluster, arguments), LabOptions(paced=False, stalls=stalls))
+    return result, steps_of(folder / "run")
+
+
+@pytest.mark.lab
+@pytest.mark.timeout(120)
+def test_short_silence_delays_and_long_silence_ends_training_in_one_line(tmp_path, monkeypatch, build) -> None:
+    (tmp_path / "text.txt").write_text("thin wires carry small numbers slowly " * 400)
+    (tmp_path / "run.toml").write_text(RUN)
+    monkeypatch.chdir(tmp_path)
+    result, steps = stalled_run(tmp_path, build)
+    assert result.exit_code == 4
+    wanted = (
+        r"host0: exit code 4: rank 0 on host0 gave up waiting for rank 1 on host1 after 8 s \(train.timeout_s\); the last whole"
+    )
+    assert re.match(wanted, result.failure or ""), result.failure
+    paused = next(index for index, step in enumerate(steps) if step["step_s"] > 0.9 * SHORT_S)
+    assert len(steps) > paused + 2, "it did not go on"
+    folder = tmp_path / "run"
+    newest = int(sorted((folder / "checkpoints").glob("step-*"))[-1].name.removeprefix("step-"))
+    assert newest > paused
+    resumed = thinwire("train", "--resume", str(folder), "--set", f"train.steps={newest + 2}", cwd=tmp_path)
+    assert resumed.returncode == 0 and f"at step {newest}" in resumed.stdout, resumed.stderr
+    few = paused + 3
+    plain = thinwire("train", "run.toml", "--set", f"train.steps={few}", "--set", "train.run=plain", cwd=tmp_path)
+    assert plain.returncode == 0, plain.stderr
+    assert [step["loss"] for step in steps_of(tmp_path / "plain")] == [step["loss"] for step in steps[:few]]
