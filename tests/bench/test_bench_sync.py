@@ -97,6 +97,8 @@ def test_links_replace_cards_and_leave_cables_between_switches() -> None:
     assert (slow, free) == (Link(1e6), Link(None))
     with pytest.raises(UserError, match="each once"):
         find_links(["1 Mbit/s", 1e6], racks)
+    with pytest.raises(UserError, match="name the unit, e.g. 10 Mbit/s"):
+        find_links([10], racks)
     for link, rate in ((slow, 1e6), (free, 100e9)):
         made = shaped(racks, link)
         assert [replace(cable, bandwidth_bps=old.bandwidth_bps) for cable, old in zip(made.links, racks.links, strict=True)] == [
@@ -196,6 +198,7 @@ def test_a_small_comparison_is_whole(tmp_path: Path) -> None:
         "eval_tokens": 64,
         "turns": 1,
         "turn_s": 0,
+        "target": 0.5,
     }
     options = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
     where = tmp_path / "rows.json"
@@ -213,6 +216,7 @@ def test_a_small_comparison_is_whole(tmp_path: Path) -> None:
         assert all(row[key] > 0 for key in ("no_exchange_step_s", "step_s", "processor_s"))
         assert row["link_bps"] is None and row["seed"] == 0
         assert row["utilisation"] == row["no_exchange_step_s"] / row["step_s"]
+        assert row["target_loss"] > 0 and row["steps_to_target"] is not None
     assert {row["case"] for row in rows} == {"measured", "wire_bytes_per_step: int4 / ddp", "heldout_loss: int4 / ddp"}
 
 

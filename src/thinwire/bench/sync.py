@@ -73,8 +73,8 @@ DEFAULTS: Mapping[str, Any] = {
     "target": 0.0,
 }
 UNSHAPED = "unshaped"
-UNSHAPED_BPS = 100e9
-"""The fastest that a lab can be told; no card of it gets there."""
+SLOWEST_BPS, UNSHAPED_BPS = 1e3, 100e9
+"""The slowest and the fastest that a lab can be told; no card of it gets to the latter."""
 TIMEOUT_S, PATIENCE_S = 1800.0, 4 * 3600.0
 NO_EXCHANGE = "no exchange"
 SCRIPT = "thinwire.bench.peers.sync_contenders"
@@ -157,6 +157,9 @@ def find_links(wanted: Sequence[Any], cluster: Cluster | None) -> list[Link]:
     if cluster is None:
         raise UserError("links: the lab shapes the cards of a cluster; name one with --cluster")
     links = [Link(None if name == UNSHAPED else parse(name, "bit/s")) for name in wanted]
+    for name, link in zip(wanted, links, strict=True):
+        if link.rate_bps is not None and link.rate_bps < SLOWEST_BPS:
+            raise UserError(f"links: {name} is {link.rate_bps:g} bit/s, too slow for the lab; name the unit, e.g. {name} Mbit/s")
     if len(set(links)) < len(links):
         raise UserError(f"links = {list(wanted)}: name each once")
     return links

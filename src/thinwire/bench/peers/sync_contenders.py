@@ -39,6 +39,9 @@ from thinwire.train.runtime import process_group, read_surroundings
 from thinwire.train.step import Stepper, make_optimizer
 
 WARM_STEPS, MOST_STEPS = 2, 20
+SLOW_STEP_S, SLOW_ROUND_S = 10.0, 90.0
+"""Of a step that is warm enough after one, and of a round of turns after which no other follows: the wire sets such times, not
+chance."""
 TELL_EVERY = 50
 """Steps of learning between two words of how far it is."""
 
@@ -111,6 +114,12 @@ class Rank:
         dist.all_reduce(total)
         return total.tolist()
 
+    def agree(self, value):
+        """As rank 0 has it."""
+        told = [value]
+        dist.broadcast_object_list(told, 0)
+        return told[0]
+
     def tell(self, done, total, what):
         """Rank 0 only."""
         if self.place.rank == 0:
@@ -151,10 +160,13 @@ def measure_time(rank):
             contenders.append(contender)
             rank.tell(index + 1, parts, f"{method.name} is warm")
         for turn in range(told["turns"]):
+            began = time.perf_counter()
             for index, contender in enumerate(contenders):
                 take_turn(rank, contender, task)
                 done = len(methods) * (turn + 1) + index + 1
                 rank.tell(done, parts, f"turn {turn + 1}: {contender.name} {contender.measured['step_s'][-1]:.3f} s a step")
+            if rank.agree(time.perf_counter() - began > SLOW_ROUND_S):
+                break
         torn = {contender.name: torn_exchanges(rank, contender.stepper.sync) for contender in contenders}
     return {
         contender.name: {
@@ -173,9 +185,11 @@ def warm_up(rank, contender, task):
         started = time.perf_counter()
         rank.step(contender.stepper, task, contender.done)
         contender.done += 1
-    fitting = [round(rank.told["turn_s"] / (time.perf_counter() - started))]
-    dist.broadcast_object_list(fitting, 0)
-    contender.steps = -(-min(max(1, fitting[0]), MOST_STEPS) // contender.every) * contender.every
+        step_s = time.perf_counter() - started
+        if rank.agree(step_s > SLOW_STEP_S):
+            break
+    fitting = rank.agree(round(rank.told["turn_s"] / step_s))
+    contender.steps = -(-min(max(1, fitting), MOST_STEPS) // contender.every) * contender.every
     contender.done = 0 if contender.every > 1 else contender.done
     if contender.pacer:
         contender.pacer.late_s = contender.pacer.declared_s = 0.0
@@ -223,7 +237,7 @@ def learn_one(rank, method, task, seed, progress):
     """Train one method from the beginning; the bytes are those of the later half of the steps, of all if they come rarely."""
     steps, (done, parts) = method.config.train.steps, progress
     counted_from = 0 if method.config.sync.rare else steps // 2
-    curve_every, curve = rank.told["curve_every"], []
+    curve_every, curve, sent = rank.told["curve_every"], [], 0
     with ExitStack() as stack:
         stepper, model = rank.stepper(method, task, dist.group.WORLD, stack)
         for step in range(steps):
