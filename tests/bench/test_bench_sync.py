@@ -97,7 +97,7 @@ def test_links_replace_cards_and_leave_cables_between_switches() -> None:
     assert (slow, free) == (Link(1e6), Link(None))
     with pytest.raises(UserError, match="each once"):
         find_links(["1 Mbit/s", 1e6], racks)
-    with pytest.raises(UserError, match="name the unit, e.g. 10 Mbit/s"):
+    with pytest.raises(UserError, match=r"name the unit, e\.g\. 10 Mbit/s"):
         find_links([10], racks)
     for link, rate in ((slow, 1e6), (free, 100e9)):
         made = shaped(racks, link)

@@ -5,7 +5,7 @@ decoder; the vector is cut into p shards, and rank r averages shard r:
 
     all-to-all    rank i sends C(w_i[s]) to rank s, for each shard s but its own
     average       a[r] = 1/p ( w_r[r] + D C(w_i[r]) for each i != r in the order of ranks )
-    all-gather    each rank gets D C(a[s]) for every s, so all results are bit-equal; among few ranks by an all-to-all of copies
+    all-gather    each rank gets D C(a[s]) for every s, so all results are bit-equal
 
 Error feedback with one memory per rank for both stages (the owner of a shard keeps what its second stage has lost, p-fold because
 it enters the next average with weight 1/p):
@@ -37,9 +37,6 @@ from thinwire.compress.stateless import Stateless
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
 
-DIRECT_RANKS = 4
-"""Up to so many ranks averages go straight to everybody: as many bytes as round gloo's ring, and p - 2 waits for others less."""
-
 
 def shard_length(shape: Sequence[int], world_size: int, block: int) -> int:
     """Values of one shard of a parameter: a multiple of the codec's block."""
@@ -67,7 +64,7 @@ class TwoShot(Stateless):
     def transfers(
         self, label: str, parameters: Sequence[Parameter], exact: Sequence[Parameter], axis: str, world_size: int
     ) -> list[Transfer]:
-        """An all-to-all of codes and the all-gather of the averages' codes. Times the codec."""
+        """An all-to-all of codes and an all-gather of the averages' codes. Times the codec."""
         length = sum(shard_length(parameter.shape, world_size, self._codec.block) for parameter in parameters)
         size = self._codec.payload_bytes(length) + GRADIENT_BYTES * -(-sum(one.numel for one in exact) // world_size)
         encode_s, decode_s = seconds_per_value(self._codec)
@@ -78,13 +75,8 @@ class TwoShot(Stateless):
         second = length * encode_s + (others + world_size * length) * decode_s
         return [
             Transfer(label=f"{label} codes", axis=axis, op="all_to_all", message_bytes=world_size * size, work_s=first),
-            self._gathering(f"{label} averages", axis, size, world_size, second),
+            Transfer(label=f"{label} averages", axis=axis, op="all_gather", message_bytes=size, work_s=second),
         ]
-
-    def _gathering(self, label: str, axis: str, size: int, world_size: int, work_s: float) -> Transfer:
-        if world_size <= DIRECT_RANKS:
-            return Transfer(label=label, axis=axis, op="all_to_all", message_bytes=world_size * size, work_s=work_s)
-        return Transfer(label=label, axis=axis, op="all_gather", message_bytes=size, work_s=work_s)
 
     def attach(self, first: dist.ProcessGroup, second: dist.ProcessGroup) -> None:
         """One group for each shot."""
@@ -127,10 +119,7 @@ class TwoShot(Stateless):
         code[size:] = exact_mean.view(torch.uint8)
         averages = torch.empty_like(codes)
         with self._ledger.label(f"{label} averages"):
-            if p <= DIRECT_RANKS:
-                sent = dist.all_to_all_single(averages, code.repeat(p, 1), group=self._second, async_op=True)
-            else:
-                sent = ALL_GATHER(averages.view(-1), code, group=self._second, async_op=True)
+            sent = ALL_GATHER(averages.view(-1), code, group=self._second, async_op=True)
         if self._memory.keeps:
             mean *= p
             for piece, part in zip(pieces, parts, strict=True):
