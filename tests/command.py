@@ -15,6 +15,24 @@ from warm import COMMAND, SOCKET, Warm, server
 
 MARK = "THINWIRE_TEST_MARK"
 
+TINY_RUN = """
+[model]
+layers = 1
+width = 16
+heads = 2
+context = 32
+[data]
+source = "text.txt"
+cache = "cache"
+[train]
+micro_batch = 1
+sequence = 32
+log_every = 1
+eval_every = 0
+eval_tokens = 64
+"""
+"""A run.toml whose steps take milliseconds, on text.txt; ends within [train], for more of it."""
+
 
 def thinwire(
     *arguments: str, cwd: Path, timeout_s: float = 50, cold: bool = False, **variables: str

@@ -8,27 +8,16 @@ import subprocess
 import time
 from pathlib import Path
 
-from command import nothing_left, one_line, ranks_of, started, thinwire
+from command import TINY_RUN, nothing_left, one_line, ranks_of, started, thinwire
 
-RUN = """
-[model]
-layers = 1
-width = 16
-heads = 2
-context = 32
-[data]
-source = "text.txt"
-cache = "cache"
-[train]
+RUN = (
+    TINY_RUN
+    + """
 steps = 100000
-micro_batch = 1
-sequence = 32
-log_every = 1
-eval_every = 0
-eval_tokens = 64
 checkpoint_every = 2
 run = "run"
 """
+)
 
 
 def prepare(folder: Path, more: str = "") -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from small_cluster import build_cluster
 
-from command import thinwire
+from command import TINY_RUN, thinwire
 from thinwire.cluster import Cluster
 from thinwire.errors import UserError
 from thinwire.lab.commands import processes_for
@@ -73,27 +73,16 @@ def test_turns_are_in_order_and_what_is_wrong_is_said() -> None:
             turns([Stall.read(text) for text in wrong], cluster, wiring)
 
 
-RUN = """
-[model]
-layers = 1
-width = 16
-heads = 2
-context = 32
-[data]
-source = "text.txt"
-cache = "cache"
-[train]
-micro_batch = 1
-sequence = 32
-log_every = 1
-eval_every = 0
-eval_tokens = 64
+RUN = (
+    TINY_RUN
+    + """
 checkpoint_every = 5
 timeout_s = 8
 learning_rate = 1e-4
 warmup_steps = 0
 final_learning_rate = 1.0
 """
+)
 SHORT_S, PAUSE_S = 2.0, 4.5
 """TCP asks again no later than 3 s or so after a silence of 2 s begins."""
 

@@ -118,16 +118,15 @@ def run(cluster_name: str | None = None, options: Mapping[str, Any] | None = Non
         unshaped = next((timed[link] for link in links if link.rate_bps is None), None)
         unshaped_s = median(unshaped[UNCOMPRESSED[0]]["step_s"]) if unshaped and UNCOMPRESSED[0] in unshaped else None
         add_targets(rows, learned, told["target"], UNCOMPRESSED[0], unshaped_s)
-    needed = rate_rows(rows, _predicted(cluster, names, told)) if cluster is not None and len(links) > 2 else []
+    needed = rate_rows(rows, _predicted(cluster, methods, told)) if cluster is not None and len(links) > 2 else []
     return rows + bar_rows(rows) + needed
 
 
-def _predicted(cluster: Cluster, methods: Sequence[str], told: Mapping[str, Any]) -> dict[str, Callable[[float], float]]:
+def _predicted(cluster: Cluster, methods: Sequence[Method], told: Mapping[str, Any]) -> dict[str, Callable[[float], float]]:
     """For each method of ours: utilisation by the cost model, of the rate of the cards, compute as declared."""
     found: dict[str, Callable[[float], float]] = {}
     rates = tuple(rate.value for rank in range(cluster.world_size) if (rate := cluster.device_of(rank).flops_per_s) is not None)
-    for name in methods:
-        method = make_method(name, _base(told), fused=told["fused"])
+    for method in methods:
         if method.hook or method.package or len(rates) < cluster.world_size:
             continue
         config, size = method.config, cluster.world_size
@@ -145,7 +144,7 @@ def _predicted(cluster: Cluster, methods: Sequence[str], told: Mapping[str, Any]
             prediction = predict(setting, transfers)
             return (prediction.step_s - prediction.exposed_s) / prediction.step_s
 
-        found[name] = utilisation
+        found[method.name] = utilisation
     return found
 
 

@@ -203,13 +203,9 @@ class ErrorFeedback:
         if owed is None or owed.shape != out.shape or self.storage != "float32" or self.removal != 1.0:
             spread(self.corrected(name, gradient), out)
             return
-        full, rest = divmod(gradient.numel(), out.shape[1])
-        border = gradient.numel() - rest
-        torch.add(gradient[:border].view(full, out.shape[1]), owed[:full], alpha=self.decay, out=out[:full])
-        if rest:
-            torch.add(gradient[border:], owed[full, :rest], alpha=self.decay, out=out[full, :rest])
-            out[full, rest:] = 0.0
-        out[full + (rest > 0) :] = 0.0
+        for (values, kept), (_, sent) in zip(laid(gradient, owed), laid(gradient, out), strict=True):
+            torch.add(values, kept, alpha=self.decay, out=sent)
+        blank(out, gradient.numel())
 
     def keep_placed(self, name: str, lost: Tensor, numel: int) -> None:
         """As `keep`."""
@@ -252,15 +248,27 @@ class ErrorFeedback:
         self.steps = dict(states[0]["steps"])
 
 
+def laid(flat: Tensor, shards: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """[numel] beside where it lies in [p, shard], row behind row: whole rows, and what is left behind them."""
+    full, rest = divmod(flat.numel(), shards.shape[1])
+    border = flat.numel() - rest
+    whole = flat[:border].view(full, shards.shape[1]), shards[:full]
+    return [whole, (flat[border:], shards[full, :rest])] if rest else [whole]
+
+
+def blank(shards: Tensor, numel: int) -> None:
+    """Zeros behind the first `numel` values."""
+    full, rest = divmod(numel, shards.shape[1])
+    if rest:
+        shards[full, rest:] = 0.0
+    shards[full + (rest > 0) :] = 0.0
+
+
 def spread(values: Tensor, out: Tensor) -> None:
     """[numel] -> [p, shard], row behind row, zeros behind the end."""
-    full, rest = divmod(values.numel(), out.shape[1])
-    border = values.numel() - rest
-    out[:full] = values[:border].view(full, out.shape[1])
-    if rest:
-        out[full, :rest] = values[border:]
-        out[full, rest:] = 0.0
-    out[full + (rest > 0) :] = 0.0
+    for part, place in laid(values, out):
+        place.copy_(part)
+    blank(out, values.numel())
 
 
 def flattened(values: Tensor, numel: int) -> Tensor:

@@ -29,7 +29,7 @@ from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.averager import Piece, check_finite, joined, put_back
 from thinwire.compress.base import Codec, finite
-from thinwire.compress.memory import ShardMemory
+from thinwire.compress.memory import ShardMemory, laid
 from thinwire.compress.plain import GRADIENT_BYTES
 from thinwire.compress.rows import add_rows, decode_rows, encode_rows
 from thinwire.compress.speed import seconds_per_value
@@ -130,7 +130,8 @@ class TwoShot(Stateless):
         results = torch.empty_like(work)
         decode_rows(self._codec, averages, results)
         for piece, part in zip(pieces, parts, strict=True):
-            collect(results[:, part], piece.of(buffer))
+            for values, place in laid(piece.of(buffer), results[:, part]):
+                values.copy_(place)
         if exact:
             flat = averages[:, size:].reshape(-1).view(torch.float32)
             put_back(flat[: sum(piece.numel for piece in exact)], buffer, exact)
@@ -145,12 +146,3 @@ class TwoShot(Stateless):
         if not finite(mean):
             for piece, part in zip(pieces, parts, strict=True):
                 check_finite(mean[part], piece.name)
-
-
-def collect(shards: torch.Tensor, out: torch.Tensor) -> None:
-    """[p, shard] -> [numel], row behind row, without what lies behind the end."""
-    full, rest = divmod(out.numel(), shards.shape[1])
-    border = out.numel() - rest
-    out[:border].view(full, shards.shape[1]).copy_(shards[:full])
-    if rest:
-        out[border:] = shards[full, :rest]

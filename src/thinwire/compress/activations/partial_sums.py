@@ -29,6 +29,7 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.seam import all_reduce
 from thinwire.compress.activations.boundary import encode_finite
 from thinwire.compress.base import Codec
+from thinwire.compress.rows import decode_rows
 from thinwire.compress.twoshot import shard_length
 from thinwire.errors import UserError
 from thinwire.traffic import Transfer
@@ -77,8 +78,9 @@ def coded_sum(x: Tensor, group: dist.ProcessGroup, codec: Codec | None, ledger: 
     code = encode_finite(codec, total, label)
     with ledger.label(f"{label} sums"):
         ALL_GATHER(results.view(-1), code, group=group)
-    decoded = torch.cat([codec.decode(results[shard], length) for shard in range(p)])
-    return decoded[: x.numel()].view(x.shape).to(x.dtype)
+    decoded = torch.empty(p, length)
+    decode_rows(codec, results, decoded)
+    return decoded.view(-1)[: x.numel()].view(x.shape).to(x.dtype)
 
 
 class _AllReduce(torch.autograd.Function):

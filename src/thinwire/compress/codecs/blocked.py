@@ -90,8 +90,6 @@ class Blocked:
     def encode_rows(self, rows: Tensor, payloads: Tensor, *, lose: bool = False) -> None:
         """See `thinwire.compress.rows.RowCodec`."""
         blocks = rows.shape[1] // self.block
-        if blocks == 0:
-            return
         fused = self._fused_for(blocks)
         header, codes = self._parts(payloads, blocks)
         if fused is None:
@@ -109,8 +107,6 @@ class Blocked:
     def decode_rows(self, payloads: Tensor, rows: Tensor) -> None:
         """See `thinwire.compress.rows.RowCodec`."""
         blocks = rows.shape[1] // self.block
-        if blocks == 0:
-            return
         fused = self._fused_for(blocks)
         header, codes = self._parts(payloads, blocks)
         if fused is None:
@@ -122,8 +118,6 @@ class Blocked:
         """See `thinwire.compress.rows.RowCodec`."""
         rows = self.rows(total)
         blocks = len(rows)
-        if blocks == 0:
-            return
         fused = self._fused_for(blocks)
         kernels, width, step = (self.kernels, 1, self._step(rows)) if fused is None else (fused, TOGETHER, blocks)
         header, codes = self._parts(payloads, blocks)
@@ -154,6 +148,9 @@ class Blocked:
     def _parts(self, payloads: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
         """[r, at least payload_bytes] -> header and codes as kernels want them, views."""
         border, r = 2 * self.header_values * blocks, payloads.shape[0]
+        if blocks == 0:  # torch refuses other views of what has no elements
+            empty = payloads.new_empty((r, 0, 0))
+            return empty, empty
         header = payloads[:, :border].view(torch.bfloat16).view(r, blocks, self.header_values)
         codes = payloads[:, border : border + self.code_bytes * blocks].view(torch.int8).view(r, blocks, self.code_bytes)
         return header, codes
@@ -163,7 +160,7 @@ class Blocked:
 
     def _step(self, rows: Tensor) -> int:
         """Blocks to take at a time."""
-        return PIECE // self.block if rows.device.type == "cpu" else len(rows)
+        return PIECE // self.block if rows.device.type == "cpu" else max(1, len(rows))
 
     def _walk(self, kernel: Kernel, rows: Tensor, header: Tensor, codes: Tensor) -> None:
         """Row by row and piece by piece."""
