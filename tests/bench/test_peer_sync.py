@@ -131,7 +131,7 @@ def test_the_work_of_helpers_and_of_theirs_counts() -> None:
     )
     done = program(text)
     assert done.returncode == 0, done.stderr
-    assert 0.4 <= float(done.stdout) < 10
+    assert 0.3 <= float(done.stdout) < 10  # the system counts in ticks, and each of its two counts is rounded
 
 
 def test_a_rank_may_say_much_and_leaves_nothing_behind(tmp_path: Path) -> None:
