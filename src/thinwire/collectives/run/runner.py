@@ -1,0 +1,112 @@
+"""Schedules on real tensors, over the send and receive of a process group that nobody else uses.
+
+A message is known by its tag: its number in the schedule, and 15 bits of which call this is and of what (op, sizes, type). Ranks
+that do not agree on those never take each other's messages for their own.
+"""
+
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from thinwire.collectives.run.compiler import compile_for, in_place
+from thinwire.collectives.run.instructions import Add, Arrive, Compiled, Copy, Expect, Leave, Send
+from thinwire.collectives.schedules.schedule import Schedule
+from thinwire.errors import UserError
+
+KEPT = 256
+"""Compiled programs that a runner keeps."""
+MOST_MESSAGES = 1 << 16
+
+COMBINE: dict[str, Callable[..., torch.Tensor]] = {
+    "sum": torch.add,
+    "avg": torch.add,
+    "max": torch.maximum,
+    "min": torch.minimum,
+    "product": torch.mul,
+}
+"""Reductions by name. avg: the sum, divided by the number of ranks at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """Flat and contiguous; `given` and `got` are one tensor where the op is in place on this rank (see `in_place`)."""
+
+    given: torch.Tensor
+    got: torch.Tensor
+
+
+class Runner:
+    """One per group and rank. `group`: a process group or backend with send(tensors, peer, tag) and recv(tensors, peer, tag)."""
+
+    def __init__(self, group: Any, rank: int) -> None:
+        self._group, self._rank = group, rank
+        self._compiled: OrderedDict[tuple[Schedule, tuple[int, ...]], Compiled] = OrderedDict()
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._calls = 0
+
+    def run(self, schedule: Schedule, sizes: Sequence[int], tensors: Tensors, reduction: str = "sum") -> None:
+        """Collective: every rank of the group, with the same schedule, sizes, type and reduction. Returns when all is done here.
+
+        sizes[b]: elements of block b. `schedule` has been verified.
+        """
+        combine = COMBINE[reduction]
+        compiled = self._program(schedule, tuple(sizes))
+        given, got = tensors.given, tensors.got
+        if (given.numel(), got.numel()) != compiled.lengths[:2]:
+            raise UserError(
+                f"{schedule.name}: rank {self._rank} of this {schedule.op} gives {given.numel()} elements, gets {got.numel()}; "
+                f"the sizes ask for {compiled.lengths[0]} and {compiled.lengths[1]}"
+            )
+        self._work_off(compiled, self._tag(schedule, sizes, got.dtype), (given, got, self._memory(compiled, got.dtype)), combine)
+        self._calls += 1
+        if reduction == "avg":
+            got.div_(schedule.p)
+
+    def _program(self, schedule: Schedule, sizes: tuple[int, ...]) -> Compiled:
+        key = schedule, sizes
+        if key in self._compiled:
+            self._compiled.move_to_end(key)
+            return self._compiled[key]
+        if len(schedule.messages) > MOST_MESSAGES:
+            raise UserError(
+                f"{schedule.name}: {len(schedule.messages)} messages; at most {MOST_MESSAGES} can be run: use fewer segments"
+            )
+        made = self._compiled[key] = compile_for(schedule, self._rank, sizes)
+        if len(self._compiled) > KEPT:
+            self._compiled.popitem(last=False)
+        return made
+
+    def _tag(self, schedule: Schedule, sizes: Sequence[int], dtype: torch.dtype) -> int:
+        what = zlib.crc32(f"{schedule.op} {schedule.name} {list(sizes)} {dtype}".encode())
+        return ((what + self._calls) & 0x7FFF) * MOST_MESSAGES
+
+    def _memory(self, compiled: Compiled, dtype: torch.dtype) -> torch.Tensor:
+        needed = compiled.lengths[2] * dtype.itemsize
+        if self._scratch.numel() < needed:
+            self._scratch = torch.empty(needed, dtype=torch.uint8)
+        return self._scratch[:needed].view(dtype)
+
+    def _work_off(
+        self, compiled: Compiled, tag: int, memory: tuple[torch.Tensor, ...], combine: Callable[..., torch.Tensor]
+    ) -> None:
+        group, works = self._group, {}
+        for told in compiled.instructions:
+            match told:
+                case Send(message, peer, what):
+                    works[message] = group.send([memory[what.buffer][what.first : what.last]], peer, tag + message)
+                case Expect(message, peer, into):
+                    works[message] = group.recv([memory[into.buffer][into.first : into.last]], peer, tag + message)
+                case Arrive(message) | Leave(message):
+                    works.pop(message).wait()
+                case Add(into, a, b):
+                    one, other = memory[a.buffer][a.first : a.last], memory[b.buffer][b.first : b.last]
+                    combine(one, other, out=memory[into.buffer][into.first : into.last])
+                case Copy(into, what):
+                    memory[into.buffer][into.first : into.last].copy_(memory[what.buffer][what.first : what.last])
+
+
+__all__ = ["COMBINE", "Runner", "Tensors", "in_place"]
