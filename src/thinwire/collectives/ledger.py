@@ -62,8 +62,11 @@ class Ledger:
         finally:
             self._local.label = before
 
-    def enter(self, op: str, message_bytes: int, group: "Group", root: int = 0) -> Total:
-        """Enter one call at the moment it is issued. Returns the running total, to which `completed` adds the seconds."""
+    def enter(self, op: str, message_bytes: int, group: "Group", root: int = 0, wire_bytes: int | None = None) -> Total:
+        """Enter one call at the moment it is issued. Returns the running total, to which `completed` adds the seconds.
+
+        wire_bytes: payload bytes that this rank sends, if it is not by the backend's own algorithm.
+        """
         call = Call(
             label=getattr(self._local, "label", ""),
             axis=self.axes.get(group.name, group.axis),
@@ -71,7 +74,8 @@ class Ledger:
             world_size=group.size,
             message_bytes=message_bytes,
         )
-        wire_bytes = sent_bytes(op, message_bytes, group.size, group.rank, root)
+        if wire_bytes is None:
+            wire_bytes = sent_bytes(op, message_bytes, group.size, group.rank, root)
         with self._lock:
             total = self._totals.get(call)
             if total is None:

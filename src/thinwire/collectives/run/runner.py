@@ -4,6 +4,7 @@ A message is known by its tag: its number in the schedule, and 15 bits of which 
 that do not agree on those never take each other's messages for their own.
 """
 
+import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -47,6 +48,7 @@ class Runner:
         self._compiled: OrderedDict[tuple[Schedule, tuple[int, ...]], Compiled] = OrderedDict()
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._calls = 0
+        self._lock = threading.Lock()
 
     def run(self, schedule: Schedule, sizes: Sequence[int], tensors: Tensors, reduction: str = "sum") -> None:
         """Collective: every rank of the group, with the same schedule, sizes, type and reduction. Returns when all is done here.
@@ -66,19 +68,24 @@ class Runner:
         if reduction == "avg":
             got.div_(schedule.p)
 
+    def sent_elements(self, schedule: Schedule, sizes: Sequence[int]) -> int:
+        """What this rank sends in one run."""
+        return sum(len(told.what) for told in self._program(schedule, tuple(sizes)).instructions if isinstance(told, Send))
+
     def _program(self, schedule: Schedule, sizes: tuple[int, ...]) -> Compiled:
         key = schedule, sizes
-        if key in self._compiled:
-            self._compiled.move_to_end(key)
-            return self._compiled[key]
-        if len(schedule.messages) > MOST_MESSAGES:
-            raise UserError(
-                f"{schedule.name}: {len(schedule.messages)} messages; at most {MOST_MESSAGES} can be run: use fewer segments"
-            )
-        made = self._compiled[key] = compile_for(schedule, self._rank, sizes)
-        if len(self._compiled) > KEPT:
-            self._compiled.popitem(last=False)
-        return made
+        with self._lock:  # who issues a call asks for its bytes while an earlier one runs on another thread
+            if key in self._compiled:
+                self._compiled.move_to_end(key)
+                return self._compiled[key]
+            if len(schedule.messages) > MOST_MESSAGES:
+                raise UserError(
+                    f"{schedule.name}: {len(schedule.messages)} messages; at most {MOST_MESSAGES} can be run: use fewer segments"
+                )
+            made = self._compiled[key] = compile_for(schedule, self._rank, sizes)
+            if len(self._compiled) > KEPT:
+                self._compiled.popitem(last=False)
+            return made
 
     def _tag(self, schedule: Schedule, sizes: Sequence[int], dtype: torch.dtype) -> int:
         what = zlib.crc32(f"{schedule.op} {schedule.name} {list(sizes)} {dtype}".encode())

@@ -1,0 +1,199 @@
+"""The schedules of one group: a thread that runs them in the order of their calls, on a private group of the same ranks.
+
+Before ranks run something new together they tell each other what it is (`agree`): what differs is an error on all of them. Ranks
+that part ways later wait for messages that nobody sends. So whoever waits longer than `LOOK_S` writes into the store what it is
+waiting in, and reads what the others wrote: if one is in the same call with something else, all of them fail at once, with both
+named. A rank that calls nothing is found by the group's time-out.
+"""
+
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from thinwire.collectives.run.pending import Pending
+from thinwire.collectives.run.runner import Runner
+from thinwire.errors import UserError
+
+LOOK_S = 5.0
+TOLD_BYTES = 160
+"""Of what ranks tell each other that they are about to run."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's place in its group. ranks: the global ranks, in the order of the group."""
+
+    store: dist.Store
+    rank: int
+    ranks: tuple[int, ...]
+    timeout: timedelta
+    name: str = field(default="", compare=False)
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+@dataclass(slots=True)
+class _Job:
+    number: int
+    what: str
+    run: Callable[[], Any]
+    pending: Pending
+    tensors: list[torch.Tensor]
+    value: Any = None
+    started_s: float = 0.0
+
+
+class Engine:
+    """One per group and rank. Whatever is submitted is submitted by all ranks of the group, in one order."""
+
+    def __init__(self, place: Place, connect: Callable[[dist.Store, int, int, timedelta], Any] = dist.ProcessGroupGloo) -> None:
+        self.place, self._connect = place, connect
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._count = 0
+        self._current: _Job | None = None
+        self._broken: Exception | None = None
+        self._threads: list[threading.Thread] = []
+        self._private: Any = None
+        self._runner: Runner | None = None
+        self._reordered: dict[tuple[int, ...], Any] = {}
+
+    # -- what the thread's jobs use ---------------------------------------------------------------------------------------
+
+    @property
+    def private(self) -> Any:
+        """A group of the same ranks that only jobs use. Collective when it is first used."""
+        if self._private is None:
+            self._private = self._join("private", self.place.rank)
+        return self._private
+
+    @property
+    def runner(self) -> Runner:
+        """Of schedules, on the private group. Collective when it is first used."""
+        if self._runner is None:
+            self._runner = Runner(self.private, self.place.rank)
+        return self._runner
+
+    def reordered(self, order: Sequence[int]) -> Any:
+        """A private group in which place i belongs to rank order[i]. Collective when it is first used."""
+        order = tuple(order)
+        if order not in self._reordered:
+            self._reordered[order] = self._join("-".join(map(str, order)), order.index(self.place.rank))
+        return self._reordered[order]
+
+    def agree(self, what: str) -> None:
+        """UserError on every rank, which names two, unless all say the same. Collective, in a job."""
+        own = torch.frombuffer(bytearray(what.encode()[:TOLD_BYTES].ljust(TOLD_BYTES)), dtype=torch.uint8)
+        everyone = torch.empty(self.place.size * TOLD_BYTES, dtype=torch.uint8)
+        self.private._allgather_base(everyone, own).wait()
+        told = [bytes(row.tolist()).decode().strip() for row in everyone.view(self.place.size, TOLD_BYTES)]
+        other = next((rank for rank, one in enumerate(told) if one != told[0]), None)
+        if other is not None:
+            raise self._apart(0, told[0], other, told[other])
+
+    def told(self, value: Any = None) -> Any:
+        """What position 0 of the group says, as JSON goes. Collective, in a job."""
+        text = json.dumps(value).encode() if self.place.rank == 0 else b""
+        length = torch.tensor([len(text)])
+        self._broadcast(length)
+        content = torch.frombuffer(bytearray(text or bytes(int(length))), dtype=torch.uint8)
+        self._broadcast(content)
+        return json.loads(bytes(content.tolist()))
+
+    def _broadcast(self, tensor: torch.Tensor) -> None:
+        self.private.broadcast([tensor], dist.BroadcastOptions()).wait()
+
+    # -- jobs -------------------------------------------------------------------------------------------------------------
+
+    def submit(self, what: str, run: Callable[[], Any], tensors: Sequence[torch.Tensor] = ()) -> Pending:
+        """`run` on the thread, after all before it. what: in words, for errors; tensors: where results will be."""
+        pending = Pending()
+        if self._broken is not None:
+            pending.fail(self._broken)
+            return pending
+        if not self._threads:
+            for target in (self._work, self._watch):
+                self._threads.append(threading.Thread(target=target, name=f"thinwire {target.__name__}", daemon=True))
+                self._threads[-1].start()
+        self._count += 1
+        self._jobs.put(_Job(self._count, what, run, pending, list(tensors)))
+        return pending
+
+    def ask(self, what: str, run: Callable[[], Any]) -> Any:
+        """What `run` returns; waits for it."""
+        found: list[Any] = []
+        self.submit(what, lambda: found.append(run())).wait()
+        return found[0]
+
+    def close(self) -> None:
+        """No more jobs will come."""
+        self._closed.set()
+        self._jobs.put(None)
+
+    @torch.no_grad()
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            if self._broken is not None:
+                job.pending.fail(self._broken)
+                continue
+            job.started_s, self._current = time.monotonic(), job
+            try:
+                job.run()
+            except Exception as error:
+                self._fail(job, error if isinstance(error, UserError) else self._lost(job, error))
+            else:
+                job.pending.finish(job.tensors)
+            self._current = None
+
+    def _fail(self, job: _Job, error: Exception) -> None:
+        self._broken = error  # the ranks may have parted: nothing that comes after can be trusted
+        job.pending.fail(error)
+
+    def _lost(self, job: _Job, error: Exception) -> UserError:
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        waited_s = time.monotonic() - job.started_s
+        return UserError(
+            f"rank {self._of(self.place.rank)}: {job.what} failed after {waited_s:.1f} s of at most "
+            f"{self.place.timeout.total_seconds():g}: {reason}; has each rank called it, and are all alive?"
+        )
+
+    # -- watching ---------------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while self._broken is None and not self._closed.wait(LOOK_S / 5):
+            job = self._current
+            if job is not None and time.monotonic() - job.started_s > LOOK_S:
+                self._compare(job)
+
+    def _compare(self, job: _Job) -> None:
+        """Of a job that takes long: does everybody who is in this call run the same?"""
+        store, own = self.place.store, self.place.rank
+        store.set(f"in/{job.number}/{own}", job.what)
+        for rank in range(self.place.size):
+            key = f"in/{job.number}/{rank}"
+            if rank != own and store.check([key]) and (theirs := store.get(key).decode()) != job.what:
+                first, second = sorted([(own, job.what), (rank, theirs)])
+                self._fail(job, self._apart(*first, *second))
+                return
+
+    def _apart(self, one: int, what: str, other: int, else_: str) -> UserError:
+        return UserError(
+            f"ranks differ in what they call: rank {self._of(one)} {what}, rank {self._of(other)} {else_}; "
+            "every rank of a group must make the same calls, with the same sizes, in the same order"
+        )
+
+    def _of(self, position: int) -> int:
+        return self.place.ranks[position]
+
+    def _join(self, name: str, rank: int) -> Any:
+        return self._connect(dist.PrefixStore(name, self.place.store), rank, self.place.size, self.place.timeout)

@@ -1,0 +1,179 @@
+"""The metered backend with schedules of ours behind the calls that frameworks make, where they are faster than gloo's own.
+
+all_reduce, reduce, broadcast, all_gather and reduce_scatter of one tensor, and all_to_all in equal parts, of numbers on the CPU.
+Everything else is gloo's. The first call of an op in a class of sizes decides for the class (`tuned.tuner`); each size is agreed
+upon by all ranks when it is first used, and from then on a call costs no agreement.
+"""
+# mypy: disable-error-code="override,assignment,attr-defined,call-arg"
+
+import time
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from thinwire.collectives.backend import NAME, MeteredGroup
+from thinwire.collectives.ledger import Ledger, Total
+from thinwire.collectives.run.engine import Engine, Place
+from thinwire.collectives.run.runner import in_place
+from thinwire.collectives.tuned.tuner import Tuner, size_class
+from thinwire.collectives.tuned.way import REDUCTIONS, Call, Way, perform, wire_bytes
+
+TYPES = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int8,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+)
+
+
+def register_scheduled(ledger: Ledger, tuner: Tuner, name: str = NAME) -> None:
+    """Like `backend.register`, with collectives chosen by `tuner`. Call before init_process_group."""
+    dist.Backend.register_backend(name, partial(_create, ledger, tuner), extended_api=True, devices=["cpu"])
+
+
+def _create(ledger: Ledger, tuner: Tuner, told: Any, _options: Any = None) -> "ScheduledGroup":
+    store, rank, size, timeout = told.store, told.group_rank, told.group_size, told.timeout
+    ranks = tuple(told.global_ranks_in_group) or tuple(range(size))
+    place = Place(dist.PrefixStore("schedules", store), rank, ranks, timeout)
+    return ScheduledGroup(ledger, dist.ProcessGroupGloo(store, rank, size, timeout), Engine(place), tuner)
+
+
+class ScheduledGroup(MeteredGroup):
+    """See the top of the file."""
+
+    def __init__(self, ledger: Ledger, inner: dist.ProcessGroupGloo, engine: Engine, tuner: Tuner) -> None:
+        super().__init__(ledger, inner)
+        self._engine, self._tuner = engine, tuner
+        self._ways: dict[tuple[str, int, int], Way] = {}
+        self._agreed: set[str] = set()
+        weakref.finalize(self, engine.close)
+
+    def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
+        native = partial(super().allreduce, tensors, opts)
+        reduction = _reduction(opts)
+        if reduction is None or not _usable(tensors):
+            return native()
+        flat, back = _flat(tensors[0])
+        return self._run(Call("all_reduce", flat, flat, reduction), tensors, native, back)
+
+    def broadcast(self, tensors: Any, opts: Any) -> dist.Work:
+        native = partial(super().broadcast, tensors, opts)
+        if not _usable(tensors):
+            return native()
+        flat, back = _flat(tensors[0])
+        return self._run(Call("broadcast", flat, flat, root=opts.rootRank), tensors, native, back)
+
+    def reduce(self, tensors: Any, opts: Any) -> dist.Work:
+        native = partial(super().reduce, tensors, opts)
+        reduction = _reduction(opts)
+        if reduction is None or not _usable(tensors):
+            return native()
+        flat, back = _flat(tensors[0])
+        mine = in_place("reduce", opts.rootRank, self._engine.place.rank)
+        call = Call("reduce", flat, flat if mine else flat[:0], reduction, opts.rootRank)
+        return self._run(call, tensors, native, back if mine else None)
+
+    def _allgather_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
+        native = partial(super()._allgather_base, output, input, opts)
+        if not _usable([input, output]) or output.numel() != self._engine.place.size * input.numel():
+            return native()
+        flat, back = _flat(output)
+        return self._run(Call("all_gather", _flat(input)[0], flat), [output], native, back)
+
+    all_gather_single = _allgather_base
+
+    def _reduce_scatter_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
+        native = partial(super()._reduce_scatter_base, output, input, opts)
+        reduction = _reduction(opts)
+        if reduction is None or not _usable([input, output]) or input.numel() != self._engine.place.size * output.numel():
+            return native()
+        flat, back = _flat(output)
+        return self._run(Call("reduce_scatter", _flat(input)[0], flat, reduction), [output], native, back)
+
+    reduce_scatter_single = _reduce_scatter_base
+
+    def alltoall_base(self, output: Any, input: Any, output_sizes: Any, input_sizes: Any, opts: Any = None) -> dist.Work:
+        native = partial(super().alltoall_base, output, input, output_sizes, input_sizes, opts)
+        even = not output_sizes and not input_sizes and input.numel() % self._engine.place.size == 0
+        if not even or not _usable([input, output]) or input.numel() != output.numel():
+            return native()
+        flat, back = _flat(output)
+        return self._run(Call("all_to_all", _flat(input)[0], flat), [output], native, back)
+
+    all_to_all_single = alltoall_base
+
+    def _run(self, call: Call, results: Any, native: Callable[[], dist.Work], back: Callable[[], None] | None) -> dist.Work:
+        """back: brings the results from a copy to where they belong."""
+        way = self._way(call)
+        if way.native:
+            return native()
+        engine, issued = self._engine, time.perf_counter()
+        total = self._ledger.enter(call.op, call.message_bytes, self._group, call.root, wire_bytes(way, call, engine))
+
+        def job() -> None:
+            perform(way, call, engine)
+            if back is not None:
+                back()
+            _completed(self._ledger, total, issued)
+
+        return engine.submit(_words(call), job, results)
+
+    def _way(self, call: Call) -> Way:
+        """Decided upon when first asked for: collective, and waits for it."""
+        key = call.op, size_class(call.message_bytes), call.root
+        way = self._ways.get(key)
+        if way is not None and way.native:
+            return way
+        what = _words(call)
+        if what not in self._agreed:
+            self._engine.ask(what, partial(self._engine.agree, what))
+            self._agreed.add(what)
+        if way is None:
+            with self._ledger.label("choosing collectives"):
+                way = self._ways[key] = self._engine.ask(what, partial(self._tuner.decide, self._engine, call))
+        return way
+
+
+def _completed(ledger: Ledger, total: Total, issued: float) -> None:
+    ledger.completed(total, issued)
+
+
+def _words(call: Call) -> str:
+    dtype = str(call.given.dtype).removeprefix("torch.")
+    of = f" from rank {call.root} of the group" if call.op == "broadcast" else f" to rank {call.root} of the group"
+    how = f" ({call.reduction})" if call.op in ("all_reduce", "reduce", "reduce_scatter") else ""
+    return f"{call.op}{how} of {call.elements} {dtype}{of if call.op in ('broadcast', 'reduce') else ''}"
+
+
+def _reduction(opts: Any) -> str | None:
+    """By name; None for one that schedules do not know."""
+    if opts is None:
+        return "sum"
+    return next((name for name, op in REDUCTIONS.items() if opts.reduceOp == op), None)
+
+
+def _usable(tensors: Any) -> bool:
+    first = tensors[0]
+    known = all(one.dtype in TYPES and one.dtype == first.dtype and one.layout == torch.strided for one in tensors)
+    return known and first.device.type == "cpu" and first.numel() > 0
+
+
+def _flat(tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None] | None]:
+    """One dimension, contiguous; and what brings values back where that is a copy."""
+    tensor = tensor.detach()
+    if tensor.is_contiguous():
+        return tensor.view(-1), None
+    copy = tensor.contiguous().view(-1)
+
+    def back() -> None:
+        tensor.copy_(copy.view(tensor.shape))
+
+    return copy, back

@@ -1,0 +1,104 @@
+"""Which way a group takes for an op and a class of sizes: the first rank knows or asks for advice, all of them measure.
+
+A class holds the sizes between two powers of two. Ways are timed in turns, each after a barrier, on the size that came first; the
+seconds of a turn are those of the slowest rank, of a way the least of its turns. A way replaces the backend's own collective only
+if it takes less than `WORTH` of its time. All ranks see the same numbers and so come to the same choice.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from thinwire.collectives.run.engine import Engine
+from thinwire.collectives.tuned.advice import Advisor
+from thinwire.collectives.tuned.cache import Cache
+from thinwire.collectives.tuned.way import NATIVE, Call, Way, example, perform
+from thinwire.units import show
+
+TURNS = 3
+WORTH = 0.97
+SHORT_S, REPEATED = 0.02, 10
+"""What takes less is repeated in a turn."""
+LONG_S = 5.0
+"""Of what takes longer a single turn is enough."""
+
+
+def say_to_stderr(line: str) -> None:
+    """Where a user sees it."""
+    print(f"thinwire: {line}", file=sys.stderr, flush=True)
+
+
+class Tuner:
+    """One per process. measures: False takes the best by price, unmeasured. advisor and cache are used on the first rank only."""
+
+    def __init__(
+        self, advisor: Advisor, cache: Cache | None = None, *, measures: bool = True, say: Callable[[str], None] = say_to_stderr
+    ) -> None:
+        self._advisor, self._cache, self._measures, self._say = advisor, cache or Cache(None), measures, say
+
+    def decide(self, engine: Engine, call: Call) -> Way:
+        """In a job of `engine`. Collective."""
+        place = engine.place
+        key = f"{call.op} {size_class(call.message_bytes)} {call.root} {','.join(map(str, place.ranks))}"
+        known, offered = None, []
+        if place.rank == 0:
+            known = self._cache.find(key)
+            if known is None:
+                priced = self._advisor.ways(call.op, call.message_bytes, place.ranks, call.root)
+                offered = [way.to_plain() for way, _ in (priced if self._measures else priced[:1])]
+        told = engine.told([known["way"]] if known else offered)
+        ways = [Way.from_plain(one) for one in told]
+        if len(ways) == 1:
+            return ways[0]
+        seconds = measure(engine, ways, call.op, call.message_bytes, call.root)
+        native_s = next(time_s for way, time_s in zip(ways, seconds, strict=True) if way.native)
+        best_s, best = min(zip(seconds, ways, strict=True), key=lambda pair: pair[0])
+        if best_s >= WORTH * native_s:
+            best_s, best = native_s, NATIVE
+        if place.rank == 0:
+            self._cache.keep(key, best.to_plain(), best_s, native_s)
+            self._say(
+                f"{call.op} of {show(call.message_bytes, 'B')} among {place.size} ranks: {best.name}, "
+                f"{show(best_s, 's')} (native {show(native_s, 's')})"
+            )
+        return best
+
+
+def size_class(message_bytes: int) -> int:
+    """The least power of two that is not below, as its exponent."""
+    return max(0, message_bytes - 1).bit_length()
+
+
+def measure(engine: Engine, ways: list[Way], op: str, message_bytes: int, root: int) -> list[float]:
+    """Seconds of each way, the same on all ranks. In a job of `engine`; collective."""
+    place = engine.place
+    call = example(op, message_bytes, place.rank, place.size, root)
+    first = [_slowest(engine, [_timed(engine, way, call, 1)])[0] for way in ways]  # connects and compiles; is not counted
+    repeats = [REPEATED if seconds < SHORT_S else 1 for seconds in first]
+    turns = 1 if max(first) > LONG_S else TURNS
+    times = [[_timed(engine, way, call, count) for way, count in zip(ways, repeats, strict=True)] for _ in range(turns)]
+    slowest = _slowest(engine, [seconds for turn in times for seconds in turn])
+    return [min(slowest[at :: len(ways)]) for at in range(len(ways))]
+
+
+def _timed(engine: Engine, way: Way, call: Call, repeats: int) -> float:
+    total = 0.0
+    for _ in range(repeats):
+        engine.private.barrier(dist.BarrierOptions()).wait()
+        started = time.perf_counter()
+        perform(way, call, engine)
+        total += time.perf_counter() - started
+    return total / repeats
+
+
+def _slowest(engine: Engine, seconds: list[float]) -> list[float]:
+    """Of each number, the largest of any rank."""
+    values = torch.tensor(seconds, dtype=torch.float64)
+    options = dist.AllreduceOptions()
+    options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
+    engine.private.allreduce([values], options).wait()
+    found: list[float] = values.tolist()
+    return found

@@ -1,0 +1,148 @@
+"""A way to run a collective: a schedule, the backend's own, or the backend's own on ranks in another order. And how it is run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
+
+from thinwire.collectives.run.engine import Engine
+from thinwire.collectives.run.runner import Tensors, in_place
+from thinwire.collectives.schedules import ops
+from thinwire.collectives.schedules.schedule import Schedule
+from thinwire.collectives.schedules.table import from_json, to_json
+from thinwire.collectives.wire import sent_bytes
+from thinwire.errors import UserError
+
+REDUCTIONS: Mapping[str, Any] = {
+    "sum": dist.ReduceOp.SUM,
+    "avg": dist.ReduceOp.AVG,
+    "max": dist.ReduceOp.MAX,
+    "min": dist.ReduceOp.MIN,
+    "product": dist.ReduceOp.PRODUCT,
+}
+ORDERED = ("all_reduce", "reduce", "broadcast")
+"""Ops whose results do not depend on the order of the ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """schedule: over positions in the group; order: of the ranks of a private group; neither: native."""
+
+    name: str
+    schedule: Schedule | None = None
+    order: tuple[int, ...] | None = None
+
+    @property
+    def native(self) -> bool:
+        """The backend's own collective as it is."""
+        return self.schedule is None and self.order is None
+
+    def to_plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"name": self.name, "schedule": self.schedule and to_json(self.schedule), "order": self.order and list(self.order)}
+
+    @staticmethod
+    def from_plain(told: Mapping[str, Any]) -> "Way":
+        """What `to_plain` made. UserError for anything else."""
+        try:
+            name, schedule, order = told["name"], told["schedule"], told["order"]
+        except (KeyError, TypeError):
+            raise UserError(f"this is no stored way to run a collective: {str(told)[:80]}") from None
+        return Way(str(name), schedule and from_json(schedule), order and tuple(order))
+
+
+NATIVE = Way("native")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call on one rank. given, got: flat and contiguous, as in `Tensors`; root: a position in the group."""
+
+    op: str
+    given: torch.Tensor
+    got: torch.Tensor
+    reduction: str = "sum"
+    root: int = 0
+
+    @property
+    def elements(self) -> int:
+        """Of the message, see `ops.block_sizes`."""
+        return self.got.numel() if self.op in ("all_reduce", "broadcast") else self.given.numel()
+
+    @property
+    def message_bytes(self) -> int:
+        """What is handed in."""
+        return self.elements * self.given.element_size()
+
+
+def perform(way: Way, call: Call, engine: Engine) -> None:
+    """In a job of `engine`: collective, waits until the results are there."""
+    if way.schedule is not None:
+        sizes = ops.block_sizes(call.op, engine.place.size, call.elements)
+        engine.runner.run(way.schedule, sizes, Tensors(call.given, call.got), call.reduction)
+    elif way.order is not None:
+        _native(engine.reordered(way.order), call, way.order.index(call.root))
+    else:
+        _native(engine.private, call, call.root)
+
+
+def wire_bytes(way: Way, call: Call, engine: Engine) -> int:
+    """Payload bytes that this rank sends."""
+    rank, p = engine.place.rank, engine.place.size
+    if way.schedule is not None:
+        sizes = ops.block_sizes(call.op, p, call.elements)
+        return engine.runner.sent_elements(way.schedule, sizes) * call.given.element_size()
+    order = way.order or tuple(range(p))
+    return sent_bytes(call.op, call.message_bytes, p, order.index(rank), order.index(call.root))
+
+
+def example(op: str, message_bytes: int, rank: int, p: int, root: int) -> Call:
+    """A call to be timed, on float32 zeros."""
+    n = max(1, message_bytes // 4)
+    n = -(-n // p) * p if ops.message_blocks(op, p) > 1 else n
+    sizes = ops.block_sizes(op, p, n)
+    of = root if ops.rooted(op) else None
+    got = torch.zeros(sum(sizes[block] for block in ops.outputs(op, p, of, rank)))
+    if in_place(op, of, rank):
+        return Call(op, got, got, "sum", root)
+    return Call(op, torch.zeros(sum(sizes[block] for block in ops.inputs(op, p, of, rank))), got, "sum", root)
+
+
+def _native(group: Any, call: Call, root: int) -> None:
+    """On any group that has c10d's calls."""
+    given, got, options = call.given, call.got, _options(call, root)
+    match call.op:
+        case "all_reduce":
+            group.allreduce([got], options).wait()
+        case "broadcast":
+            group.broadcast([got], options).wait()
+        case "reduce":
+            # gloo adds up in the tensor that it is given, on all ranks
+            group.reduce([got if len(got) else given.clone()], options).wait()
+        case "all_gather":
+            group._allgather_base(got, given, options).wait()
+        case "reduce_scatter":
+            group._reduce_scatter_base(got, given, options).wait()
+        case "all_to_all":
+            group.alltoall_base(got, given, [], [], options).wait()
+        case _:
+            raise UserError(f"{call.op} has no native form here")
+
+
+def _options(call: Call, root: int) -> Any:
+    options = {
+        "all_reduce": dist.AllreduceOptions,
+        "broadcast": dist.BroadcastOptions,
+        "reduce": dist.ReduceOptions,
+        "all_gather": AllgatherOptions,
+        "reduce_scatter": dist.ReduceScatterOptions,
+        "all_to_all": AllToAllOptions,
+    }[call.op]()
+    if hasattr(options, "reduceOp"):
+        options.reduceOp = REDUCTIONS[call.reduction]
+    if hasattr(options, "rootRank"):
+        options.rootRank = root
+    return options

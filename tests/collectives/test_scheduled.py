@@ -1,0 +1,235 @@
+"""The backend with schedules behind it: frameworks get the same results, the ledger the bytes that were sent, mistakes a line."""
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from pool import Pool, Rank, RankFailure
+from thinwire.collectives.ledger import Ledger
+from thinwire.collectives.run import engine
+from thinwire.collectives.scheduled import register_scheduled
+from thinwire.collectives.schedules import direct, pairwise, ring, rooted
+from thinwire.collectives.schedules.combine import pipelined
+from thinwire.collectives.tuned.advice import Advisor
+from thinwire.collectives.tuned.cache import Cache
+from thinwire.collectives.tuned.tuner import Tuner
+from thinwire.collectives.tuned.way import NATIVE, Way
+
+
+class Fixed(Advisor):
+    """Always a schedule of ours, or the native collective on ranks in another order."""
+
+    def __init__(self, reordered: bool = False) -> None:
+        super().__init__()
+        self.reordered, self.asked = reordered, 0
+
+    def ways(self, op: str, message_bytes: int, ranks: Any, root: int) -> list[tuple[Way, float]]:
+        self.asked += 1
+        p = len(ranks)
+        order = [(root + place) % p for place in range(p)]
+        made = {
+            "all_reduce": lambda: pipelined(direct.all_reduce(p, [*range(1, p), 0]), 3),
+            "reduce_scatter": lambda: ring.reduce_scatter(range(p)),
+            "all_gather": lambda: ring.both_ways(ring.all_gather, range(p)),
+            "broadcast": lambda: pipelined(rooted.broadcast(rooted.chain(order)), 4),
+            "reduce": lambda: pipelined(rooted.reduce(rooted.chain(order)), 4),
+            "all_to_all": lambda: pairwise.all_to_all(p),
+        }[op]()
+        if self.reordered and op in ("all_reduce", "broadcast", "reduce"):
+            return [(Way("native reordered", None, tuple(reversed(range(p)))), 1.0)]
+        return [(Way(made.name, made), 1.0), (NATIVE, 2.0)]
+
+
+def group_of(ledger: Ledger, tuner: Tuner, ranks: list[int] | None = None, timeout_s: float = 60) -> dist.ProcessGroup:
+    name = f"scheduled{id(tuner)}"  # a backend of its own, made by the same line on every rank
+    told = [name]
+    dist.broadcast_object_list(told, 0)
+    register_scheduled(ledger, tuner, told[0])
+    return dist.new_group(ranks, backend=told[0], timeout=timedelta(seconds=timeout_s))
+
+
+def fixed(reordered: bool = False) -> Tuner:
+    return Tuner(Fixed(reordered), measures=False)
+
+
+def everything(group: dist.ProcessGroup, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Each op once, on integers, so that the order of additions cannot be seen."""
+    p = group.size()
+    root = dist.get_global_rank(group, p - 1)
+    results: dict[str, torch.Tensor] = {}
+
+    def fresh(n: int = 6 * p) -> torch.Tensor:
+        return torch.randint(-8, 8, (n,), generator=torch.Generator().manual_seed(dist.get_rank())).to(dtype)
+
+    for name, op in {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}.items():
+        results[name] = fresh()
+        dist.all_reduce(results[name], op, group=group)
+    results["transposed"] = fresh().view(2, -1).t()
+    work = dist.all_reduce(results["transposed"], group=group, async_op=True)
+    work.wait()
+    results["broadcast"] = fresh()
+    dist.broadcast(results["broadcast"], root, group=group)
+    reduced = fresh()
+    dist.reduce(reduced, root, group=group)
+    results["reduce"] = reduced if dist.get_rank() == root else fresh()
+    results["all_gather"] = torch.zeros(6 * p * p, dtype=dtype)
+    dist.all_gather_into_tensor(results["all_gather"], fresh(), group=group)
+    results["reduce_scatter"] = torch.zeros(6, dtype=dtype)
+    dist.reduce_scatter_tensor(results["reduce_scatter"], fresh(), group=group)
+    results["all_to_all"] = torch.zeros(6 * p, dtype=dtype)
+    dist.all_to_all_single(results["all_to_all"], fresh(), group=group)
+    results["list"] = torch.cat([torch.zeros(6 * p, dtype=dtype)] * p)
+    dist.all_gather(list(results["list"].chunk(p)), fresh(), group=group)
+    return results
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def same_as_gloo(context: Rank, reordered: bool) -> None:
+    ledger = Ledger()
+    ours, native = group_of(ledger, fixed(reordered)), dist.new_group(backend="gloo")
+    for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        wanted = everything(native, dtype)
+        for name, found in everything(ours, dtype).items():
+            assert torch.equal(found, wanted[name]), f"{name} of {dtype}: {found} instead of {wanted[name]}"
+
+
+def frameworks(context: Rank) -> None:
+    """DDP and FSDP2 on our backend train like on gloo."""
+    losses = []
+    for backend in ("ours", "gloo"):
+        group = group_of(Ledger(), fixed()) if backend == "ours" else dist.new_group(backend="gloo")
+        torch.manual_seed(1)
+        plain = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+        sharded = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+        replica = DistributedDataParallel(plain, process_group=group, bucket_cap_mb=0.0005)
+        mesh = dist.DeviceMesh.from_group(group, "cpu")
+        fully_shard(sharded, mesh=mesh)
+        row = []
+        for model in (replica, sharded):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for step in range(3):
+                generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
+                loss = model(torch.randn(16, 8, generator=generator)).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                row.append(loss.item())
+        losses.append(row)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def spared(context: Rank) -> None:
+    """gloo adds up in everybody's tensor."""
+    group = group_of(Ledger(), fixed())
+    values = torch.arange(100.0)
+    dist.reduce(values, 2, group=group)
+    assert torch.equal(values, torch.arange(100.0) * (4 if dist.get_rank() == 2 else 1))
+
+
+def sub_groups(context: Rank) -> list[float]:
+    ledger, tuner = Ledger(), fixed()
+    halves = [group_of(ledger, tuner, ranks) for ranks in ([3, 1], [0, 2])]
+    mine = halves[0] if dist.get_rank() % 2 else halves[1]
+    total = torch.full((5,), float(dist.get_rank()))
+    dist.all_reduce(total, group=mine)
+    return total.tolist()
+
+
+def entered(context: Rank) -> tuple[int, int]:
+    ledger = Ledger()
+    group = group_of(ledger, fixed())
+    dist.all_reduce(torch.zeros(600), group=group)
+    sent = ledger.sent_bytes
+    dist.all_reduce(torch.zeros(600), group=group)
+    # shares 1, 2, 3, 0 of 6 among 4 ranks: a rank sends what it does not own, and its own share to the three others
+    share = [1, 2, 3, 0][dist.get_rank()] / 6
+    return ledger.sent_bytes - sent, round(4 * 600 * (1 - share + 3 * share))
+
+
+def mismatch(context: Rank, later: bool) -> None:
+    group = group_of(Ledger(), fixed())
+    if later:  # a size that only one rank has not used yet
+        for n in (4, 8):
+            dist.all_reduce(torch.zeros(n), group=group)
+    engine.LOOK_S = 0.5
+    dist.all_reduce(torch.zeros((12 if later else 3) if dist.get_rank() == 1 else 8), group=group)
+
+
+def another_op(context: Rank) -> None:
+    group = group_of(Ledger(), fixed())
+    if dist.get_rank() == 2:
+        dist.broadcast(torch.zeros(8), 0, group=group)
+    else:
+        dist.all_reduce(torch.zeros(8), group=group)
+
+
+def absent(context: Rank) -> None:
+    group = group_of(Ledger(), fixed(), timeout_s=2)
+    if dist.get_rank() != 3:
+        dist.all_reduce(torch.zeros(8), group=group)
+    else:
+        time.sleep(6)
+
+
+def measured(context: Rank, folder: str) -> tuple[list[str], list[Any], int]:
+    said: list[str] = []
+    advisor = Fixed()
+    from pathlib import Path
+
+    path = Path(folder) / "cluster.collectives.json"
+    keys = ("all_reduce", "reduce_scatter")
+    for _ in range(2):  # the second time from the file
+        tuner = Tuner(advisor, Cache(path), say=said.append)
+        group = group_of(Ledger(), tuner)
+        dist.all_reduce(torch.zeros(3000), group=group)
+        dist.reduce_scatter_tensor(torch.zeros(1000), torch.zeros(4000), group=group)
+        chosen = [way.name for key, way in group._ways.items() if key[0] in keys]  # type: ignore[attr-defined]
+        dist.barrier()
+    return said, chosen, advisor.asked
+
+
+@pytest.mark.parametrize("reordered", [False, True])
+def test_every_call_gives_what_gloo_gives(ranks4: Pool, reordered: bool) -> None:
+    ranks4.run(same_as_gloo, reordered)
+
+
+def test_a_reduce_leaves_the_tensors_of_other_ranks_alone(ranks4: Pool) -> None:
+    ranks4.run(spared)
+
+
+def test_ddp_and_fsdp2_train_alike(ranks4: Pool) -> None:
+    ranks4.run(frameworks)
+
+
+def test_sub_groups_have_schedules_of_their_own(ranks4: Pool) -> None:
+    assert ranks4.run(sub_groups) == [[2.0] * 5, [4.0] * 5, [2.0] * 5, [4.0] * 5]
+
+
+def test_the_ledger_has_what_the_schedule_sends(ranks4: Pool) -> None:
+    for sent, wanted in ranks4.run(entered):
+        assert sent == wanted
+
+
+@pytest.mark.parametrize("function, arguments", [(mismatch, (False,)), (mismatch, (True,)), (another_op, ())])
+def test_what_differs_between_ranks_is_named_by_all(ranks4: Pool, function: Any, arguments: tuple[bool, ...]) -> None:
+    with pytest.raises(RankFailure, match=r"ranks differ in what they call: rank \d (all_reduce|broadcast)"):
+        ranks4.run(function, *arguments)
+
+
+def test_a_rank_that_does_not_call_is_waited_for_until_the_time_out(ranks4: Pool) -> None:
+    with pytest.raises(RankFailure, match="failed after 2"):
+        ranks4.run(absent)
+
+
+def test_what_is_measured_is_kept_for_the_next_run(ranks4: Pool, tmp_path: Any) -> None:
+    results = ranks4.run(measured, str(tmp_path))
+    assert len({tuple(chosen) for _, chosen, _ in results}) == 1, "the ranks chose differently"
+    assert len(results[0][0]) == 2, "the second run has measured again"
+    assert [asked for _, _, asked in results] == [2, 0, 0, 0]
+    assert all("native" in line for line in results[0][0])
