@@ -16,6 +16,7 @@ Rows = list[dict[str, Any]]
 Benchmark = Callable[[str | None, Mapping[str, Any]], Rows]
 
 BENCHMARKS: Mapping[str, str] = {
+    "collectives": "thinwire.bench.collectives",
     "compress": "thinwire.bench.compress",
     "ddp": "thinwire.bench.ddp",
     "fsdp": "thinwire.bench.fsdp",

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from thinwire.collectives.backend import NAME, MeteredGroup
-from thinwire.collectives.ledger import Ledger, Total
+from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.run.engine import Engine, Place
 from thinwire.collectives.run.runner import in_place
 from thinwire.collectives.tuned.tuner import Tuner, size_class
@@ -115,14 +115,14 @@ class ScheduledGroup(MeteredGroup):
         way = self._way(call)
         if way.native:
             return native()
-        engine, issued = self._engine, time.perf_counter()
-        total = self._ledger.enter(call.op, call.message_bytes, self._group, call.root, wire_bytes(way, call, engine))
+        engine, ledger, issued = self._engine, self._ledger, time.perf_counter()
+        total = ledger.enter(call.op, call.message_bytes, self._group, call.root, wire_bytes(way, call, engine))
 
-        def job() -> None:
+        def job() -> None:  # without `self`: the last to let go of a group must not be the thread that the group ends
             perform(way, call, engine)
             if back is not None:
                 back()
-            _completed(self._ledger, total, issued)
+            ledger.completed(total, issued)
 
         return engine.submit(_words(call), job, results)
 
@@ -140,10 +140,6 @@ class ScheduledGroup(MeteredGroup):
             with self._ledger.label("choosing collectives"):
                 way = self._ways[key] = self._engine.ask(what, partial(self._tuner.decide, self._engine, call))
         return way
-
-
-def _completed(ledger: Ledger, total: Total, issued: float) -> None:
-    ledger.completed(total, issued)
 
 
 def _words(call: Call) -> str:

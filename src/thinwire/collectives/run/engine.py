@@ -23,6 +23,7 @@ from thinwire.collectives.run.runner import Runner
 from thinwire.errors import UserError
 
 LOOK_S = 5.0
+CLOSE_S = 10.0
 TOLD_BYTES = 160
 """Of what ranks tell each other that they are about to run."""
 
@@ -136,9 +137,14 @@ class Engine:
         return found[0]
 
     def close(self) -> None:
-        """No more jobs will come."""
+        """No more jobs will come. The private groups end here, unless a job is still waiting in one."""
         self._closed.set()
         self._jobs.put(None)
+        for thread in self._threads:
+            thread.join(0.0 if self._broken else CLOSE_S)
+        if not any(thread.is_alive() for thread in self._threads):
+            self._private = self._runner = None
+            self._reordered.clear()
 
     @torch.no_grad()
     def _work(self) -> None:
@@ -153,7 +159,7 @@ class Engine:
                 self._fail(job, error if isinstance(error, UserError) else self._lost(job, error))
             else:
                 job.pending.finish(job.tensors)
-            self._current = None
+            job = self._current = None  # or what it holds would live until the next one
 
     def _fail(self, job: _Job, error: Exception) -> None:
         self._broken = error  # the ranks may have parted: nothing that comes after can be trusted
