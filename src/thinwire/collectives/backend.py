@@ -91,14 +91,15 @@ class _WaitedWork(dist._Work):
 
 
 class MeteredGroup(dist.ProcessGroup):
-    """gloo behind a meter. Each method: note the bytes handed in, pass on, note the completion."""
+    """gloo, or a group that takes the same calls, behind a meter. Each method: note the bytes, pass on, note the completion."""
 
-    def __init__(self, ledger: Ledger, inner: dist.ProcessGroupGloo) -> None:
+    def __init__(self, ledger: Ledger, inner: dist.ProcessGroupGloo | dist.ProcessGroup) -> None:
         super().__init__(inner.rank(), inner.size())
         self._ledger = ledger
         self._inner: Any = inner  # torch's type stubs leave its collectives out
         self._name, self._desc = "", ""
-        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, inner)
+        native = None if isinstance(inner, dist.ProcessGroup) else inner  # a group written in Python is no Backend to torch
+        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, native)
         self._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
         self._group = Group("", inner.rank(), inner.size())
 
@@ -121,10 +122,14 @@ class MeteredGroup(dist.ProcessGroup):
     def group_desc(self) -> str:  # type: ignore[override]
         return self._desc
 
-    def _metered(self, op: str, message_bytes: int, issue: Callable[[], dist.Work], root: int = 0) -> dist.Work:
+    def _metered(self, op: str, message_bytes: int, issue: Callable[[], dist.Work], root: int = 0, opts: Any = None) -> dist.Work:
         issued = time.perf_counter()
         total = self._ledger.enter(op, message_bytes, self._group, root)
         work = issue()
+        if not getattr(opts, "asyncOp", True):  # the caller will wait at once: here no other thread need wake up to note it
+            work.wait()
+            self._ledger.completed(total, issued)
+            return work
         # Holds the ledger only: gloo's thread drops it, late, and as the last holder of a group would have to join itself.
         done = partial(_completed, self._ledger, total, issued)
         try:
@@ -137,25 +142,25 @@ class MeteredGroup(dist.ProcessGroup):
 
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
         opts = opts if opts is not None else dist.AllreduceOptions()
-        return self._metered("all_reduce", _bytes(tensors), lambda: self._inner.allreduce(tensors, opts))
+        return self._metered("all_reduce", _bytes(tensors), lambda: self._inner.allreduce(tensors, opts), opts=opts)
 
     def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> dist.Work:
         opts = opts if opts is not None else dist.AllreduceCoalescedOptions()
         return self._metered("all_reduce", _bytes(tensors), lambda: self._inner.allreduce_coalesced(tensors, opts))
 
     def broadcast(self, tensors: Any, opts: Any) -> dist.Work:
-        return self._metered("broadcast", _bytes(tensors), lambda: self._inner.broadcast(tensors, opts), opts.rootRank)
+        return self._metered("broadcast", _bytes(tensors), lambda: self._inner.broadcast(tensors, opts), opts.rootRank, opts)
 
     def reduce(self, tensors: Any, opts: Any) -> dist.Work:
-        return self._metered("reduce", _bytes(tensors), lambda: self._inner.reduce(tensors, opts), opts.rootRank)
+        return self._metered("reduce", _bytes(tensors), lambda: self._inner.reduce(tensors, opts), opts.rootRank, opts)
 
     def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         opts = opts if opts is not None else dist.AllgatherOptions()
-        return self._metered("all_gather", _bytes(inputs), lambda: self._inner.allgather(outputs, inputs, opts))
+        return self._metered("all_gather", _bytes(inputs), lambda: self._inner.allgather(outputs, inputs, opts), opts=opts)
 
     def _allgather_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
         opts = opts if opts is not None else dist.AllgatherOptions()
-        return self._metered("all_gather", _bytes(input), lambda: self._inner._allgather_base(output, input, opts))
+        return self._metered("all_gather", _bytes(input), lambda: self._inner._allgather_base(output, input, opts), opts=opts)
 
     all_gather_single = _allgather_base
 
@@ -205,7 +210,7 @@ class MeteredGroup(dist.ProcessGroup):
 
     def barrier(self, opts: Any = None) -> dist.Work:
         opts = opts if opts is not None else dist.BarrierOptions()
-        return self._metered("barrier", 0, lambda: self._inner.barrier(opts))
+        return self._metered("barrier", 0, lambda: self._inner.barrier(opts), opts=opts)
 
     # -- point to point --------------------------------------------------------------------------------------------------
 

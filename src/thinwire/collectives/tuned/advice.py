@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from thinwire.cluster import Cluster, Device, Host, Link, Quantity, Switch
+from thinwire.collectives.choose.calibrate import calibrated
 from thinwire.collectives.choose.costs import Costs
 from thinwire.collectives.choose.question import question
 from thinwire.collectives.choose.select import choose
@@ -19,7 +20,12 @@ class Advisor:
     """cluster: None if none is known. tried: how many ways are advised."""
 
     def __init__(self, cluster: Cluster | None = None, *, tried: int = TRIED, costs: Costs | None = None) -> None:
-        self.cluster, self.tried, self._costs = cluster, tried, costs
+        self.cluster, self.tried, self.costs = cluster, tried, costs or Costs()
+
+    def calibrate(self, p: int, ours_s: float, native_s: float) -> None:
+        """Take the costs of messages from what p ranks measured; see `choose.calibrate`."""
+        whole = self.cluster is not None and self.cluster.world_size == p
+        self.costs = calibrated(self.costs, self.cluster if whole and self.cluster else equal_hosts(p), ours_s, native_s)
 
     def ways(self, op: str, message_bytes: int, ranks: Sequence[int], root: int) -> list[tuple[Way, float]]:
         """(way, predicted seconds), the best first, the native one always among them. `ranks`: global, as in the cluster."""
@@ -30,7 +36,7 @@ class Advisor:
             raise UserError(
                 f"{cluster.name} has {cluster.world_size} ranks, but rank {max(ranks)} runs; give the cluster file of these ranks"
             )
-        selection = choose(question(cluster, op, message_bytes, ranks, root), self._costs)
+        selection = choose(question(cluster, op, message_bytes, ranks, root), self.costs)
         found: list[tuple[Way, float]] = []
         names: set[str] = set()
         for one in selection.ranking:

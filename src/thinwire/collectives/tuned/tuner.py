@@ -12,7 +12,9 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from thinwire.collectives.choose.calibrate import PROBE_BYTES
 from thinwire.collectives.run.engine import Engine
+from thinwire.collectives.schedules.doubling import recursive_doubling
 from thinwire.collectives.tuned.advice import Advisor
 from thinwire.collectives.tuned.cache import Cache
 from thinwire.collectives.tuned.way import NATIVE, Call, Way, example, perform
@@ -38,12 +40,15 @@ class Tuner:
         self, advisor: Advisor, cache: Cache | None = None, *, measures: bool = True, say: Callable[[str], None] = say_to_stderr
     ) -> None:
         self._advisor, self._cache, self._measures, self._say = advisor, cache or Cache(None), measures, say
+        self._calibrated: set[int] = set()
 
     def decide(self, engine: Engine, call: Call) -> Way:
         """In a job of `engine`. Collective."""
         place = engine.place
         key = f"{call.op} {size_class(call.message_bytes)} {call.root} {','.join(map(str, place.ranks))}"
         known, offered = None, []
+        if self._measures and place.size not in self._calibrated:
+            self._calibrate(engine)
         if place.rank == 0:
             known = self._cache.find(key)
             if known is None:
@@ -65,6 +70,15 @@ class Tuner:
                 f"{show(best_s, 's')} (native {show(native_s, 's')})"
             )
         return best
+
+    def _calibrate(self, engine: Engine) -> None:
+        """Once for each number of ranks: what do messages cost here?"""
+        p = engine.place.size
+        self._calibrated.add(p)
+        doubling = Way("recursive doubling", recursive_doubling(p))
+        ours_s, native_s = measure(engine, [doubling, NATIVE], "all_reduce", PROBE_BYTES, 0)
+        if engine.place.rank == 0:
+            self._advisor.calibrate(p, ours_s, native_s)
 
 
 def size_class(message_bytes: int) -> int:

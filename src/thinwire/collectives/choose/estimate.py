@@ -1,0 +1,79 @@
+"""About how long a schedule takes in k segments, without going through its events: enough to throw out what is far off.
+
+    T_k = max(W / k + B (1 - 1/k), k O + G) + sum over steps (alpha_t + o_t + g_t / k)
+
+W      seconds on the wire if the steps were taken one after the other: the sum of what the fullest link of each carries
+B      seconds of the link that is fullest over all steps
+O, o_t software of the busiest rank, in all steps and in step t; where cores are shared, what each core has to do if that is more
+G, g_t additions, likewise
+alpha  the longest latency of a step
+
+Exact for a ring (W = B) and for a pipelined chain (W = (p-1) B, so (p-2+k)/k B), apart from overheads.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from thinwire.cluster import Link
+from thinwire.collectives.choose.costs import Costs
+from thinwire.collectives.choose.question import Question
+from thinwire.collectives.choose.simulate import element_bytes, link_seconds
+from thinwire.collectives.schedules.schedule import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """W, B, O, G, sum of alpha_t + o_t, sum of g_t."""
+
+    step_wires_s: float
+    fullest_s: float
+    software_s: float
+    added_s: float
+    steps_s: float
+    steps_added_s: float
+
+    def seconds(self, segments: int) -> float:
+        """T_k."""
+        wire_s = self.step_wires_s / segments + self.fullest_s * (1 - 1 / segments)
+        return max(wire_s, segments * self.software_s + self.added_s) + self.steps_s + self.steps_added_s / segments
+
+
+def profile(schedule: Schedule, asked: Question, costs: Costs) -> Profile:
+    """Of `schedule`, which is in one segment."""
+    unit = element_bytes(asked.message_bytes)
+    lengths = [len(one) * unit for one in schedule.ranges(schedule.block_sizes(asked.message_bytes // unit))]
+    cores = costs.cores(schedule.p) or schedule.p
+    total: Counter[Link] = Counter()
+    software: Counter[int] = Counter()
+    added: Counter[int] = Counter()
+    step_wires_s = steps_s = steps_added_s = 0.0
+    for step in schedule.steps:
+        loads: Counter[Link] = Counter()
+        work: Counter[int] = Counter()
+        sums: Counter[int] = Counter()
+        longest_s = 0.0
+        for message in step:
+            size = sum(lengths[chunk] for chunk in message.chunks)
+            if not size:
+                continue
+            work[message.source] += costs.send_s  # type: ignore[assignment]
+            work[message.target] += costs.receive_s  # type: ignore[assignment]
+            if message.reduce:
+                sums[message.target] += size * costs.reduce_s_per_byte  # type: ignore[assignment]
+            route = asked.routes.between(message.source, message.target)
+            for link in route:
+                loads[link] += size
+            longest_s = max(longest_s, sum(link.latency_s.value for link in route))
+        step_wires_s += max((link_seconds(link, size) for link, size in loads.items()), default=0.0)
+        steps_s += longest_s + _busiest(work, cores)
+        steps_added_s += _busiest(sums, cores)
+        total.update(loads)
+        software.update(work)
+        added.update(sums)
+    fullest_s = max((link_seconds(link, size) for link, size in total.items()), default=0.0)
+    busiest = _busiest(software, cores), _busiest(added, cores)
+    return Profile(step_wires_s, fullest_s, *busiest, steps_s, steps_added_s)
+
+
+def _busiest(work: Counter[int], cores: int) -> float:
+    return max(max(work.values(), default=0.0), sum(work.values()) / cores)

@@ -1,0 +1,131 @@
+"""A choice in words and numbers: what runs, what it puts on which link, how far from the bound, why the next best is worse."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from thinwire.cluster import Link
+from thinwire.collectives.choose.native import pattern
+from thinwire.collectives.choose.select import TIE, Priced, Selection
+from thinwire.collectives.choose.simulate import Simulated, link_seconds
+from thinwire.collectives.schedules.schedule import Schedule
+from thinwire.collectives.synthesis.bounds import Bound, bound
+from thinwire.units import show
+
+
+@dataclass(frozen=True)
+class Explained:
+    """bound: of this op, size and group."""
+
+    selection: Selection
+    bound: Bound
+
+    @property
+    def lines(self) -> list[tuple[str, str]]:
+        """(what, in words), from the choice to what it was chosen against."""
+        chosen, asked = self.selection.best, self.selection.asked
+        best, native, second = self.selection.best, self.selection.native, self.selection.runner_up
+        lines = [("algorithm", named(chosen)), ("moves", _moves(chosen)), ("predicted", f"{show(best.seconds, 's')}: {best.why}")]
+        part = f", {self.bound.seconds / best.seconds:.0%} of the predicted time" if best.seconds else ""
+        lines.append(("bound", f"{show(self.bound.seconds, 's')}{part}: {self.bound.where}"))
+        if second is not None:
+            lines.append(("runner-up", f"{named(second)}, {show(second.seconds, 's')}: {loses(best, second)}"))
+        if native is not best:
+            times = f" ({native.seconds / best.seconds:.2f} x)" if best.seconds else ""
+            lines.append(("native", f"{show(native.seconds, 's')}{times}: {native.why}"))
+        seen = f"{self.selection.estimated} candidates estimated, {len(self.selection.ranking)} simulated, among {asked.p} ranks"
+        lines.append(("looked at", seen))
+        lines += [("left out", sentence) for sentence in self.selection.left_out]
+        return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, units in the names."""
+        asked, best, second = self.selection.asked, self.selection.best, self.selection.runner_up
+        return {
+            "cluster": asked.cluster.name,
+            "op": asked.op,
+            "bytes": asked.message_bytes,
+            "ranks": list(asked.cluster.ranks),
+            "root": asked.root,
+            "algorithm": best.candidate.title,
+            "order": best.candidate.order and list(best.candidate.order),
+            "predicted_s": best.seconds,
+            "why": best.why,
+            "bound_s": self.bound.seconds,
+            "bound_where": self.bound.where,
+            "native_s": self.selection.native.seconds,
+            "runner_up": second and second.candidate.title,
+            "runner_up_s": second and second.seconds,
+            "runner_up_why": second and loses(best, second),
+            "links": [
+                {"source": link.source, "target": link.target, "payload_bytes": size, "busy_s": link_seconds(link, size)}
+                for link, size in fullest(best)
+            ],
+            "ranking": [{"algorithm": one.candidate.title, "predicted_s": one.seconds} for one in self.selection.ranking],
+            "left_out": list(self.selection.left_out),
+        }
+
+
+def explain(selection: Selection) -> Explained:
+    """With the bound."""
+    asked = selection.asked
+    return Explained(selection, bound(asked.cluster, asked.op, asked.message_bytes, asked.root))
+
+
+def named(one: Priced) -> str:
+    """The algorithm; for the backend's own, what that means."""
+    candidate = one.candidate
+    if candidate.model is not None:
+        return candidate.title
+    order = "in rank order" if candidate.order is None else f"in the order {' '.join(map(str, candidate.order))}"
+    return f"{candidate.title} (the backend's own collective, {order})"
+
+
+def fullest(one: Priced) -> list[tuple[Link, int]]:
+    """Links with what they carry, those first that need longest for it."""
+    return sorted(one.link_bytes.items(), key=lambda pair: -link_seconds(*pair))
+
+
+def schedule_of(one: Priced, selection: Selection) -> Schedule | None:
+    """What is run, or what the backend does by itself (positions in its own order); None if that is too large to write down."""
+    asked = selection.asked
+    if one.candidate.model is not None:
+        return one.candidate.schedule
+    order = one.candidate.order
+    return pattern(asked.op, asked.p, asked.message_bytes, asked.root if order is None else order.index(asked.root))
+
+
+def loses(best: Priced, other: Priced) -> str:
+    """Why `other` is slower: what of its critical path grew most."""
+    mine, its = best.run, other.run
+    if mine is None or its is None or its.fullest is None:
+        return other.why
+    if other.seconds <= best.seconds:
+        rule = "the backend's own code" if best.candidate.model is None else f"fewer messages, {len(mine.transfers)},"
+        return f"faster by less than {TIE:.0%}: then {rule} is preferred ({len(its.transfers)} messages)"
+    grown = {
+        "software": its.software_s - mine.software_s,
+        "latency": its.latency_s - mine.latency_s,
+        "wire": its.wire_s - mine.wire_s,
+    }
+    most = max(grown, key=grown.__getitem__)
+    if most != "wire":
+        return f"{show(grown[most], 's')} more {most} on its critical path, {len(its.transfers)} messages ({len(mine.transfers)})"
+    longer = _busy_s(its) - _busy_s(mine)
+    name = f"{its.fullest.source} -> {its.fullest.target}"
+    if longer > 0.5 * (other.seconds - best.seconds):
+        before = mine.link_bytes.get(its.fullest, 0)
+        return f"{name} carries {show(its.link_bytes[its.fullest], 'B')} ({show(before, 'B')})"
+    return f"its fullest link, {name}, is busy {its.busy:.1%} of the time ({mine.busy:.1%})"
+
+
+def _busy_s(run: Simulated) -> float:
+    return run.busy * run.seconds
+
+
+def _moves(one: Priced) -> str:
+    if one.run is None:
+        return "too many messages to go through one by one"
+    schedule = one.candidate.schedule
+    steps = f"{len(schedule.steps)} steps, " if schedule else ""
+    total = sum(transfer.payload_bytes for transfer in one.run.transfers)
+    return f"{steps}{len(one.run.transfers)} messages, {show(total, 'B')} in all"

@@ -1,0 +1,104 @@
+"""What the backend's own collective would take: gloo's patterns (`collectives.wire`) as schedules, with its costs.
+
+    all_reduce      ring to the left neighbour, two segments a chunk, of 1 MiB at most
+    reduce_scatter  the all-reduce
+    all_gather      ring to the right neighbour, two segments a block
+    reduce          ring reduce-scatter, then everyone sends its part to the root
+    broadcast       binomial tree of whole messages, nearest first. A rank posts the sends to all its children at once. If these
+                    shared its card evenly 8 equal hosts would take 6 n b (n bytes, b seconds a byte), if they went one after the
+                    other 3 n b. TCP does something between: measured were 4.35 n b at 8 hosts and 2.7 at 4 (6 and 3; 3 and 2).
+                    So: the mean.
+    all_to_all      everything at once. Of two ranks, the one that posts its send later has the other's receive already and sends
+                    at once, before its own receive is announced on the same connection: between two ranks one direction waits
+                    for the other. Measured against full duplex: 1.96 at 2 hosts, 1.61 at 4, 1.39 at 8: about 1 + 1.5 p^-0.65.
+
+On a group of its own, whose ranks are in another order, the same code is another pattern (`order`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import ceil
+
+from thinwire.collectives.choose.costs import Costs
+from thinwire.collectives.choose.question import Question
+from thinwire.collectives.choose.simulate import Simulated, simulate
+from thinwire.collectives.price import price
+from thinwire.collectives.schedules import direct, pairwise, ring, rooted
+from thinwire.collectives.schedules.combine import on_ranks, pipelined, then
+from thinwire.collectives.schedules.schedule import Chunk, Message, Schedule
+
+ORDERED = ("all_reduce", "reduce", "broadcast")
+"""Ops whose results do not depend on the order of ranks, so that the native collective can run on a reordered group."""
+
+_SEGMENT_BYTES = 1 << 20
+_MOST_MESSAGES = 40_000
+
+
+def simulate_native(asked: Question, order: Sequence[int] | None, costs: Costs) -> Simulated | None:
+    """order: of the group that it runs on. None: too many messages to go through; see `closed_form_s`."""
+    p = asked.p
+    order = tuple(range(p)) if order is None else tuple(order)
+    schedule = pattern(asked.op, p, asked.message_bytes, order.index(asked.root))
+    if schedule is None:
+        return None
+    found = simulate(on_ranks(schedule, order), asked.message_bytes, asked.routes, costs.native)
+    match asked.op:
+        case "broadcast":
+            rounds_s = price(asked.routes, "broadcast", asked.message_bytes, order, order.index(asked.root)).seconds
+            return _scaled(found, (1 + rounds_s / found.seconds) / 2) if found.seconds else found
+        case "all_to_all":
+            return _scaled(found, 1 + 1.5 * p**-0.65)
+    return found
+
+
+def closed_form_s(asked: Question, order: Sequence[int] | None) -> float:
+    """For groups that are too large to simulate."""
+    ranks = tuple(range(asked.p)) if order is None else tuple(order)
+    return price(asked.routes, asked.op, asked.message_bytes, ranks, ranks.index(asked.root)).seconds
+
+
+def pattern(op: str, p: int, message_bytes: int, root: int) -> Schedule | None:
+    """What gloo does in rank order, as a schedule; None if it has too many messages."""
+    segments = max(2, ceil(message_bytes / p / _SEGMENT_BYTES))
+    if op != "broadcast" and 2 * p * p * segments > _MOST_MESSAGES:
+        return None
+    left, right = tuple(range(p - 1, -1, -1)), tuple(range(p))
+    match op:
+        case "all_reduce" | "reduce_scatter":
+            return pipelined(ring.all_reduce(left), segments)
+        case "all_gather":
+            return pipelined(ring.all_gather(right), 2)
+        case "reduce":
+            return pipelined(then(ring.reduce_scatter(left), rooted.gather(rooted.star(p, root)), "gloo"), segments)
+        case "broadcast":
+            return _binomial(p, root)
+        case _:
+            return at_once(p)
+
+
+def at_once(p: int) -> Schedule:
+    """All-to-all in one step."""
+    schedule = pairwise.all_to_all(p)
+    everything = tuple(message for step in schedule.steps for message in step)
+    return replace(schedule, steps=(everything,) if everything else (), name=direct.all_gather(1).name)
+
+
+def _binomial(p: int, root: int) -> Schedule:
+    """In round i ranks below 2^i, counted from the root, send to those 2^i above."""
+    steps = [
+        tuple(Message((v + root) % p, (v + distance + root) % p, (0,)) for v in range(min(distance, p - distance)))
+        for distance in (1 << i for i in range((p - 1).bit_length()))
+    ]
+    return Schedule(op="broadcast", p=p, root=root, chunks=(Chunk(0),), steps=tuple(steps), name="gloo")
+
+
+def _scaled(found: Simulated, factor: float) -> Simulated:
+    return replace(
+        found,
+        seconds=found.seconds * factor,
+        software_s=found.software_s * factor,
+        wire_s=found.wire_s * factor,
+        latency_s=found.latency_s * factor,
+        busy=found.busy / factor,
+        transfers=tuple(replace(one, began_s=one.began_s * factor, left_s=one.left_s * factor) for one in found.transfers),
+    )

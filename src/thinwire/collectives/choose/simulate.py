@@ -1,0 +1,327 @@
+"""One run of a schedule on a cluster, event by event, as the executor would do it.
+
+    rank         works off its program (`schedules.program`) strictly in order, on one thread. A send costs o_s and is not waited
+                 for, unless a later action needs it to have left. A receive waits for the message, then costs o_r (+ gamma a byte
+                 where it is added). Receives are posted early: a message may travel before its receiver gets round to it.
+    connection   messages of one (source, target) pair travel one after the other, in the order in which they were sent
+    link         connections share it max-min fairly (`sharing`); payload passes at bandwidth / FRAME_OVERHEAD
+    latency      the sum along the route, added when the last byte has passed
+    one node     ranks on it reach each other without a link: only o_s and o_r
+
+Time goes from event to event; what happens within a nanosecond happens at once, so symmetrical schedules take few events.
+
+The critical path, walked back from the end, splits the seconds into software, wire (waiting in the connection included) and
+latency. (LogGP: Alexandrov et al. 1995.)
+"""
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import gcd, inf
+
+import numpy as np
+
+from thinwire.cluster import FRAME_OVERHEAD, Link
+from thinwire.cluster.graph import Routes
+from thinwire.collectives.choose.costs import Costs
+from thinwire.collectives.choose.sharing import Sharing
+from thinwire.collectives.schedules.program import programs
+from thinwire.collectives.schedules.schedule import Schedule
+
+_SAME_S = 1e-9
+_ELEMENT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One message on the wire: from when its turn came on the connection to when its last byte had left."""
+
+    source: int
+    target: int
+    payload_bytes: int
+    reduce: bool
+    began_s: float
+    left_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """seconds = software_s + wire_s + latency_s along the critical path. busy: part of the time that the fullest link works."""
+
+    seconds: float
+    software_s: float
+    wire_s: float
+    latency_s: float
+    link_bytes: Mapping[Link, int]
+    fullest: Link | None
+    busy: float
+    last_rank: int
+    transfers: tuple[Transfer, ...]
+
+    @property
+    def why(self) -> str:
+        """What decides, in words."""
+        parts = {"software": self.software_s, "latency": self.latency_s, "the wire": self.wire_s}
+        most = max(parts, key=parts.__getitem__)
+        if self.fullest is None:
+            return "no link is crossed: software alone"
+        if most == "the wire":
+            return f"{self.fullest.source} -> {self.fullest.target} is busy {self.busy:.0%} of the time"
+        path = f"{parts[most] / self.seconds:.0%} of the critical path is {most}"
+        return f"{path}; {self.fullest.source} -> {self.fullest.target} is busy {self.busy:.0%}"
+
+
+def element_bytes(message_bytes: int) -> int:
+    """The element size to cut a message of so many bytes by: that of float32 where it divides them."""
+    return gcd(message_bytes, _ELEMENT_BYTES) or 1
+
+
+def simulate(schedule: Schedule, message_bytes: int, routes: Routes, costs: Costs | None = None) -> Simulated:
+    """Rank i of the schedule is rank i of the cluster of `routes`; message_bytes as in `schedules.ops.block_sizes`."""
+    return _Run(schedule, message_bytes, routes, costs or Costs()).result()
+
+
+def link_seconds(link: Link, payload_bytes: float) -> float:
+    """How long `link` is busy with them."""
+    return payload_bytes * FRAME_OVERHEAD * 8 / link.bandwidth_bps.value
+
+
+@dataclass(slots=True)
+class _Message:
+    """pair: number of its connection, -1 on one node. Times are inf until known. sender: (rank, action) that posted it."""
+
+    source: int
+    target: int
+    size: int
+    reduce: bool
+    pair: int = -1
+    posted: float = inf
+    began: float = inf
+    left: float = inf
+    arrived: float = inf
+    before: "_Message | None" = None
+    sender: int = 0
+
+
+@dataclass(slots=True)
+class _Action:
+    """needs: earlier sends of this rank that must have left. end: when done; cause: what it waited for last, None: the rank."""
+
+    message: _Message
+    receives: bool
+    needs: list[_Message]
+    ready: float = inf
+    end: float = inf
+    cause: _Message | None = None
+
+
+@dataclass(slots=True)
+class _Rank:
+    actions: list[_Action] = field(default_factory=list)
+    at: int = 0
+    waits_for: _Message | None = None
+
+
+class _Run:
+    def __init__(self, schedule: Schedule, message_bytes: int, routes: Routes, costs: Costs) -> None:
+        self._routes, self._costs = routes, costs
+        self._links: dict[Link, int] = {}
+        self._pairs: dict[tuple[int, int], int] = {}
+        self._ways: list[list[int]] = []
+        self._latency: list[float] = []
+        unit = element_bytes(message_bytes)
+        lengths = [len(one) * unit for one in schedule.ranges(schedule.block_sizes(message_bytes // unit))]
+        self._messages = [
+            _Message(m.source, m.target, sum(lengths[chunk] for chunk in m.chunks), m.reduce) for m in schedule.messages
+        ]
+        self._ranks = self._laid_out(schedule)
+        self._capacity = [link.bandwidth_bps.value / (8 * FRAME_OVERHEAD) for link in self._links]
+        self._sharing = Sharing(self._ways, self._capacity)
+        self._queues: list[list[_Message]] = [[] for _ in self._ways]  # [0] is on its way
+        self._heads = [0] * len(self._ways)
+        self._left = np.zeros(len(self._ways))
+        self._active: set[int] = set()
+        self._changed = False
+        self._started: list[_Message] = []
+        self._cores = [0.0] * costs.cores(schedule.p)
+        self._agenda: list[tuple[float, int, int]] = []  # time, rank, 1 if its action ends then, 0 if it may begin
+        self._work()
+
+    def _laid_out(self, schedule: Schedule) -> list[_Rank]:
+        """Programs without messages that carry nothing, and what connections and links they use."""
+        for message in self._messages:
+            if message.size and (way := self._routes.between(message.source, message.target)):
+                key = message.source, message.target
+                if key not in self._pairs:
+                    self._pairs[key] = len(self._ways)
+                    self._ways.append([self._links.setdefault(link, len(self._links)) for link in way])
+                    self._latency.append(sum(link.latency_s.value for link in way))
+                message.pair = self._pairs[key]
+        ranks = []
+        for program in programs(schedule):
+            rank = _Rank()
+            for action in program:
+                message = self._messages[action.message]
+                if message.size:
+                    earlier = (program[place] for place in action.after)
+                    needs = [self._messages[one.message] for one in earlier if one.kind == "send"]
+                    rank.actions.append(_Action(message, action.kind != "send", needs))
+            ranks.append(rank)
+        return ranks
+
+    def _work(self) -> None:
+        for number in range(len(self._ranks)):
+            self._begin(number, self._costs.call_s * max(1.0, self._costs.cores_shared))
+        now = flown = 0.0  # what is left of each message is known at `flown`
+        soonest = inf
+        active, rates = np.empty(0, dtype=np.int64), np.empty(0)
+        while self._agenda or self._active:
+            now = min(soonest, self._agenda[0][0] if self._agenda else inf)
+            if soonest <= now + _SAME_S:
+                self._left[active] -= rates * (now - flown)
+                flown = now
+                for pair in active[self._left[active] <= rates * _SAME_S].tolist():
+                    self._gone(pair, now)
+            while self._agenda and self._agenda[0][0] <= now + _SAME_S:
+                time, number, ends = heapq.heappop(self._agenda)
+                self._ended(number, time) if ends else self._take_core(number, time)
+            if self._changed or self._started:
+                self._left[active] -= rates * (now - flown)
+                flown = now
+                for message in self._started:
+                    self._left[message.pair] = message.size
+                self._started.clear()
+                if self._changed:
+                    self._changed = False
+                    active = np.array(sorted(self._active), dtype=np.int64)
+                    rates = self._sharing.rates(active)
+                soonest = now + float((self._left[active] / rates).min()) if len(active) else inf
+
+    def _begin(self, number: int, time: float) -> None:
+        """The rank is free from `time` on; its next action begins when it can."""
+        rank = self._ranks[number]
+        if rank.at == len(rank.actions):
+            return
+        action = rank.actions[rank.at]
+        ready, action.cause = time, None
+        for needed in [*action.needs, action.message] if action.receives else action.needs:
+            at = needed.arrived if needed is action.message else needed.left
+            if at == inf:
+                rank.waits_for = needed
+                action.ready = time
+                return
+            if at > ready:
+                ready, action.cause = at, needed
+        rank.waits_for = None
+        action.ready = ready
+        if self._cores:
+            heapq.heappush(self._agenda, (action.ready, number, 0))
+        else:
+            heapq.heappush(self._agenda, (action.ready + self._cost(action), number, 1))
+
+    def _cost(self, action: _Action) -> float:
+        if not action.receives:
+            return self._costs.send_s
+        added = action.message.size * self._costs.reduce_s_per_byte if action.message.reduce else 0.0
+        return self._costs.receive_s + added
+
+    def _take_core(self, number: int, time: float) -> None:
+        rank = self._ranks[number]
+        start = max(time, heapq.heappop(self._cores))
+        end = start + self._cost(rank.actions[rank.at])
+        heapq.heappush(self._cores, end)
+        heapq.heappush(self._agenda, (end, number, 1))
+
+    def _ended(self, number: int, time: float) -> None:
+        rank = self._ranks[number]
+        action = rank.actions[rank.at]
+        action.end = time
+        if not action.receives:
+            self._post(action.message, rank.at, time)
+        rank.at += 1
+        self._begin(number, time)
+
+    def _post(self, message: _Message, place: int, time: float) -> None:
+        message.posted, message.sender = time, place
+        if message.pair < 0:
+            message.began = message.left = message.arrived = time
+            self._wake(message, time)
+            return
+        queue = self._queues[message.pair]
+        if len(queue) > self._heads[message.pair]:
+            message.before = queue[-1]
+        queue.append(message)
+        if message.before is None:
+            self._start(message, time)
+
+    def _start(self, message: _Message, time: float) -> None:
+        message.began = time
+        self._started.append(message)
+        if message.pair not in self._active:
+            self._active.add(message.pair)
+            self._changed = True
+
+    def _gone(self, pair: int, time: float) -> None:
+        queue, head = self._queues[pair], self._heads[pair]
+        message = queue[head]
+        message.left, message.arrived = time, time + self._latency[pair]
+        self._heads[pair] = head + 1
+        if head + 1 < len(queue):
+            self._start(queue[head + 1], time)
+        else:
+            self._active.remove(pair)
+            self._changed = True
+        self._wake(message, time)
+
+    def _wake(self, message: _Message, time: float) -> None:
+        """Its receiver, or its sender, may wait for it."""
+        for number in (message.target, message.source):
+            rank = self._ranks[number]
+            if rank.waits_for is message:
+                self._begin(number, rank.actions[rank.at].ready)
+
+    def result(self) -> Simulated:
+        ends = [rank.actions[-1].end if rank.actions else 0.0 for rank in self._ranks]
+        last = max(range(len(ends)), key=ends.__getitem__)
+        load = [0] * len(self._links)
+        for message in self._messages:
+            if message.pair >= 0:
+                for link in self._ways[message.pair]:
+                    load[link] += message.size
+        busy = [size / capacity for size, capacity in zip(load, self._capacity, strict=True)]
+        fullest = max(range(len(busy)), key=busy.__getitem__, default=None)
+        software_s, wire_s, latency_s = self._path(last)
+        links = list(self._links)
+        return Simulated(
+            seconds=ends[last],
+            software_s=software_s,
+            wire_s=wire_s,
+            latency_s=latency_s,
+            link_bytes=dict(zip(links, load, strict=True)),
+            fullest=None if fullest is None else links[fullest],
+            busy=0.0 if fullest is None else busy[fullest] / ends[last],
+            last_rank=last,
+            transfers=tuple(Transfer(m.source, m.target, m.size, m.reduce, m.began, m.left) for m in self._messages if m.size),
+        )
+
+    def _path(self, number: int) -> tuple[float, float, float]:
+        """Seconds of software, wire and latency on the critical path back from the last action of a rank."""
+        software = wire = latency = 0.0
+        place = len(self._ranks[number].actions) - 1
+        while place >= 0:
+            action = self._ranks[number].actions[place]
+            if action.cause is None:
+                begun = self._ranks[number].actions[place - 1].end if place else 0.0
+                software += action.end - begun
+                place -= 1
+                continue
+            message = action.cause
+            reached = message.arrived if message.target == number else message.left
+            software += action.end - reached
+            latency += reached - message.left
+            while message.before is not None:
+                wire += message.left - message.began
+                message = message.before
+            wire += message.left - message.began
+            number, place = message.source, message.sender
+        return software, wire, latency
