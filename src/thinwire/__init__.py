@@ -5,7 +5,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["AsyncDiLoCo", "DiLoCo", "ParameterServerWorker", "compress_gradients", "compress_sharded"]
+__all__ = ["AsyncDiLoCo", "DiLoCo", "ParameterServerWorker", "compress_gradients", "compress_sharded", "init"]
 
 _HOMES = {
     "AsyncDiLoCo": "thinwire.sync.server.diloco",
@@ -13,6 +13,7 @@ _HOMES = {
     "ParameterServerWorker": "thinwire.sync.server.worker",
     "compress_gradients": "thinwire.sync.hook",
     "compress_sharded": "thinwire.compress.sharded.api",
+    "init": "thinwire.collectives.start",
 }
 
 

@@ -1,7 +1,7 @@
 """Collectives of stock gloo and ours, in turns on the ranks of a lab, beside the lower bound and what was predicted.
 
 Stock is `torch.distributed` over gloo as it is; ours is the same calls over the backend `thinwire`, which has chosen by price and
-measurement what it runs (`algorithm`; "native" where nothing was faster). A turn gives the seconds of the slowest rank; of several
+measurement what it runs (`algorithm`; "native" where nothing was faster). A turn gives the seconds of the slowest rank; of some
 turns the least counts. `bound_s` is what no algorithm can beat on these links at payload rate (line rate / 1.0466, for frame
 headers). Short calls have two rows: each after a barrier, as in training, and back to back. Nothing is paced.
 

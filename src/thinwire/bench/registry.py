@@ -17,6 +17,7 @@ Benchmark = Callable[[str | None, Mapping[str, Any]], Rows]
 
 BENCHMARKS: Mapping[str, str] = {
     "collectives": "thinwire.bench.collectives",
+    "collective_steps": "thinwire.bench.collective_steps",
     "compress": "thinwire.bench.compress",
     "ddp": "thinwire.bench.ddp",
     "fsdp": "thinwire.bench.fsdp",

@@ -7,13 +7,18 @@ DistributedDataParallel and its hooks, nothing of ours underneath:
     "powersgd"  low rank with error feedback and warm start (Vogels et al. 2019)
     "silent"    every pass under no_sync: what a step takes where nothing is exchanged
 
-Nothing is predicted; the ledger counts what is sent where the group is metered. The rehearsal exchanges (and throws away) two
-gradients where ours exchanges none: PyTorch forms its buckets anew after the first pass, and its PowerSGD can compress only from
-the third on. So all methods begin training with their first compressed step.
+Nothing is predicted; the ledger counts what is sent where the group is metered. Replicas begin from the same seed, so PyTorch's
+broadcast of the first weights is left out: a model takes as long as a step of training on a slow link, and the bench compares the
+weights' digests instead.
+
+The rehearsal exchanges one gradient and throws it away, where ours exchanges none: PyTorch forms its buckets anew after its first
+exchange. What its PowerSGD remembers of this one is thrown away too, because it belongs to the first buckets. So all methods
+begin training with their first compressed step.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import count
 
 import torch
 import torch.distributed as dist
@@ -26,7 +31,8 @@ from thinwire.sync.alone import Alone
 ONE_BUCKET_MIB = 1000.0
 """With more than one bucket PyTorch's PowerSGD hangs on gloo: all-reduces of two buckets are issued by two threads."""
 FIRST_COMPRESSED = 2
-"""The earliest that torch allows with error feedback."""
+"""The earliest that torch allows with error feedback: before, PowerSGD would see the first buckets. Here it is the rehearsal that
+sees them."""
 SILENT = "silent"
 
 
@@ -37,6 +43,7 @@ class StockSync(Alone):
         super().__init__()
         self._hook, self._rank, self._group = hook, rank, group
         self._replica: DistributedDataParallel | None = None
+        self._powersgd: powerSGD_hook.PowerSGDState | None = None
 
     @contextmanager
     def attached(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> Iterator[torch.nn.Module]:
@@ -44,16 +51,18 @@ class StockSync(Alone):
         self._replica = DistributedDataParallel(
             model,
             process_group=self._group,
+            init_sync=False,
             bucket_cap_mb=ONE_BUCKET_MIB if self._hook == "powersgd" else None,
             gradient_as_bucket_view=True,
         )
         if self._hook == "fp16":
             self._replica.register_comm_hook(self._group, default_hooks.fp16_compress_hook)
         elif self._hook == "powersgd":
-            state = powerSGD_hook.PowerSGDState(
+            self._powersgd = powerSGD_hook.PowerSGDState(
                 self._group, matrix_approximation_rank=self._rank, start_powerSGD_iter=FIRST_COMPRESSED
             )
-            self._replica.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+            self._powersgd.iter = FIRST_COMPRESSED
+            self._replica.register_comm_hook(self._powersgd, powerSGD_hook.powerSGD_hook)
         try:
             yield self._replica
         finally:
@@ -62,8 +71,21 @@ class StockSync(Alone):
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
         """See the top of the file. Collective unless silent."""
-        with self.microbatch(last=True):
+        assert self._replica is not None, "attached() comes first"
+        passes = count()
+
+        def exchange_first(replica: DistributedDataParallel, _: object) -> None:
+            replica.require_backward_grad_sync = next(passes) == 0 and self._hook != SILENT
+
+        handle = self._replica.register_forward_pre_hook(exchange_first)
+        try:
             yield
+        finally:
+            handle.remove()
+            self._replica.require_backward_grad_sync = True
+        if self._powersgd:
+            for memory in (self._powersgd.error_dict, self._powersgd.p_memory_dict, self._powersgd.q_memory_dict):
+                memory.clear()
 
     @contextmanager
     def microbatch(self, last: bool) -> Iterator[None]:

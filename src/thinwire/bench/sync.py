@@ -19,7 +19,8 @@ too, and unpaced.
     torn                  the part of the exchanges that lacked values of a rank
 
 With three links or more a table says which rate each method needs (`sync_rates`); with `target`, a part of data parallelism's
-tokens, each row says how long the loss that it has then takes (`sync_target`). Methods of other packages are in `peer_sync`.
+tokens, each row says how long the loss that it has then takes (`sync_target`). `learned` names a file that keeps what was learned
+for later runs (`sync_learned`). Methods of other packages are in `peer_sync`.
 """
 
 import json
@@ -36,9 +37,10 @@ from thinwire.bench.peer_sync import check, launches, prefix
 from thinwire.bench.progress import shown
 from thinwire.bench.registry import Rows, take
 from thinwire.bench.sync_bars import UNCOMPRESSED, bar_rows
+from thinwire.bench.sync_learned import kept, key_of
 from thinwire.bench.sync_methods import Method, make_method
 from thinwire.bench.sync_rates import rate_rows
-from thinwire.bench.sync_target import add_targets
+from thinwire.bench.sync_target import add_targets, target_rows
 from thinwire.cluster import Cluster, Quantity, load_cluster
 from thinwire.collectives.ledger import Ledger
 from thinwire.errors import UserError
@@ -71,11 +73,14 @@ DEFAULTS: Mapping[str, Any] = {
     "turn_s": 2.0,
     "curve_every": 0,
     "target": 0.0,
+    "learned": "",
 }
 UNSHAPED = "unshaped"
 SLOWEST_BPS, UNSHAPED_BPS = 1e3, 100e9
 """The slowest and the fastest that a lab can be told; no card of it gets to the latter."""
 TIMEOUT_S, PATIENCE_S = 1800.0, 4 * 3600.0
+POINTS = 20
+"""Of the curve of a whole run, where a target is wanted."""
 NO_EXCHANGE = "no exchange"
 SCRIPT = "thinwire.bench.peers.sync_contenders"
 
@@ -98,28 +103,39 @@ def run(cluster_name: str | None = None, options: Mapping[str, Any] | None = Non
         "seeds": seeds,
         "timeout_s": TIMEOUT_S,
         **{key: told[key] for key in ("fused", "turns", "turn_s")},
-        "curve_every": told["curve_every"] or (max(1, told["steps"] // 20) if told["target"] else 0),
+        "curve": _curve(told),
     }
+    ranks = told["ranks"] if cluster is None else cluster.world_size
     timed: dict[Link, dict[str, dict[str, Any]]] = {link: {} for link in links}
-    learned: list[dict[str, Any]] = []
-    for launch_methods in launches(methods):
-        if cluster is None:
-            both = _on_loopback("time,learn", told["ranks"], launch_methods, settings)
-            timed[links[0]] |= _beside_silence(both["time"])
-        else:
+    with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
+        path = Path(told["learned"] or f"{folder}/learned").resolve()
+        settings["learned"] = str(path)
+        for launch_methods in launches(methods):
+            if cluster is None:
+                timed[links[0]] |= _beside_silence(_on_loopback("time,learn", ranks, launch_methods, settings))
+                continue
             for link in links:
                 timed[link] |= _beside_silence(_in_lab(cluster, link, launch_methods, settings))
-            both = _on_loopback("learn", cluster.world_size, launch_methods, settings)
-        learned += both["learn"]
-    names = [method.name for method in methods]
-    learned.sort(key=lambda one: (seeds.index(one["seed"]), names.index(one["method"])))
+            _on_loopback("learn", ranks, launch_methods, settings)
+        there = kept(path)
+    learned = [there[key_of(method, seed, ranks, settings["curve"])] for seed in seeds for method in methods]
     rows = [_row(timed[link], link, one) for link in links for one in learned]
     if told["target"]:
         unshaped = next((timed[link] for link in links if link.rate_bps is None), None)
         unshaped_s = median(unshaped[UNCOMPRESSED[0]]["step_s"]) if unshaped and UNCOMPRESSED[0] in unshaped else None
         add_targets(rows, learned, told["target"], UNCOMPRESSED[0], unshaped_s)
+    others = {method.name for method in methods if method.hook is not None or method.package}
     needed = rate_rows(rows, _predicted(cluster, methods, told)) if cluster is not None and len(links) > 2 else []
-    return rows + bar_rows(rows) + needed
+    return rows + bar_rows(rows) + target_rows(rows, others) + needed
+
+
+def _curve(told: Mapping[str, Any]) -> list[int]:
+    """Steps after which the held-out loss is taken. For a target: from half of its steps on."""
+    steps = told["steps"]
+    every, first = told["curve_every"], 1
+    if told["target"] and not every:
+        every, first = max(1, steps // POINTS), int(told["target"] * steps / 2)
+    return [step for step in range(first, steps + 1) if step % every == 0] if every else []
 
 
 def _predicted(cluster: Cluster, methods: Sequence[Method], told: Mapping[str, Any]) -> dict[str, Callable[[float], float]]:
@@ -206,13 +222,15 @@ def _command(phases: str, results: str, progress: Path, methods: Sequence[Method
     return [*prefix(methods), sys.executable, "-m", SCRIPT, phases, results, json.dumps(told)]
 
 
-def _on_loopback(phases: str, ranks: int, methods: Sequence[Method], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """{phase: what rank 0 wrote}."""
+def _on_loopback(phases: str, ranks: int, methods: Sequence[Method], settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{method: lists over the turns} if `time` is among the phases."""
     with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
         progress = Path(folder) / "progress"
         with shown(progress, "loopback"):
             run_local([_command(phases, folder, progress, methods, settings)], ranks, PATIENCE_S)
-        return {phase: json.loads((Path(folder) / f"{phase}.json").read_text()) for phase in phases.split(",")}
+        timed = Path(folder) / "time.json"
+        found: dict[str, dict[str, Any]] = json.loads(timed.read_text()) if timed.exists() else {}
+        return found
 
 
 def _in_lab(cluster: Cluster, link: Link, methods: Sequence[Method], settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,8 @@
     SYNCn                             a kind of [sync] that exchanges every n steps: diloco30, streaming30, sparseloco30, ..
     SYNCn-KIND                        the same through a kind of [compress]
     streamingN-overlap5-layers2       with so many steps of overlap, and layers in a fragment
+    SYNCn-outer70-momentum50-mixing0  with an outer learning rate of 0.7, an outer momentum of 0.5, a mixing of 0
+    METHOD-rate200                    with twice the learning rate of the others
     torchft-dilocoN                   torchft's DiLoCo every N steps, float32
     hivemind-CODE                     hivemind's averaging of gradients every step; CODE: fp32, fp16, u8 or q8
 
@@ -24,7 +26,7 @@ from typing import Any
 
 from thinwire.compress.base import CODECS, make_codec
 from thinwire.compress.codecs.blocked import Fusable
-from thinwire.config.run import RunConfig
+from thinwire.config.run import RunConfig, TrainSection
 from thinwire.errors import UserError
 from thinwire.tomlfile import validate
 
@@ -32,11 +34,16 @@ STOCK = re.compile(r"ddp(?:-(?P<hook>fp16|powersgd(?P<rank>[1-9]\d*)))?")
 TORCHFT = re.compile(r"torchft-diloco(?P<every>[1-9]\d*)")
 HIVEMIND = re.compile(r"hivemind-(?P<code>fp32|fp16|u8|q8)")
 KIND = re.compile(r"(?P<kind>[a-z_]+)(?P<number>[1-9]\d*)")
+NUMBERED = re.compile(r"(?P<what>[a-z]+)(?P<number>0|[1-9]\d*)")
 BUCKETS = re.compile(r"([1-9]\d*)k")
 NUMBERS: Mapping[str, str] = {"powersgd": "rank", "svd": "rank", "topk": "k", "demo": "k"}
 """What the number behind a kind's name sets."""
 RARE = ("local_sgd", "diloco", "streaming", "sparseloco", "muloco", "noloco")
 SYNC_NUMBERS: Mapping[str, str] = {"overlap": "overlap", "layers": "layers_per_fragment"}
+SYNC_PERCENT: Mapping[str, str] = {"outer": "outer_learning_rate", "momentum": "outer_momentum", "mixing": "mixing"}
+RATE = "rate"
+"""Percent of the learning rate that all methods share. Replicas that go alone have gradients of fewer tokens, and where noise
+rules, AdamW moves along the gradient by less: by half for a quarter of the tokens. So they want a higher rate."""
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "all": {"exclude": [], "vectors": True},
     "nofeedback": {"feedback": False},
@@ -86,10 +93,15 @@ def make_method(name: str, base: Mapping[str, Any], *, fused: bool = False) -> M
         compress: dict[str, Any] = {}
     else:
         rare, compress = None, compress_section(word)
+    percent = 100
     for variant in variants:
-        buckets, number = BUCKETS.fullmatch(variant), KIND.fullmatch(variant)
-        if number and number["kind"] in SYNC_NUMBERS:
-            sync[SYNC_NUMBERS[number["kind"]]] = int(number["number"])
+        buckets, number = BUCKETS.fullmatch(variant), NUMBERED.fullmatch(variant)
+        if number and number["what"] in SYNC_NUMBERS:
+            sync[SYNC_NUMBERS[number["what"]]] = int(number["number"])
+        elif number and number["what"] in SYNC_PERCENT:
+            sync[SYNC_PERCENT[number["what"]]] = int(number["number"]) / 100
+        elif number and number["what"] == RATE:
+            percent = int(number["number"])
         elif buckets:
             sync["bucket_bytes"] = int(buckets[1]) * 1024
         elif variant in VARIANTS:
@@ -100,7 +112,10 @@ def make_method(name: str, base: Mapping[str, Any], *, fused: bool = False) -> M
             raise UserError(f"method {name!r}: there is no variant {variant!r}; there are {', '.join(VARIANTS)}, and 256k")
     if fused and compress and _has_kernels(compress["kind"]):
         compress["fused"] = True
-    changes = TRAIN.get(sync["kind"] if rare else compress["kind"], {})
+    changes = dict(TRAIN.get(sync["kind"] if rare else compress["kind"], {}))
+    if percent != 100:
+        shared = base.get("train", {}).get("learning_rate", TrainSection().learning_rate)
+        changes["learning_rate"] = changes.get("learning_rate", shared) * percent / 100
     return Method(name, _config(name, {**base, "sync": sync}, compress, changes))
 
 

@@ -2,13 +2,19 @@
 
 The target is the held-out loss that fp32 data parallelism has after a part of its tokens (usually 0.8), on the same seed.
 `time_ratio` is against what data parallelism needs for it where the links are not shaped.
+
+Of ours the fastest on each link is held to the bars below, and set beside every other way that was measured there.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
+from statistics import mean
 from typing import Any
 
 from thinwire.bench.registry import Rows
+
+BARS: Mapping[float, float] = {100e6: 1.08, 10e6: 1.15, 1e6: 1.6}
+"""The most that `time_ratio` may be, by the rate of the links in bit/s."""
 
 Curve = Sequence[tuple[int, float]]
 """(steps done, held-out loss), steps going up."""
@@ -48,3 +54,33 @@ def add_targets(rows: Rows, learned: Sequence[Mapping[str, Any]], part: float, r
         row |= {"target_loss": target, "steps_to_target": steps, "time_to_target_s": steps * row["step_s"] if steps else None}
         if steps and best and unshaped_s:
             row["time_ratio"] = steps * row["step_s"] / (best * unshaped_s)
+
+
+def target_rows(rows: Sequence[Mapping[str, Any]], others: Collection[str]) -> Rows:
+    """For each link where some way of ours reaches the target with every seed: the fastest, its bar, and its lead over `others`.
+
+    `ahead`: their time over ours, means over the seeds; None for one that does not reach the target with every seed.
+    """
+    found: Rows = []
+    for link_bps in dict.fromkeys(row["link_bps"] for row in rows):
+        there: dict[str, list[float | None]] = {}
+        for row in rows:
+            if row["link_bps"] == link_bps:
+                there.setdefault(row["method"], []).append(row.get("time_ratio"))
+        means: dict[str, float] = {}
+        for name, values in there.items():
+            reached = [value for value in values if value is not None]
+            if len(reached) == len(values):
+                means[name] = mean(reached)
+        ours = min((name for name in means if name not in others), key=means.__getitem__, default=None)
+        if ours is None:
+            continue
+        bar = BARS.get(link_bps) if link_bps else None
+        said = {"case": "time to target", "link_bps": link_bps, "method": ours}
+        if bar:
+            found.append({**said, "time_ratio": means[ours], "bar": bar, "held": means[ours] <= bar})
+        for name in there:
+            if name in others:
+                ahead = means[name] / means[ours] if name in means else None
+                found.append({**said, "peer": name, "ahead": ahead, "held": ahead is None or ahead >= 1})
+    return found

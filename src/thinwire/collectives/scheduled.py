@@ -62,14 +62,14 @@ class ScheduledGroup(MeteredGroup):
         if reduction is None or not _usable(tensors):
             return native()
         flat, back = _flat(tensors[0])
-        return self._run(Call("all_reduce", flat, flat, reduction), tensors, native, back)
+        return self._run(Call("all_reduce", flat, flat, reduction, back=back), tensors, native, opts)
 
     def broadcast(self, tensors: Any, opts: Any) -> dist.Work:
         native = partial(super().broadcast, tensors, opts)
         if not _usable(tensors):
             return native()
         flat, back = _flat(tensors[0])
-        return self._run(Call("broadcast", flat, flat, root=opts.rootRank), tensors, native, back)
+        return self._run(Call("broadcast", flat, flat, root=opts.rootRank, back=back), tensors, native, opts)
 
     def reduce(self, tensors: Any, opts: Any) -> dist.Work:
         native = partial(super().reduce, tensors, opts)
@@ -78,15 +78,15 @@ class ScheduledGroup(MeteredGroup):
             return native()
         flat, back = _flat(tensors[0])
         mine = in_place("reduce", opts.rootRank, self._engine.place.rank)
-        call = Call("reduce", flat, flat if mine else flat[:0], reduction, opts.rootRank)
-        return self._run(call, tensors, native, back if mine else None)
+        call = Call("reduce", flat, flat if mine else flat[:0], reduction, opts.rootRank, back if mine else None)
+        return self._run(call, tensors, native, opts)
 
     def _allgather_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
         native = partial(super()._allgather_base, output, input, opts)
         if not _usable([input, output]) or output.numel() != self._engine.place.size * input.numel():
             return native()
         flat, back = _flat(output)
-        return self._run(Call("all_gather", _flat(input)[0], flat), [output], native, back)
+        return self._run(Call("all_gather", _flat(input)[0], flat, back=back), [output], native, opts)
 
     all_gather_single = _allgather_base
 
@@ -96,7 +96,7 @@ class ScheduledGroup(MeteredGroup):
         if reduction is None or not _usable([input, output]) or input.numel() != self._engine.place.size * output.numel():
             return native()
         flat, back = _flat(output)
-        return self._run(Call("reduce_scatter", _flat(input)[0], flat, reduction), [output], native, back)
+        return self._run(Call("reduce_scatter", _flat(input)[0], flat, reduction, back=back), [output], native, opts)
 
     reduce_scatter_single = _reduce_scatter_base
 
@@ -106,25 +106,22 @@ class ScheduledGroup(MeteredGroup):
         if not even or not _usable([input, output]) or input.numel() != output.numel():
             return native()
         flat, back = _flat(output)
-        return self._run(Call("all_to_all", _flat(input)[0], flat), [output], native, back)
+        return self._run(Call("all_to_all", _flat(input)[0], flat, back=back), [output], native, opts)
 
     all_to_all_single = alltoall_base
 
-    def _run(self, call: Call, results: Any, native: Callable[[], dist.Work], back: Callable[[], None] | None) -> dist.Work:
-        """back: brings the results from a copy to where they belong."""
+    def _run(self, call: Call, results: Any, native: Callable[[], dist.Work], opts: Any) -> dist.Work:
         way = self._way(call)
         if way.native:
             return native()
         engine, ledger, issued = self._engine, self._ledger, time.perf_counter()
         total = ledger.enter(call.op, call.message_bytes, self._group, call.root, wire_bytes(way, call, engine))
 
-        def job() -> None:  # without `self`: the last to let go of a group must not be the thread that the group ends
+        def job() -> None:  # knows nothing of `self`: a group must not end on the thread that ends with it
             perform(way, call, engine)
-            if back is not None:
-                back()
             ledger.completed(total, issued)
 
-        return engine.submit(_words(call), job, results)
+        return engine.submit(_words(call), job, results, blocking=not getattr(opts, "asyncOp", True))
 
     def _way(self, call: Call) -> Way:
         """Decided upon when first asked for: collective, and waits for it."""

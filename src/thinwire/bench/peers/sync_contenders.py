@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from thinwire.bench.peers.outside import alone, helpers_s
 from thinwire.bench.progress import tell
 from thinwire.bench.stock_sync import SILENT, StockSync
+from thinwire.bench.sync_learned import keep, kept, key_of
 from thinwire.bench.sync_methods import Method, make_method
 from thinwire.cluster import load_cluster
 from thinwire.collectives import backend
@@ -39,9 +40,9 @@ from thinwire.train.runtime import process_group, read_surroundings
 from thinwire.train.step import Stepper, make_optimizer
 
 WARM_STEPS, MOST_STEPS = 2, 20
-SLOW_STEP_S, SLOW_ROUND_S = 10.0, 90.0
-"""Of a step that is warm enough after one, and of a round of turns after which no other follows: the wire sets such times, not
-chance."""
+SLOW_STEP_S, SLOW_TURN_S = 10.0, 40.0
+"""Of a rehearsal or step after which a contender is warm, and of a turn after which it takes no other: the wire sets such times,
+not chance."""
 TELL_EVERY = 50
 """Steps of learning between two words of how far it is."""
 
@@ -88,8 +89,9 @@ class Rank:
         return time.process_time() + (helpers_s() if any(method.package for method in self.methods) else 0.0)
 
     def stepper(self, method, task, group, stack):
-        """A replica of its own, ready to train. Collective."""
+        """A replica of its own, ready to train, and the seconds of its rehearsal. Collective."""
         model = task.build_model()
+        check_equal(model, f"{method.name}: before training")  # nobody broadcasts the first weights
         train = method.config.train
         optimizer, sync = make_optimizer(model, train), self.sync(method, group)
         stepper = Stepper(
@@ -100,8 +102,10 @@ class Rank:
             precision=nullcontext,
             train=train,
         )
+        dist.barrier()
+        started = time.perf_counter()
         stepper.rehearse(task.batch(0, self.place.rank))
-        return stepper, model
+        return stepper, model, time.perf_counter() - started
 
     def step(self, stepper, task, step):
         """One step of one contender. Collective."""
@@ -136,6 +140,8 @@ class Contender:
     every: int = 1
     steps: int = 1
     done: int = 0
+    slow: bool = False
+    """Whether one turn said it all."""
     measured: dict = field(default_factory=lambda: {"step_s": [], "processor_s": [], "card_bytes": [], "wait_s": []})
 
 
@@ -151,22 +157,21 @@ def measure_time(rank):
     with ExitStack() as stack:
         contenders = []
         for index, method in enumerate(methods):
-            stepper, model = rank.stepper(method, task, stock_group, stack)
+            stepper, model, rehearsal_s = rank.stepper(method, task, stock_group, stack)
             pacer = Pacer.of(task.workload, flops_per_s) if flops_per_s else None
             if pacer:
                 stack.enter_context(pacer.attached(model, task.workload))
             contender = Contender(method.name, stepper, pacer, getattr(method.config.sync, "every", 1))
-            warm_up(rank, contender, task)
+            warm_up(rank, contender, task, rehearsal_s)
             contenders.append(contender)
             rank.tell(index + 1, parts, f"{method.name} is warm")
         for turn in range(told["turns"]):
-            began = time.perf_counter()
             for index, contender in enumerate(contenders):
+                if contender.slow:
+                    continue
                 take_turn(rank, contender, task)
                 done = len(methods) * (turn + 1) + index + 1
                 rank.tell(done, parts, f"turn {turn + 1}: {contender.name} {contender.measured['step_s'][-1]:.3f} s a step")
-            if rank.agree(time.perf_counter() - began > SLOW_ROUND_S):
-                break
         torn = {contender.name: torn_exchanges(rank, contender.stepper.sync) for contender in contenders}
     return {
         contender.name: {
@@ -178,16 +183,17 @@ def measure_time(rank):
     }
 
 
-def warm_up(rank, contender, task):
+def warm_up(rank, contender, task, rehearsal_s):
     """Untimed steps, and how many fit into a turn; as rank 0 says."""
+    step_s = rehearsal_s
     for _ in range(WARM_STEPS):
+        if rank.agree(step_s > SLOW_STEP_S):
+            break
         dist.barrier()
         started = time.perf_counter()
         rank.step(contender.stepper, task, contender.done)
         contender.done += 1
         step_s = time.perf_counter() - started
-        if rank.agree(step_s > SLOW_STEP_S):
-            break
     fitting = rank.agree(round(rank.told["turn_s"] / step_s))
     contender.steps = -(-min(max(1, fitting), MOST_STEPS) // contender.every) * contender.every
     contender.done = 0 if contender.every > 1 else contender.done
@@ -215,38 +221,48 @@ def take_turn(rank, contender, task):
     measured["step_s"].append(seconds / contender.steps)
     measured["processor_s"].append(used / contender.steps)
     measured["card_bytes"].append(sums[0] / contender.steps / rank.place.world_size)
+    enough = 2 if contender.every > 1 else 1  # a rare method's first exchange, which nothing has warmed, is in its first turn
+    contender.slow = rank.agree(seconds > SLOW_TURN_S and len(measured["step_s"]) >= enough)
     if contender.stepper.sync.ready_at:  # stock peers do not say
         measured["wait_s"].append(sum(time.wait_s for time in times) / contender.steps)
 
 
 def learn(rank):
-    """[{"method", "seed", "heldout_loss", "wire_bytes_per_step"}]."""
-    told = rank.told
-    rows, done, parts = [], 0, len(told["seeds"]) * len(rank.methods)
-    for seed in told["seeds"]:
-        base = {**told["base"], "train": {**told["base"]["train"], "seed": seed}}
-        task = rank.task(make_method("ddp", base).config)
-        for method in rank.methods:
-            rows.append({"method": method.name, "seed": seed, **learn_one(rank, method, task, seed, (done, parts))})
-            done += 1
-            rank.tell(done, parts, f"{method.name}, seed {seed}: held-out loss {rows[-1]['heldout_loss']:.4f}")
-    return rows
+    """Every method with every seed that is not in the file of what was learned; each goes there as soon as it is over."""
+    told, world_size = rank.told, rank.place.world_size
+    path = Path(told["learned"])
+    known = rank.agree(list(kept(path)))
+    wanted = [
+        (seed, method, key)
+        for seed in told["seeds"]
+        for method in rank.methods
+        if (key := key_of(method, seed, world_size, told["curve"])) not in known
+    ]
+    task, task_seed = None, None
+    for done, (seed, method, key) in enumerate(wanted):
+        if seed != task_seed:
+            base = {**told["base"], "train": {**told["base"]["train"], "seed": seed}}
+            task, task_seed = rank.task(make_method("ddp", base).config), seed
+        found = learn_one(rank, method, task, seed, (done, len(wanted)))
+        if rank.place.rank == 0:
+            keep(path, key, {"method": method.name, "seed": seed, **found})
+        rank.tell(done + 1, len(wanted), f"{method.name}, seed {seed}: held-out loss {found['heldout_loss']:.4f}")
 
 
 def learn_one(rank, method, task, seed, progress):
     """Train one method from the beginning; the bytes are those of the later half of the steps, of all if they come rarely."""
     steps, (done, parts) = method.config.train.steps, progress
     counted_from = 0 if method.config.sync.rare else steps // 2
-    curve_every, curve, sent = rank.told["curve_every"], [], 0
+    curve, sent = [], 0
     with ExitStack() as stack:
-        stepper, model = rank.stepper(method, task, dist.group.WORLD, stack)
+        stepper, model, _ = rank.stepper(method, task, dist.group.WORLD, stack)
         for step in range(steps):
             if step == counted_from:
                 sent = rank.ledger.sent_bytes
             if step and step % TELL_EVERY == 0:
                 rank.tell(done + step / steps, parts, f"{method.name}, seed {seed}: step {step}")
             rank.step(stepper, task, step)
-            if curve_every and (step + 1) % curve_every == 0:
+            if step + 1 in rank.told["curve"]:
                 before = rank.ledger.sent_bytes
                 with stepper.sync.averaged():
                     total, weight = rank.sum(task.score(model, rank.place.rank))
@@ -257,7 +273,7 @@ def learn_one(rank, method, task, seed, progress):
         with stepper.sync.averaged():
             apart = weights_apart(model)
             if method.package != "hivemind":
-                check_equal(model, f"{method.name}, seed {seed}")
+                check_equal(model, f"{method.name}, seed {seed}: after training")
             total, weight, sent = rank.sum([*task.score(model, rank.place.rank), sent])
         torn = torn_exchanges(rank, stepper.sync)
     sent_per_step = None if method.package else sent / rank.place.world_size / (steps - counted_from)
@@ -293,7 +309,7 @@ def check_equal(model, name):
     digests = [None] * dist.get_world_size()
     dist.all_gather_object(digests, digest.hexdigest())
     if len(set(digests)) > 1:
-        sys.exit(f"{name}: after training the replicas differ: {', '.join(digest[:8] for digest in digests)}")
+        sys.exit(f"{name} the replicas differ: {', '.join(digest[:8] for digest in digests)}")
 
 
 def pace_of(lab, rank):
@@ -321,7 +337,7 @@ def main(phases, results, settings):
         rank = Rank(told, ledger, surroundings)
         for phase in phases.split(","):
             found = measure_time(rank) if phase == "time" else learn(rank)
-            if surroundings.place.rank == 0:
+            if found is not None and surroundings.place.rank == 0:
                 (Path(results) / f"{phase}.json").write_text(json.dumps(found))
         dist.barrier()
 

@@ -1,13 +1,20 @@
 """The schedules of one group: a thread that runs them in the order of their calls, on a private group of the same ranks.
 
+A caller that would wait at once runs its schedule itself, if none is under way: to wake a thread and be woken by it takes longer
+than a short message.
+
 Before ranks run something new together they tell each other what it is (`agree`): what differs is an error on all of them. Ranks
 that part ways later wait for messages that nobody sends. So whoever waits longer than `LOOK_S` writes into the store what it is
-waiting in, and reads what the others wrote: if one is in the same call with something else, all of them fail at once, with both
-named. A rank that calls nothing is found by the group's time-out.
+waiting in, and reads what the others wrote: if one is in the same call with something else, both are named. Then the connections
+of the private groups are shut, which ends every wait in them, here and at the other ends. A rank that calls nothing is found by
+the group's time-out.
 """
 
 import json
+import os
 import queue
+import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -68,6 +75,9 @@ class Engine:
         self._private: Any = None
         self._runner: Runner | None = None
         self._reordered: dict[tuple[int, ...], Any] = {}
+        self._sockets: list[int] = []
+        self._lock = threading.Lock()
+        self._open = 0
 
     # -- what the thread's jobs use ---------------------------------------------------------------------------------------
 
@@ -100,7 +110,7 @@ class Engine:
         told = [bytes(row.tolist()).decode().strip() for row in everyone.view(self.place.size, TOLD_BYTES)]
         other = next((rank for rank, one in enumerate(told) if one != told[0]), None)
         if other is not None:
-            raise self._apart(0, told[0], other, told[other])
+            raise self._apart((0, told[0]), (other, told[other]))
 
     def told(self, value: Any = None) -> Any:
         """What position 0 of the group says, as JSON goes. Collective, in a job."""
@@ -116,19 +126,27 @@ class Engine:
 
     # -- jobs -------------------------------------------------------------------------------------------------------------
 
-    def submit(self, what: str, run: Callable[[], Any], tensors: Sequence[torch.Tensor] = ()) -> Pending:
-        """`run` on the thread, after all before it. what: in words, for errors; tensors: where results will be."""
-        pending = Pending()
+    def submit(
+        self, what: str, run: Callable[[], Any], tensors: Sequence[torch.Tensor] = (), *, blocking: bool = False
+    ) -> Pending:
+        """`run` after all before it. what: in words, for errors; tensors: where results will be; blocking: the caller waits."""
+        job = _Job(0, what, run, Pending(), list(tensors))
         if self._broken is not None:
-            pending.fail(self._broken)
-            return pending
+            job.pending.fail(self._broken)
+            return job.pending
         if not self._threads:
             for target in (self._work, self._watch):
                 self._threads.append(threading.Thread(target=target, name=f"thinwire {target.__name__}", daemon=True))
                 self._threads[-1].start()
-        self._count += 1
-        self._jobs.put(_Job(self._count, what, run, pending, list(tensors)))
-        return pending
+        with self._lock:
+            self._count += 1
+            self._open += 1
+            job.number, alone = self._count, self._open == 1
+        if blocking and alone:
+            self._do(job)
+        else:
+            self._jobs.put(job)
+        return job.pending
 
     def ask(self, what: str, run: Callable[[], Any]) -> Any:
         """What `run` returns; waits for it."""
@@ -146,26 +164,34 @@ class Engine:
             self._private = self._runner = None
             self._reordered.clear()
 
-    @torch.no_grad()
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
+            self._do(job)
+            job = None  # or what it holds would live until the next one
+
+    @torch.no_grad()
+    def _do(self, job: _Job) -> None:
+        try:
             if self._broken is not None:
-                job.pending.fail(self._broken)
-                continue
+                raise self._broken
             job.started_s, self._current = time.monotonic(), job
-            try:
-                job.run()
-            except Exception as error:
-                self._fail(job, error if isinstance(error, UserError) else self._lost(job, error))
-            else:
-                job.pending.finish(job.tensors)
-            job = self._current = None  # or what it holds would live until the next one
+            job.run()
+        except Exception as error:
+            self._fail(job, error if isinstance(error, UserError) else self._lost(job, error))
+        else:
+            with self._lock:
+                self._open -= 1
+            job.pending.finish(job.tensors)
+        self._current = None
 
     def _fail(self, job: _Job, error: Exception) -> None:
-        self._broken = error  # the ranks may have parted: nothing that comes after can be trusted
-        job.pending.fail(error)
+        self._broken = self._broken or error  # the ranks may have parted: nothing that comes after can be trusted
+        job.pending.fail(self._broken)
 
     def _lost(self, job: _Job, error: Exception) -> UserError:
+        apart = self._broken or self._compared(job)
+        if isinstance(apart, UserError):
+            return apart
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         waited_s = time.monotonic() - job.started_s
         return UserError(
@@ -178,23 +204,26 @@ class Engine:
     def _watch(self) -> None:
         while self._broken is None and not self._closed.wait(LOOK_S / 5):
             job = self._current
-            if job is not None and time.monotonic() - job.started_s > LOOK_S:
-                self._compare(job)
+            if job is None or time.monotonic() - job.started_s < LOOK_S:
+                continue
+            if (error := self._compared(job)) is not None:
+                self._fail(job, error)
+                for number in self._sockets:
+                    _shut(number)
 
-    def _compare(self, job: _Job) -> None:
-        """Of a job that takes long: does everybody who is in this call run the same?"""
+    def _compared(self, job: _Job) -> UserError | None:
+        """Of a job that takes long or was broken off: what somebody runs instead who is in the same call."""
         store, own = self.place.store, self.place.rank
         store.set(f"in/{job.number}/{own}", job.what)
         for rank in range(self.place.size):
             key = f"in/{job.number}/{rank}"
             if rank != own and store.check([key]) and (theirs := store.get(key).decode()) != job.what:
-                first, second = sorted([(own, job.what), (rank, theirs)])
-                self._fail(job, self._apart(*first, *second))
-                return
+                return self._apart(*sorted([(own, job.what), (rank, theirs)]))
+        return None
 
-    def _apart(self, one: int, what: str, other: int, else_: str) -> UserError:
+    def _apart(self, one: tuple[int, str], other: tuple[int, str]) -> UserError:
         return UserError(
-            f"ranks differ in what they call: rank {self._of(one)} {what}, rank {self._of(other)} {else_}; "
+            f"ranks differ in what they call: rank {self._of(one[0])} {one[1]}, rank {self._of(other[0])} {other[1]}; "
             "every rank of a group must make the same calls, with the same sizes, in the same order"
         )
 
@@ -202,4 +231,29 @@ class Engine:
         return self.place.ranks[position]
 
     def _join(self, name: str, rank: int) -> Any:
-        return self._connect(dist.PrefixStore(name, self.place.store), rank, self.place.size, self.place.timeout)
+        before = _sockets()
+        group = self._connect(dist.PrefixStore(name, self.place.store), rank, self.place.size, self.place.timeout)
+        self._sockets += _sockets() - before
+        return group
+
+
+def _sockets() -> set[int]:
+    """Numbers of the sockets of this process."""
+    found = set()
+    for number in map(int, os.listdir("/dev/fd")):
+        try:
+            if stat.S_ISSOCK(os.fstat(number).st_mode):
+                found.add(number)
+        except OSError:  # the directory itself, closed by now
+            continue
+    return found
+
+
+def _shut(number: int) -> None:
+    """The connection ends, if it is one; its number stays with whoever has opened it."""
+    try:
+        with socket.socket(fileno=os.dup(number)) as connection:
+            connection.getpeername()  # OSError for one that listens: gloo would not survive its end
+            connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        return

@@ -1,6 +1,6 @@
 """A way to run a collective: a schedule, the backend's own, or the backend's own on ranks in another order. And how it is run."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,13 +59,17 @@ NATIVE = Way("native")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call on one rank. given, got: flat and contiguous, as in `Tensors`; root: a position in the group."""
+    """One call on one rank. given, got: flat and contiguous, as in `Tensors`; root: a position in the group.
+
+    back: brings the results from `got` to where they belong, if that is a copy.
+    """
 
     op: str
     given: torch.Tensor
     got: torch.Tensor
     reduction: str = "sum"
     root: int = 0
+    back: Callable[[], None] | None = None
 
     @property
     def elements(self) -> int:
@@ -87,6 +91,8 @@ def perform(way: Way, call: Call, engine: Engine) -> None:
         _native(engine.reordered(way.order), call, way.order.index(call.root))
     else:
         _native(engine.private, call, call.root)
+    if call.back is not None:
+        call.back()
 
 
 def wire_bytes(way: Way, call: Call, engine: Engine) -> int:
