@@ -19,11 +19,13 @@ from thinwire.bench.registry import find
 from thinwire.bench.stock_sync import SILENT, StockSync
 from thinwire.bench.sync import DEFAULTS, Link, find_links, shaped
 from thinwire.bench.sync_bars import Bar, bar_rows
+from thinwire.bench.sync_learned import keep, kept, key_of
 from thinwire.bench.sync_methods import compress_section, make_method
 from thinwire.bench.sync_rates import rate_needed, rate_predicted
-from thinwire.bench.sync_target import add_targets, loss_at, steps_to
+from thinwire.bench.sync_target import add_targets, loss_at, steps_to, target_rows
 from thinwire.cli.main import app
 from thinwire.cluster import load_cluster
+from thinwire.config.sync import Streaming
 from thinwire.errors import UserError
 
 WIDTH, BIAS = 64, 48
@@ -177,7 +179,7 @@ def _checked(context: Rank, apart: bool) -> str:
     with torch.no_grad():
         model.weight[0, 0] += float(apart) * context.rank
     try:
-        check_equal(model, "int4, seed 0")
+        check_equal(model, "int4, seed 0: after training")
     except SystemExit as error:
         return str(error.code)
     return "equal"
@@ -189,8 +191,9 @@ def test_replicas_that_differ_are_found(ranks2: Pool) -> None:
 
 
 def test_a_small_comparison_is_whole(tmp_path: Path) -> None:
-    """On two ranks ours without compression rounds exactly as DDP does: the losses are the same number."""
-    small = {
+    """On two ranks ours without compression rounds exactly as DDP does: the losses are the same number. bf16 is known before."""
+    learned = tmp_path / "learned"
+    small: dict[str, Any] = {
         "ranks": 2,
         "model": "{layers=1, width=32, heads=2}",
         "sequence": 16,
@@ -199,15 +202,24 @@ def test_a_small_comparison_is_whole(tmp_path: Path) -> None:
         "turns": 1,
         "turn_s": 0,
         "target": 0.5,
+        "learned": str(learned),
     }
+    base: dict[str, dict[str, Any]] = {"model": {"preset": DEFAULTS["preset"], "layers": 1, "width": 32, "heads": 2}}
+    base["sync"] = {"accumulate": 1, "bucket_bytes": DEFAULTS["bucket_bytes"]}
+    base["train"] = {key: DEFAULTS[key] for key in ("learning_rate", "warmup_steps", "micro_batch")}
+    base["train"] |= {key: small[key] for key in ("sequence", "steps", "eval_tokens")} | {"dtype": "float32"}
+    invented = {"method": "bf16", "seed": 0, "heldout_loss": 42.0, "wire_bytes_per_step": 7.0, "curve": [[2, 42.0]]}
+    keep(learned, key_of(make_method("bf16", base), 0, 2, [1, 2]), {**invented, "weights_apart": 0.0, "torn": 0.0})
     options = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
     where = tmp_path / "rows.json"
-    done = CliRunner().invoke(app, ["bench", "sync", "--methods", "ddp,none,int4", "--json", str(where), *options])
+    done = CliRunner().invoke(app, ["bench", "sync", "--methods", "ddp,none,int4,bf16", "--json", str(where), *options])
     assert done.exit_code == 0, done.exception
     rows = json.loads(where.read_text())["rows"]
     measured = {row["method"]: row for row in rows if row["case"] == "measured"}
-    assert list(measured) == ["ddp", "none", "int4"]
-    ddp, none, int4 = measured.values()
+    assert list(measured) == ["ddp", "none", "int4", "bf16"]
+    assert [line["method"] for line in kept(learned).values()] == ["bf16", "ddp", "none", "int4"]
+    ddp, none, int4, bf16 = measured.values()
+    assert (bf16["heldout_loss"], bf16["wire_bytes_per_step"], bf16["steps_to_target"]) == (42.0, 7.0, None)
     assert ddp["heldout_loss"] == none["heldout_loss"] != int4["heldout_loss"]
     values = 256 * 32 + (4 * 32 * 32 + 3 * 32 * preset_hidden() + 2 * 32) + 32
     assert ddp["wire_bytes_per_step"] == none["wire_bytes_per_step"] == 4 * values
@@ -216,8 +228,9 @@ def test_a_small_comparison_is_whole(tmp_path: Path) -> None:
         assert all(row[key] > 0 for key in ("no_exchange_step_s", "step_s", "processor_s"))
         assert row["link_bps"] is None and row["seed"] == 0
         assert row["utilisation"] == row["no_exchange_step_s"] / row["step_s"]
-        assert row["target_loss"] > 0 and row["steps_to_target"] is not None
-    assert {row["case"] for row in rows} == {"measured", "wire_bytes_per_step: int4 / ddp", "heldout_loss: int4 / ddp"}
+        assert row["target_loss"] > 0 and (row is bf16 or row["steps_to_target"] is not None)
+    bars = {"wire_bytes_per_step: int4 / ddp", "heldout_loss: int4 / ddp"}
+    assert {row["case"] for row in rows} == {"measured", "time to target", *bars}
 
 
 def preset_hidden() -> int:
@@ -234,6 +247,47 @@ def test_a_curve_tells_when_the_target_is_reached() -> None:
     add_targets(rows, learned, 0.8, "ddp", 1.0)
     assert rows[0]["target_loss"] == pytest.approx(1.6) and rows[0]["time_ratio"] == pytest.approx(2.0)
     assert rows[1]["time_to_target_s"] == pytest.approx(0.5 * (10 + 20 * 1.4 / 2.1))
+
+
+def test_the_fastest_of_ours_is_held_to_its_bar_and_set_beside_the_others() -> None:
+    ratios: dict[str, list[float | None]] = {"ddp": [2.4, 2.4], "hivemind-fp16": [3.0, None], "none": [2.0, 2.0]}
+    ratios |= {"int4": [1.2, 1.0], "sign": [0.5, None]}
+    rows = [
+        {"method": name, "link_bps": link_bps, "time_ratio": value}
+        for link_bps in (1e7, 3e7, None)
+        for name, values in ratios.items()
+        for value in values
+    ]
+    first, *others = target_rows([row for row in rows if row["link_bps"] == 1e7], {"ddp", "hivemind-fp16"})
+    assert (first["method"], first["time_ratio"], first["bar"], first["held"]) == ("int4", pytest.approx(1.1), 1.15, True)
+    assert [(row["peer"], row["held"]) for row in others] == [("ddp", True), ("hivemind-fp16", True)]
+    assert others[0]["ahead"] == pytest.approx(2.4 / 1.1) and others[1]["ahead"] is None
+    assert [row["link_bps"] for row in target_rows(rows, {"ddp"}) if "bar" in row] == [1e7]
+    assert not target_rows([row for row in rows if row["method"] == "ddp"], {"ddp"})
+    assert not target_rows([{"method": "int4", "link_bps": 1e7}], {"ddp"})
+
+
+def test_what_was_learned_is_found_by_what_it_was_made_from(tmp_path: Path) -> None:
+    path = tmp_path / "learned"
+    assert kept(path) == {}
+    keys = [
+        key_of(make_method(name, {"train": {"steps": steps, "seed": 5}}), seed, ranks, curve)
+        for name, steps, seed, ranks, curve in (
+            ("int4", 7, 0, 2, [1]),
+            ("int4-nofeedback", 7, 0, 2, [1]),
+            ("int4", 8, 0, 2, [1]),
+            ("int4", 7, 1, 2, [1]),
+            ("int4", 7, 0, 3, [1]),
+            ("int4", 7, 0, 2, [1, 2]),
+        )
+    ]
+    assert len(set(keys)) == len(keys)
+    assert keys[0] == key_of(make_method("int4", {"train": {"steps": 7, "seed": 6}}), 0, 2, [1])
+    for loss, key in enumerate(keys):
+        keep(path, key, {"heldout_loss": loss})
+    with path.open("a") as file:
+        file.write('{"key": "cut o')
+    assert kept(path) == {key: {"heldout_loss": loss} for loss, key in enumerate(keys)}
 
 
 def test_the_rate_that_a_level_needs() -> None:
@@ -257,3 +311,17 @@ def test_methods_that_exchange_rarely(name: str, kind: str, every: int, code: st
     assert (config.sync.kind, config.sync.every, config.compress.kind) == (kind, every, code)
     if kind == "streaming":
         assert (config.sync.overlap, config.sync.layers_per_fragment) == (5, 2)
+
+
+def test_methods_with_settings_of_their_own() -> None:
+    shared = {"train": {"learning_rate": 2e-3}}
+    config = make_method("streaming4-overlap2-outer70-momentum0-mixing25-rate150-int4", shared).config
+    assert isinstance(config.sync, Streaming)
+    assert (config.sync.outer_learning_rate, config.sync.outer_momentum, config.sync.mixing) == (0.7, 0.0, 0.25)
+    assert config.train.learning_rate == pytest.approx(3e-3) and config.compress.kind == "int4"
+    assert make_method("int4-rate50", shared).config.train.learning_rate == 1e-3
+    assert (
+        make_method("demo8-rate200", shared).config.train.learning_rate == 2 * make_method("demo8", {}).config.train.learning_rate
+    )
+    with pytest.raises(UserError, match="method 'int4-outer70'"):
+        make_method("int4-outer70", shared)

@@ -50,10 +50,11 @@ def test_a_shell_inside_a_slurm_allocation_is_alone(monkeypatch: pytest.MonkeyPa
 def test_mpiexec(monkeypatch: pytest.MonkeyPatch) -> None:
     place = place_of(monkeypatch, PMI_RANK="1", PMI_SIZE="4", MPI_LOCALRANKID="1")
     assert place is not None and (place.rank, place.world_size, place.master_address) == (1, 4, "127.0.0.1")
+    assert place.by_mpiexec
     monkeypatch.delenv("PMI_RANK")
     ompi = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
     place = place_of(monkeypatch, **ompi)
-    assert place is not None and (place.rank, place.world_size) == (2, 4)
+    assert place is not None and (place.rank, place.world_size) == (2, 4) and place.by_mpiexec
 
 
 def test_a_broken_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

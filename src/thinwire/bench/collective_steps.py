@@ -20,7 +20,7 @@ from thinwire.errors import UserError
 from thinwire.lab.commands import processes_for
 from thinwire.lab.run import RESULTS, launch
 
-DEFAULTS: Mapping[str, Any] = {"turns": 5, "steps": 1, "layers": 6, "width": 256, "context": 64, "micro_batch": 2}
+DEFAULTS: Mapping[str, Any] = {"turns": 5, "steps": 1, "layers": 4, "width": 160, "context": 64, "micro_batch": 2}
 CASES = (("ddp", "two-racks", 2.8), ("ddp", "one-slow-host", 1.4), ("fsdp", "eight-hosts-100mbit", 1.2))
 """Framework, cluster, bar."""
 SCRIPT = "thinwire.bench.peers.step_turns"

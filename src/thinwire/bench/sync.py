@@ -134,7 +134,7 @@ def _curve(told: Mapping[str, Any]) -> list[int]:
     steps = told["steps"]
     every, first = told["curve_every"], 1
     if told["target"] and not every:
-        every, first = max(1, steps // POINTS), int(told["target"] * steps / 2)
+        every, first = max(1, steps // POINTS), max(1, int(told["target"] * steps / 2))
     return [step for step in range(first, steps + 1) if step % every == 0] if every else []
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from thinwire import __version__
-from thinwire.cli import lab, train
+from thinwire.cli import collectives, lab, train
 from thinwire.cli.bench import bench
 from thinwire.cli.probe import probe
 from thinwire.cli.replicas import replicas, serve
@@ -31,6 +31,7 @@ app.command("report")(report)
 app.command("shrink")(shrink)
 app.command("bench")(bench)
 app.add_typer(lab.app, name="lab")
+app.add_typer(collectives.app, name="collectives")
 
 
 def _version(asked: bool) -> None:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from thinwire.train.failure import Failure
     from thinwire.train.runtime import Surroundings
 
-FAILED, USER_ERROR = 1, 2
+FAILED, USER_ERROR, RANK_SILENT = 1, 2, 4
 
 
 def be_rank(surroundings: "Surroundings", work: Callable[[], None], reword: "Callable[[Failure], Failure] | None" = None) -> None:
@@ -25,7 +25,7 @@ def be_rank(surroundings: "Surroundings", work: Callable[[], None], reword: "Cal
             write_error_file(surroundings.error_file, failure)
         else:
             print(f"thinwire: error: {failure.line}", file=sys.stderr)
-        leave(USER_ERROR if failure.kind == "user" else FAILED)
+        leave({"user": USER_ERROR, "silent": RANK_SILENT}.get(failure.kind, FAILED))
 
 
 def leave(code: int) -> None:

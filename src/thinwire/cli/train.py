@@ -17,19 +17,25 @@ def train(
 ) -> None:
     """Train a model; print and record predicted and measured times and bytes."""
     from thinwire.cli.rank import be_rank
-    from thinwire.train.runtime import read_surroundings
+    from thinwire.train.runtime import environment, read_surroundings
 
     surroundings = read_surroundings()
-    if surroundings.place is None:
+    place = surroundings.place
+    if place is None:
         raise typer.Exit(_launch(run, changes or [], resume))
 
     def train_as_rank() -> None:
         config = _configure(run, changes or [], resume)
         from thinwire.train.worker import work
 
-        work(config, surroundings, resume)
+        outcome = work(config, surroundings, resume)
+        if surroundings.results is None and place.rank == 0:  # nobody else waits for the run folder
+            from thinwire.cli.conclude import conclude
 
-    be_rank(surroundings, train_as_rank)
+            conclude(outcome.folder)
+
+    with environment({"TORCH_CPP_LOG_LEVEL": "ERROR"}):  # what is wrong is said in one line
+        be_rank(surroundings, train_as_rank)
 
 
 def _configure(run: Path | None, changes: list[str], resume: Path | None) -> "RunConfig":

@@ -175,6 +175,9 @@ class TrainSection(_Section):
     """Ranks to start when launched alone; 0: as many as the cluster file has, else 2."""
     run: str = ""
     """The run folder; empty: runs/<date>-<time>."""
+    backend: Literal["auto", "gloo", "mpi"] = "auto"
+    """What carries the ranks' exchanges. "mpi" needs the extra `mpi` and ranks that mpiexec has started; "auto": that where both
+    are so, else gloo. On CUDA devices "auto" is NCCL."""
     timeout_s: Seconds = Field(300.0, gt=0)
     """A collective that takes longer is given up, and the run with it."""
 

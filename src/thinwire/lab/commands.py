@@ -1,17 +1,22 @@
 """A command line -> the processes of each host.
 
-`thinwire train ARGS` starts one agent a host, which starts that host's ranks, as on real machines. Any other command
-is started once for each rank with the variables that launchers set.
+`thinwire train ARGS` starts one agent a host, which starts that host's ranks, as on real machines. `mpiexec ARGS` is started
+once, on the first host, and starts the ranks itself. Any other command is started once for each rank with the variables that
+launchers set.
 """
 
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from thinwire.cluster import Cluster
 from thinwire.errors import UserError
+from thinwire.lab.mpi import is_launcher, variables
 
+ROOT = "/run/thinwire"
+"""Where a lab keeps what its processes are to know."""
 MASTER_PORT = 29500
 TRAINING = "training"
 """What `thinwire train` leaves among the results when its first step begins."""
@@ -37,6 +42,8 @@ def processes_for(cluster: Cluster, argv: Sequence[str]) -> list[Process]:
         raise UserError("no command was given; write it after --, e.g. thinwire lab run --cluster C.toml -- thinwire train")
     if Path(argv[0]).name == "thinwire" and list(argv[1:2]) == ["train"]:
         return _agents(cluster, argv[2:])
+    if is_launcher(argv[0]):
+        return [_launcher(cluster, argv)]
     return _ranks(cluster, argv)
 
 
@@ -72,6 +79,12 @@ def _agents(cluster: Cluster, arguments: Sequence[str]) -> list[Process]:
     ]
 
 
+def _launcher(cluster: Cluster, argv: Sequence[str]) -> Process:
+    first = next(iter(ranks_by_host(cluster)))
+    trains = any(Path(a).name == "thinwire" and b == "train" for a, b in pairwise(argv))
+    return Process(first, tuple(argv), FIRST_CARD | variables(ROOT, f"{ROOT}/enter"), begins=TRAINING if trains else "")
+
+
 def _ranks(cluster: Cluster, argv: Sequence[str]) -> list[Process]:
     ranks = ranks_by_host(cluster)
     first = next(iter(ranks))
@@ -79,7 +92,7 @@ def _ranks(cluster: Cluster, argv: Sequence[str]) -> list[Process]:
     processes = []
     for rank in range(cluster.world_size):
         host = cluster.host_of(rank).name
-        variables = {
+        told = {
             "RANK": str(rank),
             "WORLD_SIZE": str(cluster.world_size),
             "LOCAL_RANK": str(ranks[host].index(rank)),
@@ -88,5 +101,5 @@ def _ranks(cluster: Cluster, argv: Sequence[str]) -> list[Process]:
             "MASTER_ADDR": first,
             "MASTER_PORT": str(MASTER_PORT),
         }
-        processes.append(Process(host, tuple(argv), variables | FIRST_CARD))
+        processes.append(Process(host, tuple(argv), told | FIRST_CARD))
     return processes

@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from thinwire.lab import spaces
+from thinwire.lab.enter import write_spaces
 from thinwire.lab.watch import Running, Watch
 
 ROOT = Path("/run/thinwire")
 RESULTS = ROOT / "results"
+HERE = ROOT / "host"
+"""On each host its own folder."""
 CARRIER_TIMEOUT_S = 5.0
 
 
@@ -40,10 +43,13 @@ def run(orders: dict[str, Any]) -> dict[str, Any]:
     hosts: dict[str, dict[str, Any]] = orders["hosts"]
     spaces.mount("tmpfs", "/run", "tmpfs")
     RESULTS.mkdir(parents=True)
-    (ROOT / "cluster.toml").write_text(orders["cluster"], encoding="utf-8")
+    HERE.mkdir()
+    for name, text in orders["files"].items():
+        (ROOT / name).write_text(text, encoding="utf-8")
     for step in orders["steps"]:
         apply(step, orders["tools"])
     homes = {name: _settle(name, host) for name, host in hosts.items()}
+    write_spaces(ROOT, homes)
     for host in hosts.values():
         _wait_for_carrier(host["netns"], host["interfaces"])
         spaces.announce(host["netns"], host["interfaces"])
@@ -99,7 +105,7 @@ def _settle(name: str, host: dict[str, Any]) -> spaces.Space:
     folder.mkdir()
     (folder / "hosts").write_text(host["hosts_file"], encoding="utf-8")
     (folder / "lab.json").write_text(json.dumps(host["lab"]), encoding="utf-8")
-    return spaces.make_space(host["netns"], name, str(folder / "hosts"))
+    return spaces.make_space(host["netns"], name, str(folder), str(HERE))
 
 
 def _wait_for_carrier(netns: str, interfaces: list[str]) -> None:

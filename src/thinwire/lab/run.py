@@ -25,13 +25,15 @@ from thinwire.cluster import Cluster, dump_cluster
 from thinwire.errors import UserError
 from thinwire.lab import cards
 from thinwire.lab.cards import CardCount
-from thinwire.lab.commands import Process
+from thinwire.lab.commands import ROOT, Process, ranks_by_host
 from thinwire.lab.kernel import Kernel, examine
+from thinwire.lab.mpi import host_files
 from thinwire.lab.stalls import Stall, turns
 from thinwire.lab.wiring import Wiring, wire
 
-ROOT = "/run/thinwire"
 RESULTS = f"{ROOT}/results"
+TOLD = f"{ROOT}/host/lab.json"
+"""What the lab tells the processes of a host: on each host its own file, at one path."""
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LEAVE_S = 5.0
 
@@ -131,12 +133,12 @@ def _orders(
         text = (Path(folder) / "cluster.toml").read_text(encoding="utf-8")
     specs = []
     for index, process in enumerate(processes):
-        variables = {**process.variables, "THINWIRE_LAB": f"{ROOT}/{wiring.netns[process.host]}/lab.json"}
+        variables = {**process.variables, "THINWIRE_LAB": TOLD}
         pairs = [f"{name}={value}" for name, value in variables.items()]
         argv = [kernel.tools["env"], *pairs, *process.argv]
         specs.append({"host": process.host, "argv": argv, "streams": index == 0})
     return {
-        "cluster": text,
+        "files": {"cluster.toml": text, **host_files(ranks_by_host(cluster))},
         "tools": kernel.tools,
         "steps": [asdict(step) for step in wiring.steps],
         "hosts": hosts,

@@ -31,6 +31,11 @@ class Space:
     uts: int
     ipc: int
 
+    @property
+    def descriptors(self) -> tuple[int, int, int, int]:
+        """What `Space` is made of."""
+        return self.net, self.mount, self.uts, self.ipc
+
     def enter(self) -> None:
         """Move the calling (single-threaded) process onto the host. Its working directory is then `/`."""
         for descriptor, kind in (
@@ -48,8 +53,10 @@ def mount(source: str, target: str, kind: str, flags: int = 0) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), target)
 
 
-def make_space(netns: str, hostname: str, hosts_file: str) -> Space:
-    """Give the network namespace `netns` its own host name, IPC, /dev/shm and /etc/hosts; they live while they are open.
+def make_space(netns: str, hostname: str, folder: str, here: str) -> Space:
+    """Give the network namespace `netns` its own host name, IPC and /dev/shm; they live while they are open.
+
+    Of `folder` the file `hosts` becomes its /etc/hosts, and all of it is found at `here`, a path that is the same on each host.
 
     A short-lived child makes them, since a process cannot leave a mount namespace that it has changed for another host.
     """
@@ -62,7 +69,8 @@ def make_space(netns: str, hostname: str, hosts_file: str) -> Space:
             _call("unshare", CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC)
             socket.sethostname(hostname[:64])
             mount("tmpfs", "/dev/shm", "tmpfs")
-            mount(hosts_file, "/etc/hosts", "", MS_BIND)
+            mount(f"{folder}/hosts", "/etc/hosts", "", MS_BIND)
+            mount(folder, here, "", MS_BIND)
             os.write(said, b"+")
             signal.pause()
         except OSError as error:

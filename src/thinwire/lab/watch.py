@@ -62,6 +62,10 @@ class Running:
         self.lines[name].extend(others)
 
     def last_line(self) -> str:
+        """The last words; or, since a launcher and the ranks that it ends have more to say, the first line of ours."""
+        for line in self.lines["stderr"]:
+            if line.startswith(OWN_ERROR):
+                return line.decode(errors="replace").strip()
         for name in ("stderr", "stdout"):
             for line in reversed(self.lines[name]):
                 text = line.decode(errors="replace").strip().rsplit("\r", 1)[-1]

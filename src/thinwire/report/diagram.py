@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterator
 
 from thinwire.report.charts import WIDTH
-from thinwire.report.markup import Markup, tag
+from thinwire.report.markup import Markup, join, tag
 from thinwire.report.network import Node, Picture, Way
 from thinwire.report.text import percent, quantity
 
@@ -23,26 +23,24 @@ UNKNOWN_COLOUR = "#9aa4ae"
 
 def diagram(picture: Picture, step_s: float | None) -> Markup:
     """The picture as SVG. `step_s`: the predicted step, for the share of it that a link is busy."""
+    drawn, height = shapes(picture, step_s)
+    title = tag("title", "the network, and the predicted load of its links")
+    box = f"0 0 {WIDTH:g} {height:g}"
+    return tag("svg", title, drawn, xmlns="http://www.w3.org/2000/svg", viewBox=box, role="img", class_="network")
+
+
+def shapes(picture: Picture, step_s: float | None, per: str = "step") -> tuple[Markup, float]:
+    """Links, nodes and labels without the frame, and how high they are. per: what the bytes and `step_s` are of."""
     depth = max(_depth(root) for root in picture.roots)
     heaviest = max((way.bytes_per_step or 0.0 for way in ways(picture)), default=0.0)
-    pen = _Pen(step_s, heaviest, slow_below=_slow_below(picture), depth=depth)
+    pen = _Pen(step_s, heaviest, slow_below=_slow_below(picture), depth=depth, per=per)
     top = 8.0
     for root in picture.roots:
         pen.place(root, 0, top)
         top += root.leaves * ROW
     for source, target, way in picture.others:
         pen.other(source, target, way)
-    return tag(
-        "svg",
-        tag("title", "the network, and the predicted load of its links"),
-        *pen.links,
-        *pen.boxes,
-        *pen.labels,
-        xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {WIDTH:g} {top + 8:g}",
-        role="img",
-        class_="network",
-    )
+    return join([*pen.links, *pen.boxes, *pen.labels]), top + 8
 
 
 def ways(picture: Picture) -> Iterator[Way]:
@@ -85,11 +83,11 @@ def _depth(node: Node) -> int:
 class _Pen:
     """Collects the shapes; remembers where each node was put."""
 
-    def __init__(self, step_s: float | None, heaviest: float, slow_below: float, depth: int) -> None:
+    def __init__(self, step_s: float | None, heaviest: float, slow_below: float, depth: int, per: str) -> None:
         self.links: list[Markup] = []
         self.labels: list[Markup] = []
         self.boxes: list[Markup] = []
-        self._step_s, self._heaviest, self._slow_below = step_s, heaviest, slow_below
+        self._step_s, self._heaviest, self._slow_below, self._per = step_s, heaviest, slow_below, per
         free = WIDTH - 2 * EDGE - LABEL_WIDTH
         self._box_width = min(120.0, free / (depth + 0.5 * (depth - 1)))
         self._column = (free - self._box_width) / max(depth - 1, 1)
@@ -140,7 +138,7 @@ class _Pen:
         share = busy_share(way, self._step_s)
         width = 1.5 + (5.0 * (way.bytes_per_step or 0.0) / self._heaviest if self._heaviest else 0.0)
         load = (
-            f", predicted {quantity(way.bytes_per_step, 'B')} per step, busy {percent(share)}"
+            f", predicted {quantity(way.bytes_per_step, 'B')} per {self._per}, busy {percent(share)}"
             if way.bytes_per_step is not None
             else ", load not predicted"
         )

@@ -16,7 +16,7 @@ from typing import Any
 
 from thinwire.errors import UserError
 
-_DEFAULT_PORT = 29577
+DEFAULT_PORT = 29577
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class Place:
     local_rank: int
     master_address: str
     master_port: int
+    by_mpiexec: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,8 @@ def _place() -> Place | None:
             world_size=_integer(size),
             local_rank=_integer(local_rank) if local_rank in os.environ else 0,
             master_address=os.environ.get("MASTER_ADDR") or _first_slurm_host() or "127.0.0.1",
-            master_port=_integer("MASTER_PORT") if "MASTER_PORT" in os.environ else _DEFAULT_PORT,
+            master_port=_integer("MASTER_PORT") if "MASTER_PORT" in os.environ else DEFAULT_PORT,
+            by_mpiexec=launcher in ("Open MPI", "MPICH"),
         )
     return None
 

@@ -25,6 +25,7 @@ from thinwire.train import checkpoint, results
 from thinwire.train.agree import agree_on_dtype, agree_on_folder, make_task
 from thinwire.train.deal import Deal, opening
 from thinwire.train.forecast import declared_rates, find_cluster, timed_rates
+from thinwire.train.over_mpi import mpi_ranks, over_mpi
 from thinwire.train.pace import Pacer
 from thinwire.train.pulse import Pulse
 from thinwire.train.reporter import Reporter
@@ -74,11 +75,15 @@ def work(config: RunConfig, surroundings: Surroundings, resume: Path | None) -> 
     device, group_backend = _device(place)
     if config.sync.by_speed and device.type != "cpu":
         raise UserError(f"sync.deal = 'by_speed' times the processor, not {device.type}; set it to 'equal'")
-    if group_backend == backend.NAME:
-        backend.register(ledger)
     rank = Rank(config=config, surroundings=surroundings, layout=layout, ledger=ledger, device=device, stop=stop)
     timeout_s = config.train.timeout_s
-    with process_group(place, group_backend, timeout_s), Pulse(place, rank.host, timeout_s) as pulse:
+    with ExitStack() as stack:
+        if over_mpi(config.train.backend, place, device):
+            place = stack.enter_context(mpi_ranks(place, ledger, timeout_s))
+        elif group_backend == backend.NAME:
+            backend.register(ledger)
+        stack.enter_context(process_group(place, group_backend, timeout_s))
+        pulse = stack.enter_context(Pulse(place, rank.host, timeout_s))
         try:
             return train_as(rank, resume)
         except RuntimeError as error:

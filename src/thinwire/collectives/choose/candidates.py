@@ -29,6 +29,7 @@ from thinwire.collectives.synthesis import (
     reduce_forest,
     reduce_scatter_forest,
 )
+from thinwire.errors import UserError
 
 SMALLEST_BYTES, LARGEST_BYTES = 16 << 10, 1 << 20
 MOST_MOVES = 20_000
@@ -83,17 +84,18 @@ def offers(asked: Question) -> Offers:
     if asked.op in native.ORDERED:
         found += [Candidate(f"native, {name}", order=order) for name, order in orders.items() if name]
     left_out, known = [], set()
-    if asked.p > 1:
-        for name, moves, make in _drafts(asked, orders):
-            if moves > MOST_MOVES:
-                left_out.append(
-                    f"{name}: about {moves} chunks to move among {asked.p} ranks; at most {MOST_MOVES} are gone through"
-                )
-            else:
-                model = make()
-                if (model.chunks, model.steps) not in known:
-                    found += [Candidate(name, model, segments) for segments in segment_counts(model, asked.message_bytes)]
-                    known.add((model.chunks, model.steps))
+    for name, moves, make in _drafts(asked, orders) if asked.p > 1 else ():
+        if moves > MOST_MOVES:
+            left_out.append(f"{name}: about {moves} chunks to move among {asked.p} ranks; at most {MOST_MOVES} are gone through")
+            continue
+        try:
+            model = make()
+        except UserError as error:  # trees cannot be packed into every network
+            left_out.append(f"{name}: {error}")
+            continue
+        if (model.chunks, model.steps) not in known:
+            found += [Candidate(name, model, segments) for segments in segment_counts(model, asked.message_bytes)]
+            known.add((model.chunks, model.steps))
     if asked.p > SYNTHESISED and asked.op != "all_to_all":
         left_out.append(f"packed trees: {asked.p} ranks; packing takes too long above {SYNTHESISED}")
     return Offers(tuple(found), tuple(left_out))
@@ -241,10 +243,8 @@ def _joint_trees(cluster: Cluster) -> Schedule:
 def _packed_halves(asked: Question) -> Schedule:
     graph = graph_of(asked.cluster)
     if asked.op == "all_gather":
-        k = None if graph.balanced() else 4
-        return forest.all_gather(all_gather_forest(graph, k).weighted(), "packed trees")
-    k = None if graph.reversed().balanced() else 4
-    return forest.reduce_scatter(reduce_scatter_forest(graph, k).weighted(), "packed trees")
+        return forest.all_gather(all_gather_forest(graph).weighted(), "packed trees")
+    return forest.reduce_scatter(reduce_scatter_forest(graph).weighted(), "packed trees")
 
 
 def _packed_rooted(asked: Question) -> Schedule:

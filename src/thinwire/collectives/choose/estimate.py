@@ -6,7 +6,7 @@ W      seconds on the wire if the steps were taken one after the other: the sum 
 B      seconds of the link that is fullest over all steps
 O, o_t software of the busiest rank, in all steps and in step t; where cores are shared, what each core has to do if that is more
 G, g_t additions, likewise
-alpha  the longest latency of a step
+alpha  the longest latency of a step, and the time to wake up
 
 Exact for a ring (W = B) and for a pipelined chain (W = (p-1) B, so (p-2+k)/k B), apart from overheads.
 """
@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from thinwire.cluster import Link
 from thinwire.collectives.choose.costs import Costs
 from thinwire.collectives.choose.question import Question
-from thinwire.collectives.choose.simulate import element_bytes, link_seconds
+from thinwire.collectives.choose.simulate import element_bytes
+from thinwire.collectives.price import link_seconds
 from thinwire.collectives.schedules.schedule import Schedule
 
 
@@ -65,7 +66,7 @@ def profile(schedule: Schedule, asked: Question, costs: Costs) -> Profile:
                 loads[link] += size
             longest_s = max(longest_s, sum(link.latency_s.value for link in route))
         step_wires_s += max((link_seconds(link, size) for link, size in loads.items()), default=0.0)
-        steps_s += longest_s + _busiest(work, cores)
+        steps_s += longest_s + costs.wake_s + _busiest(work, cores)
         steps_added_s += _busiest(sums, cores)
         total.update(loads)
         software.update(work)

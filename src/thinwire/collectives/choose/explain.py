@@ -6,7 +6,8 @@ from typing import Any
 from thinwire.cluster import Link
 from thinwire.collectives.choose.native import pattern
 from thinwire.collectives.choose.select import TIE, Priced, Selection
-from thinwire.collectives.choose.simulate import Simulated, link_seconds
+from thinwire.collectives.choose.simulate import Simulated
+from thinwire.collectives.price import link_seconds
 from thinwire.collectives.schedules.schedule import Schedule
 from thinwire.collectives.synthesis.bounds import Bound, bound
 from thinwire.units import show

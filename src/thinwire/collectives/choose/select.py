@@ -1,8 +1,8 @@
 """The candidates with their predicted seconds, the best first.
 
-Each is estimated in every number of segments (`estimate`). Of one algorithm the two best numbers stay; of all together the
-SIMULATED best, as far as they are among the first few or estimated below FAR times the best. These, and the native ones, are
-simulated.
+Each is estimated in every number of segments (`estimate`). Of one algorithm the best number stays, and the fewest segments that
+are estimated less than THRIFT above it, since processors may be slower than thought; of all together the SIMULATED best, as far
+as they are among the first few or estimated below FAR times the best. These, and the native ones, are simulated.
 
 Less than TIE apart is the same: then the backend's own is the better one, and after it the one with the fewest messages.
 """
@@ -21,8 +21,10 @@ from thinwire.collectives.choose.simulate import Simulated, simulate
 SIMULATED = 12
 FAR = 1.5
 _FEW = 4
+
+_Estimated = tuple[float, Candidate]
 TIE = 0.01
-_EACH = 2
+THRIFT = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +104,23 @@ def _native(candidate: Candidate, asked: Question, costs: Costs) -> Priced:
 
 
 def _promising(offered: Offers, asked: Question, costs: Costs) -> list[Candidate]:
-    by_name: dict[str, list[tuple[float, Candidate]]] = {}
+    by_name: dict[str, list[_Estimated]] = {}
     profiles: dict[str, Profile] = {}
     for one in offered.candidates:
         if one.model is not None:
             if one.name not in profiles:
                 profiles[one.name] = profile(one.model, asked, costs)
             by_name.setdefault(one.name, []).append((profiles[one.name].seconds(one.segments), one))
-    kept = [pair for pairs in by_name.values() for pair in sorted(pairs, key=_first)[:_EACH]]
+    kept = [pair for pairs in by_name.values() for pair in _best_and_fewest(pairs)]
     best = sorted(kept, key=_first)[:SIMULATED]
     return [one for place, (seconds, one) in enumerate(best) if place < _FEW or seconds <= FAR * best[0][0]]
 
 
-def _first(pair: tuple[float, Candidate]) -> float:
+def _best_and_fewest(pairs: list[_Estimated]) -> list[_Estimated]:
+    best = min(pairs, key=_first)
+    fewest = min((pair for pair in pairs if pair[0] <= best[0] * (1 + THRIFT)), key=lambda pair: pair[1].segments)
+    return [best] if fewest is best else [best, fewest]
+
+
+def _first(pair: _Estimated) -> float:
     return pair[0]

@@ -1,8 +1,9 @@
 """One run of a schedule on a cluster, event by event, as the executor would do it.
 
     rank         works off its program (`schedules.program`) strictly in order, on one thread. A send costs o_s and is not waited
-                 for, unless a later action needs it to have left. A receive waits for the message, then costs o_r (+ gamma a byte
-                 where it is added). Receives are posted early: a message may travel before its receiver gets round to it.
+                 for, unless a later action needs it to have left. A receive waits for the message, if it is not there, and then
+                 a little to wake up; it costs o_r (+ gamma a byte where it is added). Receives are posted early: a message may
+                 travel before its receiver gets round to it.
     connection   messages of one (source, target) pair travel one after the other, in the order in which they were sent
     link         connections share it max-min fairly (`sharing`); payload passes at bandwidth / FRAME_OVERHEAD
     latency      the sum along the route, added when the last byte has passed
@@ -79,11 +80,6 @@ def element_bytes(message_bytes: int) -> int:
 def simulate(schedule: Schedule, message_bytes: int, routes: Routes, costs: Costs | None = None) -> Simulated:
     """Rank i of the schedule is rank i of the cluster of `routes`; message_bytes as in `schedules.ops.block_sizes`."""
     return _Run(schedule, message_bytes, routes, costs or Costs()).result()
-
-
-def link_seconds(link: Link, payload_bytes: float) -> float:
-    """How long `link` is busy with them."""
-    return payload_bytes * FRAME_OVERHEAD * 8 / link.bandwidth_bps.value
 
 
 @dataclass(slots=True)
@@ -213,7 +209,7 @@ class _Run:
             if at > ready:
                 ready, action.cause = at, needed
         rank.waits_for = None
-        action.ready = ready
+        action.ready = ready if action.cause is None else ready + self._costs.wake_s
         if self._cores:
             heapq.heappush(self._agenda, (action.ready, number, 0))
         else:

@@ -24,7 +24,7 @@ TURNS = 3
 WORTH = 0.97
 SHORT_S, REPEATED = 0.02, 10
 """What takes less is repeated in a turn."""
-LONG_S = 5.0
+LONG_S = 1.0
 """Of what takes longer a single turn is enough."""
 
 
