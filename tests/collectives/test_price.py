@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinwire.bench.clusters import equal_hosts
 from thinwire.cluster import FRAME_OVERHEAD, load_cluster
+from thinwire.cluster.equal import equal_hosts
 from thinwire.cluster.graph import Routes
 from thinwire.collectives.price import MESSAGE_OVERHEAD_S, price
 

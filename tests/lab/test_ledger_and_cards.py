@@ -2,8 +2,8 @@
 
 import pytest
 
-from thinwire.bench.clusters import equal_hosts
 from thinwire.bench.ledger import BAR, measure
+from thinwire.cluster.equal import equal_hosts
 
 
 @pytest.mark.lab

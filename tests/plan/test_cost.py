@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinwire.bench.clusters import equal_hosts
 from thinwire.cluster import load_cluster
+from thinwire.cluster.equal import equal_hosts
 from thinwire.collectives.price import price
 from thinwire.config.model import preset
 from thinwire.errors import UserError

@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from pool import Pool, Rank
-from thinwire.bench.clusters import equal_hosts
 from thinwire.cluster import Quantity, dump_cluster
+from thinwire.cluster.equal import equal_hosts
 from thinwire.config.compress import Coded
 from thinwire.config.run import EveryStep, RunConfig, TrainSection
 from thinwire.errors import UserError

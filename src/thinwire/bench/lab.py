@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from thinwire.bench.clusters import equal_hosts
 from thinwire.bench.registry import take
 from thinwire.cluster import FRAME_OVERHEAD, load_cluster
+from thinwire.cluster.equal import equal_hosts
 from thinwire.errors import UserError
 from thinwire.lab.run import RESULTS, LabResult
 from thinwire.lab.run import run as run_lab

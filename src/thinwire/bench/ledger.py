@@ -9,9 +9,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from thinwire.bench.clusters import equal_hosts
 from thinwire.bench.registry import Rows, take
 from thinwire.cluster import Cluster, load_cluster
+from thinwire.cluster.equal import equal_hosts
 from thinwire.errors import UserError
 from thinwire.lab.commands import processes_for
 from thinwire.lab.run import RESULTS, LabOptions, launch

@@ -1,9 +1,9 @@
 """What may be faster than the backend's own collective: a few ways, by predicted seconds. Asked on the first rank only."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from thinwire.cluster import Cluster, Device, Host, Link, Quantity, Switch
+from thinwire.cluster import Cluster
+from thinwire.cluster.equal import equal_hosts
 from thinwire.collectives.choose.calibrate import calibrated
 from thinwire.collectives.choose.costs import Costs
 from thinwire.collectives.choose.question import question
@@ -12,7 +12,7 @@ from thinwire.collectives.tuned.way import NATIVE, Way
 from thinwire.errors import UserError
 
 TRIED = 3
-ASSUMED_BPS = 1e9
+ASSUMED_BPS, ASSUMED_LATENCY_S = 1e9, 50e-6
 """Of every card, where no cluster is known. What wins is measured, so this only says what is tried."""
 
 
@@ -25,13 +25,13 @@ class Advisor:
     def calibrate(self, p: int, ours_s: float, native_s: float) -> None:
         """Take the costs of messages from what p ranks measured; see `choose.calibrate`."""
         whole = self.cluster is not None and self.cluster.world_size == p
-        self.costs = calibrated(self.costs, self.cluster if whole and self.cluster else equal_hosts(p), ours_s, native_s)
+        self.costs = calibrated(self.costs, self.cluster if whole and self.cluster else _assumed(p), ours_s, native_s)
 
     def ways(self, op: str, message_bytes: int, ranks: Sequence[int], root: int) -> list[tuple[Way, float]]:
         """(way, predicted seconds), the best first, the native one always among them. `ranks`: global, as in the cluster."""
         cluster = self.cluster
         if cluster is None:
-            cluster, ranks = equal_hosts(len(ranks)), range(len(ranks))
+            cluster, ranks = _assumed(len(ranks)), range(len(ranks))
         elif max(ranks) >= cluster.world_size:
             raise UserError(
                 f"{cluster.name} has {cluster.world_size} ranks, but rank {max(ranks)} runs; give the cluster file of these ranks"
@@ -49,11 +49,5 @@ class Advisor:
         return found
 
 
-def equal_hosts(count: int, bandwidth_bps: float = ASSUMED_BPS) -> Cluster:
-    """Hosts on one switch that does not block."""
-    rate, latency = Quantity(bandwidth_bps), Quantity(50e-6)
-    names = [f"host{rank}" for rank in range(count)]
-    out = [Link(source=name, target="switch", bandwidth_bps=rate, latency_s=latency) for name in names]
-    back = [replace(link, source=link.target, target=link.source) for link in out]
-    hosts = tuple(Host(name=name, devices=(Device(name=f"{name}/cpu0"),)) for name in names)
-    return Cluster(name=f"{count} equal hosts", hosts=hosts, switches=(Switch(name="switch"),), links=(*out, *back))
+def _assumed(count: int) -> Cluster:
+    return equal_hosts(count, ASSUMED_BPS, ASSUMED_LATENCY_S)

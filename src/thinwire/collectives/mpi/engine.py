@@ -1,0 +1,264 @@
+"""The thread that starts MPI, moves every exchange on and ends MPI; and the Work that a caller waits for.
+
+An exchange is a generator that begins requests of MPI and yields them; it goes on when they are complete, and has finished when
+it returns. MPI moves data only while somebody calls it, so the thread asks again and again, and sleeps in between: briefly at
+first, then up to LONGEST_PAUSE_S, during which the kernel's socket buffers take what arrives. With nothing on its way it waits
+for the next order and costs nothing.
+
+A lane is the order of one group: of its collectives one is on its way at a time, the others queue. Sends and receives have
+no lane. One that has failed breaks its lane, as with every backend: what the other ranks have done by then is unknown. Orders
+that all ranks refuse in agreement break nothing.
+"""
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from thinwire.errors import UserError
+
+EAGER_LOOKS = 10
+FIRST_PAUSE_S = 20e-6
+LONGEST_PAUSE_S = 400e-6
+LAST_LOOKS_S = 1.0
+
+Steps = Generator[list[Any], None, None]
+"""Yields lists of requests; each is resumed when all of its requests are complete."""
+
+
+class Lane:
+    """The exchanges of one group that run one after another. `broken`: why it takes no more."""
+
+    def __init__(self, name: str, timeout_s: float) -> None:
+        self.name, self.timeout_s = name, timeout_s
+        self.queue: deque[Exchange] = deque()
+        self.broken = ""
+
+
+class MpiWork(dist._Work):
+    """What a caller gets. Its future holds the output tensors, or the error: a real one, that C++ sees too."""
+
+    def __init__(self, outputs: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._outputs = outputs
+        self._ended = threading.Event()
+        self._error: Exception | None = None
+        self._begin: torch.futures.Future[None] = torch.futures.Future()
+        # An exception that is raised inside `then` fails the future; one that is set only looks like a result to C++.
+        self._future = self._begin.then(partial(_outcome, self))
+        self.source = -1
+
+    def end(self, error: Exception | None) -> None:
+        """Called once, by the engine."""
+        self._error = error
+        self._ended.set()
+        self._begin.set_result(None)
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        if not self._ended.wait(timeout.total_seconds() or None):
+            raise RuntimeError(f"MPI: timed out after {timeout.total_seconds():g} s in Work.wait")
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def is_completed(self) -> bool:
+        return self._ended.is_set()
+
+    def is_success(self) -> bool:
+        return self._ended.is_set() and self._error is None
+
+    def exception(self) -> Exception | None:
+        return self._error
+
+    def get_future(self) -> "torch.futures.Future[Any]":
+        return self._future
+
+    def result(self) -> list[torch.Tensor]:
+        return self._outputs
+
+    def _source_rank(self) -> int:
+        return self.source
+
+    source_rank = _source_rank
+
+
+class Exchange:
+    """One order: its steps, the requests under way, and whom to tell. what: for messages, "all_reduce of 4 B"."""
+
+    def __init__(self, what: str, steps: Steps, work: MpiWork, lane: Lane, ordered: bool) -> None:
+        self.what, self.work, self.lane, self.ordered = what, work, lane, ordered
+        self._steps, self._pending = steps, list[Any]()
+        self.deadline: float | None = None
+
+    def go_on(self) -> bool | None:
+        """None: nothing new; False: a step further; True: finished. Raises what went wrong."""
+        if self.deadline is None:
+            self.deadline = time.monotonic() + self.lane.timeout_s
+        try:
+            if not self._complete():
+                if time.monotonic() > self.deadline:
+                    raise RuntimeError(f"timed out after {self.lane.timeout_s:g} s: another rank has not called it")
+                return None
+            self._pending = next(self._steps)
+        except StopIteration:
+            return True
+        return False
+
+    def is_over(self) -> bool:
+        """Of one that has failed: has MPI no more to do with it? The other ranks may have come too late."""
+        with suppress(Exception):
+            self._pending = [request for request in self._pending if not request.Test()]
+        return not self._pending
+
+    def _complete(self) -> bool:
+        try:
+            self._pending = [request for request in self._pending if not request.Test()]
+        except Exception as error:  # one of MPI's, which the steps may know how to word
+            self._pending = self._steps.throw(error)
+        return not self._pending
+
+
+class Engine:
+    """One a process. `submit` and `call` may be used from any thread."""
+
+    def __init__(self) -> None:
+        self._orders: queue.SimpleQueue[Exchange | Callable[[], None] | None] = queue.SimpleQueue()
+        self._under_way: list[Exchange] = []
+        self._failed: list[Exchange] = []
+        self._last: Callable[[], None] = _nothing
+        self._thread = threading.Thread(target=self._run, name="mpi", daemon=True)
+        self._thread.start()
+
+    def submit(self, exchange: Exchange) -> MpiWork:
+        """Returns at once."""
+        self._orders.put(exchange)
+        return exchange.work
+
+    def call(self, function: Callable[[], Any], what: str, timeout_s: float) -> Any:
+        """What `function` returns or raises, called by the thread. It may block: nothing else moves meanwhile."""
+        outcome: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(function())
+            except Exception as error:
+                outcome.set_exception(error)
+
+        self._orders.put(run)
+        try:
+            return outcome.result(timeout_s)
+        except TimeoutError:
+            raise RuntimeError(f"MPI: timed out after {timeout_s:g} s {what}: not all ranks have come") from None
+
+    def close(self, last: Callable[[], None]) -> None:
+        """End the thread when all is done that was ordered, and then call `last`, which ends MPI.
+
+        Not if MPI still waits for another rank: it might then never end.
+        """
+        self._last = last
+        self._orders.put(None)
+        self._thread.join()
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        idle = 0
+        closing = False
+        while self._under_way or not closing:
+            order = self._next(idle)
+            if isinstance(order, Exchange):
+                self._admit(order)
+                idle = 0
+            elif order is None:
+                closing = True
+            else:
+                order()
+            idle = 0 if self._advance() else idle + 1
+        deadline = time.monotonic() + LAST_LOOKS_S
+        while not all([exchange.is_over() for exchange in self._failed]) and time.monotonic() < deadline:
+            time.sleep(LONGEST_PAUSE_S)
+        if all([exchange.is_over() for exchange in self._failed]):
+            self._last()
+
+    def _next(self, idle: int) -> Exchange | Callable[[], None] | None:
+        """The next order, waited for as long as there is nothing else to do; then one to do nothing. None: there come no more."""
+        try:
+            if not self._under_way:
+                return self._orders.get()
+            if idle < EAGER_LOOKS:
+                time.sleep(0)
+                return self._orders.get_nowait()
+            pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(10, (idle - EAGER_LOOKS) // 4))
+            return self._orders.get(timeout=pause_s)
+        except queue.Empty:
+            return _nothing
+
+    def _admit(self, order: Exchange) -> None:
+        lane = order.lane
+        if lane.broken:
+            order.work.end(RuntimeError(lane.broken))
+        elif order.ordered and lane.queue:
+            lane.queue.append(order)
+        else:
+            if order.ordered:
+                lane.queue.append(order)
+            self._under_way.append(order)
+
+    def _advance(self) -> bool:
+        """Look at all that is under way; True if something moved."""
+        moved = False
+        for exchange in list(self._under_way):
+            try:
+                state = exchange.go_on()
+            except Exception as error:
+                self._fail(exchange, error)
+                moved = True
+                continue
+            moved = moved or state is not None
+            if state:
+                self._leave(exchange)
+                exchange.work.end(None)
+        return moved
+
+    def _leave(self, exchange: Exchange) -> None:
+        self._under_way.remove(exchange)
+        if exchange.ordered:
+            queued = exchange.lane.queue
+            queued.popleft()
+            if queued:
+                self._under_way.append(queued[0])
+
+    def _fail(self, exchange: Exchange, error: Exception) -> None:
+        lane = exchange.lane
+        if isinstance(error, UserError):
+            self._leave(exchange)
+            exchange.work.end(error)
+            return
+        line = " ".join(f"{exchange.what} in group {lane.name!r} over MPI: {error}".split())
+        self._failed.append(exchange)  # keeps its memory, into which MPI may still write
+        self._under_way.remove(exchange)
+        lane.broken = line
+        exchange.work.end(RuntimeError(line))
+        if exchange.ordered:
+            lane.queue.popleft()
+            for waiting in lane.queue:
+                waiting.work.end(RuntimeError(line))
+            lane.queue.clear()
+
+
+def _nothing() -> None:
+    pass
+
+
+def _outcome(work: MpiWork, _begin: object) -> list[torch.Tensor]:
+    if work._error is not None:
+        raise work._error
+    return work._outputs

@@ -1,0 +1,113 @@
+"""The whole of it for a program that mpiexec has started: MPI, the store where the ranks meet, the process group, and the end.
+
+    with process_group() as ledger:                         # init_process_group, over MPI and metered
+        model = DistributedDataParallel(model)              # sub-groups, DeviceMesh, FSDP2 too
+        ...
+    # MPI has ended on all ranks
+
+The backend's name is the metered one's, so that everything that looks for it finds it. Of what is entered in the ledger the
+message bytes of each call are exact; the wire bytes are those of the algorithms in `collectives.wire`, whatever MPI chose. Summed
+over the ranks they are the least that must be sent for all_reduce, all_gather, all_to_all, broadcast, gather, scatter and send,
+so that cards count more and never less; for reduce_scatter they are twice the least, which is what gloo sends. What the ranks
+send to compare their calls (40 B to each other rank before each collective) is not entered.
+"""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from thinwire.collectives.backend import NAME, MeteredGroup
+from thinwire.collectives.ledger import Ledger
+from thinwire.collectives.mpi.buffers import Reductions
+from thinwire.collectives.mpi.engine import Engine, Lane
+from thinwire.collectives.mpi.group import MpiGroup
+from thinwire.collectives.mpi.library import Library, patiently
+from thinwire.errors import UserError
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where the store is that torch.distributed wants beside MPI. port 0: one that is free on rank 0's host."""
+
+    address: str = LOOPBACK
+    port: int = 0
+
+
+class Mpi:
+    """MPI in this process, from `started` to its end."""
+
+    def __init__(self, library: Library, engine: Engine) -> None:
+        self.library, self.engine = library, engine
+        self._reductions = Reductions(library.MPI)
+
+    def check_place(self, rank: int, world_size: int) -> None:
+        """UserError unless MPI and whoever started the ranks agree."""
+        library = self.library
+        if (library.rank, library.size) != (rank, world_size):
+            raise UserError(
+                f"{library.version} counts {library.size} rank(s) and calls this one {library.rank}; the launcher said rank "
+                f"{rank} of {world_size}: start the ranks with the mpiexec that belongs to {library.version}"
+            )
+
+    def register(self, ledger: Ledger, name: str = NAME) -> None:
+        """Make `init_process_group(name)` and its sub-groups go over MPI and be entered in `ledger`."""
+
+        def create(options: Any, _backend_options: Any) -> MeteredGroup:
+            return MeteredGroup(ledger, self.group(options.global_ranks_in_group, options.group_id, options.timeout))
+
+        dist.Backend.register_backend(name, create, extended_api=True, devices=["cpu"])
+
+    def group(self, ranks: list[int], name: str, timeout: timedelta) -> MpiGroup:
+        """A process group of `ranks` of the world; of all if there are none. Each of them calls, with the same name."""
+        ranks = list(ranks) or list(range(self.library.size))
+        timeout_s = timeout.total_seconds()
+        comm = self.library.communicator(ranks, name, timeout_s)
+        return MpiGroup(self.library, self.engine, self._reductions, comm, Lane(name, timeout_s))
+
+    def meet(self, wanted: Meeting, timeout_s: float) -> Meeting:
+        """Agree on an address and a port of rank 0, which is about to open the store there. Collective.
+
+        Where the ranks are on several hosts, loopback becomes the name of rank 0's host.
+        """
+        own = (socket.gethostname(), wanted if wanted.port else replace(wanted, port=_free_port()))
+        told = patiently(lambda: self.library.world.allgather(own), "agreeing on where to meet", timeout_s)
+        hosts, meeting = [host for host, _ in told], told[0][1]
+        several = len(set(hosts)) > 1
+        return replace(meeting, address=hosts[0]) if several and meeting.address == LOOPBACK else meeting
+
+
+@contextmanager
+def started(timeout_s: float) -> Iterator[Mpi]:
+    """Start MPI; at the end of the `with`, end it. Collective. An exception leaves MPI to mpiexec, which ends the other ranks."""
+    engine = Engine()
+    library = engine.call(Library, "starting MPI", timeout_s)
+    yield Mpi(library, engine)
+    engine.close(library.close)
+
+
+@contextmanager
+def process_group(ledger: Ledger | None = None, timeout_s: float = 300.0) -> Iterator[Ledger]:
+    """torch.distributed over MPI, ready inside. Returns the ledger into which all calls are entered."""
+    ledger = ledger or Ledger()
+    timeout = timedelta(seconds=timeout_s)
+    with started(timeout_s) as mpi:
+        mpi.register(ledger)
+        meeting, rank, size = mpi.meet(Meeting(), timeout_s), mpi.library.rank, mpi.library.size
+        store = dist.TCPStore(meeting.address, meeting.port, size, is_master=rank == 0, timeout=timeout)
+        dist.init_process_group(NAME, store=store, rank=rank, world_size=size, timeout=timeout)
+        yield ledger
+        dist.barrier()  # nobody leaves while another still needs the store
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

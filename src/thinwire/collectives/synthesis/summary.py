@@ -1,0 +1,70 @@
+"""What a topology allows, in words: the optimum or bound of an op, which cut it comes from, and the trees that reach it."""
+
+from fractions import Fraction
+
+from thinwire.collectives.synthesis.bounds import bound
+from thinwire.collectives.synthesis.forest import (
+    all_gather_forest,
+    all_reduce_plan,
+    broadcast_forest,
+    reduce_forest,
+    reduce_scatter_forest,
+)
+from thinwire.collectives.synthesis.graph import Graph
+from thinwire.collectives.synthesis.optimum import fixed_k, optimum
+from thinwire.collectives.synthesis.trees import Forest
+from thinwire.units import show
+
+PACKED = 32
+"""Ranks up to which trees are packed."""
+
+_FIXED = (1, 2, 4)
+
+
+def summary(graph: Graph, op: str, message_bytes: int, root: int = 0) -> list[tuple[str, str]]:
+    """(what, in words). message_bytes as in `bounds`."""
+    forwards = len(graph.nodes) - graph.computes
+    size = f"{graph.world_size} ranks, {forwards} nodes that only forward, {len(graph.capacity)} links"
+    lines = [("topology", f"{graph.name}: {size}")]
+    if op in ("all_gather", "reduce_scatter") and graph.computes > 1 and graph.balanced():
+        lines += _optima(graph if op == "all_gather" else graph.reversed())
+    found = bound(graph, op, message_bytes, root)
+    lines.append(("bound", f"{op} of {show(message_bytes, 'B')}: {show(found.seconds, 's')}: {found.where}"))
+    if graph.world_size > PACKED:
+        lines.append(("left out", f"trees: {graph.world_size} ranks; packing takes too long above {PACKED}"))
+    elif op != "all_to_all" and graph.computes > 1:
+        lines += _trees(graph, op, root)
+    return lines
+
+
+def _optima(graph: Graph) -> list[tuple[str, str]]:
+    best = optimum(graph)
+    rate = f"{best.bytes_per_s(graph) / 1e9:.3f} GB/s with {best.k} trees a rank (1/x = {_fraction(best.time)})"
+    rates = ", ".join(f"{fixed_k(graph, k).bytes_per_s(graph) / 1e9:.3f} GB/s with {k}" for k in _FIXED)
+    return [("optimum", rate), ("trees a rank", rates)]
+
+
+def _trees(graph: Graph, op: str, root: int) -> list[tuple[str, str]]:
+    if op == "all_reduce":
+        plan = all_reduce_plan(graph)
+        rate = f"{1e-9 / plan.seconds_per_byte:.3f} GB/s; the optimum is {1e-9 / plan.optimum_seconds_per_byte:.3f} GB/s"
+        return [
+            ("reduce", _forest(plan.reduce)),
+            ("broadcast", _forest(plan.broadcast)),
+            ("together", f"{rate}; {len(plan.parts())} parts"),
+        ]
+    forest = {
+        "all_gather": lambda: all_gather_forest(graph),
+        "reduce_scatter": lambda: reduce_scatter_forest(graph),
+        "broadcast": lambda: broadcast_forest(graph, root),
+        "reduce": lambda: reduce_forest(graph, root),
+    }[op]()
+    return [("packed", _forest(forest))]
+
+
+def _forest(forest: Forest) -> str:
+    return f"{len(forest.trees)} trees, {forest.depth} edges deep at most, {1e-9 / forest.seconds_per_byte:.3f} GB/s"
+
+
+def _fraction(value: Fraction) -> str:
+    return f"{value}" if value.denominator < 10**6 else f"{float(value):.6g}"

@@ -1,0 +1,154 @@
+"""The choice: what it is on networks whose best algorithm is known, how near to the bound, and never slower than native."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+from any_clusters import RATE, clusters, star
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from thinwire.cluster import FRAME_OVERHEAD, Cluster, Quantity, load_cluster
+from thinwire.collectives.choose.costs import Costs
+from thinwire.collectives.choose.estimate import profile
+from thinwire.collectives.choose.explain import explain, fullest, loses
+from thinwire.collectives.choose.native import simulate_native
+from thinwire.collectives.choose.question import question
+from thinwire.collectives.choose.select import TIE, Selection, choose, select
+from thinwire.collectives.choose.simulate import simulate
+from thinwire.collectives.schedules import ring, rooted
+from thinwire.collectives.synthesis import bound
+from thinwire.collectives.synthesis.bounds import OPS
+
+SIZE = 4 << 20
+MESSAGE_S = SIZE * 8 * FRAME_OVERHEAD / RATE
+"""4 MiB through one card of 100 Mbit/s."""
+
+
+@cache
+def shipped(cluster: str, op: str, message_bytes: int = SIZE) -> Selection:
+    return chosen(load_cluster(cluster), op, message_bytes)
+
+
+def chosen(cluster: Cluster, op: str, message_bytes: int = SIZE) -> Selection:
+    return choose(question(cluster, op, message_bytes))
+
+
+@settings(max_examples=15)
+@given(cluster=clusters(), op=st.sampled_from(OPS), size=st.sampled_from([4, 40_000]))
+def test_the_best_is_never_slower_than_native_nor_below_the_bound(cluster: Cluster, op: str, size: int) -> None:
+    n = size * cluster.world_size
+    found = chosen(cluster, op, n)
+    seconds = [one.seconds for one in found.ranking]
+    assert seconds == sorted(seconds)
+    assert found.best.seconds <= min(found.native.seconds, seconds[0] * (1 + TIE))
+    assert all(one.seconds >= bound(cluster, op, n).seconds * (1 - 1e-6) for one in found.ranking)
+    assert [one.seconds for one in select(cluster, op, n)] == seconds
+
+
+def test_equal_hosts() -> None:
+    """14/8 of the message through each card is the bound, and the backend's ring is as near to it as anything."""
+    found = shipped("eight-hosts-100mbit", "all_reduce")
+    assert found.best is found.native
+    assert found.native.seconds == pytest.approx(14 / 8 * MESSAGE_S, rel=0.01)
+    for op, native, ours in (
+        ("reduce_scatter", 14 / 8, 7 / 8),
+        ("reduce", 14 / 8, 1),
+        ("broadcast", 4.5, 1),
+        ("all_to_all", 7 / 8 * 1.39, 7 / 8),
+    ):
+        found = shipped("eight-hosts-100mbit", op)
+        assert found.native.seconds == pytest.approx(native * MESSAGE_S, rel=0.015), op
+        assert found.best.seconds == pytest.approx(ours * MESSAGE_S, rel=0.05), op
+
+
+def native_s(hosts: int, op: str) -> float:
+    found = simulate_native(question(star([RATE] * hosts), op, SIZE), None, Costs())
+    assert found is not None
+    return found.seconds
+
+
+@pytest.mark.parametrize(("hosts", "measured"), [(2, 1.0), (4, 2.7), (8, 4.35)])
+def test_the_native_broadcast_is_as_slow_as_it_was_measured(hosts: int, measured: float) -> None:
+    assert native_s(hosts, "broadcast") == pytest.approx(measured * MESSAGE_S, rel=0.08)
+
+
+@pytest.mark.parametrize(("hosts", "measured"), [(2, 1.96), (4, 1.61), (8, 1.39)])
+def test_the_native_all_to_all_is_as_slow_as_it_was_measured(hosts: int, measured: float) -> None:
+    least_s = (hosts - 1) / hosts * MESSAGE_S
+    assert native_s(hosts, "all_to_all") == pytest.approx(measured * least_s, rel=0.02)
+
+
+def test_interleaved_racks_are_reordered() -> None:
+    found = shipped("two-racks", "all_reduce")
+    assert found.native.seconds == pytest.approx(4 * 14 / 8 * MESSAGE_S, rel=0.01)
+    assert found.best.candidate.name == "native, ring order"
+    assert found.best.candidate.order == (0, 2, 4, 6, 1, 3, 5, 7)
+    assert found.best.seconds == pytest.approx(14 / 8 * MESSAGE_S, rel=0.01)
+    assert found.runner_up is not None and found.runner_up.candidate.name != found.best.candidate.name
+
+
+def test_half_uplinks_call_for_a_hierarchy() -> None:
+    """Bound 2 n / rate; the best-ordered ring takes 3.5."""
+    cluster = load_cluster("two-racks")
+    links = tuple(
+        replace(link, bandwidth_bps=Quantity(RATE / 2)) if "switch" in (link.source, link.target) else link
+        for link in cluster.links
+    )
+    found = chosen(replace(cluster, links=links), "all_reduce")
+    reordered = next(one for one in found.ranking if one.candidate.name == "native, ring order")
+    assert reordered.seconds == pytest.approx(3.5 * MESSAGE_S, rel=0.01)
+    assert found.best.seconds < 2.2 * MESSAGE_S
+
+
+def test_a_slow_host_does_not_decide_twice() -> None:
+    """At a quarter of the rate a ring takes 7 n / rate, the bound is 4 n / rate."""
+    found = shipped("one-slow-host", "all_reduce")
+    assert found.native.seconds == pytest.approx(7 * MESSAGE_S, rel=0.01)
+    assert found.best.seconds <= 4 * MESSAGE_S * 1.06
+    weighted = next(one for one in found.ranking if one.candidate.name == "weighted direct")
+    assert weighted.seconds <= 4 * MESSAGE_S * 1.06
+
+
+def test_short_messages_take_few_steps() -> None:
+    """Recursive doubling, or direct where every rank has a core for its 14 messages."""
+    found = shipped("eight-hosts-100mbit", "all_reduce", 1024)
+    assert found.best.candidate.schedule is not None and len(found.best.candidate.schedule.steps) <= 3
+    assert found.native.seconds > 2 * found.best.seconds
+    shared = choose(found.asked, Costs(cores_shared=4.0))
+    assert shared.best.candidate.name == "recursive doubling"
+
+
+def test_costs_decide_too() -> None:
+    """Where a message costs a hundredth of a second of software, nobody sends hundreds of them."""
+    asked = question(load_cluster("eight-hosts-100mbit"), "broadcast", SIZE)
+    cheap, dear = choose(asked).best.run, choose(asked, Costs(send_s=0.01, receive_s=0.01)).best.run
+    assert cheap and dear and len(dear.transfers) < len(cheap.transfers) / 4
+
+
+def test_estimates_are_exact_for_rings_and_chains() -> None:
+    asked = question(star([RATE] * 6), "all_reduce", 6 * 40_000)
+    costs = Costs(reduce_s_per_byte=0.0, call_s=0.0)
+    for model in (ring.all_reduce(range(6)), rooted.all_reduce(rooted.chain(range(6)))):
+        found = simulate(model, asked.message_bytes, asked.routes, costs).seconds
+        assert profile(model, asked, costs).seconds(1) == pytest.approx(found, rel=1e-3)
+
+
+def test_the_words() -> None:
+    explained = explain(shipped("one-slow-host", "all_reduce"))
+    lines = dict(explained.lines)
+    assert "slow -> switch is busy" in lines["predicted"]
+    assert "slow -> switch" in lines["bound"] and lines["native"].startswith("2.46 s (1.")
+    found = explained.as_dict()
+    assert found["bound_s"] <= found["predicted_s"] < found["native_s"]
+    assert {found["links"][0]["source"], found["links"][0]["target"]} == {"slow", "switch"}
+    best, native = explained.selection.best, explained.selection.native
+    assert fullest(best)[0][0] == best.run.fullest  # type: ignore[union-attr]
+    assert loses(best, native) in [f"{way} carries 7 MiB (4 MiB)" for way in ("switch -> slow", "slow -> switch")]
+
+
+def test_large_groups_are_answered_too() -> None:
+    """120 ranks: the native ring has a closed form; what can be gone through is simulated, and what cannot is said."""
+    found = chosen(star([RATE] * 120), "all_reduce", 120 * 4)
+    assert found.native.run is None and found.native.seconds > 0
+    assert found.best.candidate.model is not None and found.best.run is not None and found.left_out

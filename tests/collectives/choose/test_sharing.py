@@ -1,0 +1,35 @@
+"""Max-min fair rates: no link carries more than it can, and every connection has a link that holds it back."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from thinwire.collectives.choose.sharing import Sharing
+
+
+@given(
+    capacity=st.lists(st.sampled_from([1.0, 2.5, 10.0, 1e9]), min_size=1, max_size=6),
+    data=st.data(),
+)
+def test_every_connection_has_a_bottleneck(capacity: list[float], data: st.DataObject) -> None:
+    """Its rate is the greatest on a full link (Bertsekas and Gallager: that is what max-min fair means)."""
+    link = st.integers(0, len(capacity) - 1)
+    routes = data.draw(st.lists(st.lists(link, min_size=1, max_size=4, unique=True), min_size=1, max_size=12))
+    active = data.draw(st.lists(st.integers(0, len(routes) - 1), min_size=1, unique=True).map(sorted))
+    sharing = Sharing(routes, capacity)
+    rates = dict(zip(active, sharing.rates(np.array(active)), strict=True))
+    used = [sum(rate for one, rate in rates.items() if number in routes[one]) for number in range(len(capacity))]
+    assert all(amount <= most * (1 + 1e-9) for amount, most in zip(used, capacity, strict=True))
+    for one, rate in rates.items():
+        assert any(
+            used[number] >= capacity[number] * (1 - 1e-9)
+            and rate >= max(rates[other] for other in active if number in routes[other]) * (1 - 1e-9)
+            for number in routes[one]
+        )
+
+
+def test_what_is_left_goes_to_those_who_can_use_it() -> None:
+    """Two share link 0 with 1 each; the third has link 1 for itself but for one of them: 10 - 1."""
+    rates = Sharing([[0], [0, 1], [1]], [2.0, 10.0]).rates(np.array([0, 1, 2]))
+    assert rates == pytest.approx([1, 1, 9])

@@ -1,0 +1,103 @@
+"""torch.distributed over MPI, on four ranks that a real mpiexec has started: one launch makes every case of mpi_cases.py."""
+
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launched import MISSING, environment, mpiexec
+from pool import Pool, Rank
+
+pytestmark = [pytest.mark.skipif(bool(MISSING), reason=MISSING), pytest.mark.timeout(150)]
+PROGRAM = Path(__file__).parent / "mpi_cases.py"
+CASES = re.findall(r"^def (case_\w+)", PROGRAM.read_text(encoding="utf-8"), re.M)
+
+Outcomes = Callable[[str], list[Any]]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """A case's name -> what it returned on each rank; fails where it raised."""
+    folder = tmp_path_factory.mktemp("mpi")
+    command = [mpiexec(), "-n", "4", sys.executable, str(PROGRAM), str(folder)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    print(done.stdout)
+    files = [folder / f"outcomes-{rank}" for rank in range(4)]
+    assert all(file.exists() for file in files), done.stdout + done.stderr
+    by_rank: list[dict[str, tuple[bool, Any]]] = [pickle.loads(file.read_bytes()) for file in files]
+
+    def of(case: str) -> list[Any]:
+        for rank, cases in enumerate(by_rank):
+            good, value = cases.get(case, (False, f"was not reached: {list(cases)[-1]} failed\n{done.stderr}"))
+            assert good, f"rank {rank}: {value}"
+        return [cases[case][1] for cases in by_rank]
+
+    of(CASES[-1])
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return of
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_case(outcomes: Outcomes, case: str) -> None:
+    outcomes(case)
+
+
+def test_all_ranks_say_who_differs(outcomes: Outcomes) -> None:
+    by_rank = outcomes("case_a_mismatch_is_named_and_breaks_nothing")
+    assert len(set(map(tuple, by_rank))) == 1
+    sizes, types, reductions, roots, calls, splits, future = by_rank[0]
+    assert sizes.startswith("UserError: the ranks of group ")
+    assert "its rank 0 calls all_reduce of 5 values of float32 with SUM, its rank 2 calls all_reduce of 6 values" in sizes
+    assert "rank 2 calls all_reduce of 5 values of float64" in types
+    assert "rank 2 calls all_reduce of 5 values of float32 with MAX" in reductions
+    assert "with root 0, its rank 2 calls broadcast of 5 values of float32 with root 1" in roots
+    assert "rank 2 calls barrier;" in calls
+    assert "its rank 2 sends 8 B to its rank 3, which expects 4 B" in splits
+    assert "its rank 2 calls all_reduce of 2 values" in future
+
+
+def test_a_receiver_says_what_came(outcomes: Outcomes) -> None:
+    short, long = outcomes("case_a_message_of_another_size_is_named")[1]
+    assert "16 B came where 20 B were expected" in short and "a larger message came where 20 B were expected" in long
+
+
+def test_refusals_say_what_to_do(outcomes: Outcomes) -> None:
+    for lines in outcomes("case_what_cannot_be_done_is_refused_at_once"):
+        assert all(line.startswith("UserError: ") for line in lines)
+        assert (
+            "SUM of float8_e4m3fn does not exist over MPI" in lines[0]
+            and "AVG of int32" in lines[1]
+            and "BXOR of float32" in lines[2]
+        )
+        assert "3 tensors for 4 ranks" in lines[3] and "7 values" in lines[4] and "no 4 equal parts" in lines[5]
+        assert "tag -5" in lines[6]
+
+
+def test_a_group_in_which_somebody_was_missed_takes_no_more(outcomes: Outcomes) -> None:
+    for first, second in outcomes("case_a_rank_that_does_not_come_is_waited_for_in_vain")[:3]:
+        assert first == second and re.search(r"^RuntimeError: barrier in group .* over MPI: timed out after 1 s", first)
+
+
+def call_them(context: Rank, what: str, *args: Any) -> Any:
+    import mpi_calls
+
+    return getattr(mpi_calls, what)(context.ledger, *args)
+
+
+def test_the_ledger_is_that_of_gloo(outcomes: Outcomes, ranks4: Pool) -> None:
+    over_mpi = outcomes("case_the_ledger_enters_every_call")
+    assert over_mpi == ranks4.run(call_them, "every_call")
+    assert all(len(entries) >= 9 for entries in over_mpi)
+
+
+def test_a_training_learns_what_it_learns_over_gloo(outcomes: Outcomes, ranks4: Pool, tmp_path: Path) -> None:
+    losses, scores = outcomes("case_a_training")[0]
+    expected = ranks4.run(call_them, "train", tmp_path)[0]
+    assert len(losses) == 12 and len(scores) == 3
+    assert losses == pytest.approx(expected[0], abs=1e-5) and scores == pytest.approx(expected[1], abs=1e-5)
