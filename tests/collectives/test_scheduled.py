@@ -1,6 +1,7 @@
 """The backend with schedules behind it: frameworks get the same results, the ledger the bytes that were sent, mistakes a line."""
 
 import time
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -177,6 +178,31 @@ def absent(context: Rank) -> None:
         time.sleep(6)
 
 
+class Wrong(Fixed):
+    """Its ring leaves out the last message."""
+
+    def ways(self, op: str, message_bytes: int, ranks: Any, root: int) -> list[tuple[Way, float]]:
+        whole = ring.all_reduce(range(len(ranks)))
+        cut = replace(whole, steps=(*whole.steps[:-1], whole.steps[-1][1:]))
+        return [(Way("cut ring", cut), 1.0)]
+
+
+def wrong(context: Rank) -> None:
+    group = group_of(Ledger(), Tuner(Wrong(), measures=False))
+    dist.all_reduce(torch.zeros(8), group=group)
+
+
+def mixed(context: Rank) -> bool:
+    """Calls that are waited for at once and calls that are not, on one group: the order of the calls is kept."""
+    group = group_of(Ledger(), fixed())
+    tensors = [torch.full((50 + n,), float(dist.get_rank() + n)) for n in range(12)]
+    works = [dist.all_reduce(one, group=group, async_op=n % 3 > 0) for n, one in enumerate(tensors)]
+    for work in works:
+        if work is not None:
+            work.wait()
+    return all(torch.equal(one, torch.full((50 + n,), 6.0 + 4 * n)) for n, one in enumerate(tensors))
+
+
 def measured(context: Rank, folder: str) -> tuple[list[str], list[Any], int]:
     said: list[str] = []
     advisor = Fixed()
@@ -225,6 +251,15 @@ def test_what_differs_between_ranks_is_named_by_all(ranks4: Pool, function: Any,
 def test_a_rank_that_does_not_call_is_waited_for_until_the_time_out(ranks4: Pool) -> None:
     with pytest.raises(RankFailure, match="failed after 2"):
         ranks4.run(absent)
+
+
+def test_a_schedule_that_is_not_right_never_runs(ranks4: Pool) -> None:
+    with pytest.raises(RankFailure, match=r"UserError: ring: .*"):
+        ranks4.run(wrong)
+
+
+def test_calls_keep_their_order(ranks4: Pool) -> None:
+    assert ranks4.run(mixed) == [True] * 4
 
 
 def test_what_is_measured_is_kept_for_the_next_run(ranks4: Pool, tmp_path: Any) -> None:

@@ -4,6 +4,7 @@ MPI can be started once in the life of a process, and is ended by the thread tha
 the engine's thread moves data while another one makes a communicator, which blocks until all its ranks have come.
 """
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -58,6 +59,16 @@ class Library:
         """End MPI, if it was started here. Collective: returns when all ranks have come."""
         if self._ours and not self.MPI.Is_finalized():
             self.MPI.Finalize()
+
+
+def abandon(code: int) -> None:
+    """End this rank with `code` and the others with it, if MPI runs in this process; before it exits on an error of its own.
+
+    Open MPI's mpiexec does that by itself when a rank exits so, and says less then; MPICH's leaves other hosts' ranks waiting.
+    """
+    MPI: Any = sys.modules.get("mpi4py.MPI")
+    if MPI is not None and MPI.Is_initialized() and not MPI.Is_finalized() and MPI.get_vendor()[0] != "Open MPI":
+        MPI.COMM_WORLD.Abort(code)
 
 
 def patiently(call: Callable[[], Any], what: str, timeout_s: float) -> Any:

@@ -13,6 +13,7 @@ send to compare their calls (40 B to each other rank before each collective) is 
 """
 
 import socket
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -85,7 +86,7 @@ class Mpi:
 
 @contextmanager
 def started(timeout_s: float) -> Iterator[Mpi]:
-    """Start MPI; at the end of the `with`, end it. Collective. An exception leaves MPI to mpiexec, which ends the other ranks."""
+    """Start MPI; at the end of the `with`, end it. Collective. After an exception it is not ended, see `library.abandon`."""
     engine = Engine()
     library = engine.call(Library, "starting MPI", timeout_s)
     yield Mpi(library, engine)
@@ -94,7 +95,7 @@ def started(timeout_s: float) -> Iterator[Mpi]:
 
 @contextmanager
 def process_group(ledger: Ledger | None = None, timeout_s: float = 300.0) -> Iterator[Ledger]:
-    """torch.distributed over MPI, ready inside. Returns the ledger into which all calls are entered."""
+    """torch.distributed over MPI, ready inside; gives the ledger into which all calls are entered. An exception ends all ranks."""
     ledger = ledger or Ledger()
     timeout = timedelta(seconds=timeout_s)
     with started(timeout_s) as mpi:
@@ -102,7 +103,11 @@ def process_group(ledger: Ledger | None = None, timeout_s: float = 300.0) -> Ite
         meeting, rank, size = mpi.meet(Meeting(), timeout_s), mpi.library.rank, mpi.library.size
         store = dist.TCPStore(meeting.address, meeting.port, size, is_master=rank == 0, timeout=timeout)
         dist.init_process_group(NAME, store=store, rank=rank, world_size=size, timeout=timeout)
-        yield ledger
+        try:
+            yield ledger
+        except Exception:
+            traceback.print_exc()
+            mpi.library.MPI.COMM_WORLD.Abort(1)
         dist.barrier()  # nobody leaves while another still needs the store
         dist.destroy_process_group()
 

@@ -8,16 +8,18 @@ if it takes less than `WORTH` of its time. All ranks see the same numbers and so
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from thinwire.collectives.choose.calibrate import PROBE_BYTES
-from thinwire.collectives.run.engine import Engine
+from thinwire.collectives.run.engine import Engine, Place
 from thinwire.collectives.schedules.doubling import recursive_doubling
 from thinwire.collectives.tuned.advice import Advisor
 from thinwire.collectives.tuned.cache import Cache
 from thinwire.collectives.tuned.way import NATIVE, Call, Way, example, perform
+from thinwire.errors import UserError
 from thinwire.units import show
 
 TURNS = 3
@@ -46,16 +48,12 @@ class Tuner:
         """In a job of `engine`. Collective."""
         place = engine.place
         key = f"{call.op} {size_class(call.message_bytes)} {call.root} {','.join(map(str, place.ranks))}"
-        known, offered = None, []
         if self._measures and place.size not in self._calibrated:
             self._calibrate(engine)
-        if place.rank == 0:
-            known = self._cache.find(key)
-            if known is None:
-                priced = self._advisor.ways(call.op, call.message_bytes, place.ranks, call.root)
-                offered = [way.to_plain() for way, _ in (priced if self._measures else priced[:1])]
-        told = engine.told([known["way"]] if known else offered)
-        ways = [Way.from_plain(one) for one in told]
+        told = engine.told(self._offers(key, call, place) if place.rank == 0 else None)
+        if "error" in told:
+            raise UserError(told["error"])
+        ways = [Way.from_plain(one) for one in told["ways"]]
         if len(ways) == 1:
             return ways[0]
         seconds = measure(engine, ways, call.op, call.message_bytes, call.root)
@@ -70,6 +68,21 @@ class Tuner:
                 f"{show(best_s, 's')} (native {show(native_s, 's')})"
             )
         return best
+
+    def _offers(self, key: str, call: Call, place: Place) -> dict[str, Any]:
+        """On the first rank: what to try, all of it proven right. An error is told too, or the others would wait for it."""
+        known = self._cache.find(key)
+        try:
+            if known is not None:
+                ways = [Way.from_plain(known["way"])]
+            else:
+                priced = self._advisor.ways(call.op, call.message_bytes, place.ranks, call.root)
+                ways = [way for way, _ in (priced if self._measures else priced[:1])]
+            for way in ways:
+                way.check(call, place.size)
+        except UserError as error:
+            return {"error": str(error)}
+        return {"ways": [way.to_plain() for way in ways]}
 
     def _calibrate(self, engine: Engine) -> None:
         """Once for each number of ranks: what do messages cost here?"""

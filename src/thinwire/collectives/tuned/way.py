@@ -13,6 +13,7 @@ from thinwire.collectives.run.runner import Tensors, in_place
 from thinwire.collectives.schedules import ops
 from thinwire.collectives.schedules.schedule import Schedule
 from thinwire.collectives.schedules.table import from_json, to_json
+from thinwire.collectives.schedules.verify import verify
 from thinwire.collectives.wire import sent_bytes
 from thinwire.errors import UserError
 
@@ -39,6 +40,19 @@ class Way:
     def native(self) -> bool:
         """The backend's own collective as it is."""
         return self.schedule is None and self.order is None
+
+    def check(self, call: "Call", p: int) -> None:
+        """UserError unless it is a right way to run `call` among p ranks: schedules are proven before they may run."""
+        schedule, root = self.schedule, call.root if ops.rooted(call.op) else None
+        if schedule is not None:
+            if (schedule.op, schedule.p, schedule.root) != (call.op, p, root):
+                raise UserError(
+                    f"{self.name} is a schedule for {schedule.op} among {schedule.p} ranks with root {schedule.root}, "
+                    f"not for {call.op} among {p} with root {root}"
+                )
+            verify(schedule)
+        if self.order is not None and (call.op not in ORDERED or sorted(self.order) != list(range(p))):
+            raise UserError(f"{self.name}: {call.op} among {p} ranks cannot run in the order {list(self.order)}")
 
     def to_plain(self) -> dict[str, Any]:
         """For JSON."""
