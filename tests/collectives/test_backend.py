@@ -339,7 +339,7 @@ def check_unmetered(context: Rank) -> str:
 
 
 def test_the_self_test_passes_here_and_refuses_a_group_that_is_not_metered(ranks2: Pool) -> None:
-    assert ranks2.run(check_self) == [2, 2]
+    assert ranks2.run(check_self) == [4, 4]  # two calls, each of them twice
     for message in ranks2.run(check_unmetered):
         assert "past the meter (0 B metered, 12 B sent); use torch 2.11 to 2.15" in message and "\n" not in message
 

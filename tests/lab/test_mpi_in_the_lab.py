@@ -54,9 +54,10 @@ def test_a_command_enters_another_host_as_through_ssh(build: Callable[..., Clust
 def test_a_rank_that_fails_ends_the_others_and_its_line_is_the_last_word(build: Callable[..., Cluster]) -> None:
     rank = """
 import os, time
-from mpi4py import MPI
-if MPI.COMM_WORLD.rank == 1:
+from thinwire.collectives.mpi.library import Library, abandon
+if Library().rank == 1:
     os.write(2, b"thinwire: error: a bad rank\\n")
+    abandon(9)
     os._exit(9)
 time.sleep(60)
 """

@@ -97,6 +97,7 @@ def _cost(cluster: Cluster, sizes: list[int], wire: list[int], compute_s: float,
                 "every": 1,
                 "wire_bytes_per_step": count,
                 "seconds": 8 * count * 1.0466 / 1e8,
+                "even": True,
             }
             for label, size, count in zip(LABELS, sizes, wire, strict=False)
         ],

@@ -106,6 +106,8 @@ def run(cluster_name: str | None = None, options: Mapping[str, Any] | None = Non
         "curve": _curve(told),
     }
     ranks = told["ranks"] if cluster is None else cluster.world_size
+    keys = {f"{one.name} {seed}": key_of(one, seed, ranks, settings["curve"]) for seed in seeds for one in methods}
+    settings["keys"] = keys
     timed: dict[Link, dict[str, dict[str, Any]]] = {link: {} for link in links}
     with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
         path = Path(told["learned"] or f"{folder}/learned").resolve()
@@ -118,7 +120,7 @@ def run(cluster_name: str | None = None, options: Mapping[str, Any] | None = Non
                 timed[link] |= _beside_silence(_in_lab(cluster, link, launch_methods, settings))
             _on_loopback("learn", ranks, launch_methods, settings)
         there = kept(path)
-    learned = [there[key_of(method, seed, ranks, settings["curve"])] for seed in seeds for method in methods]
+    learned = [there[key] for key in keys.values()]
     rows = [_row(timed[link], link, one) for link in links for one in learned]
     if told["target"]:
         unshaped = next((timed[link] for link in links if link.rate_bps is None), None)

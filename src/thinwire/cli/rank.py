@@ -14,6 +14,7 @@ FAILED, USER_ERROR, RANK_SILENT = 1, 2, 4
 
 def be_rank(surroundings: "Surroundings", work: Callable[[], None], reword: "Callable[[Failure], Failure] | None" = None) -> None:
     """Run `work`; on an exception tell why and leave. reword: what this command says instead."""
+    from thinwire.collectives.mpi.library import abandon
     from thinwire.train.failure import explain, write_error_file
 
     try:
@@ -25,7 +26,10 @@ def be_rank(surroundings: "Surroundings", work: Callable[[], None], reword: "Cal
             write_error_file(surroundings.error_file, failure)
         else:
             print(f"thinwire: error: {failure.line}", file=sys.stderr)
-        leave({"user": USER_ERROR, "silent": RANK_SILENT}.get(failure.kind, FAILED))
+        code = {"user": USER_ERROR, "silent": RANK_SILENT}.get(failure.kind, FAILED)
+        sys.stderr.flush()
+        abandon(code)
+        leave(code)
 
 
 def leave(code: int) -> None:

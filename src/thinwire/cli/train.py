@@ -53,10 +53,13 @@ def _launch(run: Path | None, changes: list[str], resume: Path | None) -> int:
     """Start the ranks on this machine, then print the table and write the report."""
     from thinwire.cli.conclude import conclude
     from thinwire.cluster import load_cluster
+    from thinwire.errors import UserError
 
     config = _configure(run, changes, resume)
     ranks = config.train.ranks or (load_cluster(config.cluster.file).world_size if config.cluster.file else 2)
     config.layout.resolve(ranks, rare=config.sync.rare)
+    if config.train.backend == "mpi":
+        raise UserError(f"train.backend = 'mpi': ranks that talk over MPI are started by mpiexec -n {ranks} thinwire train ...")
 
     from thinwire.train.agent import Nodes, launch
     from thinwire.train.runtime import loopback_environment

@@ -20,8 +20,11 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.run.engine import Engine, Place
 from thinwire.collectives.run.runner import in_place
 from thinwire.collectives.tuned.tuner import Tuner, size_class
-from thinwire.collectives.tuned.way import REDUCTIONS, Call, Way, perform, wire_bytes
+from thinwire.collectives.tuned.way import REDUCTIONS, Call, Way, example, perform, wire_bytes
 
+CHOOSING = "choosing collectives"
+"""The label of what ranks send to agree and to measure."""
+OPS = ("all_reduce", "reduce", "broadcast", "all_gather", "reduce_scatter", "all_to_all")
 TYPES = (
     torch.float32,
     torch.float64,
@@ -43,18 +46,36 @@ def _create(ledger: Ledger, tuner: Tuner, told: Any, _options: Any = None) -> "S
     store, rank, size, timeout = told.store, told.group_rank, told.group_size, told.timeout
     ranks = tuple(told.global_ranks_in_group) or tuple(range(size))
     place = Place(dist.PrefixStore("schedules", store), rank, ranks, timeout)
-    return ScheduledGroup(ledger, dist.ProcessGroupGloo(store, rank, size, timeout), Engine(place), tuner)
+    return ScheduledGroup(ledger, dist.ProcessGroupGloo(store, rank, size, timeout), place, tuner)
 
 
 class ScheduledGroup(MeteredGroup):
     """See the top of the file."""
 
-    def __init__(self, ledger: Ledger, inner: dist.ProcessGroupGloo, engine: Engine, tuner: Tuner) -> None:
+    def __init__(self, ledger: Ledger, inner: dist.ProcessGroupGloo, place: Place, tuner: Tuner) -> None:
         super().__init__(ledger, inner)
-        self._engine, self._tuner = engine, tuner
+        group = self._group
+
+        def note(op: str, message_bytes: int, sent: int | None) -> None:
+            with ledger.label(CHOOSING):
+                ledger.enter(op, message_bytes, group, 0, sent)
+
+        self._engine, self._tuner = Engine(place, note), tuner
         self._ways: dict[tuple[str, int, int], Way] = {}
         self._agreed: set[str] = set()
-        weakref.finalize(self, engine.close)
+        weakref.finalize(self, self._engine.close)
+
+    def prepare(self, op: str, message_bytes: int) -> None:
+        """Decide how such calls are run before the first of them. Collective, and waits."""
+        self._way(example(op, message_bytes, self._engine.place.rank, self._engine.place.size, 0))
+
+    def wire_bytes(self, op: str, message_bytes: int, root: int = 0) -> int:
+        """As the base class says; of float32."""
+        way = self._ways.get((op, size_class(message_bytes), root))
+        if way is None or way.native:
+            return super().wire_bytes(op, message_bytes, root)
+        call = example(op, message_bytes, self._engine.place.rank, self._engine.place.size, root)
+        return wire_bytes(way, call, self._engine)
 
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
         native = partial(super().allreduce, tensors, opts)
@@ -134,8 +155,7 @@ class ScheduledGroup(MeteredGroup):
             self._engine.ask(what, partial(self._engine.agree, what))
             self._agreed.add(what)
         if way is None:
-            with self._ledger.label("choosing collectives"):
-                way = self._ways[key] = self._engine.ask(what, partial(self._tuner.decide, self._engine, call))
+            way = self._ways[key] = self._engine.ask(what, partial(self._tuner.decide, self._engine, call))
         return way
 
 

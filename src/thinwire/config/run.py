@@ -71,6 +71,14 @@ class DataSection(_Section):
     """Folder for the token file; empty: ~/.cache/thinwire."""
 
 
+class CollectivesSection(_Section):
+    """Who runs all-reduces and their like on CPUs."""
+
+    kind: Literal["native", "priced", "measured"] = "native"
+    """"native": gloo's own algorithms. "measured": when an op is first used in a class of sizes, the few ways that are best by
+    price on the cluster are tried on the ranks, and the fastest is kept, gloo's own included. "priced": the best by price."""
+
+
 class LayoutSection(_Section):
     """Degrees of the parallel axes; their product is the number of ranks."""
 
@@ -186,6 +194,7 @@ class RunConfig(_Section):
     """A whole run. `RunConfig()` is valid: a 1M model on the standard library's sources."""
 
     cluster: ClusterSection = ClusterSection()
+    collectives: CollectivesSection = CollectivesSection()
     model: ModelSection = ModelSection.model_validate({})
     data: DataSection = DataSection()
     layout: LayoutSection = LayoutSection()

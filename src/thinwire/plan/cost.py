@@ -18,8 +18,8 @@ from typing import Any
 
 from thinwire.cluster import Cluster, Link
 from thinwire.cluster.graph import Routes
-from thinwire.collectives.price import link_seconds, price
-from thinwire.collectives.wire import flows, sent_bytes
+from thinwire.collectives.carrier import Carrier, Native
+from thinwire.collectives.price import link_seconds
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.traffic import Transfer
@@ -55,11 +55,15 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class PricedTransfer:
-    """A Transfer with what this rank sends for it per step, and the seconds of one event on idle wires."""
+    """A Transfer with what this rank sends for it per step, and the seconds of one event on idle wires.
+
+    even: whether every rank of the group sends as much.
+    """
 
     transfer: Transfer
     wire_bytes_per_step: float
     seconds: float
+    even: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +105,7 @@ class Prediction:
                     "every": priced.transfer.every,
                     "wire_bytes_per_step": priced.wire_bytes_per_step,
                     "seconds": priced.seconds,
+                    "even": priced.even,
                 }
                 for priced in self.transfers
             ],
@@ -116,8 +121,13 @@ class Prediction:
         }
 
 
-def predict(setting: Setting, transfers: Sequence[Transfer], rank: int = 0) -> Prediction:
-    """What a step costs on `rank`. `transfers` in the order in which they become ready."""
+def predict(
+    setting: Setting,
+    transfers: Sequence[Transfer],
+    rank: int = 0,
+    carrier: Carrier = Native(),  # noqa: B008 (never changed)
+) -> Prediction:
+    """What a step costs on `rank`. `transfers` in the order in which they become ready; carrier: who runs the collectives."""
     layout, routes = setting.layout, Routes(setting.cluster)
     layout.check(setting.cluster.world_size)
     if len(setting.flops_per_s) != layout.world_size:
@@ -129,12 +139,19 @@ def predict(setting: Setting, transfers: Sequence[Transfer], rank: int = 0) -> P
     priced, wire_end, rare_s, links = [], 0.0, 0.0, Counter[Link]()
     for transfer in transfers:
         groups = layout.groups(transfer.axis)
-        wire_s = max(price(routes, transfer.op, transfer.message_bytes, group).seconds for group in groups)
+        wire_s = max(carrier.seconds(routes, transfer.op, transfer.message_bytes, group) for group in groups)
         seconds = (wire_s + transfer.work_s) * transfer.calls
         mine = next(group for group in groups if rank in group)
-        sent = sent_bytes(transfer.op, transfer.message_bytes, len(mine), mine.index(rank))
+        sent = Counter[int]()
+        for source, _, size in carrier.flows(transfer.op, transfer.message_bytes, mine):
+            sent[mine[source]] += size
         priced.append(
-            PricedTransfer(transfer=transfer, wire_bytes_per_step=sent * transfer.calls / transfer.every, seconds=seconds)
+            PricedTransfer(
+                transfer=transfer,
+                wire_bytes_per_step=sent[rank] * transfer.calls / transfer.every,
+                seconds=seconds,
+                even=len({sent[one] for one in mine}) == 1,
+            )
         )
         if transfer.every == 1:
             ready_s = max(end_s - transfer.window_flops / rate for end_s, rate in paces)
@@ -142,7 +159,7 @@ def predict(setting: Setting, transfers: Sequence[Transfer], rank: int = 0) -> P
         else:
             rare_s += max(0.0, seconds - transfer.window_flops / slowest_rate) / transfer.every
         for group in groups:
-            placed = [(group[a], group[b], size) for a, b, size in flows(transfer.op, transfer.message_bytes, len(group))]
+            placed = [(group[a], group[b], size) for a, b, size in carrier.flows(transfer.op, transfer.message_bytes, group)]
             for link, payload in routes.load(placed).items():
                 links[link] += payload * transfer.calls / transfer.every  # type: ignore[assignment]
     return Prediction(
@@ -154,7 +171,7 @@ def predict(setting: Setting, transfers: Sequence[Transfer], rank: int = 0) -> P
         tokens_per_step=setting.workload.tokens_per_microbatch * setting.micro_batches * layout.replicas,
         transfers=tuple(priced),
         links=dict(links),
-        assumptions=_assumptions(setting),
+        assumptions=_assumptions(setting, carrier),
     )
 
 
@@ -165,10 +182,10 @@ def _optimizer_seconds(setting: Setting) -> float:
     return touched / MEMORY_BYTES_PER_S
 
 
-def _assumptions(setting: Setting) -> tuple[str, ...]:
+def _assumptions(setting: Setting, carrier: Carrier) -> tuple[str, ...]:
     links = {link.bandwidth_bps.source for link in setting.cluster.links}
     return (
         f"compute rate: {setting.rates_are}",
         f"links: {' and '.join(sorted(links)) or 'none between the ranks, so the wire costs nothing'}",
-        "gloo's own algorithms; no other traffic on the links",
+        f"{carrier.about()}; no other traffic on the links",
     )

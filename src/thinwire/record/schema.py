@@ -54,7 +54,10 @@ class Record(Entry):
 
 
 class TransferCost(Entry):
-    """One predicted Transfer: `calls` of `message_bytes` every `every` steps, and what one rank sends for it a step."""
+    """One predicted Transfer: `calls` of `message_bytes` every `every` steps, and what rank 0 sends for it a step.
+
+    even: whether all ranks send as much.
+    """
 
     label: str
     axis: str
@@ -64,6 +67,7 @@ class TransferCost(Entry):
     every: int
     wire_bytes_per_step: Number
     seconds: Number = math.nan
+    even: bool = True
 
 
 class LinkLoad(Entry):

@@ -115,7 +115,7 @@ class TransferRow:
     """One Transfer, predicted and in the ledger: bytes sent by one rank over the recorded steps.
 
     `ledger_low`, `ledger_high`: the least and the most that a rank recorded; nan without a ledger. `equal`: to the byte,
-    on every rank; for an op in which ranks send unequal shares on rank 0, of which the prediction speaks.
+    on every rank; where ranks send unequal shares on rank 0, of which the prediction speaks.
     """
 
     label: str
@@ -212,7 +212,7 @@ def transfer_rows(facts: Facts) -> list[TransferRow]:
         if last == end and (end - first) % transfer.every:
             events += 1
         total = events * transfer.every * transfer.wire_bytes_per_step
-        rows.append(_transfer_row(key, total, found, facts))
+        rows.append(_transfer_row(key, total, found, facts, transfer.even))
     rest: dict[tuple[str, str, str], list[LedgerEntry]] = defaultdict(list)
     for (label, axis, op, _), found in exact.items():
         rest[label, axis, op] += found
@@ -246,14 +246,17 @@ def final_loss(events: Iterable[Step] | Iterable[Eval]) -> float:
     return ([event.loss for event in events] or [math.nan])[-1]
 
 
-def _transfer_row(key: tuple[str, str, str], predicted_bytes: float, found: list[LedgerEntry], facts: Facts) -> TransferRow:
+def _transfer_row(
+    key: tuple[str, str, str], predicted_bytes: float, found: list[LedgerEntry], facts: Facts, even: bool = True
+) -> TransferRow:
     nothing = math.nan if facts.ledger is None else 0.0
-    by_rank = dict.fromkeys(range(facts.record.world_size) if key[2] in EVEN_OPS else [0], nothing)
+    even &= key[2] in EVEN_OPS
+    by_rank = dict.fromkeys(range(facts.record.world_size) if even else [0], nothing)
     calls: dict[int, int] = defaultdict(int)
     for entry in found:
         by_rank[entry.rank] = by_rank.get(entry.rank, 0.0) + entry.wire_bytes
         calls[entry.rank] += entry.calls
-    compared = by_rank.values() if key[2] in EVEN_OPS else [by_rank[0]]
+    compared = by_rank.values() if even else [by_rank[0]]
     return TransferRow(
         *key,
         calls=max(calls.values(), default=0),

@@ -1,9 +1,9 @@
 """What one rank does from its start to its end: join the others, build everything, train, write down what happened."""
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from thinwire.cluster import Cluster
 from thinwire.collectives import backend
 from thinwire.collectives.ledger import Ledger
+from thinwire.collectives.tuned.tuner import Tuner
 from thinwire.config.run import RunConfig
 from thinwire.errors import UserError
 from thinwire.lab.commands import TRAINING
@@ -23,6 +24,7 @@ from thinwire.plan.cost import Prediction, Setting, predict
 from thinwire.sync.make import make_synchroniser
 from thinwire.train import checkpoint, results
 from thinwire.train.agree import agree_on_dtype, agree_on_folder, make_task
+from thinwire.train.collectives import carrier, set_collectives
 from thinwire.train.deal import Deal, opening
 from thinwire.train.forecast import declared_rates, find_cluster, timed_rates
 from thinwire.train.over_mpi import mpi_ranks, over_mpi
@@ -37,7 +39,7 @@ from thinwire.train.trainer import Trainer, report_traffic
 
 @dataclass(frozen=True, kw_only=True)
 class Rank:
-    """One rank whose process group exists."""
+    """One rank whose process group exists. tuner: who chooses collectives, None if they are the backend's own."""
 
     config: RunConfig
     surroundings: Surroundings
@@ -45,6 +47,7 @@ class Rank:
     ledger: Ledger
     device: torch.device
     stop: StopRequest
+    tuner: Tuner | None = None
 
     @property
     def number(self) -> int:
@@ -81,7 +84,9 @@ def work(config: RunConfig, surroundings: Surroundings, resume: Path | None) -> 
         if over_mpi(config.train.backend, place, device):
             place = stack.enter_context(mpi_ranks(place, ledger, timeout_s))
         elif group_backend == backend.NAME:
-            backend.register(ledger)
+            rank = replace(rank, tuner=set_collectives(config, surroundings, ledger))
+        if rank.tuner is None and config.collectives.kind != "native":
+            raise UserError(f"collectives.kind = {config.collectives.kind!r} is for gloo on CPUs; set it to 'native'")
         stack.enter_context(process_group(place, group_backend, timeout_s))
         pulse = stack.enter_context(Pulse(place, rank.host, timeout_s))
         try:
@@ -128,7 +133,8 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     )
     with ledger.label("replica set-up"):
         stepper.rehearse(task.batch(0, group.rank()))
-    prediction, pacer, deal = _predict(rank, cluster, task, stepper, progress)
+    groups = {name: mesh.get_group(name) for name in AXES} | {axis: group}
+    prediction, pacer, deal = _predict(rank, cluster, task, stepper, progress, groups)
     if pacer:
         stack.enter_context(pacer.attached(model, task.workload))
 
@@ -183,7 +189,12 @@ def _precision(device: torch.device, dtype: str) -> Callable[[], AbstractContext
 
 
 def _predict(
-    rank: Rank, cluster: Cluster, task: LanguageModel, stepper: Stepper, progress: checkpoint.Progress
+    rank: Rank,
+    cluster: Cluster,
+    task: LanguageModel,
+    stepper: Stepper,
+    progress: checkpoint.Progress,
+    groups: Mapping[str, dist.ProcessGroup],
 ) -> tuple[Prediction, Pacer | None, Deal]:
     """What a step will cost; the pacer that holds this rank to the declared rate, if the lab asks for one; and who has how many
     micro-batches. Collective."""
@@ -207,7 +218,7 @@ def _predict(
         deal=deal,
     )
     transfers = stepper.sync.traffic(task.workload, layout) + report_traffic(config.train, layout.replica_axis, layout.replicas)
-    return predict(setting, transfers), pacer, deal
+    return predict(setting, transfers, carrier=carrier(rank.tuner, cluster, groups, transfers)), pacer, deal
 
 
 def _deal(config: RunConfig, layout: Layout, rates: Sequence[float], saved: Deal) -> Deal:

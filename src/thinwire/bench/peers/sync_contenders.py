@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from thinwire.bench.peers.outside import alone, helpers_s
 from thinwire.bench.progress import tell
 from thinwire.bench.stock_sync import SILENT, StockSync
-from thinwire.bench.sync_learned import keep, kept, key_of
+from thinwire.bench.sync_learned import keep, kept
 from thinwire.bench.sync_methods import Method, make_method
 from thinwire.cluster import load_cluster
 from thinwire.collectives import backend
@@ -40,7 +40,7 @@ from thinwire.train.runtime import process_group, read_surroundings
 from thinwire.train.step import Stepper, make_optimizer
 
 WARM_STEPS, MOST_STEPS = 2, 20
-SLOW_STEP_S, SLOW_TURN_S = 10.0, 40.0
+SLOW_STEP_S, SLOW_TURN_S = 10.0, 20.0
 """Of a rehearsal or step after which a contender is warm, and of a turn after which it takes no other: the wire sets such times,
 not chance."""
 TELL_EVERY = 50
@@ -229,14 +229,14 @@ def take_turn(rank, contender, task):
 
 def learn(rank):
     """Every method with every seed that is not in the file of what was learned; each goes there as soon as it is over."""
-    told, world_size = rank.told, rank.place.world_size
+    told = rank.told
     path = Path(told["learned"])
     known = rank.agree(list(kept(path)))
     wanted = [
         (seed, method, key)
         for seed in told["seeds"]
         for method in rank.methods
-        if (key := key_of(method, seed, world_size, told["curve"])) not in known
+        if (key := told["keys"][f"{method.name} {seed}"]) not in known
     ]
     task, task_seed = None, None
     for done, (seed, method, key) in enumerate(wanted):

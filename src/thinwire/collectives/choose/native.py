@@ -6,11 +6,12 @@
     reduce          ring reduce-scatter, then everyone sends its part to the root
     broadcast       binomial tree of whole messages, nearest first. A rank posts the sends to all its children at once. If these
                     shared its card evenly 8 equal hosts would take 6 n b (n bytes, b seconds a byte), if they went one after the
-                    other 3 n b. TCP does something between: measured were 4.35 n b at 8 hosts and 2.7 at 4 (6 and 3; 3 and 2).
-                    So: the mean.
+                    other 3 n b. TCP does something between: measured were 4.35 to 5.6 n b at 8 hosts, and 2.55 to 2.7 at 4, where
+                    the two are 3 and 2. So: two thirds of the way from the second to the first.
     all_to_all      everything at once. Of two ranks, the one that posts its send later has the other's receive already and sends
-                    at once, before its own receive is announced on the same connection: between two ranks one direction waits
-                    for the other. Measured against full duplex: 1.96 at 2 hosts, 1.61 at 4, 1.39 at 8: about 1 + 1.5 p^-0.65.
+                    at once; its own receive is then announced behind all that, on the same connection: between two ranks one
+                    direction waits for the other. Measured against full duplex: 1.96 at 2 hosts, 1.61 at 4, 1.39 at 8: about
+                    1 + 1.5 p^-0.65.
 
 On a group of its own, whose ranks are in another order, the same code is another pattern (`order`).
 """
@@ -30,6 +31,7 @@ from thinwire.collectives.schedules.schedule import Chunk, Message, Schedule
 ORDERED = ("all_reduce", "reduce", "broadcast")
 """Ops whose results do not depend on the order of ranks, so that the native collective can run on a reordered group."""
 
+_EVEN = 2 / 3
 _SEGMENT_BYTES = 1 << 20
 _MOST_MESSAGES = 40_000
 
@@ -45,7 +47,7 @@ def simulate_native(asked: Question, order: Sequence[int] | None, costs: Costs) 
     match asked.op:
         case "broadcast":
             rounds_s = price(asked.routes, "broadcast", asked.message_bytes, order, order.index(asked.root)).seconds
-            return _scaled(found, (1 + rounds_s / found.seconds) / 2) if found.seconds else found
+            return _scaled(found, _EVEN + (1 - _EVEN) * rounds_s / found.seconds) if found.seconds else found
         case "all_to_all":
             return _scaled(found, 1 + 1.5 * p**-0.65)
     return found

@@ -6,6 +6,7 @@ the engine's thread moves data while another one makes a communicator, which blo
 
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 from zlib import crc32
@@ -19,7 +20,11 @@ class Library:
     def __init__(self) -> None:
         self.MPI = _import()
         self._ours = not self.MPI.Is_initialized()
-        level = self.MPI.Init_thread(self.MPI.THREAD_MULTIPLE) if self._ours else self.MPI.Query_thread()
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", RuntimeWarning
+            )  # that another MPI's mpiexec was used, is said once its ranks are counted
+            level = self.MPI.Init_thread(self.MPI.THREAD_MULTIPLE) if self._ours else self.MPI.Query_thread()
         if level < self.MPI.THREAD_MULTIPLE:
             raise UserError(
                 f"{self.version} allows its threads too little (level {level} of {self.MPI.THREAD_MULTIPLE}); "

@@ -95,7 +95,7 @@ def started(timeout_s: float) -> Iterator[Mpi]:
 
 @contextmanager
 def process_group(ledger: Ledger | None = None, timeout_s: float = 300.0) -> Iterator[Ledger]:
-    """torch.distributed over MPI, ready inside; gives the ledger into which all calls are entered. An exception ends all ranks."""
+    """torch.distributed over MPI, ready inside; gives the ledger that all calls enter. An exception ends all ranks."""
     ledger = ledger or Ledger()
     timeout = timedelta(seconds=timeout_s)
     with started(timeout_s) as mpi:

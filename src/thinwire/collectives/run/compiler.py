@@ -8,8 +8,9 @@ The program of the rank (`schedules.program`) is taken in its own order. A slot 
 
 A message is received in place if its chunks are due here, lie in one piece, and that piece is free when the receive begins;
 else into scratch memory, and is added or copied from there. Receives begin `AHEAD` messages before they are needed, so that no
-sender waits for this rank to get round to it, and those of a step all together, so that two ranks that send each other the same
-chunk do not wait for each other for ever.
+sender waits for this rank to get round to it, and those of a step all together, before its sends: so two ranks that send each
+other the same chunk do not wait for each other for ever, and word that a receive has begun does not queue behind data that is
+sent the same way.
 
 Scratch memory is given back when the last use of it is over, and then used again; a piece that may still be on its way out is
 used again only if there would be more than `SPARE` elements otherwise, and if it left in an earlier step: by induction over the
@@ -115,6 +116,8 @@ class _Compiler:
         if not reduces:  # what is given and due here is in its place from the start
             self._settle(self._slot)
         for at, action in enumerate(self._actions):
+            if action.step != self._step:
+                self._expect(at)
             if action.kind == "send":
                 self._send(action)
             else:

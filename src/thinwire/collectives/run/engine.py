@@ -64,8 +64,14 @@ class _Job:
 class Engine:
     """One per group and rank. Whatever is submitted is submitted by all ranks of the group, in one order."""
 
-    def __init__(self, place: Place, connect: Callable[[dist.Store, int, int, timedelta], Any] = dist.ProcessGroupGloo) -> None:
-        self.place, self._connect = place, connect
+    def __init__(
+        self,
+        place: Place,
+        note: Callable[[str, int, int | None], None] = lambda op, message_bytes, wire_bytes: None,
+        connect: Callable[[dist.Store, int, int, timedelta], Any] = dist.ProcessGroupGloo,
+    ) -> None:
+        """note: hears of what is sent beside the calls themselves: op, bytes handed in, bytes sent (None: as gloo does it)."""
+        self.place, self.note, self._connect = place, note, connect
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._count = 0
@@ -107,6 +113,7 @@ class Engine:
         own = torch.frombuffer(bytearray(what.encode()[:TOLD_BYTES].ljust(TOLD_BYTES)), dtype=torch.uint8)
         everyone = torch.empty(self.place.size * TOLD_BYTES, dtype=torch.uint8)
         self.private._allgather_base(everyone, own).wait()
+        self.note("all_gather", TOLD_BYTES, None)
         told = [bytes(row.tolist()).decode().strip() for row in everyone.view(self.place.size, TOLD_BYTES)]
         other = next((rank for rank, one in enumerate(told) if one != told[0]), None)
         if other is not None:
@@ -123,6 +130,7 @@ class Engine:
 
     def _broadcast(self, tensor: torch.Tensor) -> None:
         self.private.broadcast([tensor], dist.BroadcastOptions()).wait()
+        self.note("broadcast", tensor.numel() * tensor.element_size(), None)
 
     # -- jobs -------------------------------------------------------------------------------------------------------------
 

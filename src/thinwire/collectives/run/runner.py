@@ -45,7 +45,8 @@ class Runner:
 
     def __init__(self, group: Any, rank: int) -> None:
         self._group, self._rank = group, rank
-        self._compiled: OrderedDict[tuple[Schedule, tuple[int, ...]], Compiled] = OrderedDict()
+        # By identity, since to hash a schedule takes as long as to run a short one; it is kept, so the number stays its own.
+        self._compiled: OrderedDict[tuple[int, tuple[int, ...]], tuple[Schedule, Compiled]] = OrderedDict()
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._calls = 0
         self._lock = threading.Lock()
@@ -73,16 +74,17 @@ class Runner:
         return sum(len(told.what) for told in self._program(schedule, tuple(sizes)).instructions if isinstance(told, Send))
 
     def _program(self, schedule: Schedule, sizes: tuple[int, ...]) -> Compiled:
-        key = schedule, sizes
+        key = id(schedule), sizes
         with self._lock:  # who issues a call asks for its bytes while an earlier one runs on another thread
             if key in self._compiled:
                 self._compiled.move_to_end(key)
-                return self._compiled[key]
+                return self._compiled[key][1]
             if len(schedule.messages) > MOST_MESSAGES:
                 raise UserError(
                     f"{schedule.name}: {len(schedule.messages)} messages; at most {MOST_MESSAGES} can be run: use fewer segments"
                 )
-            made = self._compiled[key] = compile_for(schedule, self._rank, sizes)
+            made = compile_for(schedule, self._rank, sizes)
+            self._compiled[key] = schedule, made
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
             return made

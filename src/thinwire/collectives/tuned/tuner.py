@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 
 from thinwire.collectives.choose.calibrate import PROBE_BYTES
+from thinwire.collectives.choose.costs import Costs
 from thinwire.collectives.run.engine import Engine, Place
 from thinwire.collectives.schedules.doubling import recursive_doubling
 from thinwire.collectives.tuned.advice import Advisor
 from thinwire.collectives.tuned.cache import Cache
-from thinwire.collectives.tuned.way import NATIVE, Call, Way, example, perform
+from thinwire.collectives.tuned.way import NATIVE, Call, Way, example, perform, wire_bytes
 from thinwire.errors import UserError
 from thinwire.units import show
 
@@ -26,6 +27,8 @@ TURNS = 3
 WORTH = 0.97
 SHORT_S, REPEATED = 0.02, 10
 """What takes less is repeated in a turn."""
+Key = tuple[tuple[int, ...], str, int, int]
+"""Ranks of the group, op, class of sizes, root."""
 LONG_S = 1.0
 """Of what takes longer a single turn is enough."""
 
@@ -43,9 +46,21 @@ class Tuner:
     ) -> None:
         self._advisor, self._cache, self._measures, self._say = advisor, cache or Cache(None), measures, say
         self._calibrated: set[int] = set()
+        self.chosen: dict[Key, Way] = {}
+        """What groups of this process have decided, for predictions."""
+
+    @property
+    def costs(self) -> Costs:
+        """Of messages, as far as this rank knows them."""
+        return self._advisor.costs
 
     def decide(self, engine: Engine, call: Call) -> Way:
         """In a job of `engine`. Collective."""
+        way = self._decided(engine, call)
+        self.chosen[engine.place.ranks, call.op, size_class(call.message_bytes), call.root] = way
+        return way
+
+    def _decided(self, engine: Engine, call: Call) -> Way:
         place = engine.place
         key = f"{call.op} {size_class(call.message_bytes)} {call.root} {','.join(map(str, place.ranks))}"
         if self._measures and place.size not in self._calibrated:
@@ -117,6 +132,7 @@ def _timed(engine: Engine, way: Way, call: Call, repeats: int) -> float:
         engine.private.barrier(dist.BarrierOptions()).wait()
         started = time.perf_counter()
         perform(way, call, engine)
+        engine.note(call.op, call.message_bytes, wire_bytes(way, call, engine))
         total += time.perf_counter() - started
     return total / repeats
 
@@ -127,5 +143,6 @@ def _slowest(engine: Engine, seconds: list[float]) -> list[float]:
     options = dist.AllreduceOptions()
     options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
     engine.private.allreduce([values], options).wait()
+    engine.note("all_reduce", 8 * len(seconds), None)
     found: list[float] = values.tolist()
     return found

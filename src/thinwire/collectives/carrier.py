@@ -1,0 +1,34 @@
+"""Who carries a collective, as predictions see it: gloo's own algorithms, or the ways that have been chosen for a group."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from thinwire.cluster.graph import Routes
+from thinwire.collectives.price import price
+from thinwire.collectives.wire import Flow, flows
+
+
+class Carrier(Protocol):
+    """`group`: global ranks, in the order of the group; flows are between positions in it."""
+
+    def flows(self, op: str, message_bytes: int, group: Sequence[int]) -> tuple[Flow, ...]:
+        """(source, target, payload bytes) of one call."""
+
+    def seconds(self, routes: Routes, op: str, message_bytes: int, group: Sequence[int]) -> float:
+        """Of one call, nothing else on the wires."""
+
+    def about(self) -> str:
+        """In words, for the assumptions of a prediction."""
+
+
+class Native:
+    """gloo."""
+
+    def flows(self, op: str, message_bytes: int, group: Sequence[int]) -> tuple[Flow, ...]:
+        return flows(op, message_bytes, len(group))
+
+    def seconds(self, routes: Routes, op: str, message_bytes: int, group: Sequence[int]) -> float:
+        return price(routes, op, message_bytes, group).seconds
+
+    def about(self) -> str:
+        return "gloo's own algorithms"

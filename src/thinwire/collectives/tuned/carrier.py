@@ -1,0 +1,58 @@
+"""Predictions for groups whose collectives were chosen: bytes and seconds of the ways that they decided upon."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from thinwire.cluster import Cluster
+from thinwire.cluster.graph import Routes
+from thinwire.collectives.carrier import Native
+from thinwire.collectives.choose.native import closed_form_s, simulate_native
+from thinwire.collectives.choose.question import question
+from thinwire.collectives.choose.simulate import simulate
+from thinwire.collectives.schedules import ops
+from thinwire.collectives.tuned.tuner import Tuner, size_class
+from thinwire.collectives.tuned.way import NATIVE, Way
+from thinwire.collectives.wire import Flow, flows
+
+
+class Chosen:
+    """A `carrier.Carrier`: what the groups of this process have decided so far; gloo's own for the rest.
+
+    Of a group that this rank is not in, it takes what a group of as many ranks has decided. Messages are taken for float32.
+    """
+
+    def __init__(self, tuner: Tuner, cluster: Cluster) -> None:
+        self._tuner, self._cluster, self._native = tuner, cluster, Native()
+        self._seconds = lru_cache(maxsize=None)(self._simulated)
+
+    def flows(self, op: str, message_bytes: int, group: Sequence[int]) -> tuple[Flow, ...]:
+        way, p = self._way(op, message_bytes, tuple(group)), len(group)
+        if way.schedule is not None:
+            item_bytes = 4 if message_bytes % 4 == 0 else 1
+            return way.schedule.flows(ops.block_sizes(op, p, message_bytes // item_bytes), item_bytes)
+        if way.order is not None:
+            own = flows(op, message_bytes, p, way.order.index(0))
+            return tuple((way.order[source], way.order[target], size) for source, target, size in own)
+        return self._native.flows(op, message_bytes, group)
+
+    def seconds(self, routes: Routes, op: str, message_bytes: int, group: Sequence[int]) -> float:
+        way = self._way(op, message_bytes, tuple(group))
+        if way.native:
+            return self._native.seconds(routes, op, message_bytes, group)
+        return self._seconds(way, op, message_bytes, tuple(group))
+
+    def about(self) -> str:
+        names = sorted({f"{op} by {way.name}" for (_, op, _, _), way in self._tuner.chosen.items() if not way.native})
+        return f"collectives: {', '.join(names)}; for the rest gloo's own" if names else self._native.about()
+
+    def _way(self, op: str, message_bytes: int, group: tuple[int, ...]) -> Way:
+        size, chosen = size_class(message_bytes), self._tuner.chosen
+        alike = (way for (ranks, *what), way in chosen.items() if len(ranks) == len(group) and what == [op, size, 0])
+        return chosen.get((group, op, size, 0)) or next(alike, NATIVE)
+
+    def _simulated(self, way: Way, op: str, message_bytes: int, group: tuple[int, ...]) -> float:
+        asked, costs = question(self._cluster, op, message_bytes, group), self._tuner.costs
+        if way.schedule is not None:
+            return simulate(way.schedule, message_bytes, asked.routes, costs).seconds
+        run = simulate_native(asked, way.order, costs)
+        return run.seconds if run else closed_form_s(asked, way.order)
