@@ -106,7 +106,9 @@ def without_torch(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["lab"], ["lab", "run"], ["lab", "check"], ["report"], ["bench"]], ids=" ".join
+    "command",
+    [[], ["train"], ["lab"], ["lab", "run"], ["lab", "check"], ["report"], ["bench"], ["collectives", "explain"]],
+    ids=" ".join,
 )
 def test_help_needs_no_torch(command) -> None:
     done = without_torch(*command, "--help")

@@ -34,6 +34,7 @@ weights = replica.client.weights.numpy().tobytes()
 Path("{RESULTS}/" + name).write_text(hashlib.sha256(weights).hexdigest())
 """
 SERVE = f"""
+touch {RESULTS}/served
 {sys.executable} -m thinwire serve --listen host0:29700 --keep "$PWD/kept" --service timeout_s=$1 --service heartbeat_s=0.2 \\
     --service first_workers={REPLICAS} --service total_tokens={REPLICAS * STEPS} --service merge.every={EVERY} \\
     > {RESULTS}/served &

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
 from thinwire.collectives.ledger import Group, Ledger, Total, axis_of
 from thinwire.collectives.wire import sent_bytes
@@ -161,17 +162,17 @@ class MeteredGroup(dist.ProcessGroup):
         return self._metered("reduce", _bytes(tensors), lambda: self._inner.reduce(tensors, opts), opts.rootRank, opts)
 
     def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
-        opts = opts if opts is not None else dist.AllgatherOptions()
+        opts = opts if opts is not None else AllgatherOptions()
         return self._metered("all_gather", _bytes(inputs), lambda: self._inner.allgather(outputs, inputs, opts), opts=opts)
 
     def _allgather_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
-        opts = opts if opts is not None else dist.AllgatherOptions()
+        opts = opts if opts is not None else AllgatherOptions()
         return self._metered("all_gather", _bytes(input), lambda: self._inner._allgather_base(output, input, opts), opts=opts)
 
     all_gather_single = _allgather_base
 
     def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
-        opts = opts if opts is not None else dist.AllgatherOptions()
+        opts = opts if opts is not None else AllgatherOptions()
         return self._metered("all_gather", _bytes(inputs), lambda: self._inner.allgather_coalesced(outputs, inputs, opts))
 
     def allgather_into_tensor_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
@@ -195,7 +196,7 @@ class MeteredGroup(dist.ProcessGroup):
     reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced
 
     def alltoall_base(self, output: Any, input: Any, output_sizes: Any, input_sizes: Any, opts: Any = None) -> dist.Work:
-        opts = opts if opts is not None else dist.AllToAllOptions()
+        opts = opts if opts is not None else AllToAllOptions()
         return self._metered(
             "all_to_all",
             _bytes(input),
@@ -205,7 +206,7 @@ class MeteredGroup(dist.ProcessGroup):
     all_to_all_single = alltoall_base
 
     def alltoall(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
-        opts = opts if opts is not None else dist.AllToAllOptions()
+        opts = opts if opts is not None else AllToAllOptions()
         return self._metered("all_to_all", _bytes(inputs), lambda: self._inner.alltoall(outputs, inputs, opts))
 
     def gather(self, outputs: Any, inputs: Any, opts: Any) -> dist.Work:
