@@ -34,14 +34,13 @@ def run(cluster_name: str | None = None, options: Mapping[str, Any] | None = Non
 
 
 def _row(framework: str, cluster: Cluster, bar: float | None, told: Mapping[str, Any]) -> dict[str, Any]:
-    rates = [cluster.device_of(rank).flops_per_s for rank in range(cluster.world_size)]
-    known = [rate.value for rate in rates if rate is not None]
-    if len(known) < len(rates):
+    rates = cluster.declared_rates
+    if rates is None:
         raise UserError(f"{cluster.name} does not declare flops_per_s for all devices; compute is paced by it")
     shape = {key: told[key] for key in ("layers", "width", "context")}
     config = ModelConfig.model_validate({**shape, "heads": 4, "norm": "layer", "mlp": "gelu"})
     settings = {key: told[key] for key in ("turns", "steps", "micro_batch")}
-    settings |= {"framework": framework, "model": config.model_dump(), "flops_per_s": min(known)}
+    settings |= {"framework": framework, "model": config.model_dump(), "flops_per_s": min(rates)}
     lab = launch(cluster, processes_for(cluster, [sys.executable, "-m", SCRIPT, RESULTS, json.dumps(settings)]))
     if lab.failure:
         raise UserError(f"{framework} on {cluster.name}: {lab.failure}")

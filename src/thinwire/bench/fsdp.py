@@ -62,14 +62,13 @@ def run(cluster_name: str | None = None, options: Mapping[str, Any] | None = Non
 
 
 def _time(cluster: Cluster, told: Mapping[str, Any]) -> dict[str, Any]:
-    rates = [cluster.device_of(rank).flops_per_s for rank in range(cluster.world_size)]
-    known = [rate.value for rate in rates if rate is not None]
-    if len(known) < len(rates):
+    rates = cluster.declared_rates
+    if rates is None:
         raise UserError(f"{cluster.name} does not declare flops_per_s for all devices; bench fsdp paces compute by it")
     shape = {key: told[key] for key in ("layers", "width", "context")}
     config = ModelConfig.model_validate({**shape, "heads": 4, "norm": "layer", "mlp": "gelu"})
     shared = {key: told[key] for key in ("turns", "steps", "micro_batch", "gradients", "weights")}
-    settings = {**shared, "model": config.model_dump(), "flops_per_s": min(known)}
+    settings = {**shared, "model": config.model_dump(), "flops_per_s": min(rates)}
     processes: list[Process] = []
     for command in _commands("time", RESULTS, settings):
         processes += processes_for(cluster, command)
@@ -80,7 +79,7 @@ def _time(cluster: Cluster, told: Mapping[str, Any]) -> dict[str, Any]:
     ratios = sorted(theirs / mine for theirs, mine in zip(stock["seconds"], ours["seconds"], strict=True))
 
     workload = Workload.of_transformer(config, told["micro_batch"], config.context)
-    compute_s = workload.flops_per_microbatch / min(known)
+    compute_s = workload.flops_per_microbatch / min(rates)
     bytes_of = {name: _step_bytes(workload, cluster.world_size, name, told) for name in CONTENDERS}
     slowest = min(link.bandwidth_bps.value for link in cluster.links)
     wire_s = {name: size * 8 * FRAME_OVERHEAD / slowest for name, size in bytes_of.items()}

@@ -138,6 +138,13 @@ class Cluster:
         name = self.ranks[rank]
         return next(device for device in self.host_of(rank).devices if device.name == name)
 
+    @property
+    def declared_rates(self) -> tuple[float, ...] | None:
+        """flops_per_s of each rank's device; None if one does not declare it."""
+        rates = [self.device_of(rank).flops_per_s for rank in range(self.world_size)]
+        known = tuple(rate.value for rate in rates if rate is not None)
+        return known if len(known) == len(rates) else None
+
     def node_of(self, rank: int) -> str:
         """The node of the graph where the messages of `rank` start: its device if that has a link, else its host."""
         name = self.ranks[rank]

@@ -30,13 +30,6 @@ def find_cluster(named: str, lab_cluster: Path | None, world_size: int) -> Clust
     return cluster
 
 
-def declared_rates(cluster: Cluster) -> tuple[float, ...] | None:
-    """flops_per_s of each rank's device; None if one does not declare it."""
-    rates = [cluster.device_of(rank).flops_per_s for rank in range(cluster.world_size)]
-    known = tuple(rate.value for rate in rates if rate is not None)
-    return known if len(known) == len(rates) else None
-
-
 def timed_rates(task: Task, stepper: Stepper, layout: Layout, ledger: Ledger) -> tuple[float, ...]:
     """What each rank achieves on one micro-batch, all computing at once, nothing exchanged. Collective."""
     batch = task.batch(0, layout.replica(dist.get_rank()))

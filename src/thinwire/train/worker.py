@@ -26,7 +26,7 @@ from thinwire.train import checkpoint, results
 from thinwire.train.agree import agree_on_dtype, agree_on_folder, make_task
 from thinwire.train.collectives import carrier, set_collectives
 from thinwire.train.deal import Deal, opening
-from thinwire.train.forecast import declared_rates, find_cluster, timed_rates
+from thinwire.train.forecast import find_cluster, timed_rates
 from thinwire.train.over_mpi import mpi_ranks, over_mpi
 from thinwire.train.pace import Pacer
 from thinwire.train.pulse import Pulse
@@ -199,7 +199,7 @@ def _predict(
     """What a step will cost; the pacer that holds this rank to the declared rate, if the lab asks for one; and who has how many
     micro-batches. Collective."""
     lab, layout, config = rank.surroundings.lab, rank.layout, rank.config
-    declared = declared_rates(cluster)
+    declared = cluster.declared_rates
     if lab and lab.paced and declared:
         rates, rates_are = declared, "declared, and kept by pacing"
         pacer = Pacer.of(task.workload, declared[rank.number])

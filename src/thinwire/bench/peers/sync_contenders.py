@@ -34,7 +34,6 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.layout import AXES, Layout
 from thinwire.sync.make import make_synchroniser
 from thinwire.train.agree import make_task
-from thinwire.train.forecast import declared_rates
 from thinwire.train.pace import Pacer
 from thinwire.train.runtime import process_group, read_surroundings
 from thinwire.train.step import Stepper, make_optimizer
@@ -314,7 +313,7 @@ def check_equal(model, name):
 
 def pace_of(lab, rank):
     """flops_per_s to keep; None where nobody asks for a pace."""
-    rates = declared_rates(load_cluster(lab.cluster)) if lab and lab.paced else None
+    rates = load_cluster(lab.cluster).declared_rates if lab and lab.paced else None
     return rates[rank] if rates else None
 
 

@@ -63,7 +63,8 @@ class Tuner:
     def _decided(self, engine: Engine, call: Call) -> Way:
         place = engine.place
         key = f"{call.op} {size_class(call.message_bytes)} {call.root} {','.join(map(str, place.ranks))}"
-        if self._measures and place.size not in self._calibrated:
+        # The first rank says whether, since others may have been in other groups of this size.
+        if self._measures and engine.told(place.size not in self._calibrated if place.rank == 0 else None):
             self._calibrate(engine)
         told = engine.told(self._offers(key, call, place) if place.rank == 0 else None)
         if "error" in told:
@@ -95,8 +96,8 @@ class Tuner:
                 ways = [way for way, _ in (priced if self._measures else priced[:1])]
             for way in ways:
                 way.check(call, place.size)
-        except UserError as error:
-            return {"error": str(error)}
+        except Exception as error:
+            return {"error": str(error) if isinstance(error, UserError) else f"{call.op}: {type(error).__name__}: {error}"}
         return {"ways": [way.to_plain() for way in ways]}
 
     def _calibrate(self, engine: Engine) -> None:
