@@ -70,9 +70,9 @@ def slowest(values, native):
 def measure(case, told, groups, advisor):
     """One case; the same on all ranks but for what is predicted, which rank 0 knows."""
     op, message_bytes, ordered = case
-    native, ours, engine, order = groups
+    native, ours, pause, engine, order = groups
     call = example(op, message_bytes, dist.get_rank(), dist.get_world_size(), 0)
-    barrier = partial(dist.barrier, group=native)
+    barrier = partial(dist.barrier, group=pause)  # of neither: its threads are awake afterwards
     contenders = {"native": partial(issue, call, native), "ours": partial(issue, call, ours)}
     if ordered:
         way = Way("native reordered", None, order)
@@ -112,10 +112,11 @@ def main(results, settings):
     advisor = Advisor(cluster, tried=told["tried"], costs=Costs(**told["costs"]))
     register_scheduled(Ledger(), Tuner(advisor))
     with process_group(place, NAME, TIMEOUT_S):
-        native = dist.new_group(backend="gloo")
+        native, pause = (dist.new_group(backend="gloo") for _ in range(2))
         store = dist.PrefixStore("ordered", dist.distributed_c10d._get_default_store())
         engine = Engine(Place(store, place.rank, tuple(range(place.world_size)), timedelta(seconds=TIMEOUT_S)))
-        found = [measure(case, told, (native, dist.group.WORLD, engine, ring_order(cluster)), advisor) for case in told["cases"]]
+        groups = native, dist.group.WORLD, pause, engine, ring_order(cluster)
+        found = [measure(case, told, groups, advisor) for case in told["cases"]]
         if place.rank == 0:
             write_result(results, "collectives", found)
         dist.barrier(group=native)

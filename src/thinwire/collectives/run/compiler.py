@@ -127,7 +127,8 @@ class _Compiler:
         self._settle(self._due)
         for message in list(self._leaving):
             self._leave(message)
-        return Compiled(tuple(self._out), (*self._lengths, self._scratch))
+        sent = sum(len(told.what) for told in self._out if isinstance(told, Send))
+        return Compiled(tuple(self._out), (*self._lengths, self._scratch), sent)
 
     def _settle(self, chunks: Sequence[int] | dict[int, Piece]) -> None:
         """Of these chunks, copy to the output those that are due here and lie elsewhere."""

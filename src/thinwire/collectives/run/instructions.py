@@ -83,7 +83,8 @@ Instruction = Expect | Arrive | Send | Leave | Add | Copy
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """For one rank and one size. lengths: elements of input, output and scratch."""
+    """For one rank and one size. lengths: elements of input, output and scratch; sent: elements that leave."""
 
     instructions: tuple[Instruction, ...]
     lengths: tuple[int, int, int]
+    sent: int

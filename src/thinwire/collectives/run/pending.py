@@ -16,8 +16,9 @@ class Pending(dist._Work):
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._error: Exception | None = None
-        self._value: torch.futures.Future[Any] = torch.futures.Future()
-        self._future = self._value.then(_checked)  # a C++ waiter sees errors that a callback raised, but none that were set
+        self._result: Any = None
+        self._value: torch.futures.Future[Any] | None = None
+        self._future: torch.futures.Future[Any] | None = None
 
     def finish(self, tensors: list[torch.Tensor]) -> None:
         """The results are in `tensors`."""
@@ -31,9 +32,10 @@ class Pending(dist._Work):
         with self._lock:
             if self._over.is_set():
                 return
-            self._error = error
+            self._error, self._result = error, value
             self._over.set()
-        self._value.set_result(value)
+        if self._value is not None:
+            self._value.set_result(value)
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         if not self._over.wait(timeout.total_seconds() or None):
@@ -43,6 +45,15 @@ class Pending(dist._Work):
         return True
 
     def get_future(self) -> "torch.futures.Future[Any]":
+        """Made when it is asked for, once: who only waits has no use for it."""
+        with self._lock:
+            if self._future is not None:
+                return self._future
+            self._value = torch.futures.Future()
+            # A C++ waiter sees errors that a callback has raised, but none that were set.
+            self._future, over = self._value.then(_checked), self._over.is_set()
+        if over:
+            self._value.set_result(self._result)
         return self._future
 
     def is_completed(self) -> bool:

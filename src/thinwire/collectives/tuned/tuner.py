@@ -2,7 +2,7 @@
 
 A class holds the sizes between two powers of two. Ways are timed in turns, each after a barrier, on the size that came first; the
 seconds of a turn are those of the slowest rank, of a way the least of its turns. A way replaces the backend's own collective only
-if it takes less than `WORTH` of its time. All ranks see the same numbers and so come to the same choice.
+if it takes less than `WORTH` of its time (`SHORT_WORTH` for short calls). All ranks see the same numbers, and so choose alike.
 """
 
 import sys
@@ -24,9 +24,10 @@ from thinwire.errors import UserError
 from thinwire.units import show
 
 TURNS = 3
-WORTH = 0.97
 SHORT_S, REPEATED = 0.02, 10
 """What takes less is repeated in a turn."""
+WORTH, SHORT_WORTH = 0.97, 0.67
+"""What is short differs from one time to the next, and our way to a schedule is longer than that to gloo: it must win clearly."""
 Key = tuple[tuple[int, ...], str, int, int]
 """Ranks of the group, op, class of sizes, root."""
 LONG_S = 1.0
@@ -75,7 +76,7 @@ class Tuner:
         seconds = measure(engine, ways, call.op, call.message_bytes, call.root)
         native_s = next(time_s for way, time_s in zip(ways, seconds, strict=True) if way.native)
         best_s, best = min(zip(seconds, ways, strict=True), key=lambda pair: pair[0])
-        if best_s >= WORTH * native_s:
+        if best_s >= (WORTH if native_s > SHORT_S else SHORT_WORTH) * native_s:
             best_s, best = native_s, NATIVE
         if place.rank == 0:
             self._cache.keep(key, best.to_plain(), best_s, native_s)
