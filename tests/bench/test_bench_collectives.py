@@ -1,0 +1,69 @@
+"""`thinwire bench collectives`: networks are what their bars are about, rows are judged rightly, a small one is really run."""
+
+import pytest
+
+from thinwire.bench.collective_cases import NETWORKS, Case
+from thinwire.bench.collectives import DEFAULTS, _predictions, _row, measure
+from thinwire.cluster.equal import equal_hosts
+from thinwire.collectives.synthesis import bound
+
+MIB = 1 << 20
+
+
+def rates(name: str) -> dict[tuple[str, str], float]:
+    return {(link.source, link.target): link.bandwidth_bps.value for link in NETWORKS[name].make().links}
+
+
+def test_networks_are_those_of_the_bars() -> None:
+    whole, half = rates("two-racks"), rates("two-racks-half")
+    assert whole.keys() == half.keys()
+    assert {ends for ends in whole if half[ends] != whole[ends]} == {
+        ends for ends in whole if "switch" in ends and any(end.startswith("rack-") for end in ends)
+    }
+    assert all(half[ends] in (whole[ends], whole[ends] / 2) for ends in whole)
+    quarter, slow = rates("one-slow-host"), rates("one-half-host")
+    fast = max(quarter.values())
+    assert {ends for ends in quarter if quarter[ends] != fast} == {ends for ends in quarter if "slow" in ends}
+    assert quarter["slow", "switch"] == fast / 4 and slow["slow", "switch"] == slow["switch", "slow"] == fast / 2
+    # What a ring takes on links like these is known: 2 (p-1)/p n over the slowest card; the bound is one message over it.
+    network = NETWORKS["one-slow-host"].make()
+    assert bound(network, "all_reduce", 4 * MIB).seconds == pytest.approx(4 * MIB * 8 * 1.0466 / 25e6, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "case, ours_s, ordered_s, held",
+    [
+        (Case("all_reduce", 4 * MIB, 1.5), 0.66, None, True),
+        (Case("all_reduce", 4 * MIB, 1.5), 0.68, None, False),
+        (Case("all_reduce", 4 * MIB, 1.0, of_bound=1.1), 0.5, None, False),
+        (Case("all_reduce", 4 * MIB, 1.0, of_bound=1.3), 0.5, None, True),
+        (Case("all_reduce", 4 * MIB, 1.0, ordered=1.5), 0.5, 0.74, False),
+        (Case("all_reduce", 4 * MIB, 1.0, ordered=1.5), 0.5, 0.76, True),
+    ],
+)
+def test_a_row_is_held_by_all_its_bars(case: Case, ours_s: float, ordered_s: float | None, held: bool) -> None:
+    turns = {"native": [1.2, 1.0], "ours": [ours_s, 2.0], "ordered": [ordered_s or 0.0]}
+    found = {"algorithm": "ring", "predicted": {"ours": 0.45, "native": 1.0}}
+    row = _row(equal_hosts(8, 1e8), case, found, turns, 0.4, "", case.bar)
+    assert row["held"] == held and row["ratio"] == 1.0 / ours_s and row["of_bound"] == ours_s / 0.4
+    assert row["error"] == pytest.approx(abs(0.45 - ours_s) / ours_s)
+
+
+def test_predictions_are_judged_by_the_median_and_the_worst() -> None:
+    assert _predictions([{"error": error} for error in (0.01, 0.09, 0.19)])["held"]
+    assert not _predictions([{"error": error} for error in (0.01, 0.09, 0.21)])["held"]
+    assert not _predictions([{"error": error} for error in (0.01, 0.11, 0.19)])["held"]
+
+
+@pytest.mark.lab
+@pytest.mark.timeout(120)
+def test_a_small_network_is_measured() -> None:
+    cases = Case("broadcast", 256 * 1024, 0.1), Case("all_reduce", 64, 0.01, back_to_back=0.01)
+    told = {**DEFAULTS, "turns": 2, "repeats": 3, "tried": 1}
+    rows = measure(equal_hosts(3, 100e6), cases, told)
+    assert [row["case"] for row in rows] == ["3-hosts, after a barrier", "3-hosts, back to back"] * 2
+    for row in rows:
+        assert row["held"] and row["predicted_s"] > 0 and row["native_predicted_s"] > 0 and row["hosts"] == 3
+    whole = rows[0]
+    assert whole["bound_s"] == pytest.approx(256 * 1024 * 8 * 1.0466 / 100e6, rel=0.01)
+    assert 0.7 * whole["bound_s"] < whole["native_s"] < 20 * whole["bound_s"]  # the bucket of a shaped link lets 16 KiB ride free

@@ -1,0 +1,43 @@
+"""`[collectives]` in a run: it learns as on gloo's own, the ledger has what was predicted, a bad setting is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command import TINY_RUN, thinwire
+
+RANKS = 3
+
+
+def ran(folder: Path, kind: str) -> dict[str, Any]:
+    """What a run of a few steps left behind, by the names of its files."""
+    folder.mkdir()
+    (folder / "text.txt").write_text("it was a dark and stormy night, and the links were slow; " * 200)
+    (folder / "run.toml").write_text(f'{TINY_RUN}steps = 4\nranks = {RANKS}\nrun = "run"\n[collectives]\nkind = "{kind}"\n')
+    done = thinwire("train", "run.toml", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in (folder / "run" / "events.jsonl").read_text().splitlines()]
+    files = {name: json.loads((folder / "run" / f"{name}.json").read_text()) for name in ("predicted", "ledger")}
+    return {**files, "losses": [event["loss"] for event in events if event["event"] == "step"], "said": done.stderr}
+
+
+def test_it_learns_alike_and_sends_what_was_predicted(tmp_path: Path) -> None:
+    runs = {kind: ran(tmp_path / kind, kind) for kind in ("native", "measured")}
+    assert runs["measured"]["losses"] == pytest.approx(runs["native"]["losses"], rel=1e-4)
+    assert f"among {RANKS} ranks" in runs["measured"]["said"] and "among" not in runs["native"]["said"]
+    for run in runs.values():
+        entries = [entry for entry in run["ledger"]["entries"] if entry["rank"] == 0]
+        for transfer in run["predicted"]["transfers"]:
+            if transfer["every"] == 1:
+                (found,) = (entry for entry in entries if entry["label"] == transfer["label"] and entry["last_step"] >= 0)
+                assert found["wire_bytes"] == found["calls"] * transfer["wire_bytes_per_step"] / transfer["calls"]
+    label = "choosing collectives"
+    assert any(entry["label"] == label for entry in runs["measured"]["ledger"]["entries"])
+    assert not any(entry["label"] == label for entry in runs["native"]["ledger"]["entries"])
+
+
+def test_an_unknown_kind_is_refused(tmp_path: Path) -> None:
+    done = thinwire("train", "--set", "collectives.kind=best", cwd=tmp_path)
+    assert done.returncode == 2 and "collectives.kind" in done.stderr and len(done.stderr.splitlines()) == 1
