@@ -21,10 +21,19 @@ def wait_until(holds: Callable[[], object], what: str, timeout_s: float = 10.0) 
         time.sleep(0.02)
 
 
+def traps(number: int) -> bool:
+    """Whether that process ignores or handles HUP, INT, USR1 or TERM by now."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path(f"/proc/{number}/status").read_text().splitlines())
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return bool((int(lines["SigIgn"], 16) | int(lines["SigCgt"], 16)) & 0x4203)
+
+
 def started(lab) -> tuple[set[str], set[str]]:
     """Wait until both hosts run their command. Returns the lab's networks and the cards of this machine."""
     wait_until(lambda: len(lab.networks()) == 3, f"the hosts did not start: {lab.processes()}")
-    wait_until(lambda: sum("trap" in line and "setpriv" not in line for line in lab.processes().values()) >= 3, "no hosts")
+    wait_until(lambda: sum("trap" in line and traps(number) for number, line in lab.processes().items()) >= 3, "no hosts")
     return lab.networks(), set(os.listdir("/sys/class/net"))
 
 

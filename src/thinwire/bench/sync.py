@@ -18,6 +18,8 @@ too, and unpaced.
     weights_apart         the largest difference between two replicas' values of a weight in the end
     torn                  the part of the exchanges that lacked values of a rank
 
+`collectives` is that of run.toml; it is for ours only, stock peers stay on stock gloo.
+
 With three links or more a table says which rate each method needs (`sync_rates`); with `target`, a part of data parallelism's
 tokens, each row says how long the loss that it has then takes (`sync_target`). `learned` names a file that keeps what was learned
 for later runs (`sync_learned`). Methods of other packages are in `peer_sync`.
@@ -64,6 +66,7 @@ DEFAULTS: Mapping[str, Any] = {
     "micro_batch": 2,
     "accumulate": 1,
     "bucket_bytes": 2**20,
+    "collectives": "native",
     "fused": False,
     "steps": 300,
     "learning_rate": 2e-3,
@@ -197,6 +200,7 @@ def _base(told: Mapping[str, Any]) -> dict[str, Any]:
     train = ("sequence", "micro_batch", "steps", "learning_rate", "warmup_steps", "eval_tokens")
     return {
         "model": {"preset": told["preset"], **told["model"]},
+        "collectives": {"kind": told["collectives"]},
         "sync": {"accumulate": told["accumulate"], "bucket_bytes": told["bucket_bytes"]},
         "train": {key: told[key] for key in train} | {"dtype": "float32"},
     }

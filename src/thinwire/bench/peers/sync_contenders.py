@@ -34,6 +34,7 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.layout import AXES, Layout
 from thinwire.sync.make import make_synchroniser
 from thinwire.train.agree import make_task
+from thinwire.train.collectives import set_collectives
 from thinwire.train.pace import Pacer
 from thinwire.train.runtime import process_group, read_surroundings
 from thinwire.train.step import Stepper, make_optimizer
@@ -330,8 +331,8 @@ def main(phases, results, settings):
     surroundings = read_surroundings()
     torch.set_num_threads(1)
     ledger = Ledger()
-    backend.register(ledger)
     told = json.loads(settings)
+    set_collectives(make_method("ddp", told["base"]).config, surroundings, ledger)
     with process_group(surroundings.place, backend.NAME, told["timeout_s"]):
         rank = Rank(told, ledger, surroundings)
         for phase in phases.split(","):

@@ -6,12 +6,15 @@ the engine's thread moves data while another one makes a communicator, which blo
 
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 from zlib import crc32
 
 from thinwire.errors import UserError
+
+FORWARDED_S = 0.3
 
 
 class Library:
@@ -73,6 +76,7 @@ def abandon(code: int) -> None:
     """
     MPI: Any = sys.modules.get("mpi4py.MPI")
     if MPI is not None and MPI.Is_initialized() and not MPI.Is_finalized() and MPI.get_vendor()[0] != "Open MPI":
+        time.sleep(FORWARDED_S)  # mpiexec passes on what ranks have said, but not once it has heard of the end
         MPI.COMM_WORLD.Abort(code)
 
 
