@@ -198,7 +198,7 @@ def test_a_stalled_replica_delays_and_is_given_up_after_the_time_out() -> None:
         os.kill(stalls.pid, signal.SIGSTOP)
         wait_for(lambda: [event for event in server.events if event.what == "lost"])
         lost = next(event for event in server.events if event.what == "lost")
-        assert (lost.worker, lost.why) == ("r1", "was silent for 1.5 s")
+        assert lost.worker == "r1" and "was silent for 1.5 s" in lost.why  # whoever notices first: the watch, or a send to it
         before = server.merger.version
         wait_for(lambda: server.merger.version >= before + 2)  # the other goes on
         stalls.kill()
