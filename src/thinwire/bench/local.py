@@ -9,32 +9,40 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
+from thinwire.endings import signals_unwind
 from thinwire.errors import UserError
 
 PATIENCE_S = 900.0
 
 
 def run_local(commands: Sequence[Sequence[str]], world_size: int, patience_s: float = PATIENCE_S) -> None:
-    """Start each command as `world_size` ranks, all at once, with the variables that launchers set. UserError if one fails."""
+    """Start each command as `world_size` ranks, all at once, with the variables that launchers set. UserError if one fails.
+
+    No rank outlives the call; one that is ended by SIGTERM or SIGHUP ends them too.
+    """
     ranks: list[_Started] = []
-    try:
-        for command in commands:
-            port = _free_port()
-            for rank in range(world_size):
-                variables = {
-                    "RANK": rank,
-                    "WORLD_SIZE": world_size,
-                    "LOCAL_RANK": rank,
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port,
-                    "GLOO_SOCKET_IFNAME": "lo",
-                    "OMP_NUM_THREADS": 1,
-                }
-                ranks.append(_Started(["env", *(f"{name}={value}" for name, value in variables.items()), *command]))
-        _wait(ranks, patience_s)
-    finally:
-        for started in ranks:
-            started.end()
+    with signals_unwind():
+        try:
+            for command in commands:
+                port = _free_port()
+                ranks.extend(_Started(["env", *_variables(rank, world_size, port), *command]) for rank in range(world_size))
+            _wait(ranks, patience_s)
+        finally:
+            for started in ranks:
+                started.end()
+
+
+def _variables(rank: int, world_size: int, port: int) -> list[str]:
+    variables = {
+        "RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_RANK": rank,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": 1,
+    }
+    return [f"{name}={value}" for name, value in variables.items()]
 
 
 class _Started:

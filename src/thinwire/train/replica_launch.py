@@ -20,6 +20,7 @@ from torch.distributed import TCPStore
 
 from thinwire.config.replicas import Service
 from thinwire.config.run import RunConfig
+from thinwire.endings import signals_unwind
 from thinwire.sync.server import saved
 from thinwire.sync.server.flat import FlatParameters
 from thinwire.sync.server.server import publish
@@ -143,19 +144,18 @@ def _result(run: _Run, states: list[dict[str, Any]]) -> dict[str, Any]:
 @contextmanager
 def _children(run: _Run) -> Iterator[None]:
     """Start all, and at the end let none live on."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        for role, count in (("server", run.spec.service.servers), ("replica", run.spec.replicas)):
-            for number in range(count):
-                run.children.append(_Child(role, number, run.start(role, number)))
-        yield
-    finally:
-        for child in run.children:
-            child.process.kill()
-        for child in run.children:
-            child.process.wait()
-            _close(child)
-        signal.signal(signal.SIGTERM, before)
+    with signals_unwind():
+        try:
+            for role, count in (("server", run.spec.service.servers), ("replica", run.spec.replicas)):
+                for number in range(count):
+                    run.children.append(_Child(role, number, run.start(role, number)))
+            yield
+        finally:
+            for child in run.children:
+                child.process.kill()
+            for child in run.children:
+                child.process.wait()
+                _close(child)
 
 
 def _close(child: _Child) -> None:
