@@ -26,6 +26,7 @@ from thinwire.compress.plain import PlainExchange
 from thinwire.config.run import EveryStep
 from thinwire.layout import Layout
 from thinwire.sync.buckets import assign_buckets, exchange_bucket, names_of
+from thinwire.sync.same import same_everywhere
 from thinwire.traffic import Transfer
 from thinwire.workload import Workload
 
@@ -60,12 +61,13 @@ class EveryStepSync:
 
     @contextmanager
     def attached(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> Iterator[torch.nn.Module]:
-        """Wraps `model`. Collective: every rank of the axis."""
+        """Wraps `model`; rank 0's values are sent to the others if any differ. Collective: every rank of the axis."""
         group = mesh.get_group(self._axis)
         with self._ledger.label("replica set-up"):
             self._replica = DistributedDataParallel(
                 model,
                 process_group=group,
+                init_sync=not same_everywhere([*model.parameters(), *model.buffers()], group),
                 bucket_cap_mb=self._config.bucket_bytes / 2**20 or None,
                 gradient_as_bucket_view=True,
             )

@@ -13,9 +13,9 @@
 `torch.optim` calls us after each step of the inner optimizer; nothing else in the loop changes. All replicas must make the same
 number of steps: one that skips a step lets the others wait.
 
-At `with` all begin from the first replica's parameters and buffers; later on buffers (batch statistics) stay each replica's own.
-The exchange has a metered group of its own, made beside the user's, whatever the backend of that: what it sends is in `ledger`.
-The methods are in `rare` and `noloco`.
+At `with` all begin from the first replica's parameters and buffers, which are sent only if any differ; later on buffers (batch
+statistics) stay each replica's own. The exchange has a metered group of its own, made beside the user's, whatever the backend of
+that: what it sends is in `ledger`. The methods are in `rare` and `noloco`.
 
 A replica may itself be several ranks, and the user's loop what holds them together: DistributedDataParallel, or FSDP2, where each
 rank exchanges its shards only (`shards`), alone or with `thinwire.compress_sharded`:
@@ -45,6 +45,7 @@ from thinwire.config.compress import Coded, NoCompression
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.sync.make import OUTER, make_synchroniser
+from thinwire.sync.same import same_everywhere
 from thinwire.sync.shards import Shards, local
 from thinwire.tomlfile import validate
 from thinwire.traffic import Transfer
@@ -127,8 +128,9 @@ class DiLoCo:
                 shards = Shards(self._model)
                 shards.check_same_everywhere(self._group)
                 group = self._metered_group()
-                if not self._resumed:
-                    for values in [*shards.values(), *map(local, self._model.buffers())]:
+                held = [*shards.values(), *map(local, self._model.buffers())]
+                if not self._resumed and not same_everywhere(held, group):
+                    for values in held:
                         if values.numel():
                             dist.broadcast(values, group=group, group_src=0)
             mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=(OUTER,))
