@@ -133,6 +133,23 @@ def test_with_k_trees_the_time_falls_towards_the_optimum(graph: Graph) -> None:
         assert forest.seconds_per_byte <= fixed_k(graph, k).seconds_per_byte(graph) * (1 + 1e-12)
 
 
+@settings(max_examples=15)
+@given(graph=small_graphs(balanced=False))
+def test_k_trees_fit_through_switches_that_take_more_than_they_give(graph: Graph) -> None:
+    """No cut lets them be faster, and twice as many, of half the size, are no slower."""
+    ranks = Fraction(1, graph.world_size)
+    worst = max(Fraction(int(inside[: graph.computes].sum())) / leaving(graph, inside) for inside in subsets(graph)[1:])
+    times = [fixed_k(graph, k).time for k in (1, 2, 4)]
+    assert worst <= times[2] <= times[1] <= times[0]
+    check(graph, all_gather_forest(graph, 2), dict.fromkeys(range(graph.world_size), ranks))
+
+
+def test_a_switch_passes_on_what_both_hosts_need() -> None:
+    """Two hosts send 5 each and receive 1 and 100: the one that receives 1 sets the time."""
+    graph = matrix_graph([[0, 0, 5], [0, 0, 5], [1, 100, 0]], switches=[2])
+    assert fixed_k(graph, 1).time == 1
+
+
 def test_many_trees_a_rank_keep_within_the_links() -> None:
     graph = torus(2, 4)
     forest = all_gather_forest(graph, 24)

@@ -17,8 +17,8 @@ from fractions import Fraction
 from math import gcd
 
 import numpy as np
-from scipy.optimize import linprog
 
+from thinwire.collectives.synthesis.balance import passed_on
 from thinwire.collectives.synthesis.flow import Counts, too_small
 from thinwire.collectives.synthesis.graph import Graph, Mask, Matrix
 from thinwire.errors import UserError
@@ -99,8 +99,7 @@ def fixed_k(graph: Graph, k: int) -> Optimum:
     def whole(scale: Fraction) -> Matrix | None:
         floors = {value: scale.numerator * value // scale.denominator for value in values} | {0: 0}
         capacity = np.vectorize(floors.__getitem__, otypes=[np.int64])(bandwidth)
-        trimmed = _trimmed(capacity, len(weights))
-        return trimmed if too_small(trimmed, weights * k) is None else None
+        return passed_on(capacity, weights * k)
 
     low = Fraction(0)
     high = Fraction(total * k)
@@ -119,17 +118,3 @@ def fixed_k(graph: Graph, k: int) -> Optimum:
             low = middle
         else:
             high, best = middle, capacity
-
-
-def _trimmed(capacity: Matrix, computes: int) -> Matrix:
-    """As much of `capacity` as the switches can pass on: the largest integral flow through them."""
-    switches = range(computes, len(capacity))
-    if bool((capacity.sum(0) == capacity.sum(1))[computes:].all()):
-        return capacity
-    links = np.argwhere(capacity)
-    balance = np.array([[float(b == w) - float(a == w) for a, b in links] for w in switches])
-    bounds = [(0, int(capacity[a, b])) for a, b in links]
-    done = linprog(-np.ones(len(links)), A_eq=balance, b_eq=np.zeros(len(switches)), bounds=bounds, method="highs-ds")
-    result = np.zeros_like(capacity)
-    result[links[:, 0], links[:, 1]] = np.rint(done.x).astype(np.int64)  # a vertex of a network matrix is integral
-    return result
