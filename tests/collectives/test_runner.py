@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from pool import Pool, Rank
-from thinwire.collectives.run.runner import Runner, Tensors, in_place
+from thinwire.collectives.run.compiler import in_place
+from thinwire.collectives.run.runner import Runner, Tensors
 from thinwire.collectives.schedules import bruck, direct, doubling, forest, hierarchy, ops, pairwise, ring, rooted
 from thinwire.collectives.schedules.combine import pipelined
 from thinwire.collectives.schedules.schedule import Schedule

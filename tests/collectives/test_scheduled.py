@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -11,86 +10,16 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from fixed_schedules import Fixed, everything, fixed, group_of, sent_of_an_all_reduce
 from pool import Pool, Rank, RankFailure
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.run import engine
-from thinwire.collectives.scheduled import register_scheduled
-from thinwire.collectives.schedules import direct, pairwise, ring, rooted
-from thinwire.collectives.schedules.combine import pipelined
-from thinwire.collectives.tuned.advice import Advisor
+from thinwire.collectives.schedules import ring
 from thinwire.collectives.tuned.cache import Cache
 from thinwire.collectives.tuned.tuner import Tuner
-from thinwire.collectives.tuned.way import NATIVE, Way
+from thinwire.collectives.tuned.way import Way
 
 
-class Fixed(Advisor):
-    """Always a schedule of ours, or the native collective on ranks in another order."""
-
-    def __init__(self, reordered: bool = False) -> None:
-        super().__init__()
-        self.reordered, self.asked = reordered, 0
-
-    def ways(self, op: str, message_bytes: int, ranks: Any, root: int) -> list[tuple[Way, float]]:
-        self.asked += 1
-        p = len(ranks)
-        order = [(root + place) % p for place in range(p)]
-        made = {
-            "all_reduce": lambda: pipelined(direct.all_reduce(p, [*range(1, p), 0]), 3),
-            "reduce_scatter": lambda: ring.reduce_scatter(range(p)),
-            "all_gather": lambda: ring.both_ways(ring.all_gather, range(p)),
-            "broadcast": lambda: pipelined(rooted.broadcast(rooted.chain(order)), 4),
-            "reduce": lambda: pipelined(rooted.reduce(rooted.chain(order)), 4),
-            "all_to_all": lambda: pairwise.all_to_all(p),
-        }[op]()
-        if self.reordered and op in ("all_reduce", "broadcast", "reduce"):
-            return [(Way("native reordered", None, tuple(reversed(range(p)))), 1.0)]
-        return [(Way(made.name, made), 1.0), (NATIVE, 2.0)]
-
-
-def group_of(ledger: Ledger, tuner: Tuner, ranks: list[int] | None = None, timeout_s: float = 60) -> dist.ProcessGroup:
-    name = f"scheduled{id(tuner)}"  # a backend of its own, made by the same line on every rank
-    told = [name]
-    dist.broadcast_object_list(told, 0)
-    register_scheduled(ledger, tuner, told[0])
-    return dist.new_group(ranks, backend=told[0], timeout=timedelta(seconds=timeout_s))
-
-
-def fixed(reordered: bool = False) -> Tuner:
-    return Tuner(Fixed(reordered), measures=False)
-
-
-def everything(group: dist.ProcessGroup, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Each op once, on integers, so that the order of additions cannot be seen."""
-    p = group.size()
-    root = dist.get_global_rank(group, p - 1)
-    results: dict[str, torch.Tensor] = {}
-
-    def fresh(n: int = 6 * p) -> torch.Tensor:
-        return torch.randint(-8, 8, (n,), generator=torch.Generator().manual_seed(dist.get_rank())).to(dtype)
-
-    for name, op in {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}.items():
-        results[name] = fresh()
-        dist.all_reduce(results[name], op, group=group)
-    results["transposed"] = fresh().view(2, -1).t()
-    work = dist.all_reduce(results["transposed"], group=group, async_op=True)
-    work.wait()
-    results["broadcast"] = fresh()
-    dist.broadcast(results["broadcast"], root, group=group)
-    reduced = fresh()
-    dist.reduce(reduced, root, group=group)
-    results["reduce"] = reduced if dist.get_rank() == root else fresh()
-    results["all_gather"] = torch.zeros(6 * p * p, dtype=dtype)
-    dist.all_gather_into_tensor(results["all_gather"], fresh(), group=group)
-    results["reduce_scatter"] = torch.zeros(6, dtype=dtype)
-    dist.reduce_scatter_tensor(results["reduce_scatter"], fresh(), group=group)
-    results["all_to_all"] = torch.zeros(6 * p, dtype=dtype)
-    dist.all_to_all_single(results["all_to_all"], fresh(), group=group)
-    results["list"] = torch.cat([torch.zeros(6 * p, dtype=dtype)] * p)
-    dist.all_gather(list(results["list"].chunk(p)), fresh(), group=group)
-    return results
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def same_as_gloo(context: Rank, reordered: bool) -> None:
     ledger = Ledger()
     ours, native = group_of(ledger, fixed(reordered)), dist.new_group(backend="gloo")
@@ -142,15 +71,9 @@ def sub_groups(context: Rank) -> list[float]:
     return total.tolist()
 
 
-def entered(context: Rank) -> tuple[int, int]:
+def entered(context: Rank) -> tuple[int, float]:
     ledger = Ledger()
-    group = group_of(ledger, fixed())
-    dist.all_reduce(torch.zeros(600), group=group)
-    sent = ledger.sent_bytes
-    dist.all_reduce(torch.zeros(600), group=group)
-    # shares 1, 2, 3, 0 of 6 among 4 ranks: a rank sends what it does not own, and its own share to the three others
-    share = [1, 2, 3, 0][dist.get_rank()] / 6
-    return ledger.sent_bytes - sent, round(4 * 600 * (1 - share + 3 * share))
+    return sent_of_an_all_reduce(group_of(ledger, fixed()), ledger)
 
 
 def mismatch(context: Rank, later: bool) -> None:

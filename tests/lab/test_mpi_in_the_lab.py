@@ -71,12 +71,13 @@ time.sleep(60)
 @pytest.mark.timeout(120)
 def test_ranks_of_mpiexec_train_through_the_cards(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("one host sends to another through its card; " * 500)
-    (tmp_path / "run.toml").write_text(TINY_RUN + 'steps = 4\nrun = "run"\n')
+    (tmp_path / "run.toml").write_text(TINY_RUN + 'steps = 4\nrun = "run"\n[collectives]\nkind = "measured"\n')
     ranks = [mpiexec(), "-n", "4", sys.executable, "-m", "thinwire", "train", "run.toml"]
     command = [sys.executable, "-m", "thinwire", "lab", "run", "--cluster", "four-hosts-100mbit", "--", *ranks]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 ranks over " in done.stdout and "predicted transfers equal to the byte" in done.stdout
+    assert "all_reduce of " in done.stderr and " among 4 ranks: " in done.stderr
     folder = RunFolder.open(tmp_path / "run")
     assert len(folder.steps()) == 4
     counted = json.loads((tmp_path / "run" / "cards.json").read_text())

@@ -1,8 +1,8 @@
-"""The metered backend with schedules of ours behind the calls that frameworks make, where they are faster than gloo's own.
+"""The metered backend with schedules of ours behind the calls that frameworks make, where they are faster than the inner group's.
 
 all_reduce, reduce, broadcast, all_gather and reduce_scatter of one tensor, and all_to_all in equal parts, of numbers on the CPU.
-Everything else is gloo's. The first call of an op in a class of sizes decides for the class (`tuned.tuner`); each size is agreed
-upon by all ranks when it is first used, and from then on a call costs no agreement.
+Everything else is the inner group's, over gloo or MPI. The first call of an op in a class of sizes decides for the class
+(`tuned.tuner`); each size is agreed upon by all ranks when it is first used, and from then on a call costs no agreement.
 """
 # mypy: disable-error-code="override,assignment,attr-defined,call-arg"
 
@@ -17,14 +17,14 @@ import torch.distributed as dist
 
 from thinwire.collectives.backend import NAME, MeteredGroup
 from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.run.engine import Engine, Place
-from thinwire.collectives.run.runner import in_place
+from thinwire.collectives.run.compiler import in_place
+from thinwire.collectives.run.engine import Engine
+from thinwire.collectives.run.links import Inner, Links, Place, over_gloo
 from thinwire.collectives.tuned.tuner import Tuner, size_class
 from thinwire.collectives.tuned.way import REDUCTIONS, Call, Way, example, perform, wire_bytes
 
 CHOOSING = "choosing collectives"
 """The label of what ranks send to agree and to measure."""
-OPS = ("all_reduce", "reduce", "broadcast", "all_gather", "reduce_scatter", "all_to_all")
 TYPES = (
     torch.float32,
     torch.float64,
@@ -37,22 +37,22 @@ TYPES = (
 )
 
 
-def register_scheduled(ledger: Ledger, tuner: Tuner, name: str = NAME) -> None:
+def register_scheduled(ledger: Ledger, tuner: Tuner, name: str = NAME, inner: Inner = over_gloo) -> None:
     """Like `backend.register`, with collectives chosen by `tuner`. Call before init_process_group."""
-    dist.Backend.register_backend(name, partial(_create, ledger, tuner), extended_api=True, devices=["cpu"])
 
+    def create(told: Any, _options: Any = None) -> ScheduledGroup:
+        ranks = tuple(told.global_ranks_in_group) or tuple(range(told.group_size))
+        place = Place(dist.PrefixStore("schedules", told.store), told.group_rank, ranks, told.timeout)
+        group, links = inner(told, place)
+        return ScheduledGroup(ledger, group, place, links, tuner)
 
-def _create(ledger: Ledger, tuner: Tuner, told: Any, _options: Any = None) -> "ScheduledGroup":
-    store, rank, size, timeout = told.store, told.group_rank, told.group_size, told.timeout
-    ranks = tuple(told.global_ranks_in_group) or tuple(range(size))
-    place = Place(dist.PrefixStore("schedules", store), rank, ranks, timeout)
-    return ScheduledGroup(ledger, dist.ProcessGroupGloo(store, rank, size, timeout), place, tuner)
+    dist.Backend.register_backend(name, create, extended_api=True, devices=["cpu"])
 
 
 class ScheduledGroup(MeteredGroup):
     """See the top of the file."""
 
-    def __init__(self, ledger: Ledger, inner: dist.ProcessGroupGloo, place: Place, tuner: Tuner) -> None:
+    def __init__(self, ledger: Ledger, inner: Any, place: Place, links: Links, tuner: Tuner) -> None:
         super().__init__(ledger, inner)
         group = self._group
 
@@ -60,9 +60,9 @@ class ScheduledGroup(MeteredGroup):
             with ledger.label(CHOOSING):
                 ledger.enter(op, message_bytes, group, 0, sent)
 
-        self._engine, self._tuner = Engine(place, note), tuner
+        self._engine, self._tuner = Engine(place, note, links), tuner
         self._ways: dict[tuple[str, int, int], Way] = {}
-        self._agreed: set[str] = set()
+        self._agreed: dict[_Kind, str] = {}
         weakref.finalize(self, self._engine.close)
 
     def prepare(self, op: str, message_bytes: int) -> None:
@@ -142,7 +142,7 @@ class ScheduledGroup(MeteredGroup):
             perform(way, call, engine)
             ledger.completed(total, issued)
 
-        return engine.submit(_words(call), job, results, blocking=not getattr(opts, "asyncOp", True))
+        return engine.submit(self._agreed[_kind(call)], job, results, blocking=not getattr(opts, "asyncOp", True))
 
     def _way(self, call: Call) -> Way:
         """Decided upon when first asked for: collective, and waits for it."""
@@ -150,13 +150,22 @@ class ScheduledGroup(MeteredGroup):
         way = self._ways.get(key)
         if way is not None and way.native:
             return way
-        what = _words(call)
-        if what not in self._agreed:
+        kind = _kind(call)
+        if kind not in self._agreed:
+            what = _words(call)
             self._engine.ask(what, partial(self._engine.agree, what))
-            self._agreed.add(what)
+            self._agreed[kind] = what
         if way is None:
-            way = self._ways[key] = self._engine.ask(what, partial(self._tuner.decide, self._engine, call))
+            way = self._ways[key] = self._engine.ask(self._agreed[kind], partial(self._tuner.decide, self._engine, call))
         return way
+
+
+_Kind = tuple[str, str, int, torch.dtype, int]
+
+
+def _kind(call: Call) -> _Kind:
+    """What all ranks must call alike, made faster than `_words`, which say the same."""
+    return call.op, call.reduction, call.elements, call.given.dtype, call.root
 
 
 def _words(call: Call) -> str:

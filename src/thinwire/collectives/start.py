@@ -1,24 +1,31 @@
-"""`thinwire.init()`: torch.distributed over gloo, with collectives chosen for the network that it runs on."""
+"""`thinwire.init()`: torch.distributed over gloo or MPI, with collectives chosen for the network that it runs on."""
 
-from pathlib import Path
-from typing import Any, Literal
+from datetime import timedelta
+from typing import Any, Literal, get_args
 
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 from thinwire.cluster import load_cluster
 from thinwire.collectives import backend
 from thinwire.collectives.ledger import Ledger
+from thinwire.collectives.mpi.start import Mpi, started_for_good
+from thinwire.collectives.run.links import over_gloo
 from thinwire.collectives.scheduled import register_scheduled
-from thinwire.collectives.tuned.advice import Advisor
-from thinwire.collectives.tuned.cache import Cache, beside
-from thinwire.collectives.tuned.tuner import Tuner
+from thinwire.collectives.tuned.tuner import Tuner, make_tuner
 from thinwire.errors import UserError
 
 Collectives = Literal["measured", "priced", "native"]
+Inner = Literal["gloo", "mpi"]
 
 
 def init(
-    cluster: str | None = None, *, collectives: Collectives = "measured", cache: str | None = None, **options: Any
+    cluster: str | None = None,
+    *,
+    collectives: Collectives = "measured",
+    cache: str | None = None,
+    inner: Inner = "gloo",
+    **options: Any,
 ) -> Ledger:
     """Instead of `torch.distributed.init_process_group(**options)`, on every rank; DDP, FSDP2, DTensor and user code stay as is.
 
@@ -26,16 +33,33 @@ def init(
     one all cards are taken for equal, and more is left to measuring. collectives: "measured" tries the few best by price on the
     ranks when an op is first used in a class of sizes, and keeps the backend's own unless another is faster; "priced" takes the
     best by price at once; "native" leaves all as it is. cache: where rank 0 keeps what was measured; default: beside the cluster
-    file. Returns the ledger of what is sent. UserError for a bad cluster file or setting. For CPUs: on CUDA stay with NCCL.
+    file. inner: what carries the bytes; "mpi" (the extra `mpi`) for ranks that mpiexec has started: they are MPI's ranks, meet
+    through MPI, and MPI ends with the program. Prices are those of gloo's messages; with "mpi" better measure.
+
+    Returns the ledger of what is sent. UserError for a bad cluster file or setting. For CPUs: on CUDA stay with NCCL.
     """
-    ledger = Ledger()
-    if collectives == "native":
-        backend.register(ledger)
-    elif collectives in ("measured", "priced"):
-        known = None if cluster is None else load_cluster(cluster)
-        path = Path(cache) if cache else beside(Path(cluster)) if cluster is not None and Path(cluster).is_file() else None
-        register_scheduled(ledger, Tuner(Advisor(known), Cache(path), measures=collectives == "measured"))
-    else:
-        raise UserError(f"collectives = {collectives!r}; there are 'measured', 'priced' and 'native'")
-    dist.init_process_group(backend.NAME, **options)
+    for name, value, known in (("collectives", collectives, get_args(Collectives)), ("inner", inner, get_args(Inner))):
+        if value not in known:
+            raise UserError(f"{name} = {value!r}; there are {', '.join(map(repr, known))}")
+    tuner = None
+    if collectives != "native":
+        network = None if cluster is None else load_cluster(cluster)
+        tuner = make_tuner(network, cluster or "", measures=collectives == "measured", cache=cache or "")
+    ledger, mpi, ranks = Ledger(), None, dict[str, Any]()
+    if inner == "mpi":
+        timeout: timedelta = options.pop("timeout", default_pg_timeout)
+        mpi = started_for_good(timeout.total_seconds())
+        ranks = mpi.ranks(timeout)
+    register(ledger, tuner, mpi)
+    dist.init_process_group(backend.NAME, **options, **ranks)
     return ledger
+
+
+def register(ledger: Ledger, tuner: Tuner | None, mpi: Mpi | None) -> None:
+    """Register the metered backend, over `mpi` or else gloo, with collectives that `tuner` chooses or else the carrier's own."""
+    if tuner is not None:
+        register_scheduled(ledger, tuner, inner=over_gloo if mpi is None else mpi.inner)
+    elif mpi is not None:
+        mpi.register(ledger)
+    else:
+        backend.register(ledger)

@@ -75,8 +75,9 @@ class CollectivesSection(_Section):
     """Who runs all-reduces and their like on CPUs."""
 
     kind: Literal["native", "priced", "measured"] = "native"
-    """"native": gloo's own algorithms. "measured": when an op is first used in a class of sizes, the few ways that are best by
-    price on the cluster are tried on the ranks, and the fastest is kept, gloo's own included. "priced": the best by price."""
+    """"native": gloo's own algorithms, or MPI's. "measured": when an op is first used in a class of sizes, the few ways that are
+    best by price on the cluster are tried on the ranks, and the fastest is kept, the native one included. "priced": the best by
+    price."""
 
 
 class LayoutSection(_Section):

@@ -8,8 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.mpi.start import Meeting, started
+from thinwire.collectives.mpi.start import Meeting, Mpi, started
 from thinwire.errors import UserError
 from thinwire.train.runtime import DEFAULT_PORT, Place
 
@@ -28,13 +27,12 @@ def over_mpi(wanted: str, place: Place, device: torch.device) -> bool:
 
 
 @contextmanager
-def mpi_ranks(place: Place, ledger: Ledger, timeout_s: float) -> Iterator[Place]:
-    """MPI, started and registered as the metered backend; the place with an address that all ranks have heard. Collective."""
+def mpi_ranks(place: Place, timeout_s: float) -> Iterator[tuple[Place, Mpi]]:
+    """MPI, started; the place with an address that all ranks have heard. Collective."""
     with started(timeout_s) as mpi:
         mpi.check_place(place.rank, place.world_size)
         wanted = Meeting(place.master_address, place.master_port if place.master_port != DEFAULT_PORT else 0)
         meeting = mpi.meet(wanted, timeout_s)
-        mpi.register(ledger)
         if place.rank == 0:
             print(f"{place.world_size} ranks over {mpi.library.version}", flush=True)
-        yield replace(place, master_address=meeting.address, master_port=meeting.port)
+        yield replace(place, master_address=meeting.address, master_port=meeting.port), mpi

@@ -81,12 +81,13 @@ def work(config: RunConfig, surroundings: Surroundings, resume: Path | None) -> 
     rank = Rank(config=config, surroundings=surroundings, layout=layout, ledger=ledger, device=device, stop=stop)
     timeout_s = config.train.timeout_s
     with ExitStack() as stack:
+        mpi = None
         if over_mpi(config.train.backend, place, device):
-            place = stack.enter_context(mpi_ranks(place, ledger, timeout_s))
-        elif group_backend == backend.NAME:
-            rank = replace(rank, tuner=set_collectives(config, surroundings, ledger))
-        if rank.tuner is None and config.collectives.kind != "native":
-            raise UserError(f"collectives.kind = {config.collectives.kind!r} is for gloo on CPUs; set it to 'native'")
+            place, mpi = stack.enter_context(mpi_ranks(place, timeout_s))
+        if group_backend == backend.NAME:
+            rank = replace(rank, tuner=set_collectives(config, surroundings, ledger, mpi))
+        elif config.collectives.kind != "native":
+            raise UserError(f"collectives.kind = {config.collectives.kind!r} is for CPUs; set it to 'native'")
         stack.enter_context(process_group(place, group_backend, timeout_s))
         pulse = stack.enter_context(Pulse(place, rank.host, timeout_s))
         try:

@@ -2,9 +2,11 @@
 
     mpiexec -n 4 python mpi_cases.py FOLDER
 
-A case is a function whose name begins with `case_`; what it returns or raises is read by test_mpi_group.py.
+A case is a function whose name begins with `case_`; what it returns or raises is read by test_mpi_group.py. Those of
+mpi_scheduled.py come last.
 """
 
+import inspect
 import pickle
 import random
 import sys
@@ -14,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import mpi_scheduled
 import torch
 import torch.distributed as dist
 from mpi_calls import every_call, refused, train
@@ -362,8 +365,8 @@ def case_the_ledger_enters_every_call() -> Any:
     return every_call(LEDGER)
 
 
-def case_a_training() -> Any:
-    return train(LEDGER, Path(sys.argv[1]))
+def case_a_training(folder: Path) -> Any:
+    return train(LEDGER, folder)
 
 
 LEDGER = Ledger()
@@ -373,17 +376,17 @@ def main() -> None:
     torch.set_num_threads(1)
     outcomes: dict[str, tuple[bool, Any]] = {}
     with process_group(LEDGER, timeout_s=20):
-        rank = dist.get_rank()
-        for name, case in list(globals().items()):
+        rank, folder = dist.get_rank(), Path(sys.argv[1])
+        for name, case in [*globals().items(), *vars(mpi_scheduled).items()]:
             if name.startswith("case_"):
                 begun = time.monotonic()
                 try:
-                    outcomes[name] = (True, case())
+                    outcomes[name] = (True, case(folder) if inspect.signature(case).parameters else case())
                 except Exception:
                     outcomes[name] = (False, traceback.format_exc())
                 if rank == 0:
                     print(f"{time.monotonic() - begun:6.2f} s {name}", flush=True)
-                (Path(sys.argv[1]) / f"outcomes-{rank}").write_bytes(pickle.dumps(outcomes))
+                (folder / f"outcomes-{rank}").write_bytes(pickle.dumps(outcomes))
                 if not outcomes[name][0]:
                     break  # the ranks are no longer in step
                 dist.barrier()

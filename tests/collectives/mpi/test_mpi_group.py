@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+from fixed_schedules import digests, fixed, group_of
 from launched import MISSING, environment, mpiexec
 from pool import Pool, Rank
 
 pytestmark = [pytest.mark.skipif(bool(MISSING), reason=MISSING), pytest.mark.timeout(150)]
 PROGRAM = Path(__file__).parent / "mpi_cases.py"
-CASES = re.findall(r"^def (case_\w+)", PROGRAM.read_text(encoding="utf-8"), re.M)
+SOURCES = [PROGRAM, PROGRAM.with_name("mpi_scheduled.py")]
+CASES = [name for source in SOURCES for name in re.findall(r"^def (case_\w+)", source.read_text(encoding="utf-8"), re.M)]
 
 Outcomes = Callable[[str], list[Any]]
 
@@ -101,3 +103,35 @@ def test_a_training_learns_what_it_learns_over_gloo(outcomes: Outcomes, ranks4: 
     expected = ranks4.run(call_them, "train", tmp_path)[0]
     assert len(losses) == 12 and len(scores) == 3
     assert losses == pytest.approx(expected[0], abs=1e-5) and scores == pytest.approx(expected[1], abs=1e-5)
+
+
+def bits_over_gloo(context: Rank) -> list[str]:
+    return digests(group_of(context.ledger, fixed()))
+
+
+def test_schedules_give_the_bits_that_they_give_over_gloo(outcomes: Outcomes, ranks4: Pool) -> None:
+    by_rank = outcomes("case_bits_of_schedules")
+    assert by_rank == ranks4.run(bits_over_gloo)
+    assert all(found == by_rank[0] and found[:2] == found[2:] for found in by_rank)
+
+
+def test_what_was_measured_is_chosen_by_all_and_kept(outcomes: Outcomes) -> None:
+    by_rank = outcomes("case_what_is_measured_is_the_same_on_all_ranks")
+    assert all(chosen == by_rank[0][0] and chosen[0] == chosen[1] for chosen, _, _ in by_rank)
+    assert [(said, asked) for _, said, asked in by_rank] == [(1, 1), (0, 0), (0, 0), (0, 0)]
+
+
+def test_ranks_that_part_ways_are_named_by_all(outcomes: Outcomes) -> None:
+    for first, known, later, fresh, moved_on in outcomes("case_a_mismatch_of_schedules_is_named"):
+        assert all(
+            line.startswith("UserError: ranks differ in what they call: rank ") for line in (first, known, fresh, moved_on)
+        )
+        for line, odd in ((first, 3), (known, 4), (fresh, 12)):
+            assert "all_reduce (sum) of 8 float32" in line and f"rank 1 all_reduce (sum) of {odd} float32" in line
+        assert later == known
+        assert "rank 2 broadcast of 8 float32 from rank 0 of the group, rank 3 broadcast of 4 float32" in moved_on
+
+
+def test_a_rank_that_runs_no_schedule_is_missed(outcomes: Outcomes) -> None:
+    for rank, line in enumerate(outcomes("case_a_rank_that_does_not_run_a_schedule_is_waited_for_in_vain")[:3]):
+        assert line.startswith(f"UserError: rank {rank}: all_reduce (sum) of 8 float32 failed after 1.") and "timed out" in line

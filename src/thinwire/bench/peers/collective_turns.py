@@ -21,7 +21,8 @@ from thinwire.cluster import load_cluster
 from thinwire.collectives.backend import NAME
 from thinwire.collectives.choose.costs import Costs
 from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.run.engine import Engine, Place
+from thinwire.collectives.run.engine import Engine
+from thinwire.collectives.run.links import Place
 from thinwire.collectives.scheduled import register_scheduled
 from thinwire.collectives.schedules.orders import ring_order
 from thinwire.collectives.tuned.advice import Advisor

@@ -16,7 +16,7 @@ from math import lcm
 from thinwire.cluster import Cluster
 from thinwire.collectives.choose import native, places
 from thinwire.collectives.choose.question import Question, question
-from thinwire.collectives.choose.simulate import element_bytes
+from thinwire.collectives.choose.simulate import chunk_bytes
 from thinwire.collectives.schedules import bruck, direct, double_tree, doubling, forest, hierarchy, pairwise, ring, rooted
 from thinwire.collectives.schedules.combine import on_ranks, pipelined, then
 from thinwire.collectives.schedules.schedule import Schedule
@@ -103,8 +103,7 @@ def offers(asked: Question) -> Offers:
 
 def segment_counts(model: Schedule, message_bytes: int) -> list[int]:
     """Powers of two; see the top of the file. One segment where even halves would be too small."""
-    unit = element_bytes(message_bytes)
-    lengths = [len(one) * unit for one in model.ranges(model.block_sizes(message_bytes // unit))]
+    lengths = chunk_bytes(model, message_bytes)
     sizes = [sum(lengths[chunk] for chunk in message.chunks) for message in model.messages]
     largest, count = max(sizes, default=0), sum(size > 0 for size in sizes)
     allowed = [1]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from thinwire.cluster import Link
 from thinwire.collectives.choose.costs import Costs
 from thinwire.collectives.choose.question import Question
-from thinwire.collectives.choose.simulate import element_bytes
+from thinwire.collectives.choose.simulate import chunk_bytes
 from thinwire.collectives.price import link_seconds
 from thinwire.collectives.schedules.schedule import Schedule
 
@@ -41,8 +41,7 @@ class Profile:
 
 def profile(schedule: Schedule, asked: Question, costs: Costs) -> Profile:
     """Of `schedule`, which is in one segment."""
-    unit = element_bytes(asked.message_bytes)
-    lengths = [len(one) * unit for one in schedule.ranges(schedule.block_sizes(asked.message_bytes // unit))]
+    lengths = chunk_bytes(schedule, asked.message_bytes)
     cores = costs.cores(schedule.p) or schedule.p
     total: Counter[Link] = Counter()
     software: Counter[int] = Counter()

@@ -72,9 +72,10 @@ class Simulated:
         return f"{path}; {self.fullest.source} -> {self.fullest.target} is busy {self.busy:.0%}"
 
 
-def element_bytes(message_bytes: int) -> int:
-    """The element size to cut a message of so many bytes by: that of float32 where it divides them."""
-    return gcd(message_bytes, _ELEMENT_BYTES) or 1
+def chunk_bytes(schedule: Schedule, message_bytes: int) -> list[int]:
+    """Of each chunk, message_bytes as in `schedules.ops.block_sizes`. Cut by elements of float32 where they divide it."""
+    unit = gcd(message_bytes, _ELEMENT_BYTES) or 1
+    return [len(one) * unit for one in schedule.ranges(schedule.block_sizes(message_bytes // unit))]
 
 
 def simulate(schedule: Schedule, message_bytes: int, routes: Routes, costs: Costs | None = None) -> Simulated:
@@ -125,8 +126,7 @@ class _Run:
         self._pairs: dict[tuple[int, int], int] = {}
         self._ways: list[list[int]] = []
         self._latency: list[float] = []
-        unit = element_bytes(message_bytes)
-        lengths = [len(one) * unit for one in schedule.ranges(schedule.block_sizes(message_bytes // unit))]
+        lengths = chunk_bytes(schedule, message_bytes)
         self._messages = [
             _Message(m.source, m.target, sum(lengths[chunk] for chunk in m.chunks), m.reduce) for m in schedule.messages
         ]

@@ -5,6 +5,7 @@
     buffers    tensors as MPI sees them: bytes, counts, datatypes, reduction operations
     agreement  before data moves the ranks of a group compare what they are about to do
     group      the process group: c10d's calls as MPI's
+    links      the private groups in which schedules run
     start      the whole of it for a program that mpiexec has started
 
     mpiexec -n 4 python program.py, where the program says:
@@ -13,6 +14,8 @@
 
         with process_group():
             model = DistributedDataParallel(model)      # and whatever else talks through torch.distributed
+
+or `thinwire.init(inner="mpi")`, with collectives chosen for the network.
 
 mpi4py and an MPI library are the extra `mpi`. Nothing here starts MPI before it is asked to.
 """

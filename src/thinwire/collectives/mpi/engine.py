@@ -17,13 +17,12 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from contextlib import suppress
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from thinwire.collectives.run.pending import Pending
 from thinwire.errors import UserError
 
 EAGER_LOOKS = 10
@@ -44,43 +43,13 @@ class Lane:
         self.broken = ""
 
 
-class MpiWork(dist._Work):
-    """What a caller gets. Its future holds the output tensors, or the error: a real one, that C++ sees too."""
+class MpiWork(Pending):
+    """What a caller gets. source: of a message that has come."""
 
     def __init__(self, outputs: list[torch.Tensor]) -> None:
         super().__init__()
         self._outputs = outputs
-        self._ended = threading.Event()
-        self._error: Exception | None = None
-        self._begin: torch.futures.Future[None] = torch.futures.Future()
-        # An exception that is raised inside `then` fails the future; one that is set only looks like a result to C++.
-        self._future = self._begin.then(partial(_outcome, self))
         self.source = -1
-
-    def end(self, error: Exception | None) -> None:
-        """Called once, by the engine."""
-        self._error = error
-        self._ended.set()
-        self._begin.set_result(None)
-
-    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        if not self._ended.wait(timeout.total_seconds() or None):
-            raise RuntimeError(f"MPI: timed out after {timeout.total_seconds():g} s in Work.wait")
-        if self._error is not None:
-            raise self._error
-        return True
-
-    def is_completed(self) -> bool:
-        return self._ended.is_set()
-
-    def is_success(self) -> bool:
-        return self._ended.is_set() and self._error is None
-
-    def exception(self) -> Exception | None:
-        return self._error
-
-    def get_future(self) -> "torch.futures.Future[Any]":
-        return self._future
 
     def result(self) -> list[torch.Tensor]:
         return self._outputs
@@ -89,6 +58,19 @@ class MpiWork(dist._Work):
         return self.source
 
     source_rank = _source_rank
+
+
+class Receive:
+    """A request to receive, whose status is wanted, and that can be cancelled."""
+
+    def __init__(self, request: Any, status: Any) -> None:
+        self._request, self._status = request, status
+
+    def Test(self) -> bool:
+        return bool(self._request.Test(self._status))
+
+    def cancel(self) -> None:
+        self._request.Cancel()
 
 
 class Exchange:
@@ -112,6 +94,13 @@ class Exchange:
         except StopIteration:
             return True
         return False
+
+    def give_up(self) -> None:
+        """Of one that has failed: nothing is to be received any more. MPI can take back no sends and no collectives."""
+        for request in self._pending:
+            if isinstance(request, Receive):
+                with suppress(Exception):  # it may be what has failed
+                    request.cancel()
 
     def is_over(self) -> bool:
         """Of one that has failed: has MPI no more to do with it? The other ranks may have come too late."""
@@ -142,6 +131,10 @@ class Engine:
         """Returns at once."""
         self._orders.put(exchange)
         return exchange.work
+
+    def give_up(self, lane: Lane, why: str) -> None:
+        """End all exchanges of `lane`, and those to come, with an error. Returns at once."""
+        self._orders.put(partial(self._give_up, lane, why))
 
     def call(self, function: Callable[[], Any], what: str, timeout_s: float) -> Any:
         """What `function` returns or raises, called by the thread. It may block: nothing else moves meanwhile."""
@@ -204,7 +197,7 @@ class Engine:
     def _admit(self, order: Exchange) -> None:
         lane = order.lane
         if lane.broken:
-            order.work.end(RuntimeError(lane.broken))
+            order.work.fail(RuntimeError(lane.broken))
         elif order.ordered and lane.queue:
             lane.queue.append(order)
         else:
@@ -225,8 +218,13 @@ class Engine:
             moved = moved or state is not None
             if state:
                 self._leave(exchange)
-                exchange.work.end(None)
+                exchange.work.finish(exchange.work.result())
         return moved
+
+    def _give_up(self, lane: Lane, why: str) -> None:
+        lane.broken = lane.broken or why
+        for exchange in [one for one in self._under_way if one.lane is lane]:
+            self._fail(exchange, RuntimeError(why))
 
     def _leave(self, exchange: Exchange) -> None:
         self._under_way.remove(exchange)
@@ -240,25 +238,20 @@ class Engine:
         lane = exchange.lane
         if isinstance(error, UserError):
             self._leave(exchange)
-            exchange.work.end(error)
+            exchange.work.fail(error)
             return
         line = " ".join(f"{exchange.what} in group {lane.name!r} over MPI: {error}".split())
+        exchange.give_up()
         self._failed.append(exchange)  # keeps its memory, into which MPI may still write
         self._under_way.remove(exchange)
         lane.broken = line
-        exchange.work.end(RuntimeError(line))
+        exchange.work.fail(RuntimeError(line))
         if exchange.ordered:
             lane.queue.popleft()
             for waiting in lane.queue:
-                waiting.work.end(RuntimeError(line))
+                waiting.work.fail(RuntimeError(line))
             lane.queue.clear()
 
 
 def _nothing() -> None:
     pass
-
-
-def _outcome(work: MpiWork, _begin: object) -> list[torch.Tensor]:
-    if work._error is not None:
-        raise work._error
-    return work._outputs

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from thinwire.collectives.mpi.agreement import Call, agreed, agreed_parts
 from thinwire.collectives.mpi.buffers import Reductions, op_name, raw
-from thinwire.collectives.mpi.engine import Engine, Exchange, Lane, MpiWork, Steps
+from thinwire.collectives.mpi.engine import Engine, Exchange, Lane, MpiWork, Receive, Steps
 from thinwire.collectives.mpi.library import Library
 from thinwire.errors import UserError
 
@@ -53,6 +53,10 @@ class MpiGroup(dist.ProcessGroup):
     @property
     def group_desc(self) -> str:  # type: ignore[override]
         return self._desc
+
+    def give_up(self, why: str) -> None:
+        """End all calls that are on their way, and those to come, with an error. Returns at once."""
+        self._engine.give_up(self._lane, why)
 
     # -- reducing ---------------------------------------------------------------------------------------------------------
 
@@ -261,7 +265,7 @@ class MpiGroup(dist.ProcessGroup):
             request = self._comm.Irecv(self._bytes(flat), source, tag)
             status = MPI.Status()
             try:
-                yield [_Watched(request, status)]
+                yield [Receive(request, status)]
             except MPI.Exception as error:
                 if error.Get_error_class() != MPI.ERR_TRUNCATE:
                     raise
@@ -326,16 +330,6 @@ class MpiGroup(dist.ProcessGroup):
                     f"{op}: the tensor for rank {rank} has {part.numel()} values of {part.dtype}, "
                     f"this rank's own {own.numel()} of {own.dtype}; they must be alike"
                 )
-
-
-class _Watched:
-    """A request whose status is wanted."""
-
-    def __init__(self, request: Any, status: Any) -> None:
-        self._request, self._status = request, status
-
-    def Test(self) -> bool:
-        return bool(self._request.Test(self._status))
 
 
 def _room(tensor: torch.Tensor) -> torch.Tensor:

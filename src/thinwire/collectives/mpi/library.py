@@ -36,7 +36,7 @@ class Library:
         self.world: Any = self.MPI.COMM_WORLD.Dup()
         self.rank: int = self.world.Get_rank()
         self.size: int = self.world.Get_size()
-        self._most_tag: int = self.world.Get_attr(self.MPI.TAG_UB)
+        self.most_tag: int = self.world.Get_attr(self.MPI.TAG_UB)
 
     @property
     def good_in_place(self) -> bool:
@@ -51,12 +51,12 @@ class Library:
 
     def check_tag(self, tag: int) -> None:
         """MPI's tags are natural numbers up to a bound of its own."""
-        if not 0 <= tag <= self._most_tag:
-            raise UserError(f"tag {tag} is not between 0 and {self._most_tag}, which is what {self.version} allows")
+        if not 0 <= tag <= self.most_tag:
+            raise UserError(f"tag {tag} is not between 0 and {self.most_tag}, which is what {self.version} allows")
 
     def communicator(self, ranks: Sequence[int], name: str, timeout_s: float) -> Any:
         """A communicator of `ranks` (of the world, in this order). Each of them calls, nobody else; `name` is the same on all."""
-        tag = crc32(name.encode()) % self._most_tag
+        tag = crc32(name.encode()) % self.most_tag
         return patiently(
             lambda: self.world.Create_group(self.world.Get_group().Incl(list(ranks)), tag),
             f"making group {name!r} of the ranks {', '.join(map(str, ranks))}",

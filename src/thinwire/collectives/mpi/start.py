@@ -12,10 +12,12 @@ so that cards count more and never less; for reduce_scatter they are twice the l
 send to compare their calls (40 B to each other rank before each collective) is not entered.
 """
 
+import atexit
 import socket
+import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -27,7 +29,9 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.mpi.buffers import Reductions
 from thinwire.collectives.mpi.engine import Engine, Lane
 from thinwire.collectives.mpi.group import MpiGroup
-from thinwire.collectives.mpi.library import Library, patiently
+from thinwire.collectives.mpi.library import Library, abandon, patiently
+from thinwire.collectives.mpi.links import MpiLinks
+from thinwire.collectives.run.links import Links, Place
 from thinwire.errors import UserError
 
 LOOPBACK = "127.0.0.1"
@@ -72,6 +76,11 @@ class Mpi:
         comm = self.library.communicator(ranks, name, timeout_s)
         return MpiGroup(self.library, self.engine, self._reductions, comm, Lane(name, timeout_s))
 
+    def inner(self, told: Any, place: Place) -> tuple[Any, Links]:
+        """An `Inner`, for schedules over MPI."""
+        links = MpiLinks(self.library, self.group, place, told.group_id)
+        return self.group(list(place.ranks), told.group_id, place.timeout), links
+
     def meet(self, wanted: Meeting, timeout_s: float) -> Meeting:
         """Agree on an address and a port of rank 0, which is about to open the store there. Collective.
 
@@ -83,6 +92,12 @@ class Mpi:
         several = len(set(hosts)) > 1
         return replace(meeting, address=hosts[0]) if several and meeting.address == LOOPBACK else meeting
 
+    def ranks(self, timeout: timedelta) -> dict[str, Any]:
+        """What init_process_group is to be told: who this rank is, and the store where all meet. Collective."""
+        meeting, rank, size = self.meet(Meeting(), timeout.total_seconds()), self.library.rank, self.library.size
+        store = dist.TCPStore(meeting.address, meeting.port, size, is_master=rank == 0, timeout=timeout)
+        return {"store": store, "rank": rank, "world_size": size, "timeout": timeout}
+
 
 @contextmanager
 def started(timeout_s: float) -> Iterator[Mpi]:
@@ -93,6 +108,21 @@ def started(timeout_s: float) -> Iterator[Mpi]:
     engine.close(library.close)
 
 
+def started_for_good(timeout_s: float) -> Mpi:
+    """Start MPI; it ends when the program does. If that is by an exception, all ranks end. Collective."""
+    until_exit = ExitStack()
+    mpi = until_exit.enter_context(started(timeout_s))
+    atexit.register(_end, until_exit)
+    return mpi
+
+
+def _end(until_exit: ExitStack) -> None:
+    if getattr(sys, "last_value", None) is not None:  # an exception that nobody has caught
+        abandon(1)
+    else:
+        until_exit.close()
+
+
 @contextmanager
 def process_group(ledger: Ledger | None = None, timeout_s: float = 300.0) -> Iterator[Ledger]:
     """torch.distributed over MPI, ready inside; gives the ledger that all calls enter. An exception ends all ranks."""
@@ -100,9 +130,7 @@ def process_group(ledger: Ledger | None = None, timeout_s: float = 300.0) -> Ite
     timeout = timedelta(seconds=timeout_s)
     with started(timeout_s) as mpi:
         mpi.register(ledger)
-        meeting, rank, size = mpi.meet(Meeting(), timeout_s), mpi.library.rank, mpi.library.size
-        store = dist.TCPStore(meeting.address, meeting.port, size, is_master=rank == 0, timeout=timeout)
-        dist.init_process_group(NAME, store=store, rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(NAME, **mpi.ranks(timeout))
         try:
             yield ledger
         except Exception:

@@ -5,49 +5,32 @@ than a short message.
 
 Before ranks run something new together they tell each other what it is (`agree`): what differs is an error on all of them. Ranks
 that part ways later wait for messages that nobody sends. So whoever waits longer than `LOOK_S` writes into the store what it is
-waiting in, and reads what the others wrote: if one is in the same call with something else, both are named. Then the connections
-of the private groups are shut, which ends every wait in them, here and at the other ends. A rank that calls nothing is found by
-the group's time-out.
+waiting in, and reads what the others wrote: if one is in the same call with something else, both are named, in the store too, and
+the private groups are cut (`links`), which ends every wait in them. A rank that calls nothing is found by the group's time-out.
 """
 
 import json
-import os
 import queue
-import socket
-import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from thinwire.collectives.run.links import GlooLinks, Links, Place
 from thinwire.collectives.run.pending import Pending
 from thinwire.collectives.run.runner import Runner
 from thinwire.errors import UserError
 
 LOOK_S = 5.0
 CLOSE_S = 10.0
+APART = "apart"
+"""The key in the store under which a rank says which two differ."""
 TOLD_BYTES = 160
 """Of what ranks tell each other that they are about to run."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """A rank's place in its group. ranks: the global ranks, in the order of the group."""
-
-    store: dist.Store
-    rank: int
-    ranks: tuple[int, ...]
-    timeout: timedelta
-    name: str = field(default="", compare=False)
-
-    @property
-    def size(self) -> int:
-        return len(self.ranks)
 
 
 @dataclass(slots=True)
@@ -68,10 +51,11 @@ class Engine:
         self,
         place: Place,
         note: Callable[[str, int, int | None], None] = lambda op, message_bytes, wire_bytes: None,
-        connect: Callable[[dist.Store, int, int, timedelta], Any] = dist.ProcessGroupGloo,
+        links: Links | None = None,
     ) -> None:
-        """note: hears of what is sent beside the calls themselves: op, bytes handed in, bytes sent (None: as gloo does it)."""
-        self.place, self.note, self._connect = place, note, connect
+        """note: hears of what is sent beside the calls themselves: op, bytes handed in, bytes sent (None: as gloo does it).
+        links: of this place; None: gloo's."""
+        self.place, self.note, self.links = place, note, links or GlooLinks(place)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._count = 0
@@ -81,7 +65,6 @@ class Engine:
         self._private: Any = None
         self._runner: Runner | None = None
         self._reordered: dict[tuple[int, ...], Any] = {}
-        self._sockets: list[int] = []
         self._lock = threading.Lock()
         self._open = 0
 
@@ -91,21 +74,21 @@ class Engine:
     def private(self) -> Any:
         """A group of the same ranks that only jobs use. Collective when it is first used."""
         if self._private is None:
-            self._private = self._join("private", self.place.rank)
+            self._private = self.links.join("private", range(self.place.size))
         return self._private
 
     @property
     def runner(self) -> Runner:
         """Of schedules, on the private group. Collective when it is first used."""
         if self._runner is None:
-            self._runner = Runner(self.private, self.place.rank)
+            self._runner = Runner(self.private, self.place.rank, self.links.most_tag)
         return self._runner
 
     def reordered(self, order: Sequence[int]) -> Any:
         """A private group in which place i belongs to rank order[i]. Collective when it is first used."""
         order = tuple(order)
         if order not in self._reordered:
-            self._reordered[order] = self._join("-".join(map(str, order)), order.index(self.place.rank))
+            self._reordered[order] = self.links.join("-".join(map(str, order)), order)
         return self._reordered[order]
 
     def agree(self, what: str) -> None:
@@ -216,17 +199,20 @@ class Engine:
                 continue
             if (error := self._compared(job)) is not None:
                 self._fail(job, error)
-                for number in self._sockets:
-                    _shut(number)
+                self.links.cut()
 
     def _compared(self, job: _Job) -> UserError | None:
-        """Of a job that takes long or was broken off: what somebody runs instead who is in the same call."""
+        """Of a job that takes long or was broken off: who runs something else in the same call, or was found to."""
         store, own = self.place.store, self.place.rank
         store.set(f"in/{job.number}/{own}", job.what)
+        if store.check([APART]):
+            return UserError(store.get(APART).decode())
         for rank in range(self.place.size):
             key = f"in/{job.number}/{rank}"
             if rank != own and store.check([key]) and (theirs := store.get(key).decode()) != job.what:
-                return self._apart(*sorted([(own, job.what), (rank, theirs)]))
+                apart = self._apart(*sorted([(own, job.what), (rank, theirs)]))
+                store.set(APART, str(apart))
+                return apart
         return None
 
     def _apart(self, one: tuple[int, str], other: tuple[int, str]) -> UserError:
@@ -237,31 +223,3 @@ class Engine:
 
     def _of(self, position: int) -> int:
         return self.place.ranks[position]
-
-    def _join(self, name: str, rank: int) -> Any:
-        before = _sockets()
-        group = self._connect(dist.PrefixStore(name, self.place.store), rank, self.place.size, self.place.timeout)
-        self._sockets += _sockets() - before
-        return group
-
-
-def _sockets() -> set[int]:
-    """Numbers of the sockets of this process."""
-    found = set()
-    for number in map(int, os.listdir("/dev/fd")):
-        try:
-            if stat.S_ISSOCK(os.fstat(number).st_mode):
-                found.add(number)
-        except OSError:  # the directory itself, closed by now
-            continue
-    return found
-
-
-def _shut(number: int) -> None:
-    """The connection ends, if it is one; its number stays with whoever has opened it."""
-    try:
-        with socket.socket(fileno=os.dup(number)) as connection:
-            connection.getpeername()  # OSError for one that listens: gloo would not survive its end
-            connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        return

@@ -1,4 +1,4 @@
-"""A collective that runs on a thread of ours, as c10d sees it."""
+"""What runs on a thread of ours, as c10d sees it."""
 
 import threading
 from datetime import timedelta
@@ -39,7 +39,7 @@ class Pending(dist._Work):
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         if not self._over.wait(timeout.total_seconds() or None):
-            raise RuntimeError(f"a collective was not over after {timeout.total_seconds():g} s")
+            raise RuntimeError(f"timed out after {timeout.total_seconds():g} s in Work.wait")
         if self._error is not None:
             raise self._error
         return True
@@ -58,6 +58,12 @@ class Pending(dist._Work):
 
     def is_completed(self) -> bool:
         return self._over.is_set()
+
+    def is_success(self) -> bool:
+        return self._over.is_set() and self._error is None
+
+    def exception(self) -> Exception | None:
+        return self._error
 
 
 def _checked(future: "torch.futures.Future[Any]") -> Any:

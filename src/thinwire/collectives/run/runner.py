@@ -1,7 +1,7 @@
 """Schedules on real tensors, over the send and receive of a process group that nobody else uses.
 
-A message is known by its tag: its number in the schedule, and 15 bits of which call this is and of what (op, sizes, type). Ranks
-that do not agree on those never take each other's messages for their own.
+A message is known by its tag: its number in the schedule, and in the bits that are left (15 of gloo's, 13 of MPICH's) which call
+this is and of what (op, sizes, type). Ranks that do not agree on those do not take each other's messages for their own.
 """
 
 import threading
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from thinwire.collectives.run.compiler import compile_for, in_place
+from thinwire.collectives.run.compiler import compile_for
 from thinwire.collectives.run.instructions import Add, Arrive, Compiled, Copy, Expect, Leave, Send
 from thinwire.collectives.schedules.schedule import Schedule
 from thinwire.errors import UserError
@@ -34,7 +34,7 @@ COMBINE: dict[str, Callable[..., torch.Tensor]] = {
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """Flat and contiguous; `given` and `got` are one tensor where the op is in place on this rank (see `in_place`)."""
+    """Flat and contiguous; `given` and `got` are one tensor where the op is in place on this rank (see `compiler.in_place`)."""
 
     given: torch.Tensor
     got: torch.Tensor
@@ -43,8 +43,9 @@ class Tensors:
 class Runner:
     """One per group and rank. `group`: a process group or backend with send(tensors, peer, tag) and recv(tensors, peer, tag)."""
 
-    def __init__(self, group: Any, rank: int) -> None:
+    def __init__(self, group: Any, rank: int, most_tag: int = (1 << 31) - 1) -> None:
         self._group, self._rank = group, rank
+        self._turns = max(1, (most_tag + 1) // MOST_MESSAGES)
         # By identity, since to hash a schedule takes as long as to run a short one; it is kept, so the number stays its own.
         self._compiled: OrderedDict[tuple[int, tuple[int, ...]], tuple[Schedule, Compiled]] = OrderedDict()
         self._scratch = torch.empty(0, dtype=torch.uint8)
@@ -91,7 +92,7 @@ class Runner:
 
     def _tag(self, schedule: Schedule, sizes: Sequence[int], dtype: torch.dtype) -> int:
         what = zlib.crc32(f"{schedule.op} {schedule.name} {list(sizes)} {dtype}".encode())
-        return ((what + self._calls) & 0x7FFF) * MOST_MESSAGES
+        return (what + self._calls) % self._turns * MOST_MESSAGES
 
     def _memory(self, compiled: Compiled, dtype: torch.dtype) -> torch.Tensor:
         needed = compiled.lengths[2] * dtype.itemsize
@@ -116,6 +117,3 @@ class Runner:
                     combine(one, other, out=memory[into.buffer][into.first : into.last])
                 case Copy(into, what):
                     memory[into.buffer][into.first : into.last].copy_(memory[what.buffer][what.first : what.last])
-
-
-__all__ = ["COMBINE", "Runner", "Tensors", "in_place"]

@@ -24,8 +24,8 @@ class Advisor:
 
     def calibrate(self, p: int, ours_s: float, native_s: float) -> None:
         """Take the costs of messages from what p ranks measured; see `choose.calibrate`."""
-        whole = self.cluster is not None and self.cluster.world_size == p
-        self.costs = calibrated(self.costs, self.cluster if whole and self.cluster else _assumed(p), ours_s, native_s)
+        cluster = self.cluster if self.cluster is not None and self.cluster.world_size == p else _assumed(p)
+        self.costs = calibrated(self.costs, cluster, ours_s, native_s)
 
     def ways(self, op: str, message_bytes: int, ranks: Sequence[int], root: int) -> list[tuple[Way, float]]:
         """(way, predicted seconds), the best first, the native one always among them. `ranks`: global, as in the cluster."""

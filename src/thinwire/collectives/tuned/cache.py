@@ -1,8 +1,8 @@
 """What was measured is kept beside the cluster file, so that the next run on this cluster need not measure again.
 
-One JSON file: the version of the format, torch's version, and for each group, op, root and class of sizes the way that won, its
-seconds and those of the native collective, and the date. A file of another version of torch, or one that cannot be read, is begun
-anew: what it held is measured again.
+One JSON file: the version of the format, torch's version, and for each carrier (gloo, or an MPI), group, op, root and class of
+sizes the way that won, its seconds and those of the native collective, and the date. A file of another version of torch, or one
+that cannot be read, is begun anew: what it held is measured again.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Cache:

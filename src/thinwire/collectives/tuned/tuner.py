@@ -8,17 +8,20 @@ if it takes less than `WORTH` of its time (`SHORT_WORTH` for short calls). All r
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from thinwire.cluster import Cluster
 from thinwire.collectives.choose.calibrate import PROBE_BYTES
 from thinwire.collectives.choose.costs import Costs
-from thinwire.collectives.run.engine import Engine, Place
+from thinwire.collectives.run.engine import Engine
+from thinwire.collectives.run.links import Place
 from thinwire.collectives.schedules.doubling import recursive_doubling
 from thinwire.collectives.tuned.advice import Advisor
-from thinwire.collectives.tuned.cache import Cache
+from thinwire.collectives.tuned.cache import Cache, beside
 from thinwire.collectives.tuned.way import NATIVE, Call, Way, example, perform, wire_bytes
 from thinwire.errors import UserError
 from thinwire.units import show
@@ -63,7 +66,7 @@ class Tuner:
 
     def _decided(self, engine: Engine, call: Call) -> Way:
         place = engine.place
-        key = f"{call.op} {size_class(call.message_bytes)} {call.root} {','.join(map(str, place.ranks))}"
+        key = f"{engine.links.name}: {call.op} {size_class(call.message_bytes)} {call.root} {','.join(map(str, place.ranks))}"
         # The first rank says whether, since others may have been in other groups of this size.
         if self._measures and engine.told(place.size not in self._calibrated if place.rank == 0 else None):
             self._calibrate(engine)
@@ -109,6 +112,12 @@ class Tuner:
         ours_s, native_s = measure(engine, [doubling, NATIVE], "all_reduce", PROBE_BYTES, 0)
         if engine.place.rank == 0:
             self._advisor.calibrate(p, ours_s, native_s)
+
+
+def make_tuner(cluster: Cluster | None, file: str, *, measures: bool, cache: str = "") -> Tuner:
+    """file: that `cluster` came from; what is measured is kept beside it, if it is one, or in `cache`."""
+    kept = Path(cache) if cache else beside(Path(file)) if Path(file).is_file() else None
+    return Tuner(Advisor(cluster), Cache(kept), measures=measures)
 
 
 def size_class(message_bytes: int) -> int:

@@ -8,8 +8,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
+from thinwire.collectives.choose.native import ORDERED
+from thinwire.collectives.run.compiler import in_place
 from thinwire.collectives.run.engine import Engine
-from thinwire.collectives.run.runner import Tensors, in_place
+from thinwire.collectives.run.runner import Tensors
 from thinwire.collectives.schedules import ops
 from thinwire.collectives.schedules.schedule import Schedule
 from thinwire.collectives.schedules.table import from_json, to_json
@@ -24,8 +26,6 @@ REDUCTIONS: Mapping[str, Any] = {
     "min": dist.ReduceOp.MIN,
     "product": dist.ReduceOp.PRODUCT,
 }
-ORDERED = ("all_reduce", "reduce", "broadcast")
-"""Ops whose results do not depend on the order of the ranks."""
 
 
 @dataclass(frozen=True, slots=True)
