@@ -14,6 +14,7 @@ class Transfer:
     axis           the mesh axis over which it runs
     op             the collective: "all_reduce", "broadcast", "send", ...
     message_bytes  what each rank hands to the op in one call
+    item_bytes     of one number in it; a collective cuts no number in two
     calls          calls per event
     every          optimizer steps between events (1: each step)
     window_flops   compute that is still to run when the message is ready and under which it may hide, in flops of one
@@ -25,6 +26,7 @@ class Transfer:
     axis: str
     op: str
     message_bytes: int
+    item_bytes: int = 4
     calls: int = 1
     every: int = 1
     window_flops: float = 0.0

@@ -11,11 +11,11 @@ from command import TINY_RUN, thinwire
 RANKS = 3
 
 
-def ran(folder: Path, kind: str) -> dict[str, Any]:
-    """What a run of a few steps left behind, by the names of its files."""
+def ran(folder: Path, kind: str, more: str = "") -> dict[str, Any]:
+    """What a run of a few steps left behind, by the names of its files. more: of its run.toml."""
     folder.mkdir()
     (folder / "text.txt").write_text("it was a dark and stormy night, and the links were slow; " * 200)
-    (folder / "run.toml").write_text(f'{TINY_RUN}steps = 4\nranks = {RANKS}\nrun = "run"\n[collectives]\nkind = "{kind}"\n')
+    (folder / "run.toml").write_text(f'{TINY_RUN}steps = 4\nranks = {RANKS}\nrun = "run"\n[collectives]\nkind = "{kind}"\n{more}')
     done = thinwire("train", "run.toml", cwd=folder)
     assert done.returncode == 0, done.stderr
     events = [json.loads(line) for line in (folder / "run" / "events.jsonl").read_text().splitlines()]
@@ -23,19 +23,31 @@ def ran(folder: Path, kind: str) -> dict[str, Any]:
     return {**files, "losses": [event["loss"] for event in events if event["event"] == "step"], "said": done.stderr}
 
 
+def check_predicted(run: dict[str, Any]) -> None:
+    """Every transfer of training, codes and reports too, has in the ledger what was predicted, to the byte."""
+    entries = [entry for entry in run["ledger"]["entries"] if entry["rank"] == 0]
+    for transfer in run["predicted"]["transfers"]:
+        (found,) = (entry for entry in entries if entry["label"] == transfer["label"] and entry["last_step"] >= 0)
+        expected = transfer["wire_bytes_per_step"] * transfer["every"] / transfer["calls"]
+        assert found["wire_bytes"] == pytest.approx(found["calls"] * expected, abs=1e-6), transfer
+
+
 def test_it_learns_alike_and_sends_what_was_predicted(tmp_path: Path) -> None:
-    runs = {kind: ran(tmp_path / kind, kind) for kind in ("native", "measured")}
+    runs = {kind: ran(tmp_path / kind, kind) for kind in ("native", "measured", "priced")}
     assert runs["measured"]["losses"] == pytest.approx(runs["native"]["losses"], rel=1e-4)
+    assert runs["priced"]["losses"] == pytest.approx(runs["native"]["losses"], rel=1e-4)
     assert f"among {RANKS} ranks" in runs["measured"]["said"] and "among" not in runs["native"]["said"]
     for run in runs.values():
-        entries = [entry for entry in run["ledger"]["entries"] if entry["rank"] == 0]
-        for transfer in run["predicted"]["transfers"]:
-            if transfer["every"] == 1:
-                (found,) = (entry for entry in entries if entry["label"] == transfer["label"] and entry["last_step"] >= 0)
-                assert found["wire_bytes"] == found["calls"] * transfer["wire_bytes_per_step"] / transfer["calls"]
+        check_predicted(run)
     label = "choosing collectives"
     assert any(entry["label"] == label for entry in runs["measured"]["ledger"]["entries"])
     assert not any(entry["label"] == label for entry in runs["native"]["ledger"]["entries"])
+
+
+def test_codes_are_cut_where_it_was_predicted(tmp_path: Path) -> None:
+    run = ran(tmp_path / "int4", "priced", '[compress]\nkind = "int4"\n')
+    assert {"all_to_all", "all_gather", "all_reduce"} == {transfer["op"] for transfer in run["predicted"]["transfers"]}
+    check_predicted(run)
 
 
 def test_an_unknown_kind_is_refused(tmp_path: Path) -> None:

@@ -6,15 +6,16 @@ from typing import Protocol
 from thinwire.cluster.graph import Routes
 from thinwire.collectives.price import price
 from thinwire.collectives.wire import Flow, flows
+from thinwire.traffic import Transfer
 
 
 class Carrier(Protocol):
     """`group`: global ranks, in the order of the group; flows are between positions in it."""
 
-    def flows(self, op: str, message_bytes: int, group: Sequence[int]) -> tuple[Flow, ...]:
+    def flows(self, transfer: Transfer, group: Sequence[int]) -> tuple[Flow, ...]:
         """(source, target, payload bytes) of one call."""
 
-    def seconds(self, routes: Routes, op: str, message_bytes: int, group: Sequence[int]) -> float:
+    def seconds(self, routes: Routes, transfer: Transfer, group: Sequence[int]) -> float:
         """Of one call, nothing else on the wires."""
 
     def about(self) -> str:
@@ -24,11 +25,11 @@ class Carrier(Protocol):
 class Native:
     """gloo."""
 
-    def flows(self, op: str, message_bytes: int, group: Sequence[int]) -> tuple[Flow, ...]:
-        return flows(op, message_bytes, len(group))
+    def flows(self, transfer: Transfer, group: Sequence[int]) -> tuple[Flow, ...]:
+        return flows(transfer.op, transfer.message_bytes, len(group))
 
-    def seconds(self, routes: Routes, op: str, message_bytes: int, group: Sequence[int]) -> float:
-        return price(routes, op, message_bytes, group).seconds
+    def seconds(self, routes: Routes, transfer: Transfer, group: Sequence[int]) -> float:
+        return price(routes, transfer.op, transfer.message_bytes, group).seconds
 
     def about(self) -> str:
         return "gloo's own algorithms"

@@ -32,8 +32,8 @@ class CastExchange(Stateless):
     def transfers(self, label: str, parameters: Sequence[Parameter], axis: str, world_size: int) -> list[Transfer]:
         """One all-reduce."""
         values = sum(parameter.numel for parameter in parameters)
-        size = values * self._codec.wire_dtype.itemsize
-        return [Transfer(label=label, axis=axis, op="all_reduce", message_bytes=size)]
+        item = self._codec.wire_dtype.itemsize
+        return [Transfer(label=label, axis=axis, op="all_reduce", message_bytes=values * item, item_bytes=item)]
 
     def attach(self, group: dist.ProcessGroup, axis: str) -> None:
         """Makes a process group and a thread. Collective over all ranks. UserError on CUDA."""

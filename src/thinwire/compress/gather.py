@@ -83,7 +83,7 @@ class Gather(Stateless):
         size += GRADIENT_BYTES * sum(parameter.numel for parameter in exact)
         seconds = [seconds_of_tensor(self._codec, parameter.shape) for parameter in parameters]
         work = sum(encode_s + world_size * decode_s for encode_s, decode_s in seconds)
-        return [Transfer(label=f"{label} gathered", axis=axis, op="all_gather", message_bytes=size, work_s=work)]
+        return [Transfer(label=f"{label} gathered", axis=axis, op="all_gather", message_bytes=size, item_bytes=1, work_s=work)]
 
     def attach(self, first: dist.ProcessGroup, second: dist.ProcessGroup) -> None:
         """The second stage only decodes."""

@@ -139,11 +139,11 @@ def predict(
     priced, wire_end, rare_s, links = [], 0.0, 0.0, Counter[Link]()
     for transfer in transfers:
         groups = layout.groups(transfer.axis)
-        wire_s = max(carrier.seconds(routes, transfer.op, transfer.message_bytes, group) for group in groups)
+        wire_s = max(carrier.seconds(routes, transfer, group) for group in groups)
         seconds = (wire_s + transfer.work_s) * transfer.calls
         mine = next(group for group in groups if rank in group)
         sent = Counter[int]()
-        for source, _, size in carrier.flows(transfer.op, transfer.message_bytes, mine):
+        for source, _, size in carrier.flows(transfer, mine):
             sent[mine[source]] += size
         priced.append(
             PricedTransfer(
@@ -159,7 +159,7 @@ def predict(
         else:
             rare_s += max(0.0, seconds - transfer.window_flops / slowest_rate) / transfer.every
         for group in groups:
-            placed = [(group[a], group[b], size) for a, b, size in carrier.flows(transfer.op, transfer.message_bytes, group)]
+            placed = [(group[a], group[b], size) for a, b, size in carrier.flows(transfer, group)]
             for link, payload in routes.load(placed).items():
                 links[link] += payload * transfer.calls / transfer.every  # type: ignore[assignment]
     return Prediction(

@@ -34,12 +34,20 @@ def report_traffic(train: TrainSection, axis: str, world_size: int) -> list[Tran
             axis=axis,
             op="all_reduce",
             message_bytes=(2 + world_size) * NUMBER_BYTES,
+            item_bytes=NUMBER_BYTES,
             every=train.log_every,
         )
     ]
     if train.eval_every:
         transfers.append(
-            Transfer(label="evaluation", axis=axis, op="all_reduce", message_bytes=2 * NUMBER_BYTES, every=train.eval_every)
+            Transfer(
+                label="evaluation",
+                axis=axis,
+                op="all_reduce",
+                message_bytes=2 * NUMBER_BYTES,
+                item_bytes=NUMBER_BYTES,
+                every=train.eval_every,
+            )
         )
     return transfers
 

@@ -13,33 +13,34 @@ from thinwire.collectives.schedules import ops
 from thinwire.collectives.tuned.tuner import Tuner, size_class
 from thinwire.collectives.tuned.way import NATIVE, Way
 from thinwire.collectives.wire import Flow, flows
+from thinwire.traffic import Transfer
 
 
 class Chosen:
     """A `carrier.Carrier`: what the groups of this process have decided so far; gloo's own for the rest.
 
-    Of a group that this rank is not in, it takes what a group of as many ranks has decided. Messages are taken for float32.
+    Of a group that this rank is not in, it takes what a group of as many ranks has decided.
     """
 
     def __init__(self, tuner: Tuner, cluster: Cluster) -> None:
         self._tuner, self._cluster, self._native = tuner, cluster, Native()
         self._seconds = lru_cache(maxsize=None)(self._simulated)
 
-    def flows(self, op: str, message_bytes: int, group: Sequence[int]) -> tuple[Flow, ...]:
-        way, p = self._way(op, message_bytes, tuple(group)), len(group)
+    def flows(self, transfer: Transfer, group: Sequence[int]) -> tuple[Flow, ...]:
+        op, message_bytes, p = transfer.op, transfer.message_bytes, len(group)
+        way = self._way(op, message_bytes, tuple(group))
         if way.schedule is not None:
-            item_bytes = 4 if message_bytes % 4 == 0 else 1
-            return way.schedule.flows(ops.block_sizes(op, p, message_bytes // item_bytes), item_bytes)
+            return way.schedule.flows(ops.block_sizes(op, p, message_bytes // transfer.item_bytes), transfer.item_bytes)
         if way.order is not None:
             own = flows(op, message_bytes, p, way.order.index(0))
             return tuple((way.order[source], way.order[target], size) for source, target, size in own)
-        return self._native.flows(op, message_bytes, group)
+        return self._native.flows(transfer, group)
 
-    def seconds(self, routes: Routes, op: str, message_bytes: int, group: Sequence[int]) -> float:
-        way = self._way(op, message_bytes, tuple(group))
+    def seconds(self, routes: Routes, transfer: Transfer, group: Sequence[int]) -> float:
+        way = self._way(transfer.op, transfer.message_bytes, tuple(group))
         if way.native:
-            return self._native.seconds(routes, op, message_bytes, group)
-        return self._seconds(way, op, message_bytes, tuple(group))
+            return self._native.seconds(routes, transfer, group)
+        return self._seconds(way, transfer.op, transfer.message_bytes, tuple(group))
 
     def about(self) -> str:
         names = sorted({f"{op} by {way.name}" for (_, op, _, _), way in self._tuner.chosen.items() if not way.native})

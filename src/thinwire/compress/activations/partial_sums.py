@@ -41,11 +41,12 @@ def sum_transfers(values: tuple[int, torch.dtype], codec: Codec | None, axis: st
     if world_size == 1 or numel == 0:
         return []
     if codec is None:
-        return [Transfer(label=label, axis=axis, op="all_reduce", message_bytes=numel * dtype.itemsize)]
+        item = dtype.itemsize
+        return [Transfer(label=label, axis=axis, op="all_reduce", message_bytes=numel * item, item_bytes=item)]
     size = codec.payload_bytes(shard_length((numel,), world_size, codec.block))
     return [
-        Transfer(label=f"{label} codes", axis=axis, op="all_to_all", message_bytes=world_size * size),
-        Transfer(label=f"{label} sums", axis=axis, op="all_gather", message_bytes=size),
+        Transfer(label=f"{label} codes", axis=axis, op="all_to_all", message_bytes=world_size * size, item_bytes=1),
+        Transfer(label=f"{label} sums", axis=axis, op="all_gather", message_bytes=size, item_bytes=1),
     ]
 
 

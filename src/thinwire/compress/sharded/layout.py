@@ -159,8 +159,8 @@ def sharded_transfers(
         weights = ways.weights_row(unit, world_size)
         size = weights.chunk * 4 if ways.stock_weights else weights.row_bytes()
         label = "" if ways.stock_weights else weights_label(unit.name)
-        calls = micro_batches * (2 if unit.reshards else 1)
-        found.append(Transfer(label=label, axis=axis, op="all_gather", message_bytes=size, calls=calls))
+        calls, item = micro_batches * (2 if unit.reshards else 1), 4 if ways.stock_weights else 1
+        found.append(Transfer(label=label, axis=axis, op="all_gather", message_bytes=size, item_bytes=item, calls=calls))
         gradients = ways.gradients_row(unit, world_size)
         if not gradients.chunk:
             continue
@@ -169,7 +169,8 @@ def sharded_transfers(
             found.append(Transfer(label="", axis=axis, op="reduce_scatter", message_bytes=size))
         else:
             size = world_size * gradients.row_bytes()
-            found.append(Transfer(label=gradients_label(unit.name), axis=axis, op="all_to_all", message_bytes=size))
+            label = gradients_label(unit.name)
+            found.append(Transfer(label=label, axis=axis, op="all_to_all", message_bytes=size, item_bytes=1))
     return found
 
 
