@@ -84,7 +84,7 @@ def running(cwd: Path) -> list[int]:
     return found
 
 
-def nothing_left(cwd: Path, patience_s: float = 5) -> bool:
+def nothing_left(cwd: Path, patience_s: float = 20) -> bool:
     """True once no process of the test remains."""
     end = time.monotonic() + patience_s
     while running(cwd):

@@ -1,11 +1,19 @@
 """Fixtures of the whole suite: pools of ranks that live as long as the session."""
 
+import os
+import sys
 from collections.abc import Iterator
 
-import pytest
-from hypothesis import settings
+# Before torch is loaded: on tensors this small its threads would only wait for each other, and for the ranks of the pools.
+# And what is compiled is kept, even where the machine is told not to, or some hundred processes would compile the package anew.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
-from pool import Pool, start_server
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+from pool import Pool, start_server  # noqa: E402
 
 # No deadline: on shared cores a single example may take any time. Derandomised: a run can be repeated.
 settings.register_profile("thinwire", deadline=None, derandomize=True, database=None, max_examples=40)

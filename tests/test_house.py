@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -117,18 +117,16 @@ def test_help_needs_no_torch(command) -> None:
 
 
 def test_help_is_quick() -> None:
-    """In seconds of the processor, so that neighbours on it do not count."""
+    """In seconds of the processor, so that neighbours on it do not count; where it is slow, beside what it must load."""
 
-    def used_s() -> float:
-        times = os.times()
-        return times.children_user + times.children_system
+    def used_s(command: Callable[[], subprocess.CompletedProcess[str]]) -> float:
+        before = os.times()
+        assert command().returncode == 0
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
 
-    best_s = float("inf")
-    for _ in range(3):
-        before = used_s()
-        assert without_torch("--help").returncode == 0
-        best_s = min(best_s, used_s() - before)
-    assert best_s < HELP_S
+    help_s = min(used_s(lambda: without_torch("--help")) for _ in range(3))
+    assert help_s < HELP_S or help_s < 2 * min(used_s(lambda: run("-c", "import typer.rich_utils")) for _ in range(3))
 
 
 def test_what_is_pinned_is_what_is_asked_for() -> None:

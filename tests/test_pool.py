@@ -55,7 +55,7 @@ def is_gone(pid: int) -> bool:
     return state.exists() and state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
 
-def all_gone(pids: list[int], timeout_s: float = 10.0) -> bool:
+def all_gone(pids: list[int], timeout_s: float = 20.0) -> bool:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if all(is_gone(pid) for pid in pids):
@@ -81,14 +81,14 @@ def test_each_call_starts_from_a_fresh_ledger(ranks4: Pool) -> None:
     [
         (raise_on, r"rank 1 of 2 failed(.|\n)*ValueError: rank 1 is unhappy(.|\n)*something odd"),
         (die_on, "rank 1 of 2 died, exit code 7"),
-        (hang_on, r"ranks \[1\] of 2 gave no answer in 0.5 s"),
+        (hang_on, r"ranks \[1\] of 2 gave no answer in 2 s"),
     ],
 )
 def test_a_broken_rank_is_reported_and_the_pool_is_built_anew(ranks2: Pool, broken, message) -> None:
     ranks2.run(add_ranks, 0.0)
     pids = ranks2.pids
     with pytest.raises(RankFailure, match=message):
-        ranks2.run(broken, 1, timeout_s=0.5 if broken is hang_on else 30)
+        ranks2.run(broken, 1, timeout_s=2 if broken is hang_on else 30)
     assert all_gone(pids)
     assert ranks2.run(add_ranks, 0.0) == [1.0, 1.0]
 

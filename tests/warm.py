@@ -1,9 +1,10 @@
 """Commands without the seconds that every process spends on loading torch: forked from a server that has it loaded.
 
-`Warm` is a `subprocess.Popen` for `python -m thinwire ...`. What it starts is a process as real as any: with its own id, session,
-folder, environment, pipes, signals and exit code. The ranks that such a command starts are forked from the same server. Three
-things differ from a cold start: modules are imported already, all processes share one seed of str hashes, and static C++ objects
-are not destroyed at the end. A few tests therefore start cold.
+`Warm` is a `subprocess.Popen` for `python -m thinwire ...` and other programs: modules of ours or of torch, and scripts. What it
+starts is a process as real as any: with its own id, session, folder, environment, pipes, signals and exit code. What such a
+command starts in turn, ranks above all, is forked from the same server. Three things differ from a cold start: modules are
+imported already, all processes share one seed of str hashes, and static C++ objects are not destroyed at the end. A few tests
+therefore start cold.
 
 A request is a JSON object and the three standard streams on a Unix socket; the answers are the process id and, at the end, the
 exit code.
@@ -38,6 +39,20 @@ SOCKET = "THINWIRE_TEST_WARM"
 COMMAND = [sys.executable, "-m", "thinwire"]
 
 
+def program(argv: list[str], environment: Mapping[str, str]) -> tuple[list[str], Mapping[str, str]] | None:
+    """What follows `python`, "-m" and a module or a script, and the environment; None for anything else. Sees through `env`."""
+    if argv[0] == "env":
+        end = 1 + next((index for index, word in enumerate(argv[1:]) if "=" not in word), len(argv) - 1)
+        environment, argv = {**environment, **dict(word.split("=", 1) for word in argv[1:end])}, argv[end:]
+    if argv[:1] != [sys.executable]:
+        return None
+    words = [*argv[2 if argv[1:2] == ["-u"] else 1 :], "", ""]
+    script = Path(words[0])
+    plain = script.name.startswith("plain_")  # one of the benchmarks' peers, which must find nothing of ours loaded
+    known = words[1].partition(".")[0] in ("thinwire", "torch") if words[0] == "-m" else script.suffix == ".py" and not plain
+    return (words[:-2], environment) if known else None
+
+
 @functools.cache
 def server() -> str:
     """The address of the server, which is started at the first call and ends with this process."""
@@ -54,18 +69,21 @@ def server() -> str:
 
 
 class Warm(subprocess.Popen[str]):
-    """`subprocess.Popen`; if it is to run `python -m thinwire` and its environment names a server, forked from that."""
+    """`subprocess.Popen`; if it is to run a `program` and its environment names a server, forked from that."""
 
+    _arguments_of = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]
     _line: socket.socket | None = None
 
     def _execute_child(self, *arguments: Any) -> None:
-        told = inspect.signature(subprocess.Popen._execute_child).bind(self, *arguments).arguments  # type: ignore[attr-defined]
-        argv, environment = [os.fspath(word) for word in told["args"]], os.environ if told["env"] is None else told["env"]
-        if argv[:3] != COMMAND or SOCKET not in environment:
+        told = self._arguments_of.bind(self, *arguments).arguments
+        words = [told["args"]] if isinstance(told["args"], str | os.PathLike) else told["args"]
+        found = program([os.fspath(word) for word in words], os.environ if told["env"] is None else told["env"])
+        if found is None or SOCKET not in found[1]:
             super()._execute_child(*arguments)  # type: ignore[misc]
             return
+        argv, environment = found
         request = {
-            "arguments": argv[3:],
+            "arguments": argv,
             "cwd": os.fspath(told["cwd"] or os.getcwd()),
             "environment": dict(environment),
             "session": next(bool(value) for name, value in told.items() if name.endswith("start_new_session")),
@@ -141,7 +159,7 @@ def _serve(listener: socket.socket) -> None:
 
 
 def _become(request: Mapping[str, Any], streams: list[int]) -> NoReturn:
-    """Be `python -m thinwire ARGUMENTS` from here to the end."""
+    """Be `python ARGUMENTS` from here to the end."""
     code: object = 1
     try:
         if request["session"]:
@@ -157,11 +175,17 @@ def _become(request: Mapping[str, Any], streams: list[int]) -> NoReturn:
         sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
         tests = str(Path(__file__).parent)
         sys.path[:] = [request["cwd"], *(folder for folder in sys.path if not folder.startswith(tests))]
-        sys.argv[:] = ["thinwire", *request["arguments"]]
-        if "RANK" in os.environ:  # /proc/PID/environ still shows the server's
-            Path("/proc/self/comm").write_text(f"rank{os.environ['RANK']}")
+        is_module = request["arguments"][0] == "-m"
+        sys.argv[:] = request["arguments"][is_module:]
+        Path("/proc/self/comm").write_text(_name(sys.argv))
         _settle()
-        runpy.run_module("thinwire", run_name="__main__", alter_sys=True)
+        if not is_module:
+            sys.path[0] = str(Path(sys.argv[0]).parent)
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        else:
+            if "." in sys.argv[0]:
+                sys.modules.pop(sys.argv[0], None)  # it was loaded beforehand; now it is the program
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as end:
         code = end.code
@@ -175,11 +199,18 @@ def _become(request: Mapping[str, Any], streams: list[int]) -> NoReturn:
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
+def _name(argv: list[str]) -> str:
+    """What tests find it by, as /proc/PID/environ and cmdline still show the server's: "rank1", or "replica 1"."""
+    if "RANK" in os.environ:
+        return f"rank{os.environ['RANK']}"
+    return " ".join(argv[1:3]) if argv[0].endswith(".replica_roles") else Path(argv[0]).name
+
+
 def _settle() -> None:
-    """What was read from the environment as torch was loaded; and how the ranks of this process are started."""
+    """What was read from the environment as torch was loaded; and how this process starts others."""
     import torch
     import torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler as handler
 
-    handler.Popen = Warm  # type: ignore[misc, assignment]
+    handler.Popen = subprocess.Popen = Warm  # type: ignore[misc, assignment]
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

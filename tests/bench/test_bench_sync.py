@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from typer.testing import CliRunner
 
+from command import thinwire
 from pool import Pool, Rank
 from thinwire.bench.peers.sync_contenders import check_equal
 from thinwire.bench.progress import shown, tell
@@ -211,10 +212,9 @@ def test_a_small_comparison_is_whole(tmp_path: Path) -> None:
     invented = {"method": "bf16", "seed": 0, "heldout_loss": 42.0, "wire_bytes_per_step": 7.0, "curve": [[2, 42.0]]}
     keep(learned, key_of(make_method("bf16", base), 0, 2, [1, 2]), {**invented, "weights_apart": 0.0, "torn": 0.0})
     options = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
-    where = tmp_path / "rows.json"
-    done = CliRunner().invoke(app, ["bench", "sync", "--methods", "ddp,none,int4,bf16", "--json", str(where), *options])
-    assert done.exit_code == 0, done.exception
-    rows = json.loads(where.read_text())["rows"]
+    done = thinwire("bench", "sync", "--methods", "ddp,none,int4,bf16", "--json", "rows.json", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     measured = {row["method"]: row for row in rows if row["case"] == "measured"}
     assert list(measured) == ["ddp", "none", "int4", "bf16"]
     assert [line["method"] for line in kept(learned).values()] == ["bf16", "ddp", "none", "int4"]

@@ -146,7 +146,7 @@ def test_a_rank_may_say_much_and_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def ended(process: int) -> bool:
     """Gone, or dead and not yet collected by the system's first process."""
-    for _ in range(100):
+    for _ in range(400):
         try:
             state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
         except FileNotFoundError:

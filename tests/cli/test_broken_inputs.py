@@ -68,7 +68,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        done = thinwire("train", "run.toml", cwd=tmp_path, cold=True, **variables)
+        done = thinwire("train", "run.toml", cwd=tmp_path, **variables)
     assert done.returncode == 2
     assert f"cannot join 2 ranks at 127.0.0.1:{port}" in one_line(done.stderr)
 

@@ -3,7 +3,9 @@
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -27,6 +29,17 @@ sys.exit(result.exit_code)
 @pytest.fixture
 def build() -> Callable[..., Cluster]:
     return build_cluster
+
+
+@pytest.fixture(scope="session")
+def under_way(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[Callable[[Path], Any], Future[Any]]]:
+    """Labs that mostly wait, all started at once: what the modules of the chosen tests name in AT_ONCE, each with a folder."""
+    modules = {item.module for item in request.session.items if hasattr(getattr(item, "module", None), "AT_ONCE")}
+    functions = [function for module in sorted(modules, key=lambda module: module.__name__) for function in module.AT_ONCE]
+    with ThreadPoolExecutor(len(functions)) as pool:
+        yield {function: pool.submit(function, tmp_path_factory.mktemp(function.__name__)) for function in functions}
 
 
 class Supervisor:

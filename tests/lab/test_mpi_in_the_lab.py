@@ -11,7 +11,7 @@ import pytest
 
 from command import TINY_RUN
 from launched import MISSING, mpiexec
-from thinwire.cluster import Cluster
+from thinwire.cluster import Cluster, dump_cluster
 from thinwire.lab.commands import ROOT, processes_for
 from thinwire.lab.mpi import host_files
 from thinwire.lab.run import RESULTS, launch, run
@@ -69,19 +69,20 @@ time.sleep(60)
 
 @pytest.mark.skipif(bool(MISSING), reason=MISSING)
 @pytest.mark.timeout(120)
-def test_ranks_of_mpiexec_train_through_the_cards(tmp_path: Path) -> None:
+def test_ranks_of_mpiexec_train_through_the_cards(tmp_path: Path, build: Callable[..., Cluster]) -> None:
+    dump_cluster(build(*((f"host{index}", "switch") for index in range(3))), tmp_path / "cluster.toml")
     (tmp_path / "text.txt").write_text("one host sends to another through its card; " * 500)
     (tmp_path / "run.toml").write_text(TINY_RUN + 'steps = 4\nrun = "run"\n[collectives]\nkind = "measured"\n')
-    ranks = [mpiexec(), "-n", "4", sys.executable, "-m", "thinwire", "train", "run.toml"]
-    command = [sys.executable, "-m", "thinwire", "lab", "run", "--cluster", "four-hosts-100mbit", "--", *ranks]
+    ranks = [mpiexec(), "-n", "3", sys.executable, "-m", "thinwire", "train", "run.toml"]
+    command = [sys.executable, "-m", "thinwire", "lab", "run", "--cluster", "cluster.toml", "--", *ranks]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 ranks over " in done.stdout and "predicted transfers equal to the byte" in done.stdout
-    assert "all_reduce of " in done.stderr and " among 4 ranks: " in done.stderr
+    assert "3 ranks over " in done.stdout and "predicted transfers equal to the byte" in done.stdout
+    assert "all_reduce of " in done.stderr and " among 3 ranks: " in done.stderr
     folder = RunFolder.open(tmp_path / "run")
     assert len(folder.steps()) == 4
     counted = json.loads((tmp_path / "run" / "cards.json").read_text())
     sent = {card["host"]: card["sent_bytes"] for card in counted["cards"]}
     ledger = counted["ledger_sent_bytes"]
-    assert len(ledger) == 4 and min(ledger.values()) > 10_000
+    assert len(ledger) == 3 and min(ledger.values()) > 10_000
     assert sum(sent.values()) >= sum(ledger.values())

@@ -106,7 +106,7 @@ def test_a_failure_names_host_code_and_last_words_and_ends_the_others(build: Cal
     commands = {"host0": shell("sleep 60"), "host1": shell("echo one >&2; echo two >&2; exit 9")}
     started = time.monotonic()
     result = run(build(), commands, LabOptions(notice_s=0.2))
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     assert (result.failure, result.exit_code) == ("host1: exit code 9: two", 9)
     assert result.exit_codes == {"host0": -15, "host1": 9}
 

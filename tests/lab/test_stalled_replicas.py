@@ -1,6 +1,8 @@
 """Replicas that live and die alone on hosts whose links fall silent: short silence changes nothing, long silence ends the one."""
 
 import sys
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,7 @@ Path("{RESULTS}/" + name).write_text(hashlib.sha256(weights).hexdigest())
 """
 SERVE = f"""
 touch {RESULTS}/served
-{sys.executable} -m thinwire serve --listen host0:29700 --keep "$PWD/kept" --service timeout_s=$1 --service heartbeat_s=0.2 \\
+{sys.executable} -m thinwire serve --listen host0:29700 --keep "$2" --service timeout_s=$1 --service heartbeat_s=0.2 \\
     --service first_workers={REPLICAS} --service total_tokens={REPLICAS * STEPS} --service merge.every={EVERY} \\
     > {RESULTS}/served &
 while [ $(grep -c " left\\| lost" {RESULTS}/served) -lt {REPLICAS} ]; do sleep 0.1; done
@@ -43,27 +45,41 @@ kill -TERM $!; wait $!
 """
 
 
-def result_of(timeout_s: float, *stalls: Stall) -> LabResult:
+def result_of(kept: Path, timeout_s: float, *stalls: Stall) -> LabResult:
     cluster = build_cluster(*((f"host{index}", "switch") for index in range(REPLICAS + 1)))
-    processes = [Process("host0", ("sh", "-c", SERVE, "serve", str(timeout_s)), FIRST_CARD, begins="begun")]
+    processes = [Process("host0", ("sh", "-c", SERVE, "serve", str(timeout_s), str(kept)), FIRST_CARD, begins="begun")]
     for index in range(REPLICAS):
         processes.append(Process(f"host{index + 1}", (sys.executable, "-c", LOOP, "ab"[index]), FIRST_CARD))
     return launch(cluster, processes, LabOptions(stalls=stalls, notice_s=30))
 
 
+def short_silence(folder: Path) -> LabResult:
+    return result_of(folder, 30, Stall("host2", 0.5, 2.0))
+
+
+def long_silence(folder: Path) -> tuple[LabResult, bool]:
+    """What came of it, and whether the server kept its weights."""
+    return result_of(folder, 6, Stall("host2", 0.5, 60.0)), (folder / "server-0.pt").is_file()
+
+
+AT_ONCE = (short_silence, long_silence)
+
+
 @pytest.mark.lab
 @pytest.mark.timeout(120)
-def test_short_silence_of_a_replica_changes_nothing_and_long_silence_ends_it_alone(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    short = result_of(30, Stall("host2", 0.5, 2.0))
+def test_short_silence_of_a_replica_changes_nothing(under_way: dict[Callable, Future]) -> None:
+    short = under_way[short_silence].result()
     assert short.failure is None, short.failure
     assert short.results["a"] == short.results["b"] and " lost" not in short.results["served"]
-    (tmp_path / "kept" / "server-0.pt").unlink()
 
-    long = result_of(6, Stall("host2", 0.5, 60.0))
+
+@pytest.mark.lab
+@pytest.mark.timeout(120)
+def test_long_silence_of_a_replica_ends_it_alone(under_way: dict[Callable, Future]) -> None:
+    long, kept = under_way[long_silence].result()
     assert " b on host2 lost: was silent for 6 s" in long.results["served"]
     assert " a on host1 left" in long.results["served"]
     assert long.exit_codes == {"host0": 0, "host1": 0, "host2": 1}
     assert long.failure and long.failure.startswith("host2: exit code 1: ")
     assert "server 0 on host0 was silent for 6 s; raise timeout_s" in long.failure
-    assert (tmp_path / "kept" / "server-0.pt").is_file() and "b" not in long.results
+    assert kept and "b" not in long.results

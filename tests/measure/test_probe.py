@@ -110,4 +110,4 @@ def test_in_the_lab_it_recovers_the_links(tmp_path: Path) -> None:
     # Between two hosts only the slower card of each direction can be seen.
     for source, target, limit in (("host0", "host1", 10e6), ("host1", "host0", 20e6)):
         links = {(link.source, link.target): link.bandwidth_bps.value for link in found.links}
-        assert min(links[source, "switch"], links["switch", target]) == pytest.approx(limit, rel=0.1)
+        assert min(links[source, "switch"], links["switch", target]) == pytest.approx(limit, rel=0.15)

@@ -1,6 +1,7 @@
 """A parameter service in threads of the test's own process, and workers that are threads too."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,6 +48,13 @@ def serving(service: Service, state: list[dict] | None = None, **run: Any) -> It
         end.set()
         for thread in threads:
             thread.join(10)
+
+
+def wait_for(condition: Callable[[], object], limit_s: float = 20) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
 
 
 def together(*functions: Callable[[], Any], timeout_s: float = 30) -> list[Any]:

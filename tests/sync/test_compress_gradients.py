@@ -1,5 +1,8 @@
 """`thinwire.compress_gradients` on a DistributedDataParallel of the user's own."""
 
+from collections.abc import Callable
+from functools import cache
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -50,14 +53,20 @@ def loop(context: Rank, kind: str, steps: int, group_size: int) -> dict:
     return {"weights": [p.detach() for p in model.parameters()], "losses": losses, "owed": sorted(owed)}
 
 
+@pytest.fixture(scope="module")
+def plain_ddp() -> Callable[[Pool, int], list[dict]]:
+    """(pool, group size) -> what the loop tells without compression. Each is made once."""
+    return cache(lambda ranks, group_size: ranks.run(loop, "none", 25, group_size))
+
+
 @pytest.mark.parametrize(("pool", "group_size"), [("ranks2", 2), ("ranks4", 4), ("ranks4", 2)])
 @pytest.mark.parametrize("kind", ["int4", "int8", "bf16"])
 def test_it_learns_like_plain_ddp_and_replicas_stay_equal(
-    request: pytest.FixtureRequest, pool: str, group_size: int, kind: str
+    request: pytest.FixtureRequest, plain_ddp: Callable[[Pool, int], list[dict]], pool: str, group_size: int, kind: str
 ) -> None:
     ranks: Pool = request.getfixturevalue(pool)
     coded = ranks.run(loop, kind, 25, group_size)
-    plain = ranks.run(loop, "none", 25, group_size)
+    plain = plain_ddp(ranks, group_size)
     for rank, told in enumerate(coded):
         first = coded[rank // group_size * group_size]
         assert all(torch.equal(a, b) for a, b in zip(told["weights"], first["weights"], strict=True))

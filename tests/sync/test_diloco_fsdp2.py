@@ -127,11 +127,20 @@ def run(context: Rank, kind: str, inside: str = "plain", cut: int = 0) -> dict[s
     }
 
 
+Told = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def told_by(ranks4: Pool) -> Told:
+    """(kind, inside) -> what each rank tells of a run in one life. Each is made once."""
+    return cache(lambda kind, inside="plain": ranks4.run(run, kind, inside))
+
+
 @pytest.mark.parametrize("inside", ["plain", "uncoded"])
 @pytest.mark.parametrize("kind", ["diloco", "streaming", "local_sgd", "muloco"])
-def test_equals_the_reference_in_one_process(ranks4: Pool, kind: str, inside: str) -> None:
+def test_equals_the_reference_in_one_process(told_by: Told, kind: str, inside: str) -> None:
     local, anchor = reference(kind, 2, ranks_of_each=2)
-    for rank, one in enumerate(ranks4.run(run, kind, inside)):
+    for rank, one in enumerate(told_by(kind, inside)):
         torch.testing.assert_close(one["own"], local[rank // 2], rtol=0, atol=2e-6)
         torch.testing.assert_close(one["final"], anchor, rtol=0, atol=2e-6)
 
@@ -148,15 +157,15 @@ def inside_ddp(context: Rank, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["streaming", "noloco", "noloco fp16"])
-def test_is_the_same_as_around_ddp(ranks4: Pool, kind: str) -> None:
-    for one, (own, final) in zip(ranks4.run(run, kind), ranks4.run(inside_ddp, kind), strict=True):
+def test_is_the_same_as_around_ddp(ranks4: Pool, told_by: Told, kind: str) -> None:
+    for one, (own, final) in zip(told_by(kind), ranks4.run(inside_ddp, kind), strict=True):
         torch.testing.assert_close(one["own"], own, rtol=0, atol=2e-6)
         torch.testing.assert_close(one["final"], final, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
-def test_shards_are_sent_as_predicted_and_replicas_end_bit_equal(ranks4: Pool, kind: str) -> None:
-    told = ranks4.run(run, kind)
+def test_shards_are_sent_as_predicted_and_replicas_end_bit_equal(told_by: Told, kind: str) -> None:
+    told = told_by(kind)
     for one in told:
         assert torch.equal(one["final"], told[0]["final"]) and one["back"]
         seen = {row: calls for row, calls in one["rows"].items() if row[2] != "recv" and "final" not in row[0]}
@@ -176,9 +185,9 @@ def test_shards_are_sent_as_predicted_and_replicas_end_bit_equal(ranks4: Pool, k
 @pytest.mark.parametrize(
     ("kind", "inside"), [("streaming int4", "plain"), ("streaming int4", "coded"), ("diloco int4", "coded"), ("noloco", "plain")]
 )
-def test_a_second_life_equals_one_bit_for_bit(ranks4: Pool, kind: str, inside: str) -> None:
+def test_a_second_life_equals_one_bit_for_bit(ranks4: Pool, told_by: Told, kind: str, inside: str) -> None:
     """After 5 steps fragments are under way, and errors are owed outside and inside."""
-    once = ranks4.run(run, kind, inside)
+    once = told_by(kind, inside)
     for one, other in zip(once, ranks4.run(run, kind, inside, 5), strict=True):
         assert all(torch.equal(one[key], other[key]) for key in ("own", "averaged", "final"))
     assert all(torch.equal(one["final"], once[0]["final"]) for one in once)

@@ -6,11 +6,13 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
+from multiprocessing.synchronize import Event
 
 import pytest
 import torch
-from services import serving, together
+from services import serving, together, wait_for
 from test_server_gradients import flat, held_out, loss_of, make_model, rows
 
 from pool import start_server
@@ -45,7 +47,10 @@ def reference(weights: list[float]) -> torch.Tensor:
     return outer
 
 
-def train(address: str, replica: int, steps: int, pause_s: float = 0.0, tokens: float = 1.0) -> tuple[int, int]:
+def train(
+    address: str, replica: int, steps: int, pause_s: float = 0.0, tokens: float = 1.0, wait: Callable[[], object] = bool
+) -> tuple[int, int]:
+    """wait: what the first step waits for."""
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     name = f"r{replica}"
@@ -54,6 +59,8 @@ def train(address: str, replica: int, steps: int, pause_s: float = 0.0, tokens: 
         for step in range(first, steps):
             loss_of(model, rows(step, replica)).backward()
             time.sleep(pause_s)
+            if step == first:
+                wait()
             optimizer.step()
             optimizer.zero_grad()
     return first, diloco.pushes
@@ -74,8 +81,9 @@ def test_with_a_quorum_of_all_it_is_diloco(weighting, weights) -> None:
 
 def test_a_late_push_is_in_the_next_merge_and_its_staleness_is_noted() -> None:
     with serving(service_of(quorum=2)) as running:
-        together(*(partial(train, running.address, r, 8 * EVERY, 0.03 if r == 2 else 0.002) for r in range(REPLICAS)))
         merger = running.servers[0].merger
+        late = partial(wait_for, lambda: merger.version >= 2)
+        together(*(partial(train, running.address, r, 8 * EVERY, wait=late if r == 2 else bool) for r in range(REPLICAS)))
         assert merger.steps == {f"r{replica}": 8 * EVERY for replica in range(REPLICAS)}
         workers = [name for merge in merger.merges for name in merge.workers]
         assert {name: workers.count(name) for name in workers} == {"r0": 8, "r1": 8, "r2": 8}  # no push is lost
@@ -85,13 +93,14 @@ def test_a_late_push_is_in_the_next_merge_and_its_staleness_is_noted() -> None:
 
 
 def test_grace_waits_for_the_others_but_not_longer() -> None:
-    with serving(service_of(quorum=1, grace_s=5.0)) as running:  # all come well within it, so nobody waits for its end
+    with serving(service_of(quorum=1, grace_s=30.0)) as running:  # all come well within it, so nobody waits for its end
         began = time.monotonic()
         together(*(partial(train, running.address, r, 2 * EVERY, 0.02 * r) for r in range(REPLICAS)))
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30
         assert [merge.workers for merge in running.servers[0].merger.merges] == [["r0", "r1", "r2"]] * 2
-    with serving(service_of(quorum=1, grace_s=0.05)) as running:
-        together(*(partial(train, running.address, r, EVERY, 0.3 * (r == 2)) for r in range(REPLICAS)))
+    with serving(service_of(quorum=1, grace_s=0.5)) as running:
+        late = partial(wait_for, lambda: running.servers[0].merger.version >= 1)
+        together(*(partial(train, running.address, r, EVERY, wait=late if r == 2 else bool) for r in range(REPLICAS)))
         assert [merge.workers for merge in running.servers[0].merger.merges] == [["r0", "r1"], ["r2"]]
 
 
@@ -106,9 +115,13 @@ def test_coded_pushes_with_feedback_learn_as_float32_does(kind) -> None:
     assert losses[kind] == pytest.approx(losses["none"], rel=0.05)
 
 
-def replica_process(kind: str, address: str, replica: int, pause_s: float) -> None:
-    """A replica, or a parameter server's worker, in a process of its own, until the servers have had enough."""
+def replica_process(kind: str, address: str, replica: int, pause_s: float, go: Event | None = None) -> None:
+    """A replica, or a parameter server's worker, in a process of its own, until the servers have had enough.
+
+    go: what it waits for, with everything loaded.
+    """
     torch.set_num_threads(1)
+    assert go is None or go.wait(30)
     model = make_model()
     if kind == "diloco":
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
@@ -131,24 +144,26 @@ def test_one_of_three_is_killed_and_comes_back_and_the_others_lose_no_step(kind)
     start_server()
     context = multiprocessing.get_context("forkserver")
     total = 240
-    merge = Gradients(delay=0, learning_rate=0.2) if kind == "gradients" else DiLoCo()
+    # The default momentum would overshoot on so small a model, by an amount that the number of merges decides.
+    merge = Gradients(delay=0, learning_rate=0.2) if kind == "gradients" else DiLoCo(momentum=0.5)
     service = service_of().model_copy(update={"total_tokens": float(total), "merge": merge})
     with serving(service) as running:
 
-        def started(replica: int) -> multiprocessing.Process:
-            process = context.Process(target=replica_process, args=(kind, running.address, replica, 0.01), daemon=True)
+        def started(replica: int, go: Event | None = None) -> multiprocessing.Process:
+            process = context.Process(target=replica_process, args=(kind, running.address, replica, 0.01, go), daemon=True)
             process.start()
             return process
 
-        processes = [started(replica) for replica in range(REPLICAS)]
+        back = context.Event()
+        processes = [*(started(replica) for replica in range(REPLICAS)), started(2, back)]
         server = running.servers[0]
         wait_for(lambda: server.merger.steps.get("r2", 0) >= 12)
         os.kill(processes[2].pid, signal.SIGKILL)
-        processes[2].join(5)
+        processes.pop(2).join(5)
         wait_for(lambda: any(event.what == "lost" for event in server.events))
         behind = server.merger.version
         wait_for(lambda: server.merger.version >= behind + 2)  # the others go on without it
-        processes[2] = started(2)
+        back.set()
         for process in processes:
             process.join(20)
         assert [process.exitcode for process in processes] == [0, 0, 0]
@@ -169,17 +184,10 @@ def test_one_of_three_is_killed_and_comes_back_and_the_others_lose_no_step(kind)
         assert found < 1.1 * held_out(undisturbed.weights())  # as many tokens, in more merges
 
 
-def wait_for(condition, limit_s: float = 15) -> None:
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
-
-
 def test_a_stalled_replica_delays_and_is_given_up_after_the_time_out() -> None:
     start_server()
     context = multiprocessing.get_context("forkserver")
-    service = service_of().model_copy(update={"first_workers": 2, "timeout_s": 1.5})
+    service = service_of().model_copy(update={"first_workers": 2, "timeout_s": 3.0})
     with serving(service) as running:
         stalls = context.Process(target=replica_process, args=("diloco", running.address, 1, 0.01), daemon=True)
         stalls.start()
@@ -198,7 +206,7 @@ def test_a_stalled_replica_delays_and_is_given_up_after_the_time_out() -> None:
         os.kill(stalls.pid, signal.SIGSTOP)
         wait_for(lambda: [event for event in server.events if event.what == "lost"])
         lost = next(event for event in server.events if event.what == "lost")
-        assert lost.worker == "r1" and "was silent for 1.5 s" in lost.why  # whoever notices first: the watch, or a send to it
+        assert lost.worker == "r1" and "was silent for 3 s" in lost.why  # whoever notices first: the watch, or a send to it
         before = server.merger.version
         wait_for(lambda: server.merger.version >= before + 2)  # the other goes on
         stalls.kill()
@@ -207,11 +215,11 @@ def test_a_stalled_replica_delays_and_is_given_up_after_the_time_out() -> None:
 
 
 def test_a_worker_that_waits_in_vain_names_the_server_in_one_line() -> None:
-    service = service_of().model_copy(update={"first_workers": 1, "timeout_s": 0.5})
+    service = service_of().model_copy(update={"first_workers": 1, "timeout_s": 2.0})
     with serving(service) as running:
         model = make_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        in_vain = pytest.raises(PeerLost, match=r"^server 0 on \S+ was silent for 0\.5 s; raise timeout_s")
+        in_vain = pytest.raises(PeerLost, match=r"^server 0 on \S+ was silent for 2 s; raise timeout_s")
         with in_vain as caught, AsyncDiLoCo(model, optimizer, every=1, store=running.address, name="a"):
             loss_of(model, rows(0, 0)).backward()
             with running.servers[0].merger.changed:  # the server is stuck

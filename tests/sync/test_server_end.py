@@ -2,13 +2,15 @@
 
 import math
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from services import serving, together
+from services import serving, together, wait_for
 from test_server_gradients import flat, loss_of, make_model, rows
 
 from thinwire import AsyncDiLoCo, ParameterServerWorker
@@ -22,22 +24,16 @@ from thinwire.sync.server.ranges import Span
 EVERY, REPLICAS = 4, 3
 
 
-def replica(address: str, number: int, pause_s: float = 0.0, dies_before: int = -1) -> None:
-    """dies_before: the step that its first life does not make; another life comes a little later."""
+def replica(address: str, number: int, before: Callable[[int], object] = bool) -> None:
+    """before: what happens ahead of each step, of which it is told the number."""
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-    try:
-        with AsyncDiLoCo(model, optimizer, store=address, name=f"r{number}") as diloco:
-            for step in diloco.remaining_steps():
-                if step == dies_before:
-                    raise ConnectionError
-                loss_of(model, rows(step, number)).backward()
-                time.sleep(pause_s)
-                optimizer.step()
-                optimizer.zero_grad()
-    except ConnectionError:
-        time.sleep(0.15)
-        replica(address, number, pause_s)
+    with AsyncDiLoCo(model, optimizer, store=address, name=f"r{number}") as diloco:
+        for step in diloco.remaining_steps():
+            before(step)
+            loss_of(model, rows(step, number)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def reference(merges: list[Merge], total: int, dies_before: int) -> torch.Tensor:
@@ -71,9 +67,24 @@ def test_with_a_death_each_merge_is_a_round_of_diloco_and_the_last_is_of_all(ser
     total, dies_before = 121, 2 * EVERY + 2
     merge = DiLoCo(every=EVERY, learning_rate=0.7, momentum=0.9, weighting="equal")
     service = Service(first_workers=REPLICAS, servers=servers, merge=merge, total_tokens=total, heartbeat_s=0.1)
+
+    def dies(step: int) -> None:
+        if step == dies_before:
+            raise ConnectionError
+
+    def comes_back() -> None:
+        with suppress(ConnectionError):
+            replica(running.address, 2, dies)
+        wait_for(lambda: all(any(len(m.workers) == 2 for m in server.merger.merges) for server in running.servers))
+        replica(running.address, 2)
+
+    def waits(step: int) -> None:
+        """For the one that comes back, well before the end."""
+        if step == 6 * EVERY:
+            wait_for(lambda: all(any(event.incarnation == 2 for event in server.events) for server in running.servers))
+
     with serving(service) as running:
-        dies = partial(replica, running.address, 2, 0.01, dies_before)
-        together(*(partial(replica, running.address, number, 0.01) for number in (0, 1)), dies)
+        together(*(partial(replica, running.address, number, waits) for number in (0, 1)), comes_back)
         merges = running.servers[0].merger.merges
         sizes = [len(merge.workers) for merge in merges]
         assert 2 in sizes and sizes[0] == sizes[-1] == 3 and min(sizes) == 2
@@ -168,7 +179,7 @@ def test_gradients_end_at_the_tokens_too_and_a_late_one_changes_nothing(delay) -
                 worker.step(samples=2)
 
     with serving(service) as running:
-        together(partial(work, running.address, 0, 0.001), partial(work, running.address, 1, 0.01))
+        together(partial(work, running.address, 0, 0.001), partial(work, running.address, 1, 0.03))
         merger = running.servers[0].merger
         assert 40 <= merger.merged < 44
         assert sum(merger.steps.values()) * 2 == merger.merged
@@ -193,11 +204,11 @@ def test_a_quorum_wants_one_server() -> None:
 
 
 def test_a_server_that_lets_wait_is_not_silent() -> None:
-    service = Service(first_workers=2, merge=DiLoCo(every=EVERY), total_tokens=8, heartbeat_s=0.05, timeout_s=0.6)
+    service = Service(first_workers=2, merge=DiLoCo(every=EVERY), total_tokens=8, heartbeat_s=0.05, timeout_s=1.5)
     with serving(service) as running:
 
         def late() -> None:
-            time.sleep(1.5)
+            time.sleep(2.5)
             replica(running.address, 1)
 
         together(partial(replica, running.address, 0), late)

@@ -1,6 +1,7 @@
 """Parameter servers: the laws of their consistency, their bytes, and what a worker's end does to the others."""
 
 import time
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from services import serving, together
+from services import serving, together, wait_for
 from torch import nn
 
 from thinwire import AsyncDiLoCo, ParameterServerWorker
@@ -60,12 +61,13 @@ def one_process(optimizer_of) -> torch.Tensor:
     return flat(model)
 
 
-def train(address: str, worker: int, steps: int = STEPS, pause_s: float = 0.0) -> torch.Tensor:
+def train(address: str, worker: int, steps: int = STEPS, before: Callable[[int], object] = bool) -> torch.Tensor:
+    """before: what happens ahead of each step, of which it is told the number."""
     model = make_model()
     with ParameterServerWorker(model, store=address, name=f"w{worker}") as server:
         for step in range(server.first_step, steps):
+            before(step)
             loss_of(model, rows(step, worker)).backward()
-            time.sleep(pause_s)
             server.step(samples=ROWS)
     return flat(model)
 
@@ -140,8 +142,9 @@ def test_no_worker_is_more_than_the_delay_ahead(delay) -> None:
 def test_eventual_waits_for_nobody_and_learns() -> None:
     service = Service(first_workers=2, merge=Gradients(delay=-1, learning_rate=0.2), heartbeat_s=0.1)
     with serving(service) as running:
-        together(partial(train, running.address, 0, 30), partial(train, running.address, 1, 3, 0.3))
         merger = running.servers[0].merger
+        slow = partial(train, running.address, 1, 3, lambda step: wait_for(lambda: merger.version >= 12 + step))
+        together(partial(train, running.address, 0, 30), slow)
         assert merger.furthest_ahead >= 10 and merger.version == 33
         assert held_out(running.weights()) < 0.8 * held_out(flat(make_model()))
 
@@ -167,7 +170,9 @@ def test_the_ledger_is_what_was_predicted(kinds) -> None:
             for step in range(4):
                 loss_of(model, rows(step, 0)).backward()
                 worker.step()
-            time.sleep(0.05)  # a server enters a call before the worker has all of it
+            sent = [len(pushed(service, NUMEL)), *(len(pulled(service, NUMEL, index, "a")) for index in range(3))]
+            for ledger, old, kinds_of_call in zip(ledgers, before, sent, strict=True):  # a server may enter its last one later
+                wait_for(lambda: sum(t.calls for t in difference(ledger.snapshot(), old).values()) >= 4 * kinds_of_call)  # noqa: B023
             found = [difference(ledger.snapshot(), old) for ledger, old in zip(ledgers, before, strict=True)]
     predicted = [pushed(service, NUMEL), *(pulled(service, NUMEL, index, "a") for index in range(3))]
     for snapshot, transfers in zip(found, predicted, strict=True):
@@ -201,13 +206,17 @@ def test_a_worker_that_breaks_off_is_not_waited_for_and_may_come_back() -> None:
                 loss_of(model, rows(step, 1)).backward()
                 server.step(samples=ROWS)
             raise RuntimeError("the user's own")
-        time.sleep(0.2)
+        wait_for(lambda: running.servers[0].merger.version >= 5)
         with ParameterServerWorker(make_model(), store=address, name="w1") as server:
             assert server.first_step > 2  # it begins where the others are
         return server.first_step
 
+    def is_back() -> bool:
+        return any((event.worker, event.incarnation) == ("w1", 2) for event in running.servers[0].events)
+
     with serving(service) as running:
-        together(partial(train, running.address, 0, 30, 0.02), partial(break_off, running.address))
+        stays = partial(train, running.address, 0, 30, lambda step: step != 20 or wait_for(is_back))
+        together(stays, partial(break_off, running.address))
         assert running.servers[0].merger.version == 30
         events = [(event.what, event.worker, event.incarnation) for event in running.servers[0].events]
     assert ("lost", "w1", 1) in events and ("joined", "w1", 2) in events and ("left", "w0", 1) in events

@@ -17,6 +17,7 @@ import thinwire
 from pool import LOOPBACK, Pool, Rank
 from thinwire.errors import UserError
 from thinwire.workload import Workload
+from warm import SOCKET, Warm, server
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
@@ -217,10 +218,8 @@ def test_without_a_process_group_it_says_so() -> None:
 
 
 def start(*arguments: str) -> "subprocess.Popen[str]":
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
-    return subprocess.Popen(
-        [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    environment = os.environ | {SOCKET: server(), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
+    return Warm([sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def ended(processes: list["subprocess.Popen[str]"]) -> list[tuple[int, str, str]]:

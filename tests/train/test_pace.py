@@ -16,8 +16,14 @@ def workload_of(model: nn.Module) -> Workload:
     return Workload.of_parameters([(name, tuple(p.shape)) for name, p in model.named_parameters()], 4)
 
 
+TRIES = 5
+
+
 def paced_seconds(context: Rank, pass_s: list[float]) -> dict:
-    """Rank r runs with forward pass_s[r] and backward twice that; 0: it idles."""
+    """Rank r runs with forward pass_s[r] and backward twice that; 0: it idles.
+
+    Of some tries the least of each: a busy machine wakes a sleeper late, but never early.
+    """
     mine = pass_s[context.rank]
     if not mine:
         return {}
@@ -26,42 +32,49 @@ def paced_seconds(context: Rank, pass_s: list[float]) -> dict:
     ready: list[float] = []
     for layer in model:
         layer.weight.register_post_accumulate_grad_hook(lambda _: ready.append(time.perf_counter()))
+    forward_s, backward_s, evaluation_s, detached_s = [], [], [], []
+    moments: list[list[float]] = []
     with pacer.attached(model, workload_of(model)):
-        for _ in range(2):
+        for _ in range(TRIES):
             ready.clear()
             started = time.perf_counter()
             loss = model(torch.randn(4, 8, requires_grad=True)).sum()
             middle = time.perf_counter()
             loss.backward()
-            ended = time.perf_counter()
-        with torch.no_grad():
-            unpaced = time.perf_counter()
-            model(torch.randn(4, 8))
-            unpaced = time.perf_counter() - unpaced
-    free = time.perf_counter()
-    model(torch.randn(4, 8)).sum().backward()
+            forward_s.append(middle - started)
+            backward_s.append(time.perf_counter() - middle)
+            moments.append([moment - middle for moment in ready])
+        for _ in range(TRIES):
+            started = time.perf_counter()
+            with torch.no_grad():
+                model(torch.randn(4, 8))
+            evaluation_s.append(time.perf_counter() - started)
+    for _ in range(TRIES):
+        started = time.perf_counter()
+        model(torch.randn(4, 8)).sum().backward()
+        detached_s.append(time.perf_counter() - started)
     return {
-        "forward_s": middle - started,
-        "backward_s": ended - middle,
-        "ready": [(moment - middle) / (ended - middle) for moment in ready[:4]],
-        "evaluation_s": unpaced,
-        "detached_s": time.perf_counter() - free,
+        "forward_s": min(forward_s),
+        "backward_s": min(backward_s),
+        "ready_s": [min(tries) for tries in zip(*moments, strict=True)],
+        "evaluation_s": min(evaluation_s),
+        "detached_s": min(detached_s),
         "declared_s": pacer.declared_s,
     }
 
 
 def test_half_the_rate_takes_twice_as_long_while_others_idle(ranks4: Pool) -> None:
-    full, half, *_ = ranks4.run(paced_seconds, [0.25, 0.5, 0, 0])
-    for name in ("forward_s", "backward_s"):
-        assert half[name] / full[name] == pytest.approx(2.0, rel=0.1)
-    assert full["forward_s"] == pytest.approx(0.25, rel=0.1) and full["backward_s"] == pytest.approx(0.5, rel=0.1)
+    full, half, *_ = ranks4.run(paced_seconds, [0.1, 0.2, 0, 0])
+    for found, forward_s in ((full, 0.1), (half, 0.2)):
+        assert found["forward_s"] == pytest.approx(forward_s, rel=0.15)
+        assert found["backward_s"] == pytest.approx(2 * forward_s, rel=0.15)
     assert full["detached_s"] < 0.05 and full["evaluation_s"] < 0.05
-    assert full["declared_s"] == pytest.approx(1.5)
+    assert full["declared_s"] == pytest.approx(TRIES * 0.3)
 
 
 def test_gradients_become_ready_when_they_would(ranks2: Pool) -> None:
-    for seconds in ranks2.run(paced_seconds, [0.3, 0.3]):
-        assert seconds["ready"] == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=0.06)
+    for found in ranks2.run(paced_seconds, [0.1, 0.1]):
+        assert found["ready_s"] == pytest.approx([0.05, 0.1, 0.15, 0.2], abs=0.02)
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:
