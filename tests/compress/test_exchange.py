@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ways import average
 
 from pool import Pool, Rank, RankFailure
-from thinwire.collectives.ledger import difference
+from thinwire.collectives.ledger import Ledger, difference
 from thinwire.compress.averager import Averager, Piece
 from thinwire.compress.base import CODECS, TENSOR_CODECS, build, make_codec
 from thinwire.compress.exchange import make_exchange
@@ -21,7 +21,7 @@ from thinwire.config.compress import Coded
 from thinwire.config.run import EveryStep
 from thinwire.layout import Layout
 from thinwire.sync.every_step import EveryStepSync
-from thinwire.workload import Workload
+from thinwire.workload import Parameter, Workload
 
 SUMMED = ["bf16", "fp16"]
 CODED = [kind for kind in CODECS if kind not in SUMMED]
@@ -169,6 +169,17 @@ def test_training_sends_what_was_predicted_and_replicas_stay_bit_equal(
 def test_vectors_and_excluded_parameters_stay_float32(ranks2: Pool) -> None:
     told = ranks2.run(train, "int4", 1, 1)[0]
     assert sorted(told["state"]["memory"]["owed"]["kept"]) == ["1.weight", "3.weight", "4.weight"]
+
+
+def test_the_little_of_a_bucket_that_is_cheapest_gathered_rides_along_with_the_codes_of_the_rest() -> None:
+    """Of four ranks a vector of 128 is cheapest gathered, a matrix in two shots; to gather it costs a collective more."""
+    exchange = make_exchange(Coded(kind="int4", vectors=True, exclude=()), Ledger())
+    matrix, vector = Parameter("a.weight", (256, 256)), Parameter("a.norm", (128,))
+    both = [transfer.op for transfer in exchange.transfers("bucket", [matrix, vector], "data", 4)]
+    assert both == ["all_to_all", "all_gather"]
+    assert [transfer.op for transfer in exchange.transfers("bucket", [vector], "data", 4)] == ["all_gather"]
+    many = [Parameter(f"{index}.norm", (128,)) for index in range(40)]
+    assert len(exchange.transfers("bucket", [matrix, *many], "data", 4)) == 3
 
 
 def riding(context: Rank, kind: str, way: str) -> torch.Tensor:

@@ -16,6 +16,9 @@ from thinwire.errors import UserError
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
 
+RIDE_BYTES = 2**14
+"""Less than the wire carries while a collective of its own would begin."""
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:

@@ -4,8 +4,8 @@ By default vectors (norms) and embeddings stay float32: they are few, and coarse
 parameter goes to the cheapest of the averagers (`averager`) that take its shape; a plain all-reduce is always among them, so what
 would grow by coding is not coded. Compression may begin after some steps that exchange plainly.
 
-What is not coded rides along where it can. All of it runs on three threads, a stage of the averages on each and in the order of
-the buffers, while the backward pass goes on.
+What is not coded rides along where it can, and so does the little of a bucket that would need collectives of its own to be coded.
+All of it runs on three threads, a stage of the averages on each and in the order of the buffers, while the backward pass goes on.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from thinwire.collectives.executor import Executor
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.private import private_copy
-from thinwire.compress.averager import Averager, Piece, refuse_nccl
+from thinwire.compress.averager import RIDE_BYTES, Averager, Piece, refuse_nccl
 from thinwire.compress.memory import Memory
 from thinwire.compress.plain import Plain
 from thinwire.config.compress import Coded
@@ -134,7 +134,7 @@ class CodedExchange:
 
     def _deal(self, parts: Sequence[_Part], world_size: int) -> "list[_Share[_Part]]":
         """Each averager that has a share of the bucket: what it codes, and what rides along with it."""
-        routes = [self._cheapest(part.name, part.shape, world_size) for part in parts]
+        routes = self._routes(parts, world_size)
         plain = len(self._averagers) - 1
         coding = sorted({route for route in routes if route != plain})
         riding = [plain] * len(parts)
@@ -148,6 +148,19 @@ class CodedExchange:
             if share or exact:
                 dealt.append((averager, share, exact))
         return dealt
+
+    def _routes(self, parts: "Sequence[_Part]", world_size: int) -> list[int]:
+        """The cheapest averager of each part; but what saves less than its collectives cost rides along with another, exactly."""
+        plain, p = self._averagers[-1], world_size
+        routes = [self._cheapest(part.name, part.shape, p) for part in parts]
+        last = len(self._averagers) - 1
+        for route in sorted(set(routes) - {last}):
+            averager, mine = self._averagers[route], [part for part, its in zip(parts, routes, strict=True) if its == route]
+            others = [self._averagers[other] for other in set(routes) - {route, last}]
+            saved = sum((plain.sent_bytes(part.shape, p) or 0) - (averager.sent_bytes(part.shape, p) or 0) for part in mine)
+            if saved <= RIDE_BYTES and all(any(other.carries(part.numel, p) for other in others) for part in mine):
+                routes = [last if its == route else its for its in routes]
+        return routes
 
     def _cheapest(self, name: str, shape: Sequence[int], world_size: int) -> int:
         """Index of the averager; at equal bytes the first one, so that plainly is the last resort."""

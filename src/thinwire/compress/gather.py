@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import Piece, check_finite, joined, put_back
+from thinwire.compress.averager import RIDE_BYTES, Piece, check_finite, joined, put_back
 from thinwire.compress.base import Codec, TensorCodec
 from thinwire.compress.memory import Memory
 from thinwire.compress.plain import GRADIENT_BYTES
@@ -25,9 +25,6 @@ from thinwire.compress.speed import seconds_of_tensor
 from thinwire.compress.stateless import Stateless
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
-
-RIDE_BYTES = 2**14
-"""Less than the wire carries while a collective of its own would begin."""
 
 
 @dataclass(frozen=True)
