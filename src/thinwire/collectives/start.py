@@ -16,7 +16,7 @@ from thinwire.collectives.tuned.tuner import Tuner, make_tuner
 from thinwire.errors import UserError
 
 Collectives = Literal["measured", "priced", "native"]
-Inner = Literal["gloo", "mpi"]
+InnerName = Literal["gloo", "mpi"]
 
 
 def init(
@@ -24,7 +24,7 @@ def init(
     *,
     collectives: Collectives = "measured",
     cache: str | None = None,
-    inner: Inner = "gloo",
+    inner: InnerName = "gloo",
     **options: Any,
 ) -> Ledger:
     """Instead of `torch.distributed.init_process_group(**options)`, on every rank; DDP, FSDP2, DTensor and user code stay as is.
@@ -38,7 +38,7 @@ def init(
 
     Returns the ledger of what is sent. UserError for a bad cluster file or setting. For CPUs: on CUDA stay with NCCL.
     """
-    for name, value, known in (("collectives", collectives, get_args(Collectives)), ("inner", inner, get_args(Inner))):
+    for name, value, known in (("collectives", collectives, get_args(Collectives)), ("inner", inner, get_args(InnerName))):
         if value not in known:
             raise UserError(f"{name} = {value!r}; there are {', '.join(map(repr, known))}")
     tuner = None

@@ -151,15 +151,14 @@ class CodedExchange:
 
     def _routes(self, parts: "Sequence[_Part]", world_size: int) -> list[int]:
         """The cheapest averager of each part; but what saves less than its collectives cost rides along with another, exactly."""
-        plain, p = self._averagers[-1], world_size
+        p, plain = world_size, len(self._averagers) - 1
         routes = [self._cheapest(part.name, part.shape, p) for part in parts]
-        last = len(self._averagers) - 1
-        for route in sorted(set(routes) - {last}):
-            averager, mine = self._averagers[route], [part for part, its in zip(parts, routes, strict=True) if its == route]
-            others = [self._averagers[other] for other in set(routes) - {route, last}]
-            saved = sum((plain.sent_bytes(part.shape, p) or 0) - (averager.sent_bytes(part.shape, p) or 0) for part in mine)
-            if saved <= RIDE_BYTES and all(any(other.carries(part.numel, p) for other in others) for part in mine):
-                routes = [last if its == route else its for its in routes]
+        for route in sorted(set(routes) - {plain}):
+            mine = [part for part, its in zip(parts, routes, strict=True) if its == route]
+            others = [self._averagers[other] for other in set(routes) - {route, plain}]
+            coded, exact = (sum(self._averagers[way].sent_bytes(part.shape, p) or 0 for part in mine) for way in (route, plain))
+            if exact - coded <= RIDE_BYTES and all(any(other.carries(part.numel, p) for other in others) for part in mine):
+                routes = [plain if its == route else its for its in routes]
         return routes
 
     def _cheapest(self, name: str, shape: Sequence[int], world_size: int) -> int:

@@ -19,7 +19,6 @@ is averaged exactly goes along in the same two messages, as float32.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import accumulate, pairwise
 from math import prod
 
@@ -74,10 +73,10 @@ class TwoShot(Stateless):
             encode_s += decode_s  # at most: what is lost is known after decoding
         first = others * encode_s
         second = length * encode_s + (others + world_size * length) * decode_s
-        codes = Transfer(label="", axis=axis, op="all_gather", message_bytes=size, item_bytes=1)
+        whole = world_size * size
         return [
-            replace(codes, label=f"{label} codes", op="all_to_all", message_bytes=world_size * size, work_s=first),
-            replace(codes, label=f"{label} averages", work_s=second),
+            Transfer(label=f"{label} codes", axis=axis, op="all_to_all", message_bytes=whole, item_bytes=1, work_s=first),
+            Transfer(label=f"{label} averages", axis=axis, op="all_gather", message_bytes=size, item_bytes=1, work_s=second),
         ]
 
     def attach(self, first: dist.ProcessGroup, second: dist.ProcessGroup) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from thinwire.collectives.run.compiler import compile_for
 from thinwire.collectives.run.instructions import Add, Arrive, Compiled, Copy, Expect, Leave, Send
+from thinwire.collectives.run.links import GlooLinks
 from thinwire.collectives.schedules.schedule import Schedule
 from thinwire.errors import UserError
 
@@ -43,7 +44,7 @@ class Tensors:
 class Runner:
     """One per group and rank. `group`: a process group or backend with send(tensors, peer, tag) and recv(tensors, peer, tag)."""
 
-    def __init__(self, group: Any, rank: int, most_tag: int = (1 << 31) - 1) -> None:
+    def __init__(self, group: Any, rank: int, most_tag: int = GlooLinks.most_tag) -> None:
         self._group, self._rank = group, rank
         self._turns = max(1, (most_tag + 1) // MOST_MESSAGES)
         # By identity, since to hash a schedule takes as long as to run a short one; it is kept, so the number stays its own.
