@@ -1,5 +1,6 @@
 """Replicas that live and die alone on hosts whose links fall silent: short silence changes nothing, long silence ends the one."""
 
+import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -77,7 +78,8 @@ def test_short_silence_of_a_replica_changes_nothing(under_way: dict[Callable, Fu
 @pytest.mark.timeout(120)
 def test_long_silence_of_a_replica_ends_it_alone(under_way: dict[Callable, Future]) -> None:
     long, kept = under_way[long_silence].result()
-    assert " b on host2 lost: was silent for 6 s" in long.results["served"]
+    # Whoever notices first: the watch, or a message that was on its way.
+    assert re.search(" b on host2 lost: (worker b on host2 )?was silent for 6 s", long.results["served"])
     assert " a on host1 left" in long.results["served"]
     assert long.exit_codes == {"host0": 0, "host1": 0, "host2": 1}
     assert long.failure and long.failure.startswith("host2: exit code 1: ")
