@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from pool import Pool, Rank
+from tagless import Tagless
 from thinwire.collectives.run.compiler import in_place
 from thinwire.collectives.run.runner import Runner, Tensors
 from thinwire.collectives.schedules import bruck, direct, doubling, forest, hierarchy, ops, pairwise, ring, rooted
@@ -54,9 +55,9 @@ def wanted(schedule: Schedule, rank: int, sizes: tuple[int, ...], dtype: torch.d
     return torch.cat(result) if result else torch.empty(0, dtype=dtype)
 
 
-def runner_of() -> Runner:
-    group = dist.new_group(backend="gloo")
-    return Runner(group._get_backend(torch.device("cpu")), dist.get_rank())  # type: ignore[attr-defined]
+def runner_of(tags: bool = True) -> Runner:
+    group = dist.new_group(backend="gloo")._get_backend(torch.device("cpu"))  # type: ignore[attr-defined]
+    return Runner(group, dist.get_rank()) if tags else Runner(Tagless(group), dist.get_rank(), most_tag=0)
 
 
 def check(runner: Runner, schedule: Schedule, n: int, dtype: torch.dtype, reduction: str) -> torch.Tensor:
@@ -73,8 +74,8 @@ def check(runner: Runner, schedule: Schedule, n: int, dtype: torch.dtype, reduct
     return got
 
 
-def all_of_them(context: Rank) -> None:
-    runner = runner_of()
+def all_of_them(context: Rank, tags: bool) -> None:
+    runner = runner_of(tags)
     for schedule in SCHEDULES.values():
         for n in (0, 1, 3, 257, 70_000):
             check(runner, schedule, n, torch.float32, "sum")
@@ -90,8 +91,8 @@ def all_types(context: Rank) -> None:
     check(runner, SCHEDULES["direct"], 64, torch.int64, "product")
 
 
-def bits(context: Rank) -> list[bytes]:
-    runner = runner_of()
+def bits(context: Rank, tags: bool) -> list[bytes]:
+    runner = runner_of(tags)
     result = []
     for name in ("ring", "weighted direct", "hierarchy", "Rabenseifner", "recursive doubling"):
         for _ in range(2):
@@ -108,8 +109,9 @@ def wrong_length(context: Rank) -> str:
     return str(error.value)
 
 
-def test_every_op_gives_what_it_means(ranks4: Pool) -> None:
-    ranks4.run(all_of_them)
+@pytest.mark.parametrize("tags", [True, False])
+def test_every_op_gives_what_it_means(ranks4: Pool, tags: bool) -> None:
+    ranks4.run(all_of_them, tags)
 
 
 def test_every_type_and_reduction(ranks4: Pool) -> None:
@@ -117,7 +119,7 @@ def test_every_type_and_reduction(ranks4: Pool) -> None:
 
 
 def test_all_ranks_and_all_runs_have_the_same_bits(ranks4: Pool) -> None:
-    results = ranks4.run(bits)
+    results = ranks4.run(bits, True) + ranks4.run(bits, False)
     assert all(result == results[0] for result in results)
     assert results[0][0::2] == results[0][1::2]
 

@@ -12,17 +12,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fixed_schedules import Fixed, everything, fixed, group_of, sent_of_an_all_reduce
 from pool import Pool, Rank, RankFailure
+from tagless import over_tagless
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.run import engine
+from thinwire.collectives.run.links import Inner, over_gloo
 from thinwire.collectives.schedules import ring
 from thinwire.collectives.tuned.cache import Cache
 from thinwire.collectives.tuned.tuner import Tuner
 from thinwire.collectives.tuned.way import Way
 
+CARRIERS = [over_gloo, over_tagless]
 
-def same_as_gloo(context: Rank, reordered: bool) -> None:
-    ledger = Ledger()
-    ours, native = group_of(ledger, fixed(reordered)), dist.new_group(backend="gloo")
+
+def same_as_gloo(context: Rank, reordered: bool, inner: Inner) -> None:
+    ours, native = group_of(Ledger(), fixed(reordered), inner=inner), dist.new_group(backend="gloo")
     for dtype in (torch.float32, torch.bfloat16, torch.int64):
         wanted = everything(native, dtype)
         for name, found in everything(ours, dtype).items():
@@ -126,7 +129,7 @@ def mixed(context: Rank) -> bool:
     return all(torch.equal(one, torch.full((50 + n,), 6.0 + 4 * n)) for n, one in enumerate(tensors))
 
 
-def measured(context: Rank, folder: str) -> tuple[list[str], list[Any], int]:
+def measured(context: Rank, folder: str, inner: Inner) -> tuple[list[str], list[Any], int]:
     said: list[str] = []
     advisor = Fixed()
     from pathlib import Path
@@ -135,7 +138,7 @@ def measured(context: Rank, folder: str) -> tuple[list[str], list[Any], int]:
     keys = ("all_reduce", "reduce_scatter")
     for _ in range(2):  # the second time from the file
         tuner = Tuner(advisor, Cache(path), say=said.append)
-        group = group_of(Ledger(), tuner)
+        group = group_of(Ledger(), tuner, inner=inner)
         dist.all_reduce(torch.zeros(3000), group=group)
         dist.reduce_scatter_tensor(torch.zeros(1000), torch.zeros(4000), group=group)
         chosen = [way.name for key, way in group._ways.items() if key[0] in keys]  # type: ignore[attr-defined]
@@ -144,8 +147,9 @@ def measured(context: Rank, folder: str) -> tuple[list[str], list[Any], int]:
 
 
 @pytest.mark.parametrize("reordered", [False, True])
-def test_every_call_gives_what_gloo_gives(ranks4: Pool, reordered: bool) -> None:
-    ranks4.run(same_as_gloo, reordered)
+@pytest.mark.parametrize("inner", CARRIERS)
+def test_every_call_gives_what_gloo_gives(ranks4: Pool, reordered: bool, inner: Inner) -> None:
+    ranks4.run(same_as_gloo, reordered, inner)
 
 
 def test_a_reduce_leaves_the_tensors_of_other_ranks_alone(ranks4: Pool) -> None:
@@ -185,8 +189,9 @@ def test_calls_keep_their_order(ranks4: Pool) -> None:
     assert ranks4.run(mixed) == [True] * 4
 
 
-def test_what_is_measured_is_kept_for_the_next_run(ranks4: Pool, tmp_path: Any) -> None:
-    results = ranks4.run(measured, str(tmp_path))
+@pytest.mark.parametrize("inner", CARRIERS)
+def test_what_is_measured_is_kept_for_the_next_run(ranks4: Pool, tmp_path: Any, inner: Inner) -> None:
+    results = ranks4.run(measured, str(tmp_path), inner)
     assert len({tuple(chosen) for _, chosen, _ in results}) == 1, "the ranks chose differently"
     assert len(results[0][0]) == 2, "the second run has measured again"
     assert [asked for _, _, asked in results] == [2, 0, 0, 0]

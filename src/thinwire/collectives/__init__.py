@@ -6,6 +6,6 @@ schedules, synthesis    who sends which chunk to whom, proven right; the best th
 choose                  candidates for a call, simulated on a cluster
 run                     a schedule on tensors, over send and receive
 tuned, scheduled, start the choice measured on the ranks; the backend that makes it; `thinwire.init`
-mpi                     the backend over MPI
+mpi, nccl               the backend over MPI; over NCCL
 nccl_csv                the file of NCCL's tuner plugin
 """

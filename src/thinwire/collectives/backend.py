@@ -96,13 +96,15 @@ class _WaitedWork(dist._Work):
 class MeteredGroup(dist.ProcessGroup):
     """gloo, or a group that takes the same calls, behind a meter. Each method: note the bytes, pass on, note the completion."""
 
+    device_type = "cpu"
+
     def __init__(self, ledger: Ledger, inner: dist.ProcessGroupGloo | dist.ProcessGroup) -> None:
         super().__init__(inner.rank(), inner.size())
         self._ledger = ledger
         self._inner: Any = inner  # torch's type stubs leave its collectives out
         self._name, self._desc = "", ""
         native = None if isinstance(inner, dist.ProcessGroup) else inner  # a group written in Python is no Backend to torch
-        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, native)
+        self._register_backend(torch.device(self.device_type), dist.ProcessGroup.BackendType.CUSTOM, native)
         self._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
         self._group = Group("", inner.rank(), inner.size())
 

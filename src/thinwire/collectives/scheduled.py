@@ -1,8 +1,9 @@
 """The metered backend with schedules of ours behind the calls that frameworks make, where they are faster than the inner group's.
 
-all_reduce, reduce, broadcast, all_gather and reduce_scatter of one tensor, and all_to_all in equal parts, of numbers on the CPU.
-Everything else is the inner group's, over gloo or MPI. The first call of an op in a class of sizes decides for the class
-(`tuned.tuner`); each size is agreed upon by all ranks when it is first used, and from then on a call costs no agreement.
+all_reduce, reduce, broadcast, all_gather and reduce_scatter of one tensor, and all_to_all in equal parts, of numbers on the
+group's device. Everything else is the inner group's, over gloo, MPI or NCCL. The first call of an op in a class of sizes decides
+for the class (`tuned.tuner`); each size is agreed upon by all ranks when it is first used, and from then on a call costs no
+agreement.
 """
 # mypy: disable-error-code="override,assignment,attr-defined,call-arg"
 
@@ -67,27 +68,27 @@ class ScheduledGroup(MeteredGroup):
 
     def prepare(self, op: str, message_bytes: int) -> None:
         """Decide how such calls are run before the first of them. Collective, and waits."""
-        self._way(example(op, message_bytes, self._engine.place.rank, self._engine.place.size, 0))
+        self._way(example(op, message_bytes, self._engine.place, 0, self._engine.links.device))
 
     def wire_bytes(self, op: str, message_bytes: int, root: int = 0) -> int:
         """As the base class says; of float32."""
         way = self._ways.get((op, size_class(message_bytes), root))
         if way is None or way.native:
             return super().wire_bytes(op, message_bytes, root)
-        call = example(op, message_bytes, self._engine.place.rank, self._engine.place.size, root)
+        call = example(op, message_bytes, self._engine.place, root)
         return wire_bytes(way, call, self._engine)
 
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
         native = partial(super().allreduce, tensors, opts)
         reduction = _reduction(opts)
-        if reduction is None or not _usable(tensors):
+        if reduction is None or not self._takes(tensors):
             return native()
         flat, back = _flat(tensors[0])
         return self._run(Call("all_reduce", flat, flat, reduction, back=back), tensors, native, opts)
 
     def broadcast(self, tensors: Any, opts: Any) -> dist.Work:
         native = partial(super().broadcast, tensors, opts)
-        if not _usable(tensors):
+        if not self._takes(tensors):
             return native()
         flat, back = _flat(tensors[0])
         return self._run(Call("broadcast", flat, flat, root=opts.rootRank, back=back), tensors, native, opts)
@@ -95,7 +96,7 @@ class ScheduledGroup(MeteredGroup):
     def reduce(self, tensors: Any, opts: Any) -> dist.Work:
         native = partial(super().reduce, tensors, opts)
         reduction = _reduction(opts)
-        if reduction is None or not _usable(tensors):
+        if reduction is None or not self._takes(tensors):
             return native()
         flat, back = _flat(tensors[0])
         mine = in_place("reduce", opts.rootRank, self._engine.place.rank)
@@ -104,7 +105,7 @@ class ScheduledGroup(MeteredGroup):
 
     def _allgather_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
         native = partial(super()._allgather_base, output, input, opts)
-        if not _usable([input, output]) or output.numel() != self._engine.place.size * input.numel():
+        if not self._takes([input, output]) or output.numel() != self._engine.place.size * input.numel():
             return native()
         flat, back = _flat(output)
         return self._run(Call("all_gather", _flat(input)[0], flat, back=back), [output], native, opts)
@@ -114,7 +115,7 @@ class ScheduledGroup(MeteredGroup):
     def _reduce_scatter_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
         native = partial(super()._reduce_scatter_base, output, input, opts)
         reduction = _reduction(opts)
-        if reduction is None or not _usable([input, output]) or input.numel() != self._engine.place.size * output.numel():
+        if reduction is None or not self._takes([input, output]) or input.numel() != self._engine.place.size * output.numel():
             return native()
         flat, back = _flat(output)
         return self._run(Call("reduce_scatter", _flat(input)[0], flat, reduction, back=back), [output], native, opts)
@@ -124,7 +125,7 @@ class ScheduledGroup(MeteredGroup):
     def alltoall_base(self, output: Any, input: Any, output_sizes: Any, input_sizes: Any, opts: Any = None) -> dist.Work:
         native = partial(super().alltoall_base, output, input, output_sizes, input_sizes, opts)
         even = not output_sizes and not input_sizes and input.numel() % self._engine.place.size == 0
-        if not even or not _usable([input, output]) or input.numel() != output.numel():
+        if not even or not self._takes([input, output]) or input.numel() != output.numel():
             return native()
         flat, back = _flat(output)
         return self._run(Call("all_to_all", _flat(input)[0], flat, back=back), [output], native, opts)
@@ -142,7 +143,15 @@ class ScheduledGroup(MeteredGroup):
             perform(way, call, engine)
             ledger.completed(total, issued)
 
-        return engine.submit(self._agreed[_kind(call)], job, results, blocking=not getattr(opts, "asyncOp", True))
+        return self._submit(self._agreed[_kind(call)], job, results, not getattr(opts, "asyncOp", True))
+
+    def _submit(self, what: str, job: Callable[[], None], tensors: list[torch.Tensor], blocking: bool) -> dist.Work:
+        return self._engine.submit(what, job, tensors, blocking=blocking)
+
+    def _takes(self, tensors: Any) -> bool:
+        first = tensors[0]
+        known = all(one.dtype in TYPES and one.dtype == first.dtype and one.layout == torch.strided for one in tensors)
+        return known and first.device.type == self.device_type and first.numel() > 0
 
     def _way(self, call: Call) -> Way:
         """Decided upon when first asked for: collective, and waits for it."""
@@ -180,12 +189,6 @@ def _reduction(opts: Any) -> str | None:
     if opts is None:
         return "sum"
     return next((name for name, op in REDUCTIONS.items() if opts.reduceOp == op), None)
-
-
-def _usable(tensors: Any) -> bool:
-    first = tensors[0]
-    known = all(one.dtype in TYPES and one.dtype == first.dtype and one.layout == torch.strided for one in tensors)
-    return known and first.device.type == "cpu" and first.numel() > 0
 
 
 def _flat(tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None] | None]:

@@ -1,4 +1,4 @@
-"""`thinwire.init()`: torch.distributed over gloo or MPI, with collectives chosen for the network that it runs on."""
+"""`thinwire.init()`: torch.distributed over gloo, MPI or NCCL, with collectives chosen for the network that it runs on."""
 
 from datetime import timedelta
 from typing import Any, Literal, get_args
@@ -10,13 +10,14 @@ from thinwire.cluster import load_cluster
 from thinwire.collectives import backend
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.mpi.start import Mpi, started_for_good
+from thinwire.collectives.nccl import register_nccl
 from thinwire.collectives.run.links import over_gloo
 from thinwire.collectives.scheduled import register_scheduled
 from thinwire.collectives.tuned.tuner import Tuner, make_tuner
 from thinwire.errors import UserError
 
 Collectives = Literal["measured", "priced", "native"]
-InnerName = Literal["gloo", "mpi"]
+InnerName = Literal["gloo", "mpi", "nccl"]
 
 
 def init(
@@ -34,9 +35,10 @@ def init(
     ranks when an op is first used in a class of sizes, and keeps the backend's own unless another is faster; "priced" takes the
     best by price at once; "native" leaves all as it is. cache: where rank 0 keeps what was measured; default: beside the cluster
     file. inner: what carries the bytes; "mpi" (the extra `mpi`) for ranks that mpiexec has started: they are MPI's ranks, meet
-    through MPI, and MPI ends with the program. Prices are those of gloo's messages; with "mpi" better measure.
+    through MPI, and MPI ends with the program; "nccl" for tensors on CUDA, between hosts (`collectives.nccl`): set the device
+    first. Prices are those of gloo's messages; with another carrier better measure.
 
-    Returns the ledger of what is sent. UserError for a bad cluster file or setting. For CPUs: on CUDA stay with NCCL.
+    Returns the ledger of what is sent. UserError for a bad cluster file or setting, or without a CUDA device for "nccl".
     """
     for name, value, known in (("collectives", collectives, get_args(Collectives)), ("inner", inner, get_args(InnerName))):
         if value not in known:
@@ -50,7 +52,10 @@ def init(
         timeout: timedelta = options.pop("timeout", default_pg_timeout)
         mpi = started_for_good(timeout.total_seconds())
         ranks = mpi.ranks(timeout)
-    register(ledger, tuner, mpi)
+    if inner == "nccl":
+        register_nccl(ledger, tuner)
+    else:
+        register(ledger, tuner, mpi)
     dist.init_process_group(backend.NAME, **options, **ranks)
     return ledger
 

@@ -107,7 +107,11 @@ def case_a_mismatch_of_schedules_is_named() -> list[str]:
     for n in (4, 8):
         dist.all_reduce(zeros(n), group=fresh)
     said.append(refused(lambda: dist.all_reduce(zeros(12 if rank == 1 else 8), group=fresh)))  # 12 asks all to agree first
-    if rank != 1:  # and MPI takes no collective back: who did not come does so late, or MPI could not end
+    store = fresh._engine.place.store  # type: ignore[attr-defined]
+    if rank == 1:
+        store.set("refused", "")
+    else:  # and MPI takes no collective back: who did not come does so late, or MPI could not end
+        store.wait(["refused"])
         join_late(fresh)
     ended = scheduled(fixed())
     dist.all_reduce(zeros(8), group=ended)

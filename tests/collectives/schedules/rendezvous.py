@@ -2,25 +2,32 @@
 
 It stores nothing and is as late as can be: the values of a message go over only when one of its two ends waits for it and the
 other has begun. Memory that a receive has been promised is spoilt at once, so whoever still reads it is found out.
+
+Where messages have no tags, the network takes those between two ranks in the order in which they begin, whatever they are, and a
+rank begins nothing before all that it has begun is over.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from random import Random
 
 import numpy as np
 
 from thinwire.collectives.run.compiler import compile_for, in_place
-from thinwire.collectives.run.instructions import Add, Arrive, Copy, Expect, Leave, Piece, Send
+from thinwire.collectives.run.instructions import Add, Arrive, Compiled, Copy, Expect, Leave, Piece, Send, Together
+from thinwire.collectives.run.together import together
 from thinwire.collectives.schedules import ops
 from thinwire.collectives.schedules.schedule import Schedule
 
 Memory = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def run(schedule: Schedule, inputs: Sequence[np.ndarray], sizes: Sequence[int], seed: int) -> list[np.ndarray | None]:
+def run(
+    schedule: Schedule, inputs: Sequence[np.ndarray], sizes: Sequence[int], seed: int, tags: bool = True
+) -> list[np.ndarray | None]:
     """The output of each rank, None where nothing is due at it."""
     random = Random(seed)
-    programs = [compile_for(schedule, rank, sizes) for rank in range(schedule.p)]
+    programs = [program_of(schedule, rank, sizes, tags) for rank in range(schedule.p)]
     memories: list[Memory] = []
     for rank, program in enumerate(programs):
         given, got, scratch = (np.full(length, 77, inputs[0].dtype) for length in program.lengths)
@@ -32,6 +39,11 @@ def run(schedule: Schedule, inputs: Sequence[np.ndarray], sizes: Sequence[int], 
     sent: dict[int, tuple[int, Piece]] = {}
     expected: dict[int, tuple[int, Piece]] = {}
     over: set[int] = set()
+    begun: dict[tuple[int, int, bool], list[int]] = defaultdict(list)
+    """By source and target, and whether it is the one's sends or the other's receives."""
+    group_of: dict[tuple[int, int], tuple[int, ...]] = {}
+    """By rank and message: what began with it."""
+    last: dict[int, tuple[int, ...]] = {}
     at = [0] * schedule.p
 
     def view(rank: int, piece: Piece) -> np.ndarray:
@@ -46,28 +58,49 @@ def run(schedule: Schedule, inputs: Sequence[np.ndarray], sizes: Sequence[int], 
 
     def ready(rank: int) -> bool:
         told = programs[rank].instructions[at[rank]]
-        return not isinstance(told, Arrive | Leave) or goes(told.message)
+        match told:
+            case Arrive(message) | Leave(message):
+                return all([goes(other) for other in group_of.get((rank, message), (message,))])
+            case Together():
+                return all([goes(other) for other in last.get(rank, ())])
+        return True
+
+    def begin(rank: int, part: Send | Expect) -> None:
+        pair = (rank, part.peer, True) if isinstance(part, Send) else (part.peer, rank, False)
+        begun[pair].append(part.message)
+        if isinstance(part, Send):
+            assert part.what.buffer != 2 or part.what.last <= programs[rank].lengths[2]
+            sent[part.message] = rank, part.what
+        else:
+            view(rank, part.into)[:] = 55
+            expected[part.message] = rank, part.into
 
     while running := [rank for rank in range(schedule.p) if at[rank] < len(programs[rank].instructions)]:
         able = [rank for rank in running if ready(rank)]
         assert able, "the ranks wait for each other"
         rank = random.choice(able)
         match programs[rank].instructions[at[rank]]:
-            case Send(message, _, what):
-                assert what.buffer != 2 or what.last <= programs[rank].lengths[2]
-                sent[message] = rank, what
-            case Expect(message, _, into):
-                view(rank, into)[:] = 55
-                expected[message] = rank, into
+            case Send() | Expect() as part:
+                begin(rank, part)
+            case Together(parts):
+                last[rank] = tuple(part.message for part in parts)
+                for part in parts:
+                    group_of[rank, part.message] = last[rank]
+                    begin(rank, part)
             case Add(into, a, b):
                 view(rank, into)[:] = view(rank, a) + view(rank, b)
             case Copy(into, what):
                 view(rank, into)[:] = view(rank, what)
         at[rank] += 1
     assert all(message in over for message in sent)
+    assert tags or all(messages == begun[source, target, not one] for (source, target, one), messages in list(begun.items()))
     for rank, memory in enumerate(memories):
         if not in_place(schedule.op, schedule.root, rank):
             assert np.array_equal(memory[0], inputs[rank]), "an input was written to"
     return [
         memories[rank][1] if ops.outputs(schedule.op, schedule.p, schedule.root, rank) else None for rank in range(schedule.p)
     ]
+
+
+def program_of(schedule: Schedule, rank: int, sizes: Sequence[int], tags: bool) -> Compiled:
+    return compile_for(schedule, rank, sizes) if tags else together(compile_for(schedule, rank, sizes, ahead=0))

@@ -15,13 +15,14 @@ from thinwire.collectives.schedules import ops
 from thinwire.collectives.schedules.verify import verify
 
 
-@pytest.mark.parametrize("ahead, spare", [(16, 1 << 20), (1, 0), (3, 20)])
+@pytest.mark.parametrize("ahead, spare", [(16, 1 << 20), (1, 0), (3, 20), (0, 1 << 20), (0, 0)])
 @pytest.mark.parametrize("name", GENERATORS)
 @settings(max_examples=4)
 @given(p=st.integers(1, 13), seed=st.integers(0, 10**6), segments=st.integers(1, 4), numbers=st.integers(0, 90))
 def test_a_compiled_schedule_computes_what_the_schedule_says(
     name: str, ahead: int, spare: int, p: int, seed: int, segments: int, numbers: int
 ) -> None:
+    """ahead = 0: where messages have no tags."""
     schedule, random = make(name, p, seed, segments), Random(seed)
     sizes = [random.choice([0, 1, 2, 7, numbers]) for _ in range(ops.num_blocks(schedule.op, p))]
     generator = np.random.default_rng(seed)
@@ -30,7 +31,7 @@ def test_a_compiled_schedule_computes_what_the_schedule_says(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiler, "AHEAD", ahead)
         patch.setattr(compiler, "SPARE", spare)
-        got = run(schedule, inputs, sizes, seed)
+        got = run(schedule, inputs, sizes, seed, tags=ahead > 0)
     for one, other in zip(got, wanted, strict=True):
         assert (None if one is None else one.tobytes()) == (None if other is None else other.tobytes())
 

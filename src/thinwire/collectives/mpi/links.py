@@ -11,13 +11,13 @@ from typing import Any
 
 from thinwire.collectives.mpi.group import MpiGroup
 from thinwire.collectives.mpi.library import Library
-from thinwire.collectives.run.links import Place
+from thinwire.collectives.run.links import OnHost, Place
 
 Make = Callable[[list[int], str, timedelta], MpiGroup]
 """From ranks of the world in their order, a name and a time-out to a group."""
 
 
-class MpiLinks:
+class MpiLinks(OnHost):
     """`run.links.Links`. group: what c10d calls the group, the same on all its ranks."""
 
     def __init__(self, library: Library, make: Make, place: Place, group: str) -> None:

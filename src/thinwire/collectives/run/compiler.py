@@ -46,9 +46,12 @@ SPARE = 1 << 20
 """Elements of scratch memory up to which no piece is used twice while it may be on its way out."""
 
 
-def compile_for(schedule: Schedule, rank: int, sizes: Sequence[int]) -> Compiled:
-    """sizes[b]: elements of block b. The schedule should have been verified."""
-    return _Compiler(schedule, rank, sizes).compiled()
+def compile_for(schedule: Schedule, rank: int, sizes: Sequence[int], ahead: int | None = None) -> Compiled:
+    """sizes[b]: elements of block b. ahead: 0 begins no receive before its step, None is `AHEAD`.
+
+    The schedule should have been verified.
+    """
+    return _Compiler(schedule, rank, sizes, AHEAD if ahead is None else ahead).compiled()
 
 
 def in_place(op: str, root: int | None, rank: int) -> bool:
@@ -76,7 +79,8 @@ class _Receive:
 class _Compiler:
     """See the top of the file."""
 
-    def __init__(self, schedule: Schedule, rank: int, sizes: Sequence[int]) -> None:
+    def __init__(self, schedule: Schedule, rank: int, sizes: Sequence[int], ahead: int) -> None:
+        self._ahead = ahead
         self._out: list[Instruction] = []
         self._ranges = schedule.ranges(sizes)
         op, p, root = schedule.op, schedule.p, schedule.root
@@ -190,10 +194,10 @@ class _Compiler:
                 self._move(c, into, None)
 
     def _expect(self, at: int) -> None:
-        """Begin receives until those of the next `AHEAD` messages have begun, and all of this step."""
+        """Begin receives until those of the next messages ahead have begun, and all of this step."""
         self._step = self._actions[at].step
         for action in self._actions[self._next :]:
-            if len(self._begun) >= AHEAD and action.step > self._step:
+            if len(self._begun) >= self._ahead and action.step > self._step:
                 break
             self._next += 1
             if action.kind == "send":

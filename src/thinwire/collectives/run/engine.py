@@ -78,6 +78,11 @@ class Engine:
         return self._private
 
     @property
+    def talk(self) -> Any:
+        """The group in which ranks tell each other things, on the CPU. Collective when it is first used."""
+        return self.links.talk or self.private
+
+    @property
     def runner(self) -> Runner:
         """Of schedules, on the private group. Collective when it is first used."""
         if self._runner is None:
@@ -95,7 +100,7 @@ class Engine:
         """UserError on every rank, which names two, unless all say the same. Collective, in a job."""
         own = torch.frombuffer(bytearray(what.encode()[:TOLD_BYTES].ljust(TOLD_BYTES)), dtype=torch.uint8)
         everyone = torch.empty(self.place.size * TOLD_BYTES, dtype=torch.uint8)
-        self.private._allgather_base(everyone, own).wait()
+        self.talk._allgather_base(everyone, own).wait()
         self.note("all_gather", TOLD_BYTES, None)
         told = [bytes(row.tolist()).decode().strip() for row in everyone.view(self.place.size, TOLD_BYTES)]
         other = next((rank for rank, one in enumerate(told) if one != told[0]), None)
@@ -112,7 +117,7 @@ class Engine:
         return json.loads(bytes(content.tolist()))
 
     def _broadcast(self, tensor: torch.Tensor) -> None:
-        self.private.broadcast([tensor], dist.BroadcastOptions()).wait()
+        self.talk.broadcast([tensor], dist.BroadcastOptions()).wait()
         self.note("broadcast", tensor.numel() * tensor.element_size(), None)
 
     # -- jobs -------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ where the op is in place). Only `Arrive` and `Leave` wait.
     Expect(r)   begin to receive message r into `into`          Arrive(r)   wait until it is there
     Send(s)     begin to send `what` as message s               Leave(s)    wait until `what` may be overwritten
     Add         into <- a + b  (or the maximum, ...)             Copy        into <- what
+    Together    begin several at once, where messages have no tags (`together`)
 """
 
 from dataclasses import dataclass
@@ -78,7 +79,14 @@ class Copy:
     what: Piece
 
 
-Instruction = Expect | Arrive | Send | Leave | Add | Copy
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Receives and sends that begin as one."""
+
+    parts: tuple[Expect | Send, ...]
+
+
+Instruction = Expect | Arrive | Send | Leave | Add | Copy | Together
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 
 
@@ -30,7 +31,9 @@ class Place:
 
 
 class Links(Protocol):
-    """name: of what carries, for what is measured over it; most_tag: the largest tag of a message."""
+    """name: of what carries, for what is measured over it; most_tag: the largest tag of a message, 0 where there are none;
+    device: of the tensors; talk: a group of the same ranks, in which they tell each other things; None: the private one will do.
+    """
 
     @property
     def name(self) -> str: ...
@@ -38,11 +41,30 @@ class Links(Protocol):
     @property
     def most_tag(self) -> int: ...
 
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def talk(self) -> Any | None: ...
+
     def join(self, name: str, order: Sequence[int]) -> Any:
         """A private group in which place i belongs to rank order[i]. Collective."""
 
     def cut(self) -> None:
         """End every wait in the private groups of this rank with an error. They are of no use from then on."""
+
+    def settle(self) -> None:
+        """Wait until all that was begun in them is over, where a wait only tells the device to wait."""
+
+
+class OnHost:
+    """What Links over messages from the host's memory have in common."""
+
+    device = torch.device("cpu")
+    talk = None
+
+    def settle(self) -> None:
+        """See `Links`."""
 
 
 Inner = Callable[[Any, Place], tuple[Any, Links]]
@@ -54,7 +76,7 @@ def over_gloo(told: Any, place: Place) -> tuple[Any, Links]:
     return dist.ProcessGroupGloo(told.store, place.rank, place.size, place.timeout), GlooLinks(place)
 
 
-class GlooLinks:
+class GlooLinks(OnHost):
     """See the top of the file."""
 
     name = "gloo"

@@ -2,6 +2,8 @@
 
 A message is known by its tag: its number in the schedule, and in the bits that are left (15 of gloo's, 13 of MPICH's) which call
 this is and of what (op, sizes, type). Ranks that do not agree on those do not take each other's messages for their own.
+
+Where messages have no tags they match in order, and those of a step begin as one (`together`).
 """
 
 import threading
@@ -14,8 +16,9 @@ from typing import Any
 import torch
 
 from thinwire.collectives.run.compiler import compile_for
-from thinwire.collectives.run.instructions import Add, Arrive, Compiled, Copy, Expect, Leave, Send
+from thinwire.collectives.run.instructions import Add, Arrive, Compiled, Copy, Expect, Leave, Send, Together
 from thinwire.collectives.run.links import GlooLinks
+from thinwire.collectives.run.together import together
 from thinwire.collectives.schedules.schedule import Schedule
 from thinwire.errors import UserError
 
@@ -42,10 +45,13 @@ class Tensors:
 
 
 class Runner:
-    """One per group and rank. `group`: a process group or backend with send(tensors, peer, tag) and recv(tensors, peer, tag)."""
+    """One per group and rank. `group`: a process group or backend with send(tensors, peer, tag) and recv(tensors, peer, tag).
+
+    most_tag: 0 if it has no tags; it then has c10d's _start_coalescing(device) and _end_coalescing(device) too.
+    """
 
     def __init__(self, group: Any, rank: int, most_tag: int = GlooLinks.most_tag) -> None:
-        self._group, self._rank = group, rank
+        self._group, self._rank, self._tagged = group, rank, most_tag > 0
         self._turns = max(1, (most_tag + 1) // MOST_MESSAGES)
         # By identity, since to hash a schedule takes as long as to run a short one; it is kept, so the number stays its own.
         self._compiled: OrderedDict[tuple[int, tuple[int, ...]], tuple[Schedule, Compiled]] = OrderedDict()
@@ -66,7 +72,7 @@ class Runner:
                 f"{schedule.name}: rank {self._rank} of this {schedule.op} gives {given.numel()} elements, gets {got.numel()}; "
                 f"the sizes ask for {compiled.lengths[0]} and {compiled.lengths[1]}"
             )
-        self._work_off(compiled, self._tag(schedule, sizes, got.dtype), (given, got, self._memory(compiled, got.dtype)), combine)
+        self._work_off(compiled, self._tag(schedule, sizes, got.dtype), (given, got, self._memory(compiled, got)), combine)
         self._calls += 1
         if reduction == "avg":
             got.div_(schedule.p)
@@ -85,32 +91,44 @@ class Runner:
                 raise UserError(
                     f"{schedule.name}: {len(schedule.messages)} messages; at most {MOST_MESSAGES} can be run: use fewer segments"
                 )
-            made = compile_for(schedule, self._rank, sizes)
+            made = compile_for(schedule, self._rank, sizes) if self._tagged else self._in_order(schedule, sizes)
             self._compiled[key] = schedule, made
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
             return made
 
+    def _in_order(self, schedule: Schedule, sizes: Sequence[int]) -> Compiled:
+        return together(compile_for(schedule, self._rank, sizes, ahead=0))
+
     def _tag(self, schedule: Schedule, sizes: Sequence[int], dtype: torch.dtype) -> int:
         what = zlib.crc32(f"{schedule.op} {schedule.name} {list(sizes)} {dtype}".encode())
         return (what + self._calls) % self._turns * MOST_MESSAGES
 
-    def _memory(self, compiled: Compiled, dtype: torch.dtype) -> torch.Tensor:
-        needed = compiled.lengths[2] * dtype.itemsize
+    def _memory(self, compiled: Compiled, like: torch.Tensor) -> torch.Tensor:
+        needed = compiled.lengths[2] * like.itemsize
         if self._scratch.numel() < needed:
-            self._scratch = torch.empty(needed, dtype=torch.uint8)
-        return self._scratch[:needed].view(dtype)
+            self._scratch = torch.empty(needed, dtype=torch.uint8, device=like.device)
+        return self._scratch[:needed].view(like.dtype)
 
     def _work_off(
         self, compiled: Compiled, tag: int, memory: tuple[torch.Tensor, ...], combine: Callable[..., torch.Tensor]
     ) -> None:
         group, works = self._group, {}
+        device = memory[1].device
         for told in compiled.instructions:
             match told:
                 case Send(message, peer, what):
                     works[message] = group.send([memory[what.buffer][what.first : what.last]], peer, tag + message)
                 case Expect(message, peer, into):
                     works[message] = group.recv([memory[into.buffer][into.first : into.last]], peer, tag + message)
+                case Together(parts):
+                    group._start_coalescing(device)
+                    for part in parts:
+                        if isinstance(part, Send):
+                            group.send([memory[part.what.buffer][part.what.first : part.what.last]], part.peer, 0)
+                        else:
+                            group.recv([memory[part.into.buffer][part.into.first : part.into.last]], part.peer, 0)
+                    works.update(dict.fromkeys((part.message for part in parts), group._end_coalescing(device)))
                 case Arrive(message) | Leave(message):
                     works.pop(message).wait()
                 case Add(into, a, b):

@@ -128,7 +128,7 @@ def size_class(message_bytes: int) -> int:
 def measure(engine: Engine, ways: list[Way], op: str, message_bytes: int, root: int) -> list[float]:
     """Seconds of each way, the same on all ranks. In a job of `engine`; collective."""
     place = engine.place
-    call = example(op, message_bytes, place.rank, place.size, root)
+    call = example(op, message_bytes, place, root, engine.links.device)
     first = [_slowest(engine, [_timed(engine, way, call, 1)])[0] for way in ways]  # connects and compiles; is not counted
     repeats = [REPEATED if seconds < SHORT_S else 1 for seconds in first]
     turns = 1 if max(first) > LONG_S else TURNS
@@ -140,9 +140,10 @@ def measure(engine: Engine, ways: list[Way], op: str, message_bytes: int, root: 
 def _timed(engine: Engine, way: Way, call: Call, repeats: int) -> float:
     total = 0.0
     for _ in range(repeats):
-        engine.private.barrier(dist.BarrierOptions()).wait()
+        engine.talk.barrier(dist.BarrierOptions()).wait()
         started = time.perf_counter()
         perform(way, call, engine)
+        engine.links.settle()
         engine.note(call.op, call.message_bytes, wire_bytes(way, call, engine))
         total += time.perf_counter() - started
     return total / repeats
@@ -153,7 +154,7 @@ def _slowest(engine: Engine, seconds: list[float]) -> list[float]:
     values = torch.tensor(seconds, dtype=torch.float64)
     options = dist.AllreduceOptions()
     options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
-    engine.private.allreduce([values], options).wait()
+    engine.talk.allreduce([values], options).wait()
     engine.note("all_reduce", 8 * len(seconds), None)
     found: list[float] = values.tolist()
     return found

@@ -11,6 +11,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 from thinwire.collectives.choose.native import ORDERED
 from thinwire.collectives.run.compiler import in_place
 from thinwire.collectives.run.engine import Engine
+from thinwire.collectives.run.links import Place
 from thinwire.collectives.run.runner import Tensors
 from thinwire.collectives.schedules import ops
 from thinwire.collectives.schedules.schedule import Schedule
@@ -69,6 +70,7 @@ class Way:
 
 
 NATIVE = Way("native")
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,16 +121,17 @@ def wire_bytes(way: Way, call: Call, engine: Engine) -> int:
     return sent_bytes(call.op, call.message_bytes, p, order.index(rank), order.index(call.root))
 
 
-def example(op: str, message_bytes: int, rank: int, p: int, root: int) -> Call:
+def example(op: str, message_bytes: int, place: Place, root: int, device: torch.device = HOST) -> Call:
     """A call to be timed, on float32 zeros."""
+    rank, p = place.rank, place.size
     n = max(1, message_bytes // 4)
     n = -(-n // p) * p if ops.message_blocks(op, p) > 1 else n
     sizes = ops.block_sizes(op, p, n)
     of = root if ops.rooted(op) else None
-    got = torch.zeros(sum(sizes[block] for block in ops.outputs(op, p, of, rank)))
+    got = torch.zeros(sum(sizes[block] for block in ops.outputs(op, p, of, rank)), device=device)
     if in_place(op, of, rank):
         return Call(op, got, got, "sum", root)
-    return Call(op, torch.zeros(sum(sizes[block] for block in ops.inputs(op, p, of, rank))), got, "sum", root)
+    return Call(op, torch.zeros(sum(sizes[block] for block in ops.inputs(op, p, of, rank)), device=device), got, "sum", root)
 
 
 def _native(group: Any, call: Call, root: int) -> None:

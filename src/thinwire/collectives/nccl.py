@@ -1,0 +1,136 @@
+"""The backend on CUDA tensors: NCCL behind the meter, and between hosts schedules of ours over its send and receive.
+
+    thinwire.init("cluster.toml", inner="nccl")
+
+A group whose ranks are all on one host has NCCL's own collectives: in there NCCL knows the links better. In a group over several
+hosts they are chosen as on CPUs; NCCL's own are among what is measured, and stay unless a schedule is faster.
+
+The host only tells the device what to do. A schedule runs on a stream of the group's own, behind all that the caller's stream had
+been told before; whoever waits makes his own stream wait. Seconds in the ledger are those of telling. NCCL's messages have no
+tags (`run.together`); what the ranks say to each other goes over gloo.
+
+Ranks that part ways are found as on CPUs where they have not agreed yet, and else by NCCL's watchdog, after the group's time-out.
+"""
+# mypy: disable-error-code="override,attr-defined,no-untyped-call"
+
+import socket
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from thinwire.collectives.backend import NAME, MeteredGroup
+from thinwire.collectives.ledger import Ledger
+from thinwire.collectives.run.links import Links, Place
+from thinwire.collectives.scheduled import ScheduledGroup
+from thinwire.collectives.tuned.tuner import Tuner
+from thinwire.errors import UserError
+
+
+def register_nccl(ledger: Ledger, tuner: Tuner | None, name: str = NAME) -> None:
+    """Make `init_process_group(name)` and its sub-groups go over NCCL, and be chosen by `tuner` between hosts.
+
+    Call before init_process_group, with this rank's device set. UserError without CUDA.
+    """
+    if not (torch.cuda.is_available() and dist.is_nccl_available()):
+        raise UserError(f"inner = 'nccl': torch {torch.__version__} has no CUDA device or no NCCL here; use inner = 'gloo'")
+
+    def create(told: Any, _options: Any = None) -> MeteredGroup:
+        ranks = tuple(told.global_ranks_in_group) or tuple(range(told.group_size))
+        place = Place(dist.PrefixStore("schedules", told.store), told.group_rank, ranks, told.timeout)
+        inner = _group(told.store, place.rank, place.size, place.timeout)
+        if tuner is None or on_one_host(place):
+            return MeteredNccl(ledger, inner)
+        return ScheduledNccl(ledger, inner, place, NcclLinks(place, torch.device("cuda", torch.cuda.current_device())), tuner)
+
+    dist.Backend.register_backend(name, create, extended_api=True, devices=["cuda"])
+
+
+def on_one_host(place: Place, host: str = "") -> bool:
+    """Whether all ranks of the group are. Each of them calls. host: of this rank."""
+    place.store.set(f"host/{place.rank}", host or socket.gethostname())
+    return len({place.store.get(f"host/{rank}") for rank in range(place.size)}) == 1
+
+
+class NcclLinks:
+    """`run.links.Links`."""
+
+    most_tag = 0
+
+    def __init__(self, place: Place, device: torch.device) -> None:
+        self._place, self.device, self._made = place, device, list[Any]()
+        self.name = f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+        self.talk = dist.ProcessGroupGloo(dist.PrefixStore("talk", place.store), place.rank, place.size, place.timeout)
+
+    def join(self, name: str, order: Sequence[int]) -> Any:
+        place = self._place
+        self._made.append(_group(dist.PrefixStore(name, place.store), order.index(place.rank), place.size, place.timeout))
+        return self._made[-1]
+
+    def cut(self) -> None:
+        for group in self._made:
+            group.abort()
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+
+class Launched(dist._Work):
+    """What the device has been told to do on `stream`. held: what must live until somebody waits."""
+
+    def __init__(self, stream: torch.cuda.Stream, tensors: list[torch.Tensor], held: Any) -> None:
+        super().__init__()
+        self._over, self._held = stream.record_event(), held
+        self._future: torch.futures.Future[list[torch.Tensor]] = torch.futures.Future(devices=[stream.device])
+        with torch.cuda.stream(stream):  # whoever waits for the future has his stream wait for this one
+            self._future.set_result(tensors)
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        self._future.wait()
+        self._held = None
+        return True
+
+    def get_future(self) -> "torch.futures.Future[list[torch.Tensor]]":
+        return self._future
+
+    def is_completed(self) -> bool:
+        return self._over.query()
+
+
+class MeteredNccl(MeteredGroup):
+    """NCCL behind the meter."""
+
+    device_type = "cuda"
+
+
+class ScheduledNccl(ScheduledGroup):
+    """See the top of the file."""
+
+    device_type = "cuda"
+
+    def __init__(self, ledger: Ledger, inner: Any, place: Place, links: Links, tuner: Tuner) -> None:
+        super().__init__(ledger, inner, place, links, tuner)
+        self._stream = torch.cuda.Stream(links.device)
+
+    def _submit(self, what: str, job: Callable[[], None], tensors: list[torch.Tensor], blocking: bool) -> dist.Work:
+        stream = self._stream
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+
+        def tell() -> None:
+            with torch.cuda.stream(stream):
+                job()
+
+        self._engine.submit(what, tell, tensors, blocking=True).wait()
+        return Launched(stream, tensors, job)
+
+
+def _group(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    group = dist.ProcessGroup(store, rank, size)
+    nccl = dist.ProcessGroupNCCL(store, rank, size, options)
+    group._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, nccl)
+    group._set_default_backend(dist.ProcessGroup.BackendType.NCCL)
+    return group
