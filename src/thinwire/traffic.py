@@ -17,6 +17,7 @@ class Transfer:
     item_bytes     of one number in it; a collective cuts no number in two
     calls          calls per event
     every          optimizer steps between events (1: each step)
+    event          the same for rare transfers that follow one another and hide under the same compute; "": alone
     window_flops   compute that is still to run when the message is ready and under which it may hide, in flops of one
                    rank; 0: somebody waits at once
     work_s         seconds of one rank's processor that belong to one call, before or after it: coding and decoding
@@ -29,5 +30,6 @@ class Transfer:
     item_bytes: int = 4
     calls: int = 1
     every: int = 1
+    event: str = ""
     window_flops: float = 0.0
     work_s: float = 0.0

@@ -93,6 +93,16 @@ def test_rare_transfers_count_with_their_share() -> None:
     assert rare.transfers[0].wire_bytes_per_step == pytest.approx(each.transfers[0].wire_bytes_per_step / 10)
 
 
+def test_transfers_of_one_event_share_what_they_hide_under() -> None:
+    rare = transfer(2**20, window_flops=0.1 * 10e9, every=10)  # 0.1 s of compute
+    first, second = (replace(rare, event=event) for event in ("fragment 0", "fragment 1"))
+    (priced,) = predict(setting(), [rare]).transfers
+    assert 0.1 < priced.seconds < 0.2
+    assert predict(setting(), [rare, rare]).exposed_s == pytest.approx(2 * (priced.seconds - 0.1) / 10)
+    assert predict(setting(), [first, first]).exposed_s == pytest.approx((2 * priced.seconds - 0.1) / 10)
+    assert predict(setting(), [first, second, second]).exposed_s == pytest.approx((3 * priced.seconds - 0.2) / 10)
+
+
 def test_links_carry_what_the_ranks_send() -> None:
     found = predict(setting(), [transfer(2**20)])
     sent = 4 * found.transfers[0].wire_bytes_per_step

@@ -8,7 +8,8 @@ optimizer_s  bytes that the update touches / memory rate
 
 ready_k = max over ranks of (compute_s - window_k / flops_per_s)
 end_k   = max(ready_k, end_{k-1}) + calls * (price + work_k)
-exposed = max(0, end_last - max compute_s) + sum over events every H > 1 steps of max(0, calls * (price + work) - window) / H
+exposed = max(0, end_last - max compute_s)
+          + sum over events every H > 1 steps of max(0, sum over their transfers of calls * (price + work) - window) / H
 """
 
 from collections import Counter
@@ -136,8 +137,10 @@ def predict(
     compute_s, slowest_s, slowest_rate = by_rank[rank], max(by_rank), min(setting.flops_per_s)
     paces = set(zip(by_rank, setting.flops_per_s, strict=True))
 
-    priced, wire_end, rare_s, links = [], 0.0, 0.0, Counter[Link]()
-    for transfer in transfers:
+    priced, wire_end, links = [], 0.0, Counter[Link]()
+    uncovered_s: dict[str, tuple[float, int]] = {}
+    """Of each event: its transfers less its window, and every how many steps."""
+    for number, transfer in enumerate(transfers):
         groups = layout.groups(transfer.axis)
         wire_s = max(carrier.seconds(routes, transfer, group) for group in groups)
         seconds = (wire_s + transfer.work_s) * transfer.calls
@@ -157,7 +160,9 @@ def predict(
             ready_s = max(end_s - transfer.window_flops / rate for end_s, rate in paces)
             wire_end = max(ready_s, wire_end) + seconds
         else:
-            rare_s += max(0.0, seconds - transfer.window_flops / slowest_rate) / transfer.every
+            event = transfer.event or f"transfer {number}"
+            so_far_s, _ = uncovered_s.get(event, (-transfer.window_flops / slowest_rate, 0))
+            uncovered_s[event] = so_far_s + seconds, transfer.every
         for group in groups:
             placed = [(group[a], group[b], size) for a, b, size in carrier.flows(transfer, group)]
             for link, payload in routes.load(placed).items():
@@ -166,7 +171,7 @@ def predict(
         rank=rank,
         compute_s=compute_s,
         waiting_s=slowest_s - compute_s,
-        exposed_s=max(0.0, wire_end - slowest_s) + rare_s,
+        exposed_s=max(0.0, wire_end - slowest_s) + sum(max(0.0, one_s) / every for one_s, every in uncovered_s.values()),
         optimizer_s=_optimizer_seconds(setting),
         tokens_per_step=setting.workload.tokens_per_microbatch * setting.micro_batches * layout.replicas,
         transfers=tuple(priced),

@@ -96,8 +96,9 @@ class RareSync(AroundInner):
             parameters = [by_name[name] for name in names if by_name[name].numel]
             if not parameters:
                 continue
-            for transfer in self._exchange.transfers(f"fragment {index}", parameters, self._axis, getattr(layout, self._axis)):
-                found.append(replace(transfer, every=self._schedule.every, window_flops=window))
+            event = f"fragment {index}"
+            for transfer in self._exchange.transfers(event, parameters, self._axis, getattr(layout, self._axis)):
+                found.append(replace(transfer, every=self._schedule.every, event=event, window_flops=window))
         return found
 
     @contextmanager
