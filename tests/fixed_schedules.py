@@ -61,14 +61,17 @@ def given(rank: int, n: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randint(-8, 8, (n,), generator=torch.Generator().manual_seed(rank)).to(dtype)
 
 
-def everything(group: dist.ProcessGroup, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def everything(group: dist.ProcessGroup, dtype: torch.dtype, device: str = "cpu") -> dict[str, torch.Tensor]:
     """Each op once."""
     p = group.size()
     root = dist.get_global_rank(group, p - 1)
     results: dict[str, torch.Tensor] = {}
 
     def fresh() -> torch.Tensor:
-        return given(dist.get_rank(), 6 * p, dtype)
+        return given(dist.get_rank(), 6 * p, dtype).to(device)
+
+    def zeros(n: int) -> torch.Tensor:
+        return torch.zeros(n, dtype=dtype, device=device)
 
     for name, op in {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}.items():
         results[name] = fresh()
@@ -81,13 +84,13 @@ def everything(group: dist.ProcessGroup, dtype: torch.dtype) -> dict[str, torch.
     reduced = fresh()
     dist.reduce(reduced, root, group=group)
     results["reduce"] = reduced if dist.get_rank() == root else fresh()
-    results["all_gather"] = torch.zeros(6 * p * p, dtype=dtype)
+    results["all_gather"] = zeros(6 * p * p)
     ALL_GATHER(results["all_gather"], fresh(), group=group)
-    results["reduce_scatter"] = torch.zeros(6, dtype=dtype)
+    results["reduce_scatter"] = zeros(6)
     REDUCE_SCATTER(results["reduce_scatter"], fresh(), group=group)
-    results["all_to_all"] = torch.zeros(6 * p, dtype=dtype)
+    results["all_to_all"] = zeros(6 * p)
     dist.all_to_all_single(results["all_to_all"], fresh(), group=group)
-    results["list"] = torch.cat([torch.zeros(6 * p, dtype=dtype)] * p)
+    results["list"] = zeros(6 * p * p)
     dist.all_gather(list(results["list"].chunk(p)), fresh(), group=group)
     return results
 

@@ -7,30 +7,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from fixed_schedules import alone, fixed, given
+from fixed_schedules import alone, everything, fixed
 from thinwire.collectives import nccl
-from thinwire.collectives.backend import ALL_GATHER, NAME, REDUCE_SCATTER
+from thinwire.collectives.backend import NAME
 from thinwire.collectives.ledger import Ledger
-
-
-def everything(rank: int, p: int) -> dict[str, torch.Tensor]:
-    """As `fixed_schedules.everything`, on the device."""
-
-    def fresh() -> torch.Tensor:
-        return given(rank, 6 * p, torch.float32).cuda()
-
-    found = {"sum": fresh(), "broadcast": fresh()}
-    work = dist.all_reduce(found["sum"], async_op=True)
-    dist.broadcast(found["broadcast"], p - 1)
-    work.wait()
-    for name, call, length in (
-        ("all_gather", ALL_GATHER, 6 * p * p),
-        ("reduce_scatter", REDUCE_SCATTER, 6),
-        ("all_to_all", dist.all_to_all_single, 6 * p),
-    ):
-        found[name] = torch.zeros(length, device="cuda")
-        call(found[name], fresh())
-    return found
 
 
 def main() -> None:
@@ -41,7 +21,7 @@ def main() -> None:
     dist.init_process_group(NAME)
     wanted = alone(rank, p, torch.float32)
     for _ in range(3):
-        for name, tensor in everything(rank, p).items():
+        for name, tensor in everything(dist.group.WORLD, torch.float32, "cuda").items():
             assert torch.equal(tensor.cpu(), wanted[name]), name
     torch.manual_seed(1)
     model = DistributedDataParallel(torch.nn.Linear(64, 64).cuda(), device_ids=[rank])

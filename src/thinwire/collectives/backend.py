@@ -97,6 +97,7 @@ class MeteredGroup(dist.ProcessGroup):
     """gloo, or a group that takes the same calls, behind a meter. Each method: note the bytes, pass on, note the completion."""
 
     device_type = "cpu"
+    """Of the tensors."""
 
     def __init__(self, ledger: Ledger, inner: dist.ProcessGroupGloo | dist.ProcessGroup) -> None:
         super().__init__(inner.rank(), inner.size())

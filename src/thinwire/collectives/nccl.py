@@ -38,8 +38,7 @@ def register_nccl(ledger: Ledger, tuner: Tuner | None, name: str = NAME) -> None
         raise UserError(f"inner = 'nccl': torch {torch.__version__} has no CUDA device or no NCCL here; use inner = 'gloo'")
 
     def create(told: Any, _options: Any = None) -> MeteredGroup:
-        ranks = tuple(told.global_ranks_in_group) or tuple(range(told.group_size))
-        place = Place(dist.PrefixStore("schedules", told.store), told.group_rank, ranks, told.timeout)
+        place = Place.told(told)
         inner = _group(told.store, place.rank, place.size, place.timeout)
         if tuner is None or on_one_host(place):
             return MeteredNccl(ledger, inner)

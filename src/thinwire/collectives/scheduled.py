@@ -42,8 +42,7 @@ def register_scheduled(ledger: Ledger, tuner: Tuner, name: str = NAME, inner: In
     """Like `backend.register`, with collectives chosen by `tuner`. Call before init_process_group."""
 
     def create(told: Any, _options: Any = None) -> ScheduledGroup:
-        ranks = tuple(told.global_ranks_in_group) or tuple(range(told.group_size))
-        place = Place(dist.PrefixStore("schedules", told.store), told.group_rank, ranks, told.timeout)
+        place = Place.told(told)
         group, links = inner(told, place)
         return ScheduledGroup(ledger, group, place, links, tuner)
 
@@ -68,14 +67,14 @@ class ScheduledGroup(MeteredGroup):
 
     def prepare(self, op: str, message_bytes: int) -> None:
         """Decide how such calls are run before the first of them. Collective, and waits."""
-        self._way(example(op, message_bytes, self._engine.place, 0, self._engine.links.device))
+        self._way(example(op, message_bytes, self._engine))
 
     def wire_bytes(self, op: str, message_bytes: int, root: int = 0) -> int:
         """As the base class says; of float32."""
         way = self._ways.get((op, size_class(message_bytes), root))
         if way is None or way.native:
             return super().wire_bytes(op, message_bytes, root)
-        call = example(op, message_bytes, self._engine.place, root)
+        call = example(op, message_bytes, self._engine, root)
         return wire_bytes(way, call, self._engine)
 
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:

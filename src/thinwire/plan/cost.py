@@ -138,8 +138,7 @@ def predict(
     paces = set(zip(by_rank, setting.flops_per_s, strict=True))
 
     priced, wire_end, links = [], 0.0, Counter[Link]()
-    uncovered_s: dict[str, tuple[float, int]] = {}
-    """Of each event: its transfers less its window, and every how many steps."""
+    uncovered_s: dict[str, tuple[float, int]] = {}  # of each event: its transfers less its window, and every how many steps
     for number, transfer in enumerate(transfers):
         groups = layout.groups(transfer.axis)
         wire_s = max(carrier.seconds(routes, transfer, group) for group in groups)

@@ -8,26 +8,26 @@ rank begins nothing before all that it has begun is over.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from random import Random
 
 import numpy as np
 
 from thinwire.collectives.run.compiler import compile_for, in_place
-from thinwire.collectives.run.instructions import Add, Arrive, Compiled, Copy, Expect, Leave, Piece, Send, Together
-from thinwire.collectives.run.together import together
+from thinwire.collectives.run.instructions import Add, Arrive, Copy, Expect, Leave, Piece, Send, Together
+from thinwire.collectives.run.together import compile_together
 from thinwire.collectives.schedules import ops
 from thinwire.collectives.schedules.schedule import Schedule
 
 Memory = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def run(
-    schedule: Schedule, inputs: Sequence[np.ndarray], sizes: Sequence[int], seed: int, tags: bool = True
-) -> list[np.ndarray | None]:
-    """The output of each rank, None where nothing is due at it."""
+def run(schedule: Schedule, inputs: Sequence[np.ndarray], sizes: Sequence[int], seed: int, ahead: int) -> list[np.ndarray | None]:
+    """The output of each rank, None where nothing is due at it. ahead = 0: where messages have no tags."""
     random = Random(seed)
-    programs = [program_of(schedule, rank, sizes, tags) for rank in range(schedule.p)]
+    compiled = partial(compile_for, ahead=ahead) if ahead else compile_together
+    programs = [compiled(schedule, rank, sizes) for rank in range(schedule.p)]
     memories: list[Memory] = []
     for rank, program in enumerate(programs):
         given, got, scratch = (np.full(length, 77, inputs[0].dtype) for length in program.lengths)
@@ -39,8 +39,6 @@ def run(
     sent: dict[int, tuple[int, Piece]] = {}
     expected: dict[int, tuple[int, Piece]] = {}
     over: set[int] = set()
-    begun: dict[tuple[int, int, bool], list[int]] = defaultdict(list)
-    """By source and target, and whether it is the one's sends or the other's receives."""
     group_of: dict[tuple[int, int], tuple[int, ...]] = {}
     """By rank and message: what began with it."""
     last: dict[int, tuple[int, ...]] = {}
@@ -66,8 +64,6 @@ def run(
         return True
 
     def begin(rank: int, part: Send | Expect) -> None:
-        pair = (rank, part.peer, True) if isinstance(part, Send) else (part.peer, rank, False)
-        begun[pair].append(part.message)
         if isinstance(part, Send):
             assert part.what.buffer != 2 or part.what.last <= programs[rank].lengths[2]
             sent[part.message] = rank, part.what
@@ -93,7 +89,7 @@ def run(
                 view(rank, into)[:] = view(rank, what)
         at[rank] += 1
     assert all(message in over for message in sent)
-    assert tags or all(messages == begun[source, target, not one] for (source, target, one), messages in list(begun.items()))
+    assert ahead or by_pair(schedule, sent) == by_pair(schedule, expected)
     for rank, memory in enumerate(memories):
         if not in_place(schedule.op, schedule.root, rank):
             assert np.array_equal(memory[0], inputs[rank]), "an input was written to"
@@ -102,5 +98,9 @@ def run(
     ]
 
 
-def program_of(schedule: Schedule, rank: int, sizes: Sequence[int], tags: bool) -> Compiled:
-    return compile_for(schedule, rank, sizes) if tags else together(compile_for(schedule, rank, sizes, ahead=0))
+def by_pair(schedule: Schedule, messages: Iterable[int]) -> dict[tuple[int, int], list[int]]:
+    """Those from each rank to each, in their order."""
+    found: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for message in messages:
+        found[schedule.messages[message].source, schedule.messages[message].target].append(message)
+    return found

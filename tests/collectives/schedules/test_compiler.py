@@ -29,9 +29,8 @@ def test_a_compiled_schedule_computes_what_the_schedule_says(
     inputs = [generator.standard_normal(n).astype(np.float32) for n in input_lengths(schedule.op, p, sizes, schedule.root)]
     wanted = execute(schedule, inputs, sizes, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "AHEAD", ahead)
         patch.setattr(compiler, "SPARE", spare)
-        got = run(schedule, inputs, sizes, seed, tags=ahead > 0)
+        got = run(schedule, inputs, sizes, seed, ahead)
     for one, other in zip(got, wanted, strict=True):
         assert (None if one is None else one.tobytes()) == (None if other is None else other.tobytes())
 

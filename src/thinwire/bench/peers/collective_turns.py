@@ -72,7 +72,7 @@ def measure(case, told, groups, advisor):
     """One case; the same on all ranks but for what is predicted, which rank 0 knows."""
     op, message_bytes, ordered = case
     native, ours, pause, engine, order = groups
-    call = example(op, message_bytes, engine.place, 0)
+    call = example(op, message_bytes, engine)
     barrier = partial(dist.barrier, group=pause)  # of neither: its threads are awake afterwards
     contenders = {"native": partial(issue, call, native), "ours": partial(issue, call, ours)}
     if ordered:

@@ -46,12 +46,9 @@ SPARE = 1 << 20
 """Elements of scratch memory up to which no piece is used twice while it may be on its way out."""
 
 
-def compile_for(schedule: Schedule, rank: int, sizes: Sequence[int], ahead: int | None = None) -> Compiled:
-    """sizes[b]: elements of block b. ahead: 0 begins no receive before its step, None is `AHEAD`.
-
-    The schedule should have been verified.
-    """
-    return _Compiler(schedule, rank, sizes, AHEAD if ahead is None else ahead).compiled()
+def compile_for(schedule: Schedule, rank: int, sizes: Sequence[int], ahead: int = AHEAD) -> Compiled:
+    """sizes[b]: elements of block b. ahead: 0 begins no receive before its step. The schedule should have been verified."""
+    return _Compiler(schedule, rank, sizes, ahead).compiled()
 
 
 def in_place(op: str, root: int | None, rank: int) -> bool:

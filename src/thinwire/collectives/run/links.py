@@ -29,6 +29,12 @@ class Place:
     def size(self) -> int:
         return len(self.ranks)
 
+    @staticmethod
+    def told(told: Any) -> "Place":
+        """From what c10d tells the creator of a backend."""
+        ranks = tuple(told.global_ranks_in_group) or tuple(range(told.group_size))
+        return Place(dist.PrefixStore("schedules", told.store), told.group_rank, ranks, told.timeout)
+
 
 class Links(Protocol):
     """name: of what carries, for what is measured over it; most_tag: the largest tag of a message, 0 where there are none;

@@ -18,7 +18,7 @@ import torch
 from thinwire.collectives.run.compiler import compile_for
 from thinwire.collectives.run.instructions import Add, Arrive, Compiled, Copy, Expect, Leave, Send, Together
 from thinwire.collectives.run.links import GlooLinks
-from thinwire.collectives.run.together import together
+from thinwire.collectives.run.together import compile_together
 from thinwire.collectives.schedules.schedule import Schedule
 from thinwire.errors import UserError
 
@@ -51,7 +51,8 @@ class Runner:
     """
 
     def __init__(self, group: Any, rank: int, most_tag: int = GlooLinks.most_tag) -> None:
-        self._group, self._rank, self._tagged = group, rank, most_tag > 0
+        self._group, self._rank = group, rank
+        self._compile = compile_for if most_tag else compile_together
         self._turns = max(1, (most_tag + 1) // MOST_MESSAGES)
         # By identity, since to hash a schedule takes as long as to run a short one; it is kept, so the number stays its own.
         self._compiled: OrderedDict[tuple[int, tuple[int, ...]], tuple[Schedule, Compiled]] = OrderedDict()
@@ -91,14 +92,11 @@ class Runner:
                 raise UserError(
                     f"{schedule.name}: {len(schedule.messages)} messages; at most {MOST_MESSAGES} can be run: use fewer segments"
                 )
-            made = compile_for(schedule, self._rank, sizes) if self._tagged else self._in_order(schedule, sizes)
+            made = self._compile(schedule, self._rank, sizes)
             self._compiled[key] = schedule, made
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
             return made
-
-    def _in_order(self, schedule: Schedule, sizes: Sequence[int]) -> Compiled:
-        return together(compile_for(schedule, self._rank, sizes, ahead=0))
 
     def _tag(self, schedule: Schedule, sizes: Sequence[int], dtype: torch.dtype) -> int:
         what = zlib.crc32(f"{schedule.op} {schedule.name} {list(sizes)} {dtype}".encode())
@@ -113,21 +111,20 @@ class Runner:
     def _work_off(
         self, compiled: Compiled, tag: int, memory: tuple[torch.Tensor, ...], combine: Callable[..., torch.Tensor]
     ) -> None:
-        group, works = self._group, {}
-        device = memory[1].device
+        group, device, works = self._group, memory[1].device, {}
+
+        def begin(one: Send | Expect, tag: int) -> Any:
+            call, piece = (group.send, one.what) if isinstance(one, Send) else (group.recv, one.into)
+            return call([memory[piece.buffer][piece.first : piece.last]], one.peer, tag)
+
         for told in compiled.instructions:
             match told:
-                case Send(message, peer, what):
-                    works[message] = group.send([memory[what.buffer][what.first : what.last]], peer, tag + message)
-                case Expect(message, peer, into):
-                    works[message] = group.recv([memory[into.buffer][into.first : into.last]], peer, tag + message)
+                case Send(message) | Expect(message):
+                    works[message] = begin(told, tag + message)
                 case Together(parts):
                     group._start_coalescing(device)
                     for part in parts:
-                        if isinstance(part, Send):
-                            group.send([memory[part.what.buffer][part.what.first : part.what.last]], part.peer, 0)
-                        else:
-                            group.recv([memory[part.into.buffer][part.into.first : part.into.last]], part.peer, 0)
+                        begin(part, 0)
                     works.update(dict.fromkeys((part.message for part in parts), group._end_coalescing(device)))
                 case Arrive(message) | Leave(message):
                     works.pop(message).wait()

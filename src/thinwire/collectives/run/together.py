@@ -8,16 +8,24 @@ A rank that begins all receives and sends of a step together, and those of the n
 which every schedule is proven free of deadlock and to match in order (`schedules.verify`).
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+from thinwire.collectives.run.compiler import compile_for
 from thinwire.collectives.run.instructions import Add, Arrive, Compiled, Expect, Instruction, Leave, Send, Together
+from thinwire.collectives.schedules.schedule import Schedule
 
 
-def together(compiled: Compiled) -> Compiled:
-    """The same program in such groups. `compiled` begins no receive before its step (ahead = 0)."""
+def compile_together(schedule: Schedule, rank: int, sizes: Sequence[int]) -> Compiled:
+    """As `compile_for`, in such groups."""
+    compiled = compile_for(schedule, rank, sizes, ahead=0)
+    return replace(compiled, instructions=_together(compiled.instructions))
+
+
+def _together(instructions: Sequence[Instruction]) -> tuple[Instruction, ...]:
     out: list[Instruction] = []
     parts: list[Expect | Send] = []
-    for told in compiled.instructions:
+    for told in instructions:
         match told:
             case Expect():
                 over = any(isinstance(part, Send) for part in parts)  # receives come first in a step: this is the next one
@@ -36,4 +44,4 @@ def together(compiled: Compiled) -> Compiled:
             out.append(told)  # before what has not begun: it copies what is about to be sent
     if parts:
         out.append(Together(tuple(parts)))
-    return replace(compiled, instructions=tuple(out))
+    return tuple(out)

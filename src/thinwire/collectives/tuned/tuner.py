@@ -127,8 +127,7 @@ def size_class(message_bytes: int) -> int:
 
 def measure(engine: Engine, ways: list[Way], op: str, message_bytes: int, root: int) -> list[float]:
     """Seconds of each way, the same on all ranks. In a job of `engine`; collective."""
-    place = engine.place
-    call = example(op, message_bytes, place, root, engine.links.device)
+    call = example(op, message_bytes, engine, root)
     first = [_slowest(engine, [_timed(engine, way, call, 1)])[0] for way in ways]  # connects and compiles; is not counted
     repeats = [REPEATED if seconds < SHORT_S else 1 for seconds in first]
     turns = 1 if max(first) > LONG_S else TURNS

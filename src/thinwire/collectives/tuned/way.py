@@ -11,7 +11,6 @@ from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 from thinwire.collectives.choose.native import ORDERED
 from thinwire.collectives.run.compiler import in_place
 from thinwire.collectives.run.engine import Engine
-from thinwire.collectives.run.links import Place
 from thinwire.collectives.run.runner import Tensors
 from thinwire.collectives.schedules import ops
 from thinwire.collectives.schedules.schedule import Schedule
@@ -70,7 +69,6 @@ class Way:
 
 
 NATIVE = Way("native")
-HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +119,9 @@ def wire_bytes(way: Way, call: Call, engine: Engine) -> int:
     return sent_bytes(call.op, call.message_bytes, p, order.index(rank), order.index(call.root))
 
 
-def example(op: str, message_bytes: int, place: Place, root: int, device: torch.device = HOST) -> Call:
-    """A call to be timed, on float32 zeros."""
-    rank, p = place.rank, place.size
+def example(op: str, message_bytes: int, engine: Engine, root: int = 0) -> Call:
+    """A call to be timed, on float32 zeros where the engine's group has its tensors."""
+    rank, p, device = engine.place.rank, engine.place.size, engine.links.device
     n = max(1, message_bytes // 4)
     n = -(-n // p) * p if ops.message_blocks(op, p) > 1 else n
     sizes = ops.block_sizes(op, p, n)
