@@ -137,7 +137,8 @@ def test_the_work_of_helpers_and_of_theirs_counts() -> None:
 def test_a_rank_may_say_much_and_leaves_nothing_behind(tmp_path: Path) -> None:
     """More than a pipe holds; and what a failed rank has started ends with it."""
     run_local([["sh", "-c", "yes complaint | head -c 300000 >&2"]], 2, 30)
-    text = f'sleep 40 & echo $! > {tmp_path}/$RANK; echo "thinwire: error: rank $RANK failed" >&2; exit 4'
+    both = f"until [ -s {tmp_path}/0 ] && [ -s {tmp_path}/1 ]; do sleep 0.01; done"  # or the other is ended before it has written
+    text = f'sleep 40 & echo $! > {tmp_path}/$RANK; {both}; echo "thinwire: error: rank $RANK failed" >&2; exit 4'
     with pytest.raises(UserError, match=r"^a rank ended with 4: rank [01] failed$"):
         run_local([["sh", "-c", text]], 2, 30)
     for file in tmp_path.iterdir():
