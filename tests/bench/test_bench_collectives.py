@@ -43,8 +43,8 @@ def test_networks_are_those_of_the_bars() -> None:
 )
 def test_a_row_is_held_by_all_its_bars(case: Case, ours_s: float, ordered_s: float | None, held: bool) -> None:
     turns = {"native": [1.2, 1.0], "ours": [ours_s, 2.0], "ordered": [ordered_s or 0.0]}
-    found = {"algorithm": "ring", "predicted": {"ours": 0.45, "native": 1.0}}
-    row = _row(equal_hosts(8, 1e8), case, found, turns, 0.4, "", case.bar)
+    found = {"algorithm": "ring", "turns": turns, "predicted": {"ours": 0.45, "native": 1.0}}
+    row = _row(equal_hosts(8, 1e8), case, found, 0.4, "", case.bar)
     assert row["held"] == held and row["ratio"] == 1.0 / ours_s and row["of_bound"] == ours_s / 0.4
     assert row["error"] == pytest.approx(abs(0.45 - ours_s) / ours_s)
 

@@ -51,7 +51,13 @@ def clusters(draw: st.DrawFn) -> Cluster:
     cables = [(f"switch {k}", f"switch {draw(st.integers(0, k - 1))}") for k in range(1, num_switches)]
     cables += [(host.name, f"switch {draw(st.integers(0, num_switches - 1))}") for host in hosts]
     links = tuple(
-        Link(source=a, target=b, bandwidth_bps=draw(quantities()), latency_s=draw(quantities()))
+        Link(
+            source=a,
+            target=b,
+            bandwidth_bps=draw(quantities()),
+            latency_s=draw(quantities()),
+            burst_bytes=draw(quantities() | st.just(Quantity(0.0))),
+        )
         for one, other in cables
         for a, b in ((one, other), (other, one))
     )

@@ -151,9 +151,11 @@ def test_a_measured_quantity_keeps_its_interval_and_date(tmp_path) -> None:
         count = 2
         [host.card]
         latency_s = "50 us"
+        burst_bytes = "20 kB"
         bandwidth_bps = { value = "94 Mbit/s", low = "93 Mbit/s", high = "95 Mbit/s", date = 2026-03-01 }
         """,
         tmp_path,
     )
     assert {link.bandwidth_bps for link in cluster.links} == {Quantity(94e6, "measured", 93e6, 95e6, "2026-03-01")}
     assert {link.latency_s for link in cluster.links} == {Quantity(50e-6)}
+    assert [link.burst_bytes for link in cluster.links] == 4 * [Quantity(20e3)]

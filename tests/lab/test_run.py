@@ -15,6 +15,7 @@ from thinwire.cluster import Cluster, Quantity, load_cluster
 from thinwire.errors import UserError
 from thinwire.lab.commands import processes_for
 from thinwire.lab.run import RESULTS, LabOptions, launch, run
+from thinwire.lab.wiring import imitated
 
 pytestmark = pytest.mark.lab
 
@@ -48,7 +49,7 @@ def test_the_cluster_file_inside_is_the_cluster(build: Callable[..., Cluster], t
     cluster = build()
     result = run(cluster, {"host0": shell(f"cp {Path(RESULTS).parent}/cluster.toml {RESULTS}/cluster")})
     (tmp_path / "c.toml").write_text(result.results["cluster"])
-    assert load_cluster(tmp_path / "c.toml") == cluster
+    assert load_cluster(tmp_path / "c.toml") == imitated(cluster, result.delay)
 
 
 def test_paced_is_asked_for_where_a_rate_is_declared(build: Callable[..., Cluster]) -> None:

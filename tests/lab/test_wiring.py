@@ -11,7 +11,7 @@ from small_cluster import build_cluster
 
 from thinwire.cluster import Cluster, Device, Host, Link, Quantity, Switch, load_cluster, shipped_clusters
 from thinwire.errors import UserError
-from thinwire.lab.wiring import Wiring, shape, wire
+from thinwire.lab.wiring import Wiring, burst_bytes, imitated, shape, wire
 
 
 def rates(wiring: Wiring) -> Counter[int]:
@@ -67,6 +67,21 @@ def test_latency_becomes_netem_before_the_bucket() -> None:
     lines = [line for step in wiring.steps if step.tool == "tc" and step.netns == "h0" for line in step.lines]
     assert lines[0].startswith("qdisc add dev eth0 root handle 1: netem delay 20000us limit ")
     assert lines[1].startswith("qdisc add dev eth0 parent 1:1 handle 10: tbf rate 100000000bit burst 25000 ")
+
+
+def test_a_declared_bucket_is_built_and_any_is_told() -> None:
+    """Inside the lab the cluster file says what is there: the buckets, and no latency that nothing imitates."""
+    cluster = build_cluster(latency_s=50e-6)
+    own, *others = cluster.links
+    own = replace(own, burst_bytes=Quantity(4000.0))
+    cluster = replace(cluster, links=(own, *others))
+    assert " burst 4000 " in shape("eth0", own, with_netem=False)[0]
+    told = imitated(cluster, "none")
+    assert [link.burst_bytes.value for link in told.links] == [4000, *(burst_bytes(link) for link in others)]
+    assert {link.latency_s.value for link in told.links} == {0.0}
+    assert {link.latency_s.value for link in imitated(cluster, "applied").links} == {50e-6}
+    with pytest.raises(UserError, match=r"burst_bytes = 900 B of .* -> .*; a lab's bucket must hold a frame: 1600 B or more"):
+        wire(replace(cluster, links=(replace(own, burst_bytes=Quantity(900.0)), *others)), netem=False)
 
 
 @pytest.mark.parametrize(("latency_s", "said"), [(50e-6, "none"), (500e-6, "none")])

@@ -59,10 +59,11 @@ def measure(cluster: Cluster, cases: Sequence[Case], told: Mapping[str, Any]) ->
 def _rows(cluster: Cluster, case: Case, found: Mapping[str, Any]) -> Rows:
     bound_s = bound(cluster, case.op, case.message_bytes).seconds
     if not found["back_to_back"]:
-        return [_row(cluster, case, found, found["turns"], bound_s, "", case.bar)]
+        return [_row(cluster, case, found, bound_s, "", case.bar)]
+    again = {**found, "turns": found["back_to_back"], "predicted": found["predicted_back_to_back"]}
     return [
-        _row(cluster, case, found, found["turns"], bound_s, ", after a barrier", case.bar),
-        _row(cluster, case, found, found["back_to_back"], bound_s, ", back to back", case.back_to_back or case.bar),
+        _row(cluster, case, found, bound_s, ", after a barrier", case.bar),
+        _row(cluster, case, again, bound_s, ", back to back", case.back_to_back or case.bar),
     ]
 
 
@@ -70,11 +71,11 @@ def _row(
     cluster: Cluster,
     case: Case,
     found: Mapping[str, Any],
-    turns: Mapping[str, Sequence[float]],
     bound_s: float,
     how: str,
     bar: float,
 ) -> dict[str, Any]:
+    turns = found["turns"]
     native_s, ours_s = min(turns["native"]), min(turns["ours"])
     predicted_s = found["predicted"]["ours"]
     ordered_s = min(turns["ordered"]) if case.ordered is not None else None

@@ -107,9 +107,10 @@ def _each(spec: LinkSpec) -> Iterator[Link]:
 def _cable(cable: Cable, source: str, target: str) -> list[Link]:
     back = cable.back_bandwidth_bps or cable.bandwidth_bps
     back_latency = cable.back_latency_s or cable.latency_s
+    burst = cable.burst_bytes
     return [
-        Link(source=source, target=target, bandwidth_bps=cable.bandwidth_bps, latency_s=cable.latency_s),
-        Link(source=target, target=source, bandwidth_bps=back, latency_s=back_latency),
+        Link(source=source, target=target, bandwidth_bps=cable.bandwidth_bps, latency_s=cable.latency_s, burst_bytes=burst),
+        Link(source=target, target=source, bandwidth_bps=back, latency_s=back_latency, burst_bytes=burst),
     ]
 
 

@@ -25,7 +25,8 @@
     each = { i = 16, j = 8 }        # one for each i and j
 
 A quantity is a number in the base unit, a string with its unit, or, when measured, a table {value, source, low, high, date}.
-The other direction of a cable differs where back_bandwidth_bps or back_latency_s says so.
+The other direction of a cable differs where back_bandwidth_bps or back_latency_s says so. burst_bytes = "16 KiB" on a cable whose
+rate is kept by a token bucket (labs, many clouds): so much passes at once after a silence.
 """
 
 import re
@@ -82,6 +83,7 @@ def dump_cluster(cluster: Cluster, path: Path) -> None:
                 "bandwidth_bps": _write(link.bandwidth_bps),
                 "latency_s": _write(link.latency_s),
             }
+            | ({"burst_bytes": _write(link.burst_bytes)} if link.burst_bytes.value else {})
             for link in cluster.links
         ],
     }

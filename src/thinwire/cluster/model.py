@@ -54,12 +54,17 @@ class Switch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """One direction of a cable between two nodes (hosts, switches or devices)."""
+    """One direction of a cable between two nodes (hosts, switches or devices).
+
+    burst_bytes: line bytes that pass at once after a silence, as shapers of labs and clouds let them (a token bucket: what was
+    taken comes back at the rate of the link).
+    """
 
     source: str
     target: str
     bandwidth_bps: Quantity
     latency_s: Quantity
+    burst_bytes: Quantity = Quantity(0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

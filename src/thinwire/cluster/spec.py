@@ -40,6 +40,7 @@ def _quantity(unit: str, *, zero: bool = False) -> BeforeValidator:
 Bandwidth = Annotated[Quantity, _quantity("bit/s")]
 Latency = Annotated[Quantity, _quantity("s", zero=True)]
 Memory = Annotated[Quantity, _quantity("B")]
+Burst = Annotated[Quantity, _quantity("B", zero=True)]
 Rate = Annotated[Quantity, _quantity("flop/s")]
 
 
@@ -58,12 +59,13 @@ class DeviceSpec(_Spec):
 
 
 class Cable(_Spec):
-    """Two links, one each way; the way back is equal unless said otherwise."""
+    """Two links, one each way; the way back is equal unless said otherwise. burst_bytes: of both."""
 
     bandwidth_bps: Bandwidth
     latency_s: Latency = Quantity(0.0)
     back_bandwidth_bps: Bandwidth | None = None
     back_latency_s: Latency | None = None
+    burst_bytes: Burst = Quantity(0.0)
 
 
 class CardSpec(Cable):

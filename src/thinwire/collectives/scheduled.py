@@ -78,6 +78,8 @@ class ScheduledGroup(MeteredGroup):
         return wire_bytes(way, call, self._engine)
 
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
+        if self._stays("all_reduce", tensors[0]):
+            return super().allreduce(tensors, opts)
         native = partial(super().allreduce, tensors, opts)
         reduction = _reduction(opts)
         if reduction is None or not self._takes(tensors):
@@ -86,6 +88,8 @@ class ScheduledGroup(MeteredGroup):
         return self._run(Call("all_reduce", flat, flat, reduction, back=back), tensors, native, opts)
 
     def broadcast(self, tensors: Any, opts: Any) -> dist.Work:
+        if self._stays("broadcast", tensors[0], opts.rootRank):
+            return super().broadcast(tensors, opts)
         native = partial(super().broadcast, tensors, opts)
         if not self._takes(tensors):
             return native()
@@ -146,6 +150,11 @@ class ScheduledGroup(MeteredGroup):
 
     def _submit(self, what: str, job: Callable[[], None], tensors: list[torch.Tensor], blocking: bool) -> dist.Work:
         return self._engine.submit(what, job, tensors, blocking=blocking)
+
+    def _stays(self, op: str, message: torch.Tensor, root: int = 0) -> bool:
+        """Whether it is known that the inner group runs such calls: the short way for short calls."""
+        way = self._ways.get((op, size_class(message.numel() * message.element_size()), root))
+        return way is not None and way.native
 
     def _takes(self, tensors: Any) -> bool:
         first = tensors[0]

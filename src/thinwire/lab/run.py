@@ -29,7 +29,7 @@ from thinwire.lab.commands import ROOT, Process, ranks_by_host
 from thinwire.lab.kernel import Kernel, examine
 from thinwire.lab.mpi import host_files
 from thinwire.lab.stalls import Stall, turns
-from thinwire.lab.wiring import Wiring, wire
+from thinwire.lab.wiring import Wiring, imitated, wire
 
 RESULTS = f"{ROOT}/results"
 TOLD = f"{ROOT}/host/lab.json"
@@ -129,7 +129,7 @@ def _orders(
             "lab": lab,
         }
     with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
-        dump_cluster(cluster, Path(folder) / "cluster.toml")
+        dump_cluster(imitated(cluster, wiring.delay), Path(folder) / "cluster.toml")
         text = (Path(folder) / "cluster.toml").read_text(encoding="utf-8")
     specs = []
     for index, process in enumerate(processes):

@@ -5,17 +5,20 @@ veth pair. Each *directed* link is a token bucket (tbf) at the end where it star
 
 The bucket: after a silence a message gets `burst` bytes for free and then flows at the line rate, so a message of n
 bytes may be early by burst / n. With 16 KiB (or 2 ms of the rate if that is more) that is at most 10 % at 256 KiB up to
-100 Mbit/s. tbf counts whole frames: a payload cannot be faster than bandwidth_bps / FRAME_OVERHEAD.
+100 Mbit/s; a cluster file may say its own `burst_bytes`. tbf counts whole frames: a payload cannot be faster than
+bandwidth_bps / FRAME_OVERHEAD.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from thinwire.cluster import Cluster, Link
+from thinwire.cluster import Cluster, Link, Quantity
 from thinwire.errors import UserError
 from thinwire.units import show
 
 MIN_BURST_BYTES = 16 * 1024
+LEAST_BURST_BYTES = 1600
+"""A bucket that cannot hold a frame never lets it pass."""
 BURST_S = 2e-3
 QUEUE_S = 0.2
 NEGLIGIBLE_DELAY_S = 100e-6
@@ -105,11 +108,32 @@ def wire(cluster: Cluster, *, netem: bool, delay: bool = True) -> Wiring:
     )
 
 
+def imitated(cluster: Cluster, delay: str) -> Cluster:
+    """`cluster` as a lab has it: with the buckets of its links, and without latencies unless `delay` is "applied"."""
+    shaped = {link for cable in _cables(cluster)[0] for link in (cable.forward, cable.back)}
+
+    def there(link: Link) -> Link:
+        latency_s = link.latency_s if delay == "applied" else Quantity(0.0)
+        return replace(link, burst_bytes=Quantity(burst_bytes(link)), latency_s=latency_s)
+
+    return replace(cluster, links=tuple(there(link) if link in shaped else link for link in cluster.links))
+
+
+def burst_bytes(link: Link) -> int:
+    """Of the bucket that shapes `link`: what its cluster file says, else see the top of the file."""
+    declared = round(link.burst_bytes.value)
+    if 0 < declared < LEAST_BURST_BYTES:
+        raise UserError(
+            f"burst_bytes = {show(declared, 'B')} of {link.source} -> {link.target}; a lab's bucket must hold a frame: "
+            f"{LEAST_BURST_BYTES} B or more"
+        )
+    return declared or max(MIN_BURST_BYTES, round(link.bandwidth_bps.value / 8 * BURST_S))
+
+
 def shape(interface: str, link: Link, *, with_netem: bool) -> list[str]:
     """The `tc` lines that give the sending end of `link` its bandwidth and, with netem, its latency."""
     rate = link.bandwidth_bps.value
-    burst = max(MIN_BURST_BYTES, round(rate / 8 * BURST_S))
-    bucket = f"tbf rate {round(rate)}bit burst {burst} latency {round(QUEUE_S * 1000)}ms"
+    bucket = f"tbf rate {round(rate)}bit burst {burst_bytes(link)} latency {round(QUEUE_S * 1000)}ms"
     latency = link.latency_s.value
     if not with_netem or latency <= NEGLIGIBLE_DELAY_S:
         return [f"qdisc add dev {interface} root {bucket}"]

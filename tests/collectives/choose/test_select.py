@@ -23,6 +23,8 @@ from thinwire.collectives.synthesis.bounds import OPS
 SIZE = 4 << 20
 MESSAGE_S = SIZE * 8 * FRAME_OVERHEAD / RATE
 """4 MiB through one card of 100 Mbit/s."""
+BOTH_WAYS = 1 + Costs().acknowledged
+"""Where as much is acknowledged on a link as it carries."""
 
 
 @cache
@@ -50,12 +52,12 @@ def test_equal_hosts() -> None:
     """14/8 of the message through each card is the bound, and the backend's ring is as near to it as anything."""
     found = shipped("eight-hosts-100mbit", "all_reduce")
     assert found.best is found.native
-    assert found.native.seconds == pytest.approx(14 / 8 * MESSAGE_S, rel=0.01)
+    assert found.native.seconds == pytest.approx(14 / 8 * MESSAGE_S * BOTH_WAYS, rel=0.01)
     for op, native, ours in (
-        ("reduce_scatter", 14 / 8, 7 / 8),
-        ("reduce", 14 / 8, 1),
+        ("reduce_scatter", 14 / 8 * BOTH_WAYS, 7 / 8),
+        ("reduce", 14 / 8 * BOTH_WAYS, 1),
         ("broadcast", 5, 1),
-        ("all_to_all", 7 / 8 * 1.39, 7 / 8),
+        ("all_to_all", 7 / 8 * 1.36 * BOTH_WAYS, 7 / 8),
     ):
         found = shipped("eight-hosts-100mbit", op)
         assert found.native.seconds == pytest.approx(native * MESSAGE_S, rel=0.015), op
@@ -73,18 +75,18 @@ def test_the_native_broadcast_is_as_slow_as_it_was_measured(hosts: int, low: flo
     assert low * MESSAGE_S <= native_s(hosts, "broadcast") <= high * MESSAGE_S
 
 
-@pytest.mark.parametrize(("hosts", "measured"), [(2, 1.96), (4, 1.61), (8, 1.39)])
+@pytest.mark.parametrize(("hosts", "measured"), [(2, 1.92), (4, 1.58), (8, 1.36)])
 def test_the_native_all_to_all_is_as_slow_as_it_was_measured(hosts: int, measured: float) -> None:
-    least_s = (hosts - 1) / hosts * MESSAGE_S
+    least_s = (hosts - 1) / hosts * MESSAGE_S * BOTH_WAYS
     assert native_s(hosts, "all_to_all") == pytest.approx(measured * least_s, rel=0.02)
 
 
 def test_interleaved_racks_are_reordered() -> None:
     found = shipped("two-racks", "all_reduce")
-    assert found.native.seconds == pytest.approx(4 * 14 / 8 * MESSAGE_S, rel=0.01)
+    assert found.native.seconds == pytest.approx(4 * 14 / 8 * MESSAGE_S * BOTH_WAYS, rel=0.01)
     assert found.best.candidate.name == "native, ring order"
     assert found.best.candidate.order == (0, 2, 4, 6, 1, 3, 5, 7)
-    assert found.best.seconds == pytest.approx(14 / 8 * MESSAGE_S, rel=0.01)
+    assert found.best.seconds == pytest.approx(14 / 8 * MESSAGE_S * BOTH_WAYS, rel=0.01)
     assert found.runner_up is not None and found.runner_up.candidate.name != found.best.candidate.name
 
 
@@ -97,14 +99,14 @@ def test_half_uplinks_call_for_a_hierarchy() -> None:
     )
     found = chosen(replace(cluster, links=links), "all_reduce")
     reordered = next(one for one in found.ranking if one.candidate.name == "native, ring order")
-    assert reordered.seconds == pytest.approx(3.5 * MESSAGE_S, rel=0.01)
+    assert reordered.seconds == pytest.approx(3.5 * MESSAGE_S * BOTH_WAYS, rel=0.01)
     assert found.best.seconds < 2.2 * MESSAGE_S
 
 
 def test_a_slow_host_does_not_decide_twice() -> None:
     """At a quarter of the rate a ring takes 7 n / rate, the bound is 4 n / rate."""
     found = shipped("one-slow-host", "all_reduce")
-    assert found.native.seconds == pytest.approx(7 * MESSAGE_S, rel=0.01)
+    assert found.native.seconds == pytest.approx(7 * MESSAGE_S * BOTH_WAYS, rel=0.01)
     assert found.best.seconds <= 4 * MESSAGE_S * 1.06
     weighted = next(one for one in found.ranking if one.candidate.name == "weighted direct")
     assert weighted.seconds <= 4 * MESSAGE_S * 1.06
@@ -138,7 +140,7 @@ def test_the_words() -> None:
     explained = explain(shipped("one-slow-host", "all_reduce"))
     lines = dict(explained.lines)
     assert "slow -> switch is busy" in lines["predicted"]
-    assert "slow -> switch" in lines["bound"] and lines["native"].startswith("2.46 s (1.")
+    assert "slow -> switch" in lines["bound"] and lines["native"].startswith("2.51 s (1.")
     found = explained.as_dict()
     assert found["bound_s"] <= found["predicted_s"] < found["native_s"]
     assert {found["links"][0]["source"], found["links"][0]["target"]} == {"slow", "switch"}

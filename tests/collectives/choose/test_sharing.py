@@ -33,3 +33,12 @@ def test_what_is_left_goes_to_those_who_can_use_it() -> None:
     """Two share link 0 with 1 each; the third has link 1 for itself but for one of them: 10 - 1."""
     rates = Sharing([[0], [0, 1], [1]], [2.0, 10.0]).rates(np.array([0, 1, 2]))
     assert rates == pytest.approx([1, 1, 9])
+
+
+def test_what_is_acknowledged_takes_its_share_on_the_way_back() -> None:
+    """Two nodes that both send: a tenth of each direction goes to acknowledgements of the other, at first guess."""
+    sharing = Sharing([[0], [1]], [11.0, 11.0], back=[[1], [0]], acknowledged=0.1)
+    both, one = np.array([0, 1]), np.array([0])
+    assert sharing.rates(both) == pytest.approx([11 - 1.1] * 2)
+    assert sharing.rates(one) == pytest.approx([11.0])
+    assert sharing.carried(both, np.array([10.0, 5.0])) == pytest.approx([10.5, 6.0])

@@ -20,7 +20,7 @@ from thinwire.collectives.synthesis.bounds import OPS
 from thinwire.errors import UserError
 
 PER_BYTE = 8 * FRAME_OVERHEAD / RATE
-COSTS = Costs(send_s=3e-5, receive_s=7e-5, wake_s=0.0, reduce_s_per_byte=1e-9, call_s=1e-4)
+COSTS = Costs(send_s=3e-5, receive_s=7e-5, wake_s=0.0, reduce_s_per_byte=1e-9, call_s=1e-4, acknowledged=0.0)
 
 
 def run(schedule: Schedule, message_bytes: int, cluster: Cluster, costs: Costs = FREE) -> Simulated:
@@ -46,6 +46,25 @@ def test_a_pipelined_chain() -> None:
     assert found.seconds == pytest.approx((segments + p - 2) / segments * n * PER_BYTE, rel=1e-9)
 
 
+def test_calls_back_to_back_follow_one_another_down_a_chain() -> None:
+    """As segments of one message would; and each call has its own beginning."""
+    p, n, calls = 5, 40_000, 7
+    routes, chain = Routes(star([RATE] * p)), rooted.broadcast(rooted.chain(range(p)))
+    assert simulate(chain, n, routes, FREE, calls).seconds == pytest.approx((calls + p - 2) * n * PER_BYTE, rel=1e-9)
+    local = Routes(load_cluster("laptop"))
+    pair = rooted.broadcast(rooted.chain([0, 1]))
+    costs = replace(FREE, call_s=1e-3, send_s=1e-4)
+    assert simulate(pair, n, local, costs, calls).seconds == pytest.approx(calls * 1.1e-3, rel=1e-3)
+
+
+def test_messages_of_nothing_are_not_waited_for() -> None:
+    """One element among eight ranks: most chunks are empty, in the second call too."""
+    routes = Routes(star([RATE] * 8))
+    for make in (doubling.rabenseifner, lambda p: ring.all_reduce(range(p)), direct.all_reduce):
+        one, four = (simulate(make(8), 4, routes, COSTS, calls).seconds for calls in (1, 4))
+        assert one < four <= 4 * one * (1 + 1e-9)
+
+
 def test_weighted_direct_on_a_star() -> None:
     """The slow host owns nothing: it sends the vector in the first half, and gets it in the second, a segment behind."""
     n, segments, rates = 4 * 32 * 7000, 32, [RATE] * 7 + [RATE / 4]
@@ -69,6 +88,33 @@ def test_a_message_waits_for_the_one_before_it_on_its_connection() -> None:
     times = [(one.began_s, one.left_s) for one in found.transfers]
     each_s = 1000 * PER_BYTE
     assert times == [(pytest.approx(k * each_s), pytest.approx((k + 1) * each_s)) for k in range(4)]
+
+
+def bucketed(cluster: Cluster, burst_bytes: float) -> Cluster:
+    links = tuple(replace(link, burst_bytes=Quantity(burst_bytes * FRAME_OVERHEAD)) for link in cluster.links)
+    return replace(cluster, links=links)
+
+
+def test_a_bucket_lets_the_first_bytes_pass_at_once_and_fills_while_its_link_rests() -> None:
+    """Two messages of 1000 bytes, the second by a sender that takes a while: it finds what has come back since."""
+    cluster = bucketed(star([RATE] * 2), 600)
+    message = rooted.broadcast(rooted.chain([0, 1]))
+    alone = run(message, 1000, cluster)
+    assert alone.seconds == pytest.approx(400 * PER_BYTE)
+    assert run(message, 500, cluster).seconds == pytest.approx(0, abs=1e-9)
+    for pause_bytes, free in ((0, 0), (400 + 200, 200), (400 + 5000, 600)):
+        costs = replace(FREE, send_s=pause_bytes * PER_BYTE)
+        first, second = run(pipelined(message, 2), 2000, cluster, costs).transfers
+        assert first.left_s - first.began_s == pytest.approx(400 * PER_BYTE)
+        assert second.left_s - second.began_s == pytest.approx((1000 - free) * PER_BYTE), pause_bytes
+
+
+def test_what_arrives_is_acknowledged() -> None:
+    """A ring keeps both directions of each card busy; in a chain of whole messages one ever moves, one way."""
+    costs, n, hosts = replace(FREE, acknowledged=0.02), 4 * 6 * 10_000, star([RATE] * 6)
+    for schedule, slower in ((ring.all_reduce(range(6)), 1.02), (rooted.broadcast(rooted.chain(range(6))), 1.0)):
+        found, free = run(schedule, n, hosts, costs).seconds, run(schedule, n, hosts).seconds
+        assert found == pytest.approx(slower * free, rel=1e-3)
 
 
 def test_shared_cores_make_ranks_wait_for_one_another() -> None:

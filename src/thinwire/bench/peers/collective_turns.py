@@ -20,6 +20,9 @@ from thinwire.bench.turns import write_result
 from thinwire.cluster import load_cluster
 from thinwire.collectives.backend import NAME
 from thinwire.collectives.choose.costs import Costs
+from thinwire.collectives.choose.native import simulate_native
+from thinwire.collectives.choose.question import question
+from thinwire.collectives.choose.simulate import simulate
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.run.engine import Engine
 from thinwire.collectives.run.links import Place
@@ -27,10 +30,12 @@ from thinwire.collectives.scheduled import register_scheduled
 from thinwire.collectives.schedules.orders import ring_order
 from thinwire.collectives.tuned.advice import Advisor
 from thinwire.collectives.tuned.tuner import Tuner, size_class
-from thinwire.collectives.tuned.way import Call, Way, example, perform
+from thinwire.collectives.tuned.way import NATIVE, Call, Way, example, perform
 from thinwire.train.runtime import process_group, read_surroundings
 
 TIMEOUT_S = 300.0
+BACK_TO_BACK = 16
+"""Calls that are simulated one after the other."""
 
 
 def issue(call: Call, group: dist.ProcessGroup) -> None:
@@ -99,9 +104,18 @@ def measure(case, told, groups, advisor):
     way = ours._ways[op, size_class(call.message_bytes), 0]
     found["algorithm"] = way.name
     if dist.get_rank() == 0:
-        priced = {one.name: seconds for one, seconds in advisor.ways(op, call.message_bytes, range(dist.get_world_size()), 0)}
-        found["predicted"] = {"ours": priced[way.name], "native": priced["native"]}
+        asked = question(advisor.cluster, op, call.message_bytes)
+        for many in (1, BACK_TO_BACK) if short else (1,):
+            ours_s, native_s = (predicted_s(one, asked, advisor.costs, many) for one in (way, NATIVE))
+            found["predicted" if many == 1 else "predicted_back_to_back"] = {"ours": ours_s, "native": native_s}
     return found
+
+
+def predicted_s(way, asked, costs, calls):
+    """Seconds of one of `calls` back to back."""
+    if way.schedule is not None:
+        return simulate(way.schedule, asked.message_bytes, asked.routes, costs, calls).seconds / calls
+    return simulate_native(asked, way.order, costs, calls).seconds / calls
 
 
 def main(results, settings):

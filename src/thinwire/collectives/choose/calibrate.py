@@ -2,10 +2,11 @@
 
 An all-reduce of a few bytes is nearly all software: recursive doubling as we run it, and the backend's own. Each time gives one
 factor for the costs of its side, found by bisection: with it the simulation takes the time that was measured. The ratio of
-sending to receiving is left as it is.
+sending to receiving is left as it is. (Ours is timed inside: what a call costs on its way there is not in it.)
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from thinwire.cluster import Cluster
 from thinwire.collectives.choose.costs import Costs
@@ -23,7 +24,8 @@ def calibrated(costs: Costs, cluster: Cluster, ours_s: float, native_s: float) -
     asked = question(cluster, "all_reduce", PROBE_BYTES)
     schedule = recursive_doubling(asked.p)
 
-    ours = _factor(lambda f: simulate(schedule, PROBE_BYTES, asked.routes, costs.scaled(ours=f)).seconds, ours_s)
+    inside = replace(costs, call_s=0.0)
+    ours = _factor(lambda f: simulate(schedule, PROBE_BYTES, asked.routes, inside.scaled(ours=f)).seconds, ours_s)
 
     def native_simulated_s(factor: float) -> float:
         run = simulate_native(asked, None, costs.scaled(native=factor))

@@ -2,7 +2,8 @@
 
     T_k = max(W / k + B (1 - 1/k), k O + G) + sum over steps (alpha_t + o_t + g_t / k)
 
-W      seconds on the wire if the steps were taken one after the other: the sum of what the fullest link of each carries
+W      seconds on the wire if the steps were taken one after the other: the sum of what the fullest link of each carries,
+       acknowledgements included, without what buckets let pass
 B      seconds of the link that is fullest over all steps
 O, o_t software of the busiest rank, in all steps and in step t; where cores are shared, what each core has to do if that is more
 G, g_t additions, likewise
@@ -12,9 +13,10 @@ Exact for a ring (W = B) and for a pipelined chain (W = (p-1) B, so (p-2+k)/k B)
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from thinwire.cluster import Link
+from thinwire.cluster import FRAME_OVERHEAD, Link
 from thinwire.collectives.choose.costs import Costs
 from thinwire.collectives.choose.question import Question
 from thinwire.collectives.choose.simulate import chunk_bytes
@@ -44,6 +46,7 @@ def profile(schedule: Schedule, asked: Question, costs: Costs) -> Profile:
     lengths = chunk_bytes(schedule, asked.message_bytes)
     cores = costs.cores(schedule.p) or schedule.p
     total: Counter[Link] = Counter()
+    full: dict[Link, float] = {}
     software: Counter[int] = Counter()
     added: Counter[int] = Counter()
     step_wires_s = steps_s = steps_added_s = 0.0
@@ -61,8 +64,11 @@ def profile(schedule: Schedule, asked: Question, costs: Costs) -> Profile:
             if message.reduce:
                 sums[message.target] += size * costs.reduce_s_per_byte  # type: ignore[assignment]
             route = asked.routes.between(message.source, message.target)
+            slow = size - _passing(full, route, size)
             for link in route:
-                loads[link] += size
+                loads[link] += slow  # type: ignore[assignment]
+            for link in asked.routes.between(message.target, message.source):
+                loads[link] += costs.acknowledged * slow  # type: ignore[assignment]
             longest_s = max(longest_s, sum(link.latency_s.value for link in route))
         step_wires_s += max((link_seconds(link, size) for link, size in loads.items()), default=0.0)
         steps_s += longest_s + costs.wake_s + _busiest(work, cores)
@@ -73,6 +79,15 @@ def profile(schedule: Schedule, asked: Question, costs: Costs) -> Profile:
     fullest_s = max((link_seconds(link, size) for link, size in total.items()), default=0.0)
     busiest = _busiest(software, cores), _busiest(added, cores)
     return Profile(step_wires_s, fullest_s, *busiest, steps_s, steps_added_s)
+
+
+def _passing(full: dict[Link, float], route: Sequence[Link], size: int) -> float:
+    """Bytes that pass at once, as in `buckets`; `full`: what is left in those that were asked. They do not fill again here."""
+    free = min((full.setdefault(link, link.burst_bytes.value / FRAME_OVERHEAD) for link in route), default=0.0)
+    free = min(free, size)
+    for link in route:
+        full[link] -= free
+    return free
 
 
 def _busiest(work: Counter[int], cores: int) -> float:

@@ -10,8 +10,8 @@
                     the two are 3 and 2. So: two thirds of the way from the second to the first.
     all_to_all      everything at once. Of two ranks, the one that posts its send later has the other's receive already and sends
                     at once; its own receive is then announced behind all that, on the same connection: between two ranks one
-                    direction waits for the other. Measured against full duplex: 1.96 at 2 hosts, 1.61 at 4, 1.39 at 8: about
-                    1 + 1.5 p^-0.65.
+                    direction waits for the other. Measured against full duplex: 1.92 at 2 hosts, 1.58 at 4, 1.36 at 8: about
+                    1 + 1.47 p^-0.675.
 
 On a group of its own, whose ranks are in another order, the same code is another pattern (`order`).
 """
@@ -36,20 +36,20 @@ _SEGMENT_BYTES = 1 << 20
 _MOST_MESSAGES = 40_000
 
 
-def simulate_native(asked: Question, order: Sequence[int] | None, costs: Costs) -> Simulated | None:
-    """order: of the group that it runs on. None: too many messages to go through; see `closed_form_s`."""
+def simulate_native(asked: Question, order: Sequence[int] | None, costs: Costs, calls: int = 1) -> Simulated | None:
+    """order: of the group that it runs on; calls: as in `simulate`. None: too many messages to go through (`closed_form_s`)."""
     p = asked.p
     order = tuple(range(p)) if order is None else tuple(order)
     schedule = pattern(asked.op, p, asked.message_bytes, order.index(asked.root))
     if schedule is None:
         return None
-    found = simulate(on_ranks(schedule, order), asked.message_bytes, asked.routes, costs.native)
+    found = simulate(on_ranks(schedule, order), asked.message_bytes, asked.routes, costs.native, calls)
     match asked.op:
         case "broadcast":
-            rounds_s = price(asked.routes, "broadcast", asked.message_bytes, order, order.index(asked.root)).seconds
+            rounds_s = calls * price(asked.routes, "broadcast", asked.message_bytes, order, order.index(asked.root)).seconds
             return _scaled(found, _EVEN + (1 - _EVEN) * rounds_s / found.seconds) if found.seconds else found
         case "all_to_all":
-            return _scaled(found, 1 + 1.5 * p**-0.65)
+            return _scaled(found, 1 + 1.47 * p**-0.675)
     return found
 
 

@@ -3,6 +3,9 @@
 Every active connection has a route, a set of links. All rates grow together; when a link is full, the connections across it keep
 their rate and the others go on (progressive filling). No connection can then get more without one that has no more losing some,
 which is what TCP flows of equal age tend to. (Bertsekas and Gallager, Data networks, 1992, 6.5.2.)
+
+What arrives is acknowledged, on the links of the way back: those have so much less for data of their own. (Rates are found
+without that first, then with what they cause.)
 """
 
 from collections.abc import Sequence
@@ -19,14 +22,18 @@ _TIE = 1 + 1e-12
 class Sharing:
     """Rates of connections over links of given capacities; what was asked once is remembered."""
 
-    def __init__(self, routes: Sequence[Sequence[int]], capacity: Sequence[float]) -> None:
-        """routes[c]: numbers of the links that connection c crosses, one or more; capacity in bytes/s."""
-        self._links = len(capacity)
-        longest = max((len(route) for route in routes), default=0)
-        # Short routes are filled up with a link that is never full.
-        self._routes = np.full((len(routes), longest), self._links, dtype=np.int64)
-        for number, route in enumerate(routes):
-            self._routes[number, : len(route)] = route
+    def __init__(
+        self,
+        routes: Sequence[Sequence[int]],
+        capacity: Sequence[float],
+        back: Sequence[Sequence[int]] = (),
+        acknowledged: float = 0.0,
+    ) -> None:
+        """routes[c]: numbers of the links that connection c crosses, one or more; capacity in bytes/s. back[c]: of the way back,
+        on which there are `acknowledged` bytes for each byte of data."""
+        self._links, self._acknowledged = len(capacity), acknowledged
+        self._routes = self._filled_up(routes)
+        self._back = self._filled_up(back)
         self._capacity = np.array([*capacity, np.inf])
         self._known: dict[bytes, Floats] = {}
 
@@ -35,12 +42,36 @@ class Sharing:
         key = active.tobytes()
         found = self._known.get(key)
         if found is None:
-            found = self._known[key] = self._filled(self._routes[active])
+            found = self._filled(self._routes[active], self._capacity)
+            if self._acknowledged:
+                found = self._filled(self._routes[active], self._capacity - self._taken_back(active, found))
+            self._known[key] = found
         return found
 
-    def _filled(self, routes: Numbers) -> Floats:
+    def carried(self, active: Numbers, rates: Floats) -> Floats:
+        """Bytes/s on each link while the connections `active` have `rates`, what is acknowledged included."""
+        total: Floats = self._across(self._routes[active], rates) + self._taken_back(active, rates)
+        return total[: self._links]
+
+    def _taken_back(self, active: Numbers, rates: Floats) -> Floats:
+        if not self._acknowledged:
+            return np.zeros(self._links + 1)
+        return self._acknowledged * self._across(self._back[active], rates)
+
+    def _across(self, routes: Numbers, rates: Floats) -> Floats:
+        weights = np.repeat(rates, routes.shape[1])
+        return np.bincount(routes.ravel(), weights=weights, minlength=self._links + 1).astype(np.float64, copy=False)
+
+    def _filled_up(self, routes: Sequence[Sequence[int]]) -> Numbers:
+        """Short routes with a link that is never full."""
+        filled = np.full((len(routes), max((len(route) for route in routes), default=0)), self._links, dtype=np.int64)
+        for number, route in enumerate(routes):
+            filled[number, : len(route)] = route
+        return filled
+
+    def _filled(self, routes: Numbers, capacity: Floats) -> Floats:
         rates = np.zeros(len(routes))
-        left = self._capacity.copy()
+        left = capacity.copy()
         growing = np.arange(len(routes))
         while len(growing):
             flows = np.bincount(routes[growing].ravel(), minlength=self._links + 1)

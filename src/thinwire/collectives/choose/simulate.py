@@ -5,7 +5,8 @@
                  a little to wake up; it costs o_r (+ gamma a byte where it is added). Receives are posted early: a message may
                  travel before its receiver gets round to it.
     connection   messages of one (source, target) pair travel one after the other, in the order in which they were sent
-    link         connections share it max-min fairly (`sharing`); payload passes at bandwidth / FRAME_OVERHEAD
+    link         connections share it max-min fairly (`sharing`); payload passes at bandwidth / FRAME_OVERHEAD, but for what its
+                 bucket lets pass at once (`buckets`)
     latency      the sum along the route, added when the last byte has passed
     one node     ranks on it reach each other without a link: only o_s and o_r
 
@@ -16,14 +17,15 @@ latency. (LogGP: Alexandrov et al. 1995.)
 """
 
 import heapq
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from math import gcd, inf
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil, gcd, inf
 
 import numpy as np
 
 from thinwire.cluster import FRAME_OVERHEAD, Link
 from thinwire.cluster.graph import Routes
+from thinwire.collectives.choose.buckets import Buckets
 from thinwire.collectives.choose.costs import Costs
 from thinwire.collectives.choose.sharing import Sharing
 from thinwire.collectives.schedules.program import programs
@@ -31,6 +33,8 @@ from thinwire.collectives.schedules.schedule import Schedule
 
 _SAME_S = 1e-9
 _ELEMENT_BYTES = 4
+FRAME_BYTES = 1448
+"""Payload of a full frame."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +82,12 @@ def chunk_bytes(schedule: Schedule, message_bytes: int) -> list[int]:
     return [len(one) * unit for one in schedule.ranges(schedule.block_sizes(message_bytes // unit))]
 
 
-def simulate(schedule: Schedule, message_bytes: int, routes: Routes, costs: Costs | None = None) -> Simulated:
-    """Rank i of the schedule is rank i of the cluster of `routes`; message_bytes as in `schedules.ops.block_sizes`."""
-    return _Run(schedule, message_bytes, routes, costs or Costs()).result()
+def simulate(schedule: Schedule, message_bytes: int, routes: Routes, costs: Costs | None = None, calls: int = 1) -> Simulated:
+    """Rank i of the schedule is rank i of the cluster of `routes`; message_bytes as in `schedules.ops.block_sizes`.
+
+    calls: so many, back to back: a rank that is done early begins the next.
+    """
+    return _Run(replace(schedule, steps=schedule.steps * calls), message_bytes, routes, costs or Costs(), calls).result()
 
 
 @dataclass(slots=True)
@@ -107,6 +114,7 @@ class _Action:
     message: _Message
     receives: bool
     needs: list[_Message]
+    call: int
     ready: float = inf
     end: float = inf
     cause: _Message | None = None
@@ -120,19 +128,22 @@ class _Rank:
 
 
 class _Run:
-    def __init__(self, schedule: Schedule, message_bytes: int, routes: Routes, costs: Costs) -> None:
+    def __init__(self, schedule: Schedule, message_bytes: int, routes: Routes, costs: Costs, calls: int) -> None:
         self._routes, self._costs = routes, costs
+        self._call_s = costs.call_s * max(1.0, costs.cores_shared)
         self._links: dict[Link, int] = {}
         self._pairs: dict[tuple[int, int], int] = {}
         self._ways: list[list[int]] = []
+        self._ways_back: list[list[int]] = []
         self._latency: list[float] = []
         lengths = chunk_bytes(schedule, message_bytes)
         self._messages = [
             _Message(m.source, m.target, sum(lengths[chunk] for chunk in m.chunks), m.reduce) for m in schedule.messages
         ]
-        self._ranks = self._laid_out(schedule)
+        self._ranks = self._laid_out(schedule, len(schedule.steps) // calls)
         self._capacity = [link.bandwidth_bps.value / (8 * FRAME_OVERHEAD) for link in self._links]
-        self._sharing = Sharing(self._ways, self._capacity)
+        self._sharing = Sharing(self._ways, self._capacity, self._ways_back, costs.acknowledged)
+        self._buckets = Buckets(list(self._links))
         self._queues: list[list[_Message]] = [[] for _ in self._ways]  # [0] is on its way
         self._heads = [0] * len(self._ways)
         self._left = np.zeros(len(self._ways))
@@ -143,14 +154,15 @@ class _Run:
         self._agenda: list[tuple[float, int, int]] = []  # time, rank, 1 if its action ends then, 0 if it may begin
         self._work()
 
-    def _laid_out(self, schedule: Schedule) -> list[_Rank]:
-        """Programs without messages that carry nothing, and what connections and links they use."""
+    def _laid_out(self, schedule: Schedule, call_steps: int) -> list[_Rank]:
+        """Programs without messages that carry nothing, and what connections and links they use. A call has call_steps steps."""
         for message in self._messages:
             if message.size and (way := self._routes.between(message.source, message.target)):
                 key = message.source, message.target
                 if key not in self._pairs:
                     self._pairs[key] = len(self._ways)
-                    self._ways.append([self._links.setdefault(link, len(self._links)) for link in way])
+                    self._ways.append(self._numbers(way))
+                    self._ways_back.append(self._numbers(self._routes.between(message.target, message.source)))
                     self._latency.append(sum(link.latency_s.value for link in way))
                 message.pair = self._pairs[key]
         ranks = []
@@ -160,21 +172,31 @@ class _Run:
                 message = self._messages[action.message]
                 if message.size:
                     earlier = (program[place] for place in action.after)
-                    needs = [self._messages[one.message] for one in earlier if one.kind == "send"]
-                    rank.actions.append(_Action(message, action.kind != "send", needs))
+                    sent = (self._messages[one.message] for one in earlier if one.kind == "send")
+                    needs = [one for one in sent if one.size]
+                    rank.actions.append(_Action(message, action.kind != "send", needs, action.step // call_steps))
             ranks.append(rank)
         return ranks
 
+    def _numbers(self, way: Sequence[Link]) -> list[int]:
+        return [self._links.setdefault(link, len(self._links)) for link in way]
+
     def _work(self) -> None:
         for number in range(len(self._ranks)):
-            self._begin(number, self._costs.call_s * max(1.0, self._costs.cores_shared))
+            self._begin(number, self._call_s)
         now = flown = 0.0  # what is left of each message is known at `flown`
         soonest = inf
         active, rates = np.empty(0, dtype=np.int64), np.empty(0)
+
+        def fly() -> None:
+            self._left[active] -= rates * (now - flown)
+            if self._buckets.any:
+                self._buckets.rest(now - flown, self._sharing.carried(active, rates))
+
         while self._agenda or self._active:
             now = min(soonest, self._agenda[0][0] if self._agenda else inf)
             if soonest <= now + _SAME_S:
-                self._left[active] -= rates * (now - flown)
+                fly()
                 flown = now
                 for pair in active[self._left[active] <= rates * _SAME_S].tolist():
                     self._gone(pair, now)
@@ -182,10 +204,11 @@ class _Run:
                 time, number, ends = heapq.heappop(self._agenda)
                 self._ended(number, time) if ends else self._take_core(number, time)
             if self._changed or self._started:
-                self._left[active] -= rates * (now - flown)
+                fly()
                 flown = now
                 for message in self._started:
-                    self._left[message.pair] = message.size
+                    free = self._buckets.taken(self._ways[message.pair], message.size) if self._buckets.any else 0.0
+                    self._left[message.pair] = message.size - free
                 self._started.clear()
                 if self._changed:
                     self._changed = False
@@ -217,9 +240,16 @@ class _Run:
 
     def _cost(self, action: _Action) -> float:
         if not action.receives:
-            return self._costs.send_s
+            return self._costs.send_s + self._carrying_s(action.message)
         added = action.message.size * self._costs.reduce_s_per_byte if action.message.reduce else 0.0
         return self._costs.receive_s + added
+
+    def _carrying_s(self, message: _Message) -> float:
+        """Of the frames after the first that pass at once: the sender's core takes them through the network."""
+        if not self._cores or not self._buckets.any or message.pair < 0:
+            return 0.0
+        free = min(message.size, self._buckets.least(self._ways[message.pair]))
+        return max(0, ceil(free / FRAME_BYTES) - 1) * self._costs.frame_s
 
     def _take_core(self, number: int, time: float) -> None:
         rank = self._ranks[number]
@@ -235,7 +265,8 @@ class _Run:
         if not action.receives:
             self._post(action.message, rank.at, time)
         rank.at += 1
-        self._begin(number, time)
+        another = rank.at < len(rank.actions) and rank.actions[rank.at].call > action.call
+        self._begin(number, time + self._call_s if another else time)
 
     def _post(self, message: _Message, place: int, time: float) -> None:
         message.posted, message.sender = time, place
@@ -295,7 +326,7 @@ class _Run:
             latency_s=latency_s,
             link_bytes=dict(zip(links, load, strict=True)),
             fullest=None if fullest is None else links[fullest],
-            busy=0.0 if fullest is None else busy[fullest] / ends[last],
+            busy=0.0 if fullest is None else busy[fullest] / max(ends[last], busy[fullest]),
             last_rank=last,
             transfers=tuple(Transfer(m.source, m.target, m.size, m.reduce, m.began, m.left) for m in self._messages if m.size),
         )

@@ -35,6 +35,8 @@ Key = tuple[tuple[int, ...], str, int, int]
 """Ranks of the group, op, class of sizes, root."""
 LONG_S = 1.0
 """Of what takes longer a single turn is enough."""
+CONNECT_S = 0.3
+"""What takes longer the first time is not short, even if it had to connect first."""
 
 
 def say_to_stderr(line: str) -> None:
@@ -129,6 +131,8 @@ def measure(engine: Engine, ways: list[Way], op: str, message_bytes: int, root: 
     """Seconds of each way, the same on all ranks. In a job of `engine`; collective."""
     call = example(op, message_bytes, engine, root)
     first = [_slowest(engine, [_timed(engine, way, call, 1)])[0] for way in ways]  # connects and compiles; is not counted
+    if min(first) < CONNECT_S:
+        first = _slowest(engine, [_timed(engine, way, call, 1) for way in ways])
     repeats = [REPEATED if seconds < SHORT_S else 1 for seconds in first]
     turns = 1 if max(first) > LONG_S else TURNS
     times = [[_timed(engine, way, call, count) for way, count in zip(ways, repeats, strict=True)] for _ in range(turns)]
