@@ -58,8 +58,19 @@ class Selection:
     @property
     def best(self) -> Priced:
         """What should run."""
-        close = [one for one in self.ranking if one.seconds <= self.ranking[0].seconds * (1 + TIE)]
-        return min(close, key=lambda one: (one.candidate.model is not None, len(one.run.transfers) if one.run else 0))
+        return self.promising[0]
+
+    @property
+    def promising(self) -> tuple[Priced, ...]:
+        """The ranking, but those that are as good as the best by number of messages, the backend's own before all."""
+        tie_s = self.ranking[0].seconds * (1 + TIE)
+
+        def effort(one: Priced) -> tuple[bool, bool, float]:
+            if one.seconds > tie_s:
+                return True, True, one.seconds
+            return False, one.candidate.model is not None, len(one.run.transfers) if one.run else 0
+
+        return tuple(sorted(self.ranking, key=effort))
 
     @property
     def native(self) -> Priced:

@@ -39,7 +39,7 @@ class Advisor:
         selection = choose(question(cluster, op, message_bytes, ranks, root), self.costs)
         found: list[tuple[Way, float]] = []
         names: set[str] = set()
-        for one in selection.ranking:
+        for one in selection.promising:
             candidate = one.candidate
             if candidate.model is None and candidate.order is None:
                 found.append((NATIVE, one.seconds))

@@ -1,14 +1,17 @@
 """Which way a group takes for an op and a class of sizes: the first rank knows or asks for advice, all of them measure.
 
-A class holds the sizes between two powers of two. Ways are timed in turns, each after a barrier, on the size that came first; the
-seconds of a turn are those of the slowest rank, of a way the least of its turns. A way replaces the backend's own collective only
-if it takes less than `WORTH` of its time (`SHORT_WORTH` for short calls). All ranks see the same numbers, and so choose alike.
+A class holds the sizes between two powers of two. Ways are timed in turns, each after a barrier, on the size that came first;
+the seconds of a turn are those of the slowest rank, of a way the median of its turns (gloo's all-to-all, for one, is fast at
+times). A way replaces the backend's own collective only if it takes less than `WORTH` of its time (`SHORT_WORTH` for short
+calls). All ranks see the same numbers, and so choose alike.
 """
 
 import sys
 import time
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -27,9 +30,12 @@ from thinwire.errors import UserError
 from thinwire.units import show
 
 TURNS = 3
-SHORT_S, REPEATED = 0.02, 10
-"""What takes less is repeated in a turn."""
-WORTH, SHORT_WORTH = 0.97, 0.67
+STEADY_TURNS, BETTER, MOST_TURNS = 5, 0.95, 30
+"""What messages cost is the least of as many turns as it takes until so many in a row were no better: ranks that have only just
+begun are slower for a while."""
+REPEATED, REPEATED_S = 10, 0.05
+"""So many times in a turn what takes less."""
+WORTH, SHORT_WORTH, SHORT_S = 0.97, 0.67, 0.02
 """What is short differs from one time to the next, and our way to a schedule is longer than that to gloo: it must win clearly."""
 Key = tuple[tuple[int, ...], str, int, int]
 """Ranks of the group, op, class of sizes, root."""
@@ -78,7 +84,7 @@ class Tuner:
         ways = [Way.from_plain(one) for one in told["ways"]]
         if len(ways) == 1:
             return ways[0]
-        seconds = measure(engine, ways, call.op, call.message_bytes, call.root)
+        seconds = measure(engine, ways, example(call.op, call.message_bytes, engine, call.root))
         native_s = next(time_s for way, time_s in zip(ways, seconds, strict=True) if way.native)
         best_s, best = min(zip(seconds, ways, strict=True), key=lambda pair: pair[0])
         if best_s >= (WORTH if native_s > SHORT_S else SHORT_WORTH) * native_s:
@@ -111,9 +117,16 @@ class Tuner:
         p = engine.place.size
         self._calibrated.add(p)
         doubling = Way("recursive doubling", recursive_doubling(p))
-        ours_s, native_s = measure(engine, [doubling, NATIVE], "all_reduce", PROBE_BYTES, 0)
+        ways, call = [doubling, NATIVE], example("all_reduce", PROBE_BYTES, engine)
+        repeats, least, steady = _ready(engine, ways, call), [inf, inf], 0
+        for _ in range(MOST_TURNS):
+            turn = _turn(engine, ways, call, repeats)
+            steady = 0 if any(now < BETTER * before for now, before in zip(turn, least, strict=True)) else steady + 1
+            least = list(map(min, turn, least))
+            if steady == STEADY_TURNS:
+                break
         if engine.place.rank == 0:
-            self._advisor.calibrate(p, ours_s, native_s)
+            self._advisor.calibrate(p, *least)
 
 
 def make_tuner(cluster: Cluster | None, file: str, *, measures: bool, cache: str = "") -> Tuner:
@@ -127,17 +140,27 @@ def size_class(message_bytes: int) -> int:
     return max(0, message_bytes - 1).bit_length()
 
 
-def measure(engine: Engine, ways: list[Way], op: str, message_bytes: int, root: int) -> list[float]:
+def measure(engine: Engine, ways: list[Way], call: Call) -> list[float]:
     """Seconds of each way, the same on all ranks. In a job of `engine`; collective."""
-    call = example(op, message_bytes, engine, root)
-    first = [_slowest(engine, [_timed(engine, way, call, 1)])[0] for way in ways]  # connects and compiles; is not counted
-    if min(first) < CONNECT_S:
-        first = _slowest(engine, [_timed(engine, way, call, 1) for way in ways])
-    repeats = [REPEATED if seconds < SHORT_S else 1 for seconds in first]
-    turns = 1 if max(first) > LONG_S else TURNS
-    times = [[_timed(engine, way, call, count) for way, count in zip(ways, repeats, strict=True)] for _ in range(turns)]
-    slowest = _slowest(engine, [seconds for turn in times for seconds in turn])
-    return [min(slowest[at :: len(ways)]) for at in range(len(ways))]
+    repeats = _ready(engine, ways, call)
+    turns = [_turn(engine, ways, call, repeats)]
+    if max(turns[0]) <= LONG_S:
+        turns += [_turn(engine, ways, call, repeats) for _ in range(TURNS - 1)]
+    return [median(seconds) for seconds in zip(*turns, strict=True)]
+
+
+def _ready(engine: Engine, ways: list[Way], call: Call) -> list[int]:
+    """Connect and compile; how often each way is to be repeated in a turn."""
+    once = [1] * len(ways)
+    seconds = _turn(engine, ways, call, once)
+    if min(seconds) < CONNECT_S:  # it may be short without that
+        seconds = list(map(min, _turn(engine, ways, call, once), _turn(engine, ways, call, once)))
+    return [REPEATED if one < REPEATED_S else 1 for one in seconds]
+
+
+def _turn(engine: Engine, ways: list[Way], call: Call, repeats: list[int]) -> list[float]:
+    """Of the slowest rank, for each way."""
+    return _slowest(engine, [_timed(engine, way, call, count) for way, count in zip(ways, repeats, strict=True)])
 
 
 def _timed(engine: Engine, way: Way, call: Call, repeats: int) -> float:
