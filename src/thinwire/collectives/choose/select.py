@@ -4,11 +4,13 @@ Each is estimated in every number of segments (`estimate`). Of one algorithm the
 are estimated less than THRIFT above it, since processors may be slower than thought; of all together the SIMULATED best, as far
 as they are among the first few or estimated below FAR times the best. These, and the native ones, are simulated.
 
-Less than TIE apart is the same: then the backend's own is the better one, and after it the one with the fewest messages.
+Less than TIE apart is the same: then the backend's own is the better one, and after it the one with the fewest steps (where
+processors are busy every step waits for the slowest rank), and of these the one with the fewest messages.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from thinwire.cluster import Cluster, Link
 from thinwire.collectives.choose.candidates import Candidate, Offers, offers
@@ -23,7 +25,8 @@ FAR = 1.5
 _FEW = 4
 
 _Estimated = tuple[float, Candidate]
-TIE = 0.01
+TIE = 0.02
+NEAR = 1.1
 THRIFT = 0.05
 
 
@@ -46,7 +49,7 @@ class Priced:
         return self.run.why if self.run else "the fullest link, and latency in each step (closed form)"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Selection:
     """ranking: by seconds; estimated: how many candidates there were, segments counted; left_out: what was not made, and why."""
 
@@ -60,17 +63,21 @@ class Selection:
         """What should run."""
         return self.promising[0]
 
-    @property
+    @cached_property
     def promising(self) -> tuple[Priced, ...]:
-        """The ranking, but those that are as good as the best by number of messages, the backend's own before all."""
-        tie_s = self.ranking[0].seconds * (1 + TIE)
+        """The ranking, but with those that are as good as the best in the order that the top of the file gives.
 
-        def effort(one: Priced) -> tuple[bool, bool, float]:
-            if one.seconds > tie_s:
-                return True, True, one.seconds
-            return False, one.candidate.model is not None, len(one.run.transfers) if one.run else 0
-
-        return tuple(sorted(self.ranking, key=effort))
+        Second comes the one with the fewest steps of all below NEAR times the best: steps cost more where ranks are busy.
+        """
+        efforts, least_s = [_effort(one) for one in self.ranking], self.ranking[0].seconds
+        close = sum(one.seconds <= least_s * (1 + TIE) for one in self.ranking)
+        near = sum(one.seconds <= least_s * NEAR for one in self.ranking)
+        order = sorted(range(close), key=efforts.__getitem__) + list(range(close, len(efforts)))
+        plain = min(range(near), key=efforts.__getitem__)
+        if plain >= close:
+            order.remove(plain)
+            order.insert(1, plain)
+        return tuple(self.ranking[place] for place in order)
 
     @property
     def native(self) -> Priced:
@@ -81,6 +88,12 @@ class Selection:
     def runner_up(self) -> Priced | None:
         """The best one with another algorithm than the best."""
         return next((one for one in self.ranking if one.candidate.name != self.best.candidate.name), None)
+
+
+def _effort(one: Priced) -> tuple[int, int]:
+    """Steps and messages of ours."""
+    schedule, run = one.candidate.schedule, one.run
+    return (len(schedule.steps), len(run.transfers)) if schedule and run else (0, 0)
 
 
 def select(

@@ -35,23 +35,19 @@ class Sharing:
         self._routes = self._filled_up(routes)
         self._back = self._filled_up(back)
         self._capacity = np.array([*capacity, np.inf])
-        self._known: dict[bytes, Floats] = {}
+        self._known: dict[bytes, tuple[Floats, Floats]] = {}
 
-    def rates(self, active: Numbers) -> Floats:
-        """Bytes/s of each of the connections `active` (ascending)."""
+    def rates(self, active: Numbers) -> tuple[Floats, Floats]:
+        """Bytes/s of each of the connections `active` (ascending); and on each link, what is acknowledged included."""
         key = active.tobytes()
         found = self._known.get(key)
         if found is None:
-            found = self._filled(self._routes[active], self._capacity)
+            rates = self._filled(self._routes[active], self._capacity)
             if self._acknowledged:
-                found = self._filled(self._routes[active], self._capacity - self._taken_back(active, found))
-            self._known[key] = found
+                rates = self._filled(self._routes[active], self._capacity - self._taken_back(active, rates))
+            carried = self._across(self._routes[active], rates) + self._taken_back(active, rates)
+            found = self._known[key] = rates, carried[: self._links]
         return found
-
-    def carried(self, active: Numbers, rates: Floats) -> Floats:
-        """Bytes/s on each link while the connections `active` have `rates`, what is acknowledged included."""
-        total: Floats = self._across(self._routes[active], rates) + self._taken_back(active, rates)
-        return total[: self._links]
 
     def _taken_back(self, active: Numbers, rates: Floats) -> Floats:
         if not self._acknowledged:

@@ -186,12 +186,13 @@ class _Run:
             self._begin(number, self._call_s)
         now = flown = 0.0  # what is left of each message is known at `flown`
         soonest = inf
-        active, rates = np.empty(0, dtype=np.int64), np.empty(0)
+        active = np.empty(0, dtype=np.int64)
+        rates, carried = self._sharing.rates(active)
 
         def fly() -> None:
             self._left[active] -= rates * (now - flown)
             if self._buckets.any:
-                self._buckets.rest(now - flown, self._sharing.carried(active, rates))
+                self._buckets.rest(now - flown, carried)
 
         while self._agenda or self._active:
             now = min(soonest, self._agenda[0][0] if self._agenda else inf)
@@ -213,7 +214,7 @@ class _Run:
                 if self._changed:
                     self._changed = False
                     active = np.array(sorted(self._active), dtype=np.int64)
-                    rates = self._sharing.rates(active)
+                    rates, carried = self._sharing.rates(active)
                 soonest = now + float((self._left[active] / rates).min()) if len(active) else inf
 
     def _begin(self, number: int, time: float) -> None:

@@ -2,8 +2,8 @@
 
 A class holds the sizes between two powers of two. Ways are timed in turns, each after a barrier, on the size that came first;
 the seconds of a turn are those of the slowest rank, of a way the median of its turns (gloo's all-to-all, for one, is fast at
-times). A way replaces the backend's own collective only if it takes less than `WORTH` of its time (`SHORT_WORTH` for short
-calls). All ranks see the same numbers, and so choose alike.
+times); of equal ones the first advised is the best. It replaces the backend's own collective only if it takes less than `WORTH`
+of its time (`SHORT_WORTH` for short calls). All ranks see the same numbers, and so choose alike.
 """
 
 import sys
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from thinwire.cluster import Cluster
 from thinwire.collectives.choose.calibrate import PROBE_BYTES
 from thinwire.collectives.choose.costs import Costs
+from thinwire.collectives.choose.select import TIE
 from thinwire.collectives.run.engine import Engine
 from thinwire.collectives.run.links import Place
 from thinwire.collectives.schedules.doubling import recursive_doubling
@@ -86,7 +87,8 @@ class Tuner:
             return ways[0]
         seconds = measure(engine, ways, example(call.op, call.message_bytes, engine, call.root))
         native_s = next(time_s for way, time_s in zip(ways, seconds, strict=True) if way.native)
-        best_s, best = min(zip(seconds, ways, strict=True), key=lambda pair: pair[0])
+        tie_s = min(seconds) * (1 + TIE)
+        best_s, best = next((time_s, way) for time_s, way in zip(seconds, ways, strict=True) if time_s <= tie_s)
         if best_s >= (WORTH if native_s > SHORT_S else SHORT_WORTH) * native_s:
             best_s, best = native_s, NATIVE
         if place.rank == 0:
