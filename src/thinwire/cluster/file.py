@@ -76,14 +76,16 @@ def dump_cluster(cluster: Cluster, path: Path) -> None:
         ],
         "switch": [{"name": switch.name, "kind": switch.kind} for switch in cluster.switches],
         "link": [
-            {
-                "source": link.source,
-                "target": link.target,
-                "one_way": True,
-                "bandwidth_bps": _write(link.bandwidth_bps),
-                "latency_s": _write(link.latency_s),
-            }
-            | ({"burst_bytes": _write(link.burst_bytes)} if link.burst_bytes.value else {})
+            _without_none(
+                {
+                    "source": link.source,
+                    "target": link.target,
+                    "one_way": True,
+                    "bandwidth_bps": _write(link.bandwidth_bps),
+                    "latency_s": _write(link.latency_s),
+                    "burst_bytes": _write(link.burst_bytes) or None,
+                }
+            )
             for link in cluster.links
         ],
     }

@@ -78,20 +78,16 @@ class ScheduledGroup(MeteredGroup):
         return wire_bytes(way, call, self._engine)
 
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
-        if self._stays("all_reduce", tensors[0]):
-            return super().allreduce(tensors, opts)
         native = partial(super().allreduce, tensors, opts)
         reduction = _reduction(opts)
-        if reduction is None or not self._takes(tensors):
+        if reduction is None or not self._takes("all_reduce", tensors):
             return native()
         flat, back = _flat(tensors[0])
         return self._run(Call("all_reduce", flat, flat, reduction, back=back), tensors, native, opts)
 
     def broadcast(self, tensors: Any, opts: Any) -> dist.Work:
-        if self._stays("broadcast", tensors[0], opts.rootRank):
-            return super().broadcast(tensors, opts)
         native = partial(super().broadcast, tensors, opts)
-        if not self._takes(tensors):
+        if not self._takes("broadcast", tensors, opts.rootRank):
             return native()
         flat, back = _flat(tensors[0])
         return self._run(Call("broadcast", flat, flat, root=opts.rootRank, back=back), tensors, native, opts)
@@ -99,7 +95,7 @@ class ScheduledGroup(MeteredGroup):
     def reduce(self, tensors: Any, opts: Any) -> dist.Work:
         native = partial(super().reduce, tensors, opts)
         reduction = _reduction(opts)
-        if reduction is None or not self._takes(tensors):
+        if reduction is None or not self._takes("reduce", tensors, opts.rootRank):
             return native()
         flat, back = _flat(tensors[0])
         mine = in_place("reduce", opts.rootRank, self._engine.place.rank)
@@ -108,7 +104,7 @@ class ScheduledGroup(MeteredGroup):
 
     def _allgather_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
         native = partial(super()._allgather_base, output, input, opts)
-        if not self._takes([input, output]) or output.numel() != self._engine.place.size * input.numel():
+        if not self._takes("all_gather", [input, output]) or output.numel() != self._engine.place.size * input.numel():
             return native()
         flat, back = _flat(output)
         return self._run(Call("all_gather", _flat(input)[0], flat, back=back), [output], native, opts)
@@ -118,7 +114,11 @@ class ScheduledGroup(MeteredGroup):
     def _reduce_scatter_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
         native = partial(super()._reduce_scatter_base, output, input, opts)
         reduction = _reduction(opts)
-        if reduction is None or not self._takes([input, output]) or input.numel() != self._engine.place.size * output.numel():
+        if (
+            reduction is None
+            or not self._takes("reduce_scatter", [input, output])
+            or input.numel() != self._engine.place.size * output.numel()
+        ):
             return native()
         flat, back = _flat(output)
         return self._run(Call("reduce_scatter", _flat(input)[0], flat, reduction, back=back), [output], native, opts)
@@ -128,7 +128,7 @@ class ScheduledGroup(MeteredGroup):
     def alltoall_base(self, output: Any, input: Any, output_sizes: Any, input_sizes: Any, opts: Any = None) -> dist.Work:
         native = partial(super().alltoall_base, output, input, output_sizes, input_sizes, opts)
         even = not output_sizes and not input_sizes and input.numel() % self._engine.place.size == 0
-        if not even or not self._takes([input, output]) or input.numel() != output.numel():
+        if not even or not self._takes("all_to_all", [input, output]) or input.numel() != output.numel():
             return native()
         flat, back = _flat(output)
         return self._run(Call("all_to_all", _flat(input)[0], flat, back=back), [output], native, opts)
@@ -151,13 +151,15 @@ class ScheduledGroup(MeteredGroup):
     def _submit(self, what: str, job: Callable[[], None], tensors: list[torch.Tensor], blocking: bool) -> dist.Work:
         return self._engine.submit(what, job, tensors, blocking=blocking)
 
-    def _stays(self, op: str, message: torch.Tensor, root: int = 0) -> bool:
-        """Whether it is known that the inner group runs such calls: the short way for short calls."""
-        way = self._ways.get((op, size_class(message.numel() * message.element_size()), root))
-        return way is not None and way.native
+    def _takes(self, op: str, tensors: Any, root: int = 0) -> bool:
+        """Whether a schedule may run the call: it is one that they know, and not known to stay with the inner group.
 
-    def _takes(self, tensors: Any) -> bool:
+        tensors[0]: what is handed in.
+        """
         first = tensors[0]
+        way = self._ways.get((op, size_class(first.numel() * first.element_size()), root))
+        if way is not None and way.native:
+            return False
         known = all(one.dtype in TYPES and one.dtype == first.dtype and one.layout == torch.strided for one in tensors)
         return known and first.device.type == self.device_type and first.numel() > 0
 

@@ -20,15 +20,14 @@ from thinwire.bench.turns import write_result
 from thinwire.cluster import load_cluster
 from thinwire.collectives.backend import NAME
 from thinwire.collectives.choose.costs import Costs
-from thinwire.collectives.choose.native import simulate_native
 from thinwire.collectives.choose.question import question
-from thinwire.collectives.choose.simulate import simulate
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.run.engine import Engine
 from thinwire.collectives.run.links import Place
 from thinwire.collectives.scheduled import register_scheduled
 from thinwire.collectives.schedules.orders import ring_order
 from thinwire.collectives.tuned.advice import Advisor
+from thinwire.collectives.tuned.carrier import predicted_s
 from thinwire.collectives.tuned.tuner import Tuner, size_class
 from thinwire.collectives.tuned.way import NATIVE, Call, Way, example, perform
 from thinwire.train.runtime import process_group, read_surroundings
@@ -105,17 +104,14 @@ def measure(case, told, groups, advisor):
     found["algorithm"] = way.name
     if dist.get_rank() == 0:
         asked = question(advisor.cluster, op, call.message_bytes)
-        for many in (1, BACK_TO_BACK) if short else (1,):
-            ours_s, native_s = (predicted_s(one, asked, advisor.costs, many) for one in (way, NATIVE))
-            found["predicted" if many == 1 else "predicted_back_to_back"] = {"ours": ours_s, "native": native_s}
+
+        def predicted(calls):
+            return {name: predicted_s(one, asked, advisor.costs, calls) for name, one in (("ours", way), ("native", NATIVE))}
+
+        found["predicted"] = predicted(1)
+        if short:
+            found["predicted_back_to_back"] = predicted(BACK_TO_BACK)
     return found
-
-
-def predicted_s(way, asked, costs, calls):
-    """Seconds of one of `calls` back to back."""
-    if way.schedule is not None:
-        return simulate(way.schedule, asked.message_bytes, asked.routes, costs, calls).seconds / calls
-    return simulate_native(asked, way.order, costs, calls).seconds / calls
 
 
 def main(results, settings):

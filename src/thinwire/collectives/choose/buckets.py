@@ -8,33 +8,38 @@ there at all.
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from thinwire.cluster import FRAME_OVERHEAD, Link
+from thinwire.collectives.choose.sharing import Floats
 
-Floats = NDArray[np.float64]
+
+def payload_burst(link: Link) -> float:
+    """Payload bytes in the full bucket of `link`; 0 if it has none."""
+    return link.burst_bytes.value / FRAME_OVERHEAD
 
 
 class Buckets:
-    """Of all links; full at first. In payload bytes, and seconds."""
+    """Of all links; full at first. In payload bytes, and seconds. Where there is none, asking costs nothing."""
 
-    def __init__(self, links: Sequence[Link]) -> None:
-        self._most: Floats = np.array([link.burst_bytes.value / FRAME_OVERHEAD for link in links])
-        self._rates: Floats = np.array([link.bandwidth_bps.value / (8 * FRAME_OVERHEAD) for link in links])
+    def __init__(self, links: Sequence[Link], capacity: Sequence[float]) -> None:
+        """capacity: of each link, in payload bytes/s."""
+        self._most: Floats = np.array([payload_burst(link) for link in links])
+        self._rates: Floats = np.array(capacity)
         self._filled = self._most.copy()
-        self.any = bool(self._most.any())
-        """Whether there is a bucket at all."""
+        self._any = bool(self._most.any())
 
     def rest(self, seconds: float, carried: Floats) -> None:
         """Time passes in which link i carries carried[i] bytes/s."""
-        self._filled = np.minimum(self._most, self._filled + np.maximum(0.0, self._rates - carried) * seconds)
+        if self._any:
+            self._filled = np.minimum(self._most, self._filled + np.maximum(0.0, self._rates - carried) * seconds)
 
-    def least(self, way: Sequence[int]) -> float:
-        """What would pass at once across the links `way`."""
-        return float(self._filled[list(way)].min())
+    def passing(self, way: Sequence[int], size: float) -> float:
+        """What of `size` bytes would pass at once across the links `way`."""
+        return min(size, float(self._filled[list(way)].min())) if self._any else 0.0
 
     def taken(self, way: Sequence[int], size: float) -> float:
-        """The same of `size` bytes that now do."""
-        free = min(size, self.least(way))
-        self._filled[list(way)] -= free
+        """The same, and it does."""
+        free = self.passing(way, size)
+        if free:
+            self._filled[list(way)] -= free
         return free

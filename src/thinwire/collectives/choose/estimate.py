@@ -16,7 +16,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from thinwire.cluster import FRAME_OVERHEAD, Link
+from thinwire.cluster import Link
+from thinwire.collectives.choose.buckets import payload_burst
 from thinwire.collectives.choose.costs import Costs
 from thinwire.collectives.choose.question import Question
 from thinwire.collectives.choose.simulate import chunk_bytes
@@ -83,7 +84,7 @@ def profile(schedule: Schedule, asked: Question, costs: Costs) -> Profile:
 
 def _passing(full: dict[Link, float], route: Sequence[Link], size: int) -> float:
     """Bytes that pass at once, as in `buckets`; `full`: what is left in those that were asked. They do not fill again here."""
-    free = min((full.setdefault(link, link.burst_bytes.value / FRAME_OVERHEAD) for link in route), default=0.0)
+    free = min((full.setdefault(link, payload_burst(link)) for link in route), default=0.0)
     free = min(free, size)
     for link in route:
         full[link] -= free

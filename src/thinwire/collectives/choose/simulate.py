@@ -143,7 +143,7 @@ class _Run:
         self._ranks = self._laid_out(schedule, len(schedule.steps) // calls)
         self._capacity = [link.bandwidth_bps.value / (8 * FRAME_OVERHEAD) for link in self._links]
         self._sharing = Sharing(self._ways, self._capacity, self._ways_back, costs.acknowledged)
-        self._buckets = Buckets(list(self._links))
+        self._buckets = Buckets(list(self._links), self._capacity)
         self._queues: list[list[_Message]] = [[] for _ in self._ways]  # [0] is on its way
         self._heads = [0] * len(self._ways)
         self._left = np.zeros(len(self._ways))
@@ -190,15 +190,15 @@ class _Run:
         rates, carried = self._sharing.rates(active)
 
         def fly() -> None:
+            nonlocal flown
             self._left[active] -= rates * (now - flown)
-            if self._buckets.any:
-                self._buckets.rest(now - flown, carried)
+            self._buckets.rest(now - flown, carried)
+            flown = now
 
         while self._agenda or self._active:
             now = min(soonest, self._agenda[0][0] if self._agenda else inf)
             if soonest <= now + _SAME_S:
                 fly()
-                flown = now
                 for pair in active[self._left[active] <= rates * _SAME_S].tolist():
                     self._gone(pair, now)
             while self._agenda and self._agenda[0][0] <= now + _SAME_S:
@@ -206,10 +206,8 @@ class _Run:
                 self._ended(number, time) if ends else self._take_core(number, time)
             if self._changed or self._started:
                 fly()
-                flown = now
                 for message in self._started:
-                    free = self._buckets.taken(self._ways[message.pair], message.size) if self._buckets.any else 0.0
-                    self._left[message.pair] = message.size - free
+                    self._left[message.pair] = message.size - self._buckets.taken(self._ways[message.pair], message.size)
                 self._started.clear()
                 if self._changed:
                     self._changed = False
@@ -247,9 +245,9 @@ class _Run:
 
     def _carrying_s(self, message: _Message) -> float:
         """Of the frames after the first that pass at once: the sender's core takes them through the network."""
-        if not self._cores or not self._buckets.any or message.pair < 0:
+        if not self._cores or message.pair < 0:
             return 0.0
-        free = min(message.size, self._buckets.least(self._ways[message.pair]))
+        free = self._buckets.passing(self._ways[message.pair], message.size)
         return max(0, ceil(free / FRAME_BYTES) - 1) * self._costs.frame_s
 
     def _take_core(self, number: int, time: float) -> None:
