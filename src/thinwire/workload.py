@@ -27,6 +27,11 @@ OPTIMIZER_BYTES_PER_PARAMETER = {"adamw": 8, "sgd": 4, "muon": 4, "signsgd": 0}
 BACKWARD_OVER_FORWARD = 2.0
 
 
+def plain_name(name: str) -> str:
+    """A parameter's name without what torch.compile puts in between, so that compiled or not it is the same parameter."""
+    return name.replace("_orig_mod.", "")
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One tensor of the model. `forward_flops_before`: per token, all that runs before its first use."""

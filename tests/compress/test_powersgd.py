@@ -59,7 +59,7 @@ def test_it_is_the_power_iteration_of_one_process_and_owes_what_it_does_not_send
     check_conserved(told)
     for name in SHAPES:
         for ours, wanted in zip(told[0]["results"], reference(name, 4, len(told), 2), strict=True):
-            torch.testing.assert_close(ours[name].double(), wanted, rtol=0, atol=2e-5)
+            assert (ours[name].double() - wanted).norm() < 1e-5 * wanted.norm()  # in the norm: kernels differ by processor
     assert told[0]["sent"] == told[0]["predicted"]
     assert len(told[0]["sent"]) == 2 and min(told[0]["work_s"]) > 0
 

@@ -10,8 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from pool import Rank
 from thinwire.collectives.ledger import difference
-from thinwire.compress.averager import Averager, Piece
+from thinwire.compress.averager import Averager, Piece, Share
 from thinwire.compress.exchange import make_averagers, make_exchange, make_memory
+from thinwire.compress.memory import NoMemory
 from thinwire.config.compress import Coded
 from thinwire.config.run import EveryStep
 from thinwire.layout import Layout
@@ -79,8 +80,8 @@ def averaged(context: Rank, options: dict[str, Any], steps: int, buckets: Bucket
 
 
 def average(averager: Averager, buffer: torch.Tensor, pieces: Sequence[Piece], label: str, exact: Sequence[Piece] = ()) -> None:
-    """Both stages, one after the other."""
-    for _ in averager.average(buffer, pieces, exact, label):
+    """All stages, one after the other."""
+    for _ in averager.average(Share(buffer=buffer, pieces=pieces, exact=exact, label=label, memory=NoMemory())):
         pass
 
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
 from thinwire.collectives.ledger import Group, Ledger, Total, axis_of
+from thinwire.collectives.private import inherited, timeout_of
 from thinwire.collectives.wire import sent_bytes
 from thinwire.errors import UserError
 
@@ -59,7 +60,7 @@ def self_test(group: dist.ProcessGroup, ledger: Ledger) -> None:
 
 
 def _create(ledger: Ledger, store: dist.Store, rank: int, size: int, timeout: timedelta) -> "MeteredGroup":
-    return MeteredGroup(ledger, dist.ProcessGroupGloo(store, rank, size, timeout))
+    return MeteredGroup(ledger, dist.ProcessGroupGloo(store, rank, size, inherited(timeout)))
 
 
 def _completed(ledger: Ledger, total: Total, issued: float, _future: Any = None) -> None:
@@ -108,6 +109,11 @@ class MeteredGroup(dist.ProcessGroup):
         self._register_backend(torch.device(self.device_type), dist.ProcessGroup.BackendType.CUSTOM, native)
         self._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
         self._group = Group("", inner.rank(), inner.size())
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long a call may take."""
+        return timeout_of(self._inner)
 
     def wire_bytes(self, op: str, message_bytes: int, root: int = 0) -> int:
         """Payload bytes that this rank sends in one call of `op`."""

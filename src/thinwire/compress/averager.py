@@ -1,10 +1,23 @@
 """The contract of an averager: one way in which parameters of a bucket become their average over a group.
 
 A CodedExchange holds several and gives each parameter to the one that sends the fewest bytes for it.
+
+Nothing is lost, whatever is used when. With g_i the gradient of a parameter on rank i in a step, e_i what rank i owes, and r the
+result, over all steps so far:
+
+    sum of r  +  1/p sum_i e_i  =  sum of 1/p sum_i g_i
+
+Three kinds of a parameter could break it, and each has its rule:
+
+    exact         what is averaged exactly takes along what is still owed: 1/p sum_i (g_i + e_i), e_i <- 0
+    used nowhere  in a step in which no rank's backward pass has reached the parameter, DistributedDataParallel throws the result
+                  away: then nothing of it counts as sent, e_i and the buffer stay as they are. Each rank's flag, 1 or 0, travels
+                  behind the exact values; their mean is 0 where nobody has used it. Flags are sent only where use is tracked
+    one rank      everything is exact, and nothing is sent
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Protocol
 
@@ -12,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from thinwire.compress.base import finite
+from thinwire.compress.memory import Memory
 from thinwire.errors import UserError
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
@@ -35,6 +49,59 @@ class Piece:
     def of(self, buffer: torch.Tensor) -> torch.Tensor:
         """This parameter's part of the flat buffer, a view."""
         return buffer[self.first : self.first + self.numel]
+
+
+@dataclass(kw_only=True)
+class Share:
+    """What one averager does of one bucket: `pieces` through its codes, `exact` as they are, all in the flat float32 `buffer`.
+
+    used: by name, whether this rank's backward pass has reached the parameter; None where use is not tracked, and all are.
+    """
+
+    buffer: torch.Tensor
+    pieces: Sequence[Piece]
+    exact: Sequence[Piece]
+    label: str
+    memory: Memory
+    used: Mapping[str, bool] | None = None
+    _nowhere: set[str] = field(default_factory=set)
+
+    @property
+    def parts(self) -> list[Piece]:
+        """All of it, in the order of the flags."""
+        return [*self.pieces, *self.exact]
+
+    def of(self, pieces: Sequence[Piece], exact: Sequence[Piece]) -> "Share":
+        """A part of it."""
+        return Share(buffer=self.buffer, pieces=pieces, exact=exact, label=self.label, memory=self.memory, used=self.used)
+
+    def riding(self) -> torch.Tensor:
+        """What every rank adds to the average as it is, a new flat vector: exact values with what is owed, then the flags."""
+        values = [self.memory.corrected(piece.name, piece.of(self.buffer)) for piece in self.exact]
+        if self.used is not None:
+            values.append(torch.tensor([float(self.used[part.name]) for part in self.parts], device=self.buffer.device))
+        return torch.cat(values) if values else self.buffer[:0]
+
+    def arrived(self, mean: torch.Tensor) -> None:
+        """mean: of what `riding` gave, over all ranks, and perhaps more behind it. Exact values go to their places."""
+        sizes = [piece.numel for piece in self.exact]
+        *values, flags = mean.split([*sizes, mean.numel() - sum(sizes)])
+        if self.used is not None:
+            parts = self.parts
+            self._nowhere = {part.name for part, flag in zip(parts, flags[: len(parts)].tolist(), strict=True) if not flag}
+        for piece, value in zip(self.exact, values, strict=True):
+            if self.counts(piece):
+                piece.of(self.buffer).copy_(value)
+                self.memory.settle(piece.name)
+
+    def counts(self, piece: Piece) -> bool:
+        """Whether any rank has used it, and so whether its result is delivered. After `arrived`."""
+        return piece.name not in self._nowhere
+
+
+def with_flags(exact: Sequence[Parameter], number: int) -> list[Parameter]:
+    """What rides along of a share of `number` parameters where use is tracked."""
+    return [*exact, Parameter("flags of use", (number,))]
 
 
 class Averager(Protocol):
@@ -68,8 +135,8 @@ class Averager(Protocol):
         """Before the first `average`: the groups of the first two stages; the third sends nothing."""
         ...
 
-    def average(self, buffer: torch.Tensor, pieces: Sequence[Piece], exact: Sequence[Piece], label: str) -> Iterator[None]:
-        """Replace the pieces of the flat float32 `buffer` by their average, bit-equal on all ranks; `exact` ones in float32.
+    def average(self, share: Share) -> Iterator[None]:
+        """Replace the pieces of the share by their average, bit-equal on all ranks; `exact` ones in float32.
 
         Yields between its stages. UserError names a parameter that is not finite.
         """
@@ -86,17 +153,6 @@ class Averager(Protocol):
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
         """Instead of load_state_dict, the states of all ranks of a run with another number of ranks."""
         ...
-
-
-def joined(buffer: torch.Tensor, pieces: Sequence[Piece]) -> torch.Tensor:
-    """The pieces of the flat buffer one behind the other, a copy."""
-    return torch.cat([piece.of(buffer) for piece in pieces]) if pieces else buffer[:0]
-
-
-def put_back(values: torch.Tensor, buffer: torch.Tensor, pieces: Sequence[Piece]) -> None:
-    """What `joined` took apart from the buffer, back to its places."""
-    for piece, part in zip(pieces, values.split([piece.numel for piece in pieces]), strict=True):
-        piece.of(buffer).copy_(part)
 
 
 def check_finite(values: torch.Tensor, name: str) -> None:

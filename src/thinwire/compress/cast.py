@@ -1,63 +1,63 @@
-"""Whole buffers cast to bfloat16 or float16 and all-reduced: codes that may be summed on the way need nothing else.
+"""Averaging in bfloat16 or float16: codes that may be summed on the way need nothing but an all-reduce.
 
-On a thread and a process group of its own, while the backward pass goes on.
+    result  = sum_i C(g_i / p)        C: the cast; summed in its own precision by the all-reduce
+
+What the cast and the sums lose is not known to anybody, so it is not fed back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import prod
 
 import torch
 import torch.distributed as dist
 
-from thinwire.collectives.executor import Executor
 from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.private import private_copy
-from thinwire.compress.averager import Piece, refuse_nccl
+from thinwire.compress.averager import Share
 from thinwire.compress.base import Codec
 from thinwire.compress.stateless import Stateless
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
 
 
-class CastExchange(Stateless):
-    """See `thinwire.compress.exchange.Exchange`. No state."""
+class Cast(Stateless):
+    """See the top of the file, and `thinwire.compress.averager.Averager`. No state."""
 
     settled_after = 0
 
     def __init__(self, codec: Codec, ledger: Ledger) -> None:
         self._codec, self._ledger = codec, ledger
-        self.failure: Exception | None = None
         self._group: dist.ProcessGroup | None = None
-        self._executor: Executor | None = None
 
-    def transfers(self, label: str, parameters: Sequence[Parameter], axis: str, world_size: int) -> list[Transfer]:
+    def sent_bytes(self, shape: Sequence[int], world_size: int) -> float:
+        """A ring's 2 (p-1)/p of the cast parameter."""
+        return 2 * (world_size - 1) / world_size * self._codec.wire_dtype.itemsize * prod(shape)
+
+    def carries(self, numel: int, world_size: int) -> bool:
+        """Nothing: its message has another type."""
+        return False
+
+    def transfers(
+        self, label: str, parameters: Sequence[Parameter], exact: Sequence[Parameter], axis: str, world_size: int
+    ) -> list[Transfer]:
         """One all-reduce."""
-        values = sum(parameter.numel for parameter in parameters)
-        item = self._codec.wire_dtype.itemsize
+        assert not exact, "a cast carries nothing else"
+        values, item = sum(parameter.numel for parameter in parameters), self._codec.wire_dtype.itemsize
         return [Transfer(label=label, axis=axis, op="all_reduce", message_bytes=values * item, item_bytes=item)]
 
-    def attach(self, group: dist.ProcessGroup, axis: str) -> None:
-        """Makes a process group and a thread. Collective over all ranks. UserError on CUDA."""
-        refuse_nccl(group, self._codec.name)
-        self._group = private_copy(group, f"{axis} exchange")
-        self._ledger.axes[self._group.group_name] = axis
-        self._executor = Executor("thinwire-exchange")
+    def attach(self, first: dist.ProcessGroup, second: dist.ProcessGroup) -> None:
+        """There is one stage."""
+        self._group = first
 
-    def detach(self) -> None:
-        """Waits for what is under way. Collective."""
-        if self._executor is not None:
-            self._executor.close()
-        self._executor = None
+    def average(self, share: Share) -> Iterator[None]:
+        """One all-reduce; what is not finite arrives as it is, as without compression."""
+        assert self._group is not None and not share.exact, "attach() comes first, and a cast carries nothing else"
+        parts = [piece.of(share.buffer) for piece in share.pieces]
+        p = self._group.size()
+        cast = torch.cat([part.div(p).to(self._codec.wire_dtype) for part in parts])
+        with self._ledger.label(share.label):
+            sent = dist.all_reduce(cast, group=self._group, async_op=True)
+        yield
 
-    def start(
-        self, buffer: torch.Tensor, pieces: Sequence[Piece], label: str, *, last: bool
-    ) -> torch.futures.Future[torch.Tensor]:
-        """Hands the buffer to the thread."""
-        assert self._executor is not None, "attach() comes first"
-        return self._executor.submit(lambda: self._sum(buffer, label))
-
-    def _sum(self, buffer: torch.Tensor, label: str) -> torch.Tensor:
-        assert self._group is not None
-        cast = buffer.div_(self._group.size()).to(self._codec.wire_dtype)
-        with self._ledger.label(label):
-            dist.all_reduce(cast, group=self._group)
-        return buffer.copy_(cast)
+        sent.wait()
+        for part, mean in zip(parts, cast.split([len(part) for part in parts]), strict=True):
+            part.copy_(mean)

@@ -2,14 +2,16 @@
 
 By default vectors (norms) and embeddings stay float32: they are few, and coarse codes hurt them most. Of the rest each
 parameter goes to the cheapest of the averagers (`averager`) that take its shape; a plain all-reduce is always among them, so what
-would grow by coding is not coded. Compression may begin after some steps that exchange plainly.
+would grow by coding is not coded. Compression may begin after some steps that exchange plainly. On one rank all is plain, and so
+exact. What is still owed to a parameter that is not coded goes along exactly, once.
 
 What is not coded rides along where it can, and so does the little of a bucket that would need collectives of its own to be coded.
 All of it runs on three threads, a stage of the averages on each and in the order of the buffers, while the backward pass goes on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
+from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -17,17 +19,18 @@ import torch.distributed as dist
 
 from thinwire.collectives.executor import Executor
 from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.private import private_copy
-from thinwire.compress.averager import RIDE_BYTES, Averager, Piece, refuse_nccl
+from thinwire.collectives.private import private_copy, release
+from thinwire.compress.averager import RIDE_BYTES, Averager, Piece, Share, refuse_nccl, with_flags
+from thinwire.compress.cast import Cast
 from thinwire.compress.memory import Memory
 from thinwire.compress.plain import Plain
-from thinwire.config.compress import Coded
+from thinwire.config.compress import SUMMABLE, Coded
 from thinwire.errors import UserError
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
 
 _Part = TypeVar("_Part", Piece, Parameter)
-_Share = tuple[Averager, list[_Part], list[_Part]]
+_Dealt = tuple[Averager, list[_Part], list[_Part]]
 
 
 class CodedExchange:
@@ -37,10 +40,16 @@ class CodedExchange:
         self._averagers: list[Averager] = [*averagers, Plain(ledger)]
         self._memory, self._config, self._ledger = memory, config, ledger
         self.failure: Exception | None = None
+        self._group: dist.ProcessGroup | None = None
         self._world_size = 1
+        self._known: dict[str, tuple[int, ...]] = {}
+        self._tracks_use = False
+        self._private: list[dist.ProcessGroup] = []
         self._threads: tuple[Executor, ...] = ()
         self._step = 0
-        self._dealt: dict[tuple[Piece, ...], list[_Share[Piece]]] = {}
+        self._loaded_of = 0
+        """Ranks of the run whose state was loaded; 0 if none was."""
+        self._dealt: dict[tuple[Piece, ...], list[_Dealt[Piece]]] = {}
         """Of each bucket that has come so far."""
 
     @property
@@ -50,14 +59,16 @@ class CodedExchange:
 
     def is_coded(self, name: str, shape: Sequence[int]) -> bool:
         """Whether a parameter may be coded."""
-        if len(shape) < 2 and not self._config.vectors:
+        if len(shape) < 2 and not self._config.codes_vectors:
             return False
-        return not any(fnmatch(name, pattern) for pattern in self._config.exclude)
+        return prod(shape) > 0 and not any(fnmatch(name, pattern) for pattern in self._config.excluded)
 
     def transfers(self, label: str, parameters: Sequence[Parameter], axis: str, world_size: int) -> list[Transfer]:
         """Those of each averager for its share of the bucket, in the order in which `start` sends them."""
         found = []
         for averager, share, exact in self._deal(parameters, world_size):
+            if self._tracks_use and not isinstance(averager, Cast):
+                exact = with_flags(exact, len(share) + len(exact))
             found += averager.transfers(label, share, exact, axis, world_size)
         return found
 
@@ -71,60 +82,91 @@ class CodedExchange:
         coded = [one for one in parameters if self._cheapest(one.name, one.shape, world_size) != plain]
         return sum(self._memory.memory_bytes(parameter.numel) for parameter in coded)
 
-    def attach(self, group: dist.ProcessGroup, axis: str) -> None:
+    def attach(
+        self, group: dist.ProcessGroup, axis: str, known: Mapping[str, Sequence[int]], *, tracks_use: bool = False
+    ) -> None:
         """Makes two process groups and three threads. Collective over all ranks. UserError on CUDA."""
         refuse_nccl(group, self._config.kind)
-        first, second = (private_copy(group, f"{axis} exchange {stage}") for stage in ("first", "second"))
-        self._ledger.axes[first.group_name] = self._ledger.axes[second.group_name] = axis
-        self._world_size = first.size()
+        self._group, self._world_size, self._tracks_use = group, group.size(), tracks_use
+        self._known = {name: tuple(shape) for name, shape in known.items()}
+        self._check_loaded()
+        self._dealt = {}
+        self._private = [private_copy(group, f"{axis} exchange {stage}") for stage in ("first", "second")]
+        for one in self._private:
+            self._ledger.axes[one.group_name] = axis
         for averager in self._averagers:
-            averager.attach(first, second)
+            averager.attach(*self._private)
         self._threads = Executor("thinwire-first"), Executor("thinwire-second"), Executor("thinwire-third")
 
     def detach(self) -> None:
-        """Waits for what is under way. Collective."""
+        """Waits for what is under way, and ends threads and groups. Collective."""
         for thread in self._threads:
             thread.close()
-        self._threads = ()
+        for one in self._private:
+            self._ledger.axes.pop(one.group_name, None)
+            release(one)
+        self._threads, self._private, self._group = (), [], None
 
     def start(
-        self, buffer: torch.Tensor, pieces: Sequence[Piece], label: str, *, last: bool
+        self, buffer: torch.Tensor, pieces: Sequence[Piece], label: str, *, last: bool, used: Mapping[str, bool] | None = None
     ) -> torch.futures.Future[torch.Tensor]:
         """Hands the buffer to the threads."""
         assert self._threads, "attach() comes first"
+        assert (used is not None) == self._tracks_use, "use is tracked, or not"
+        if buffer.dtype != torch.float32 and self._config.kind not in SUMMABLE:
+            raise UserError(
+                f"{label} is {str(buffer.dtype).removeprefix('torch.')}, and {self._config.kind} takes float32 only yet; keep "
+                f"the parameters in float32, or take one of {', '.join(sorted(SUMMABLE))}"
+            )
         if self._step < self._config.after_steps:
-            dealt: list[_Share[Piece]] = [(self._averagers[-1], [], list(pieces))]
+            dealt: list[_Dealt[Piece]] = [(self._averagers[-1], [], list(pieces))]
         else:
             dealt = self._dealt.get(key := tuple(pieces)) or self._deal(pieces, self._world_size)
             self._dealt[key] = dealt
         self._step += last
-        stages = [averager.average(buffer, share, exact, label) for averager, share, exact in dealt]
+        stages = []
+        for averager, coded, exact in dealt:
+            share = Share(buffer=buffer, pieces=coded, exact=exact, label=label, memory=self._memory, used=used)
+            stages.append(averager.average(share))
         begun = self._threads[0].submit(lambda: _next_stages(stages, buffer))
         gone_on = self._threads[1].submit(lambda: _next_stages(stages, begun.wait()))
         return self._threads[2].submit(lambda: _next_stages(stages, gone_on.wait()), self._fail)
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank still owes to the average, and what its averagers carry."""
-        carried = [averager.state_dict() for averager in self._averagers]
-        return {"kind": self._config.kind, "step": self._step, "memory": self._memory.state_dict(), "carried": carried}
+        return {
+            "kind": self._config.kind,
+            "ranks": self._world_size if self._known else self._loaded_of or self._world_size,
+            "step": self._step,
+            "memory": self._memory.state_dict(),
+            "carried": [averager.state_dict() for averager in self._averagers],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Before the first step. UserError if another kind of exchange wrote it."""
-        self._check([state])
+        """Before the first step. UserError if another kind of exchange wrote it, or as many ranks as there are not."""
+        if not state and self._config.kind in SUMMABLE:
+            return  # written when casts had none
+        self._check_kind([state])
+        self._loaded_of = int(state.get("ranks", 0))
         self._step = state["step"]
         self._memory.load_state_dict(state["memory"])
         for averager, carried in zip(self._averagers, state["carried"], strict=True):
             averager.load_state_dict(carried)
+        self._check_loaded()
 
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
         """Deals out anew what is owed to the average: 1/p sum_i e_i stays the same, so each new rank takes exactly that."""
-        self._check(states)
+        if not any(states) and self._config.kind in SUMMABLE:
+            return
+        self._check_kind(states)
+        self._loaded_of = 0
         self._step = states[0]["step"]
         self._memory.adopt([state["memory"] for state in states])
         for index, averager in enumerate(self._averagers):
             averager.adopt([state["carried"][index] for state in states])
+        self._check_loaded()
 
-    def _check(self, states: Sequence[dict[str, Any]]) -> None:
+    def _check_kind(self, states: Sequence[dict[str, Any]]) -> None:
         for state in states:
             if state.get("kind") != self._config.kind:
                 raise UserError(
@@ -132,7 +174,29 @@ class CodedExchange:
                     "resume with the kind it was made with"
                 )
 
-    def _deal(self, parts: Sequence[_Part], world_size: int) -> "list[_Share[_Part]]":
+    def _check_loaded(self) -> None:
+        """Once both the state and the ranks and parameters are known: UserError for a state that would not be used."""
+        if self._group is None:
+            return
+        if self._loaded_of not in (0, self._world_size):
+            raise UserError(
+                f"the state is of one of {self._loaded_of} ranks, and there are {self._world_size}: what the others owe would be "
+                "lost; hand the states of all of them to adopt()"
+            )
+        owed = self._memory.owed()
+        for name, values in owed.items():
+            if name not in self._known:
+                raise UserError(
+                    f"the state holds what is owed to {name!r}, and the model has no such parameter but {len(self._known)} "
+                    f"others, first {next(iter(self._known), '')!r}; load it into the model it was made with"
+                )
+            if values.numel() != prod(self._known[name]):
+                raise UserError(
+                    f"the state owes {values.numel()} values to {name!r}, which has {prod(self._known[name])}; load it into the "
+                    "model it was made with"
+                )
+
+    def _deal(self, parts: Sequence[_Part], world_size: int) -> "list[_Dealt[_Part]]":
         """Each averager that has a share of the bucket: what it codes, and what rides along with it."""
         routes = self._routes(parts, world_size)
         plain = len(self._averagers) - 1
@@ -163,7 +227,7 @@ class CodedExchange:
 
     def _cheapest(self, name: str, shape: Sequence[int], world_size: int) -> int:
         """Index of the averager; at equal bytes the first one, so that plainly is the last resort."""
-        if not self.is_coded(name, shape):
+        if world_size == 1 or not self.is_coded(name, shape):
             return len(self._averagers) - 1
         sizes = [averager.sent_bytes(shape, world_size) for averager in self._averagers]
         return min((size, index) for index, size in enumerate(sizes) if size is not None)[1]

@@ -9,8 +9,11 @@ keeps the momentum on the rank instead, before the choice, for each parameter:
     v <- v - what arrived of it        where something was sent: the rounding of its bfloat16; elsewhere v stays
     u <- 0                             where something was sent (momentum factor masking), else it pushes on in a stale direction
 
-so 1/p sum_i v_i (after) = 1/p sum_i (v_i + u_i) - result. The optimizer must have no momentum of its own (plain SGD), for then a
-step without any compression is that of SGD with momentum m; behind AdamW gradients are smoothed twice.
+so 1/p sum_i v_i (after) = 1/p sum_i (v_i + u_i) - result. What is not coded (vectors, what is excluded, all on one rank or before
+`after_steps` are over) takes the same way without a choice: u <- m u + g, the result is the mean of u + v, v <- 0, and u is not
+masked. The optimizer must have no momentum of its own (plain SGD), for then the step of what is not coded is that of SGD with
+momentum m; behind AdamW gradients are smoothed twice. Masking makes coded values go less far than SGD with momentum would, 0.8 of
+its way where every value is sent in one step of a hundred; that is as published.
 
 Warm-up, T steps each, after which the traffic is settled:
 
@@ -31,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import Piece
+from thinwire.compress.averager import Piece, Share
 from thinwire.compress.codecs.largest import GlobalTopK
 from thinwire.compress.gather import Gather
 from thinwire.compress.memory import Memory, Store
@@ -67,6 +70,11 @@ class MomentumCorrection:
         self._speeds.put(name, speed.masked_fill_(lost != wanted, 0.0))
         self._sums.put(name, lost)
 
+    def settle(self, name: str) -> None:
+        """All of v has arrived exactly; u goes on, as SGD's does."""
+        self._speeds.put(name, self._wanted.pop(name)[0])
+        self._sums.drop(name)
+
     def owed(self) -> dict[str, Tensor]:
         """v of each parameter."""
         found = {name: self._sums.get(name) for name in self._sums.kept}
@@ -100,7 +108,7 @@ def dgc_memory(config: Coded) -> MomentumCorrection:
         if getattr(config, option) != getattr(usual, option):
             raise UserError(f"compress.{option} = {getattr(config, option)}: dgc keeps a momentum in its own way; leave it out")
     momentum = {} if config.momentum is None else {"momentum": config.momentum}
-    return MomentumCorrection(storage=config.feedback_storage, **momentum)
+    return MomentumCorrection(storage=config.feedback_storage or "float32", **momentum)
 
 
 def _check(states: Sequence[dict[str, Any]]) -> None:
@@ -151,19 +159,19 @@ class DGC:
         for stage in self._stages:
             stage.attach(first, second)
 
-    def average(self, buffer: Tensor, pieces: Sequence[Piece], exact: Sequence[Piece], label: str) -> Iterator[None]:
+    def average(self, share: Share) -> Iterator[None]:
         """One collective for all pieces that are in the same stage, as they are unless a parameter came later."""
-        shares: list[list[Piece]] = [[] for _ in self._stages]
-        for piece in pieces:
+        stages: list[list[Piece]] = [[] for _ in self._stages]
+        for piece in share.pieces:
             count = self._counts.get(piece.name, 0)
             self._counts[piece.name] = count + 1
-            shares[min(count // self._warmup_steps, len(shares) - 1) if self._warmup_steps else -1].append(piece)
-        riding = exact
+            stages[min(count // self._warmup_steps, len(stages) - 1) if self._warmup_steps else -1].append(piece)
+        exact = share.exact
         under_way = []
-        for stage, share in zip(self._stages, shares, strict=True):
-            if share:
-                under_way.append(stage.average(buffer, share, riding, label))
-                riding = ()
+        for stage, pieces in zip(self._stages, stages, strict=True):
+            if pieces:
+                under_way.append(stage.average(share.of(pieces, exact)))
+                exact = ()
         for average in under_way:
             next(average)
         yield

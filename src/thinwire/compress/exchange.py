@@ -8,16 +8,17 @@ import torch.distributed as dist
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.averager import Averager, Piece
-from thinwire.compress.base import CODECS, TENSOR_CODECS, build, make_codec
-from thinwire.compress.cast import CastExchange
+from thinwire.compress.base import TENSOR_CODECS, build, make_codec
+from thinwire.compress.cast import Cast
 from thinwire.compress.codecs.fused import fused_or_reason
 from thinwire.compress.coded import CodedExchange
 from thinwire.compress.dgc import dgc_memory
 from thinwire.compress.gather import Flat, Gather
 from thinwire.compress.memory import ErrorFeedback, Memory, NoMemory, ShardMemory
+from thinwire.compress.options import check_options
 from thinwire.compress.plain import PlainExchange
 from thinwire.compress.twoshot import TwoShot
-from thinwire.config.compress import Coded, NoCompression
+from thinwire.config.compress import SUMMABLE, Coded, NoCompression
 from thinwire.errors import UserError
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
@@ -38,8 +39,14 @@ class Exchange(Protocol):
         """What one bucket of `parameters` will send; no communication."""
         ...
 
-    def attach(self, group: dist.ProcessGroup, axis: str) -> None:
-        """Before the first step. Collective over all ranks, also where groups are smaller."""
+    def attach(
+        self, group: dist.ProcessGroup, axis: str, known: Mapping[str, Sequence[int]], *, tracks_use: bool = False
+    ) -> None:
+        """Before the first step. Collective over all ranks, also where groups are smaller.
+
+        known: shapes of all parameters that may come, by name. tracks_use: `start` will be told which of them were used.
+        UserError for an option or a loaded state that would have no effect.
+        """
         ...
 
     def detach(self) -> None:
@@ -47,11 +54,12 @@ class Exchange(Protocol):
         ...
 
     def start(
-        self, buffer: torch.Tensor, pieces: Sequence[Piece], label: str, *, last: bool
+        self, buffer: torch.Tensor, pieces: Sequence[Piece], label: str, *, last: bool, used: Mapping[str, bool] | None = None
     ) -> "torch.futures.Future[torch.Tensor]":
         """Begin to average the flat float32 `buffer` in place; the future holds it. last: the step ends with this one.
 
-        Called by one thread of each rank, with the same pieces in the same order.
+        used: by parameter, whether this rank's backward pass has reached it, if use is tracked: what no rank has used is left as
+        it is. Called by one thread of each rank, with the same pieces in the same order.
         """
         ...
 
@@ -75,9 +83,6 @@ AVERAGERS: Mapping[str, str] = {
 }
 """Kinds that are more than a codec: they talk to the other ranks while they code."""
 
-SUMMABLE = {"bf16", "fp16"}
-"""Casts, which an all-reduce adds up on the way; what they lose is not fed back."""
-
 DEMO = ErrorFeedback(decay=0.999, removal=0.2)
 
 
@@ -87,12 +92,7 @@ def make_exchange(config: NoCompression | Coded, ledger: Ledger) -> Exchange:
         return PlainExchange(ledger)
     if config.fused and (reason := fused_or_reason()):
         raise UserError(f"compress.fused = true: {reason}; leave it out, the bits are the same")
-    if config.exchange != "auto" and config.kind not in CODECS.keys() - SUMMABLE:
-        raise UserError(f"compress.exchange = {config.exchange!r}: {config.kind} has one way only; leave exchange out")
-    if config.kind in SUMMABLE:
-        codec = make_codec(config)
-        assert codec is not None
-        return CastExchange(codec, ledger)
+    check_options(config)
     memory = make_memory(config)
     return CodedExchange(make_averagers(config, memory, ledger), memory, config, ledger)
 
@@ -107,6 +107,8 @@ def make_averagers(config: Coded, memory: Memory, ledger: Ledger) -> list[Averag
         return [Gather(build(TENSOR_CODECS[config.kind], config), memory, ledger)]
     codec = make_codec(config)
     assert codec is not None, "only NoCompression has none"
+    if config.kind in SUMMABLE:
+        return [Cast(codec, ledger)]
     assert isinstance(memory, ShardMemory), "only that of dgc is not, which has an averager of its own"
     both: dict[str, Averager] = {"gather": Gather(Flat(codec), memory, ledger), "two-shot": TwoShot(codec, memory, ledger)}
     return list(both.values()) if config.exchange == "auto" else [both[config.exchange]]
@@ -116,13 +118,13 @@ def make_memory(config: Coded) -> Memory:
     """What the kind needs by itself (DeMo's momentum), or what `feedback` asks for."""
     if config.kind == "dgc":
         return dgc_memory(config)
-    if not config.feedback:
+    if not config.feeds_back:
         return NoMemory()
     usual = DEMO if config.kind == "demo" else ErrorFeedback()
     return ErrorFeedback(
         decay=usual.decay if config.feedback_decay is None else config.feedback_decay,
-        average=config.feedback_average,
-        reset_steps=config.feedback_reset,
+        average=config.feedback_average or 1.0,
+        reset_steps=config.feedback_reset or 0,
         removal=usual.removal if config.feedback_removal is None else config.feedback_removal,
-        storage=config.feedback_storage,
+        storage=config.feedback_storage or "float32",
     )

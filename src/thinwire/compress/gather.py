@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import RIDE_BYTES, Piece, check_finite, joined, put_back
+from thinwire.compress.averager import RIDE_BYTES, Share, check_finite
 from thinwire.compress.base import Codec, TensorCodec
 from thinwire.compress.memory import Memory
 from thinwire.compress.plain import GRADIENT_BYTES
@@ -49,7 +49,7 @@ class Flat:
 
     def decode(self, payload: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """[payload_bytes] uint8 -> float32 of `shape`."""
-        return self.codec.decode(payload, self._padded(shape))[: prod(shape)].view(*shape)
+        return self.codec.decode(payload, self._padded(shape))[: prod(shape)].view(tuple(shape))
 
     def _padded(self, shape: Sequence[int]) -> int:
         return -(-prod(shape) // self.codec.block) * self.codec.block
@@ -86,32 +86,33 @@ class Gather(Stateless):
         """The second stage only decodes."""
         self._group = first
 
-    def average(self, buffer: torch.Tensor, pieces: Sequence[Piece], exact: Sequence[Piece], label: str) -> Iterator[None]:
+    def average(self, share: Share) -> Iterator[None]:
         """One collective, see the top of the file."""
         assert self._group is not None, "attach() comes first"
-        p, rank = self._group.size(), self._group.rank()
+        p, rank, pieces = self._group.size(), self._group.rank(), share.pieces
         wanted = []
         for piece in pieces:
-            wanted.append(self._memory.corrected(piece.name, piece.of(buffer)))
+            wanted.append(self._memory.corrected(piece.name, piece.of(share.buffer)))
             check_finite(wanted[-1], piece.name)
         codes = [self._codec.encode(values.view(piece.shape)) for values, piece in zip(wanted, pieces, strict=True)]
-        code = torch.cat([*codes, joined(buffer, exact).view(torch.uint8)])
+        code = torch.cat([*codes, share.riding().view(torch.uint8)])
         received = torch.empty(p, code.numel(), dtype=torch.uint8)
-        with self._ledger.label(f"{label} gathered"):
+        with self._ledger.label(f"{share.label} gathered"):
             sent = ALL_GATHER(received.view(-1), code, group=self._group, async_op=True)
         yield
 
         sent.wait()
+        start = sum(self._codec.payload_bytes(piece.shape) for piece in pieces)
+        share.arrived(_mean([received[source, start:].clone().view(torch.float32) for source in range(p)]))
         start = 0
         for values, piece in zip(wanted, pieces, strict=True):
             end = start + self._codec.payload_bytes(piece.shape)
-            decoded = [self._codec.decode(received[source, start:end], piece.shape).view(-1) for source in range(p)]
-            if self._memory.keeps:
-                self._memory.keep(piece.name, values - decoded[rank])
-            piece.of(buffer).copy_(_mean(decoded))
+            if share.counts(piece):
+                decoded = [self._codec.decode(received[source, start:end], piece.shape).view(-1) for source in range(p)]
+                if self._memory.keeps:
+                    self._memory.keep(piece.name, values - decoded[rank])
+                piece.of(share.buffer).copy_(_mean(decoded))
             start = end
-        if exact:
-            put_back(_mean([received[source, start:].clone().view(torch.float32) for source in range(p)]), buffer, exact)
 
 
 def _mean(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -47,6 +47,10 @@ class Memory(Protocol):
         """[numel] float32: what did not arrive of the latest `corrected`; now the memory's own."""
         ...
 
+    def settle(self, name: str) -> None:
+        """All of the latest `corrected` has arrived, exactly: nothing of it is owed."""
+        ...
+
     def owed(self) -> dict[str, Tensor]:
         """What is kept of each parameter, by name, [numel] float32."""
         ...
@@ -93,6 +97,9 @@ class NoMemory(Stateless):
     def keep(self, name: str, lost: Tensor) -> None:
         """Nothing."""
 
+    def settle(self, name: str) -> None:
+        """Nothing."""
+
     def place(self, name: str, gradient: Tensor, out: Tensor) -> None:
         """The gradient."""
         spread(gradient, out)
@@ -135,6 +142,11 @@ class Store:
             return flattened(self.kept[name], self.numels[name])
         padded = -(-self.numels[name] // INT8_BLOCK) * INT8_BLOCK
         return Int8().decode(self.kept[name], padded)[: self.numels[name]]
+
+    def drop(self, name: str) -> None:
+        """Nothing is kept under this name any more."""
+        self.kept.pop(name, None)
+        self.numels.pop(name, None)
 
     def stored_bytes(self, numel: int) -> int:
         """Of one vector."""
@@ -196,6 +208,11 @@ class ErrorFeedback:
         if self.removal != 1.0:
             self._sent[name] = wanted.clone()
         return wanted
+
+    def settle(self, name: str) -> None:
+        """e <- 0"""
+        self.store.drop(name)
+        self._sent.pop(name, None)
 
     def place(self, name: str, gradient: Tensor, out: Tensor) -> None:
         """g + d e, in one pass where e lies as `out` does."""

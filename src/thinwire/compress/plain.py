@@ -3,7 +3,7 @@
 As a whole exchange without compression, or as the averager of what a compressed exchange leaves alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.seam import all_reduce
-from thinwire.compress.averager import Piece, joined, put_back
+from thinwire.compress.averager import Piece, Share
 from thinwire.compress.stateless import Stateless
+from thinwire.errors import UserError
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
 
@@ -36,7 +37,9 @@ class PlainExchange(Stateless):
         message_bytes = sum(parameter.numel for parameter in parameters) * GRADIENT_BYTES
         return [Transfer(label=label, axis=axis, op="all_reduce", message_bytes=message_bytes)]
 
-    def attach(self, group: dist.ProcessGroup, axis: str) -> None:
+    def attach(
+        self, group: dist.ProcessGroup, axis: str, known: Mapping[str, Sequence[int]], *, tracks_use: bool = False
+    ) -> None:
         """No state of its own. An axis as large as the world uses the default group, which does not know its axis."""
         self._group = group
         self._ledger.axes[group.group_name] = axis
@@ -44,8 +47,21 @@ class PlainExchange(Stateless):
     def detach(self) -> None:
         """Nothing to undo."""
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """UserError if an exchange with codes wrote it: what it owed would be lost."""
+        self.adopt([state])
+
+    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
+        """As `load_state_dict`."""
+        for state in states:
+            if state:
+                raise UserError(
+                    f"the checkpoint was made with compress.kind = {state.get('kind')!r}, not 'none'; resume with the kind it "
+                    "was made with"
+                )
+
     def start(
-        self, buffer: torch.Tensor, pieces: Sequence[Piece], label: str, *, last: bool
+        self, buffer: torch.Tensor, pieces: Sequence[Piece], label: str, *, last: bool, used: Mapping[str, bool] | None = None
     ) -> torch.futures.Future[torch.Tensor]:
         """Asynchronous; the wire works while the backward pass goes on."""
         assert self._group is not None
@@ -85,13 +101,13 @@ class Plain(Stateless):
         """There is one stage."""
         self._group = first
 
-    def average(self, buffer: torch.Tensor, pieces: Sequence[Piece], exact: Sequence[Piece], label: str) -> Iterator[None]:
-        """All pieces in one all-reduce; what is not finite arrives as it is, as without compression."""
-        assert self._group is not None, "attach() comes first"
-        together = joined(buffer, [*pieces, *exact]).div_(self._group.size())
-        with self._ledger.label(f"{label} plain"):
+    def average(self, share: Share) -> Iterator[None]:
+        """One all-reduce of what is exact, which is all; what is not finite arrives as it is, as without compression."""
+        assert self._group is not None and not share.pieces, "attach() comes first, and nothing is coded here"
+        together = share.riding().div_(self._group.size())
+        with self._ledger.label(f"{share.label} plain"):
             sent = dist.all_reduce(together, group=self._group, async_op=True)
         yield
 
         sent.wait()
-        put_back(together, buffer, [*pieces, *exact])
+        share.arrived(together)

@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import Piece, check_finite, joined, put_back
+from thinwire.compress.averager import Piece, Share, check_finite
 from thinwire.compress.base import finite
 from thinwire.compress.memory import Memory
 from thinwire.errors import UserError
@@ -112,42 +112,44 @@ class PowerSGD:
         """One group for each factor."""
         self._first, self._second = first, second
 
-    def average(self, buffer: Tensor, pieces: Sequence[Piece], exact: Sequence[Piece], label: str) -> Iterator[None]:
+    def average(self, share: Share) -> Iterator[None]:
         """Two collectives, see the top of the file. What is not finite is found on all ranks, in P."""
         assert self._first is not None and self._second is not None, "attach() comes first"
-        pieces = sorted(pieces, key=lambda piece: matrix_shape(piece.shape))
+        buffer, pieces = share.buffer, sorted(share.pieces, key=lambda piece: matrix_shape(piece.shape))
         shapes = [matrix_shape(piece.shape) for piece in pieces]
         rows = [height for height, _ in shapes]
         wanted = [self._memory.corrected(piece.name, piece.of(buffer)) for piece in pieces]
         matrices = [values.view(shape) for values, shape in zip(wanted, shapes, strict=True)]
 
-        riding = joined(buffer, exact).div_(self._first.size())
+        riding = share.riding().div_(self._first.size())
         message = torch.empty(self._rank * sum(rows) + riding.numel())
         left, behind = message.split([self._rank * sum(rows), riding.numel()])
         behind.copy_(riding)
         for matrix, piece, part in zip(matrices, pieces, left.split([self._rank * height for height in rows]), strict=True):
             torch.mm(matrix, self._right(piece.name, matrix.shape[1]).t(), out=part.view(-1, self._rank))
-        with self._ledger.label(f"{label} P"):
+        with self._ledger.label(f"{share.label} P"):
             sent = dist.all_reduce(message, group=self._first, async_op=True)
         yield
 
         sent.wait()
         if not finite(left):
             self._refuse(left, pieces)
-        put_back(behind, buffer, exact)
+        share.arrived(behind)
         basis = bases(left, rows, self._rank)
         widths = [self._rank * columns for _, columns in shapes]
         own = torch.empty(sum(widths))
         for matrix, base, part in zip(matrices, basis, own.split(widths), strict=True):
             torch.mm(base.t(), matrix, out=part.view(self._rank, -1))
         mean = own / self._second.size()
-        with self._ledger.label(f"{label} Q"):
+        with self._ledger.label(f"{share.label} Q"):
             sent = dist.all_reduce(mean, group=self._second, async_op=True)
         yield
 
         sent.wait()
         owns, means = own.split(widths), mean.split(widths)
         for piece, matrix, base, mine, all_of_us in zip(pieces, matrices, basis, owns, means, strict=True):
+            if not share.counts(piece):
+                continue
             if self._memory.keeps:  # before the result, which may lie where `matrix` does
                 self._memory.keep(piece.name, torch.addmm(matrix, base, mine.view(self._rank, -1), alpha=-1).view(-1))
             right = self._rights[piece.name] = all_of_us.view(self._rank, -1)

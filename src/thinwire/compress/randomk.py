@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import Piece, check_finite, joined, put_back
+from thinwire.compress.averager import Share, check_finite
 from thinwire.compress.memory import Memory
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
@@ -78,27 +78,29 @@ class RandomK:
         """There is one stage."""
         self._group = first
 
-    def average(self, buffer: Tensor, pieces: Sequence[Piece], exact: Sequence[Piece], label: str) -> Iterator[None]:
+    def average(self, share: Share) -> Iterator[None]:
         """One collective, see the top of the file."""
         assert self._group is not None, "attach() comes first"
+        wanted: list[Tensor] = []
         chosen: list[Tensor] = []
-        values: list[Tensor] = []
-        for piece in pieces:
-            wanted = self._memory.corrected(piece.name, piece.of(buffer))
-            check_finite(wanted, piece.name)
+        for piece in share.pieces:
+            wanted.append(self._memory.corrected(piece.name, piece.of(share.buffer)))
+            check_finite(wanted[-1], piece.name)
             count = self._counts.get(piece.name, 0)
             self._counts[piece.name] = count + 1
             chosen.append(places(piece.name, count, piece.numel, self._chosen(piece.numel)))
-            values.append(wanted[chosen[-1]])
-            if self._memory.keeps:
-                self._memory.keep(piece.name, wanted.index_fill(0, chosen[-1], 0.0))
-        mean = torch.cat([*values, joined(buffer, exact)]).div_(self._group.size())
-        with self._ledger.label(f"{label} chosen"):
+        values = [all_of[where] for all_of, where in zip(wanted, chosen, strict=True)]
+        mean = torch.cat([*values, share.riding()]).div_(self._group.size())
+        with self._ledger.label(f"{share.label} chosen"):
             dist.all_reduce(mean, group=self._group)
         lengths = [len(where) for where in chosen]
-        put_back(mean[sum(lengths) :], buffer, exact)
-        for piece, where, arrived in zip(pieces, chosen, mean[: sum(lengths)].split(lengths), strict=True):
-            piece.of(buffer).zero_()[where] = arrived
+        share.arrived(mean[sum(lengths) :])
+        arrived = mean[: sum(lengths)].split(lengths)
+        for piece, all_of, where, part in zip(share.pieces, wanted, chosen, arrived, strict=True):
+            if share.counts(piece):
+                if self._memory.keeps:
+                    self._memory.keep(piece.name, all_of.index_fill(0, where, 0.0))
+                piece.of(share.buffer).zero_()[where] = part
         yield
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from thinwire.errors import UserError
+
 
 class Stateless:
     """The part of a contract that is about state, for those without any."""
@@ -12,7 +14,14 @@ class Stateless:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
+        """UserError if there is any: it would be lost."""
+        self.adopt([state])
 
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
-        """Nothing to deal out."""
+        """As `load_state_dict`."""
+        for state in states:
+            if state:
+                raise UserError(
+                    f"the checkpoint holds {', '.join(map(str, state))}, which nothing here would use; resume with [sync] and "
+                    "[compress] as it was made with"
+                )

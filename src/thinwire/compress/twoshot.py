@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import Piece, check_finite, joined, put_back
+from thinwire.compress.averager import Piece, Share, check_finite
 from thinwire.compress.base import Codec, finite
 from thinwire.compress.memory import ShardMemory, laid
 from thinwire.compress.plain import GRADIENT_BYTES
@@ -83,17 +83,17 @@ class TwoShot(Stateless):
         """One group for each shot."""
         self._first, self._second = first, second
 
-    def average(self, buffer: torch.Tensor, pieces: Sequence[Piece], exact: Sequence[Piece], label: str) -> Iterator[None]:
+    def average(self, share: Share) -> Iterator[None]:
         """Two collectives, see the top of the file. A row is the codes of a shard, and behind them its part of what is exact."""
         assert self._first is not None and self._second is not None, "attach() comes first"
-        p, rank = self._first.size(), self._first.rank()
+        p, rank, pieces, buffer = self._first.size(), self._first.rank(), share.pieces, share.buffer
         parts = self._parts(pieces, p)
         length = parts[-1].stop
         work = torch.empty(p, length)  # row s: shard s of every piece; what should be sent, and then what was lost of it
         for piece, part in zip(pieces, parts, strict=True):
             self._memory.place(piece.name, piece.of(buffer), work[:, part])
         size = self._codec.payload_bytes(length)
-        riding = joined(buffer, exact)
+        riding = share.riding()
         riding = torch.nn.functional.pad(riding, (0, -riding.numel() % p)).view(p, -1)
         codes = torch.empty(p, size + GRADIENT_BYTES * riding.shape[1], dtype=torch.uint8)
         codes[:, size:] = riding.view(torch.uint8)
@@ -101,7 +101,7 @@ class TwoShot(Stateless):
         for run in others:
             encode_rows(self._codec, work[run], codes[run], lose=self._memory.keeps)
         received = torch.empty_like(codes)
-        with self._ledger.label(f"{label} codes"):
+        with self._ledger.label(f"{share.label} codes"):
             sent = dist.all_to_all_single(received, codes, group=self._first, async_op=True)
         yield
 
@@ -119,23 +119,29 @@ class TwoShot(Stateless):
         encode_rows(self._codec, work[rank : rank + 1], code.view(1, -1), lose=self._memory.keeps)
         code[size:] = exact_mean.view(torch.uint8)
         averages = torch.empty_like(codes)
-        with self._ledger.label(f"{label} averages"):
+        with self._ledger.label(f"{share.label} averages"):
             sent = ALL_GATHER(averages.view(-1), code, group=self._second, async_op=True)
-        if self._memory.keeps:
-            mean *= p
-            for piece, part in zip(pieces, parts, strict=True):
-                self._memory.keep_placed(piece.name, work[:, part], piece.numel)
+        mean *= p
+        if share.used is None:  # all count; while the averages are on the way
+            self._keep(share, parts, work)
         yield
 
         sent.wait()
+        share.arrived(averages[:, size:].reshape(-1).clone().view(torch.float32))
         results = torch.empty_like(work)
         decode_rows(self._codec, averages, results)
         for piece, part in zip(pieces, parts, strict=True):
-            for values, place in laid(piece.of(buffer), results[:, part]):
-                values.copy_(place)
-        if exact:
-            flat = averages[:, size:].reshape(-1).view(torch.float32)
-            put_back(flat[: sum(piece.numel for piece in exact)], buffer, exact)
+            if share.counts(piece):
+                for values, place in laid(piece.of(buffer), results[:, part]):
+                    values.copy_(place)
+        if share.used is not None:
+            self._keep(share, parts, work)
+
+    def _keep(self, share: Share, parts: Sequence[slice], lost: torch.Tensor) -> None:
+        if self._memory.keeps:
+            for piece, part in zip(share.pieces, parts, strict=True):
+                if share.counts(piece):
+                    self._memory.keep_placed(piece.name, lost[:, part], piece.numel)
 
     def _parts(self, pieces: Sequence[Piece], p: int) -> list[slice]:
         """Of a row, for each piece."""

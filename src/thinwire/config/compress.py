@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+SUMMABLE = frozenset({"bf16", "fp16"})
+"""Kinds that cast: an all-reduce adds them up on the way."""
+
+EXCLUDED = ("*embed*", "*positions*")
+"""What stays float32 unless [compress] says otherwise, but for the casts, which hurt nothing."""
+
+Patterns = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
 class NoCompression(BaseModel):
@@ -37,27 +45,28 @@ class Coded(BaseModel):
         "powersgd",
         "demo",
     ]
-    exclude: tuple[str, ...] = ("*embed*", "*positions*")
-    """Parameters that stay float32, by name, with * for anything."""
-    vectors: bool = False
-    """Code parameters of one dimension too."""
+    exclude: Patterns | None = None
+    """Parameters that stay float32, by name, with * for anything; one pattern or several. None: *embed* and *positions*, but
+    nothing for bf16 and fp16."""
+    vectors: bool | None = None
+    """Code parameters of one dimension too. None: only bf16 and fp16 do."""
     after_steps: int = Field(0, ge=0)
     """Exchange plainly in the first steps, while gradients change fast."""
     exchange: Literal["auto", "two-shot", "gather"] = "auto"
     """How codes that cannot be summed are averaged; auto: for each parameter by whichever sends fewer bytes."""
 
-    feedback: bool = True
-    """What coding loses is kept and added to the next step's gradient."""
+    feedback: bool | None = None
+    """What coding loses is kept and added to the next step's gradient. None: yes, but for bf16 and fp16, which cannot."""
     feedback_decay: float | None = Field(None, ge=0, le=1)
     """Of what is kept, this part is added: 1, but 0.999 for demo, whose memory is a momentum."""
-    feedback_average: float = Field(1.0, gt=0, le=1)
-    """Weight of the newest loss in a moving average (LoCo: 0.8); 1: all that was lost is kept."""
-    feedback_reset: int = Field(0, ge=0)
-    """Steps after which what is kept is forgotten (LoCo: 1024); 0: never."""
+    feedback_average: float | None = Field(None, gt=0, le=1)
+    """Weight of the newest loss in a moving average (LoCo: 0.8); 1, which None is: all that was lost is kept."""
+    feedback_reset: int | None = Field(None, ge=0)
+    """Steps after which what is kept is forgotten (LoCo: 1024); 0, which None is: never."""
     feedback_removal: float | None = Field(None, gt=0, le=1)
     """Which part of what was sent is taken out of what is kept: 1, but 0.2 for demo."""
-    feedback_storage: Literal["float32", "int8"] = "float32"
-    """int8 takes a quarter of the memory, and loses a little itself."""
+    feedback_storage: Literal["float32", "int8"] | None = None
+    """int8 takes a quarter of the memory of float32, which None is, and loses a little itself."""
 
     fused: bool = False
     """Compile the codec's kernels (half a minute at the start); the bits are the same."""
@@ -79,6 +88,26 @@ class Coded(BaseModel):
     """dgc: of the sum that each rank keeps, 0.9; the optimizer should have none of its own."""
     warmup_steps: int | None = Field(None, ge=1)
     """dgc: so many steps each with 25 %, 6.25 %, ... of the values sent, until `fraction` is reached; without it, at once."""
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether what coding loses is kept."""
+        return self.kind not in SUMMABLE if self.feedback is None else self.feedback
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        """Patterns of what is not coded."""
+        usual = () if self.kind in SUMMABLE else EXCLUDED
+        return usual if self.exclude is None else self.exclude
+
+    @property
+    def codes_vectors(self) -> bool:
+        """Whether parameters of one dimension are coded."""
+        return self.kind in SUMMABLE if self.vectors is None else self.vectors
+
+
+SPARSELOCO = Coded(kind="topk", k=64, values="int8", feedback_decay=0.95, exclude=(), vectors=True)
+"""What sync.kind = "sparseloco" takes where [compress] is not given, as published (Sarfi et al. 2025)."""
 
 
 def by_kind(value: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from thinwire.config.compress import Coded, NoCompression, by_kind
+from thinwire.config.compress import SPARSELOCO, Coded, NoCompression, by_kind
 from thinwire.config.model import PRESETS, ModelConfig, preset
 from thinwire.config.sync import EveryStep, Sync
 from thinwire.errors import UserError
@@ -202,6 +202,14 @@ class RunConfig(_Section):
     sync: Sync = EveryStep()
     compress: Annotated[NoCompression | Coded, BeforeValidator(by_kind)] = NoCompression()
     train: TrainSection = TrainSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_its_codes(cls, content: Any) -> Any:
+        sync = content.get("sync") if isinstance(content, dict) else None
+        if isinstance(sync, dict) and sync.get("kind") == "sparseloco" and not content.get("compress"):
+            return {**content, "compress": SPARSELOCO}
+        return content
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

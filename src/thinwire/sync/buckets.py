@@ -2,6 +2,9 @@
 
 Gradients go out in buckets while the backward pass goes on (Li et al. 2020, PyTorch Distributed, VLDB, section 4.2): parameters
 are taken in reverse order of registration, and a bucket is closed when it holds `bucket_bytes` or more.
+
+A bucket is a flat vector of real numbers: of a complex parameter [..] it holds pairs, as `torch.view_as_real` gives them. The
+pieces of a bucket cover it without a gap, whatever is in it; what they would not cover, nobody would average.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +15,8 @@ import torch.distributed as dist
 from thinwire.compress.averager import Piece
 from thinwire.compress.exchange import Exchange
 from thinwire.compress.plain import GRADIENT_BYTES
-from thinwire.workload import Parameter
+from thinwire.errors import UserError
+from thinwire.workload import Parameter, plain_name
 
 PYTORCH_BUCKETS = (2**20, 25 * 2**20)
 """Sizes of the first and of the other buckets where none is asked for."""
@@ -32,17 +36,46 @@ def assign_buckets(parameters: Sequence[Parameter], bucket_bytes: int) -> list[l
     return [bucket for bucket in buckets if bucket]
 
 
-def names_of(model: torch.nn.Module) -> dict[int, str]:
-    """Names of the parameters by their id()."""
-    return {id(parameter): name for name, parameter in model.named_parameters()}
+def real_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Of the real numbers that a bucket holds for `parameter`; a complex vector stays a vector, of twice the length."""
+    if not parameter.is_complex():
+        return tuple(parameter.shape)
+    return (*parameter.shape, 2) if parameter.dim() >= 2 else (2 * parameter.numel(),)
+
+
+class Names:
+    """Of the parameters of `model` that are trained, by the objects that DistributedDataParallel hands over."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        trained = [(plain_name(name), one) for name, one in model.named_parameters() if one.requires_grad]
+        self._names = {id(parameter): name for name, parameter in trained}
+        self.shapes = {name: real_shape(parameter) for name, parameter in trained}
+        """By name, as they come in buckets."""
+
+    def of(self, parameter: torch.Tensor) -> str:
+        """UserError for one that the model did not have."""
+        if id(parameter) not in self._names:
+            raise UserError(
+                f"a bucket holds a parameter of shape {tuple(parameter.shape)} that the model did not have when its hook was "
+                "registered; wrap it in DistributedDataParallel again after changing it"
+            )
+        return self._names[id(parameter)]
 
 
 def exchange_bucket(
-    exchange: Exchange, names: Mapping[int, str], bucket: dist.GradBucket
+    exchange: Exchange, names: Names, bucket: dist.GradBucket, used: Mapping[str, bool] | None = None
 ) -> "torch.futures.Future[torch.Tensor]":
-    """Hand a full bucket to `exchange`; what a communication hook returns."""
-    pieces, first = [], 0
+    """Hand a full bucket to `exchange`; what a communication hook returns. UserError for a bucket that it cannot average.
+
+    used: by name, whether this rank's backward pass has reached the parameter, if use is tracked.
+    """
+    pieces, first, buffer = [], 0, bucket.buffer()
     for parameter in bucket.parameters():
-        pieces.append(Piece(names[id(parameter)], first, tuple(parameter.shape)))
+        pieces.append(Piece(names.of(parameter), first, real_shape(parameter)))
         first += pieces[-1].numel
-    return exchange.start(bucket.buffer(), pieces, f"bucket {bucket.index()}", last=bucket.is_last())
+    if buffer.layout != torch.strided or first != buffer.numel():
+        raise UserError(
+            f"a bucket of {buffer.numel()} values ({buffer.layout}) belongs to parameters of {first} values, first "
+            f"{pieces[0].name}: an exchange takes dense gradients only; make them dense, or train without this hook"
+        )
+    return exchange.start(buffer, pieces, f"bucket {bucket.index()}", last=bucket.is_last(), used=used)

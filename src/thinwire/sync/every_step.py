@@ -25,7 +25,7 @@ from thinwire.compress.exchange import Exchange
 from thinwire.compress.plain import PlainExchange
 from thinwire.config.run import EveryStep
 from thinwire.layout import Layout
-from thinwire.sync.buckets import assign_buckets, exchange_bucket, names_of
+from thinwire.sync.buckets import Names, assign_buckets, exchange_bucket
 from thinwire.sync.same import same_everywhere
 from thinwire.traffic import Transfer
 from thinwire.workload import Workload
@@ -42,7 +42,7 @@ class EveryStepSync:
         self._config, self._axis, self._ledger = config, axis, ledger
         self._exchange: Exchange = exchange or PlainExchange(ledger)
         self._replica: DistributedDataParallel | None = None
-        self._names: dict[int, str] = {}
+        self._names = Names(torch.nn.Module())
         self._rehearsing = False
 
     @property
@@ -71,8 +71,8 @@ class EveryStepSync:
                 bucket_cap_mb=self._config.bucket_bytes / 2**20 or None,
                 gradient_as_bucket_view=True,
             )
-            self._exchange.attach(group, self._axis)
-        self._names = names_of(model)
+            self._names = Names(model)
+            self._exchange.attach(group, self._axis, self._names.shapes)
         self._replica.register_comm_hook(self, _hook)
         try:
             yield self._replica

@@ -8,13 +8,14 @@ more. In a period of H steps each is sent once, at even distances; the last one 
 import re
 from collections.abc import Sequence
 
-_LAYER = re.compile(r"^((?:[^.]+\.)*?[^.]+\.\d+)\.")
+_LAYER = re.compile(r"^((?:[^.]+\.)*?\d+)\.")
 
 
 def fragments(names: Sequence[str], layers_per_fragment: int) -> list[list[str]]:
     """Parameter names, in their order, by fragment; every name is in exactly one. 0 layers per fragment: one for all.
 
-    A layer is what stands before the first number in a name, with the number: "blocks.3" of "blocks.3.mlp.up.weight".
+    A layer is what stands before the first number in a name, with the number: "blocks.3" of "blocks.3.mlp.up.weight", "0" of the
+    "0.weight" of an nn.Sequential.
     """
     if not layers_per_fragment:
         return [list(names)]

@@ -6,7 +6,6 @@ from thinwire.compress.plain import PlainExchange
 from thinwire.config.compress import Coded, NoCompression
 from thinwire.config.sync import DiLoCo, EveryStep, LocalSGD, MuLoCo, NoLoCo, SparseLoCo, Streaming, Sync
 from thinwire.layout import Layout
-from thinwire.sync import sparseloco
 from thinwire.sync.alone import Alone
 from thinwire.sync.base import Synchroniser
 from thinwire.sync.diloco import diloco
@@ -16,6 +15,7 @@ from thinwire.sync.muloco import muloco
 from thinwire.sync.noloco import NoLoCoSync
 from thinwire.sync.outer import Nesterov
 from thinwire.sync.rare import RareSync, Schedule
+from thinwire.sync.sparseloco import sparseloco
 from thinwire.sync.streaming import streaming
 
 DATA, OUTER = "data", "outer"
@@ -30,8 +30,6 @@ def make_synchroniser(config: Sync, compress: NoCompression | Coded, layout: Lay
         return EveryStepSync(config, DATA, ledger, make_exchange(compress, ledger))
     if isinstance(config, NoLoCo):
         return NoLoCoSync(config, compress, OUTER, ledger, _inside(config, layout, ledger))
-    if isinstance(config, SparseLoCo) and isinstance(compress, NoCompression):
-        compress = sparseloco.COMPRESSION
     schedule, outer = _plan(config, layout.outer)
     return RareSync(schedule, outer, OUTER, ledger, make_exchange(compress, ledger), _inside(config, layout, ledger))
 
@@ -56,7 +54,7 @@ def _plan(config: Sync, replicas: int) -> tuple[Schedule, Nesterov]:
         case Streaming():
             return streaming(config, replicas)
         case SparseLoCo():
-            return sparseloco.sparseloco(config, replicas)
+            return sparseloco(config, replicas)
         case MuLoCo():
             return muloco(config, replicas)
         case _:

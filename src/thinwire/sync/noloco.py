@@ -15,7 +15,10 @@ odd number of replicas one has no partner and takes its step alone. Published: H
 
 Slow weights differ between replicas. Until the end each replica is evaluated by its own, and the score is the mean of theirs. At
 the end of training the last steps are taken in without a partner, and the slow weights are averaged once over all replicas, in
-float32: that mean is the model. Under FSDP2 all of this is done to shards (`shards`).
+float32: that mean is the model. Under FSDP2 all of this is done to shards (`shards`); only what is trained is kept and sent.
+
+Momentum belongs to the object, not to one stay in it: entered again it goes on with it, and from the model as it is now, or, left
+by an exception, from the slow weights. A state that was loaded is used once, when it is entered next.
 """
 
 from collections.abc import Iterator, Sequence
@@ -61,6 +64,10 @@ class NoLoCoSync(AroundInner):
             raise UserError(
                 f"compress.kind = {compress.kind!r}: noloco sends weights, which only {', '.join(CASTS)} keep; take one of these"
             )
+        if isinstance(compress, Coded) and compress != Coded(kind=compress.kind):
+            raise UserError(
+                f"compress.kind = {compress.kind!r}: noloco casts whole weights, and takes no other key; leave them out"
+            )
         super().__init__(inner)
         self._config, self._wire_dtype, self._axis, self._ledger = config, CASTS[compress.kind], axis, ledger
         self._group: dist.ProcessGroup | None = None
@@ -68,7 +75,9 @@ class NoLoCoSync(AroundInner):
         self._slow, self._momentum = torch.empty(0), torch.empty(0)
         self._restored: dict[str, Any] | None = None
         self._adopted = False
-        self._done = 0
+        self._names: list[str] = []
+        self._finished = True
+        self._done = self._stepped_at = 0
 
     def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
         """The inner one's, and one message to the partner in `every` steps; of an odd number of replicas one sends nothing."""
@@ -80,16 +89,19 @@ class NoLoCoSync(AroundInner):
 
     @contextmanager
     def attached(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> Iterator[torch.nn.Module]:
-        """Takes the model's parameters for the slow weights, unless a checkpoint was loaded. Collective over all ranks."""
+        """Takes the model's parameters for the slow weights, unless there are some to go on from. Collective over all ranks."""
         with self.inner.attached(model, optimizer, mesh) as module:
-            self._shards = Shards(model)
-            self._slow = self._flat()
-            self._momentum = torch.zeros_like(self._slow)
+            self._form(Shards(model))
             if self._restored is not None:
                 self._restore(self._restored)
+                self._restored, self._adopted = None, False
             self._group = mesh.get_group(self._axis)
             self._ledger.axes[self._group.group_name] = self._axis
-            yield module
+            self._finished = False
+            try:
+                yield module
+            finally:
+                self._group = None
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -97,6 +109,7 @@ class NoLoCoSync(AroundInner):
         self.inner.after_step(step)
         self._done = step + 1
         if self._done % self._config.every == 0:
+            self._check_trained()
             self._step(self._mean_of_pair(self._flat()))
             self._write(self._slow)
 
@@ -105,11 +118,12 @@ class NoLoCoSync(AroundInner):
         """After the last step: what was not exchanged in it enters alone, then one model, the mean. Collective over all."""
         self.inner.finish()
         assert self._group is not None, "attached() comes first"
-        if self._done % self._config.every:
+        if self._done != self._stepped_at:
             self._step(self._flat())
         if self._slow.numel():
             all_reduce(self._slow.div_(self._group.size()), self._group, self._ledger, "final").wait()
         self._write(self._slow)
+        self._finished = True
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -122,11 +136,14 @@ class NoLoCoSync(AroundInner):
             self._write(own)
 
     def state_dict(self) -> dict[str, Any]:
-        """This replica's slow weights and momentum."""
+        """This replica's slow weights and momentum; before `attached` what was loaded."""
+        if self._restored is not None:
+            return self._restored
         return {
             "inner": self.inner.state_dict(),
             "done": self._done,
-            "names": list(self._shards),
+            "stepped_at": self._stepped_at,
+            "names": list(self._names),
             "slow": self._slow.clone(),
             "momentum": self._momentum.clone(),
         }
@@ -134,13 +151,39 @@ class NoLoCoSync(AroundInner):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Before `attached`."""
         self.inner.load_state_dict(state["inner"])
-        self._restored = state
+        self._restored, self._adopted = state, False
 
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
         """All begin from the mean of the slow weights that there were, with the mean of the momenta. Before `attached`."""
         self.inner.adopt([state["inner"] for state in states])
         means = {key: torch.stack([state[key] for state in states]).mean(0) for key in ("slow", "momentum")}
         self._restored, self._adopted = states[0] | means, True
+
+    def _form(self, shards: Shards) -> None:
+        """Slow weights of what is trained now; with the momentum of parameters that were there before."""
+        names, before = shards.trained(), dict(zip(self._names, self._parts(self._momentum), strict=True))
+        if self._restored is None and not self._finished:
+            if names != self._names:
+                raise UserError(
+                    "the model's trained parameters are others than when an exception ended the last exchange; load a "
+                    "checkpoint, or begin anew with another object"
+                )
+            self._shards = shards
+            return
+        self._shards, self._names = shards, names
+        self._slow = self._flat()
+        self._momentum = torch.zeros_like(self._slow)
+        for name, part in zip(names, self._parts(self._momentum), strict=True):
+            if name in before and before[name].numel() == part.numel():
+                part.copy_(before[name])
+
+    def _check_trained(self) -> None:
+        """UserError if parameters were frozen, or are trained that nobody would send."""
+        if changed := set(self._shards.trained()).symmetric_difference(self._names):
+            raise UserError(
+                f"{min(changed)} was frozen, or is trained, since the replicas' exchange began, and {len(changed) - 1} others; "
+                "leave the block, change requires_grad on all ranks, and enter it again"
+            )
 
     def _mean_of_pair(self, own: torch.Tensor) -> torch.Tensor:
         """mean_ij(x); x_i where there is no partner."""
@@ -156,25 +199,30 @@ class NoLoCoSync(AroundInner):
         return mean if sent is own else mean.add_(own).sub_(sent)
 
     def _step(self, mean: torch.Tensor) -> None:
+        self._stepped_at = self._done
         self._momentum.mul_(self._config.outer_momentum).add_(mean - self._slow, alpha=self._config.outer_learning_rate)
         self._slow.add_(self._momentum)
 
     def _flat(self) -> torch.Tensor:
-        """A copy of all that this rank holds."""
-        return torch.cat([values.reshape(-1) for values in self._shards.values()])
+        """A copy of all that this rank holds of what is trained."""
+        return torch.cat([self._shards[name].reshape(-1) for name in self._names] or [torch.empty(0)])
+
+    def _parts(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return flat.split([self._shards[name].numel() for name in self._names])
 
     def _write(self, flat: torch.Tensor) -> None:
-        parts = flat.split([values.numel() for values in self._shards.values()])
-        self._shards.write({name: part.view_as(self._shards[name]) for name, part in zip(self._shards, parts, strict=True)})
+        parts = zip(self._names, self._parts(flat), strict=True)
+        self._shards.write({name: part.view_as(self._shards[name]) for name, part in parts})
 
     @torch.no_grad()
     def _restore(self, state: dict[str, Any]) -> None:
-        if state["names"] != list(self._shards) or state["slow"].numel() != self._slow.numel():
+        if state["names"] != self._names or state["slow"].numel() != self._slow.numel():
             raise UserError(
-                f"this rank holds {self._slow.numel()} values of {len(self._shards)} parameters, that of the checkpoint held "
+                f"this rank holds {self._slow.numel()} values of {len(self._names)} parameters, that of the checkpoint held "
                 f"{state['slow'].numel()} of {len(state['names'])}; resume with the same model and shards"
             )
         self._done = state["done"]
+        self._stepped_at = state.get("stepped_at", self._done - self._done % self._config.every)
         self._slow.copy_(state["slow"])
         self._momentum.copy_(state["momentum"])
         if self._adopted:

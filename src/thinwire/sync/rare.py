@@ -9,6 +9,10 @@ All replicas begin a period with the same parameters x, the anchor. After H step
 With fragments (`fragments`) each of them has a period of its own, shifted against the others'. The model that counts is x: it is
 what is evaluated and saved. At the end of training everything is sent once more, so that the last steps are in x.
 
+Only what is trained is kept and sent; frozen parameters are equal everywhere. What it carries belongs to the object, not to one
+stay in it: entered again it goes on with the outer momentum, and from the model as it is now, or, left by an exception, from the
+anchor and from what was under way. A state that was loaded is used once, when it is entered next.
+
 Within a replica another synchroniser may be at work, on other axes; under FSDP2 all of this is done to shards (`shards`).
 """
 
@@ -47,14 +51,14 @@ class Schedule:
 @dataclass
 class _Fragment:
     """Parameters that are sent together, as far as this rank holds values of them. anchor: flat float32, as is the outer
-    optimizer's momentum."""
+    optimizer's momentum (empty without one)."""
 
     index: int
     pieces: list[Piece]
     anchor: torch.Tensor
     momentum: torch.Tensor
-    sent_at: int = 0
-    """Steps done when it was last sent."""
+    sent_at: int
+    """Steps done when it was last sent, or formed; then there is nothing to send."""
     under_way: "torch.futures.Future[torch.Tensor] | None" = None
     numel: int = field(init=False)
 
@@ -65,6 +69,13 @@ class _Fragment:
     def values(self) -> dict[str, torch.Tensor]:
         """The anchor by parameter."""
         return {piece.name: piece.of(self.anchor).view(piece.shape) for piece in self.pieces}
+
+    def go_on(self, before: "_Fragment") -> None:
+        """With the momentum of parameters that were in `before`."""
+        known = {piece.name: piece for piece in before.pieces}
+        for piece in self.pieces:
+            if piece.name in known and known[piece.name].shape == piece.shape and len(self.momentum):
+                piece.of(self.momentum).copy_(known[piece.name].of(before.momentum))
 
 
 class RareSync(AroundInner):
@@ -80,6 +91,8 @@ class RareSync(AroundInner):
         self._fragments: list[_Fragment] = []
         self._num_fragments = 0
         self._restored: dict[str, Any] | None = None
+        self._adopted = False
+        self._finished = True
         self._done = 0
 
     @property
@@ -103,17 +116,17 @@ class RareSync(AroundInner):
 
     @contextmanager
     def attached(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> Iterator[torch.nn.Module]:
-        """Takes the model's parameters for the anchor, unless a checkpoint was loaded. Collective over all ranks."""
+        """Takes the model's parameters for the anchor, unless there is one to go on from. Collective over all ranks."""
         with self.inner.attached(model, optimizer, mesh) as module:
             self._shards = Shards(model)
-            parts = fragments(list(self._shards), self._schedule.layers_per_fragment)
-            self._num_fragments = len(parts)
-            found = [self._fragment(index, names) for index, names in enumerate(parts)]
-            self._fragments = [fragment for fragment in found if fragment.numel]
+            self._form(fragments(self._shards.trained(), self._schedule.layers_per_fragment))
             if self._restored is not None:
                 self._restore(self._restored)
+                self._restored, self._adopted = None, False
             with self._ledger.label("replica set-up"):
-                self._exchange.attach(mesh.get_group(self._axis), self._axis)
+                known = {piece.name: piece.shape for fragment in self._fragments for piece in fragment.pieces}
+                self._exchange.attach(mesh.get_group(self._axis), self._axis, known)
+            self._finished = False
             try:
                 yield module
             finally:
@@ -125,7 +138,7 @@ class RareSync(AroundInner):
         self.inner.after_step(step)
         self._done = step + 1
         for fragment in self._fragments:
-            if fragment.under_way is not None and self._done == fragment.sent_at + self._schedule.overlap:
+            if fragment.under_way is not None and self._done >= fragment.sent_at + self._schedule.overlap:
                 self._apply(fragment)
             if due(fragment.index, self._num_fragments, self._schedule.every, self._done):
                 self._send(fragment)
@@ -144,6 +157,7 @@ class RareSync(AroundInner):
             self._send(fragment, "final")
         for fragment in late:
             self._apply(fragment)
+        self._finished = True
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -157,7 +171,9 @@ class RareSync(AroundInner):
             self._shards.write(own)
 
     def state_dict(self) -> dict[str, Any]:
-        """Anchors, momenta, what is under way (waited for), and what the exchange carries."""
+        """Anchors, momenta, what is under way (waited for), and what the exchange carries; before `attached` what was loaded."""
+        if self._restored is not None:
+            return self._restored
         saved = [self._saved(fragment) for fragment in self._fragments]  # first: it waits, and until then the exchange changes
         return {
             "inner": self.inner.state_dict(),
@@ -170,13 +186,32 @@ class RareSync(AroundInner):
         """Before `attached`."""
         self.inner.load_state_dict(state["inner"])
         self._exchange.load_state_dict(state["exchange"])
-        self._restored = state
+        self._restored, self._adopted = state, False
 
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
-        """Anchors, momenta and averages under way are the same on all replicas; what the exchange carries is dealt out anew."""
+        """Anchors, momenta and averages under way are the same on all replicas; what the exchange carries is dealt out anew.
+
+        All replicas begin from the anchor.
+        """
         self.inner.adopt([state["inner"] for state in states])
         self._exchange.adopt([state["exchange"] for state in states])
-        self._restored = states[0]
+        self._restored, self._adopted = states[0], True
+
+    def _form(self, parts: Sequence[Sequence[str]]) -> None:
+        """The fragments; where others were before, with their momentum, and if these are not finished they themselves."""
+        found = [self._fragment(index, names) for index, names in enumerate(parts)]
+        found = [fragment for fragment in found if fragment.numel]
+        if self._restored is None and not self._finished:
+            if [fragment.pieces for fragment in found] != [fragment.pieces for fragment in self._fragments]:
+                raise UserError(
+                    "the model's trained parameters are others than when an exception ended the last exchange; load a "
+                    "checkpoint, or begin anew with another object"
+                )
+            return
+        for fragment in found:
+            for before in self._fragments:
+                fragment.go_on(before)
+        self._fragments, self._num_fragments = found, len(parts)
 
     def _fragment(self, index: int, names: Sequence[str]) -> _Fragment:
         pieces, first = [], 0
@@ -186,9 +221,12 @@ class RareSync(AroundInner):
                 first += pieces[-1].numel
         held = [self._shards[piece.name].reshape(-1) for piece in pieces]
         anchor = torch.cat(held) if held else torch.empty(0)
-        return _Fragment(index, pieces, anchor, torch.zeros(first) if self._outer.momentum else torch.empty(0))
+        return _Fragment(index, pieces, anchor, torch.zeros(first) if self._outer.momentum else torch.empty(0), self._done)
 
     def _send(self, fragment: _Fragment, label: str = "fragment") -> None:
+        if fragment.under_way is not None:  # of a run with a longer overlap than this one's period
+            self._apply(fragment)
+        self._check_trained(fragment)
         buffer = fragment.anchor.clone()
         for piece in fragment.pieces:
             piece.of(buffer).sub_(self._shards[piece.name].reshape(-1))
@@ -202,6 +240,18 @@ class RareSync(AroundInner):
         fragment.under_way = None
         self._outer.step(fragment.anchor, mean, fragment.momentum)
         self._shards.write(fragment.values, keep=self._schedule.mixing)
+
+    def _check_trained(self, fragment: _Fragment) -> None:
+        """UserError if parameters were frozen, or are trained that nobody would send."""
+        trained = self._shards.trained()
+        held = {piece.name for other in self._fragments for piece in other.pieces}
+        changed = [name for name in trained if name not in held and self._shards[name].numel()]
+        changed += [piece.name for piece in fragment.pieces if piece.name not in trained]
+        if changed:
+            raise UserError(
+                f"{changed[0]} was frozen, or is trained, since the replicas' exchange began, and {len(changed) - 1} others; "
+                "leave the block, change requires_grad on all ranks, and enter it again"
+            )
 
     def _arrived(self, fragment: _Fragment) -> torch.Tensor:
         """Waits for the average."""
@@ -222,6 +272,7 @@ class RareSync(AroundInner):
             "under_way": self._arrived(fragment).clone() if fragment.under_way is not None else None,
         }
 
+    @torch.no_grad()
     def _restore(self, state: dict[str, Any]) -> None:
         self._done = state["done"]
         mine = [([piece.name for piece in fragment.pieces], fragment.numel) for fragment in self._fragments]
@@ -238,3 +289,5 @@ class RareSync(AroundInner):
             if saved["under_way"] is not None:
                 fragment.under_way = torch.futures.Future()
                 fragment.under_way.set_result(saved["under_way"].clone())
+            if self._adopted:
+                self._shards.write(fragment.values)

@@ -1,13 +1,19 @@
-"""Whether replicas begin from the same values: told by 32 bytes a rank, where a broadcast of a model takes minutes on slow links.
+"""Replicas begin from the same values. Whether they do is told by 32 bytes a rank, where a model takes minutes on slow links.
 
 Replicas that were made from one seed, or loaded from one file, are equal already; then nothing needs to be sent.
+
+What a collective is handed is contiguous and belongs to nobody else: backends read and write numel() values from the first one
+on, whatever the strides say. A tensor that is not (transposed, channels last, or expanded, where many values are one in memory)
+is sent and received as a copy.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+
+from thinwire.errors import UserError
 
 
 def same_everywhere(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> bool:
@@ -23,3 +29,32 @@ def same_everywhere(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -
     told = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(told, mine, group)
     return all(torch.equal(one, mine) for one in told)
+
+
+@torch.no_grad()
+def make_same(tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> None:
+    """Give all ranks of `group` the first one's values, if any differ. Collective, with tensors of the same shapes.
+
+    UserError, on the ranks that have it, for a tensor whose memory cannot hold the first rank's values.
+    """
+    if same_everywhere(list(tensors.values()), group):
+        return
+    for name, tensor in tensors.items():
+        if not tensor.numel():
+            continue
+        own = tensor.detach().contiguous()
+        own = own.clone() if own.untyped_storage().nbytes() < own.nbytes else own
+        dist.broadcast(own, group=group, group_src=0)
+        if own.data_ptr() != tensor.data_ptr() or own.stride() != tensor.stride():
+            _put(name, tensor, own)
+
+
+def _put(name: str, tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """tensor <- values, each place in memory once."""
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
+    tensor[once].copy_(values[once])
+    if not torch.equal(tensor, values):
+        raise UserError(
+            f"{name} of shape {tuple(tensor.shape)} keeps several values in one place of memory (it is expanded), and the first "
+            "rank's differ there; call .contiguous() on it when the model is made"
+        )

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from thinwire.errors import UserError
+from thinwire.workload import plain_name
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -31,12 +32,19 @@ def local(tensor: Tensor) -> Tensor:
 
 
 class Shards(Mapping[str, Tensor]):
-    """What this rank holds of each parameter of `model`, by name; written to, the model changes. No communication."""
+    """What this rank holds of each parameter of `model`, by name; written to, the model changes. No communication.
+
+    Names are without what torch.compile puts in between.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self.free_gathered()  # only then are the parameters those which the optimizer knows
-        self._parameters = dict(model.named_parameters())
+        self._parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+
+    def trained(self) -> list[str]:
+        """Names of the parameters that are not frozen, as it is now; frozen ones stay what they are on every replica."""
+        return [name for name, parameter in self._parameters.items() if parameter.requires_grad]
 
     def __getitem__(self, name: str) -> Tensor:
         return local(self._parameters[name])

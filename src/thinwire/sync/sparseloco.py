@@ -2,16 +2,13 @@
 
     e_m <- beta e_m + D_m,   S_m = Q(TopK(e_m)),   e_m <- e_m - S_m,   x <- x - eta mean_m S_m
 
-with the 64 largest of each 4096 values and beta = 0.95, in the exchange ([compress] kind = "topk", feedback_decay = 0.95, which
-is what is taken where [compress] is not given), eta = 1, and H = 30. Embeddings and vectors are coded too.
+with the 64 largest of each 4096 values and beta = 0.95, in the exchange (`config.compress.SPARSELOCO`, which is what is taken
+where [compress] is not given), eta = 1, and H = 30. Embeddings and vectors are coded too.
 """
 
-from thinwire.config.compress import Coded
 from thinwire.config.sync import SparseLoCo
 from thinwire.sync.outer import Nesterov
 from thinwire.sync.rare import Schedule
-
-COMPRESSION = Coded(kind="topk", k=64, values="int8", feedback_decay=0.95, exclude=(), vectors=True)
 
 
 def sparseloco(config: SparseLoCo, replicas: int) -> tuple[Schedule, Nesterov]:

@@ -14,8 +14,12 @@
 number of steps: one that skips a step lets the others wait.
 
 At `with` all begin from the first replica's parameters and buffers, which are sent only if any differ; later on buffers (batch
-statistics) stay each replica's own. The exchange has a metered group of its own, made beside the user's, whatever the backend of
-that: what it sends is in `ledger`. The methods are in `rare` and `noloco`.
+statistics) stay each replica's own. The exchange has a metered group of its own, made beside the user's with the same time-out,
+whatever the backend of that, and ended with the block: what it sends is in `ledger`. The methods are in `rare` and `noloco`.
+Frozen parameters are neither kept nor sent.
+
+The block may be entered again, once per epoch: outer momentum and what codes owe go on. After an exception, and after
+`load_state_dict`, replicas go on from where each of them is; the state is used once.
 
 A replica may itself be several ranks, and the user's loop what holds them together: DistributedDataParallel, or FSDP2, where each
 rank exchanges its shards only (`shards`), alone or with `thinwire.compress_sharded`:
@@ -25,7 +29,7 @@ rank exchanges its shards only (`shards`), alone or with `thinwire.compress_shar
     with thinwire.DiLoCo(model, inner_optimizer, group=mesh["outer"]) as outer: ...
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -39,13 +43,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from thinwire.collectives import backend
 from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.private import private_copy
+from thinwire.collectives.private import private_copy, release
 from thinwire.config import sync as kinds
-from thinwire.config.compress import Coded, NoCompression
+from thinwire.config.compress import SPARSELOCO, Coded, NoCompression
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.sync.make import OUTER, make_synchroniser
-from thinwire.sync.same import same_everywhere
+from thinwire.sync.same import make_same
 from thinwire.sync.shards import Shards, local
 from thinwire.tomlfile import validate
 from thinwire.traffic import Transfer
@@ -67,8 +71,9 @@ OF_THE_LOOP = ("accumulate", "bucket_bytes", "every_inside")
 class DiLoCo:
     """Replicas of `model` on the ranks of `group` (None: all ranks), brought together every `every` steps of `optimizer`.
 
-    compress: "none", "int4", ..., or a table as in the section [compress] of run.toml, {"kind": "topk", "k": 64}. options: as in
-    [sync]: outer_learning_rate, outer_momentum, layers_per_fragment, overlap, mixing. Where each replica is itself several ranks
+    compress: "none", "int4", ..., or a table as in the section [compress] of run.toml, {"kind": "topk", "k": 64}; None: as the
+    kind has it, top-k for sparseloco and "none" for the others. options: as in [sync]: outer_learning_rate, outer_momentum,
+    layers_per_fragment, overlap, mixing. Where each replica is itself several ranks
     (DistributedDataParallel or `fully_shard` inside), `group` is the ranks with the same place in their replicas, as a process
     group or a mesh of one axis; `model` may be the wrapped one.
     """
@@ -80,7 +85,7 @@ class DiLoCo:
         *,
         every: int = 30,
         kind: str = "diloco",
-        compress: str | Mapping[str, Any] = "none",
+        compress: str | Mapping[str, Any] | None = None,
         group: dist.ProcessGroup | DeviceMesh | None = None,
         **options: Any,
     ) -> None:
@@ -92,20 +97,22 @@ class DiLoCo:
             if option in options:
                 raise UserError(f"DiLoCo: {option} is about what happens within a replica, which is your own loop; leave it out")
         _check_parameters(model)
-        table = {"kind": compress} if isinstance(compress, str) else dict(compress)
-        coding: type[BaseModel] = NoCompression if table.get("kind") == "none" else Coded
         self.ledger = Ledger()
+        self._kind = kind
         self._model, self._optimizer = model, optimizer
         self._group = _process_group(group)
         Shards(model).check_group(self._group)
         self._layout = Layout(outer=self._group.size())
         self._sync = make_synchroniser(
             validate(KINDS[kind], {"every": every, **options}, "DiLoCo"),  # type: ignore[arg-type]
-            validate(coding, table, "DiLoCo: compress"),  # type: ignore[arg-type]
+            _coding(kind, compress),
             self._layout,
             self.ledger,
         )
-        self._resumed = False
+        self._backend = ""
+        self._goes_on = False
+        """Replicas are where they were, and may differ."""
+        self._entered = False
         self._steps = 0
         self._open = ExitStack()
 
@@ -128,27 +135,30 @@ class DiLoCo:
                 shards = Shards(self._model)
                 shards.check_same_everywhere(self._group)
                 group = self._metered_group()
-                held = [*shards.values(), *map(local, self._model.buffers())]
-                if not self._resumed and not same_everywhere(held, group):
-                    for values in held:
-                        if values.numel():
-                            dist.broadcast(values, group=group, group_src=0)
+                stack.callback(release, group)
+                if not self._goes_on:
+                    make_same({**shards, **{name: local(one) for name, one in self._model.named_buffers()}}, group)
             mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=(OUTER,))
             stack.enter_context(self._sync.attached(self._model, self._optimizer, mesh))
             stack.callback(self._optimizer.register_step_post_hook(self._after_step).remove)
             self._open = stack.pop_all()
+        self._entered = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """The last exchange; after an exception nothing is sent any more, and the model stays as it is."""
+        self._entered, self._goes_on = False, True
         with self._open:
             if error is None:
                 self._sync.finish()
                 self._keep_averaged()
+                self._goes_on = False
 
     def traffic(self, workload: Workload) -> list[Transfer]:
         """What this rank will send, of its shards under FSDP2; `workload` has the whole shapes. No communication."""
         shards = Shards(self._model)
+        frozen = shards.keys() - shards.trained()
+        workload = replace(workload, parameters=tuple(one for one in workload.parameters if one.name not in frozen))
         if shards.cut():
             missing = [parameter.name for parameter in workload.parameters if parameter.name not in shards]
             if missing:
@@ -166,13 +176,40 @@ class DiLoCo:
 
         torch.distributed.checkpoint takes shards of the same name and place for copies, and would keep those of one replica.
         """
-        return {"steps": self._steps, "sync": self._sync.state_dict()}
+        return {"kind": self._kind, "replicas": self._group.size(), "steps": self._steps, "sync": self._sync.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Before `with`. Load this rank's own model and optimizer too: nothing is broadcast then."""
-        self._steps = state["steps"]
+        """Before `with`; used once. Load this rank's own model and optimizer too: nothing is broadcast then.
+
+        UserError for the state of another kind, or of one of more or fewer replicas (`adopt` takes those of all).
+        """
+        self._check_state(state)
+        if (replicas := state.get("replicas", self._group.size())) != self._group.size():
+            raise UserError(
+                f"DiLoCo: the state is of one of {replicas} replicas, and there are {self._group.size()}: what the others carry "
+                "would be lost; hand the states of all of them to adopt()"
+            )
         self._sync.load_state_dict(state["sync"])
-        self._resumed = True
+        self._steps, self._goes_on = state["steps"], True
+
+    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
+        """Instead of load_state_dict: the states of all replicas of a run that had more or fewer, the same on every rank.
+
+        Before `with`; all replicas then begin from the parameters that count, whatever their models hold. Optimizers are the
+        user's to load. UserError as for load_state_dict.
+        """
+        for state in states:
+            self._check_state(state)
+        if not states or any(state.get("replicas", len(states)) != len(states) for state in states):
+            raise UserError(f"DiLoCo: adopt() wants the states of all replicas of a run, and has {len(states)}")
+        self._sync.adopt([state["sync"] for state in states])
+        self._steps, self._goes_on = states[0]["steps"], True
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        if self._entered:
+            raise UserError("DiLoCo: load its state before the with block, not inside")
+        if (kind := state.get("kind", self._kind)) != self._kind:
+            raise UserError(f"DiLoCo: the state is of kind = {kind!r}, and this one is {self._kind!r}; make it of the same kind")
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.ledger.step = self._steps
@@ -187,9 +224,19 @@ class DiLoCo:
 
     def _metered_group(self) -> dist.ProcessGroup:
         """The same ranks behind a meter that writes into our own ledger: a backend by a name that nobody else has."""
-        name = f"{backend.NAME}-{OUTER}-{len(dist.Backend.backend_list)}"
-        backend.register(self.ledger, name)
-        return private_copy(self._group, f"mesh_{OUTER}", name)
+        if not self._backend:
+            self._backend = f"{backend.NAME}-{OUTER}-{len(dist.Backend.backend_list)}"
+            backend.register(self.ledger, self._backend)
+        return private_copy(self._group, f"mesh_{OUTER}", self._backend)
+
+
+def _coding(kind: str, compress: str | Mapping[str, Any] | None) -> NoCompression | Coded:
+    if compress is None:
+        return SPARSELOCO if kind == "sparseloco" else NoCompression()
+    table = {"kind": compress} if isinstance(compress, str) else dict(compress)
+    if table.get("kind") == "none":
+        return validate(NoCompression, table, "DiLoCo: compress")
+    return validate(Coded, table, "DiLoCo: compress")
 
 
 def _process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:

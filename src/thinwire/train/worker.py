@@ -4,6 +4,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from thinwire.cluster import Cluster
 from thinwire.collectives import backend
 from thinwire.collectives.ledger import Ledger
+from thinwire.collectives.private import give_timeout
 from thinwire.collectives.tuned.tuner import Tuner
 from thinwire.config.run import RunConfig
 from thinwire.errors import UserError
@@ -106,6 +108,9 @@ def train_as(rank: Rank, resume: Path | None) -> Outcome:
 def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     config, ledger, layout = rank.config, rank.ledger, rank.layout
     mesh = init_device_mesh(rank.device.type, layout.degrees, mesh_dim_names=AXES)
+    for made in (mesh.get_group(name) for name in AXES):
+        if not isinstance(made, backend.MeteredGroup):  # the metered backend has done so itself
+            give_timeout(made, timedelta(seconds=config.train.timeout_s))
     axis = layout.replica_axis
     group = mesh["outer", "data"]._flatten(REPLICAS).get_group() if axis == REPLICAS else mesh.get_group(axis)
     ledger.axes[group.group_name] = axis  # an axis as large as the world uses the default group, which has no axis

@@ -10,6 +10,7 @@ What MPI reads or writes is a local variable of the steps, and so lives until th
 # mypy: disable-error-code="override,assignment,attr-defined,call-arg"
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -53,6 +54,11 @@ class MpiGroup(dist.ProcessGroup):
     @property
     def group_desc(self) -> str:  # type: ignore[override]
         return self._desc
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long a call may take."""
+        return timedelta(seconds=self._lane.timeout_s)
 
     def give_up(self, why: str) -> None:
         """End all calls that are on their way, and those to come, with an error. Returns at once."""

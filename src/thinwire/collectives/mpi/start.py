@@ -31,6 +31,7 @@ from thinwire.collectives.mpi.engine import Engine, Lane
 from thinwire.collectives.mpi.group import MpiGroup
 from thinwire.collectives.mpi.library import Library, abandon, patiently
 from thinwire.collectives.mpi.links import MpiLinks
+from thinwire.collectives.private import inherited
 from thinwire.collectives.run.links import Links, Place
 from thinwire.errors import UserError
 
@@ -65,7 +66,7 @@ class Mpi:
         """Make `init_process_group(name)` and its sub-groups go over MPI and be entered in `ledger`."""
 
         def create(options: Any, _backend_options: Any) -> MeteredGroup:
-            return MeteredGroup(ledger, self.group(options.global_ranks_in_group, options.group_id, options.timeout))
+            return MeteredGroup(ledger, self.group(options.global_ranks_in_group, options.group_id, inherited(options.timeout)))
 
         dist.Backend.register_backend(name, create, extended_api=True, devices=["cpu"])
 

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from thinwire.collectives.private import inherited
+
 
 @dataclass(frozen=True)
 class Place:
@@ -33,7 +35,7 @@ class Place:
     def told(told: Any) -> "Place":
         """From what c10d tells the creator of a backend."""
         ranks = tuple(told.global_ranks_in_group) or tuple(range(told.group_size))
-        return Place(dist.PrefixStore("schedules", told.store), told.group_rank, ranks, told.timeout)
+        return Place(dist.PrefixStore("schedules", told.store), told.group_rank, ranks, inherited(told.timeout))
 
 
 class Links(Protocol):

@@ -4,18 +4,18 @@ The training loop, the optimizer, the float32 weights in the shards, gradient cl
 unit, gradients are reduce-scattered in codes with error feedback, and weights are all-gathered in codes; ZeRO++ (Wang et al.
 2023, arXiv 2306.10209) does both. Its third part, a second copy of the weights inside a host, is not here.
 
-Vectors and what `exclude` names stay as they are: their part of the unit's buffer goes beside the codes in the same message.
+Vectors and what `exclude` names stay as they are: their part of the unit's buffer goes beside the codes in the same message. On
+one rank nothing is coded. An option or a state that would have no effect is refused.
 """
 
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 from thinwire.collectives.ledger import Ledger, axis_of
-from thinwire.collectives.private import private_copy
+from thinwire.collectives.private import private_copy, release
 from thinwire.compress.base import Codec, make_codec
 from thinwire.compress.sharded.layout import EXCLUDED, UnitShape, Ways, sharded_transfers
 from thinwire.compress.sharded.memory import STORAGES, Owed, owed_to_average
@@ -30,6 +30,7 @@ WEIGHT_KINDS = (PLAIN, "bf16", "fp16", "int8", "int4")
 GRADIENT_KINDS = (PLAIN, "bf16", "fp16", "int8", "int4", "fp4", "sign")
 """The codecs whose blocks fill CODED_BLOCK."""
 NO_FEEDBACK = "none"
+FEEDBACK = "int8"
 PREFETCH = 2
 """Units whose weights are under way while one computes: with two, the wire works while a unit's weights are decoded."""
 
@@ -39,35 +40,50 @@ def compress_sharded(
     gradients: str | None = "int4",
     weights: str | None = "int8",
     *,
-    feedback: str = "int8",
-    exclude: Sequence[str] = EXCLUDED,
-    prefetch_units: int = PREFETCH,
+    feedback: str | None = None,
+    exclude: str | Sequence[str] | None = None,
+    prefetch_units: int | None = None,
     ledger: Ledger | None = None,
 ) -> "ShardedCompression":
     """Code what the units of `model` exchange from now on. Call after `fully_shard`, on all ranks of the default group.
 
     gradients, weights: names of codecs, "float32" for none, None to leave FSDP2's own collective in its place.
-    feedback: "int8" or "float32", how what coding of gradients loses is kept until the next step; "none": it is lost.
-    exclude: parameters that stay as they are, by name, with * for anything; vectors always do.
-    prefetch_units: weights are asked for so many units ahead in the forward pass; 0, or a unit for which
+    feedback: "int8", which None is, or "float32", how what coding of gradients loses is kept until the next step; "none": it is
+    lost.
+    exclude: parameters that stay as they are, one pattern of names or several, with * for anything; vectors always do. None:
+    *embed* and *positions*.
+    prefetch_units: weights are asked for so many units ahead in the forward pass, None: 2; 0, or a unit for which
     set_modules_to_forward_prefetch was called: as it is.
     ledger: where labels go, if the process group is the metered one.
 
-    UserError for a model without `fully_shard`, an unknown name, and uses of `fully_shard` that are not supported.
+    UserError for a model without `fully_shard`, an unknown name, an option that would have no effect, and uses of `fully_shard`
+    that are not supported.
     """
     if gradients is None and weights is None:
         raise UserError("compress_sharded has nothing to do: gradients and weights are both None; name a codec for one of them")
-    if feedback not in (*STORAGES, NO_FEEDBACK):
+    if feedback not in (*STORAGES, NO_FEEDBACK, None):
         raise UserError(f"feedback {feedback!r} does not exist; there are {', '.join(STORAGES)}, {NO_FEEDBACK}")
+    plain = (None, PLAIN)
+    for option, value, unused in (
+        ("feedback", feedback, gradients in plain),
+        ("exclude", exclude, gradients in plain and weights in plain),
+        ("prefetch_units", prefetch_units, weights is None),
+    ):
+        if value is not None and unused:
+            raise UserError(
+                f"compress_sharded: {option}={value!r} has no effect with gradients={gradients!r} and weights={weights!r}; "
+                "leave it out"
+            )
+    patterns = EXCLUDED if exclude is None else (exclude,) if isinstance(exclude, str) else tuple(exclude)
     ways = Ways(
         gradients=_codec(gradients, "gradients", GRADIENT_KINDS),
         weights=_codec(weights, "weights", WEIGHT_KINDS),
         stock_gradients=gradients is None,
         stock_weights=weights is None,
-        exclude=tuple(exclude),
+        exclude=patterns,
     )
-    compression = ShardedCompression(find_units(model), ways, feedback, ledger or Ledger())
-    compression.attach(prefetch_units)
+    compression = ShardedCompression(find_units(model), ways, feedback or FEEDBACK, ledger or Ledger())
+    compression.attach(PREFETCH if prefetch_units is None else prefetch_units)
     return compression
 
 
@@ -109,7 +125,8 @@ class ShardedCompression:
         """Puts FSDP2's own collectives back, after what is under way. What is owed stays in `state_dict`."""
         for lane in self._lanes:
             lane.executor.close()
-            dist.destroy_process_group(lane.group)
+            self._ledger.axes.pop(lane.group.group_name, None)
+            release(lane.group)
         for restore in self._restore:
             restore()
         self._lanes, self._restore = [], []

@@ -45,11 +45,12 @@ class UnitShape:
 
 
 class Row:
-    """How one chunk of a unit becomes a row of bytes. coded: one flag a parameter; without a codec all is exact."""
+    """How one chunk of a unit becomes a row of bytes. coded: one flag a parameter; without a codec, or on one rank, all
+    is exact."""
 
     def __init__(self, parameters: Sequence[Parameter], coded: Sequence[bool], codec: Codec | None, world_size: int) -> None:
         self.parameters = tuple(parameters)
-        self.coded = tuple(flag and codec is not None for flag in coded)
+        self.coded = tuple(flag and codec is not None and world_size > 1 for flag in coded)
         self.codec, self.world_size = codec, world_size
         self.lengths = tuple(shard_length(parameter.shape, world_size) for parameter in parameters)
         assert codec is None or CODED_BLOCK % codec.block == 0, f"blocks of {codec} do not fill {CODED_BLOCK} values"

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from thinwire.compress.sharded.layout import UnitShape
 from thinwire.errors import UserError
-from thinwire.workload import Parameter
+from thinwire.workload import Parameter, plain_name
 
 NEEDED = ("set_custom_all_gather", "set_custom_reduce_scatter", "set_modules_to_forward_prefetch", "_get_fsdp_state")
 GROUP_NEEDED = ("fsdp_params", "mesh_info", "post_forward_mesh_info", "_all_gather_comm", "_reduce_scatter_comm")
@@ -112,8 +113,15 @@ def prefetch(units: list[Unit], depth: int) -> Callable[[], None]:
 
 
 def find_units(model: nn.Module) -> list[Unit]:
-    """In the order of registration, the root first. UserError for a model or a use of `fully_shard` that is not supported."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    """In the order of registration, the root first. UserError for a model or a use of `fully_shard` that is not supported.
+
+    FSDP2 keeps gathered weights after a forward pass that no backward pass follows; they are freed, for only then are the model's
+    parameters the shards.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
     found: list[Unit] = []
     seen: set[int] = set()
     for path, module in model.named_modules():
@@ -133,7 +141,7 @@ def find_units(model: nn.Module) -> list[Unit]:
         seen.add(id(group))
         _check(path or "root", group)
         listed = [names[id(parameter.sharded_param)] for parameter in group.fsdp_params]
-        found.append(Unit(path, module, listed, module is model))
+        found.append(Unit(plain_name(f"{path}.").rstrip("."), module, listed, module is model))
     if not found:
         raise UserError("compress_sharded wants a model to which fully_shard was applied, and this one has no such module")
     return found
@@ -155,6 +163,10 @@ def _check(name: str, group: Any) -> None:
             f"unit {name} reshards to fewer ranks after forward; compress_sharded wants reshard_after_forward True or False"
         )
     for parameter in group.fsdp_params:
+        if not parameter.sharded_param.dtype.is_floating_point:
+            raise UserError(
+                f"unit {name} has parameters of {parameter.sharded_param.dtype}; compress_sharded takes real numbers only"
+            )
         if parameter.fsdp_placement.dim != 0:
             raise UserError(
                 f"unit {name} shards a parameter along dim {parameter.fsdp_placement.dim}; compress_sharded wants dim 0"
