@@ -19,7 +19,7 @@ from pool import Pool, start_server  # noqa: E402
 settings.register_profile("thinwire", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("thinwire")
 
-_RANK_FIXTURES = {"ranks2", "ranks3", "ranks4", "ranks8"}
+_RANK_FIXTURES = {"ranks1", "ranks2", "ranks3", "ranks4", "ranks8"}
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -30,6 +30,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
     if not session.config.option.collectonly and any(map(needs_server, session.items)):
         start_server()
+
+
+@pytest.fixture(scope="session")
+def ranks1() -> Iterator[Pool]:
+    pool = Pool(1)
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(scope="session")

@@ -90,6 +90,7 @@ def make_method(name: str, base: Mapping[str, Any], *, fused: bool = False) -> M
     rare = KIND.fullmatch(word)
     if rare and rare["kind"] in RARE:
         sync |= {"kind": rare["kind"], "every": int(rare["number"])}
+        sync.pop("bucket_bytes", None)  # shared by those who average gradients; here each replica is one rank
         compress: dict[str, Any] = {}
     else:
         rare, compress = None, compress_section(word)

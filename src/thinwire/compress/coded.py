@@ -27,7 +27,7 @@ from thinwire.compress.plain import Plain
 from thinwire.config.compress import SUMMABLE, Coded
 from thinwire.errors import UserError
 from thinwire.traffic import Transfer
-from thinwire.workload import Parameter
+from thinwire.workload import Parameter, plain_name
 
 _Part = TypeVar("_Part", Piece, Parameter)
 _Dealt = tuple[Averager, list[_Part], list[_Part]]
@@ -147,6 +147,7 @@ class CodedExchange:
         if not state and self._config.kind in SUMMABLE:
             return  # written when casts had none
         self._check_kind([state])
+        state = _with_plain_names(state)
         self._loaded_of = int(state.get("ranks", 0))
         self._step = state["step"]
         self._memory.load_state_dict(state["memory"])
@@ -159,6 +160,7 @@ class CodedExchange:
         if not any(states) and self._config.kind in SUMMABLE:
             return
         self._check_kind(states)
+        states = [_with_plain_names(state) for state in states]
         self._loaded_of = 0
         self._step = states[0]["step"]
         self._memory.adopt([state["memory"] for state in states])
@@ -234,6 +236,13 @@ class CodedExchange:
 
     def _fail(self, error: Exception) -> None:
         self.failure = self.failure or error
+
+
+def _with_plain_names(state: Any) -> Any:
+    """Parameters of a compiled model are those of the model, in whatever table of a state they stand."""
+    if not isinstance(state, dict):
+        return state
+    return {plain_name(key) if isinstance(key, str) else key: _with_plain_names(value) for key, value in state.items()}
 
 
 def _next_stages(stages: Sequence[Iterator[None]], buffer: torch.Tensor) -> torch.Tensor:

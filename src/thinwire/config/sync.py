@@ -103,14 +103,19 @@ class Streaming(_Outer):
     layers_per_fragment: int = Field(3, ge=1)
     overlap: int = Field(1, ge=0)
     """Steps between sending a fragment and applying what came back (tau)."""
-    mixing: float = Field(0.5, ge=0, lt=1)
-    """How much of a replica's own parameters stays when the new ones come (alpha)."""
+    mixing: float | None = Field(None, ge=0, lt=1)
+    """How much of a replica's own parameters stays when the new ones come (alpha). None: 0.5, and 0 without an overlap, in which
+    there is nothing of its own to keep."""
 
     @model_validator(mode="after")
     def _check(self) -> Streaming:
         if self.overlap >= self.every:
             raise ValueError(
                 f"overlap = {self.overlap} must be less than every = {self.every}, or a fragment is sent twice at once"
+            )
+        if self.mixing is not None and not self.overlap:
+            raise ValueError(
+                f"mixing = {self.mixing} has no effect without an overlap; set overlap to 1 or more, or leave it out"
             )
         return self
 

@@ -5,6 +5,7 @@ from thinwire.compress.exchange import make_exchange
 from thinwire.compress.plain import PlainExchange
 from thinwire.config.compress import Coded, NoCompression
 from thinwire.config.sync import DiLoCo, EveryStep, LocalSGD, MuLoCo, NoLoCo, SparseLoCo, Streaming, Sync
+from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.sync.alone import Alone
 from thinwire.sync.base import Synchroniser
@@ -37,8 +38,18 @@ def make_synchroniser(config: Sync, compress: NoCompression | Coded, layout: Lay
 def _inside(config: Sync, layout: Layout, ledger: Ledger) -> Synchroniser:
     """What holds the ranks of one replica together."""
     if layout.data == 1:
+        for key in ("every_inside", "bucket_bytes"):
+            if getattr(config, key, 0):
+                raise UserError(
+                    f"sync.{key} = {getattr(config, key)} is about the ranks of one replica, and each replica is one rank "
+                    "(layout.data = 1); leave it out, or set layout.data"
+                )
         return Alone(config.accumulate)
     if isinstance(config, LocalSGD) and config.every_inside:
+        if config.bucket_bytes:
+            raise UserError(
+                f"sync.bucket_bytes = {config.bucket_bytes} has no effect with every_inside, which sends whole models"
+            )
         alone = Alone(config.accumulate)
         return RareSync(Schedule(every=config.every_inside), AVERAGE, DATA, ledger, PlainExchange(ledger), alone)
     inner = EveryStep(accumulate=config.accumulate, bucket_bytes=config.bucket_bytes)

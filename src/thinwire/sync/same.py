@@ -35,26 +35,30 @@ def same_everywhere(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -
 def make_same(tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> None:
     """Give all ranks of `group` the first one's values, if any differ. Collective, with tensors of the same shapes.
 
-    UserError, on the ranks that have it, for a tensor whose memory cannot hold the first rank's values.
+    UserError on all ranks if one has a tensor whose memory cannot hold the first rank's values.
     """
     if same_everywhere(list(tensors.values()), group):
         return
+    wrong = ""
     for name, tensor in tensors.items():
         if not tensor.numel():
             continue
         own = tensor.detach().contiguous()
         own = own.clone() if own.untyped_storage().nbytes() < own.nbytes else own
         dist.broadcast(own, group=group, group_src=0)
-        if own.data_ptr() != tensor.data_ptr() or own.stride() != tensor.stride():
-            _put(name, tensor, own)
-
-
-def _put(name: str, tensor: torch.Tensor, values: torch.Tensor) -> None:
-    """tensor <- values, each place in memory once."""
-    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
-    tensor[once].copy_(values[once])
-    if not torch.equal(tensor, values):
+        if (own.data_ptr() != tensor.data_ptr() or own.stride() != tensor.stride()) and not _put(tensor, own):
+            wrong = wrong or f"{name} of shape {tuple(tensor.shape)}"
+    any_wrong = torch.tensor([float(bool(wrong))], device=next(iter(tensors.values())).device)
+    dist.all_reduce(any_wrong, dist.ReduceOp.MAX, group)
+    if any_wrong:
         raise UserError(
-            f"{name} of shape {tuple(tensor.shape)} keeps several values in one place of memory (it is expanded), and the first "
+            f"{wrong or 'a tensor of another rank'} keeps several values in one place of memory (it is expanded), and the first "
             "rank's differ there; call .contiguous() on it when the model is made"
         )
+
+
+def _put(tensor: torch.Tensor, values: torch.Tensor) -> bool:
+    """tensor <- values, each place in memory once; whether it holds them then."""
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
+    tensor[once].copy_(values[once])
+    return torch.equal(tensor, values)

@@ -12,7 +12,7 @@ from thinwire.config.sync import Streaming
 from thinwire.sync.outer import Nesterov
 from thinwire.sync.rare import Schedule
 
-LEARNING_RATE = 0.4
+LEARNING_RATE, MIXING = 0.4, 0.5
 """As published."""
 
 
@@ -22,6 +22,6 @@ def streaming(config: Streaming, replicas: int) -> tuple[Schedule, Nesterov]:
         every=config.every,
         layers_per_fragment=config.layers_per_fragment,
         overlap=config.overlap,
-        mixing=config.mixing if config.overlap else 0.0,
+        mixing=(MIXING if config.mixing is None else config.mixing) if config.overlap else 0.0,
     )
     return schedule, Nesterov(config.outer_learning_rate or LEARNING_RATE, config.outer_momentum)
