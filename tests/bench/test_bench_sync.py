@@ -46,7 +46,7 @@ def test_our_names() -> None:
 
     assert compress("none") == {"kind": "none"}
     plain = compress("int4")
-    assert plain["kind"] == "int4" and plain["feedback"] and not plain["vectors"] and plain["exclude"]
+    assert plain["kind"] == "int4" and all(plain[option] is None for option in ("feedback", "vectors", "exclude"))
     assert compress("int4-nofeedback") == plain | {"feedback": False}
     assert compress("int4-all-fused") == plain | {"exclude": (), "vectors": True, "fused": True}
     sync = make_method("int8-512k", {"sync": {"accumulate": 3, "bucket_bytes": 1}}).config.sync

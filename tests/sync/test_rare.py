@@ -122,6 +122,15 @@ def test_each_fragment_is_sent_once_in_a_period(count: int, every: int, periods:
     assert due(count - 1, count, every, every)
 
 
+def test_layers_of_a_plain_sequential_are_fragments() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh(), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    names = [name for name, _ in model.named_parameters()]
+    assert fragments(names, 1) == [["0.weight", "0.bias"], ["2.weight", "2.bias"], ["3.weight", "3.bias"]]
+    assert fragments(["stem.0.w", "blocks.0.a.1.w", "blocks.1.a.0.w", "head.w"], 1) == [
+        *(["stem.0.w"], ["blocks.0.a.1.w"], ["blocks.1.a.0.w"], ["head.w"])
+    ]
+
+
 def test_the_published_learning_rates() -> None:
     assert [published_learning_rate(replicas) for replicas in (1, 2, 4, 8, 64)] == pytest.approx([0.4, 0.6, 0.6, 0.8, 0.8])
     assert 0.6 < published_learning_rate(6) < 0.8
