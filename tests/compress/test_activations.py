@@ -318,3 +318,10 @@ def test_gradients_of_a_split_mlp_are_within_what_the_codec_may_do(ranks2: Pool,
         assert bool(((got[name].double() - wanted[name]).abs() <= bound).all()), name
     assert torch.equal(told[0]["y"], told[1]["y"]) and torch.equal(told[0]["x"], told[1]["x"])
     assert kind == "none" or not torch.allclose(told[0]["x"].double(), wanted["x"], atol=1e-5)
+
+
+def test_complex_activations_are_refused_and_those_of_no_dims_arrive() -> None:
+    codec = BoundaryCodec(codec_of("int8"), "the activation of boundary 0-1")
+    with pytest.raises(UserError, match="boundary 0-1 is complex64; codes take real numbers"):
+        codec.pack(torch.ones(4, dtype=torch.complex64))
+    assert codec.unpack(codec.pack(torch.tensor(2.0)), ()).item() == pytest.approx(2.0, rel=0.01)

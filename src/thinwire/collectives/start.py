@@ -44,9 +44,9 @@ def init(
         if value not in known:
             raise UserError(f"{name} = {value!r}; there are {', '.join(map(repr, known))}")
     if collectives == "native":
-        for name, value in (("cluster", cluster), ("cache", cache)):
-            if value is not None:
-                raise UserError(f"{name} = {value!r} has no effect with collectives = 'native'; leave one of them out")
+        for name, given in (("cluster", cluster), ("cache", cache)):
+            if given is not None:
+                raise UserError(f"{name} = {given!r} has no effect with collectives = 'native'; leave one of them out")
     tuner = None
     if collectives != "native":
         network = None if cluster is None else load_cluster(cluster)

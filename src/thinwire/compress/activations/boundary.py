@@ -36,6 +36,15 @@ def encode_finite(codec: Codec, values: Tensor, what: str) -> Tensor:
     return payload
 
 
+def flat_float32(values: Tensor, what: str) -> Tensor:
+    """[numel], without autograd. UserError for complex numbers, of which float32 would silently keep one half."""
+    if values.is_complex():
+        raise UserError(
+            f"{what} is {str(values.dtype).removeprefix('torch.')}; codes take real numbers: hand over view_as_real of it"
+        )
+    return values.detach().reshape(-1).to(torch.float32)
+
+
 class BoundaryCodec:
     """One direction of one boundary. `boundary` names it in errors: "the activation of boundary 0-1"."""
 
@@ -47,19 +56,19 @@ class BoundaryCodec:
         return self.codec.payload_bytes(padded(prod(shape), self.codec.block))
 
     def pack(self, values: Tensor) -> Tensor:
-        """Any shape, float32 or shorter floats -> [payload_bytes] uint8. UserError if a value is not finite."""
-        flat = values.detach().reshape(-1).to(torch.float32)
+        """Any shape, float32 or shorter floats -> [payload_bytes] uint8. UserError for one that is not finite or real."""
+        flat = flat_float32(values, self.boundary)
         filling = padded(flat.numel(), self.codec.block) - flat.numel()
         return encode_finite(self.codec, torch.nn.functional.pad(flat, (0, filling)), self.boundary)
 
     def unpack(self, payload: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """What `pack` was given, up to the codec's error. payload: uint8, from an even byte of its storage."""
         numel = prod(shape)
-        return self.codec.decode(payload, padded(numel, self.codec.block))[:numel].view(*shape).to(dtype)
+        return self.codec.decode(payload, padded(numel, self.codec.block))[:numel].view(tuple(shape)).to(dtype)
 
     def error_bound(self, values: Tensor) -> Tensor:
         """Largest error of each value in float32; a shorter dtype then rounds once more."""
-        flat = values.detach().reshape(-1).to(torch.float32)
+        flat = flat_float32(values, self.boundary)
         filling = padded(flat.numel(), self.codec.block) - flat.numel()
         bound = self.codec.error_bound(torch.nn.functional.pad(flat, (0, filling)))
         return bound[: flat.numel()].view(values.shape)

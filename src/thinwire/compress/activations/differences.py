@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinwire.compress.activations.boundary import BoundaryCodec
+from thinwire.compress.activations.boundary import BoundaryCodec, flat_float32
 from thinwire.compress.base import Codec, finite
 from thinwire.errors import UserError
 
@@ -104,7 +104,7 @@ class DifferenceSender(Differences):
     def pack(self, ids: Sequence[int], activation: Tensor) -> Tensor:
         """[samples, ..] -> [payload_bytes] uint8. UserError if a value is not finite; the copies then stay as they were."""
         new, old = self._parted(ids)
-        values, parts = activation.detach().to(torch.float32), []
+        values, parts = flat_float32(activation, self._boundary).view(activation.shape), []
         if new and self._first:
             parts.append(self._first.pack(values[new]))
         elif new:

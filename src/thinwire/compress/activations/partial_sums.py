@@ -27,7 +27,7 @@ from torch import Tensor
 from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.seam import all_reduce
-from thinwire.compress.activations.boundary import encode_finite
+from thinwire.compress.activations.boundary import encode_finite, flat_float32
 from thinwire.compress.base import Codec
 from thinwire.compress.rows import decode_rows
 from thinwire.compress.twoshot import shard_length
@@ -62,7 +62,7 @@ def coded_sum(x: Tensor, group: dist.ProcessGroup, codec: Codec | None, ledger: 
     if "nccl" in dist.get_backend(group):
         raise UserError(f"{label} through {codec.name}: only on CPUs yet, and this group is NCCL's; send it plain")
     length = shard_length(x.shape, p, codec.block)
-    flat = x.detach().reshape(-1).to(torch.float32)
+    flat = flat_float32(x, label)
     shards = torch.nn.functional.pad(flat, (0, p * length - flat.numel())).view(p, length)
     size = codec.payload_bytes(length)
     codes = torch.zeros(p, size, dtype=torch.uint8)

@@ -162,7 +162,8 @@ class CodedReduceScatter(_Collective):
         work.wait()
 
         result = output.view(1, -1)
-        exact = self._exact(received, gradients.dtype).to(torch.float32)
+        exact = self._exact(received, gradients.dtype)
+        exact = exact if exact.dtype == torch.float64 else exact.to(torch.float32)
         row.put(result, _in_order(list(exact)).mul_(factor).view(1, -1), False)
         if row.codec is not None and row.coded_values:
             decode, number = row.codec.decode, row.coded_values
