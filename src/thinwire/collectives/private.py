@@ -10,7 +10,7 @@ from torch.distributed.constants import default_pg_timeout
 
 
 def private_copy(group: dist.ProcessGroup, description: str, backend: str | None = None) -> dist.ProcessGroup:
-    """A new group of the same ranks with the same time-out, on the same backend unless `backend` names another.
+    """A new group of the same ranks with the same time-out, on the same backends unless `backend` names another.
 
     Collective over all ranks, whatever their group: each must make all groups in one order. End it with `release`.
 
@@ -19,7 +19,7 @@ def private_copy(group: dist.ProcessGroup, description: str, backend: str | None
     """
     groups: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(groups, (tuple(dist.get_process_group_ranks(group)), timeout_of(group)))
-    backend = backend or dist.get_backend(group)
+    backend = backend or dist.get_backend_config(group)  # get_backend says "undefined" of a group that was made without a name
     made = {
         ranks: dist.new_group(ranks, timeout=timeout, backend=backend, group_desc=description)
         for ranks, timeout in sorted(dict(groups).items())
@@ -31,6 +31,12 @@ def release(group: dist.ProcessGroup) -> None:
     """End a group: its threads and connections go when nobody holds it any more. Local; nothing of it may be under way."""
     with contextlib.suppress(ValueError):  # whoever destroyed the default group has destroyed all
         dist.destroy_process_group(group)
+
+
+def backend_of(group: dist.ProcessGroup, device_type: str) -> str | None:
+    """Name of the backend that serves tensors on `device_type` ("cpu", "cuda") in `group`; None if none does."""
+    served = dict(part.split(":", 1) for part in dist.get_backend_config(group).split(","))
+    return served.get(device_type)
 
 
 def timeout_of(group: Any) -> timedelta:

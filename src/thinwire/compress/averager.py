@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from thinwire.collectives.private import backend_of
 from thinwire.compress.base import finite
 from thinwire.compress.memory import Memory
 from thinwire.errors import UserError
@@ -161,7 +162,8 @@ def check_finite(values: torch.Tensor, name: str) -> None:
         raise UserError(f"the gradient of {name} is not finite; lower the learning rate, or look at the data of this step")
 
 
-def refuse_nccl(group: dist.ProcessGroup, kind: str) -> None:
-    """UserError for a group of NCCL's, on which no codec has been run yet."""
-    if "nccl" in dist.get_backend(group):
-        raise UserError(f"compress.kind = {kind!r}: only on CPUs yet, and this group is NCCL's; set it to none")
+def refuse_off_cpu(group: dist.ProcessGroup, kind: str) -> None:
+    """UserError for a group that serves no tensors on CPUs, the only ones that codecs take yet."""
+    if backend_of(group, "cpu") is None:
+        served = dist.get_backend_config(group)
+        raise UserError(f"compress.kind = {kind!r}: only on CPUs yet, and this group serves {served}; set it to none")

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from thinwire.collectives.executor import Executor
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.private import private_copy, release
-from thinwire.compress.averager import RIDE_BYTES, Averager, Piece, Share, refuse_nccl, with_flags
+from thinwire.compress.averager import RIDE_BYTES, Averager, Piece, Share, refuse_off_cpu, with_flags
 from thinwire.compress.cast import Cast
 from thinwire.compress.memory import Memory
 from thinwire.compress.plain import Plain
@@ -86,7 +86,7 @@ class CodedExchange:
         self, group: dist.ProcessGroup, axis: str, known: Mapping[str, Sequence[int]], *, tracks_use: bool = False
     ) -> None:
         """Makes two process groups and three threads. Collective over all ranks. UserError on CUDA."""
-        refuse_nccl(group, self._config.kind)
+        refuse_off_cpu(group, self._config.kind)
         self._group, self._world_size, self._tracks_use = group, group.size(), tracks_use
         self._known = {name: tuple(shape) for name, shape in known.items()}
         self._check_loaded()
@@ -113,6 +113,8 @@ class CodedExchange:
         """Hands the buffer to the threads."""
         assert self._threads, "attach() comes first"
         assert (used is not None) == self._tracks_use, "use is tracked, or not"
+        if buffer.device.type != "cpu":
+            raise UserError(f"{label} is on {buffer.device}, and {self._config.kind} is for CPUs only yet; set it to none")
         if buffer.dtype != torch.float32 and self._config.kind not in SUMMABLE:
             raise UserError(
                 f"{label} is {str(buffer.dtype).removeprefix('torch.')}, and {self._config.kind} takes float32 only yet; keep "

@@ -1,8 +1,10 @@
 """What was measured is kept beside the cluster file, so that the next run on this cluster need not measure again.
 
-One JSON file: the version of the format, torch's version, and for each carrier (gloo, or an MPI), group, op, root and class of
-sizes the way that won, its seconds and those of the native collective, and the date. A file of another version of torch, or one
-that cannot be read, is begun anew: what it held is measured again.
+One JSON file: the version of the format, torch's version, the networks that were measured on (`network`), and for each carrier
+(gloo, or an MPI), group, op, root and class of sizes, for each network, the way that won, its seconds and those of the native
+collective, and the date. A choice belongs to the network that it was measured on: a file that describes another one since does
+not bring it back, and its own choices stand beside. A file of another version of torch, or one that cannot be read, is begun
+anew: what it held is measured again.
 """
 
 import json
@@ -13,7 +15,9 @@ from typing import Any
 
 import torch
 
-FORMAT = 2
+from thinwire.collectives.tuned.network import Network
+
+FORMAT = 3
 
 
 class Cache:
@@ -21,27 +25,52 @@ class Cache:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._entries: dict[str, Any] = {}
+        self._networks: dict[str, Network] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
+        """By what was called, then by the network's key."""
         if path is not None and path.exists():
             try:
                 stored = json.loads(path.read_text(encoding="utf-8"))
                 if (stored["thinwire_collectives"], stored["torch"]) == (FORMAT, torch.__version__):
+                    self._networks = {key: Network.from_plain(one) for key, one in stored["networks"].items()}
                     self._entries = stored["entries"]
-            except (OSError, ValueError, KeyError, TypeError):
-                self._entries = {}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                self._networks, self._entries = {}, {}
 
-    def find(self, key: str) -> dict[str, Any] | None:
-        """{"way", "seconds", "native_s", "date"}."""
-        return self._entries.get(key)
+    def find(self, key: str, network: Network) -> dict[str, Any] | None:
+        """{"way", "seconds", "native_s", "date"} of a call on this network, or one near it."""
+        found = self._entries.get(key, {})
+        own = network.key if network.key in found else self._near(key, network)
+        return found.get(own) if own is not None else None
 
-    def keep(self, key: str, way: dict[str, Any], seconds: float, native_s: float) -> None:
-        """Written at once."""
-        today = datetime.now(UTC).date().isoformat()
-        self._entries[key] = {"way": way, "seconds": seconds, "native_s": native_s, "date": today}
+    def elsewhere(self, key: str) -> bool:
+        """Whether there is a choice for the call on any network."""
+        return bool(self._entries.get(key))
+
+    def keep(self, key: str, network: Network, found: dict[str, Any]) -> None:
+        """found: as `find` gives it, less the date. In the place of one on a network near it. Written at once."""
+        entries = self._entries.setdefault(key, {})
+        if (near := self._near(key, network)) is not None:
+            del entries[near]
+        self._networks[network.key] = network
+        entries[network.key] = {**found, "date": datetime.now(UTC).date().isoformat()}
+        used = {name for one in self._entries.values() for name in one}
+        self._networks = {name: one for name, one in self._networks.items() if name in used}
         if self.path is not None:
             aside = self.path.with_suffix(f".{os.getpid()}.tmp")
-            aside.write_text(json.dumps({"thinwire_collectives": FORMAT, "torch": torch.__version__, "entries": self._entries}))
+            content = {
+                "thinwire_collectives": FORMAT,
+                "torch": torch.__version__,
+                "networks": {name: one.to_plain() for name, one in self._networks.items()},
+                "entries": self._entries,
+            }
+            aside.write_text(json.dumps(content), encoding="utf-8")
             os.replace(aside, self.path)
+
+    def _near(self, key: str, network: Network) -> str | None:
+        """Of the networks that the call was measured on, the first that is near."""
+        names = self._entries.get(key, {})
+        return next((name for name in names if name in self._networks and self._networks[name].near(network)), None)
 
 
 def beside(cluster: Path) -> Path:

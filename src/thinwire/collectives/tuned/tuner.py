@@ -4,8 +4,13 @@ A class holds the sizes between two powers of two. Ways are timed in turns, each
 the seconds of a turn are those of the slowest rank, of a way the median of its turns (gloo's all-to-all, for one, is fast at
 times); of equal ones the first advised is the best. It replaces the backend's own collective only if it takes less than `WORTH`
 of its time (`SHORT_WORTH` for short calls). All ranks see the same numbers, and so choose alike.
+
+What was measured in an earlier run on this network (`network`, `cache`) is timed once more when it is first used, alone. It holds
+if that took between 1 / `STALE` and `STALE` of the seconds that are kept; else the network is not what it was, and all is
+measured.
 """
 
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +30,7 @@ from thinwire.collectives.run.links import Place
 from thinwire.collectives.schedules.doubling import recursive_doubling
 from thinwire.collectives.tuned.advice import Advisor
 from thinwire.collectives.tuned.cache import Cache, beside
+from thinwire.collectives.tuned.network import Network, network_of
 from thinwire.collectives.tuned.way import NATIVE, Call, Way, example, perform, wire_bytes
 from thinwire.errors import UserError
 from thinwire.units import show
@@ -42,6 +48,7 @@ Key = tuple[tuple[int, ...], str, int, int]
 EQUAL = 0.05
 """Less is made good by the steps that the first advised way has fewer, once ranks compute too: FSDP2 among 8 hosts took 1.43 s a
 step with one of 1 step, 1.49 s with one of 3 that had been 3 % faster alone."""
+STALE = 1.5
 LONG_S = 1.0
 """Of what takes longer a single turn is enough."""
 CONNECT_S = 0.3
@@ -61,6 +68,7 @@ class Tuner:
     ) -> None:
         self._advisor, self._cache, self._measures, self._say = advisor, cache or Cache(None), measures, say
         self._calibrated: set[int] = set()
+        self._networks: dict[tuple[int, ...], Network] = {}
         self.chosen: dict[Key, Way] = {}
         """What groups of this process have decided, for predictions."""
 
@@ -81,7 +89,13 @@ class Tuner:
         # The first rank says whether, since others may have been in other groups of this size.
         if self._measures and engine.told(place.size not in self._calibrated if place.rank == 0 else None):
             self._calibrate(engine)
-        told = engine.told(self._offers(key, call, place) if place.rank == 0 else None)
+        self._say_host(place)
+        told = engine.told(self._kept(key, call, place) if place.rank == 0 else None)
+        if told is not None:
+            kept = Way.from_plain(told["way"])
+            if not self._measures or self._holds(engine, kept, call, told["seconds"]):
+                return kept
+        told = engine.told(self._offers(call, place) if place.rank == 0 else None)
         if "error" in told:
             raise UserError(told["error"])
         ways = [Way.from_plain(one) for one in told["ways"]]
@@ -94,22 +108,53 @@ class Tuner:
         if best_s >= (WORTH if native_s > SHORT_S else SHORT_WORTH) * native_s:
             best_s, best = native_s, NATIVE
         if place.rank == 0:
-            self._cache.keep(key, best.to_plain(), best_s, native_s)
-            self._say(
-                f"{call.op} of {show(call.message_bytes, 'B')} among {place.size} ranks: {best.name}, "
-                f"{show(best_s, 's')} (native {show(native_s, 's')})"
-            )
+            found = {"way": best.to_plain(), "seconds": best_s, "native_s": native_s}
+            self._cache.keep(key, self._network(place), found)
+            self._say(f"{_about(call, place)}: {best.name}, {show(best_s, 's')} (native {show(native_s, 's')})")
         return best
 
-    def _offers(self, key: str, call: Call, place: Place) -> dict[str, Any]:
-        """On the first rank: what to try, all of it proven right. An error is told too, or the others would wait for it."""
-        known = self._cache.find(key)
+    def _say_host(self, place: Place) -> None:
+        """To the first rank, once for each group: where this one runs."""
+        if place.ranks not in self._networks:
+            place.store.set(f"host/{place.rank}", socket.gethostname())
+            hosts = [place.store.get(f"host/{rank}").decode() for rank in range(place.size)] if place.rank == 0 else []
+            self._networks[place.ranks] = network_of(self._advisor.cluster, place.ranks, hosts) if hosts else Network("")
+
+    def _network(self, place: Place) -> Network:
+        """On the first rank."""
+        return self._networks[place.ranks]
+
+    def _kept(self, key: str, call: Call, place: Place) -> dict[str, Any] | None:
+        """On the first rank: what was measured on this network; None if nothing was, or what is kept cannot be used."""
+        found = self._cache.find(key, self._network(place))
+        if found is None:
+            if self._cache.elsewhere(key):
+                self._say(f"{_about(call, place)}: what {self._cache.path} holds was measured on another network; measuring")
+            return None
         try:
-            if known is not None:
-                ways = [Way.from_plain(known["way"])]
-            else:
-                priced = self._advisor.ways(call.op, call.message_bytes, place.ranks, call.root)
-                ways = [way for way, _ in (priced if self._measures else priced[:1])]
+            Way.from_plain(found["way"]).check(call, place.size)
+            return {"way": found["way"], "seconds": float(found["seconds"])}
+        except (UserError, KeyError, TypeError, ValueError) as error:
+            self._say(f"{_about(call, place)}: what {self._cache.path} holds cannot be used ({error}); measuring")
+            return None
+
+    def _holds(self, engine: Engine, way: Way, call: Call, kept_s: float) -> bool:
+        """Whether `way` takes about as long as when it was measured. Collective."""
+        (now_s,) = measure(engine, [way], example(call.op, call.message_bytes, engine, call.root))
+        if max(now_s, kept_s) <= STALE * min(now_s, kept_s):
+            return True
+        if engine.place.rank == 0:
+            self._say(
+                f"{_about(call, engine.place)}: {way.name} takes {show(now_s, 's')}, and took {show(kept_s, 's')} when it was "
+                "measured; measuring again"
+            )
+        return False
+
+    def _offers(self, call: Call, place: Place) -> dict[str, Any]:
+        """On the first rank: what to try, all of it proven right. An error is told too, or the others would wait for it."""
+        try:
+            priced = self._advisor.ways(call.op, call.message_bytes, place.ranks, call.root)
+            ways = [way for way, _ in (priced if self._measures else priced[:1])]
             for way in ways:
                 way.check(call, place.size)
         except Exception as error:
@@ -137,6 +182,10 @@ def make_tuner(cluster: Cluster | None, file: str, *, measures: bool, cache: str
     """file: that `cluster` came from; what is measured is kept beside it, if it is one, or in `cache`."""
     kept = Path(cache) if cache else beside(Path(file)) if Path(file).is_file() else None
     return Tuner(Advisor(cluster), Cache(kept), measures=measures)
+
+
+def _about(call: Call, place: Place) -> str:
+    return f"{call.op} of {show(call.message_bytes, 'B')} among {place.size} ranks"
 
 
 def size_class(message_bytes: int) -> int:

@@ -51,7 +51,7 @@ def sum_transfers(values: tuple[int, torch.dtype], codec: Codec | None, axis: st
 
 
 def coded_sum(x: Tensor, group: dist.ProcessGroup, codec: Codec | None, ledger: Ledger, label: str) -> Tensor:
-    """The sum of x over `group`, bit-equal on all ranks; a new tensor. Collective. UserError if it is not finite, or on NCCL."""
+    """The sum of x over `group`, bit-equal on all ranks; a new tensor. Collective. UserError if not finite, or not on a CPU."""
     p, rank = group.size(), group.rank()
     if p == 1 or x.numel() == 0:
         return x.detach().clone()
@@ -59,8 +59,8 @@ def coded_sum(x: Tensor, group: dist.ProcessGroup, codec: Codec | None, ledger: 
         total = x.detach().clone(memory_format=torch.contiguous_format)
         all_reduce(total, group, ledger, label).wait()
         return total
-    if "nccl" in dist.get_backend(group):
-        raise UserError(f"{label} through {codec.name}: only on CPUs yet, and this group is NCCL's; send it plain")
+    if x.device.type != "cpu":
+        raise UserError(f"{label} through {codec.name}: only on CPUs yet, and this tensor is on {x.device}; send it plain")
     length = shard_length(x.shape, p, codec.block)
     flat = flat_float32(x, label)
     shards = torch.nn.functional.pad(flat, (0, p * length - flat.numel())).view(p, length)

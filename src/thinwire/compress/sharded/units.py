@@ -171,8 +171,10 @@ def _check(name: str, group: Any) -> None:
             raise UserError(
                 f"unit {name} shards a parameter along dim {parameter.fsdp_placement.dim}; compress_sharded wants dim 0"
             )
-    if "nccl" in dist.get_backend(group.mesh_info.shard_process_group):
-        raise UserError("compress_sharded: only on CPUs yet, and this mesh is NCCL's; shard over a gloo mesh")
+        if parameter.sharded_param.device.type != "cpu":
+            raise UserError(
+                f"unit {name} has parameters on {parameter.sharded_param.device}; compress_sharded is for CPUs only yet"
+            )
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> bool:
