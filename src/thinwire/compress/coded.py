@@ -48,7 +48,7 @@ class CodedExchange:
         self._threads: tuple[Executor, ...] = ()
         self._step = 0
         self._loaded_of = 0
-        """Ranks of the run whose state was loaded; 0 if none was."""
+        """Ranks of the run whose state was loaded; 0 if none was, or the states of all of them."""
         self._dealt: dict[tuple[Piece, ...], list[_Dealt[Piece]]] = {}
         """Of each bucket that has come so far."""
 
@@ -77,10 +77,11 @@ class CodedExchange:
         return self._memory.owed()
 
     def memory_bytes(self, parameters: Sequence[Parameter], world_size: int) -> int:
-        """What error feedback holds on each rank."""
+        """What error feedback holds on each rank, or the momentum of dgc."""
         plain = len(self._averagers) - 1
-        coded = [one for one in parameters if self._cheapest(one.name, one.shape, world_size) != plain]
-        return sum(self._memory.memory_bytes(parameter.numel) for parameter in coded)
+        coded = [self._cheapest(one.name, one.shape, world_size) != plain for one in parameters]
+        pairs = zip(parameters, coded, strict=True)
+        return sum(self._memory.memory_bytes(parameter.numel, coded=flag) for parameter, flag in pairs)
 
     def attach(
         self, group: dist.ProcessGroup, axis: str, known: Mapping[str, Sequence[int]], *, tracks_use: bool = False
@@ -138,7 +139,7 @@ class CodedExchange:
         """What this rank still owes to the average, and what its averagers carry."""
         return {
             "kind": self._config.kind,
-            "ranks": self._world_size if self._known else self._loaded_of or self._world_size,
+            "ranks": self._world_size if self._known else self._loaded_of,
             "step": self._step,
             "memory": self._memory.state_dict(),
             "carried": [averager.state_dict() for averager in self._averagers],

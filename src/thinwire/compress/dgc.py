@@ -80,9 +80,9 @@ class MomentumCorrection:
         found = {name: self._sums.get(name) for name in self._sums.kept}
         return {name: values for name, values in found.items() if values is not None}
 
-    def memory_bytes(self, numel: int) -> int:
-        """Two vectors."""
-        return 2 * self._sums.stored_bytes(numel)
+    def memory_bytes(self, numel: int, *, coded: bool = True) -> int:
+        """Two vectors, or the momentum of what is averaged exactly."""
+        return (2 if coded else 1) * self._sums.stored_bytes(numel)
 
     def state_dict(self) -> dict[str, Any]:
         """u and v."""

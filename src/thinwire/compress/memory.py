@@ -55,8 +55,8 @@ class Memory(Protocol):
         """What is kept of each parameter, by name, [numel] float32."""
         ...
 
-    def memory_bytes(self, numel: int) -> int:
-        """What it holds for a parameter of `numel` values."""
+    def memory_bytes(self, numel: int, *, coded: bool = True) -> int:
+        """What it holds for a parameter of `numel` values that is coded, or averaged exactly."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class NoMemory(Stateless):
         """Empty."""
         return {}
 
-    def memory_bytes(self, numel: int) -> int:
+    def memory_bytes(self, numel: int, *, coded: bool = True) -> int:
         """None."""
         return 0
 
@@ -244,9 +244,9 @@ class ErrorFeedback:
             lost = self.average * lost if before is None else torch.lerp(before, lost, self.average)
         self.store.put(name, lost)
 
-    def memory_bytes(self, numel: int) -> int:
-        """4 bytes a value in float32, about 1 in int8."""
-        return self.store.stored_bytes(numel)
+    def memory_bytes(self, numel: int, *, coded: bool = True) -> int:
+        """4 bytes a value in float32, about 1 in int8, of what is coded."""
+        return self.store.stored_bytes(numel) if coded else 0
 
     def state_dict(self) -> dict[str, Any]:
         """What is owed, and how often each parameter was sent."""
