@@ -12,6 +12,7 @@ exit code.
 
 import atexit
 import contextlib
+import fcntl
 import functools
 import inspect
 import json
@@ -35,6 +36,9 @@ from pool import start_server
 
 SOCKET = "THINWIRE_TEST_WARM"
 """The variable that tells a command, and its ranks, where the server listens."""
+
+MOST_DESCRIPTORS = 8
+"""That may be handed over beside the standard streams."""
 
 COMMAND = [sys.executable, "-m", "thinwire"]
 
@@ -87,12 +91,14 @@ class Warm(subprocess.Popen[str]):
             "cwd": os.fspath(told["cwd"] or os.getcwd()),
             "environment": dict(environment),
             "session": next(bool(value) for name, value in told.items() if name.endswith("start_new_session")),
+            "descriptors": sorted(told["pass_fds"]),
         }
         streams = [told["p2cread"], told["c2pwrite"], told["errwrite"]]
         self._line = socket.socket(socket.AF_UNIX)
         self._line.connect(environment[SOCKET])
         message = json.dumps(request).encode()
-        socket.send_fds(self._line, [len(message).to_bytes(4, "little")], [fd if fd != -1 else i for i, fd in enumerate(streams)])
+        handed = [*(fd if fd != -1 else i for i, fd in enumerate(streams)), *request["descriptors"]]
+        socket.send_fds(self._line, [len(message).to_bytes(4, "little")], handed)
         self._line.sendall(message)
         self.pid = _receive_integer(self._line)
         self._child_created = True
@@ -145,7 +151,7 @@ def _serve(listener: socket.socket) -> None:
             continue
         listener.close()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        header, streams, *_ = socket.recv_fds(line, 4, 3)
+        header, streams, *_ = socket.recv_fds(line, 4, 3 + MOST_DESCRIPTORS)
         request = json.loads(line.recv(int.from_bytes(header, "little"), socket.MSG_WAITALL))
         pid = os.fork()
         if pid == 0:
@@ -164,7 +170,11 @@ def _become(request: Mapping[str, Any], streams: list[int]) -> NoReturn:
     try:
         if request["session"]:
             os.setsid()
-        for number, stream in enumerate(streams):
+        numbers = [0, 1, 2, *request["descriptors"]]
+        apart = [fcntl.fcntl(stream, fcntl.F_DUPFD, max(numbers) + 1) for stream in streams]  # out of each other's way
+        for stream in streams:
+            os.close(stream)
+        for stream, number in zip(apart, numbers, strict=True):
             os.dup2(stream, number)
             os.close(stream)
         os.chdir(request["cwd"])

@@ -5,24 +5,27 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.config.replicas import Service
-from thinwire.sync.server.server import Server, publish
+from thinwire.sync.server.address import listen, shown
+from thinwire.sync.server.door import Door
+from thinwire.sync.server.kept import Kept
+from thinwire.sync.server.secret import read_secret
+from thinwire.sync.server.server import Server
 
 
 @dataclass
 class Running:
-    """address: of the store. weights(): of all servers."""
+    """address: where workers find it. weights(): of all servers. failures: what a server or the door died of."""
 
     address: str
     servers: list[Server]
     ledgers: list[Ledger]
-    store: TCPStore
     failures: list[BaseException] = field(default_factory=list)
 
     def weights(self) -> torch.Tensor:
@@ -30,20 +33,31 @@ class Running:
 
 
 @contextmanager
-def serving(service: Service, state: list[dict] | None = None, **run: Any) -> Iterator[Running]:
+def serving(
+    service: Service, state: list[dict] | None = None, keep: Path | None = None, every: int = 1, secret: Path | None = None
+) -> Iterator[Running]:
     """Servers that serve until the end."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    publish(store, service)
     ledgers = [Ledger() for _ in range(service.servers)]
-    servers = [Server(service, store, index, ledger) for index, ledger in enumerate(ledgers)]
+    shelves = [Kept(keep, index, service.servers, every) if keep else None for index in range(service.servers)]
+    servers = [Server(service, index, ledger, kept=shelves[index]) for index, ledger in enumerate(ledgers)]
     for server, saved in zip(servers, state or [], strict=False):
-        server.merger.load_state_dict(saved)
-    end = threading.Event()
-    threads = [threading.Thread(target=server.run, args=(end,), kwargs=run, daemon=True) for server in servers]
+        server.load_state_dict(saved)
+    end, listener = threading.Event(), listen("127.0.0.1:0", "--bind")
+    running = Running(shown(listener), servers, ledgers)
+    door = Door(listener, read_secret(secret), service, dict(enumerate(servers)))
+
+    def run(function: Callable[[threading.Event], None]) -> None:
+        try:
+            function(end)
+        except BaseException as error:
+            running.failures.append(error)
+
+    functions = [door.run, *(server.run for server in servers)]
+    threads = [threading.Thread(target=run, args=(function,), daemon=True) for function in functions]
     for thread in threads:
         thread.start()
     try:
-        yield Running(f"127.0.0.1:{store.port}", servers, ledgers, store)
+        yield running
     finally:
         end.set()
         for thread in threads:

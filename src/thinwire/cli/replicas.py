@@ -125,7 +125,12 @@ def _as_toml(setting: str) -> str:
 
 
 def serve(
-    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where workers find the store.")] = "127.0.0.1:29700",
+    bind: Annotated[
+        str, typer.Option("--bind", "--listen", metavar="HOST:PORT", help="Where to listen, there and nowhere else.")
+    ] = "127.0.0.1:29700",
+    secret_file: Annotated[
+        Path | None, typer.Option(help="A file with the secret that workers must know; needed beyond this machine.")
+    ] = None,
     service: Settings = None,
     keep: Annotated[Path | None, typer.Option(help="A folder for what the servers hold; goes on from it if it is there.")] = None,
 ) -> None:
@@ -134,4 +139,4 @@ def serve(
     from thinwire.train.replica_serve import serve_here
 
     agreed = _agreed(RunConfig(), {}, service or [])
-    serve_here(agreed, listen, keep)
+    raise typer.Exit(serve_here(agreed, bind, keep, secret_file))

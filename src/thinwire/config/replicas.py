@@ -1,4 +1,4 @@
-"""What servers and replicas that live and die alone must agree on. Servers publish it in the store, workers read it there."""
+"""What servers and replicas that live and die alone must agree on. Server 0 tells it to each worker that comes."""
 
 from __future__ import annotations
 
@@ -86,9 +86,13 @@ class Service(_Part):
     push: Code = Code()
     pull: Code = Code()
     """Other than "none": a worker is sent the code of the difference to what it has."""
+    most_values: int = Field(2**30, ge=1)
+    """No server takes first weights of more values than this."""
     heartbeat_s: Seconds = Field(0.5, gt=0)
+    """A worker says at most so often that it makes progress."""
     timeout_s: Seconds = Field(300.0, gt=0)
-    """Whoever is silent for so long is given up; silence that is shorter delays. One that is killed is noticed at once."""
+    """Whoever makes no progress for so long is given up: no step, no wait for an answer, no word. A shorter silence delays; one
+    that is killed is noticed at once."""
 
     @model_validator(mode="after")
     def _check(self) -> Service:

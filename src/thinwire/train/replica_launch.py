@@ -1,33 +1,42 @@
-"""Starts the store, the servers and the replicas of `thinwire replicas` on this machine, and looks after them.
+"""Starts the servers and the replicas of `thinwire replicas` on this machine, and looks after them.
 
-A replica that dies is started again, at most `restarts` times each, and the others do not stop. When a server dies the run is
-over, and can be resumed. Whatever ends this process, its children read the end of their standard input and leave.
+A replica that dies is started again, at most `restarts` times each, and the others do not stop; of one that is not started again
+the servers are told, so that nobody waits for it to join. When a server dies the run is over, and can be resumed: all servers go
+on from one version (`thinwire.sync.server.kept`). Whatever ends this process, its children read the end of their standard input
+and leave.
+
+The servers' sockets, on loopback, are made here and handed over, so their addresses are known before anybody starts. Whoever
+speaks with them must know a secret that is made anew for each start, in a file that only this user can read.
 """
 
 import json
+import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore
 
 from thinwire.config.replicas import Service
 from thinwire.config.run import RunConfig
 from thinwire.endings import signals_unwind
 from thinwire.sync.server import saved
+from thinwire.sync.server.address import listen, shown
 from thinwire.sync.server.flat import FlatParameters
-from thinwire.sync.server.server import publish
+from thinwire.sync.server.kept import choose
 from thinwire.train.replica_roles import USER_ERROR, Spec
+from thinwire.train.replica_serve import SERVER_DIED
 from thinwire.train.runtime import environment
 
-FAILED, SERVER_DIED = 1, 3
+FAILED = 1
 POLL_S = 0.05
 END_S = 30.0
 """How long servers may take to write what they hold."""
@@ -55,24 +64,44 @@ class _Run:
     children: list[_Child] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
 
-    def start(self, role: str, number: int) -> subprocess.Popen[str]:
+    def start(self, role: str, number: int, listener: socket.socket | None = None) -> subprocess.Popen[str]:
+        """listener: of a server, which has it from now on."""
         command = [sys.executable, "-m", "thinwire.train.replica_roles", role, str(number), str(self.path)]
+        handed = [listener.fileno()] if listener is not None else []
         with environment({"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}):
-            return subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+            return subprocess.Popen([*command, *map(str, handed)], stdin=subprocess.PIPE, text=True, pass_fds=handed)
+
+    def tell_servers(self, line: str) -> None:
+        """One that has just died does not hear it."""
+        for child in self.children:
+            if child.role == "server" and child.process.stdin is not None:
+                with suppress(BrokenPipeError):
+                    child.process.stdin.write(line + "\n")
+                    child.process.stdin.flush()
 
 
 def launch(config: RunConfig, service: Service, replicas: int, restarts: int, places: tuple[Path, Path]) -> int:
     """Run to the end; returns the exit code, and prints one line when it is not 0. places: the run's folder, the cache's."""
     folder, cache = places
     folder.mkdir(parents=True, exist_ok=True)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    publish(store, service)
-    spec = Spec(address=f"127.0.0.1:{store.port}", folder=folder, cache=cache, replicas=replicas, run=config, service=service)
-    task = spec.task()  # the text is read once, before everybody reads it
-    run = _Run(spec, folder / "replicas-spec.json", restarts)
-    run.path.write_text(spec.model_dump_json(indent=1), encoding="utf-8")
-    with _children(run):
-        wrong = _watch(run)
+    versions = choose(folder, service)
+    with ExitStack() as sockets:
+        listeners = [sockets.enter_context(listen("127.0.0.1:0", "server")) for _ in range(service.servers)]
+        spec = Spec(
+            addresses=[shown(listener) for listener in listeners],
+            versions=versions,
+            folder=folder,
+            cache=cache,
+            replicas=replicas,
+            run=config,
+            service=service,
+        )
+        task = spec.task()  # the text is read once, before everybody reads it
+        run = _Run(spec, folder / "replicas-spec.json", restarts)
+        run.path.write_text(spec.model_dump_json(indent=1), encoding="utf-8")
+        _write_secret(spec.secret_file)
+        with _children(run, listeners):
+            wrong = _watch(run)
     if wrong is not None:
         line, code = wrong
         print(f"thinwire: error: {line}", file=sys.stderr, flush=True)
@@ -111,16 +140,20 @@ def _watch(run: _Run) -> tuple[str, int] | None:
             elif code and child.how() not in run.ended:
                 run.ended.append(child.how())
                 print(f"{child.how()}; the others go on", flush=True)
+                run.tell_servers(f"gone r{child.number}")
     if not any(child.process.returncode == 0 for child in run.children if child.role == "replica"):
         return f"no replica is left: {run.ended[-1]}; go on with --resume {run.spec.folder}", FAILED
+    run.tell_servers("end")
     for child in run.children:
-        if child.role == "server":
-            assert child.process.stdin is not None
-            child.process.stdin.write("end\n")
-            child.process.stdin.flush()
-            if child.process.wait(END_S):
-                return child.how(), SERVER_DIED
+        if child.role == "server" and child.process.wait(END_S):
+            return child.how(), SERVER_DIED
     return None
+
+
+def _write_secret(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(secrets.token_urlsafe(32) + "\n")
 
 
 def _result(run: _Run, states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -142,13 +175,15 @@ def _result(run: _Run, states: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @contextmanager
-def _children(run: _Run) -> Iterator[None]:
-    """Start all, and at the end let none live on."""
+def _children(run: _Run, listeners: list[socket.socket]) -> Iterator[None]:
+    """Start all, and at the end let none live on. listeners: of the servers, whose they are from then on."""
     with signals_unwind():
         try:
-            for role, count in (("server", run.spec.service.servers), ("replica", run.spec.replicas)):
-                for number in range(count):
-                    run.children.append(_Child(role, number, run.start(role, number)))
+            for number, listener in enumerate(listeners):
+                run.children.append(_Child("server", number, run.start("server", number, listener)))
+                listener.close()
+            for number in range(run.spec.replicas):
+                run.children.append(_Child("replica", number, run.start("replica", number)))
             yield
         finally:
             for child in run.children:

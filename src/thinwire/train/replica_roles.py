@@ -1,14 +1,17 @@
 """What one process of `thinwire replicas` does: serve a range of the weights, or train as a replica.
 
-    python -m thinwire.train.replica_roles server|replica NUMBER SPEC.json
+    python -m thinwire.train.replica_roles server NUMBER SPEC.json DESCRIPTOR
+    python -m thinwire.train.replica_roles replica NUMBER SPEC.json
 
-It ends when its standard input does: whatever has killed the launcher, nobody is left behind. The word "end" there asks a server
-to finish.
+DESCRIPTOR is of the socket that the launcher has made for this server to listen on. A process ends when its standard input does:
+whatever has killed the launcher, nobody is left behind. A line "gone NAME" there tells a server that this replica will not come
+again, and "end" asks it to finish.
 """
 
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -25,24 +28,30 @@ from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.sync.server import saved
 from thinwire.sync.server.diloco import AsyncDiLoCo
+from thinwire.sync.server.door import Door
+from thinwire.sync.server.kept import Kept, every_of
 from thinwire.sync.server.link import PeerLost
-from thinwire.sync.server.members import connect
+from thinwire.sync.server.secret import read_secret
 from thinwire.sync.server.server import Event, Server
 from thinwire.sync.server.weights import load_optimizers
 from thinwire.sync.server.worker import ParameterServerWorker
+from thinwire.train.replica_serve import run_all
 from thinwire.train.step import learning_rate, make_optimizer
 from thinwire.train.task import LanguageModel
 
 LOST, USER_ERROR = 1, 2
-CONNECT_S = 30.0
 
 
 class Spec(BaseModel):
-    """What the launcher tells all it starts. folder: of the run; cache: of the text."""
+    """What the launcher tells all it starts. folder: of the run; cache: of the text.
+
+    addresses: of the servers, in order. versions: of the snapshots with which they go on; None: they begin anew.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    address: str
+    addresses: list[str]
+    versions: list[int] | None
     folder: Path
     cache: Path
     replicas: int
@@ -57,17 +66,31 @@ class Spec(BaseModel):
         """What a server or replica leaves behind."""
         return self.folder / f"{role}-{number}.{suffix}"
 
+    @property
+    def secret_file(self) -> Path:
+        """Of this run alone."""
+        return self.folder / "replicas-secret"
 
-def serve(spec: Spec, index: int, end: threading.Event) -> None:
-    """Be server `index`; goes on from its file if there is one."""
+    @property
+    def store(self) -> str:
+        """Where replicas find the servers."""
+        return ",".join(self.addresses)
+
+
+def serve(spec: Spec, index: int, listener: socket.socket) -> int:
+    """Be server `index`, and return the exit code; goes on from its file if there is one."""
     load_optimizers()
-    ledger = Ledger()
-    server = Server(spec.service, connect(spec.address, CONNECT_S), index, ledger, heard=_tell(index))
-    kept = spec.file("server", index, "pt")
-    if kept.is_file():
-        server.merger.load_state_dict(saved.load(kept))
-    server.run(end, kept, every=1 if isinstance(spec.service.merge, DiLoCo) else 50)
+    ledger, service = Ledger(), spec.service
+    kept = Kept(spec.folder, index, service.servers, every_of(service))
+    server = Server(service, index, ledger, heard=_tell(index), kept=kept)
+    if spec.versions:
+        server.load_state_dict(kept.load(spec.versions[index]))
+    end = threading.Event()
+    threading.Thread(target=_listen, args=(end, server), daemon=True).start()
+    door = Door(listener, read_secret(spec.secret_file), service, {index: server})
+    code = run_all({f"the door of server {index}": door.run, f"server {index}": server.run}, end)
     _write(spec.file("server", index, "json"), server.report() | {"ledger": ledger.entries(index)})
+    return code
 
 
 def replicate(spec: Spec, number: int) -> None:
@@ -82,16 +105,16 @@ def replicate(spec: Spec, number: int) -> None:
     tokens = task.workload.tokens_per_microbatch * run.sync.accumulate
     joined: AsyncDiLoCo | ParameterServerWorker
     if isinstance(spec.service.merge, DiLoCo):
-        joined = AsyncDiLoCo(model, optimizer, store=spec.address, name=name, tokens_per_step=tokens)
+        joined = AsyncDiLoCo(model, optimizer, store=spec.store, name=name, tokens_per_step=tokens, secret_file=spec.secret_file)
     else:
-        joined = ParameterServerWorker(model, store=spec.address, name=name)
+        joined = ParameterServerWorker(model, store=spec.store, name=name, secret_file=spec.secret_file)
     owes = spec.service.push.kind != "none" and spec.service.push.feedback
     if owes and kept.is_file():
         joined.load_state_dict(saved.load(kept))
     with joined as worker:
         first, pushed = worker.first_step, 0
         for step in worker.remaining_steps():
-            loss = _backward(spec, task, model, step, number)
+            loss = _backward(spec, task, model, (step, number), worker.alive)
             if run.train.clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), run.train.clip)
             at = round(run.train.steps * worker.client.progress) + step - worker.first_step
@@ -116,9 +139,13 @@ def replicate(spec: Spec, number: int) -> None:
     _write(spec.file("replica", number, "json"), about)
 
 
-def _backward(spec: Spec, task: LanguageModel, model: torch.nn.Module, step: int, number: int) -> float:
-    total, num_micro = 0.0, spec.run.sync.accumulate
+def _backward(
+    spec: Spec, task: LanguageModel, model: torch.nn.Module, place: tuple[int, int], alive: Callable[[], None]
+) -> float:
+    """place: step and number of the replica. alive: called with each micro-batch."""
+    (step, number), total, num_micro = place, 0.0, spec.run.sync.accumulate
     for micro in range(num_micro):
+        alive()
         loss = task.loss(model, task.batch(step, micro * spec.replicas + number)) / num_micro
         loss.backward()
         total += float(loss.detach())
@@ -136,11 +163,14 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _listen(end: threading.Event) -> None:
-    """Set `end` at the word; leave at once when whoever started us is gone."""
-    if sys.stdin.readline().strip() == "end":
-        end.set()
-        return
+def _listen(end: threading.Event, server: Server | None = None) -> None:
+    """Do what the launcher says; leave at once when it is gone."""
+    while line := sys.stdin.readline().split():
+        if line[0] == "end":
+            end.set()
+            return
+        if line[0] == "gone" and server is not None:
+            server.merger.never_comes(line[1])
     os._exit(LOST)
 
 
@@ -149,14 +179,12 @@ def main() -> int:
     role, number, path = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher, which then ends us
     torch.set_num_threads(1)
-    end = threading.Event()
-    threading.Thread(target=_listen, args=(end,), daemon=True).start()
     spec = Spec.model_validate_json(path.read_text(encoding="utf-8"))
     try:
         if role == "server":
-            serve(spec, number, end)
-        else:
-            replicate(spec, number)
+            return serve(spec, number, socket.socket(fileno=int(sys.argv[4])))
+        threading.Thread(target=_listen, args=(threading.Event(),), daemon=True).start()
+        replicate(spec, number)
     except PeerLost as error:
         print(f"{role} {number}: {error}", file=sys.stderr, flush=True)
         return LOST

@@ -1,48 +1,83 @@
-"""`thinwire serve`: the store and all servers in one process, for workers that users start themselves, until told to end."""
+"""`thinwire serve`: all servers in one process, behind one socket, for workers that users start themselves, until told to end.
+
+It listens where it is told and nowhere else. Beyond loopback it asks for a secret, and does not start without one. When a server,
+or the door to all, dies for a reason of its own, all end, what they hold is kept, and so says one line.
+"""
 
 import signal
+import sys
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch.distributed import DistError, TCPStore
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.config.replicas import Service
 from thinwire.errors import UserError
-from thinwire.sync.server import saved
-from thinwire.sync.server.server import Event, Server, publish
+from thinwire.sync.server.address import is_loopback, listen, shown
+from thinwire.sync.server.door import Door
+from thinwire.sync.server.kept import Kept, choose, every_of
+from thinwire.sync.server.secret import read_secret
+from thinwire.sync.server.server import Event, Server
 from thinwire.sync.server.weights import load_optimizers
 
+SERVER_DIED = 3
 
-def serve_here(service: Service, listen: str, keep: Path | None) -> None:
-    """Until SIGINT or SIGTERM. keep: a folder of server-N.pt. UserError if nobody can listen there."""
-    host, colon, port = listen.rpartition(":")
-    if not colon or not port.isdigit():
-        raise UserError(f"--listen {listen}: write host:port")
+
+def serve_here(service: Service, bind: str, keep: Path | None, secret_file: Path | None) -> int:
+    """Until SIGINT or SIGTERM; returns the exit code. keep: a folder of server-N.pt. UserError if it cannot be there, or not
+    safely."""
+    secret = read_secret(secret_file)
+    listener = listen(bind, "--bind")
+    if secret_file is None and not is_loopback(listener):
+        listener.close()
+        raise UserError(
+            f"--bind {bind}: others reach that, so give a --secret-file, and the same to the workers; make one: "
+            "head -c 32 /dev/urandom | base64 > secret"
+        )
+    servers = _servers(service, keep)
     load_optimizers()
-    try:
-        store = TCPStore(host, int(port), is_master=True, wait_for_workers=False)
-    except (DistError, RuntimeError) as error:
-        raise UserError(f"--listen {listen}: {str(error).splitlines()[0][:100]}; take another port") from None
     torch.set_num_threads(1)
-    publish(store, service)
     end = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: end.set())
-    threads = []
-    for index in range(service.servers):
-        server = Server(service, store, index, Ledger(), heard=_tell)
-        kept = keep / f"server-{index}.pt" if keep else None
-        if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            if kept.is_file():
-                server.merger.load_state_dict(saved.load(kept))
-        threads.append(threading.Thread(target=server.run, args=(end, kept), name=f"server {index}"))
-        threads[-1].start()
-    print(f"serving at {host}:{store.port}", flush=True)
+    print(f"serving at {shown(listener)}", flush=True)
+    door = Door(listener, secret, service, dict(enumerate(servers)))
+    return run_all({"the door": door.run} | {f"server {index}": server.run for index, server in enumerate(servers)}, end)
+
+
+def run_all(parts: Mapping[str, Callable[[threading.Event], None]], end: threading.Event) -> int:
+    """Each in a thread until `end`; if one dies, all end: a line, and SERVER_DIED."""
+    died: list[str] = []
+
+    def run(name: str, part: Callable[[threading.Event], None]) -> None:
+        try:
+            part(end)
+        except BaseException as error:
+            died.append(f"{name} died of {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            end.set()
+
+    threads = [threading.Thread(target=run, args=pair, name=pair[0]) for pair in parts.items()]
+    for thread in threads:
+        thread.start()
     for thread in threads:
         thread.join()
+    if died:
+        print(f"thinwire: error: {died[0]}; what was kept before is sound, go on from it", file=sys.stderr, flush=True)
+    return SERVER_DIED if died else 0
+
+
+def _servers(service: Service, keep: Path | None) -> list[Server]:
+    if keep is None:
+        return [Server(service, index, Ledger(), heard=_tell) for index in range(service.servers)]
+    versions, servers = choose(keep, service), []
+    for index in range(service.servers):
+        kept = Kept(keep, index, service.servers, every_of(service))
+        servers.append(Server(service, index, Ledger(), heard=_tell, kept=kept))
+        if versions:
+            servers[-1].load_state_dict(kept.load(versions[index]))
+    return servers
 
 
 def _tell(event: Event) -> None:

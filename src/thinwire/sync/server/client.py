@@ -1,14 +1,17 @@
-"""A worker's side of all its links: push to every server its range, pull all ranges.
+"""A worker's side of the whole service: push to every server its range, pull all ranges.
 
-    with ServerClient(address, name, values, spans) as client:
+    with ServerClient(dialer, name, values, spans) as client:
         weights = client.weights
         while ...:
             weights = client.push(what, weight=..., local_steps=...)
 
-It joins the store under a new incarnation, says HELLO to every server, gives the weights to those that have none, and pulls.
+It says HELLO to server 0, which numbers its life, then to the others; gives the weights to all if server 0 asks it to (`first`),
+or waits until there are some; and pulls.
 """
 
+import socket
 from collections.abc import Sequence
+from secrets import randbelow
 from types import TracebackType
 from typing import Any
 
@@ -16,19 +19,15 @@ import torch
 from torch import Tensor
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.config.replicas import Service
 from thinwire.errors import UserError
+from thinwire.sync.server.checks import refuse, wrong_with_numbers, wrong_with_pace, wrong_with_start
 from thinwire.sync.server.coding import Mirror, PushCoder
-from thinwire.sync.server.link import Dialer, Link
-from thinwire.sync.server.members import Membership, connect
+from thinwire.sync.server.dial import Dialer
+from thinwire.sync.server.links import Links, Request
 from thinwire.sync.server.merger import Pace
-from thinwire.sync.server.message import Head, Kind
-from thinwire.sync.server.polled import Polled
+from thinwire.sync.server.message import MOST, NAME_LETTERS, Head, Hello, Kind, wrong_with_name
 from thinwire.sync.server.ranges import Range, Span, cut, within
-from thinwire.sync.server.server import SERVICE_KEY, pack_start
-
-CONNECT_S = 30.0
-"""How long a worker looks for the store and for what the servers have agreed on."""
+from thinwire.sync.server.visit import pack_start
 
 
 class ServerClient:
@@ -36,13 +35,14 @@ class ServerClient:
 
     def __init__(
         self,
-        address: str,
+        dialer: Dialer,
         name: str,
         values: Tensor,
         spans: Sequence[Span],
         pace: Pace = Pace(),  # noqa: B008 (frozen)
         ledger: Ledger | None = None,
     ) -> None:
+        refuse(wrong_with_name(name) or wrong_with_pace(pace))
         self.name, self.ledger, self._pace = name, ledger or Ledger(), pace
         self.step = self.local_steps = 0
         """Where server 0 says that this worker is, and how many steps it is to make before it pushes; 0: the run is over."""
@@ -50,14 +50,13 @@ class ServerClient:
         """Tokens that server 0 has merged."""
         self.weights = values
         self._values, self._spans = values, spans
-        self._store = connect(address, CONNECT_S)
-        self.service = _agreed(self._store, address)
+        self._dialer = dialer
+        self.service = dialer.service()
         self._coder = PushCoder(self.service.push)
         self._ranges: list[Range] = cut(values.numel(), self.service.servers)
         self._mirrors = [Mirror(self.service.pull) for _ in self._ranges]
         self._versions = [0] * len(self._ranges)
-        self._links: list[Link] = []
-        self._membership: Membership | None = None
+        self._links = Links(self.service, lambda index: self._mirrors[index].expected_bytes(self._ranges[index].numel))
 
     @property
     def versions(self) -> list[int]:
@@ -71,45 +70,52 @@ class ServerClient:
         return min(1.0, self.merged / total) if total else 0.0
 
     def __enter__(self) -> "ServerClient":
-        service = self.service
-        self._membership = Membership(self._store, "worker", self.name, service.heartbeat_s)
+        others = range(1, len(self._ranges))
         try:
-            incarnation = self._membership.member.incarnation
-            dialer = Dialer(self._store, self.ledger, service.timeout_s)
-            for index in range(service.servers):
-                self._links.append(dialer.link(index, self.name, incarnation, serving=False))
-            hello = Head(kind=Kind.HELLO, local_steps=self._pace.every, weight=self._pace.tokens_per_step)
-            states = self._ask([(hello, None)] * service.servers)
-            for link, part, (head, _) in zip(self._links, self._ranges, states, strict=True):
-                if head.version < 0:
-                    spans = within(self._spans, part)
-                    payload = pack_start(self._values[part.first : part.end], spans)
-                    link.send(Head(kind=Kind.INIT, local_steps=len(spans)), payload, label="start")
-                    link.receive()
-            self._take(self._ask([(Head(kind=Kind.PULL), None)] * service.servers))
+            state = self._greet(0, 0)
+            number = 0 if state.version >= 0 else self._links.ask({0: (Head(kind=Kind.BEGIN), None, "")})[0][0].step
+            for index in others:
+                self._greet(index, state.local_steps)
+            if number:
+                model = randbelow(MOST)
+                refuse(wrong_with_start(self._values, self._spans))
+                for index in (*others, 0):  # server 0 last: that it has weights means that all do
+                    self._links.ask({index: self._start(index, number, model)})
+            self._take(self._links.ask({index: (Head(kind=Kind.PULL), None, "") for index in range(len(self._ranges))}))
         except BaseException:
-            self._break()
+            self._links.cut()
             raise
         return self
 
-    def push(self, values: Tensor, *, weight: float = 1.0, local_steps: int = 1, learning_rate: float = 0.0) -> Tensor:
+    def push(self, values: Tensor, *, weight: float = 1.0, local_steps: int = 1, learning_rate: float | None = None) -> Tensor:
         """Send [numel] to the servers; returns the weights with which to go on, when it may. PeerLost names a lost server.
 
-        UserError when the run is over.
+        UserError when the run is over, or if the servers refuse it.
 
-        weight: tokens or samples behind it. learning_rate: for the server's optimizer; 0: its own.
+        weight: tokens or samples behind it, 0: none. learning_rate: for the server's optimizer; None: its own.
         """
         if not self.local_steps:
             raise UserError(
                 f"the {self.service.total_tokens:g} tokens that the servers were to merge are merged; end the loop: "
                 "`for step in replica.remaining_steps()` does"
             )
-        requests: list[tuple[Head, Tensor | None]] = []
-        for part, version in zip(self._ranges, self._versions, strict=True):
+        if not self._links:
+            raise UserError(f"this life of worker {self.name} is over; make another one to go on")
+        refuse(wrong_with_numbers(weight, local_steps, learning_rate))
+        requests: dict[int, Request] = {}
+        for index, (part, version) in enumerate(zip(self._ranges, self._versions, strict=True)):
             head = Head(kind=Kind.PUSH, version=version, weight=weight, local_steps=local_steps, learning_rate=learning_rate)
-            requests.append((head, self._coder.encode(f"{part.first}:{part.end}", values[part.first : part.end])))
-        self._take(self._ask(requests))
+            requests[index] = head, self._coder.encode(f"{part.first}:{part.end}", values[part.first : part.end]), "push"
+        self._take(self._links.ask(requests))
         return self.weights
+
+    def alive(self) -> None:
+        """Say that the loop is where it should be; cheap, so call it as often as you like. PeerLost if this life was given up.
+
+        Each local step says so too. A worker of which nothing is heard for `timeout_s` is lost.
+        """
+        if self._links:
+            self._links.alive()
 
     def state_dict(self) -> dict[str, Any]:
         """What coding has lost of its pushes so far."""
@@ -122,49 +128,36 @@ class ServerClient:
         self._coder.load_state_dict(state["coder"])
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if error is not None:
-            self._break()
-            return
-        assert self._membership is not None
-        self._ask([(Head(kind=Kind.LEAVE), None)] * len(self._links))
-        self._membership.leave()
-        self._links = []
+        if error is None and self._links:
+            self._links.ask({index: (Head(kind=Kind.LEAVE), None, "") for index in range(len(self._ranges))})
+        self._links.cut()
 
-    def _ask(self, requests: Sequence[tuple[Head, Tensor | None]]) -> list[tuple[Head, Tensor]]:
-        """One request to each server, then one answer from each."""
-        for link, (head, payload) in zip(self._links, requests, strict=True):
-            link.send(head, payload, label="push")
-        return [_answer(link) for link in self._links]
+    def _greet(self, index: int, incarnation: int) -> Head:
+        """HELLO to one server, and its answer."""
+        self._links.add(index, self._dialer.link(index, self.ledger))
+        hello = Hello(
+            server=index,
+            name=self.name,
+            incarnation=incarnation,
+            host=socket.gethostname()[:NAME_LETTERS],
+            numel=self._ranges[index].numel,
+            every=self._pace.every,
+            tokens_per_step=float(self._pace.tokens_per_step),
+        )
+        return self._links.ask({index: (Head(kind=Kind.HELLO), hello.packed(), "hello")})[index][0]
 
-    def _take(self, answers: Sequence[tuple[Head, Tensor]]) -> None:
+    def _start(self, index: int, number: int, model: int) -> Request:
+        part = self._ranges[index]
+        spans = within(self._spans, part)
+        head = Head(kind=Kind.INIT, step=number, version=model, local_steps=len(spans))
+        return head, pack_start(self._values[part.first : part.end], spans), "start"
+
+    def _take(self, answers: dict[int, tuple[Head, Tensor]]) -> None:
         parts = []
-        for index, (head, payload) in enumerate(answers):
+        for index in range(len(self._ranges)):
+            head, payload = answers[index]
             self._versions[index] = head.version
             parts.append(self._mirrors[index].decode(payload, self._ranges[index].numel))
         first = answers[0][0]
         self.step, self.local_steps, self.merged = first.step, first.local_steps, first.merged
         self.weights = torch.cat(parts)
-
-    def _break(self) -> None:
-        """Leave as one who has died, so that nobody waits."""
-        if self._membership is not None:
-            self._membership.stop()
-        for link in self._links:
-            link.cut()
-        self._links = []
-
-
-def _answer(link: Link) -> tuple[Head, Tensor]:
-    """What the server says once it does not let us wait any more."""
-    while (found := link.receive())[0].kind == Kind.WAIT:
-        pass
-    return found
-
-
-def _agreed(store: Any, address: str) -> Service:
-    """What the servers have published."""
-    try:
-        told = Polled(store, CONNECT_S).get(SERVICE_KEY)
-    except RuntimeError:
-        raise UserError(f"store {address} knows of no parameter service after {CONNECT_S:g} s; start its servers") from None
-    return Service.model_validate_json(told)

@@ -87,11 +87,13 @@ class Mirror:
         self._copy += self._codec.decode(payload, values.shape)
         return payload
 
+    def expected_bytes(self, numel: int) -> int:
+        """Of the next payload."""
+        return 4 * numel if self._copy is None else coded_bytes(self._codec, numel)
+
     def decode(self, payload: Tensor, numel: int) -> Tensor:
-        """At the worker: its weights now, [numel]. Not to be changed. UserError if the server's range is another."""
+        """At the worker: its weights now, [numel], of `expected_bytes`. Not to be changed."""
         if self._codec is None or self._copy is None:
-            if payload.numel() != 4 * numel:
-                raise UserError(f"a server holds {payload.numel() // 4} weights where this model has {numel}; all need one model")
             self._copy = decode(None, payload, numel)
         else:
             self._copy = self._copy + self._codec.decode(payload, (numel,))

@@ -6,10 +6,13 @@
             optimizer.step()                           # every 30th: push, wait for the merge, go on from its weights
             optimizer.zero_grad()
 
-The optimizer's own state stays here and is never synchronised (Douillard et al. 2023). Merges are described in `merges`.
+Each optimizer step is progress. Who makes none for the service's `timeout_s` is given up, so in long pauses between steps, such
+as an evaluation, call `replica.alive()` now and then. The optimizer's own state stays here and is never synchronised (Douillard
+et al. 2023). Merges are described in `merges`.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +23,7 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.config.replicas import DiLoCo
 from thinwire.errors import UserError
 from thinwire.sync.server.client import ServerClient
+from thinwire.sync.server.dial import Dialer
 from thinwire.sync.server.flat import FlatParameters
 from thinwire.sync.server.merger import Pace
 
@@ -27,8 +31,9 @@ from thinwire.sync.server.merger import Pace
 class AsyncDiLoCo:
     """One life of replica `name`; the weights of `model` become the servers' at `with`.
 
-    every: local steps between pushes, 0: as the servers say; what is left at the end is pushed too. tokens_per_step: by which its
-    pushes are weighed, and the work is counted.
+    store: "host:port" of the servers. secret_file: the service's, which it asks for unless it is on loopback. every: local steps
+    between pushes, 0: as the servers say; what is left at the end is pushed too. tokens_per_step: by which its pushes are
+    weighed, and the work is counted. UserError for numbers that cannot be, or without servers there.
     """
 
     def __init__(
@@ -40,13 +45,14 @@ class AsyncDiLoCo:
         name: str,
         every: int = 0,
         tokens_per_step: float = 1.0,
+        secret_file: Path | str | None = None,
     ) -> None:
         self._flat = FlatParameters(model)
         self._optimizer, self._tokens_per_step = optimizer, tokens_per_step
         self._local_steps = 0
         self._hook: Any = None
         pace = Pace(every=every, tokens_per_step=tokens_per_step)
-        self.client = ServerClient(store, name, self._flat.values(), self._flat.spans(), pace)
+        self.client = ServerClient(Dialer(store, secret_file), name, self._flat.values(), self._flat.spans(), pace)
         if not isinstance(self.client.service.merge, DiLoCo):
             raise UserError(f"the servers at {store} want gradients, not DiLoCo's distances; use ParameterServerWorker")
         self.pushes = 0
@@ -84,6 +90,10 @@ class AsyncDiLoCo:
             raise
         self.client.__exit__(kind, error, traceback)
 
+    def alive(self) -> None:
+        """Say that the loop is where it should be, in a pause between steps; cheap. PeerLost if this life was given up."""
+        self.client.alive()
+
     def state_dict(self) -> dict[str, Any]:
         """What coding has lost; small, and saved by whoever wants to come back with it."""
         return self.client.state_dict()
@@ -96,6 +106,8 @@ class AsyncDiLoCo:
         self._local_steps += 1
         if self._local_steps >= self.client.local_steps:
             self._push()
+        else:
+            self.client.alive()
 
     def _push(self) -> None:
         went = self.client.weights - self._flat.values()

@@ -6,11 +6,12 @@ delay,
     it may go on when  s - s_min <= t       t = 0: sequential; t = -1 stands for infinity: eventual
 
     t = 0    step s is one optimizer step with the mean of all live workers' gradients of that step, weighted by their samples:
-             the mathematics of data parallelism
+             the mathematics of data parallelism; where they name different learning rates, at the mean of these, weighted alike
     else     each gradient is an optimizer step as it comes, at 1 / (number of live workers) of the learning rate, so that the
              weights go about as far when everybody has pushed once
 
-A worker that dies is not waited for; what it has pushed counts. One that comes begins at the step of the slowest. The run is over
+A worker that dies is not waited for; what it has pushed counts, in the next step that a live one takes part in. One that comes
+begins at the step of the slowest. Gradients of no samples make no step of the optimizer, and count as one. The run is over
 when its tokens are merged (`merger`): while a worker is away, a step has fewer of them, and there are more steps.
 """
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from thinwire.config.replicas import Gradients, Service
+from thinwire.sync.server.checks import shares_of
 from thinwire.sync.server.lives import Lives
 from thinwire.sync.server.members import Member
 from thinwire.sync.server.merger import Pace, Push, Standing
@@ -55,8 +57,8 @@ class GradientMerger(Lives):
             self._pending.append(push)
             self._look()
         else:
-            rate = push.learning_rate or self._config.learning_rate
-            self._apply(push.values, rate / len(self.live), push.weight)
+            gradient = push.values if push.weight else None
+            self._apply(gradient, self._rate(push) / len(self.live), push.weight)
 
     def admit(self, member: Member, patience_s: float) -> Standing | None:
         """Wait as long as the delay asks for it."""
@@ -78,17 +80,27 @@ class GradientMerger(Lives):
         return min(self.steps[member.name] for member in self.live)
 
     def _look(self) -> None:
-        if not self._pending or not self.started or not {push.member for push in self._pending} >= self.live:
+        if not self.live or not self._pending or not self.started or not {push.member for push in self._pending} >= self.live:
             return
         pushes = sorted(self._pending, key=lambda push: push.member)  # the sum must not depend on who was first
-        weights = torch.tensor([push.weight for push in pushes])
-        mean = torch.stack([push.values for push in pushes]).mul_((weights / weights.sum())[:, None]).sum(0)
+        shares = shares_of([push.weight for push in pushes])
         self._pending = []
-        rate = pushes[0].learning_rate or self._config.learning_rate
+        mean, rate = None, 0.0
+        if shares is not None:
+            mean = torch.stack([push.values for push in pushes]).mul_(shares[:, None]).sum(0)
+            rates = [self._rate(push) for push in pushes]
+            alike = min(rates) == max(rates)
+            rate = rates[0] if alike else sum(r * s for r, s in zip(rates, shares.tolist(), strict=True))
         self._apply(mean, rate, sum(push.weight for push in pushes))
 
-    def _apply(self, gradient: Tensor, learning_rate: float, weight: float) -> None:
-        assert self.weights is not None, "a worker gives the weights before it pushes"
-        self.weights.step(gradient, learning_rate)
+    def _rate(self, push: Push) -> float:
+        return self._config.learning_rate if push.learning_rate is None else push.learning_rate
+
+    def _apply(self, gradient: Tensor | None, learning_rate: float, weight: float) -> None:
+        """None: nothing was behind it."""
+        assert self.weights is not None, "a push is checked against the weights before"
+        if gradient is not None:
+            self.weights.step(gradient, learning_rate)
         self.version += 1
         self.merged += weight
+        self._made()

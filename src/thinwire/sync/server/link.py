@@ -1,39 +1,36 @@
-"""A link: a gloo group of two, one server and one worker, that breaks alone.
+"""A link: one connection between a server and a worker, that breaks alone.
 
-A group of all would die with any member. So each pair has its own, met in the store under the worker's incarnation: a worker that
-comes back makes a new one. Whatever is sent is entered in the ledger as "send".
-
-A silent peer delays; one that is silent in the middle of an exchange for longer than `timeout_s`, or whose connection is closed,
-is a PeerLost. Payloads go in pieces, so that a long one over a slow link is not taken for silence.
+Whatever is sent over it is entered in the ledger as "send". A silent peer delays; one that is silent for longer than `timeout_s`,
+in the middle of an exchange or, at a server, between two of them, or whose connection is closed, is a PeerLost. A long payload
+over a slow link is not taken for silence (`stream`). A payload is read only if it has a size that may come here, and memory for
+it is taken only as its bytes arrive, unless its size was agreed on.
 """
 
 import contextlib
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
-from functools import partial
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from thinwire.collectives.ledger import Group, Ledger
 from thinwire.errors import UserError
-from thinwire.sync.server.members import host_of
-from thinwire.sync.server.message import HEAD_BYTES, Head
-from thinwire.sync.server.polled import Polled
+from thinwire.sync.server import stream
+from thinwire.sync.server.message import HEAD_BYTES, TEXT_BYTES, BadMessage, Head, Kind, as_bytes
 
-PIECE_BYTES = 4 * 2**20
-PATIENT_S = 30 * 24 * 3600.0
-"""How long to wait for a peer that may be busy; whoever watches its heartbeat cuts the link."""
+PIECE_BYTES = 2**20
+LAST_WORD_S = 0.5
+"""How long somebody else's sending may delay the news that a life is given up."""
 
 AXIS = "replica"
 """Of what links send, in the ledger."""
 
-_CUT_TAG = 7
+Sizes = Callable[[Head], range | int]
+"""How many bytes may come behind this head: a range, or a number that was agreed on. BadMessage if the head may not come at
+all."""
 
 
 class PeerLost(UserError):
@@ -44,89 +41,118 @@ class PeerLost(UserError):
         self.peer = peer
 
 
-class Dialer:
-    """Makes the links of one process. store: of the whole service; address: "host:port" of it."""
-
-    def __init__(self, store: Any, ledger: Ledger, timeout_s: float) -> None:
-        self._store, self._ledger, self._timeout_s = store, ledger, timeout_s
-        self._device = dist.ProcessGroupGloo.create_device(hostname=_address_towards(store.host, store.port))
-
-    def link(self, server: int, worker: str, incarnation: int, *, serving: bool) -> "Link":
-        """The link between two members, seen from one of them; waits for the other side. PeerLost if it does not come."""
-        peer = f"worker {worker}" if serving else f"server {server}"
-        gloo: Any = dist.ProcessGroupGloo  # torch's type stubs leave most of it out
-        options = gloo._Options()
-        options._devices, options._timeout, options._threads = [self._device], timedelta(seconds=self._timeout_s), 1
-        store = Polled(dist.PrefixStore(f"pair/{server}/{worker}/{incarnation}", self._store), self._timeout_s)
-        rank = 0 if serving else 1
-        try:
-            group = gloo(store, rank, 2, options)
-        except (dist.DistError, RuntimeError):
-            raise PeerLost(peer, f"did not come to the link within {self._timeout_s:g} s; look at its own output") from None
-        kind, name = ("worker", worker) if serving else ("server", str(server))
-        return Link(group, rank, (peer, host_of(self._store, kind, name)), self._ledger, self._timeout_s)
-
-
 class Link:
-    """One end. Used by one thread; `cut` may be called by any. peer: name and host. received_bytes: heads and payloads."""
+    """One end. Used by one thread; `cut` and `dismiss` may be called by any. peer: name and host."""
 
-    def __init__(self, group: Any, rank: int, peer: tuple[str, str], ledger: Ledger, timeout_s: float) -> None:
-        self._group, self._other = group, 1 - rank
-        self._place = Group(name="", rank=rank, size=2, axis=AXIS)
-        self.peer, self._host = peer
-        self._ledger, self._timeout_s = ledger, timeout_s
-        self.sent_bytes = self.received_bytes = 0
+    def __init__(self, sock: socket.socket, peer: tuple[str, str], ledger: Ledger, timeout_s: float, advice: str = "") -> None:
+        self.sock = sock
+        self._name, self._host = peer
+        self._place = Group(name="", rank=0, size=2, axis=AXIS)
+        self._ledger, self._timeout_s, self._advice = ledger, timeout_s, advice
+        self._writing = threading.Lock()
+        self._dismissed = ""
+        self.between: Callable[[], None] = stream.nothing
+        """Called now and then while a long message is under way."""
 
-    def send(self, head: Head, payload: Tensor | None = None, label: str = "") -> None:
+    @property
+    def peer(self) -> str:
+        """Whoever is at the other end, and on which host."""
+        return f"{self._name} on {self._host}"
+
+    def send(self, head: Head, payload: Tensor | None = None, label: str = "", head_label: str = "head") -> None:
         """The head, and [n] uint8 or float32 behind it. PeerLost."""
         data = torch.empty(0, dtype=torch.uint8) if payload is None else payload.contiguous().view(torch.uint8)
         head = replace(head, payload_bytes=data.numel())
-        self._send(torch.frombuffer(bytearray(head.packed()), dtype=torch.uint8), f"head to {self.peer}")
-        if data.numel():
-            self._send(data, f"{label} to {self.peer}")
+        with self._writing:
+            self._send(head.packed(), f"{head_label} to {self._name}")
+            if data.numel():
+                self._send(data.numpy(), f"{label} to {self._name}")
 
-    def receive(self, *, patient: bool = False) -> tuple[Head, Tensor]:
-        """The head and its payload, uint8. patient: the peer may think for as long as it lives. PeerLost."""
-        raw = torch.empty(HEAD_BYTES, dtype=torch.uint8)
-        self._wait(partial(self._group.recv, [raw], self._other, 0), PATIENT_S if patient else self._timeout_s)
-        head = Head.unpacked(raw.numpy().tobytes())
-        payload = torch.empty(head.payload_bytes, dtype=torch.uint8)
-        for first in range(0, head.payload_bytes, PIECE_BYTES):
-            piece = payload[first : first + PIECE_BYTES]
-            self._wait(partial(self._group.recv, [piece], self._other, 0), self._timeout_s)
-        self.received_bytes += HEAD_BYTES + head.payload_bytes
+    def receive(self, sizes: Sizes, limit_s: float | None = None) -> tuple[Head, Tensor]:
+        """The head and its payload, uint8. PeerLost; BadMessage for what may not come. limit_s: for the head, else timeout_s."""
+        raw = bytearray(HEAD_BYTES)
+        self._receive(raw, self._timeout_s if limit_s is None else limit_s)
+        head = Head.unpacked(bytes(raw))
+        allowed = sizes(head)
+        if isinstance(allowed, range):
+            if head.payload_bytes not in allowed:
+                raise BadMessage(f"{head.kind.name} of {head.payload_bytes} bytes, where {allowed.stop - 1} are the most")
+            return head, self._grown(head.payload_bytes)
+        if head.payload_bytes != allowed:
+            raise BadMessage(f"{head.kind.name} of {head.payload_bytes} bytes, where {allowed} were due")
+        payload = torch.empty(allowed, dtype=torch.uint8)
+        self._receive(payload.numpy(), self._timeout_s)
         return head, payload
+
+    def can_be_read(self) -> bool:
+        """Something has come, or the connection is closed."""
+        return bool(stream.ready([self.sock], 0.0))
+
+    def is_hung_up(self) -> bool:
+        """The peer is gone, whatever it has sent before."""
+        return stream.is_hung_up(self.sock)
+
+    def gone(self) -> PeerLost:
+        """What to say of a connection that is closed."""
+        return self._lost(ConnectionError())
+
+    def silent(self) -> PeerLost:
+        """What to say of a peer that has said nothing for timeout_s."""
+        return self._lost(TimeoutError())
 
     def cut(self) -> None:
         """Break the link; whoever waits on it, on either side, gets a PeerLost."""
-        # gloo wakes nobody when it is told to abort. A wait that runs out of time closes the pair, and that wakes all.
-        with contextlib.suppress(RuntimeError):
-            self._group.recv([torch.empty(1)], self._other, _CUT_TAG).wait(timedelta(milliseconds=1))
+        stream.hang_up(self.sock)
 
-    def _send(self, data: Tensor, label: str) -> None:
+    def dismiss(self, kind: Kind, text: str) -> None:
+        """Tell the peer a last line if that can be done at once, and break the link."""
+        self._dismissed = text
+        if self._writing.acquire(timeout=LAST_WORD_S):
+            payload = as_bytes(text.encode()[:TEXT_BYTES].decode(errors="ignore"))
+            head = replace(Head(kind=kind), payload_bytes=payload.numel())
+            with contextlib.suppress(OSError):
+                stream.send(self.sock, head.packed() + payload.numpy().tobytes(), LAST_WORD_S)
+            self._writing.release()
+        self.cut()
+
+    def close(self) -> None:
+        """Free it; by the thread that uses it, when nobody else does."""
+        with self._writing:
+            self.sock.close()
+
+    def _grown(self, size: int) -> Tensor:
+        """A payload into memory that grows with what has come: never more than twice that, and a piece."""
+        payload, done = torch.empty(min(size, PIECE_BYTES), dtype=torch.uint8), 0
+        while done < size:
+            if done == payload.numel():
+                larger = torch.empty(min(size, 2 * done), dtype=torch.uint8)
+                larger[:done] = payload
+                payload = larger
+            end = min(payload.numel(), done + PIECE_BYTES)
+            self._receive(payload[done:end].numpy(), self._timeout_s)
+            done = end
+        return payload
+
+    def _send(self, data: object, label: str) -> None:
+        size = memoryview(data).nbytes  # type: ignore[arg-type]
         issued = time.perf_counter()
         with self._ledger.label(label):
-            total = self._ledger.enter("send", data.numel(), self._place)
-        for first in range(0, data.numel(), PIECE_BYTES):
-            piece = data[first : first + PIECE_BYTES]
-            self._wait(partial(self._group.send, [piece], self._other, 0), self._timeout_s)
-        self._ledger.completed(total, issued)
-        self.sent_bytes += data.numel()
-
-    def _wait(self, issue: Callable[[], dist.Work], limit_s: float) -> None:
+            total = self._ledger.enter("send", size, self._place)
         try:
-            issue().wait(timedelta(seconds=limit_s))
-        except RuntimeError as error:
-            if "timed out" in str(error).lower():
-                why = f"was silent for {limit_s:g} s; raise timeout_s if its link or its peers may stall for longer"
-            else:
-                why = "is gone: its connection is closed; see its own output for why"
-            raise PeerLost(f"{self.peer} on {self._host}", why) from None
+            stream.send(self.sock, data, self._timeout_s, self.between)
+        except OSError as error:
+            raise self._lost(error) from None
+        self._ledger.completed(total, issued)
 
+    def _receive(self, into: object, limit_s: float) -> None:
+        try:
+            stream.receive(self.sock, into, limit_s, self.between)
+        except OSError as error:
+            raise self._lost(error) from None
 
-def _address_towards(host: str, port: int) -> str:
-    """The address of this machine on the way to `host`."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting a datagram socket sends nothing
-        probe.connect((host, port))
-        address: str = probe.getsockname()[0]
-    return address
+    def _lost(self, error: OSError) -> PeerLost:
+        if self._dismissed:
+            return PeerLost(self.peer, f"was dismissed: {self._dismissed}")
+        if isinstance(error, TimeoutError):
+            return PeerLost(self.peer, f"was silent for {self._timeout_s:g} s; {self._advice}")
+        return PeerLost(self.peer, "is gone: its connection is closed; see its own output for why")

@@ -9,6 +9,12 @@
 So no worker owes a number of steps of its own: what one that is killed misses is done by those that live, and nobody is left to
 merge alone at the end. The last merge may exceed T by less than the pushes in it.
 
+    begun      once `first_workers` names have ever joined: one that joined and died is not waited for, before a restart or after
+    a push     is checked before it is kept (`checks`); one that is refused changes nothing
+    nothing    a merge of which all pushes weigh nothing moves nothing: weights and momentum stay, the version counts
+    snapshot   one version, copied in whole under the lock; at multiples of `keep_every`, and nobody goes on from such a version
+               before it is written (`kept` says why)
+
 One merger per server, called by the threads of all its workers. A worker is a Member: another life of the same name is another.
 """
 
@@ -41,7 +47,8 @@ class Push:
     version: int
     weight: float
     local_steps: int
-    learning_rate: float
+    learning_rate: float | None
+    """For the server's optimizer; None: its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,17 +73,24 @@ class Merger(Protocol):
     late: dict[str, int]
     """Local steps by worker's name that came when the run was over, and were not merged."""
     weights: Weights | None
+    steps: dict[str, int]
+    """By worker's name, over all its lives."""
+    keep_every: int
+    """Versions between snapshots; 0: none."""
 
     def begin(self, member: Member, pace: Pace) -> int:
         """It lives from now on. Returns the step at which it is to go on."""
         ...
 
-    def initialise(self, values: Tensor, spans: Sequence[Span]) -> None:
-        """The weights of the first worker that comes; those of later ones are not needed."""
+    def initialise(self, values: Tensor, spans: Sequence[Span], model: int = 0) -> str | None:
+        """The first weights, in place of any that nobody has been given yet. Returns the reason if they are refused.
+
+        model: a number that those have in common who were initialised together.
+        """
         ...
 
-    def push(self, push: Push) -> None:
-        """Take it in; merge if it was the last one awaited."""
+    def push(self, push: Push) -> str | None:
+        """Take it in, and merge if it was the last one awaited. Returns the reason if it is refused."""
         ...
 
     def admit(self, member: Member, patience_s: float) -> Standing | None:
@@ -85,6 +99,18 @@ class Merger(Protocol):
 
     def lost(self, member: Member) -> None:
         """Nobody waits for it any more. Again is nothing."""
+        ...
+
+    def never_comes(self, name: str) -> None:
+        """Nobody waits for the first life of this name. Nothing if it has joined."""
+        ...
+
+    def due(self, patience_s: float = 0.0) -> dict[str, Any] | None:
+        """The snapshot that is to be written; None if there is none for so long."""
+        ...
+
+    def written(self, state: dict[str, Any]) -> None:
+        """That snapshot is on the disk."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

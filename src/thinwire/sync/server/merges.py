@@ -4,12 +4,13 @@ A replica takes the weights w of version a, trains alone for H steps to w', and 
 quorum K,
 
     merge   once min(K, L) pushes are there, and then as soon as all L are, or `grace_s` has passed
-    D       = sum_i c_i D_i / sum_i c_i       c_i = tokens_i^2 / steps_i  (or tokens_i, or 1)
+    D       = sum_i c_i D_i / sum_i c_i       c_i = tokens_i^2 / steps_i  (or tokens_i, or 1); all 0: nothing moves
     w       one Nesterov step with D (`weights`)
 
 A push that comes later is part of the next merge; its staleness is the number of merges made since version a. The replica waits
 for the merge that holds its push, and goes on from its result: with K = L that is DiLoCo, with K = 1 nobody waits for anybody.
-A replica that is lost is not waited for; what it has pushed counts, what it has not is gone. One that comes, or comes back, takes
+A replica that is lost is not waited for; what it has pushed is in the next merge, but the quorum counts pushes of live replicas
+only, so that the dead stand in for nobody who lives; what it has not pushed is gone. One that comes, or comes back, takes
 the weights of the next merge and goes on from there: nobody waits for it meanwhile, and it repeats no rounds that it has missed.
 The run is over when its tokens are merged (`merger`). Steps are counted by name for the data only: another life begins behind the
 last push.
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from thinwire.config.replicas import DiLoCo, Service
+from thinwire.sync.server.checks import shares_of
 from thinwire.sync.server.lives import Lives
 from thinwire.sync.server.members import Member
 from thinwire.sync.server.merger import Pace, Push
@@ -53,9 +55,9 @@ class DiLoCoMerger(Lives):
     def begin(self, member: Member, pace: Pace) -> int:
         """Where an earlier life of this name was."""
         with self.changed:
-            self.steps.setdefault(member.name, 0)
             if self.started and self._awaited_now():
                 self._next_round.add(member)
+            self.steps.setdefault(member.name, 0)
             self._born(member, Pace(every=pace.every or self._diloco.every, tokens_per_step=pace.tokens_per_step))
             return self.steps[member.name]
 
@@ -78,10 +80,10 @@ class DiLoCoMerger(Lives):
         awaited = self._awaited_now()
         if not awaited:
             self._next_round.clear()  # nobody is left whose merge they could wait for
-        there = {push.member for push in self._pending}
-        if not there or len(there) < self._pushes_per_merge():
+        there = awaited & {push.member for push in self._pending}
+        if len(there) < self._pushes_per_merge():
             return
-        if there >= awaited:
+        if there == awaited:
             self._merge()
         elif self._deadline == math.inf:
             self._deadline = time.monotonic() + self._diloco.grace_s
@@ -90,27 +92,30 @@ class DiLoCoMerger(Lives):
             self._merge()
 
     def _merge(self) -> None:
-        assert self.weights is not None, "a worker gives the weights before it pushes"
+        assert self.weights is not None, "a push is checked against the weights before"
         pushes = sorted(self._pending, key=lambda push: push.member)  # the sum must not depend on who was first
-        shares = torch.tensor([self._weight(push) for push in pushes], dtype=torch.float64)
-        shares = (shares / shares.sum()).float()
-        mean = torch.stack([push.values for push in pushes]).mul_(shares[:, None]).sum(0)
-        self.weights.step(mean, self._diloco.learning_rate)
+        most = max(push.weight for push in pushes) or 1.0
+        shares = shares_of([self._weight(push, most) for push in pushes])
+        if shares is not None:
+            mean = torch.stack([push.values for push in pushes]).mul_(shares[:, None]).sum(0)
+            self.weights.step(mean, self._diloco.learning_rate)
         names = [push.member.name for push in pushes]
         staleness = [self.version - push.version for push in pushes]
-        self.merges.append(Merge(self.version, names, staleness, shares.tolist()))
+        self.merges.append(Merge(self.version, names, staleness, shares.tolist() if shares is not None else [0.0] * len(pushes)))
         self.version += 1
         self.merged += sum(push.weight for push in pushes)
         self._pending, self._deadline = [], math.inf
         self._next_round.clear()
+        self._made()
         self.changed.notify_all()
 
-    def _weight(self, push: Push) -> float:
+    def _weight(self, push: Push, most: float) -> float:
+        """most: tokens of the heaviest push; relative to them, so that no square is infinite."""
         match self._diloco.weighting:
             case "tokens_squared_per_step":
-                return push.weight**2 / push.local_steps
+                return (push.weight / most) ** 2 / push.local_steps
             case "tokens":
-                return push.weight
+                return push.weight / most
         return 1.0
 
     def state_dict(self) -> dict[str, Any]:

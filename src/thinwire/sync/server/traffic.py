@@ -3,8 +3,11 @@
     worker -> server i     64 B head, C_push(n_i)        n_i: values of range i
     server i -> worker     64 B head, C_pull(n_i)        C: bytes of the code, 4 n_i without one
 
-The first pull of a life is float32 whatever the code. Joining costs three heads more to each server, and its weights once if it
-has none; leaving costs one.
+The first pull of a life is float32 whatever the code. Joining costs a HELLO and a head more to each server, and its weights once
+if it has none; leaving costs one head. What precedes HELLO, the challenges and the service's own description, is in no ledger.
+
+A step that pushes nothing may send a head "progress to server i", one in `heartbeat_s` at most: how many there are depends on the
+clock and on nothing else, so they are entered under that label and are not predicted.
 """
 
 from thinwire.config.replicas import Service

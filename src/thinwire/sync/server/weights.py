@@ -6,6 +6,7 @@
 The last is torch.optim.SGD(nesterov=True) with D for a gradient (Douillard et al. 2023, DiLoCo).
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,9 +40,10 @@ class Weights:
         self._optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, spans, and the optimizer's moments."""
+        """A copy of weights, spans, and the optimizer's moments, which later steps do not reach."""
         spans = [(span.first, span.end, span.decays) for span in self.spans]
-        return {"values": self.values.clone(), "spans": spans, "optimizer": self._optimizer.state_dict()}
+        moments = copy.deepcopy(self._optimizer.state_dict())
+        return {"values": self.values.clone(), "spans": spans, "optimizer": moments}
 
     @classmethod
     def of(cls, config: Gradients | DiLoCo, state: dict[str, Any]) -> "Weights":

@@ -1,0 +1,87 @@
+"""What a push, a pace and the first weights must be like before anything of them is believed.
+
+A server checks each of them BEFORE it keeps it, and a worker what it can before it sends. What is refused is refused in one line
+to its sender alone, and has changed nothing for anybody else. A push is taken if
+
+    values         as many as the server's range has, float32, all of them finite
+    weight         finite, >= 0          0: an empty batch; it moves nothing
+    local_steps    >= 1
+    rate           not given, or finite and >= 0; 0 is a rate like any other
+    version        of weights that the server has handed out: 0 <= version <= its own
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from thinwire.compress.base import finite
+from thinwire.errors import UserError
+from thinwire.sync.server.ranges import Span
+
+if TYPE_CHECKING:
+    from thinwire.sync.server.merger import Pace, Push
+
+
+def wrong_with_push(push: "Push", numel: int, version: int) -> str | None:
+    """The reason to refuse it; None: it may be kept. numel, version: of the server's range and weights."""
+    if push.values.dtype != torch.float32 or push.values.shape != (numel,):
+        shape = tuple(push.values.shape)
+        return f"a push of {push.values.dtype} {shape} where the server holds {numel} values of torch.float32; all need one model"
+    numbers = wrong_with_numbers(push.weight, push.local_steps, push.learning_rate)
+    if numbers:
+        return numbers
+    if not 0 <= push.version <= version:
+        return f"a push from version {push.version} of the weights where the server has made {version}; join again"
+    if not finite(push.values):
+        return "what is pushed is not finite; lower the learning rate, or look at the data"
+    return None
+
+
+def wrong_with_numbers(weight: float, local_steps: int, learning_rate: float | None) -> str | None:
+    """The same of a push's numbers alone, which the worker knows too."""
+    if not (math.isfinite(weight) and weight >= 0):
+        return f"a push of {weight:g} samples or tokens; give a finite number, 0 for an empty batch"
+    if local_steps < 1:
+        return f"a push of {local_steps} local steps; push after 1 at least"
+    if learning_rate is not None and not (math.isfinite(learning_rate) and learning_rate >= 0):
+        return f"a learning rate of {learning_rate:g}; give a finite one, 0 to move nothing, None for the servers' own"
+    return None
+
+
+def wrong_with_pace(pace: "Pace") -> str | None:
+    """Of what a worker wishes."""
+    if not (math.isfinite(pace.tokens_per_step) and pace.tokens_per_step > 0):
+        return f"tokens_per_step = {pace.tokens_per_step:g}; pushes are weighed by it, so give a finite number above 0"
+    if pace.every < 0:
+        return f"every = {pace.every} local steps between pushes; give 1 or more, or 0 for what the servers say"
+    return None
+
+
+def wrong_with_start(values: Tensor, spans: Sequence[Span]) -> str | None:
+    """Of the weights that a worker gives to servers without any: spans cover them in order, each value once."""
+    end = 0
+    for span in spans:
+        if span.first != end or span.end <= span.first:
+            return f"first weights whose spans leave a gap or overlap at value {end}"
+        end = span.end
+    if end != values.numel():
+        return f"first weights of {values.numel()} values whose spans cover {end}"
+    return None if finite(values) else "the model's first weights are not finite; look at how it is initialised"
+
+
+def refuse(reason: str | None) -> None:
+    """A reason, raised as what the user can mend."""
+    if reason:
+        raise UserError(reason)
+
+
+def shares_of(weights: Sequence[float]) -> Tensor | None:
+    """[n] weights >= 0 -> [n] float32 that sum to 1; None if all of them weigh nothing."""
+    most = max(weights)
+    if most <= 0:
+        return None
+    scaled = torch.tensor(weights, dtype=torch.float64) / most  # the sum of finite weights might be none
+    return (scaled / scaled.sum()).float()

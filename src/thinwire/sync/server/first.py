@@ -1,0 +1,66 @@
+"""Who gives the first weights, so that all servers hold one model whoever dies meanwhile.
+
+    right      server 0 gives the right to one live worker at a time, under a number that grows
+    order      that worker gives every other server its range first, and server 0 last: if server 0 has weights, all have
+    lost       the right of a worker that is lost passes to another, which overwrites what the first one left
+    number     a server takes weights only under a higher number than before, so one that was given up meanwhile overwrites nobody
+    wait       all others wait until server 0 has weights
+
+Servers that were loaded with weights give no right at all.
+"""
+
+import threading
+import time
+
+from thinwire.sync.server.members import Member
+
+
+class Right:
+    """Of one server. Only server 0's is asked for; every server takes weights by the number under which they come."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._holder: Member | None = None
+        self._given = self._taken = 0
+        self._over = False
+
+    def ask(self, member: Member, patience_s: float) -> int | None:
+        """The number of the right, once it is this worker's; 0 if there are weights; None if it must wait for longer."""
+        with self._changed:
+            end = time.monotonic() + patience_s
+            while not self._over and self._holder not in (None, member):
+                left_s = end - time.monotonic()
+                if left_s <= 0:
+                    return None
+                self._changed.wait(left_s)
+            if self._over:
+                return 0
+            if self._holder is None:
+                self._holder, self._given = member, self._given + 1
+            return self._given
+
+    def is_held_by(self, member: Member) -> bool:
+        """At server 0: this worker's weights are to be taken."""
+        with self._changed:
+            return self._holder == member
+
+    def take(self, number: int) -> bool:
+        """Weights have come under this number: whether they are to be had."""
+        with self._changed:
+            if self._over or number <= self._taken:
+                return False
+            self._taken = number
+            return True
+
+    def end(self) -> None:
+        """There are weights that stay."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+
+    def lost(self, member: Member) -> None:
+        """Pass it on."""
+        with self._changed:
+            if self._holder == member:
+                self._holder = None
+                self._changed.notify_all()

@@ -1,0 +1,64 @@
+"""Who may speak with a service: whoever knows its secret. Checked both ways before anything else is believed, or even read.
+
+    server -> worker    32 random bytes and a mark       worker -> server    their HMAC under the secret
+    server -> worker    welcome, or the end
+                        and the same the other way round, so that a worker knows that it found its own servers
+
+This is `multiprocessing.connection`'s challenge; nothing is ever unpickled. The server answers no challenge of a peer that has
+not answered its own. On loopback a service may go without a secret: the key is OPEN then, known to everybody, and turns away only
+who speaks something else. What follows is neither encrypted nor signed: whoever can change packets on the way is not kept out by
+this.
+"""
+
+import multiprocessing
+import socket
+from multiprocessing.connection import answer_challenge, deliver_challenge
+from pathlib import Path
+from typing import Any
+
+from thinwire.errors import UserError
+from thinwire.sync.server.stream import Talk
+
+OPEN = b"thinwire: no secret"
+LEAST_BYTES = 16
+HANDSHAKE_S = 10.0
+"""For a challenge both ways, and for what a stranger says before he is known."""
+
+
+class WrongSecret(UserError):
+    """The other side knows another secret."""
+
+
+def read_secret(path: Path | str | None) -> bytes:
+    """What is in the file, without white space around it; OPEN without a file. UserError if it is short."""
+    if path is None:
+        return OPEN
+    try:
+        secret = Path(path).read_bytes().strip()
+    except OSError as error:
+        raise UserError(f"secret file {path}: {error.strerror}; make one: head -c 32 /dev/urandom | base64 > {path}") from None
+    if len(secret) < LEAST_BYTES:
+        raise UserError(
+            f"secret file {path} has {len(secret)} bytes, which can be guessed; {LEAST_BYTES} are needed: "
+            f"head -c 32 /dev/urandom | base64 > {path}"
+        )
+    return secret
+
+
+def admit(sock: socket.socket, secret: bytes) -> None:
+    """The server's side. Any exception: the peer is to be turned away."""
+    talk: Any = Talk(sock, HANDSHAKE_S)
+    deliver_challenge(talk, secret)
+    answer_challenge(talk, secret)
+
+
+def introduce(sock: socket.socket, secret: bytes) -> None:
+    """The worker's side. WrongSecret; OSError if the peer hangs up or is silent; ValueError if it speaks something else."""
+    talk: Any = Talk(sock, HANDSHAKE_S)
+    try:
+        answer_challenge(talk, secret)
+        deliver_challenge(talk, secret)
+    except multiprocessing.AuthenticationError:
+        raise WrongSecret("its secret is another") from None
+    except AssertionError:
+        raise ValueError("no challenge came") from None
