@@ -12,9 +12,13 @@ import torch
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.config.replicas import Service
+from thinwire.errors import UserError
 from thinwire.sync.server.address import listen, shown
+from thinwire.sync.server.dial import Dialer
 from thinwire.sync.server.door import Door
 from thinwire.sync.server.kept import Kept
+from thinwire.sync.server.link import Link
+from thinwire.sync.server.message import Head, Hello, Kind, as_text
 from thinwire.sync.server.secret import read_secret
 from thinwire.sync.server.server import Server
 
@@ -91,3 +95,26 @@ def together(*functions: Callable[[], Any], timeout_s: float = 30) -> list[Any]:
         raise failures[0]
     assert len(results) == len(functions), "a worker hangs"
     return [results[index] for index in range(len(functions))]
+
+
+def any_answer(head: Head) -> range:
+    return range(2**30)
+
+
+def greeted(address: str, name: str, numel: int, secret: Path | None = None, **others: Any) -> Link:
+    """A worker by hand, which has said HELLO and heard the answer; its user closes it. numel: of its range."""
+    link = Dialer(address, secret).link(0, Ledger())
+    told = {"server": 0, "incarnation": 0, "host": "by-hand", "every": 0, "tokens_per_step": 1.0} | others
+    link.send(Head(kind=Kind.HELLO), Hello(name=name, numel=numel, **told).packed())
+    head, payload = link.receive(any_answer)
+    if head.kind != Kind.STATE:
+        link.close()
+        raise UserError(as_text(payload))
+    return link
+
+
+def answer(link: Link) -> tuple[Head, torch.Tensor]:
+    """What comes after all the WAITs."""
+    while (found := link.receive(any_answer))[0].kind == Kind.WAIT:
+        pass
+    return found
