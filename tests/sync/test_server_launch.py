@@ -3,11 +3,16 @@
 import json
 import os
 import signal
+import stat
 from pathlib import Path
 
+import pytest
 from services import wait_for
+from test_server_open import listening
 
 from command import nothing_left, one_line, running, started, thinwire
+from thinwire.errors import UserError
+from thinwire.sync.server.dial import Dialer
 from thinwire.sync.server.saved import load
 
 TEXT = "thin wire ring tree rank slow link loss step send " * 1200
@@ -58,6 +63,46 @@ def test_a_killed_replica_comes_back_and_the_other_does_not_stop(tmp_path) -> No
         *(("r1", "joined", 1), ("r1", "joined", 2), ("r1", "left", 2), ("r1", "lost", 1)),
     ]
     assert found["held_out_loss"] < 2.9
+    assert nothing_left(tmp_path)
+
+
+def test_a_replica_that_dies_for_good_before_it_joins_is_not_waited_for(tmp_path) -> None:
+    variables = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = arguments(tmp_path, 40)
+    with started(*command, "--restart", "0", cwd=tmp_path, **variables) as process:
+        wait_for(lambda: pids(tmp_path, "replica", 1))
+        os.kill(pids(tmp_path, "replica", 1)[0], signal.SIGKILL)  # it loads the text, and has not dialed yet
+        said, errors = process.communicate(timeout=50)
+    assert process.returncode == 0, errors
+    assert "replica 1 (process" in said and "was ended by SIGKILL; the others go on" in said
+    found = json.loads((tmp_path / "run" / "replicas.json").read_text())
+    assert found["steps"]["r0"] >= 80 and found["steps"]["r1"] == 0  # the one does the work of both
+    assert {event["worker"] for event in found["servers"][0]["events"]} == {"r0"}
+
+
+def test_several_servers_of_a_run_have_sockets_on_loopback_and_a_secret_of_their_own(tmp_path) -> None:
+    variables = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    with started(*arguments(tmp_path, 100_000), "--servers", "2", cwd=tmp_path, **variables) as process:
+        read_until(process.stdout, "replica 0  step 10 ")
+        spec = json.loads((tmp_path / "run" / "replicas-spec.json").read_text())
+        servers = [pids(tmp_path, "server", index)[0] for index in range(2)]
+        assert [listening(pid) for pid in servers] == [[address] for address in spec["addresses"]]
+        assert all(address.startswith("127.0.0.1:") for address in spec["addresses"])
+        assert not [listening(pid) for number in range(2) for pid in pids(tmp_path, "replica", number) if listening(pid)]
+        assert not listening(process.pid)
+        secret = tmp_path / "run" / "replicas-secret"
+        assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+        with pytest.raises(UserError, match="it asks for a secret"):
+            Dialer(",".join(spec["addresses"])).service()
+        assert Dialer(",".join(spec["addresses"]), secret).service().servers == 2
+        before = secret.read_text()
+        wait_for((tmp_path / "run" / "server-1.pt").is_file)
+        os.kill(process.pid, signal.SIGKILL)
+        assert nothing_left(tmp_path)
+    with started("replicas", "--resume", str(tmp_path / "run"), cwd=tmp_path, **variables) as process:
+        read_until(process.stdout, "replica 0  step ")
+        assert secret.read_text() != before
+        os.kill(process.pid, signal.SIGKILL)
     assert nothing_left(tmp_path)
 
 
