@@ -4,7 +4,8 @@
     python examples/async_diloco.py 127.0.0.1:29700 a
     python examples/async_diloco.py 127.0.0.1:29700 b
 
-Kill one and start it again: the other loses no step, and the one that comes back goes on from the newest weights. Both end when
+For workers on other machines, serve with --bind HOST:PORT --secret-file FILE, and give AsyncDiLoCo the same secret_file. Kill one
+and start it again: the other loses no step, and the one that comes back goes on from the newest weights. Both end when
 4000 steps of either are merged.
 """
 

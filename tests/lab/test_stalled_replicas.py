@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 import thinwire
 torch.set_num_threads(1)
-name = sys.argv[1]
+name, secret = sys.argv[1:]
 torch.manual_seed(0)
 model = torch.nn.Linear(16, 1)
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-with thinwire.AsyncDiLoCo(model, optimizer, store="host0:29700", name=name) as replica:
+with thinwire.AsyncDiLoCo(model, optimizer, store="host0:29700", name=name, secret_file=secret) as replica:
     for step in replica.remaining_steps():
         Path("{RESULTS}/begun").touch()
         torch.manual_seed(1000 * step + ord(name))
@@ -38,8 +38,8 @@ Path("{RESULTS}/" + name).write_text(hashlib.sha256(weights).hexdigest())
 """
 SERVE = f"""
 touch {RESULTS}/served
-{sys.executable} -m thinwire serve --listen host0:29700 --keep "$2" --service timeout_s=$1 --service heartbeat_s=0.2 \\
-    --service first_workers={REPLICAS} --service total_tokens={REPLICAS * STEPS} --service merge.every={EVERY} \\
+{sys.executable} -m thinwire serve --listen host0:29700 --secret-file "$3" --keep "$2" --service timeout_s=$1 \\
+    --service heartbeat_s=0.2 --service first_workers={REPLICAS} --service total_tokens={REPLICAS * STEPS} --service merge.every={EVERY} \\
     > {RESULTS}/served &
 while [ $(grep -c " left\\| lost" {RESULTS}/served) -lt {REPLICAS} ]; do sleep 0.1; done
 kill -TERM $!; wait $!
@@ -48,9 +48,12 @@ kill -TERM $!; wait $!
 
 def result_of(kept: Path, timeout_s: float, *stalls: Stall) -> LabResult:
     cluster = build_cluster(*((f"host{index}", "switch") for index in range(REPLICAS + 1)))
-    processes = [Process("host0", ("sh", "-c", SERVE, "serve", str(timeout_s), str(kept)), FIRST_CARD, begins="begun")]
+    secret = kept / "secret"
+    secret.write_text("known to these hosts alone")
+    served = ("sh", "-c", SERVE, "serve", str(timeout_s), str(kept), str(secret))
+    processes = [Process("host0", served, FIRST_CARD, begins="begun")]
     for index in range(REPLICAS):
-        processes.append(Process(f"host{index + 1}", (sys.executable, "-c", LOOP, "ab"[index]), FIRST_CARD))
+        processes.append(Process(f"host{index + 1}", (sys.executable, "-c", LOOP, "ab"[index], str(secret)), FIRST_CARD))
     return launch(cluster, processes, LabOptions(stalls=stalls, notice_s=30))
 
 

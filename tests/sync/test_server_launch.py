@@ -77,7 +77,7 @@ def test_a_replica_that_dies_for_good_before_it_joins_is_not_waited_for(tmp_path
     assert "replica 1 (process" in said and "was ended by SIGKILL; the others go on" in said
     found = json.loads((tmp_path / "run" / "replicas.json").read_text())
     assert found["steps"]["r0"] >= 80 and found["steps"]["r1"] == 0  # the one does the work of both
-    assert {event["worker"] for event in found["servers"][0]["events"]} == {"r0"}
+    assert not [event for event in found["servers"][0]["events"] if event["worker"] == "r0" and event["what"] == "lost"]
 
 
 def test_several_servers_of_a_run_have_sockets_on_loopback_and_a_secret_of_their_own(tmp_path) -> None:

@@ -5,6 +5,7 @@ or the door to all, dies for a reason of its own, all end, what they hold is kep
 """
 
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ import torch
 from thinwire.collectives.ledger import Ledger
 from thinwire.config.replicas import Service
 from thinwire.errors import UserError
-from thinwire.sync.server.address import is_loopback, listen, shown
+from thinwire.sync.server.address import is_loopback, listen, parse, shown
 from thinwire.sync.server.door import Door
 from thinwire.sync.server.kept import Kept, choose, every_of
 from thinwire.sync.server.secret import read_secret
@@ -42,7 +43,7 @@ def serve_here(service: Service, bind: str, keep: Path | None, secret_file: Path
     end = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: end.set())
-    print(f"serving at {shown(listener)}", flush=True)
+    print(f"serving at {shown(listener)}{_hint(bind, listener)}", flush=True)
     door = Door(listener, secret, service, dict(enumerate(servers)))
     return run_all({"the door": door.run} | {f"server {index}": server.run for index, server in enumerate(servers)}, end)
 
@@ -78,6 +79,14 @@ def _servers(service: Service, keep: Path | None) -> list[Server]:
         if versions:
             servers[-1].load_state_dict(kept.load(versions[index]))
     return servers
+
+
+def _hint(bind: str, listener: socket.socket) -> str:
+    """For who has named this machine and may not know that its name is a loopback address here."""
+    host, _ = parse(bind, "--bind")
+    if not is_loopback(listener) or host == "localhost" or host[0].isdigit() or ":" in host:
+        return ""
+    return f" alone, which is {host} here and which no other machine can reach; bind an address that `ip address` shows for them"
 
 
 def _tell(event: Event) -> None:
