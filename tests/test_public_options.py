@@ -20,8 +20,11 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.compress.coded import CodedExchange
 from thinwire.compress.exchange import make_exchange
 from thinwire.config.compress import Coded
+from thinwire.config.replicas import Code, Service
 from thinwire.errors import UserError
+from thinwire.sync.server.coding import Mirror, PushCoder
 from thinwire.sync.standalone import KINDS, OF_THE_LOOP
+from thinwire.tomlfile import validate
 from thinwire.workload import Parameter
 
 PARAMETERS = [Parameter("embed.weight", (100, 64)), Parameter("0.weight", (64, 512)), Parameter("0.bias", (64,))]
@@ -179,3 +182,47 @@ def test_init_refuses_what_native_collectives_would_not_use(option: str) -> None
         thinwire.init(collectives="native", **{option: "four-hosts-100mbit"})
     assert inspect.signature(thinwire.init).parameters.keys() == {"cluster", "collectives", "cache", "inner", "options"}
     assert not dist.is_initialized()
+
+
+PUSHED: dict[str, Any] = {
+    "feedback": False,
+    "feedback_decay": 0.5,
+    "rounding": "stochastic",
+    "hadamard": True,
+    "k": 16,
+    "values": "int8",
+}
+
+
+@pytest.mark.parametrize("way", ["push", "pull"])
+def test_each_option_of_pushes_and_pulls_is_used_or_refused(way: str) -> None:
+    def make(kind: str, **options: Any) -> Any:
+        code = getattr(validate(Service, {way: {"kind": kind, **options}}, "--service"), way)
+        return PushCoder(code) if way == "push" else Mirror(code)
+
+    kinds = get_args(Code.model_fields["kind"].annotation)
+    found = {
+        (kind, option): used_or_refused(make, {"kind": kind}, option, value) for kind in kinds for option, value in PUSHED.items()
+    }
+    assert "ignored" not in found.values(), found
+    assert PUSHED.keys() | {"kind"} == Code.model_fields.keys()
+    for option in PUSHED:
+        uses = [kind for kind in kinds if found[kind, option] == "used"]
+        assert bool(uses) == (way == "push" or "feedback" not in option), (option, uses)
+        assert found["none", option] == "refused"
+
+
+def test_the_tables_have_every_argument_of_workers() -> None:
+    """Each is used: by tests/sync/test_server_*.py."""
+    assert inspect.signature(thinwire.AsyncDiLoCo).parameters.keys() == {
+        *("model", "optimizer", "store", "name", "every", "tokens_per_step", "secret_file")
+    }
+    assert inspect.signature(thinwire.ParameterServerWorker).parameters.keys() == {
+        "model",
+        "store",
+        "name",
+        "ledger",
+        "secret_file",
+    }
+    assert inspect.signature(thinwire.ParameterServerWorker.step).parameters.keys() == {"self", "samples", "learning_rate"}
+    assert inspect.signature(thinwire.compress_gradients).parameters.keys() == {"replica", "kind", "options"}

@@ -19,14 +19,31 @@ class Code(_Part):
     """How vectors travel. Options that may be None belong to single kinds, with defaults there."""
 
     kind: Literal["none", "bf16", "fp16", "int8", "int4", "fp4", "sign", "ternary", "codebook2", "topk"] = "none"
-    feedback: bool = True
-    """What coding loses is kept at the sender and added to the next push."""
-    feedback_decay: float = Field(1.0, ge=0, le=1)
-    """Of what is kept, this part is added (SparseLoCo: 0.95)."""
+    feedback: bool | None = None
+    """Of pushes: what coding loses is kept at the sender and added to the next one; None: yes. What a pull loses is in the next
+    difference anyway."""
+    feedback_decay: float | None = Field(None, ge=0, le=1)
+    """Of what is kept, this part is added (SparseLoCo: 0.95); None: all."""
     rounding: Literal["nearest", "stochastic"] | None = None
     hadamard: bool = False
     k: int | None = Field(None, ge=1)
     values: Literal["bf16", "int8"] | None = None
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether a worker owes anything."""
+        return self.kind != "none" and self.feedback is not False
+
+    @model_validator(mode="after")
+    def _check(self) -> Code:
+        given = self.model_dump(exclude={"kind"}, exclude_defaults=True)
+        if self.kind == "none" and given:
+            raise ValueError(
+                f"{next(iter(given))} = {next(iter(given.values()))!r} has no effect on what is not coded; leave it out"
+            )
+        if self.feedback is False and self.feedback_decay is not None:
+            raise ValueError(f"feedback_decay = {self.feedback_decay} has no effect without feedback; leave it out")
+        return self
 
 
 class ServerAdamW(_Part):
@@ -96,6 +113,9 @@ class Service(_Part):
 
     @model_validator(mode="after")
     def _check(self) -> Service:
+        for option in ("feedback", "feedback_decay"):
+            if getattr(self.pull, option) is not None:
+                raise ValueError(f"pull.{option} has no effect: what a pull loses is in the next difference; leave it out")
         if isinstance(self.merge, DiLoCo) and self.merge.quorum and self.servers > 1:
             raise ValueError(
                 f"a quorum of {self.merge.quorum} with {self.servers} servers: each would merge others; take 1 server"

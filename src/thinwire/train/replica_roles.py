@@ -108,7 +108,7 @@ def replicate(spec: Spec, number: int) -> None:
         joined = AsyncDiLoCo(model, optimizer, store=spec.store, name=name, tokens_per_step=tokens, secret_file=spec.secret_file)
     else:
         joined = ParameterServerWorker(model, store=spec.store, name=name, secret_file=spec.secret_file)
-    owes = spec.service.push.kind != "none" and spec.service.push.feedback
+    owes = spec.service.push.feeds_back
     if owes and kept.is_file():
         joined.load_state_dict(saved.load(kept))
     with joined as worker:

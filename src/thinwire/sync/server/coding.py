@@ -47,8 +47,8 @@ class PushCoder:
 
     def __init__(self, code: Code) -> None:
         self._codec = make_flat(code)
-        lossy = self._codec is not None and code.feedback
-        self._memory: Memory = ErrorFeedback(decay=code.feedback_decay) if lossy else NoMemory()
+        decay = 1.0 if code.feedback_decay is None else code.feedback_decay
+        self._memory: Memory = ErrorFeedback(decay=decay) if code.feeds_back else NoMemory()
 
     def encode(self, name: str, values: Tensor) -> Tensor:
         """The payload of one range. UserError if a value is not finite, which coding would spread."""
