@@ -12,15 +12,15 @@ from thinwire.lab.run import RESULTS, LabOptions, LabResult, launch
 PORT = 29800
 SERVE = f"""
 set -e
-thinwire() {{ {sys.executable} -m thinwire "$@"; }}
+serve="{sys.executable} -m thinwire serve"
 wait_for() {{ while [ ! -e {RESULTS}/$1 ]; do sleep 0.05; done; }}
 printf 'a secret of many letters' > {RESULTS}/secret
-thinwire serve > {RESULTS}/alone & alone=$!
+$serve > {RESULTS}/alone & alone=$!
 while ! grep -q serving {RESULTS}/alone; do sleep 0.05; done
 touch {RESULTS}/first
 wait_for scanned-first
-thinwire serve --bind host0:{PORT} 2> {RESULTS}/refused && exit 9
-thinwire serve --bind host0:{PORT} --secret-file {RESULTS}/secret > {RESULTS}/bound & bound=$!
+$serve --bind host0:{PORT} 2> {RESULTS}/refused && exit 9
+$serve --bind host0:{PORT} --secret-file {RESULTS}/secret > {RESULTS}/bound & bound=$!
 while ! grep -q serving {RESULTS}/bound; do sleep 0.05; done
 touch {RESULTS}/second
 wait_for done
@@ -29,9 +29,6 @@ kill -TERM $alone $bound; wait $alone; wait $bound
 SCAN = f"""
 import errno, json, select, socket, time
 from pathlib import Path
-import torch
-import thinwire
-from thinwire.errors import UserError
 
 results = Path("{RESULTS}")
 host = socket.gethostbyname("host0")
@@ -67,6 +64,9 @@ def scan():
     return found
 
 def replica(secret_file):
+    import torch
+    import thinwire
+
     model = torch.nn.Linear(4, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with thinwire.AsyncDiLoCo(model, optimizer, every=1, store="host0:{PORT}", name="a", secret_file=secret_file) as replica:
@@ -88,6 +88,8 @@ try:
 except ConnectionResetError:
     pass
 told["stranger heard"] = len(heard)
+from thinwire.errors import UserError
+
 try:
     replica(None)
 except UserError as error:
@@ -108,7 +110,7 @@ def scanned() -> LabResult:
 
 
 @pytest.mark.lab
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(240)
 def test_a_service_is_reachable_where_it_is_bound_and_nowhere_else() -> None:
     result = scanned()
     assert result.failure is None, result.failure

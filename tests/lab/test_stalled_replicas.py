@@ -39,7 +39,8 @@ Path("{RESULTS}/" + name).write_text(hashlib.sha256(weights).hexdigest())
 SERVE = f"""
 touch {RESULTS}/served
 {sys.executable} -m thinwire serve --listen host0:29700 --secret-file "$3" --keep "$2" --service timeout_s=$1 \\
-    --service heartbeat_s=0.2 --service first_workers={REPLICAS} --service total_tokens={REPLICAS * STEPS} --service merge.every={EVERY} \\
+    --service heartbeat_s=0.2 --service first_workers={REPLICAS} --service total_tokens={REPLICAS * STEPS} \\
+    --service merge.every={EVERY} \\
     > {RESULTS}/served &
 while [ $(grep -c " left\\| lost" {RESULTS}/served) -lt {REPLICAS} ]; do sleep 0.1; done
 kill -TERM $!; wait $!
