@@ -1,5 +1,7 @@
 """The learning rate is a function of the step; the update is the one that was asked for."""
 
+from math import cos, pi
+
 import pytest
 import torch
 from hypothesis import given
@@ -20,6 +22,14 @@ def test_learning_rate_rises_then_falls_to_its_end(steps: int, warmup: int, peak
     assert learning_rate(train, max(steps, warmup + 1)) == pytest.approx(peak * final, abs=1e-12) or steps <= warmup
     if warmup < steps:
         assert learning_rate(train, warmup) == pytest.approx(peak)
+
+
+def test_learning_rates_of_a_short_run_are_these() -> None:
+    """Warm-up in equal parts that reach the peak in the step after it, and half a cosine from there on."""
+    train = TrainSection(steps=8, warmup_steps=3, learning_rate=0.4, final_learning_rate=0.5)
+    rates = [learning_rate(train, step) for step in range(10)]
+    fall = [0.2 + 0.2 * (0.5 + 0.5 * cos(pi * step / 5)) for step in range(6)]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, *fall, 0.2])
 
 
 @pytest.mark.parametrize("chosen", [AdamW(weight_decay=0.1), SGD(momentum=0.8, weight_decay=0.01)])

@@ -93,6 +93,35 @@ def cut_at_six(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Pool, str]
     return run
 
 
+def noisy_training(context: Rank, config: RunConfig, resume: Path | None, stop_after: int, dirt: int) -> Outcome:
+    """As `run_training`, of a model that draws a number for each loss, as dropout does. dirt: numbers drawn before."""
+    from thinwire.train.task import LanguageModel
+
+    plain = LanguageModel.loss
+    torch.manual_seed(config.train.seed)
+    torch.rand(dirt)
+
+    def noisy(self: LanguageModel, *arguments: object) -> torch.Tensor:
+        return plain(self, *arguments) * (0.5 + torch.rand(()))  # type: ignore[arg-type]
+
+    LanguageModel.loss = noisy  # type: ignore[method-assign]
+    try:
+        return run_training(context, config, resume, stop_after)
+    finally:
+        LanguageModel.loss = plain  # type: ignore[method-assign]
+
+
+def test_what_a_model_draws_goes_on_as_if_uninterrupted(ranks2: Pool, tmp_path: Path) -> None:
+    """The random state is each rank's own, and resumed, whatever was drawn before."""
+    (tmp_path / "whole").mkdir()
+    whole = ranks2.run(noisy_training, make_config(tmp_path / "whole"), None, 10**9, 0)[0].folder
+    cut = make_config(tmp_path)
+    folder = ranks2.run(noisy_training, cut, None, 6, 0)[0].folder
+    ranks2.run(noisy_training, cut, folder, 10**9, 777)
+    assert losses(folder) == losses(whole)
+    assert scores(folder)[12] == scores(whole)[12]
+
+
 def refusals(context: Rank, config: RunConfig, resume: Path | None = None) -> str:
     """What this rank is told by a training that is refused."""
     try:

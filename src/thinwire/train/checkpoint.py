@@ -62,6 +62,8 @@ def save(folder: Path, parts: Parts, progress: Progress) -> Path:
             aside.mkdir(parents=True)
         dist.barrier()
         mine = {"sync": parts.sync.state_dict(), "random": torch.get_rng_state()}
+        if (device := next(parts.model.parameters()).device).type == "cuda":
+            mine["device_random"] = torch.cuda.get_rng_state(device)
         if parts.sync.replicas_differ:
             mine["model"], mine["optimizer"] = parts.model.state_dict(), parts.optimizer.state_dict()
         with parts.sync.averaged():
@@ -102,6 +104,8 @@ def load(path: Path, parts: Parts) -> Progress:
                 parts.optimizer.load_state_dict(mine["optimizer"])
             parts.sync.load_state_dict(mine["sync"])
             torch.set_rng_state(mine["random"])
+            if "device_random" in mine:
+                torch.cuda.set_rng_state(mine["device_random"], next(parts.model.parameters()).device)
         else:
             everybody = [torch.load(path / _rank_file(rank), weights_only=True) for rank in range(progress.world_size)]
             parts.sync.adopt([theirs["sync"] for theirs in everybody])

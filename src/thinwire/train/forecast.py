@@ -10,7 +10,7 @@ from thinwire.cluster import Cluster, Device, Host, load_cluster
 from thinwire.collectives.ledger import Ledger
 from thinwire.errors import UserError
 from thinwire.layout import Layout
-from thinwire.train.step import Stepper
+from thinwire.train.step import Stepper, without_trace
 from thinwire.train.task import Task
 
 TIMED_PASSES = 3
@@ -34,7 +34,7 @@ def timed_rates(task: Task, stepper: Stepper, layout: Layout, ledger: Ledger) ->
     """What each rank achieves on one micro-batch, all computing at once, nothing exchanged. Collective."""
     batch = task.batch(0, layout.replica(dist.get_rank()))
     seconds = []
-    with ledger.label("calibration"):
+    with ledger.label("calibration"), without_trace(stepper.model):
         dist.barrier()
         for _ in range(TIMED_PASSES):
             started = time.perf_counter()

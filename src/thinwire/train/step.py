@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,21 @@ def make_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimiz
             return OrthogonalMomentum(by_kind_of_matrix(model, chosen.weight_decay), train.learning_rate, chosen)
 
 
+@contextmanager
+def without_trace(model: nn.Module) -> Iterator[None]:
+    """Around passes before training: what they draw at random, and note in buffers as batch norm does, is undone afterwards.
+
+    A resumed run makes them too, and must go on as if it had not. Gradients are the caller's to clear.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices):
+        yield
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+
 def learning_rate(train: TrainSection, step: int) -> float:
     """Linear warm-up, then a cosine to `final_learning_rate` of the peak (Loshchilov & Hutter 2017). A function of the step."""
     if step < train.warmup_steps:
@@ -72,7 +87,7 @@ class Stepper:
 
     def rehearse(self, batch: object) -> None:
         """Once before training, on any batch of this rank: the synchroniser learns in which order gradients come. Collective."""
-        with self.sync.rehearsal():
+        with self.sync.rehearsal(), without_trace(self.model):
             for _ in range(2):
                 self.loss(self.model, batch).backward()
         self.optimizer.zero_grad(set_to_none=False)

@@ -42,3 +42,12 @@ def test_what_is_acknowledged_takes_its_share_on_the_way_back() -> None:
     assert rates == pytest.approx([11 - 1.1] * 2) and carried == pytest.approx([1.1 * 9.9] * 2)
     rates, carried = sharing.rates(np.array([0]))
     assert rates == pytest.approx([11.0]) and carried == pytest.approx([11.0, 1.1])
+
+
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=8), st.floats(1e-3, 1e12))
+def test_links_that_tie_give_the_same_rate_to_the_bit(flows: list[int], share: float) -> None:
+    """k connections on a link of k shares: whatever the sums round to, all end in one event of a simulation."""
+    routes = [[link] for link, count in enumerate(flows) for _ in range(count)]
+    capacity = [sum([share] * count) for count in flows]
+    rates = Sharing(routes, capacity).rates(np.arange(len(routes)))[0]
+    assert len(set(rates.tolist())) == 1
