@@ -48,6 +48,13 @@ def test_the_last_few_are_kept_the_newest_under_the_plain_name(tmp_path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["server-0.1.pt", "server-0.2.pt", "server-0.pt"]
 
 
+def test_first_weights_that_replace_others_replace_their_file(tmp_path) -> None:
+    kept = Kept(tmp_path, 0, 1, 1)
+    for told in (state(0, 1), state(0, 2), state(0, 2)):
+        kept.write(told)
+    assert [saved.load(path)["model"] for path in files(tmp_path, 0)] == [2]
+
+
 @pytest.mark.parametrize(
     ("versions", "expected"),
     [

@@ -20,6 +20,7 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.config.replicas import DiLoCo, Gradients, Service
 from thinwire.errors import UserError
 from thinwire.sync.server.link import Link, PeerLost
+from thinwire.sync.server.links import Links
 from thinwire.sync.server.message import Head, Kind
 
 TIMEOUT_S = 2.0
@@ -270,3 +271,44 @@ def test_a_refused_push_is_told_to_its_sender_alone() -> None:
         assert "was refused: what is pushed is not finite" in lost(running)["b"] and set(lost(running)) == {"b"}
         assert running.servers[0].merger.steps["a"] == 12 and torch.isfinite(running.weights()).all()
         assert not running.failures
+
+
+def test_answers_of_several_servers_are_read_as_they_come() -> None:
+    """Server 0's takes twice timeout_s; server 1, whose answer fills every buffer, is not kept waiting, and hears of the worker."""
+    service = service_of(1, servers=2)
+    size, pieces = 2**25, 40
+    pairs = [socket.socketpair() for _ in range(2)]
+    for pair in pairs:
+        for sock in pair:
+            sock.setblocking(False)
+    links = Links(service, lambda index: pieces if index == 0 else size)
+    servers = [Link(theirs, ("worker a", "here"), Ledger(), TIMEOUT_S) for _, theirs in pairs]
+    for index, (ours, _) in enumerate(pairs):
+        links.add(index, Link(ours, (f"server {index}", "there"), Ledger(), TIMEOUT_S))
+    heard = []
+
+    def slow() -> None:
+        servers[0].receive(any_answer)
+        servers[0].sock.send(Head(kind=Kind.WEIGHTS, payload_bytes=pieces).packed())
+        for _ in range(pieces):
+            time.sleep(2 * TIMEOUT_S / pieces)
+            servers[0].sock.send(b"x")
+
+    def long() -> None:
+        servers[1].receive(any_answer)
+        servers[1].send(Head(kind=Kind.WEIGHTS), torch.zeros(size, dtype=torch.uint8))
+        heard.append(time.monotonic())
+        while len(heard) < 5:
+            assert servers[1].receive(any_answer)[0].kind == Kind.PROGRESS
+            heard.append(time.monotonic())
+
+    def worker() -> float:
+        answers = links.ask({index: (Head(kind=Kind.PULL), None, "") for index in range(2)})
+        assert [payload.numel() for _, payload in (answers[0], answers[1])] == [pieces, size]
+        return time.monotonic()
+
+    ended = together(slow, long, worker)[2]
+    assert max(heard) < ended
+    links.cut()
+    for server in servers:
+        server.close()

@@ -32,29 +32,31 @@ class Kept:
     def __init__(self, folder: Path, index: int, servers: int, every: int) -> None:
         self.every = every
         self._folder, self._index, self._servers = folder, index, servers
-        self._newest: int | None = None
+        self._newest: tuple[int, int] | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
     def load(self, version: int) -> dict[str, Any]:
         """The snapshot of that version, which `choose` has found."""
-        self._newest = version
         for path in files(self._folder, self._index):
-            if _peek(path)["version"] == version:
+            if (state := _peek(path))["version"] == version:
+                self._newest = version, state["model"]
                 return saved.load(path)
         raise UserError(f"{self._folder}: version {version} of server {self._index} is gone; take an older folder")
 
     def write(self, state: dict[str, Any]) -> None:
-        """A new newest one; nothing if it is that version already."""
-        if state["version"] == self._newest:
+        """A new newest one; in place of one of this version, which a worker that died in between may have begun (`first`)."""
+        version, model = state["version"], state["model"]
+        if self._newest == (version, model):
             return
         paths = _names(self._folder, self._index)
         beside = paths[0].with_suffix(".part")
         saved.save(state | {"servers": self._servers}, beside)
-        for newer, older in reversed(list(pairwise(paths))):
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(newer, older)
+        if self._newest is None or self._newest[0] != version:
+            for newer, older in reversed(list(pairwise(paths))):
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(newer, older)
         os.replace(beside, paths[0])
-        self._newest = state["version"]
+        self._newest = version, model
 
 
 def every_of(service: Service) -> int:

@@ -7,6 +7,7 @@ it is taken only as its bytes arrive, unless its size was agreed on.
 """
 
 import contextlib
+import select
 import socket
 import threading
 import time
@@ -22,6 +23,8 @@ from thinwire.sync.server import stream
 from thinwire.sync.server.message import HEAD_BYTES, TEXT_BYTES, BadMessage, Head, Kind, as_bytes
 
 PIECE_BYTES = 2**20
+TURN_PIECES = 16
+"""The most that one turn of reading takes, so that others have theirs."""
 LAST_WORD_S = 0.5
 """How long somebody else's sending may delay the news that a life is given up."""
 
@@ -51,8 +54,13 @@ class Link:
         self._ledger, self._timeout_s, self._advice = ledger, timeout_s, advice
         self._writing = threading.Lock()
         self._dismissed = ""
+        self._coming = bytearray(HEAD_BYTES)
+        self._head: Head | None = None
+        self._payload = torch.empty(0, dtype=torch.uint8)
+        self._filled = 0
+        """Of the head, or once that is known of the payload."""
         self.between: Callable[[], None] = stream.nothing
-        """Called now and then while a long message is under way."""
+        """Called now and then while a long message is being sent."""
 
     @property
     def peer(self) -> str:
@@ -69,20 +77,40 @@ class Link:
                 self._send(data.numpy(), f"{label} to {self._name}")
 
     def receive(self, sizes: Sizes, limit_s: float | None = None) -> tuple[Head, Tensor]:
-        """The head and its payload, uint8. PeerLost; BadMessage for what may not come. limit_s: for the head, else timeout_s."""
-        raw = bytearray(HEAD_BYTES)
-        self._receive(raw, self._timeout_s if limit_s is None else limit_s)
-        head = Head.unpacked(bytes(raw))
-        allowed = sizes(head)
-        if isinstance(allowed, range):
-            if head.payload_bytes not in allowed:
-                raise BadMessage(f"{head.kind.name} of {head.payload_bytes} bytes, where {allowed.stop - 1} are the most")
-            return head, self._grown(head.payload_bytes)
-        if head.payload_bytes != allowed:
-            raise BadMessage(f"{head.kind.name} of {head.payload_bytes} bytes, where {allowed} were due")
-        payload = torch.empty(allowed, dtype=torch.uint8)
-        self._receive(payload.numpy(), self._timeout_s)
-        return head, payload
+        """The head and its payload, uint8. PeerLost; BadMessage for what may not come. limit_s: of silence, instead of
+        timeout_s."""
+        while (found := self.advance(sizes)) is None:
+            try:
+                stream.wait(self.sock, select.POLLIN, self._timeout_s if limit_s is None else limit_s)
+            except OSError as error:
+                raise self._lost(error) from None
+        return found
+
+    def advance(self, sizes: Sizes) -> tuple[Head, Tensor] | None:
+        """Read what has come, without waiting: a message once it is whole. The rest as `receive`."""
+        try:
+            for _ in range(TURN_PIECES):
+                if self._head is None:
+                    count = stream.receive_some(self.sock, memoryview(self._coming)[self._filled :])
+                    self._filled += count
+                    if self._filled == HEAD_BYTES:
+                        head, self._filled = Head.unpacked(bytes(self._coming)), 0
+                        self._payload, self._head = _room(head, sizes(head)), head
+                else:
+                    end = min(self._payload.numel(), self._filled + PIECE_BYTES)
+                    count = stream.receive_some(self.sock, self._payload[self._filled : end].numpy())
+                    self._filled += count
+                    if self._filled == self._payload.numel() < self._head.payload_bytes:
+                        self._payload = _larger(self._payload, self._head.payload_bytes)
+                if self._head is not None and self._filled == self._head.payload_bytes:
+                    found = self._head, self._payload
+                    self._head, self._filled = None, 0
+                    return found
+                if not count:
+                    return None
+        except OSError as error:
+            raise self._lost(error) from None
+        return None
 
     def can_be_read(self) -> bool:
         """Something has come, or the connection is closed."""
@@ -120,19 +148,6 @@ class Link:
         with self._writing:
             self.sock.close()
 
-    def _grown(self, size: int) -> Tensor:
-        """A payload into memory that grows with what has come: never more than twice that, and a piece."""
-        payload, done = torch.empty(min(size, PIECE_BYTES), dtype=torch.uint8), 0
-        while done < size:
-            if done == payload.numel():
-                larger = torch.empty(min(size, 2 * done), dtype=torch.uint8)
-                larger[:done] = payload
-                payload = larger
-            end = min(payload.numel(), done + PIECE_BYTES)
-            self._receive(payload[done:end].numpy(), self._timeout_s)
-            done = end
-        return payload
-
     def _send(self, data: object, label: str) -> None:
         size = memoryview(data).nbytes  # type: ignore[arg-type]
         issued = time.perf_counter()
@@ -144,15 +159,29 @@ class Link:
             raise self._lost(error) from None
         self._ledger.completed(total, issued)
 
-    def _receive(self, into: object, limit_s: float) -> None:
-        try:
-            stream.receive(self.sock, into, limit_s, self.between)
-        except OSError as error:
-            raise self._lost(error) from None
-
     def _lost(self, error: OSError) -> PeerLost:
         if self._dismissed:
             return PeerLost(self.peer, f"was dismissed: {self._dismissed}")
         if isinstance(error, TimeoutError):
             return PeerLost(self.peer, f"was silent for {self._timeout_s:g} s; {self._advice}")
         return PeerLost(self.peer, "is gone: its connection is closed; see its own output for why")
+
+
+def _room(head: Head, allowed: range | int) -> Tensor:
+    """Memory for the payload: all of it if its size was agreed on, else for its first piece. BadMessage if it may not be so
+    long."""
+    size = head.payload_bytes
+    if isinstance(allowed, range):
+        if size not in allowed:
+            raise BadMessage(f"{head.kind.name} of {size} bytes, where {allowed.stop - 1} are the most")
+        return torch.empty(min(size, PIECE_BYTES), dtype=torch.uint8)
+    if size != allowed:
+        raise BadMessage(f"{head.kind.name} of {size} bytes, where {allowed} were due")
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def _larger(payload: Tensor, size: int) -> Tensor:
+    """Memory for twice as much as has come, and for no more than all."""
+    larger = torch.empty(min(size, 2 * payload.numel()), dtype=torch.uint8)
+    larger[: payload.numel()] = payload
+    return larger

@@ -1,11 +1,11 @@
 """A worker's links to its servers: one request to each, one answer from each, and a sign of progress to whoever waits for one.
 
 A server that is asked nothing gives a worker up after `timeout_s` (`members`). So while the worker waits for one server, or a
-long message to it is under way, it says PROGRESS to those who have answered already; and its loop says it at each step. At most
-one goes to each server in `heartbeat_s`. It is sent only to servers that read: never to one that owes an answer.
+long message to it is under way, it says PROGRESS to those who have answered already, and reads what others answer; and its loop
+says it at each step. At most one goes to each server in `heartbeat_s`. It is sent only to servers that read: never to one that
+owes an answer.
 """
 
-import select
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -29,25 +29,33 @@ class Links:
         self._service, self._expected = service, expected
         self._links: dict[int, Link] = {}
         self._idle: set[int] = set()
+        self._heard: dict[int, float] = {}
+        """When those were heard last who owe an answer."""
+        self._answers: dict[int, tuple[Head, Tensor]] = {}
         self._told = time.monotonic()
-        self._telling = False
+        self._busy = False
 
     def __bool__(self) -> bool:
         return bool(self._links)
 
     def add(self, index: int, link: Link) -> None:
         """One more server."""
-        link.between = self.say_progress
+        link.between = self._between
         self._links[index] = link
         self._idle.add(index)
 
     def ask(self, requests: Mapping[int, Request]) -> dict[int, tuple[Head, Tensor]]:
         """Each server's answer. PeerLost; UserError if a server refuses what it was asked. The links are cut then."""
         try:
+            self._answers = {}
             for index, (head, payload, label) in requests.items():
                 self._idle.discard(index)
                 self._send(index, partial(self._links[index].send, head, payload, label))
-            return self._answers(set(requests))
+                self._heard[index] = time.monotonic()
+            while self._heard:
+                self._say_progress()
+                self._hear(self._service.heartbeat_s)
+            return self._answers
         except BaseException:
             self.cut()
             raise
@@ -55,65 +63,67 @@ class Links:
     def alive(self) -> None:
         """Say PROGRESS, if the last one was `heartbeat_s` ago. PeerLost if a server has given this worker up meanwhile."""
         try:
-            self.say_progress()
+            self._say_progress()
             for index in list(self._idle):
                 if self._links[index].can_be_read():
-                    self._receive(index)
+                    self._advance(index)
         except BaseException:
             self.cut()
             raise
-
-    def say_progress(self) -> None:
-        """To each server that reads, at most every `heartbeat_s`."""
-        now = time.monotonic()
-        if self._telling or now - self._told < self._service.heartbeat_s:
-            return
-        self._told, self._telling = now, True
-        try:
-            for index in list(self._idle):
-                self._send(index, partial(self._links[index].send, Head(kind=Kind.PROGRESS), head_label="progress"))
-        finally:
-            self._telling = False
 
     def cut(self) -> None:
         """Leave without a word, so that nobody waits."""
         for link in self._links.values():
             link.cut()
             link.close()
-        self._links.clear()
-        self._idle.clear()
+        for kept in (self._links, self._idle, self._heard):
+            kept.clear()
 
-    def _answers(self, pending: set[int]) -> dict[int, tuple[Head, Tensor]]:
-        answers = {}
-        heard = dict.fromkeys(pending, time.monotonic())
-        while pending:
-            self.say_progress()
-            by_sock = {self._links[index].sock: index for index in pending}
-            for sock in stream.ready(list(by_sock), self._service.heartbeat_s, select.POLLIN):
-                index = by_sock[sock]
-                found = self._receive(index)
-                heard[index] = time.monotonic()
-                if found[0].kind != Kind.WAIT:
-                    answers[index] = found
-                    pending.discard(index)
-                    self._idle.add(index)
-            silent = [index for index in pending if time.monotonic() - heard[index] > self._service.timeout_s]
-            if silent:
-                raise self._links[silent[0]].silent()
-        return answers
+    def _between(self) -> None:
+        """While a long message to one server is under way, the others neither wait for a word nor to be read."""
+        if not self._busy:
+            self._say_progress()
+            self._hear(0.0)
 
-    def _receive(self, index: int) -> tuple[Head, Tensor]:
-        """What a server says; what it refuses, and that it gives this worker up, is raised."""
+    def _say_progress(self) -> None:
+        """To each server that reads, at most every `heartbeat_s`."""
+        now = time.monotonic()
+        if now - self._told < self._service.heartbeat_s:
+            return
+        self._told, self._busy = now, True
+        try:
+            for index in list(self._idle):
+                self._send(index, partial(self._links[index].send, Head(kind=Kind.PROGRESS), head_label="progress"))
+        finally:
+            self._busy = False
+
+    def _hear(self, limit_s: float) -> None:
+        """Read what comes from those who owe an answer. PeerLost if one is silent for `timeout_s`."""
+        by_sock = {self._links[index].sock: index for index in self._heard}
+        for sock in stream.ready(list(by_sock), limit_s):
+            index = by_sock[sock]
+            found = self._advance(index)
+            self._heard[index] = time.monotonic()
+            if found is not None and found[0].kind != Kind.WAIT:
+                self._answers[index] = found
+                del self._heard[index]
+                self._idle.add(index)
+        for index, heard in self._heard.items():
+            if time.monotonic() - heard > self._service.timeout_s and not self._links[index].can_be_read():
+                raise self._links[index].silent()
+
+    def _advance(self, index: int) -> tuple[Head, Tensor] | None:
+        """What a server says, once it is whole; what it refuses, and that it gives this worker up, is raised."""
         link = self._links[index]
         try:
-            head, payload = link.receive(partial(self._sizes, index))
-            if head.kind == Kind.REFUSED:
-                raise UserError(as_text(payload))
-            if head.kind == Kind.LOST:
-                raise PeerLost(link.peer, f"has given this worker up: {as_text(payload)}")
+            found = link.advance(partial(self._sizes, index))
+            if found is not None and found[0].kind == Kind.REFUSED:
+                raise UserError(as_text(found[1]))
+            if found is not None and found[0].kind == Kind.LOST:
+                raise PeerLost(link.peer, f"has given this worker up: {as_text(found[1])}")
         except BadMessage as error:
             raise PeerLost(link.peer, f"sent what no server of this service sends ({error}); start them anew") from None
-        return head, payload
+        return found
 
     def _sizes(self, index: int, head: Head) -> range | int:
         match head.kind:
@@ -132,5 +142,5 @@ class Links:
         except PeerLost as error:
             self._idle.discard(index)
             while self._links[index].can_be_read():
-                self._receive(index)
+                self._advance(index)
             raise error

@@ -50,21 +50,27 @@ def send(sock: socket.socket, data: Any, limit_s: float, between: Callable[[], N
             raise _translated(error) from None
 
 
-def receive(sock: socket.socket, into: Any, limit_s: float, between: Callable[[], None] = nothing) -> None:
+def receive(sock: socket.socket, into: Any, limit_s: float) -> None:
     """As many bytes as the buffer has."""
     view = memoryview(into)
     while view:
-        try:
-            count = sock.recv_into(view)
-        except BlockingIOError:
-            wait(sock, select.POLLIN, limit_s)
-            between()
-            continue
-        except OSError as error:
-            raise _translated(error) from None
+        count = receive_some(sock, view)
         if not count:
-            raise ConnectionError("the connection is closed")
+            wait(sock, select.POLLIN, limit_s)
         view = view[count:]
+
+
+def receive_some(sock: socket.socket, into: Any) -> int:
+    """What has come, and no more than the buffer has: the number of bytes, 0 if there are none yet."""
+    try:
+        count = sock.recv_into(into)
+    except BlockingIOError:
+        return 0
+    except OSError as error:
+        raise _translated(error) from None
+    if not count:
+        raise ConnectionError("the connection is closed")
+    return count
 
 
 def wait(sock: socket.socket, event: int, limit_s: float) -> None:
