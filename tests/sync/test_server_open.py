@@ -31,6 +31,7 @@ from thinwire.sync.server.door import STRANGERS
 from thinwire.sync.server.link import Link, PeerLost
 from thinwire.sync.server.message import HEAD_BYTES, BadMessage, Head, Hello, Kind
 from thinwire.sync.server.secret import OPEN, introduce
+from thinwire.sync.server.stream import Talk
 
 LISTENING = "0A"
 MESSAGES = 10_000
@@ -148,6 +149,35 @@ def test_what_answers_and_is_no_service_is_named() -> None:
         with pytest.raises(UserError, match="what answers there is no parameter service of this version"):
             Dialer(f"127.0.0.1:{listener.getsockname()[1]}").service()
         thread.join(10)
+
+
+def test_the_time_for_a_challenge_is_for_all_of_it_together() -> None:
+    """A stranger who sends a byte now and then holds the line no longer than one who sends none."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    stop = threading.Event()
+
+    def drips() -> None:
+        theirs.sendall((200).to_bytes(4, "big"))
+        while not stop.wait(0.05):
+            theirs.sendall(b"x")
+
+    thread = threading.Thread(target=drips, daemon=True)
+    thread.start()
+    with pytest.raises(TimeoutError):
+        Talk(ours, 0.5).recv_bytes(256)
+    stop.set()
+    thread.join(10)
+    ours.close()
+    theirs.close()
+
+
+def test_a_name_that_is_loopback_here_is_served_as_that_and_said_to_be(tmp_path) -> None:
+    """As a machine's own name often is, 127.0.1.1; this is a name that is so everywhere, and not the one that everybody knows."""
+    with started("serve", "--bind", "LOCALHOST:0", cwd=tmp_path) as process:
+        line = process.stdout.readline()
+        assert line.startswith("serving at 127.0.0.1:") and "LOCALHOST here and which no other machine can reach" in line
+        assert listening(process.pid) == [line.split()[2]]
 
 
 def test_a_server_that_dies_of_its_own_ends_serve_with_one_line(tmp_path) -> None:

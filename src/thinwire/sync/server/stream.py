@@ -115,6 +115,8 @@ class Talk:
 
     def __init__(self, sock: socket.socket, limit_s: float) -> None:
         self._sock, self._end = sock, time.monotonic() + limit_s
+        self.heard = b""
+        """The first message that came."""
 
     def send_bytes(self, data: bytes) -> None:
         """One message."""
@@ -125,7 +127,9 @@ class Talk:
         size = int.from_bytes(self._exactly(4), "big")
         if size > most_bytes:
             raise ConnectionError(f"a challenge of {size} bytes")
-        return self._exactly(size)
+        data = self._exactly(size)
+        self.heard = self.heard or data
+        return data
 
     def _exactly(self, size: int) -> bytes:
         data = bytearray(size)
