@@ -178,6 +178,42 @@ def test_a_merge_holds_as_many_live_pushes_as_the_quorum_asks_for(quorum: int, w
             pushed.clear()
 
 
+def test_one_that_two_servers_take_in_a_merge_apart_begins_at_one_version() -> None:
+    """c comes to server 0 before a merge and to server 1 after it."""
+    servers = [merger_of(DiLoCo(), "ab") for _ in range(2)]
+    c = Member("c", 1)
+    for name in "ab":
+        servers[1].push(push(name))
+    for merger in servers:
+        merger.begin(c, Pace(every=1))
+    assert servers[0].admit(c, 0.0) is None and servers[1].admit(c, 0.0) is None
+    for name in "ab":
+        servers[0].push(push(name))
+    for name in "ab":
+        servers[1].push(push(name, version=1))
+    servers[0].push(push("a", version=1))
+    assert servers[0].admit(c, 0.0).version == 1 and servers[1].admit(c, 0.0).version == 2
+    servers[0].not_before(c, 2)
+    assert servers[0].admit(c, 0.0) is None and servers[0].version == 1
+    servers[0].push(push("b", version=1))  # without c
+    assert servers[0].admit(c, 0.0).version == 2 and servers[0].merges[-1].workers == ["a", "b"]
+
+
+def test_a_version_that_nobody_else_makes_is_not_waited_for() -> None:
+    merger = merger_of(DiLoCo(), "ab")
+    merger.lost(Member("b", 1))
+    merger.not_before(Member("a", 1), 7)
+    assert merger.admit(Member("a", 1), 0.0).version == 0
+    merger.begin(Member("c", 1), Pace(every=1))
+    merger.not_before(Member("a", 1), 7)  # c waits for a's merge, so a is still the one
+    assert merger.admit(Member("a", 1), 0.0).version == 0
+    two = merger_of(DiLoCo(), "ab")
+    two.not_before(Member("a", 1), 7)
+    assert two.admit(Member("a", 1), 0.0) is None
+    two.lost(Member("b", 1))
+    assert two.admit(Member("a", 1), 5.0).version == 0
+
+
 @pytest.mark.parametrize("merge", MERGES.values(), ids=MERGES)
 def test_a_first_worker_that_has_gone_for_good_is_not_waited_for_after_a_restart(merge) -> None:
     merger = merger_of(merge, "abcd")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from thinwire.collectives.ledger import Ledger
+from thinwire.config.replicas import DiLoCo
 from thinwire.errors import UserError
 from thinwire.sync.server.checks import refuse, wrong_with_numbers, wrong_with_pace, wrong_with_start
 from thinwire.sync.server.coding import Mirror, PushCoder
@@ -56,6 +57,7 @@ class ServerClient:
         self._ranges: list[Range] = cut(values.numel(), self.service.servers)
         self._mirrors = [Mirror(self.service.pull) for _ in self._ranges]
         self._versions = [0] * len(self._ranges)
+        self._parts = [values[part.first : part.end] for part in self._ranges]
         self._links = Links(self.service, lambda index: self._mirrors[index].expected_bytes(self._ranges[index].numel))
 
     @property
@@ -81,7 +83,7 @@ class ServerClient:
                 refuse(wrong_with_start(self._values, self._spans))
                 for index in (*others, 0):  # server 0 last: that it has weights means that all do
                     self._links.ask({index: self._start(index, number, model)})
-            self._take(self._links.ask({index: (Head(kind=Kind.PULL), None, "") for index in range(len(self._ranges))}))
+            self._pull()
         except BaseException:
             self._links.cut()
             raise
@@ -146,6 +148,18 @@ class ServerClient:
         )
         return self._links.ask({index: (Head(kind=Kind.HELLO), hello.packed(), "hello")})[index][0]
 
+    def _pull(self) -> None:
+        """All ranges, of one version where servers make versions in step; one that cannot reach it any more keeps its own."""
+        behind, version = list(range(len(self._ranges))), 0
+        while behind:
+            before = [self._versions[index] for index in behind]
+            self._take(self._links.ask({index: (Head(kind=Kind.PULL, version=version), None, "") for index in behind}))
+            if version and before == [self._versions[index] for index in behind]:
+                return
+            version = max(self._versions)
+            in_step = isinstance(self.service.merge, DiLoCo)
+            behind = [index for index, at in enumerate(self._versions) if at < version and in_step]
+
     def _start(self, index: int, number: int, model: int) -> Request:
         part = self._ranges[index]
         spans = within(self._spans, part)
@@ -153,11 +167,10 @@ class ServerClient:
         return head, pack_start(self._values[part.first : part.end], spans), "start"
 
     def _take(self, answers: dict[int, tuple[Head, Tensor]]) -> None:
-        parts = []
-        for index in range(len(self._ranges)):
-            head, payload = answers[index]
+        for index, (head, payload) in answers.items():
             self._versions[index] = head.version
-            parts.append(self._mirrors[index].decode(payload, self._ranges[index].numel))
-        first = answers[0][0]
-        self.step, self.local_steps, self.merged = first.step, first.local_steps, first.merged
-        self.weights = torch.cat(parts)
+            self._parts[index] = self._mirrors[index].decode(payload, self._ranges[index].numel)
+        if 0 in answers:
+            first = answers[0][0]
+            self.step, self.local_steps, self.merged = first.step, first.local_steps, first.merged
+        self.weights = torch.cat(self._parts)

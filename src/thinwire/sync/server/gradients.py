@@ -51,6 +51,9 @@ class GradientMerger(Lives):
             self._born(member, Pace(every=1, tokens_per_step=pace.tokens_per_step))
             return self.steps[member.name]
 
+    def not_before(self, member: Member, version: int) -> None:
+        """Nothing: a step that is being collected awaits whoever has come."""
+
     def _take(self, push: Push) -> None:
         """Sequential: collect it. Else: one step of the optimizer."""
         if self._delay == 0:

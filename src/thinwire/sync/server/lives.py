@@ -143,6 +143,10 @@ class Lives(ABC):
         self.weights = Weights.of(self._config, state["weights"])
 
     @abstractmethod
+    def not_before(self, member: Member, version: int) -> None:
+        """One that has just come goes on with this version, if others make it."""
+
+    @abstractmethod
     def _take(self, push: Push) -> None:
         """Under the lock: a push that counts."""
 

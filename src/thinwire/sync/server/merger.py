@@ -101,6 +101,10 @@ class Merger(Protocol):
         """Nobody waits for it any more. Again is nothing."""
         ...
 
+    def not_before(self, member: Member, version: int) -> None:
+        """One that has just come, and that another server has taken in at this version, goes on with it here too if it can."""
+        ...
+
     def never_comes(self, name: str) -> None:
         """Nobody waits for the first life of this name. Nothing if it has joined."""
         ...

@@ -12,6 +12,7 @@ for the merge that holds its push, and goes on from its result: with K = L that 
 A replica that is lost is not waited for; what it has pushed is in the next merge, but the quorum counts pushes of live replicas
 only, so that the dead stand in for nobody who lives; what it has not pushed is gone. One that comes, or comes back, takes
 the weights of the next merge and goes on from there: nobody waits for it meanwhile, and it repeats no rounds that it has missed.
+Where several servers would take it in a merge apart, those behind make that merge without it, so that it begins at one version.
 The run is over when its tokens are merged (`merger`). Steps are counted by name for the data only: another life begins behind the
 last push.
 """
@@ -60,6 +61,14 @@ class DiLoCoMerger(Lives):
             self.steps.setdefault(member.name, 0)
             self._born(member, Pace(every=pace.every or self._diloco.every, tokens_per_step=pace.tokens_per_step))
             return self.steps[member.name]
+
+    def not_before(self, member: Member, version: int) -> None:
+        """A merge that others are at is made without it."""
+        with self.changed:
+            if member in self.live and self.version < version and self._awaited_now() - {member}:
+                self._next_round.add(member)
+                self._look()
+                self.changed.notify_all()
 
     def _awaited_now(self) -> set[Member]:
         """Those who owe this merge a push, or have pushed."""

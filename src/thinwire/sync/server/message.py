@@ -4,7 +4,7 @@
     worker -> server    HELLO     its name, pace ... (JSON)         STATE    step, version, incarnation
                         BEGIN                                       STATE    who is to give the weights, server 0 alone (`first`)
                         INIT      spans, weights                    STATE
-                        PULL                                        WEIGHTS  step, version, the range's weights
+                        PULL      the least version wished for      WEIGHTS  step, version, the range's weights
                         PUSH      step, ..., code                   WEIGHTS  after the push has been reckoned with
                         PROGRESS                                    nothing
                         LEAVE                                       STATE

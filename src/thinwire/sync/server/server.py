@@ -190,8 +190,8 @@ class Server:
                 case Kind.PROGRESS:
                     continue
                 case Kind.LEAVE:
-                    link.send(Head(kind=Kind.STATE))
                     self._lose(member, "left")
+                    link.send(Head(kind=Kind.STATE))
                     return
                 case Kind.BEGIN:
                     number = self._waited(visit, lambda: self._right.ask(member, patience_s))
@@ -207,6 +207,8 @@ class Server:
                         wrong = merger.push(push)
                     if wrong:
                         raise Refused(wrong)
+                case Kind.PULL:
+                    merger.not_before(member, head.version)
             visit.must_fit(merger.weights)
             with self._own_work():
                 standing = self._waited(visit, lambda: merger.admit(member, patience_s))
