@@ -1,6 +1,7 @@
 """A choice of collectives belongs to the network that it was measured on."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from hypothesis import strategies as st
 from fixed_schedules import Fixed, group_of
 from pool import Pool, Rank
 from thinwire.cluster import Cluster, dump_cluster, load_cluster
+from thinwire.cluster.equal import equal_hosts
 from thinwire.cluster.model import Quantity
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.tuned import tuner as tuner_module
-from thinwire.collectives.tuned.cache import Cache
+from thinwire.collectives.tuned.advice import Advisor
+from thinwire.collectives.tuned.cache import FORMAT, MOST_NETWORKS, Cache
 from thinwire.collectives.tuned.network import network_of
 from thinwire.collectives.tuned.tuner import Tuner
+from thinwire.errors import UserError
 from thinwire.lab.run import LabOptions, run
 
 NAMES = ["two-racks", "eight-hosts-100mbit", "four-hosts-100mbit", "one-slow-host"]
@@ -100,6 +104,33 @@ def test_a_cache_keeps_what_was_measured_on_either_network(tmp_path: Path) -> No
     assert not Cache(path).elsewhere("call")  # begun anew
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ({"thinwire_collectives": FORMAT - 1}, f"has format {FORMAT - 1}, and this thinwire writes {FORMAT}"),
+        ({"thinwire_collectives": FORMAT, "torch": "1.0"}, f"is of torch 1.0, and this is {torch.__version__}"),
+        ({"thinwire_collectives": FORMAT, "torch": torch.__version__, "networks": {}, "entries": {"call": 1}}, "cannot be read"),
+        ([], "cannot be read"),
+    ],
+)
+def test_a_file_that_is_begun_anew_says_why(tmp_path: Path, content: Any, why: str) -> None:
+    path = tmp_path / "cluster.collectives.json"
+    path.write_text(json.dumps(content))
+    assert Cache(path).dropped.startswith(why)
+    Cache(path).keep("call", whole(load_cluster(NAMES[0])), {"way": "w", "bytes": 4, "seconds": 1.0, "native_s": 2.0})
+    assert Cache(path).dropped == "" and Cache(path).elsewhere("call")
+
+
+def test_a_cache_does_not_grow_with_every_name_of_a_host(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.collectives.json"
+    networks = [network_of(None, [0], [f"pod-{number}"]) for number in range(3 * MOST_NETWORKS)]
+    for one in networks:
+        Cache(path).keep("call", one, {"way": "w", "bytes": 4, "seconds": 1.0, "native_s": 2.0})
+    held = [Cache(path).find("call", one) is not None for one in networks]
+    assert held == [False] * 2 * MOST_NETWORKS + [True] * MOST_NETWORKS
+    assert len(json.loads(path.read_text())["networks"]) == MOST_NETWORKS
+
+
 def runs(context: Rank, folder: str, clusters: list[str], stale: float) -> list[tuple[list[str], str]]:
     """One run after another with one cache: (what was said, what was chosen)."""
     found = []
@@ -144,6 +175,60 @@ def test_a_choice_that_takes_half_as_long_again_is_measured_again(ranks4: Pool, 
     assert said == []
 
 
+def timed(context: Rank, folder: str) -> tuple[list[tuple[int, int]], list[str]]:
+    """Sizes of one class in a first run, then in two groups of a second one: (ways, bytes) of each measurement, what was said."""
+    measured, said, real = list[tuple[int, int]](), list[str](), tuner_module.measure
+
+    def noted(engine: Any, ways: list[Any], call: Any) -> list[float]:
+        measured.append((len(ways), call.message_bytes))
+        return real(engine, ways, call)
+
+    tuner_module.measure, tuner_module.STALE = noted, float("inf")
+    try:
+        for sizes in ([1100], [2000, 1500]):
+            tuner = Tuner(Fixed(), Cache(Path(folder) / "cluster.collectives.json"), say=said.append)
+            for n in sizes:
+                dist.all_reduce(torch.zeros(n), group=group_of(Ledger(), tuner))
+            dist.barrier()
+    finally:
+        tuner_module.measure, tuner_module.STALE = real, 1.5
+    return measured, said
+
+
+def test_a_choice_is_timed_once_in_a_run_on_the_size_that_it_was_measured_on(ranks4: Pool, tmp_path: Path) -> None:
+    told = ranks4.run(timed, str(tmp_path))
+    assert [measured for measured, _ in told] == [[(2, 4400), (1, 4400)]] * 4
+    assert len(told[0][1]) == 1
+
+
+def by_price(context: Rank, folder: str) -> list[str]:
+    runs(context, folder, ["four-hosts-100mbit"], float("inf"))
+    said: list[str] = []
+    advisor = Fixed()
+    advisor.cluster = load_cluster("two-racks")
+    tuner = Tuner(advisor, Cache(Path(folder) / "cluster.collectives.json"), measures=False, say=said.append)
+    dist.all_reduce(torch.zeros(3000), group=group_of(Ledger(), tuner))
+    return said
+
+
+def test_what_is_not_measured_is_not_said_to_be(ranks4: Pool, tmp_path: Path) -> None:
+    (line,) = ranks4.run(by_price, str(tmp_path))[0]
+    assert line.endswith("was measured on another network; taking the best by price")
+
+
+def of_a_small_file(context: Rank, folder: str) -> str:
+    cache = Cache(Path(folder) / "cluster.collectives.json")
+    tuner = Tuner(Advisor(equal_hosts(2, 100e6)), cache, say=lambda line: None)
+    with pytest.raises(UserError) as refused:
+        dist.all_reduce(torch.zeros(3000), group=group_of(Ledger(), tuner, timeout_s=20))
+    return str(refused.value)
+
+
+def test_ranks_that_the_file_lacks_are_refused_on_all_ranks(ranks4: Pool, tmp_path: Path) -> None:
+    wanted = "2-hosts has 2 ranks, but rank 3 runs; give the cluster file of these ranks"
+    assert ranks4.run(of_a_small_file, str(tmp_path)) == [wanted] * 4
+
+
 IN_THE_LAB = """
 import os, sys, torch, torch.distributed as dist, thinwire
 rank, cluster = int(sys.argv[1]), sys.argv[2]
@@ -172,7 +257,7 @@ def test_in_the_lab_a_file_that_was_written_anew_is_measured_anew(tmp_path: Path
         path = racks(rate, tmp_path)
         cluster = load_cluster(path)
         commands = {
-            f"host{rank}": ["python", str(tmp_path / "call.py"), str(rank), str(path), "host0", "eth0"] for rank in range(4)
+            f"host{rank}": [sys.executable, str(tmp_path / "call.py"), str(rank), str(path), "host0", "eth0"] for rank in range(4)
         }
         result = run(cluster, commands, LabOptions())
         assert result.exit_code == 0

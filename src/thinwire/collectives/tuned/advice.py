@@ -27,15 +27,20 @@ class Advisor:
         cluster = self.cluster if self.cluster is not None and self.cluster.world_size == p else _assumed(p)
         self.costs = calibrated(self.costs, cluster, ours_s, native_s)
 
-    def ways(self, op: str, message_bytes: int, ranks: Sequence[int], root: int) -> list[tuple[Way, float]]:
-        """(way, predicted seconds), the best first, the native one always among them. `ranks`: global, as in the cluster."""
+    def check(self, ranks: Sequence[int]) -> None:
+        """UserError for global `ranks` that the cluster does not have."""
         cluster = self.cluster
-        if cluster is None:
-            cluster, ranks = _assumed(len(ranks)), range(len(ranks))
-        elif max(ranks) >= cluster.world_size:
+        if cluster is not None and max(ranks) >= cluster.world_size:
             raise UserError(
                 f"{cluster.name} has {cluster.world_size} ranks, but rank {max(ranks)} runs; give the cluster file of these ranks"
             )
+
+    def ways(self, op: str, message_bytes: int, ranks: Sequence[int], root: int) -> list[tuple[Way, float]]:
+        """(way, predicted seconds), the best first, the native one always among them. `ranks`: global, as in the cluster."""
+        self.check(ranks)
+        cluster = self.cluster
+        if cluster is None:
+            cluster, ranks = _assumed(len(ranks)), range(len(ranks))
         selection = choose(question(cluster, op, message_bytes, ranks, root), self.costs)
         found: list[tuple[Way, float]] = []
         names: set[str] = set()

@@ -2,9 +2,10 @@
 
 One JSON file: the version of the format, torch's version, the networks that were measured on (`network`), and for each carrier
 (gloo, or an MPI), group, op, root and class of sizes, for each network, the way that won, its seconds and those of the native
-collective, and the date. A choice belongs to the network that it was measured on: a file that describes another one since does
-not bring it back, and its own choices stand beside. A file of another version of torch, or one that cannot be read, is begun
-anew: what it held is measured again.
+collective, the bytes of the call that was timed, and the date. A choice belongs to the network that it was measured on: a file
+that describes another one since does not bring it back, and its own choices stand beside; of more than `MOST_NETWORKS` the one
+measured first goes. A file of another version of torch or of this format, or one that cannot be read, is begun anew: what it held
+is measured again.
 """
 
 import json
@@ -17,28 +18,35 @@ import torch
 
 from thinwire.collectives.tuned.network import Network
 
-FORMAT = 3
+FORMAT = 4
+MOST_NETWORKS = 8
+"""For each call. Hosts of a batch system or of containers may have other names in every run."""
 
 
 class Cache:
-    """Used by one rank of a job. path: None keeps nothing on the disk."""
+    """Used by one rank of a job. path: None keeps nothing on the disk. dropped: why the file is begun anew, if it is."""
 
     def __init__(self, path: Path | None) -> None:
-        self.path = path
+        self.path, self.dropped = path, ""
         self._networks: dict[str, Network] = {}
         self._entries: dict[str, dict[str, Any]] = {}
         """By what was called, then by the network's key."""
         if path is not None and path.exists():
             try:
                 stored = json.loads(path.read_text(encoding="utf-8"))
-                if (stored["thinwire_collectives"], stored["torch"]) == (FORMAT, torch.__version__):
+                if (form := stored["thinwire_collectives"]) != FORMAT:
+                    self.dropped = f"has format {form}, and this thinwire writes {FORMAT}"
+                elif stored["torch"] != torch.__version__:
+                    self.dropped = f"is of torch {stored['torch']}, and this is {torch.__version__}"
+                else:
                     self._networks = {key: Network.from_plain(one) for key, one in stored["networks"].items()}
-                    self._entries = stored["entries"]
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                    self._entries = {call: dict(found) for call, found in stored["entries"].items()}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 self._networks, self._entries = {}, {}
+                self.dropped = f"cannot be read ({type(error).__name__}: {str(error)[:80]})"
 
     def find(self, key: str, network: Network) -> dict[str, Any] | None:
-        """{"way", "seconds", "native_s", "date"} of a call on this network, or one near it."""
+        """{"way", "bytes", "seconds", "native_s", "date"} of a call on this network, or one near it."""
         found = self._entries.get(key, {})
         own = network.key if network.key in found else self._near(key, network)
         return found.get(own) if own is not None else None
@@ -53,6 +61,9 @@ class Cache:
         if (near := self._near(key, network)) is not None:
             del entries[near]
         self._networks[network.key] = network
+        entries.pop(network.key, None)
+        for oldest in list(entries)[: max(0, len(entries) + 1 - MOST_NETWORKS)]:
+            del entries[oldest]
         entries[network.key] = {**found, "date": datetime.now(UTC).date().isoformat()}
         used = {name for one in self._entries.values() for name in one}
         self._networks = {name: one for name, one in self._networks.items() if name in used}

@@ -5,9 +5,9 @@ the seconds of a turn are those of the slowest rank, of a way the median of its 
 times); of equal ones the first advised is the best. It replaces the backend's own collective only if it takes less than `WORTH`
 of its time (`SHORT_WORTH` for short calls). All ranks see the same numbers, and so choose alike.
 
-What was measured in an earlier run on this network (`network`, `cache`) is timed once more when it is first used, alone. It holds
-if that took between 1 / `STALE` and `STALE` of the seconds that are kept; else the network is not what it was, and all is
-measured.
+What was measured in an earlier run on this network (`network`, `cache`) is timed once more when it is first used in a run, alone,
+and on the size that it was measured on: others of its class take up to twice as long. It holds if that took between 1 / `STALE`
+and `STALE` of the seconds that are kept; else the network is not what it was, and all is measured.
 """
 
 import socket
@@ -68,7 +68,9 @@ class Tuner:
     ) -> None:
         self._advisor, self._cache, self._measures, self._say = advisor, cache or Cache(None), measures, say
         self._calibrated: set[int] = set()
-        self._networks: dict[tuple[int, ...], Network] = {}
+        self._hosts: dict[tuple[int, ...], list[str]] = {}
+        self._sure: set[str] = set()
+        """Calls that were timed in this run."""
         self.chosen: dict[Key, Way] = {}
         """What groups of this process have decided, for predictions."""
 
@@ -90,15 +92,14 @@ class Tuner:
         if self._measures and engine.told(place.size not in self._calibrated if place.rank == 0 else None):
             self._calibrate(engine)
         self._say_host(place)
-        told = engine.told(self._kept(key, call, place) if place.rank == 0 else None)
+        told = _heard(engine, call, lambda: self._kept(key, call, place))
         if told is not None:
             kept = Way.from_plain(told["way"])
-            if not self._measures or self._holds(engine, kept, call, told["seconds"]):
+            timed = example(call.op, told["bytes"], engine, call.root)
+            if not told["timed"] or self._holds(engine, kept, timed, told["seconds"]):
+                self._sure.add(key)
                 return kept
-        told = engine.told(self._offers(call, place) if place.rank == 0 else None)
-        if "error" in told:
-            raise UserError(told["error"])
-        ways = [Way.from_plain(one) for one in told["ways"]]
+        ways = [Way.from_plain(one) for one in _heard(engine, call, lambda: self._offers(call, place))]
         if len(ways) == 1:
             return ways[0]
         seconds = measure(engine, ways, example(call.op, call.message_bytes, engine, call.root))
@@ -108,39 +109,48 @@ class Tuner:
         if best_s >= (WORTH if native_s > SHORT_S else SHORT_WORTH) * native_s:
             best_s, best = native_s, NATIVE
         if place.rank == 0:
-            found = {"way": best.to_plain(), "seconds": best_s, "native_s": native_s}
+            found = {"way": best.to_plain(), "bytes": call.message_bytes, "seconds": best_s, "native_s": native_s}
             self._cache.keep(key, self._network(place), found)
+            self._sure.add(key)
             self._say(f"{_about(call, place)}: {best.name}, {show(best_s, 's')} (native {show(native_s, 's')})")
         return best
 
     def _say_host(self, place: Place) -> None:
         """To the first rank, once for each group: where this one runs."""
-        if place.ranks not in self._networks:
+        if place.ranks not in self._hosts:
             place.store.set(f"host/{place.rank}", socket.gethostname())
             hosts = [place.store.get(f"host/{rank}").decode() for rank in range(place.size)] if place.rank == 0 else []
-            self._networks[place.ranks] = network_of(self._advisor.cluster, place.ranks, hosts) if hosts else Network("")
+            self._hosts[place.ranks] = hosts
 
     def _network(self, place: Place) -> Network:
-        """On the first rank."""
-        return self._networks[place.ranks]
+        """On the first rank. UserError for ranks that the cluster does not have."""
+        self._advisor.check(place.ranks)
+        return network_of(self._advisor.cluster, place.ranks, self._hosts[place.ranks])
 
     def _kept(self, key: str, call: Call, place: Place) -> dict[str, Any] | None:
         """On the first rank: what was measured on this network; None if nothing was, or what is kept cannot be used."""
-        found = self._cache.find(key, self._network(place))
+        cache, instead = self._cache, "measuring" if self._measures else "taking the best by price"
+        if cache.dropped:
+            self._say(f"{cache.path} {cache.dropped}: it is begun anew")
+            cache.dropped = ""
+        found = cache.find(key, self._network(place))
         if found is None:
-            if self._cache.elsewhere(key):
-                self._say(f"{_about(call, place)}: what {self._cache.path} holds was measured on another network; measuring")
+            if cache.elsewhere(key):
+                self._say(f"{_about(call, place)}: what {cache.path} holds was measured on another network; {instead}")
             return None
         try:
             Way.from_plain(found["way"]).check(call, place.size)
-            return {"way": found["way"], "seconds": float(found["seconds"])}
-        except (UserError, KeyError, TypeError, ValueError) as error:
-            self._say(f"{_about(call, place)}: what {self._cache.path} holds cannot be used ({error}); measuring")
+            if size_class(found["bytes"]) != size_class(call.message_bytes):
+                raise ValueError(f"{found['bytes']} bytes")
+            kept = {"way": found["way"], "bytes": found["bytes"], "seconds": float(found["seconds"])}
+        except Exception as error:
+            self._say(f"{_about(call, place)}: what {cache.path} holds cannot be used ({error}); {instead}")
             return None
+        return {**kept, "timed": self._measures and key not in self._sure}
 
     def _holds(self, engine: Engine, way: Way, call: Call, kept_s: float) -> bool:
-        """Whether `way` takes about as long as when it was measured. Collective."""
-        (now_s,) = measure(engine, [way], example(call.op, call.message_bytes, engine, call.root))
+        """Whether `way` takes about as long as when it was measured, on `call`. Collective."""
+        (now_s,) = measure(engine, [way], call)
         if max(now_s, kept_s) <= STALE * min(now_s, kept_s):
             return True
         if engine.place.rank == 0:
@@ -150,16 +160,13 @@ class Tuner:
             )
         return False
 
-    def _offers(self, call: Call, place: Place) -> dict[str, Any]:
-        """On the first rank: what to try, all of it proven right. An error is told too, or the others would wait for it."""
-        try:
-            priced = self._advisor.ways(call.op, call.message_bytes, place.ranks, call.root)
-            ways = [way for way, _ in (priced if self._measures else priced[:1])]
-            for way in ways:
-                way.check(call, place.size)
-        except Exception as error:
-            return {"error": str(error) if isinstance(error, UserError) else f"{call.op}: {type(error).__name__}: {error}"}
-        return {"ways": [way.to_plain() for way in ways]}
+    def _offers(self, call: Call, place: Place) -> list[dict[str, Any]]:
+        """On the first rank: what to try, all of it proven right."""
+        priced = self._advisor.ways(call.op, call.message_bytes, place.ranks, call.root)
+        ways = [way for way, _ in (priced if self._measures else priced[:1])]
+        for way in ways:
+            way.check(call, place.size)
+        return [way.to_plain() for way in ways]
 
     def _calibrate(self, engine: Engine) -> None:
         """Once for each number of ranks: what do messages cost here?"""
@@ -182,6 +189,20 @@ def make_tuner(cluster: Cluster | None, file: str, *, measures: bool, cache: str
     """file: that `cluster` came from; what is measured is kept beside it, if it is one, or in `cache`."""
     kept = Path(cache) if cache else beside(Path(file)) if Path(file).is_file() else None
     return Tuner(Advisor(cluster), Cache(kept), measures=measures)
+
+
+def _heard(engine: Engine, call: Call, say: Callable[[], Any]) -> Any:
+    """What `say` returns on the first rank. Collective. Its error is told too, or the others would wait: UserError on all."""
+    told: dict[str, Any] | None = None
+    if engine.place.rank == 0:
+        try:
+            told = {"value": say()}
+        except Exception as error:
+            told = {"error": str(error) if isinstance(error, UserError) else f"{call.op}: {type(error).__name__}: {error}"}
+    told = engine.told(told)
+    if "error" in told:
+        raise UserError(told["error"])
+    return told["value"]
 
 
 def _about(call: Call, place: Place) -> str:
