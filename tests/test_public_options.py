@@ -42,7 +42,7 @@ CODING: dict[str, Any] = {
     "fused": True,
     "rounding": "stochastic",
     "hadamard": True,
-    "k": 3,
+    "k": 16,
     "values": "int8",
     "fraction": 0.5,
     "rank": 3,

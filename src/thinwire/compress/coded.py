@@ -89,6 +89,7 @@ class CodedExchange:
         """Makes two process groups and three threads. Collective over all ranks. UserError on CUDA."""
         refuse_off_cpu(group, self._config.kind)
         self._group, self._world_size, self._tracks_use = group, group.size(), tracks_use
+        self.failure = None
         self._known = {name: tuple(shape) for name, shape in known.items()}
         self._check_loaded()
         self._dealt = {}
