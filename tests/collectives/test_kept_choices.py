@@ -147,9 +147,10 @@ def runs(context: Rank, folder: str, clusters: list[str], stale: float) -> list[
     return found
 
 
+@pytest.mark.timeout(120)
 def test_a_choice_is_not_used_on_another_network_and_is_found_again(ranks4: Pool, tmp_path: Path) -> None:
     names = ["four-hosts-100mbit", "two-racks", "four-hosts-100mbit", "two-racks", ""]
-    told = ranks4.run(runs, str(tmp_path), names, float("inf"))
+    told = ranks4.run(runs, str(tmp_path), names, float("inf"), timeout_s=100)
     said = [lines for lines, _ in told[0]]
     assert [len(lines) for lines in said] == [1, 2, 0, 0, 2]
     assert all("was measured on another network; measuring" in lines[0] for lines in (said[1], said[4]))
@@ -250,6 +251,7 @@ def racks(rate: str, tmp_path: Path) -> Path:
 
 
 @pytest.mark.lab
+@pytest.mark.timeout(240)  # eight processes load torch
 def test_in_the_lab_a_file_that_was_written_anew_is_measured_anew(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "call.py").write_text(IN_THE_LAB)
     said = []
