@@ -17,7 +17,7 @@ from thinwire.config.run import RunConfig
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.record import RunFolder
-from thinwire.train.runtime import StopRequest, Surroundings
+from thinwire.train.runtime import Environment, StopRequest
 from thinwire.train.trained import open_trained
 from thinwire.train.worker import Rank as TrainingRank
 from thinwire.train.worker import train_as
@@ -45,7 +45,7 @@ def train(context: Rank, folder: Path) -> None:
     )
     rank = TrainingRank(
         config=config,
-        surroundings=Surroundings(place=None, lab=None, error_file=None, cache_folder=folder / "cache", results=None),
+        environment=Environment(place=None, lab=None, error_file=None, cache_folder=folder / "cache", results=None),
         layout=Layout(data=context.world_size),
         ledger=context.ledger,
         device=torch.device("cpu"),

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pool import LOOPBACK, Pool, Rank
-from thinwire.collectives.private import backend_of, give_timeout, private_copy, release, timeout_of
+from thinwire.collectives.groups import backend_of, give_timeout, private_copy, release, timeout_of
 from warm import SOCKET, Warm, server
 
 UNNAMED = """
@@ -18,7 +18,7 @@ import sys, torch, torch.distributed as dist, thinwire
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from thinwire.collectives.private import backend_of
+from thinwire.collectives.groups import backend_of
 
 dist.init_process_group()
 assert dist.get_backend() == "undefined" and backend_of(dist.group.WORLD, "cpu") == "gloo"

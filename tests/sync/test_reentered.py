@@ -13,7 +13,7 @@ from torch.distributed.distributed_c10d import _world
 
 import thinwire
 from pool import Pool, Rank
-from thinwire.collectives.private import timeout_of
+from thinwire.collectives.groups import timeout_of
 from thinwire.errors import UserError
 
 KINDS: dict[str, dict[str, Any]] = {

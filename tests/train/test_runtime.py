@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from thinwire.errors import UserError
-from thinwire.train.runtime import Place, read_surroundings
+from thinwire.train.runtime import Place, read_environment
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "THINWIRE_LAB")
 
@@ -20,11 +20,11 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 def place_of(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Place | None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    return read_surroundings().place
+    return read_environment().place
 
 
 def test_alone() -> None:
-    assert read_surroundings().place is None
+    assert read_environment().place is None
 
 
 def test_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,8 +66,8 @@ def test_the_lab_tells_where_a_process_is(monkeypatch: pytest.MonkeyPatch, tmp_p
     told = {"cluster": "/c.toml", "host": "host1", "paced": True, "delay": "none", "results": "/results"}
     (tmp_path / "lab.json").write_text(json.dumps(told))
     monkeypatch.setenv("THINWIRE_LAB", str(tmp_path / "lab.json"))
-    found = read_surroundings()
+    found = read_environment()
     assert found.lab is not None and found.lab.host == "host1" and found.lab.paced and found.results == Path("/results")
     (tmp_path / "lab.json").write_text("{}")
     with pytest.raises(UserError, match="THINWIRE_LAB"):
-        read_surroundings()
+        read_environment()

@@ -17,7 +17,7 @@ from thinwire.config.run import RunConfig
 from thinwire.errors import UserError
 from thinwire.record import RunFolder
 from thinwire.report import as_json, gather
-from thinwire.train.runtime import StopRequest, Surroundings
+from thinwire.train.runtime import Environment, StopRequest
 from thinwire.train.worker import Outcome, train_as
 from thinwire.train.worker import Rank as TrainingRank
 
@@ -38,7 +38,7 @@ def run_training(context: Rank, config: RunConfig, resume: Path | None = None, s
     ledger.step = -1
     rank = TrainingRank(
         config=config,
-        surroundings=Surroundings(place=None, lab=None, error_file=None, cache_folder=Path("/nonexistent"), results=None),
+        environment=Environment(place=None, lab=None, error_file=None, cache_folder=Path("/nonexistent"), results=None),
         layout=config.layout.resolve(context.world_size, rare=config.sync.rare),
         ledger=ledger,
         device=torch.device("cpu"),

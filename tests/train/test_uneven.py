@@ -21,7 +21,7 @@ from thinwire.tomlfile import validate
 from thinwire.train import checkpoint
 from thinwire.train.deal import Deal
 from thinwire.train.pace import Pacer
-from thinwire.train.runtime import Lab, StopRequest, Surroundings
+from thinwire.train.runtime import Environment, Lab, StopRequest
 from thinwire.train.step import Stepper
 from thinwire.train.trainer import Trainer
 from thinwire.train.worker import Outcome, train_as
@@ -218,7 +218,7 @@ def run_paced(context: Rank, config: RunConfig, cluster: Path, resume: Path | No
     lab = Lab(cluster=cluster, host=f"host{context.rank}", paced=True, delay="none", results=cluster.parent)
     rank = TrainingRank(
         config=config,
-        surroundings=Surroundings(place=None, lab=lab, error_file=None, cache_folder=Path("/nonexistent"), results=None),
+        environment=Environment(place=None, lab=lab, error_file=None, cache_folder=Path("/nonexistent"), results=None),
         layout=config.layout.resolve(context.world_size, rare=False),
         ledger=ledger,
         device=torch.device("cpu"),

@@ -26,7 +26,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from thinwire.sync.alone import Alone
+from thinwire.sync.single_rank import SingleRank
 
 ONE_BUCKET_MIB = 1000.0
 """With more than one bucket PyTorch's PowerSGD hangs on gloo: all-reduces of two buckets are issued by two threads."""
@@ -36,7 +36,7 @@ sees them."""
 SILENT = "silent"
 
 
-class StockSync(Alone):
+class StockSync(SingleRank):
     """One per rank; see thinwire.sync.base.Synchroniser. group: whose backend does the exchange."""
 
     def __init__(self, hook: str, rank: int, group: dist.ProcessGroup) -> None:

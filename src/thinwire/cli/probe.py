@@ -9,7 +9,7 @@ import typer
 if TYPE_CHECKING:
     from thinwire.measure.findings import Findings
     from thinwire.train.failure import Failure
-    from thinwire.train.runtime import Surroundings
+    from thinwire.train.runtime import Environment
 
 HOW_TO_START = (
     "a probe measures between ranks, so start it on every machine: "
@@ -33,14 +33,14 @@ def probe(
 
     from thinwire.cli.rank import be_rank
     from thinwire.errors import UserError
-    from thinwire.train.runtime import read_surroundings
+    from thinwire.train.runtime import read_environment
 
     if dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--dtype {dtype!r}: allowed are auto, float32, bfloat16")
-    surroundings = read_surroundings()
-    if surroundings.place is None or surroundings.place.world_size < 2:
+    environment = read_environment()
+    if environment.place is None or environment.place.world_size < 2:
         raise UserError(HOW_TO_START)
-    who = f"rank {surroundings.place.rank}"
+    who = f"rank {environment.place.rank}"
 
     def reword(failure: "Failure") -> "Failure":
         if failure.kind == "lost":
@@ -51,16 +51,16 @@ def probe(
             return replace(failure, line=f"{who} waited {timeout_s:g} s for another rank; raise --timeout-s if it is only slow")
         return failure
 
-    be_rank(surroundings, lambda: _work(surroundings, (output, json_path), name or output.stem, (dtype, timeout_s)), reword)
+    be_rank(environment, lambda: _work(environment, (output, json_path), name or output.stem, (dtype, timeout_s)), reword)
 
 
-def _work(surroundings: "Surroundings", files: tuple[Path, Path | None], name: str, how: tuple[str, float]) -> None:
+def _work(environment: "Environment", files: tuple[Path, Path | None], name: str, how: tuple[str, float]) -> None:
     from thinwire.cli.rank import USER_ERROR, leave
     from thinwire.errors import UserError
     from thinwire.measure.probe import Seat, gather, measure
     from thinwire.train.runtime import process_group
 
-    place = surroundings.place
+    place = environment.place
     assert place is not None
     dtype, timeout_s = how
     with process_group(place, "gloo", timeout_s):
@@ -79,7 +79,7 @@ def _work(surroundings: "Surroundings", files: tuple[Path, Path | None], name: s
         )
         findings = measure(seat, dtype, lambda line: print(line, flush=True))
         if place.rank == 0:
-            _conclude(findings, files, name, paced=bool(surroundings.lab and surroundings.lab.paced))
+            _conclude(findings, files, name, paced=bool(environment.lab and environment.lab.paced))
 
 
 def _conclude(findings: "Findings", files: tuple[Path, Path | None], name: str, *, paced: bool) -> None:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from thinwire.train.failure import Failure
-    from thinwire.train.runtime import Surroundings
+    from thinwire.train.runtime import Environment
 
 FAILED, USER_ERROR, RANK_SILENT = 1, 2, 4
 
 
-def be_rank(surroundings: "Surroundings", work: Callable[[], None], reword: "Callable[[Failure], Failure] | None" = None) -> None:
+def be_rank(environment: "Environment", work: Callable[[], None], reword: "Callable[[Failure], Failure] | None" = None) -> None:
     """Run `work`; on an exception tell why and leave. reword: what this command says instead."""
     from thinwire.collectives.mpi.library import abandon
     from thinwire.train.failure import explain, write_error_file
@@ -20,10 +20,10 @@ def be_rank(surroundings: "Surroundings", work: Callable[[], None], reword: "Cal
     try:
         work()
     except Exception as error:
-        failure = explain(error, surroundings.place)
+        failure = explain(error, environment.place)
         failure = reword(failure) if reword else failure
-        if surroundings.error_file:
-            write_error_file(surroundings.error_file, failure)
+        if environment.error_file:
+            write_error_file(environment.error_file, failure)
         else:
             print(f"thinwire: error: {failure.line}", file=sys.stderr)
         code = {"user": USER_ERROR, "silent": RANK_SILENT}.get(failure.kind, FAILED)

@@ -43,10 +43,10 @@ def replicas(
         raise UserError(f"{folder} exists; go on with --resume {folder}, or set another train.run")
 
     from thinwire.train.replica_launch import launch
-    from thinwire.train.runtime import read_surroundings
+    from thinwire.train.runtime import read_environment
 
     typer.echo(f"starting {agreed.servers} servers and {number} replicas on this machine")
-    raise typer.Exit(launch(config, agreed, number, restart, (folder.absolute(), read_surroundings().cache_folder)))
+    raise typer.Exit(launch(config, agreed, number, restart, (folder.absolute(), read_environment().cache_folder)))
 
 
 def _resume(folder: Path, restart: int) -> int:

@@ -36,11 +36,11 @@ def shrink(
     RunFolder.open(run)
 
     from thinwire.compress.weights.shrink import save_shrunk, shrink
-    from thinwire.train.runtime import read_surroundings
+    from thinwire.train.runtime import read_environment
     from thinwire.train.trained import open_trained
 
     method, what = _method(svd, sparsity, int8)
-    trained = open_trained(run, read_surroundings().cache_folder)
+    trained = open_trained(run, read_environment().cache_folder)
     weights = dict(trained.model.named_parameters())
     stored = shrink(weights, method)
     numbers = _measure(trained, stored, what)

@@ -17,10 +17,10 @@ def train(
 ) -> None:
     """Train a model; print and record predicted and measured times and bytes."""
     from thinwire.cli.rank import be_rank
-    from thinwire.train.runtime import environment, read_surroundings
+    from thinwire.train.runtime import environment_variables, read_environment
 
-    surroundings = read_surroundings()
-    place = surroundings.place
+    environment = read_environment()
+    place = environment.place
     if place is None:
         raise typer.Exit(_launch(run, changes or [], resume))
 
@@ -28,14 +28,14 @@ def train(
         config = _configure(run, changes or [], resume)
         from thinwire.train.worker import work
 
-        outcome = work(config, surroundings, resume)
-        if surroundings.results is None and place.rank == 0:  # nobody else waits for the run folder
+        outcome = work(config, environment, resume)
+        if environment.results is None and place.rank == 0:  # nobody else waits for the run folder
             from thinwire.cli.conclude import conclude
 
             conclude(outcome.folder)
 
-    with environment({"TORCH_CPP_LOG_LEVEL": "ERROR"}):  # what is wrong is said in one line
-        be_rank(surroundings, train_as_rank)
+    with environment_variables({"TORCH_CPP_LOG_LEVEL": "ERROR"}):  # what is wrong is said in one line
+        be_rank(environment, train_as_rank)
 
 
 def _configure(run: Path | None, changes: list[str], resume: Path | None) -> "RunConfig":

@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
+from thinwire.collectives.groups import inherited, timeout_of
 from thinwire.collectives.ledger import Group, Ledger, Total, axis_of
-from thinwire.collectives.private import inherited, timeout_of
 from thinwire.collectives.wire import sent_bytes
 from thinwire.errors import UserError
 

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from thinwire.collectives.private import backend_of
+from thinwire.collectives.groups import backend_of
 from thinwire.compress.base import finite
 from thinwire.compress.memory import Memory
 from thinwire.errors import UserError

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from thinwire.collectives.executor import Executor
+from thinwire.collectives.groups import private_copy, release
 from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.private import private_copy, release
 from thinwire.compress.averager import RIDE_BYTES, Averager, Piece, Share, refuse_off_cpu, with_flags
 from thinwire.compress.cast import Cast
 from thinwire.compress.memory import Memory

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.seam import all_reduce
+from thinwire.collectives.metered_calls import all_reduce
 from thinwire.compress.averager import Piece, Share
 from thinwire.compress.stateless import Stateless
 from thinwire.errors import UserError

@@ -6,8 +6,8 @@ The inner optimizer's state is never exchanged. H 30 costs little quality, H 100
 """
 
 from thinwire.config.sync import DiLoCo
+from thinwire.sync.local_steps import Schedule
 from thinwire.sync.outer import Nesterov, published_learning_rate
-from thinwire.sync.rare import Schedule
 
 
 def diloco(config: DiLoCo, replicas: int) -> tuple[Schedule, Nesterov]:

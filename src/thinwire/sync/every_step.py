@@ -26,7 +26,7 @@ from thinwire.compress.plain import PlainExchange
 from thinwire.config.run import EveryStep
 from thinwire.layout import Layout
 from thinwire.sync.buckets import Names, assign_buckets, exchange_bucket
-from thinwire.sync.same import same_everywhere
+from thinwire.sync.initial_values import same_everywhere
 from thinwire.traffic import Transfer
 from thinwire.workload import Workload
 

@@ -7,8 +7,8 @@ often than those that are far apart (the outer axis), each in the same way.
 """
 
 from thinwire.config.sync import LocalSGD
+from thinwire.sync.local_steps import Schedule
 from thinwire.sync.outer import Nesterov
-from thinwire.sync.rare import Schedule
 
 AVERAGE = Nesterov(1.0, 0.0)
 

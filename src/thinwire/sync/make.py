@@ -7,15 +7,15 @@ from thinwire.config.compress import Coded, NoCompression
 from thinwire.config.sync import DiLoCo, EveryStep, LocalSGD, MuLoCo, NoLoCo, SparseLoCo, Streaming, Sync
 from thinwire.errors import UserError
 from thinwire.layout import Layout
-from thinwire.sync.alone import Alone
 from thinwire.sync.base import Synchroniser
 from thinwire.sync.diloco import diloco
 from thinwire.sync.every_step import EveryStepSync
 from thinwire.sync.local_sgd import AVERAGE, local_sgd
+from thinwire.sync.local_steps import LocalStepsSync, Schedule
 from thinwire.sync.muloco import muloco
 from thinwire.sync.noloco import NoLoCoSync
 from thinwire.sync.outer import Nesterov
-from thinwire.sync.rare import RareSync, Schedule
+from thinwire.sync.single_rank import SingleRank
 from thinwire.sync.sparseloco import sparseloco
 from thinwire.sync.streaming import streaming
 
@@ -32,7 +32,7 @@ def make_synchroniser(config: Sync, compress: NoCompression | Coded, layout: Lay
     if isinstance(config, NoLoCo):
         return NoLoCoSync(config, compress, OUTER, ledger, _inside(config, layout, ledger))
     schedule, outer = _plan(config, layout.outer)
-    return RareSync(schedule, outer, OUTER, ledger, make_exchange(compress, ledger), _inside(config, layout, ledger))
+    return LocalStepsSync(schedule, outer, OUTER, ledger, make_exchange(compress, ledger), _inside(config, layout, ledger))
 
 
 def _inside(config: Sync, layout: Layout, ledger: Ledger) -> Synchroniser:
@@ -44,14 +44,14 @@ def _inside(config: Sync, layout: Layout, ledger: Ledger) -> Synchroniser:
                     f"sync.{key} = {getattr(config, key)} is about the ranks of one replica, and each replica is one rank "
                     "(layout.data = 1); leave it out, or set layout.data"
                 )
-        return Alone(config.accumulate)
+        return SingleRank(config.accumulate)
     if isinstance(config, LocalSGD) and config.every_inside:
         if config.bucket_bytes:
             raise UserError(
                 f"sync.bucket_bytes = {config.bucket_bytes} has no effect with every_inside, which sends whole models"
             )
-        alone = Alone(config.accumulate)
-        return RareSync(Schedule(every=config.every_inside), AVERAGE, DATA, ledger, PlainExchange(ledger), alone)
+        alone = SingleRank(config.accumulate)
+        return LocalStepsSync(Schedule(every=config.every_inside), AVERAGE, DATA, ledger, PlainExchange(ledger), alone)
     inner = EveryStep(accumulate=config.accumulate, bucket_bytes=config.bucket_bytes)
     return EveryStepSync(inner, DATA, ledger, PlainExchange(ledger))
 

@@ -5,8 +5,8 @@ smaller: eta = 0.7, mu = 0.6, H = 30. Embeddings and vectors are trained by Adam
 """
 
 from thinwire.config.sync import MuLoCo
+from thinwire.sync.local_steps import Schedule
 from thinwire.sync.outer import Nesterov, published_learning_rate
-from thinwire.sync.rare import Schedule
 
 
 def muloco(config: MuLoCo, replicas: int) -> tuple[Schedule, Nesterov]:

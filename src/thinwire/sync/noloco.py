@@ -31,13 +31,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.seam import all_reduce, swap
+from thinwire.collectives.metered_calls import all_reduce, swap
 from thinwire.config.compress import Coded, NoCompression
 from thinwire.config.sync import NoLoCo
 from thinwire.errors import UserError
 from thinwire.layout import Layout
-from thinwire.sync.around import AroundInner
 from thinwire.sync.base import Synchroniser
+from thinwire.sync.nested import NestedSynchroniser
 from thinwire.sync.shards import Shards
 from thinwire.traffic import Transfer
 from thinwire.workload import Workload
@@ -56,7 +56,7 @@ def pairs(replicas: int, exchange: int) -> list[tuple[int, ...]]:
     return [tuple(order[first : first + 2]) for first in range(0, replicas, 2)]
 
 
-class NoLoCoSync(AroundInner):
+class NoLoCoSync(NestedSynchroniser):
     """See the top of the file. One per rank; replicas lie along `axis`, `inner` holds together what is one replica."""
 
     def __init__(self, config: NoLoCo, compress: NoCompression | Coded, axis: str, ledger: Ledger, inner: Synchroniser) -> None:

@@ -7,8 +7,8 @@ where [compress] is not given), eta = 1, and H = 30. Embeddings and vectors are 
 """
 
 from thinwire.config.sync import SparseLoCo
+from thinwire.sync.local_steps import Schedule
 from thinwire.sync.outer import Nesterov
-from thinwire.sync.rare import Schedule
 
 
 def sparseloco(config: SparseLoCo, replicas: int) -> tuple[Schedule, Nesterov]:

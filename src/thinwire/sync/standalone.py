@@ -15,8 +15,8 @@ number of steps: one that skips a step lets the others wait.
 
 At `with` all begin from the first replica's parameters and buffers, which are sent only if any differ; later on buffers (batch
 statistics) stay each replica's own. The exchange has a metered group of its own, made beside the user's with the same time-out,
-whatever the backend of that, and ended with the block: what it sends is in `ledger`. The methods are in `rare` and `noloco`.
-Frozen parameters are neither kept nor sent.
+whatever the backend of that, and ended with the block: what it sends is in `ledger`. Frozen parameters are neither kept nor sent.
+The methods are in `local_steps` and `noloco`.
 
 The block may be entered again, once per epoch: outer momentum and what codes owe go on. After an exception, and after
 `load_state_dict`, replicas go on from where each of them is; the state is used once.
@@ -42,14 +42,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from thinwire.collectives import backend
+from thinwire.collectives.groups import private_copy, release
 from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.private import private_copy, release
 from thinwire.config import sync as kinds
 from thinwire.config.compress import SPARSELOCO, Coded, NoCompression
 from thinwire.errors import UserError
 from thinwire.layout import Layout
+from thinwire.sync.initial_values import make_same
 from thinwire.sync.make import OUTER, make_synchroniser
-from thinwire.sync.same import make_same
 from thinwire.sync.shards import Shards, local
 from thinwire.tomlfile import validate
 from thinwire.traffic import Transfer

@@ -9,8 +9,8 @@ hides under tau steps. Outer learning rate 0.4, alpha 0.5; tau up to 5 costs lit
 """
 
 from thinwire.config.sync import Streaming
+from thinwire.sync.local_steps import Schedule
 from thinwire.sync.outer import Nesterov
-from thinwire.sync.rare import Schedule
 
 LEARNING_RATE, MIXING = 0.4, 0.5
 """As published."""

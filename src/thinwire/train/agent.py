@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from thinwire.train.failure import KINDS, read_error
-from thinwire.train.runtime import environment
+from thinwire.train.runtime import environment_variables
 
 FAILED = 1
 USER_ERROR = 2
@@ -58,7 +58,7 @@ def launch(nodes: Nodes, arguments: list[str], variables: dict[str, str]) -> int
     )
     command = ["-m", "thinwire", "train", *arguments]
     try:
-        with environment({"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | variables):
+        with environment_variables({"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | variables):
             elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:
         line, code = _root_cause(list(error.failures.values()), nodes)

@@ -11,7 +11,7 @@ from thinwire.config.run import RunConfig
 from thinwire.layout import Layout
 from thinwire.measure.compute import fast_dtype
 from thinwire.record.folder import RunFolder
-from thinwire.train.runtime import Surroundings
+from thinwire.train.runtime import Environment
 from thinwire.train.task import LanguageModel
 
 
@@ -25,9 +25,9 @@ def agree_on_folder(config: RunConfig, resume: Path | None) -> RunFolder:
     return RunFolder(Path(path[0]))
 
 
-def make_task(config: RunConfig, layout: Layout, surroundings: Surroundings) -> LanguageModel:
+def make_task(config: RunConfig, layout: Layout, environment: Environment) -> LanguageModel:
     """Rank 0 first, so that the tokens are written once where ranks share a disk."""
-    cache = Path(config.data.cache).expanduser() if config.data.cache else surroundings.cache_folder
+    cache = Path(config.data.cache).expanduser() if config.data.cache else environment.cache_folder
     task = LanguageModel(config, layout, cache) if dist.get_rank() == 0 else None
     dist.barrier()
     return task or LanguageModel(config, layout, cache)

@@ -16,12 +16,12 @@ from thinwire.collectives.tuned.tuner import Tuner, make_tuner
 from thinwire.config.run import RunConfig
 from thinwire.traffic import Transfer
 from thinwire.train.forecast import find_cluster
-from thinwire.train.runtime import Surroundings
+from thinwire.train.runtime import Environment
 
 
-def set_collectives(config: RunConfig, surroundings: Surroundings, ledger: Ledger, mpi: Mpi | None = None) -> Tuner | None:
+def set_collectives(config: RunConfig, environment: Environment, ledger: Ledger, mpi: Mpi | None = None) -> Tuner | None:
     """Register the metered backend; None where all is left to the carrier. On every rank, before the process group is made."""
-    kind, place, lab, named = config.collectives.kind, surroundings.place, surroundings.lab, config.cluster.file
+    kind, place, lab, named = config.collectives.kind, environment.place, environment.lab, config.cluster.file
     assert place is not None, "a launcher has started this process"
     tuner = None
     if kind != "native":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from thinwire.errors import UserError
-from thinwire.train.pulse import PeerGone, symptom
+from thinwire.train.heartbeat import PeerGone, symptom
 from thinwire.train.runtime import Place
 
 KINDS = ("user", "error", "silent", "timeout", "lost")

@@ -34,7 +34,7 @@ from thinwire.sync.server.flat import FlatParameters
 from thinwire.sync.server.kept import choose
 from thinwire.train.replica_roles import USER_ERROR, Spec
 from thinwire.train.replica_serve import SERVER_DIED
-from thinwire.train.runtime import environment
+from thinwire.train.runtime import environment_variables
 
 FAILED = 1
 POLL_S = 0.05
@@ -68,7 +68,7 @@ class _Run:
         """listener: of a server, which has it from now on."""
         command = [sys.executable, "-m", "thinwire.train.replica_roles", role, str(number), str(self.path)]
         handed = [listener.fileno()] if listener is not None else []
-        with environment({"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}):
+        with environment_variables({"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}):
             return subprocess.Popen([*command, *map(str, handed)], stdin=subprocess.PIPE, text=True, pass_fds=handed)
 
     def tell_servers(self, line: str) -> None:

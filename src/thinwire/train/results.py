@@ -26,7 +26,7 @@ from thinwire.train.trainer import Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """The surroundings of a run, for its record. hosts: by rank."""
+    """The environment of a run, for its record. hosts: by rank."""
 
     hosts: list[str]
     device: str

@@ -1,4 +1,4 @@
-"""The rank's surroundings: who started it, and its place among the ranks. The one file that reads the environment.
+"""What the environment says to a rank: who started it, and its place among the ranks. No other file reads the environment.
 
 Known launchers: torchrun (and our own agent), Slurm's srun, MPICH / Open MPI mpiexec, and none.
 """
@@ -43,7 +43,7 @@ class Lab:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surroundings:
+class Environment:
     """Everything the environment says, read once."""
 
     place: Place | None
@@ -54,14 +54,14 @@ class Surroundings:
     """Where whoever started the ranks wants to find `run_folder`, the path of the run folder."""
 
 
-def read_surroundings() -> Surroundings:
+def read_environment() -> Environment:
     """Read the environment. place is None when nobody has started several ranks."""
     lab_file = os.environ.get("THINWIRE_LAB")
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     cache = os.environ.get("XDG_CACHE_HOME")
     results = os.environ.get("THINWIRE_RESULTS")
     lab = _lab(Path(lab_file)) if lab_file else None
-    return Surroundings(
+    return Environment(
         place=_place(),
         lab=lab,
         results=Path(results) if results else lab.results if lab else None,
@@ -76,7 +76,7 @@ def loopback_environment() -> dict[str, str]:
 
 
 @contextmanager
-def environment(variables: dict[str, str]) -> Iterator[None]:
+def environment_variables(variables: dict[str, str]) -> Iterator[None]:
     """Set `variables` for processes started inside; those already set are the user's and stay."""
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)

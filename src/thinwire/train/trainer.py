@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from thinwire.collectives.ledger import Ledger, Snapshot, difference
-from thinwire.collectives.seam import all_reduce
+from thinwire.collectives.metered_calls import all_reduce
 from thinwire.config.run import TrainSection
 from thinwire.record.schema import Step
 from thinwire.traffic import Transfer

@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from thinwire.cluster import Cluster
 from thinwire.collectives import backend
+from thinwire.collectives.groups import give_timeout
 from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.private import give_timeout
 from thinwire.collectives.tuned.tuner import Tuner
 from thinwire.config.run import RunConfig
 from thinwire.errors import UserError
@@ -29,11 +29,11 @@ from thinwire.train.agree import agree_on_dtype, agree_on_folder, make_task
 from thinwire.train.collectives import carrier, set_collectives
 from thinwire.train.deal import Deal, opening
 from thinwire.train.forecast import find_cluster, timed_rates
+from thinwire.train.heartbeat import Heartbeat
 from thinwire.train.over_mpi import mpi_ranks, over_mpi
 from thinwire.train.pace import Pacer
-from thinwire.train.pulse import Pulse
 from thinwire.train.reporter import Reporter
-from thinwire.train.runtime import Place, StopRequest, Surroundings, process_group
+from thinwire.train.runtime import Environment, Place, StopRequest, process_group
 from thinwire.train.step import Stepper, make_optimizer
 from thinwire.train.task import LanguageModel
 from thinwire.train.trainer import Trainer, report_traffic
@@ -44,7 +44,7 @@ class Rank:
     """One rank whose process group exists. tuner: who chooses collectives, None if they are the backend's own."""
 
     config: RunConfig
-    surroundings: Surroundings
+    environment: Environment
     layout: Layout
     ledger: Ledger
     device: torch.device
@@ -57,7 +57,7 @@ class Rank:
 
     @property
     def host(self) -> str:
-        lab = self.surroundings.lab
+        lab = self.environment.lab
         return lab.host if lab else socket.gethostname()
 
 
@@ -69,9 +69,9 @@ class Outcome:
     folder: Path
 
 
-def work(config: RunConfig, surroundings: Surroundings, resume: Path | None) -> Outcome:
+def work(config: RunConfig, environment: Environment, resume: Path | None) -> Outcome:
     """Be one of the ranks that a launcher has started. Collective. `resume`: the run folder to go on with."""
-    place = surroundings.place
+    place = environment.place
     assert place is not None, "a launcher has started this process"
     layout = config.layout.resolve(place.world_size, rare=config.sync.rare)
     stop = StopRequest()
@@ -80,22 +80,22 @@ def work(config: RunConfig, surroundings: Surroundings, resume: Path | None) -> 
     device, group_backend = _device(place)
     if config.sync.by_speed and device.type != "cpu":
         raise UserError(f"sync.deal = 'by_speed' times the processor, not {device.type}; set it to 'equal'")
-    rank = Rank(config=config, surroundings=surroundings, layout=layout, ledger=ledger, device=device, stop=stop)
+    rank = Rank(config=config, environment=environment, layout=layout, ledger=ledger, device=device, stop=stop)
     timeout_s = config.train.timeout_s
     with ExitStack() as stack:
         mpi = None
         if over_mpi(config.train.backend, place, device):
             place, mpi = stack.enter_context(mpi_ranks(place, timeout_s))
         if group_backend == backend.NAME:
-            rank = replace(rank, tuner=set_collectives(config, surroundings, ledger, mpi))
+            rank = replace(rank, tuner=set_collectives(config, environment, ledger, mpi))
         elif config.collectives.kind != "native":
             raise UserError(f"collectives.kind = {config.collectives.kind!r} is for CPUs; set it to 'native'")
         stack.enter_context(process_group(place, group_backend, timeout_s))
-        pulse = stack.enter_context(Pulse(place, rank.host, timeout_s))
+        heartbeat = stack.enter_context(Heartbeat(place, rank.host, timeout_s))
         try:
             return train_as(rank, resume)
         except RuntimeError as error:
-            raise pulse.explained(error) from error
+            raise heartbeat.explained(error) from error
 
 
 def train_as(rank: Rank, resume: Path | None) -> Outcome:
@@ -116,10 +116,10 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     ledger.axes[group.group_name] = axis  # an axis as large as the world uses the default group, which has no axis
     if isinstance(group, backend.MeteredGroup):
         backend.self_test(group, ledger)
-    lab = rank.surroundings.lab
+    lab = rank.environment.lab
     cluster = find_cluster(config.cluster.file, lab.cluster if lab else None, layout.world_size)
     folder = agree_on_folder(config, resume)
-    task = make_task(config, layout, rank.surroundings)
+    task = make_task(config, layout, rank.environment)
     dtype = agree_on_dtype(config, rank.device, folder if resume else None, task)
 
     model = task.build_model().to(rank.device)
@@ -172,10 +172,10 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         by_speed=config.sync.by_speed,
         tokens=progress.tokens,
     )
-    if rank.number == 0 and rank.surroundings.results is not None:
-        (rank.surroundings.results / TRAINING).touch()
+    if rank.number == 0 and rank.environment.results is not None:
+        (rank.environment.results / TRAINING).touch()
     reason = trainer.run(progress.step)
-    results.write_end(trainer, folder, pacer, rank.surroundings.results)
+    results.write_end(trainer, folder, pacer, rank.environment.results)
     return Outcome(reason=reason, folder=folder.path)
 
 
@@ -204,7 +204,7 @@ def _predict(
 ) -> tuple[Prediction, Pacer | None, Deal]:
     """What a step will cost; the pacer that holds this rank to the declared rate, if the lab asks for one; and who has how many
     micro-batches. Collective."""
-    lab, layout, config = rank.surroundings.lab, rank.layout, rank.config
+    lab, layout, config = rank.environment.lab, rank.layout, rank.config
     declared = cluster.declared_rates
     if lab and lab.paced and declared:
         rates, rates_are = declared, "declared, and kept by pacing"

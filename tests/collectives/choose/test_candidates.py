@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thinwire.cluster import Cluster, load_cluster
-from thinwire.collectives.choose import places
+from thinwire.collectives.choose import placement
 from thinwire.collectives.choose.candidates import LARGEST_BYTES, MOST_MESSAGES, SMALLEST_BYTES, candidates, offers
 from thinwire.collectives.choose.native import pattern
 from thinwire.collectives.choose.question import question
@@ -77,19 +77,19 @@ def test_a_group_is_a_cluster_of_its_own() -> None:
     cluster = load_cluster("two-racks")
     rack = question(cluster, "all_reduce", SIZE, [0, 2, 4, 6])
     assert rack.cluster.ranks == ("a0/cpu0", "a1/cpu0", "a2/cpu0", "a3/cpu0")
-    assert not places.groupings(rack.cluster, range(4))
+    assert not placement.groupings(rack.cluster, range(4))
     assert {one.schedule.p for one in candidates(cluster, "all_reduce", SIZE, [0, 2, 4, 6]) if one.schedule} == {4}
 
 
 def test_where_ranks_sit() -> None:
     racks, slow = load_cluster("two-racks"), load_cluster("one-slow-host")
-    assert places.groupings(racks, [0, 2, 4, 6, 1, 3, 5, 7]) == [((0, 2, 4, 6), (1, 3, 5, 7))]
-    assert set(places.orders(racks)) == {"", "ring order"} and set(places.orders(slow)) == {""}
-    rates = places.card_rates_bps(slow)
+    assert placement.groupings(racks, [0, 2, 4, 6, 1, 3, 5, 7]) == [((0, 2, 4, 6), (1, 3, 5, 7))]
+    assert set(placement.orders(racks)) == {"", "ring order"} and set(placement.orders(slow)) == {""}
+    rates = placement.card_rates_bps(slow)
     assert rates == (100e6,) * 7 + (25e6,)
-    assert places.with_slow_ends(range(8), rates)[0] == 7 or places.with_slow_ends(range(8), rates)[-1] == 7
-    assert places.card_rates_bps(load_cluster("laptop")) == (1.0,) * 4
-    assert places.grid(range(6)) == ((0, 1, 2), (3, 4, 5)) and places.grid(range(7)) is None
+    assert placement.with_slow_ends(range(8), rates)[0] == 7 or placement.with_slow_ends(range(8), rates)[-1] == 7
+    assert placement.card_rates_bps(load_cluster("laptop")) == (1.0,) * 4
+    assert placement.grid(range(6)) == ((0, 1, 2), (3, 4, 5)) and placement.grid(range(7)) is None
 
 
 @pytest.mark.parametrize("op", ["all_reduce", "reduce_scatter", "all_gather", "reduce", "broadcast", "all_to_all"])

@@ -13,7 +13,7 @@ from thinwire.collectives.backend import ALL_GATHER, REDUCE_SCATTER
 from thinwire.collectives.ledger import Ledger, difference
 from thinwire.config.run import RunConfig
 from thinwire.record import RunFolder
-from thinwire.train.runtime import StopRequest, Surroundings
+from thinwire.train.runtime import Environment, StopRequest
 from thinwire.train.worker import Rank, train_as
 
 
@@ -65,7 +65,7 @@ def train(ledger: Ledger, folder: Path) -> tuple[list[float], list[float]]:
     ledger.step = -1
     rank = Rank(
         config=config,
-        surroundings=Surroundings(place=None, lab=None, error_file=None, cache_folder=Path("/nonexistent"), results=None),
+        environment=Environment(place=None, lab=None, error_file=None, cache_folder=Path("/nonexistent"), results=None),
         layout=config.layout.resolve(dist.get_world_size(), rare=config.sync.rare),
         ledger=ledger,
         device=torch.device("cpu"),

@@ -12,12 +12,12 @@ import torch.distributed as dist
 
 from thinwire.collectives import backend
 from thinwire.collectives.ledger import Ledger
-from thinwire.train.runtime import process_group, read_surroundings
+from thinwire.train.runtime import process_group, read_environment
 
 
 def main(results: str, message_bytes: str, calls: str) -> None:
     """One rank."""
-    place = read_surroundings().place
+    place = read_environment().place
     assert place is not None
     torch.set_num_threads(1)
     ledger = Ledger()

@@ -30,7 +30,7 @@ from thinwire.collectives.tuned.advice import Advisor
 from thinwire.collectives.tuned.carrier import predicted_s
 from thinwire.collectives.tuned.tuner import Tuner, size_class
 from thinwire.collectives.tuned.way import NATIVE, Call, Way, example, perform
-from thinwire.train.runtime import process_group, read_surroundings
+from thinwire.train.runtime import process_group, read_environment
 
 TIMEOUT_S = 300.0
 BACK_TO_BACK = 16
@@ -117,8 +117,8 @@ def measure(case, told, groups, advisor):
 def main(results, settings):
     """One rank."""
     told = json.loads(settings)
-    surroundings = read_surroundings()
-    place, cluster = surroundings.place, load_cluster(str(surroundings.lab.cluster))
+    environment = read_environment()
+    place, cluster = environment.place, load_cluster(str(environment.lab.cluster))
     torch.set_num_threads(1)
     advisor = Advisor(cluster, tried=told["tried"], costs=Costs(**told["costs"]))
     register_scheduled(Ledger(), Tuner(advisor))

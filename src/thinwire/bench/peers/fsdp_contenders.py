@@ -27,7 +27,7 @@ from thinwire.config.run import RunConfig
 from thinwire.layout import Layout
 from thinwire.models.transformer import Transformer
 from thinwire.train.pace import Pacer
-from thinwire.train.runtime import read_surroundings
+from thinwire.train.runtime import read_environment
 from thinwire.train.step import learning_rate, make_optimizer
 from thinwire.train.task import LanguageModel
 from thinwire.workload import Workload
@@ -119,7 +119,7 @@ def measure_loss(told, place, ledger):
     losses = []
     for seed in told["seeds"]:
         config = RunConfig.model_validate({**told["run"], "train": {**told["run"]["train"], "seed": seed}})
-        task = LanguageModel(config, Layout(data=place.world_size), read_surroundings().cache_folder)
+        task = LanguageModel(config, Layout(data=place.world_size), read_environment().cache_folder)
         model = task.build_model()
         compression = shard(model, told, ledger)
         optimizer = make_optimizer(model, config.train)
@@ -142,7 +142,7 @@ def measure_loss(told, place, ledger):
 def main(what, results, settings):
     """One rank."""
     told = json.loads(settings)
-    place = read_surroundings().place
+    place = read_environment().place
     torch.set_num_threads(1)
     ledger = Ledger()
     backend.register(ledger)

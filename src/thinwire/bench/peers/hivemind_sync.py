@@ -39,7 +39,7 @@ from hivemind.optim.grad_averager import GradientAverager
 from hivemind.utils import get_dht_time
 
 from thinwire.bench.peers.outside import within
-from thinwire.sync.alone import Alone
+from thinwire.sync.single_rank import SingleRank
 
 CODECS = {
     "fp32": NoCompression,
@@ -71,7 +71,7 @@ class CountingAverager(GradientAverager):
             self.torn.value += not whole
 
 
-class HivemindSync(Alone):
+class HivemindSync(SingleRank):
     """One per rank. code: of CODECS; address: where the others find this rank."""
 
     def __init__(self, name, code, address):

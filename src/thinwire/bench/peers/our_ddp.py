@@ -15,19 +15,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from thinwire.bench.turns import Turns, write_result
 from thinwire.collectives import backend
 from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.seam import all_reduce
+from thinwire.collectives.metered_calls import all_reduce
 from thinwire.config.model import ModelConfig
 from thinwire.config.run import EveryStep, TrainSection
 from thinwire.models.transformer import Transformer
 from thinwire.sync.every_step import EveryStepSync
-from thinwire.train.runtime import read_surroundings
+from thinwire.train.runtime import read_environment
 from thinwire.train.step import Stepper, make_optimizer
 
 
 def main(results: str, settings: str) -> None:
     """One rank."""
     told = json.loads(settings)
-    place = read_surroundings().place
+    place = read_environment().place
     assert place is not None
     torch.set_num_threads(1)
     ledger = Ledger()

@@ -28,7 +28,7 @@ from thinwire.collectives.tuned.tuner import Tuner
 from thinwire.config.model import ModelConfig
 from thinwire.models.transformer import Transformer
 from thinwire.train.pace import Pacer
-from thinwire.train.runtime import process_group, read_surroundings
+from thinwire.train.runtime import process_group, read_environment
 from thinwire.workload import Workload
 
 TIMEOUT_S = 600.0
@@ -71,8 +71,8 @@ class Contender:
 def main(results, settings):
     """One rank."""
     told = json.loads(settings)
-    surroundings = read_surroundings()
-    place, cluster = surroundings.place, load_cluster(str(surroundings.lab.cluster))
+    environment = read_environment()
+    place, cluster = environment.place, load_cluster(str(environment.lab.cluster))
     torch.set_num_threads(1)
     register_scheduled(Ledger(), Tuner(Advisor(cluster)))
     with process_group(place, NAME, TIMEOUT_S):

@@ -36,7 +36,7 @@ from thinwire.sync.make import make_synchroniser
 from thinwire.train.agree import make_task
 from thinwire.train.collectives import set_collectives
 from thinwire.train.pace import Pacer
-from thinwire.train.runtime import process_group, read_surroundings
+from thinwire.train.runtime import process_group, read_environment
 from thinwire.train.step import Stepper, make_optimizer
 
 WARM_STEPS, MOST_STEPS = 2, 20
@@ -50,9 +50,9 @@ TELL_EVERY = 50
 class Rank:
     """What all contenders of this rank share."""
 
-    def __init__(self, told, ledger, surroundings):
-        self.told, self.ledger, self.surroundings = told, ledger, surroundings
-        self.place = surroundings.place
+    def __init__(self, told, ledger, environment):
+        self.told, self.ledger, self.environment = told, ledger, environment
+        self.place = environment.place
         world_size = self.place.world_size
         self.layouts = {False: Layout(data=world_size), True: Layout(outer=world_size)}
         self.meshes = {rare: init_device_mesh("cpu", of.degrees, mesh_dim_names=AXES) for rare, of in self.layouts.items()}
@@ -61,7 +61,7 @@ class Rank:
 
     def task(self, config):
         """Collective."""
-        return make_task(config, Layout(data=self.place.world_size), self.surroundings)
+        return make_task(config, Layout(data=self.place.world_size), self.environment)
 
     def sync(self, method, group):
         """group: of stock peers."""
@@ -74,7 +74,7 @@ class Rank:
 
     def foreign(self, method):
         """Of a package that need not be installed, so it is imported here."""
-        lab = self.surroundings.lab
+        lab = self.environment.lab
         address = socket.gethostbyname(lab.host) if lab else "127.0.0.1"
         if method.package == "torchft":
             from thinwire.bench.peers.torchft_sync import TorchftSync
@@ -151,7 +151,7 @@ def measure_time(rank):
     stock_group = dist.new_group(backend="gloo")
     task = rank.task(rank.methods[0].config)
     silent = Method("no exchange", make_method("ddp", told["base"]).config, hook=SILENT)
-    flops_per_s = pace_of(rank.surroundings.lab, place.rank)
+    flops_per_s = pace_of(rank.environment.lab, place.rank)
     methods = [silent, *rank.methods]
     parts = len(methods) * (told["turns"] + 1)
     with ExitStack() as stack:
@@ -206,7 +206,7 @@ def take_turn(rank, contender, task):
     first = contender.done
     times = []
     dist.barrier()
-    counts = rank.surroundings.lab is not None and rank.place.local_rank == 0  # outside a lab the cards carry others' bytes
+    counts = rank.environment.lab is not None and rank.place.local_rank == 0  # outside a lab the cards carry others' bytes
     sent = card_bytes() if counts else 0
     used = rank.processor_s()
     started = time.perf_counter()
@@ -328,16 +328,16 @@ def card_bytes():
 
 def main(phases, results, settings):
     """See the top of the file."""
-    surroundings = read_surroundings()
+    environment = read_environment()
     torch.set_num_threads(1)
     ledger = Ledger()
     told = json.loads(settings)
-    set_collectives(make_method("ddp", told["base"]).config, surroundings, ledger)
-    with process_group(surroundings.place, backend.NAME, told["timeout_s"]):
-        rank = Rank(told, ledger, surroundings)
+    set_collectives(make_method("ddp", told["base"]).config, environment, ledger)
+    with process_group(environment.place, backend.NAME, told["timeout_s"]):
+        rank = Rank(told, ledger, environment)
         for phase in phases.split(","):
             found = measure_time(rank) if phase == "time" else learn(rank)
-            if found is not None and surroundings.place.rank == 0:
+            if found is not None and environment.place.rank == 0:
                 (Path(results) / f"{phase}.json").write_text(json.dumps(found))
         dist.barrier()
 

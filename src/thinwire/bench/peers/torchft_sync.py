@@ -23,15 +23,15 @@ from torchft.manager import Manager
 from torchft.process_group import ProcessGroupGloo
 
 from thinwire.bench.peers.outside import within
-from thinwire.sync.alone import Alone
 from thinwire.sync.outer import published_learning_rate
+from thinwire.sync.single_rank import SingleRank
 
 START_S, EXCHANGE_S = 60.0, 600.0
 JOIN_MS = 1000
 """The lighthouse waits so long for more ranks than it needs; 60 s by default."""
 
 
-class TorchftSync(Alone):
+class TorchftSync(SingleRank):
     """One per rank. config: of ours, thinwire.config.sync.DiLoCo; address: where the others find this rank."""
 
     def __init__(self, name, config, address):

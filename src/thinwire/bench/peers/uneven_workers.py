@@ -25,7 +25,7 @@ from thinwire.sync.every_step import EveryStepSync
 from thinwire.train import checkpoint
 from thinwire.train.agree import make_task
 from thinwire.train.pace import Pacer
-from thinwire.train.runtime import StopRequest, process_group, read_surroundings
+from thinwire.train.runtime import StopRequest, process_group, read_environment
 from thinwire.train.step import Stepper, make_optimizer
 from thinwire.train.trainer import Trainer
 
@@ -113,16 +113,16 @@ def train(case, config, told, task, ledger, say):
 
 def main(results, settings):
     """One rank."""
-    told, surroundings = json.loads(settings), read_surroundings()
+    told, environment = json.loads(settings), read_environment()
     config = RunConfig.model_validate(told["run"])
-    place, ledger = surroundings.place, Ledger()
+    place, ledger = environment.place, Ledger()
     torch.set_num_threads(1)
     backend.register(ledger)
     with process_group(place, backend.NAME, told["timeout_s"]), tempfile.TemporaryDirectory(prefix="thinwire-") as own:
         folder = [own]
         dist.broadcast_object_list(folder, 0)
         told["checkpoints"] = folder[0]
-        task = make_task(config, Layout(data=place.world_size), surroundings)
+        task = make_task(config, Layout(data=place.world_size), environment)
         measured, steps = {}, config.train.steps
         for number, case in enumerate(told["cases"]):
 

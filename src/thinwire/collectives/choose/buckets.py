@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from thinwire.cluster import FRAME_OVERHEAD, Link
-from thinwire.collectives.choose.sharing import Floats
+from thinwire.collectives.choose.fair_share import Floats
 
 
 def payload_burst(link: Link) -> float:

@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from math import lcm
 
 from thinwire.cluster import Cluster
-from thinwire.collectives.choose import native, places
+from thinwire.collectives.choose import native, placement
 from thinwire.collectives.choose.question import Question, question
 from thinwire.collectives.choose.simulate import chunk_bytes
 from thinwire.collectives.schedules import bruck, direct, double_tree, doubling, forest, hierarchy, pairwise, ring, rooted
@@ -80,7 +80,7 @@ def candidates(
 def offers(asked: Question) -> Offers:
     """The candidates, and what was left out."""
     found = [Candidate("native")]
-    orders = places.orders(asked.cluster)
+    orders = placement.orders(asked.cluster)
     if asked.op in native.ORDERED:
         found += [Candidate(f"native, {name}", order=order) for name, order in orders.items() if name]
     left_out, known = [], set()
@@ -116,7 +116,7 @@ _Draft = tuple[str, int, Make]
 """Name, about how many chunks move, how to make it."""
 
 
-def _drafts(asked: Question, orders: dict[str, places.Order]) -> Iterator[_Draft]:
+def _drafts(asked: Question, orders: dict[str, placement.Order]) -> Iterator[_Draft]:
     match asked.op:
         case "all_reduce":
             yield from _all_reduces(asked, orders)
@@ -135,7 +135,7 @@ def _named(name: str, order: str) -> str:
     return f"{name}, {order}" if order else name
 
 
-def _all_reduces(asked: Question, orders: dict[str, places.Order]) -> Iterator[_Draft]:
+def _all_reduces(asked: Question, orders: dict[str, placement.Order]) -> Iterator[_Draft]:
     p, cluster = asked.p, asked.cluster
     lg, square = p.bit_length(), 2 * p * p
     for name, order in orders.items():
@@ -146,8 +146,8 @@ def _all_reduces(asked: Question, orders: dict[str, places.Order]) -> Iterator[_
         yield _named("double binary tree", name), 4 * p, partial(_on, double_tree.all_reduce, p, order)
         yield _named("binomial tree", name), 2 * p, partial(_tree_all_reduce, rooted.binomial(p), order)
     best = list(orders.values())[-1]
-    rates = places.card_rates_bps(cluster)
-    chain = places.with_slow_ends(best, rates)
+    rates = placement.card_rates_bps(cluster)
+    chain = placement.with_slow_ends(best, rates)
     yield "chain", 2 * p, partial(rooted.all_reduce, rooted.chain(chain))
     yield "direct", square, partial(direct.all_reduce, p)
     fast = [rank for rank in range(p) if rates[rank] == max(rates)]
@@ -166,9 +166,9 @@ def _servers(p: int, servers: Sequence[int]) -> _Draft:
     return f"parameter server, {len(servers)} of {p}", 2 * p * len(servers), made
 
 
-def _on_racks(asked: Question, order: places.Order) -> Iterator[_Draft]:
+def _on_racks(asked: Question, order: placement.Order) -> Iterator[_Draft]:
     p, names = asked.p, set()
-    for racks in places.groupings(asked.cluster, order):
+    for racks in placement.groupings(asked.cluster, order):
         pieces = lcm(*map(len, racks))
         name = f"hierarchy of {len(racks)} racks"
         moves = 2 * len(racks) * (pieces * max(map(len, racks)) * len(racks) + pieces * len(racks))
@@ -181,12 +181,12 @@ def _on_racks(asked: Question, order: places.Order) -> Iterator[_Draft]:
             if name not in names:
                 yield name, 4 * p * p, partial(hierarchy.torus, racks)
             names.add(name)
-    grid = places.grid(order)
+    grid = placement.grid(order)
     if grid is not None and f"{len(grid)} x {len(grid[0])} torus" not in names:
         yield f"{len(grid)} x {len(grid[0])} torus", 4 * p * p, partial(hierarchy.torus, grid)
 
 
-def _halves(asked: Question, orders: dict[str, places.Order]) -> Iterator[_Draft]:
+def _halves(asked: Question, orders: dict[str, placement.Order]) -> Iterator[_Draft]:
     """Reduce-scatter and all-gather."""
     p, gathers = asked.p, asked.op == "all_gather"
     square = p * p
@@ -200,13 +200,13 @@ def _halves(asked: Question, orders: dict[str, places.Order]) -> Iterator[_Draft
         yield "packed trees", 0, partial(_packed_halves, asked)
 
 
-def _rooted(asked: Question, orders: dict[str, places.Order]) -> Iterator[_Draft]:
+def _rooted(asked: Question, orders: dict[str, placement.Order]) -> Iterator[_Draft]:
     """Broadcast and reduce."""
     p, root, up = asked.p, asked.root, asked.op == "reduce"
     made = rooted.reduce if up else rooted.broadcast
     for name, order in orders.items():
-        along = places.from_root(order, root)
-        against = places.from_root(order[::-1], root)
+        along = placement.from_root(order, root)
+        against = placement.from_root(order[::-1], root)
         yield _named("binomial tree", name), p, partial(_rooted_on, made, rooted.binomial(p), along)
         yield _named("chain", name), p, partial(made, rooted.chain(against if up else along))
         if up:

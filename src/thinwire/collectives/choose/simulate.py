@@ -5,8 +5,8 @@
                  a little to wake up; it costs o_r (+ gamma a byte where it is added). Receives are posted early: a message may
                  travel before its receiver gets round to it.
     connection   messages of one (source, target) pair travel one after the other, in the order in which they were sent
-    link         connections share it max-min fairly (`sharing`); payload passes at bandwidth / FRAME_OVERHEAD, but for what its
-                 bucket lets pass at once (`buckets`)
+    link         connections share it max-min fairly (`fair_share`); payload passes at bandwidth / FRAME_OVERHEAD, but for what
+                 its bucket lets pass at once (`buckets`)
     latency      the sum along the route, added when the last byte has passed
     one node     ranks on it reach each other without a link: only o_s and o_r
 
@@ -27,7 +27,7 @@ from thinwire.cluster import FRAME_OVERHEAD, Link
 from thinwire.cluster.graph import Routes
 from thinwire.collectives.choose.buckets import Buckets
 from thinwire.collectives.choose.costs import Costs
-from thinwire.collectives.choose.sharing import Sharing
+from thinwire.collectives.choose.fair_share import Sharing
 from thinwire.collectives.schedules.program import programs
 from thinwire.collectives.schedules.schedule import Schedule
 

@@ -25,13 +25,13 @@ from typing import Any
 import torch.distributed as dist
 
 from thinwire.collectives.backend import NAME, MeteredGroup
+from thinwire.collectives.groups import inherited
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.mpi.buffers import Reductions
 from thinwire.collectives.mpi.engine import Engine, Lane
 from thinwire.collectives.mpi.group import MpiGroup
 from thinwire.collectives.mpi.library import Library, abandon, patiently
 from thinwire.collectives.mpi.links import MpiLinks
-from thinwire.collectives.private import inherited
 from thinwire.collectives.run.links import Links, Place
 from thinwire.errors import UserError
 

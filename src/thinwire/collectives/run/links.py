@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from thinwire.collectives.private import inherited
+from thinwire.collectives.groups import inherited
 
 
 @dataclass(frozen=True)

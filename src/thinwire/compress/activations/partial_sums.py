@@ -26,7 +26,7 @@ from torch import Tensor
 
 from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.seam import all_reduce
+from thinwire.collectives.metered_calls import all_reduce
 from thinwire.compress.activations.boundary import encode_finite, flat_float32
 from thinwire.compress.base import Codec
 from thinwire.compress.rows import decode_rows

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from thinwire.collectives.groups import private_copy, release
 from thinwire.collectives.ledger import Ledger, axis_of
-from thinwire.collectives.private import private_copy, release
 from thinwire.compress.base import Codec, make_codec
 from thinwire.compress.sharded.layout import EXCLUDED, UnitShape, Ways, sharded_transfers
 from thinwire.compress.sharded.memory import STORAGES, Owed, owed_to_average

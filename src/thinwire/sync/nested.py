@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from thinwire.sync.base import Synchroniser
 
 
-class AroundInner:
+class NestedSynchroniser:
     """A replica may itself be several ranks, which `inner` holds together on other axes; its steps are the inner one's."""
 
     replicas_differ = True

@@ -44,7 +44,7 @@ def symptom(error: BaseException) -> str | None:
     return None
 
 
-class Pulse:
+class Heartbeat:
     """Of the rank at `place` on `host`. A context manager, inside of which the others hear it."""
 
     def __init__(self, place: Place, host: str, timeout_s: float) -> None:
@@ -53,11 +53,11 @@ class Pulse:
         # A client of its own: one answers one thread at a time, and the rank's may be in a long wait.
         wait = timedelta(seconds=timeout_s)
         client = dist.TCPStore(place.master_address, place.master_port, is_master=False, timeout=wait, wait_for_workers=False)
-        self._store: Any = dist.PrefixStore("pulse", client)
+        self._store: Any = dist.PrefixStore("heartbeat", client)
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
-    def __enter__(self) -> "Pulse":
+    def __enter__(self) -> "Heartbeat":
         self._store.set(f"host/{self._place.rank}", self._host)
         self._store.set(f"beat/{self._place.rank}", "0")
         self._thread.start()

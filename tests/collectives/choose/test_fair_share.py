@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinwire.collectives.choose.sharing import Sharing
+from thinwire.collectives.choose.fair_share import Sharing
 
 
 @given(

@@ -13,7 +13,7 @@ from thinwire.traffic import Transfer
 from thinwire.workload import Workload
 
 
-class Alone(Stateless):
+class SingleRank(Stateless):
     """The synchroniser that does nothing; see `thinwire.sync.base.Synchroniser`."""
 
     replicas_differ = False

@@ -29,9 +29,9 @@ from thinwire.compress.averager import Piece
 from thinwire.compress.exchange import Exchange
 from thinwire.errors import UserError
 from thinwire.layout import Layout
-from thinwire.sync.around import AroundInner
 from thinwire.sync.base import Synchroniser
 from thinwire.sync.fragments import due, fragments
+from thinwire.sync.nested import NestedSynchroniser
 from thinwire.sync.outer import Nesterov
 from thinwire.sync.shards import Shards
 from thinwire.traffic import Transfer
@@ -78,7 +78,7 @@ class _Fragment:
                 piece.of(self.momentum).copy_(known[piece.name].of(before.momentum))
 
 
-class RareSync(AroundInner):
+class LocalStepsSync(NestedSynchroniser):
     """See the top of the file. One per rank; replicas lie along `axis`, `inner` holds together what is one replica."""
 
     def __init__(

@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from pool import Pool, Rank
 from thinwire.collectives.ledger import Call, Total
-from thinwire.collectives.seam import all_reduce, swap
+from thinwire.collectives.metered_calls import all_reduce, swap
 
 N = 24
 
