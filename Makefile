@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format clean
+.PHONY: help setup train test check format docs outputs clean
 
 help: ## print these targets
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,13 @@ check: setup ## lint, format, types, floors
 format: setup ## let ruff put the code into form
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+docs: setup ## build the pages of docs/ into build/docs; a warning, or a link to nothing, is an error
+	@$(BIN)/mkdocs build --strict --quiet
+	@echo "built build/docs/index.html"
+
+outputs: setup ## put what shown commands print into README and docs; CHECK=1: only compare
+	@$(BIN)/python tools/outputs.py $(if $(CHECK),--check)
 
 bench-%: setup ## run one benchmark on CLUSTER, e.g. make bench-ddp; rows go to runs/bench-ddp.json
 	@mkdir -p runs

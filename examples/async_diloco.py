@@ -29,4 +29,4 @@ with thinwire.AsyncDiLoCo(model, optimizer, every=20, store=store, name=name) as
         optimizer.step()
         optimizer.zero_grad()
         if step % 100 == 0:
-            print(f"{name}: step {step}, loss {float(loss):.4f}")
+            print(f"{name}: step {step}, loss {loss.item():.4f}")
