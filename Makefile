@@ -44,7 +44,7 @@ format: setup ## let ruff put the code into form
 	@$(BIN)/ruff format .
 
 docs: setup ## build the pages of docs/ into build/docs; a warning, or a link to nothing, is an error
-	@$(BIN)/mkdocs build --strict --quiet
+	@$(BIN)/mkdocs build --strict
 	@echo "built build/docs/index.html"
 
 outputs: setup ## put what shown commands print into README and docs; CHECK=1: only compare

@@ -13,17 +13,22 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "thinwire"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-FOLDERS = ("src", "tests", "clusters", "examples", ".ci")
+TOOLS = sorted((ROOT / "tools").glob("*.py"))
+FOLDERS = ("src", "tests", "tools", "docs", "clusters", "examples", ".ci")
 WRITTEN = [
     path
     for path in [*ROOT.glob("*"), *(file for folder in FOLDERS for file in (ROOT / folder).rglob("*"))]
     if path.is_file()
+    and path.name != ".git"  # of a linked worktree
     and path.suffix in ("", ".py", ".md", ".toml", ".txt", ".css", ".js")
     and not {".hypothesis", "__pycache__"} & set(path.parts)
 ]
 """What people wrote, without what tools left."""
 
+DOCUMENTS = [*ROOT.glob("README*.md"), ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+
 MAX_LINES = 400
+README_LINES = 150
 HELP_S = 0.3
 
 ENVIRONMENT_READERS = {"train/runtime.py"}
@@ -32,7 +37,7 @@ FOREIGN_PROGRAMS = re.compile(r"bench/peers/plain_\w+\.py")
 
 
 def name(path: Path) -> str:
-    return path.relative_to(PACKAGE).as_posix()
+    return path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).as_posix()
 
 
 def run(*arguments: str, timeout_s: float = 50) -> subprocess.CompletedProcess[str]:
@@ -41,7 +46,7 @@ def run(*arguments: str, timeout_s: float = 50) -> subprocess.CompletedProcess[s
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name)
+@pytest.mark.parametrize("path", [*SOURCES, *TOOLS], ids=name)
 def test_a_source_file_is_short_documented_and_without_global(path) -> None:
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= MAX_LINES
@@ -69,6 +74,32 @@ def test_the_environment_is_read_in_one_file() -> None:
 def test_nothing_points_outside_of_the_repository() -> None:
     outside = re.compile(r"(?<![\w.])/wor" + r"k/|\bshar" + r"ed/")
     assert not [str(path.relative_to(ROOT)) for path in WRITTEN if outside.search(path.read_text(encoding="utf-8"))]
+
+
+def test_the_readme_is_one_page() -> None:
+    long = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("README*.md")}
+    assert set(long) == {"README.md", "README.zh.md"} and max(long.values()) <= README_LINES, long
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_documents_point_to_what_is_there(path) -> None:
+    """Relative links, and paths in backticks that begin at a folder of the repository."""
+    text = path.read_text(encoding="utf-8")
+    links = [path.parent / link for link in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", text)]
+    named = [ROOT / found for found in re.findall(rf"`((?:{'|'.join(map(re.escape, FOLDERS))})/[\w./-]+)`", text)]
+    assert not [str(target) for target in (*links, *named) if not target.exists()]
+
+
+def test_shown_output_says_where_it_comes_from() -> None:
+    """Each block with a command is live, or names a commit; `make outputs CHECK=1` runs those that are live."""
+    shown = subprocess.run(
+        [sys.executable, "-c", "import outputs; print(sum(len(list(outputs.blocks(path))) for path in outputs.documents()))"],
+        cwd=ROOT / "tools",
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert shown.returncode == 0 and int(shown.stdout) > 5, shown.stderr
 
 
 def test_imports_go_down_only() -> None:

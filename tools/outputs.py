@@ -29,7 +29,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 300
 """A command that takes a minute by itself may take several on a machine that has other things to do."""
-BLOCK = re.compile(r"(?:^<!-- output: (?P<about>[^\n]+) -->\n)?^```console\n\$ (?P<command>[^\n]+)\n(?P<shown>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(
+    r"(?:^<!-- output: (?P<about>[^\n]+) -->\n)?^```console\n\$ (?P<command>[^\n]+)\n(?P<shown>.*?)^```$", re.M | re.S
+)
 RECORDED = re.compile(r"recorded in [0-9a-f]{7,40}")
 
 
@@ -97,7 +99,7 @@ def environment() -> dict[str, str]:
     dropped = ("FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS", "GITHUB_ACTIONS")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    fixed = {"PATH": path, "PYTHONPATH": str(ROOT / "src"), "COLUMNS": "100", "NO_COLOR": "1"}
+    fixed = {"PATH": path, "PYTHONPATH": str(ROOT / "src"), "COLUMNS": "100", "NO_COLOR": "1", "PYTHONUTF8": "1"}
     return kept | fixed | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
 
 
@@ -113,7 +115,7 @@ def run(command: str) -> tuple[int, str]:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
             timeout=LIMIT_S,
         )
     except subprocess.TimeoutExpired:

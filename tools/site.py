@@ -1,7 +1,7 @@
 """A hook of mkdocs: README, CONTRIBUTING and CHANGELOG are pages of the site too, without a second copy of their text.
 
-A page that begins with  <!-- this page is ../README.md -->  shows that file. Links are written as they work in the repository, and
-are turned here into those of the site; what they name outside of `docs` (examples, cluster files, the licence) goes along.
+A page that begins with  <!-- this page is ../README.md -->  shows that file. Links are written as they work in the repository,
+and are turned here into those of the site; what they name outside of `docs` (examples, cluster files, the licence) goes along.
 """
 
 import re
