@@ -105,6 +105,7 @@ class MeteredGroup(dist.ProcessGroup):
         self._ledger = ledger
         self._inner: Any = inner  # torch's type stubs leave its collectives out
         self._name, self._desc = "", ""
+        self._over_gloo = isinstance(inner, dist.ProcessGroupGloo)
         native = None if isinstance(inner, dist.ProcessGroup) else inner  # a group written in Python is no Backend to torch
         self._register_backend(torch.device(self.device_type), dist.ProcessGroup.BackendType.CUSTOM, native)
         self._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
@@ -148,9 +149,11 @@ class MeteredGroup(dist.ProcessGroup):
             return work
         # Holds the ledger only: gloo's thread drops it, late, and as the last holder of a group would have to join itself.
         done = partial(_completed, self._ledger, total, issued)
+        if op == "reduce_scatter" and self._over_gloo:  # which gives it no future, and takes its time to say so
+            return _WaitedWork([work], done)
         try:
             work.get_future().add_done_callback(done)
-        except RuntimeError:  # gloo gives its reduce_scatter no future
+        except RuntimeError:
             return _WaitedWork([work], done)
         return work
 

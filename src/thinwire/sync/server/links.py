@@ -31,6 +31,8 @@ class Links:
         self._idle: set[int] = set()
         self._heard: dict[int, float] = {}
         """When those were heard last who owe an answer."""
+        self._left: set[int] = set()
+        """Servers that read no more, once they have answered."""
         self._answers: dict[int, tuple[Head, Tensor]] = {}
         self._told = time.monotonic()
         self._busy = False
@@ -43,6 +45,7 @@ class Links:
         link.between = self._between
         self._links[index] = link
         self._idle.add(index)
+        self._left.discard(index)
 
     def ask(self, requests: Mapping[int, Request]) -> dict[int, tuple[Head, Tensor]]:
         """Each server's answer. PeerLost; UserError if a server refuses what it was asked. The links are cut then."""
@@ -50,6 +53,8 @@ class Links:
             self._answers = {}
             for index, (head, payload, label) in requests.items():
                 self._idle.discard(index)
+                if head.kind == Kind.LEAVE:
+                    self._left.add(index)
                 self._send(index, partial(self._links[index].send, head, payload, label))
                 self._heard[index] = time.monotonic()
             while self._heard:
@@ -107,7 +112,8 @@ class Links:
             if found is not None and found[0].kind != Kind.WAIT:
                 self._answers[index] = found
                 del self._heard[index]
-                self._idle.add(index)
+                if index not in self._left:
+                    self._idle.add(index)
         for index, heard in self._heard.items():
             if time.monotonic() - heard > self._service.timeout_s and not self._links[index].can_be_read():
                 raise self._links[index].silent()
