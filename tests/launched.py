@@ -17,7 +17,7 @@ def mpiexec() -> str:
 MISSING = MISSING or ("" if mpiexec() else "there is no mpiexec; pip install mpich")
 
 
-def environment_variables() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Open MPI wants to be told that tests may run as root, and more ranks than there are cores."""
     told = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
     told["PYTHONPATH"] = str(Path(__file__).parent)
