@@ -14,7 +14,6 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.metered_calls import all_reduce
 from thinwire.compress.averager import Piece, Share
 from thinwire.compress.stateless import Stateless
-from thinwire.errors import UserError
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
 
@@ -47,18 +46,10 @@ class PlainExchange(Stateless):
     def detach(self) -> None:
         """Nothing to undo."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """UserError if an exchange with codes wrote it: what it owed would be lost."""
-        self.adopt([state])
-
-    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
-        """As `load_state_dict`."""
-        for state in states:
-            if state:
-                raise UserError(
-                    f"the checkpoint was made with compress.kind = {state.get('kind')!r}, not 'none'; resume with the kind it "
-                    "was made with"
-                )
+    def _of_no_use(self, state: dict[str, Any]) -> str:
+        """What an exchange with codes wrote: what it owed would be lost."""
+        kind = state.get("kind")
+        return f"the checkpoint was made with compress.kind = {kind!r}, not 'none'; resume with the kind it was made with"
 
     def start(
         self, buffer: torch.Tensor, pieces: Sequence[Piece], label: str, *, last: bool, used: Mapping[str, bool] | None = None

@@ -21,7 +21,11 @@ class Stateless:
         """As `load_state_dict`."""
         for state in states:
             if state:
-                raise UserError(
-                    f"the checkpoint holds {', '.join(map(str, state))}, which nothing here would use; resume with [sync] and "
-                    "[compress] as it was made with"
-                )
+                raise UserError(self._of_no_use(state))
+
+    def _of_no_use(self, state: dict[str, Any]) -> str:
+        """What to say of it."""
+        return (
+            f"the checkpoint holds {', '.join(map(str, state))}, which nothing here would use; resume with [sync] and [compress] "
+            "as it was made with"
+        )
