@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
+from thinwire.collectives.ledger import Ledger
+
 
 def private_copy(group: dist.ProcessGroup, description: str, backend: str | None = None) -> dist.ProcessGroup:
     """A new group of the same ranks with the same time-out, on the same backends unless `backend` names another.
@@ -27,8 +29,13 @@ def private_copy(group: dist.ProcessGroup, description: str, backend: str | None
     return made[tuple(dist.get_process_group_ranks(group))]
 
 
-def release(group: dist.ProcessGroup) -> None:
-    """End a group: its threads and connections go when nobody holds it any more. Local; nothing of it may be under way."""
+def release(group: dist.ProcessGroup, ledger: Ledger | None = None) -> None:
+    """End a group: its threads and connections go when nobody holds it any more. Local; nothing of it may be under way.
+
+    ledger: which was told the group's axis, and may forget it.
+    """
+    if ledger is not None:
+        ledger.axes.pop(group.group_name, None)
     with contextlib.suppress(ValueError):  # whoever destroyed the default group has destroyed all
         dist.destroy_process_group(group)
 

@@ -105,8 +105,7 @@ class CodedExchange:
         for thread in self._threads:
             thread.close()
         for one in self._private:
-            self._ledger.axes.pop(one.group_name, None)
-            release(one)
+            release(one, self._ledger)
         self._threads, self._private, self._group = (), [], None
 
     def start(

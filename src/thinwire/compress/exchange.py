@@ -14,7 +14,7 @@ from thinwire.compress.codecs.fused import fused_or_reason
 from thinwire.compress.coded import CodedExchange
 from thinwire.compress.dgc import dgc_memory
 from thinwire.compress.gather import Flat, Gather
-from thinwire.compress.memory import ErrorFeedback, Memory, NoMemory, ShardMemory
+from thinwire.compress.memory import DEMO, ErrorFeedback, Memory, NoMemory, ShardMemory
 from thinwire.compress.options import check_options
 from thinwire.compress.plain import PlainExchange
 from thinwire.compress.twoshot import TwoShot
@@ -82,8 +82,6 @@ AVERAGERS: Mapping[str, str] = {
     "randomk": "thinwire.compress.randomk:RandomK",
 }
 """Kinds that are more than a codec: they talk to the other ranks while they code."""
-
-DEMO = ErrorFeedback(decay=0.999, removal=0.2)
 
 
 def make_exchange(config: NoCompression | Coded, ledger: Ledger) -> Exchange:

@@ -265,6 +265,10 @@ class ErrorFeedback:
         self.steps = dict(states[0]["steps"])
 
 
+DEMO = ErrorFeedback(decay=0.999, removal=0.2)
+"""As published; see the top of the file."""
+
+
 def laid(flat: Tensor, shards: Tensor) -> list[tuple[Tensor, Tensor]]:
     """[numel] beside where it lies in [p, shard], row behind row: whole rows, and what is left behind them."""
     full, rest = divmod(flat.numel(), shards.shape[1])

@@ -8,6 +8,7 @@ others                           as the codec's own signature says (`base.build`
 """
 
 from thinwire.compress.base import CODECS
+from thinwire.compress.memory import DEMO
 from thinwire.config.compress import SUMMABLE, Coded
 from thinwire.errors import UserError
 
@@ -34,6 +35,6 @@ def check_options(config: Coded) -> None:
     elif kind != "dgc":
         if not config.feeds_back and given:
             refuse(given[0], "feedback is false")
-        removal = config.feedback_removal or (0.2 if kind == "demo" else 1.0)
+        removal = config.feedback_removal or (DEMO.removal if kind == "demo" else 1.0)
         if config.feedback_average not in (None, 1.0) and removal != 1.0:
             refuse("feedback_average", "what was sent is removed in part (feedback_removal), which is another memory")

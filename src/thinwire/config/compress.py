@@ -10,7 +10,7 @@ SUMMABLE = frozenset({"bf16", "fp16"})
 """Kinds that cast: an all-reduce adds them up on the way."""
 
 EXCLUDED = ("*embed*", "*positions*")
-"""What stays float32 unless [compress] says otherwise, but for the casts, which hurt nothing."""
+"""Parameters that travel as they are unless the user says otherwise, FSDP2's too; the casts, which hurt nothing, cast them."""
 
 Patterns = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 

@@ -135,7 +135,7 @@ class DiLoCo:
                 shards = Shards(self._model)
                 shards.check_same_everywhere(self._group)
                 group = self._metered_group()
-                stack.callback(self._end, group)
+                stack.callback(release, group, self.ledger)
                 if not self._goes_on:
                     make_same({**shards, **{name: local(one) for name, one in self._model.named_buffers()}}, group)
             mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=(OUTER,))
@@ -221,10 +221,6 @@ class DiLoCo:
         with self._sync.averaged():
             averaged = {name: values.clone() for name, values in shards.items()}
         shards.write(averaged)
-
-    def _end(self, group: dist.ProcessGroup) -> None:
-        self.ledger.axes.pop(group.group_name, None)
-        release(group)
 
     def _metered_group(self) -> dist.ProcessGroup:
         """The same ranks behind a meter that writes into our own ledger: a backend by a name that nobody else has."""

@@ -17,10 +17,11 @@ from torch import nn
 from thinwire.collectives.groups import private_copy, release
 from thinwire.collectives.ledger import Ledger, axis_of
 from thinwire.compress.base import Codec, make_codec
-from thinwire.compress.sharded.layout import EXCLUDED, UnitShape, Ways, sharded_transfers
+from thinwire.compress.sharded.layout import UnitShape, Ways, sharded_transfers
 from thinwire.compress.sharded.memory import STORAGES, Owed, owed_to_average
 from thinwire.compress.sharded.units import Unit, find_units, prefetch
 from thinwire.compress.sharded.wire import CodedAllGather, CodedReduceScatter, Lane
+from thinwire.config.compress import EXCLUDED
 from thinwire.errors import UserError
 from thinwire.traffic import Transfer
 
@@ -125,8 +126,7 @@ class ShardedCompression:
         """Puts FSDP2's own collectives back, after what is under way. What is owed stays in `state_dict`."""
         for lane in self._lanes:
             lane.executor.close()
-            self._ledger.axes.pop(lane.group.group_name, None)
-            release(lane.group)
+            release(lane.group, self._ledger)
         for restore in self._restore:
             restore()
         self._lanes, self._restore = [], []

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from thinwire.compress.base import Codec
+from thinwire.config.compress import EXCLUDED
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
 
-EXCLUDED = ("*embed*", "*positions*")
-"""Parameters that travel as they are unless the user says otherwise; vectors do too."""
 CODED_BLOCK = 256
 """Coded parameters are padded to a multiple of this, so that no block holds values of two. The blocks of the codecs divide it,
 and those of int8, which stores what is owed."""
