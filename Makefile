@@ -3,11 +3,13 @@
 PYTHON ?= python3
 CLUSTER ?= clusters/four-hosts-100mbit.toml
 BIN := .venv/bin
+JOBS ?= 3
+TESTS := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format docs outputs clean
+.PHONY: help setup train test test-all check format docs outputs clean
 
 help: ## print these targets
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -30,8 +32,11 @@ train: setup ## train a small language model on four hosts joined by 100 Mbit/s
 	  $(BIN)/thinwire train examples/quickstart.toml; \
 	fi
 
-test: setup ## run every test
-	@$(BIN)/python -m pytest
+test: setup ## run the tests that take seconds, on JOBS processes; budgets by floor at the end
+	@$(TESTS) -m 'not long'
+
+test-all: setup ## run every test, the long ones too
+	@$(TESTS)
 
 check: setup ## lint, format, types, floors
 	@$(BIN)/ruff check .

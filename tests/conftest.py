@@ -1,4 +1,8 @@
-"""Fixtures of the whole suite: pools of ranks that live as long as the session."""
+"""Fixtures of the whole suite: pools of ranks that live as long as the session; and how tests are shared out to processes.
+
+A file stays on one process, for what its tests share. All that needs the lab, or compares seconds, is one queue on one
+process, begun first: two labs at once would share the cores that their bounds count on.
+"""
 
 import os
 import sys
@@ -13,6 +17,7 @@ sys.dont_write_bytecode = False
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from budget import Spent  # noqa: E402
 from pool import Pool, start_server  # noqa: E402
 
 # No deadline: on shared cores a single example may take any time. Derandomised: a run can be repeated.
@@ -20,6 +25,22 @@ settings.register_profile("thinwire", deadline=None, derandomize=True, database=
 settings.load_profile("thinwire")
 
 _RANK_FIXTURES = {"ranks1", "ranks2", "ranks3", "ranks4", "ranks8"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Spent(), "budget")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The queue of the lab first, and each file as a whole."""
+
+    def queued(item: pytest.Item) -> bool:
+        return any(item.get_closest_marker(name) for name in ("lab", "timed"))
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("lab" if queued(item) else item.path.stem))
+    items.sort(key=lambda item: not queued(item))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
