@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all check format docs outputs clean
+.PHONY: help setup train test test-all conformance check format docs outputs clean
 
 help: ## print these targets
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ test: setup ## run the tests that take seconds, on JOBS processes; budgets by fl
 
 test-all: setup ## run every test, the long ones too
 	@$(TESTS)
+
+conformance: setup ## run PyTorch's own tests of torch.distributed on our backend, metered and with chosen collectives
+	@$(BIN)/python tools/conformance.py
 
 check: setup ## lint, format, types, floors
 	@$(BIN)/ruff check .

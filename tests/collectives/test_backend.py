@@ -1,5 +1,6 @@
 """The metered backend on real ranks: results are gloo's own, and each call is entered with the bytes of its formula."""
 
+import re
 import sys
 import threading
 import time
@@ -13,8 +14,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from fixed_schedules import fixed, group_of
 from pool import Pool, Rank, RankFailure
 from thinwire.collectives.backend import self_test
+from thinwire.errors import UserError
 
 SINGLE_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 SINGLE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -410,3 +413,25 @@ def test_a_call_under_way_does_not_hold_its_group(ranks2: Pool) -> None:
     """gloo's thread lets go of the callback late; were that the last one to hold the group, it would have to join itself."""
     before, during = ranks2.run(references_while_under_way)[0]
     assert during == before
+
+
+def barrier_without(context: Rank, missing: int, chosen: bool) -> str:
+    group = group_of(context.ledger, fixed(), timeout_s=1.5) if chosen else dist.new_group(timeout=timedelta(seconds=1.5))
+    dist.barrier(group)
+    if context.rank == missing:
+        time.sleep(3)
+        return ""
+    try:
+        dist.barrier(group)
+    except UserError as error:
+        return str(error)
+    return "passed"
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_a_barrier_names_who_has_not_come(ranks3: Pool, chosen: bool) -> None:
+    said = ranks3.run(barrier_without, 1, chosen)
+    assert said[1] == ""
+    for rank in (0, 2):
+        assert re.search(r"barrier 2 .* of at most 1\.5: rank 1 of its 3 has not come", said[rank]), said
+    ranks3.close()  # whose connections a failed barrier leaves behind

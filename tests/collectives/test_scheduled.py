@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fixed_schedules import Fixed, everything, fixed, group_of, sent_of_an_all_reduce
 from pool import Pool, Rank, RankFailure
 from tagless import over_tagless
+from thinwire.collectives.backend import REDUCE_SCATTER
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.run import engine
 from thinwire.collectives.run.links import Inner, over_gloo
@@ -199,3 +200,23 @@ def test_what_is_measured_is_kept_for_the_next_run(ranks4: Pool, tmp_path: Any, 
     assert len(results[0][0]) == 2, "the second run has measured again"
     assert [asked for _, _, asked in results] == [2, 0, 0, 0]
     assert all("native" in line for line in results[0][0])
+
+
+def events_of_calls(context: Rank, asynchronous: bool) -> list[tuple[str, bool, list, bool]]:
+    group = group_of(context.ledger, fixed())
+    values, part = torch.ones(6, 4), torch.empty(8)
+    dist.all_reduce(values, group=group)  # decides, outside of the trace
+    REDUCE_SCATTER(part, values.view(-1)[:24], group=group)
+    with torch.profiler.profile(record_shapes=True) as trace:
+        work = dist.all_reduce(values, group=group, async_op=asynchronous)
+        if asynchronous:
+            work.wait()
+        REDUCE_SCATTER(part, values.view(-1)[:24], group=group)
+    found = [event for event in trace.events() if event.name.startswith("thinwire:")]
+    return [(event.name, event.is_async, event.input_shapes, event.cpu_time > 0) for event in found]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_calls_that_schedules_run_are_events_of_the_profiler(ranks3: Pool, asynchronous: bool) -> None:
+    expected = [("thinwire:all_reduce", True, [[6, 4]], True), ("thinwire:reduce_scatter", True, [[24]], True)]
+    assert [sorted(found) for found in ranks3.run(events_of_calls, asynchronous)] == [expected] * 3

@@ -60,7 +60,7 @@ def self_test(group: dist.ProcessGroup, ledger: Ledger) -> None:
 
 
 def _create(ledger: Ledger, store: dist.Store, rank: int, size: int, timeout: timedelta) -> "MeteredGroup":
-    return MeteredGroup(ledger, dist.ProcessGroupGloo(store, rank, size, inherited(timeout)))
+    return MeteredGroup(ledger, dist.ProcessGroupGloo(store, rank, size, inherited(timeout)), dist.PrefixStore("metered", store))
 
 
 def _completed(ledger: Ledger, total: Total, issued: float, _future: Any = None) -> None:
@@ -94,14 +94,33 @@ class _WaitedWork(dist._Work):
         return all(work.is_completed() for work in self._inner)
 
 
+class _Barrier(_WaitedWork):
+    """A barrier whose failure names the ranks that have not come to it."""
+
+    def __init__(self, inner: dist.Work, explained: Callable[[Exception], Exception]) -> None:
+        super().__init__([inner])
+        self._explained = explained
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        try:
+            return super().wait(timeout)
+        except RuntimeError as error:
+            raise self._explained(error) from None
+
+    def get_future(self) -> Any:
+        return self._inner[0].get_future()
+
+
 class MeteredGroup(dist.ProcessGroup):
     """gloo, or a group that takes the same calls, behind a meter. Each method: note the bytes, pass on, note the completion."""
 
     device_type = "cpu"
     """Of the tensors."""
 
-    def __init__(self, ledger: Ledger, inner: dist.ProcessGroupGloo | dist.ProcessGroup) -> None:
+    def __init__(self, ledger: Ledger, inner: dist.ProcessGroupGloo | dist.ProcessGroup, store: dist.Store | None = None) -> None:
+        """store: of this group alone, where ranks write down which barrier they have come to."""
         super().__init__(inner.rank(), inner.size())
+        self._store, self._barriers = store, 0
         self._ledger = ledger
         self._inner: Any = inner  # torch's type stubs leave its collectives out
         self._name, self._desc = "", ""
@@ -229,7 +248,36 @@ class MeteredGroup(dist.ProcessGroup):
 
     def barrier(self, opts: Any = None) -> dist.Work:
         opts = opts if opts is not None else dist.BarrierOptions()
-        return self._metered("barrier", 0, lambda: self._inner.barrier(opts), opts=opts)
+        self._barriers += 1
+        number, begun_s = self._barriers, time.monotonic()
+        if self._store is not None:
+            self._store.set(f"barrier/{self._group.rank}", str(number))
+
+        def explained(error: Exception) -> Exception:
+            missing = self._not_come_to(number)
+            if not missing:
+                return error
+            return UserError(
+                f"barrier {number} of this group failed after {time.monotonic() - begun_s:.1f} s of at most "
+                f"{self.timeout.total_seconds():g}: {', '.join(f'rank {rank}' for rank in missing)} of its {self._group.size} "
+                "has not come; is it alive, and does each rank call it?"
+            )
+
+        return self._metered("barrier", 0, lambda: _Barrier(self._inner.barrier(opts), explained), opts=opts)
+
+    def _not_come_to(self, barrier: int) -> list[int]:
+        """Ranks of this group, as far as the store can be asked."""
+        if self._store is None:
+            return []
+
+        def come(rank: int, store: dist.Store) -> bool:
+            key = f"barrier/{rank}"
+            return store.check([key]) and int(store.get(key)) >= barrier
+
+        try:
+            return [rank for rank in range(self._group.size) if not come(rank, self._store)]
+        except RuntimeError:  # whoever kept the store is gone
+            return []
 
     # -- point to point --------------------------------------------------------------------------------------------------
 

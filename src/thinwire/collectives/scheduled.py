@@ -3,7 +3,7 @@
 all_reduce, reduce, broadcast, all_gather and reduce_scatter of one tensor, and all_to_all in equal parts, of numbers on the
 group's device. Everything else is the inner group's, over gloo, MPI or NCCL. The first call of an op in a class of sizes decides
 for the class (`tuned.tuner`); each size is agreed upon by all ranks when it is first used, and from then on a call costs no
-agreement.
+agreement. Calls that schedules run are events of torch.profiler (`run.traced`).
 """
 # mypy: disable-error-code="override,assignment,attr-defined,call-arg"
 
@@ -21,6 +21,7 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.run.compiler import in_place
 from thinwire.collectives.run.engine import Engine
 from thinwire.collectives.run.links import Inner, Links, Place, over_gloo
+from thinwire.collectives.run.traced import traced
 from thinwire.collectives.tuned.tuner import Tuner, size_class
 from thinwire.collectives.tuned.way import REDUCTIONS, Call, Way, example, perform, wire_bytes
 
@@ -53,7 +54,7 @@ class ScheduledGroup(MeteredGroup):
     """See the top of the file."""
 
     def __init__(self, ledger: Ledger, inner: Any, place: Place, links: Links, tuner: Tuner) -> None:
-        super().__init__(ledger, inner)
+        super().__init__(ledger, inner, place.store)
         group = self._group
 
         def note(op: str, message_bytes: int, sent: int | None) -> None:
@@ -107,7 +108,7 @@ class ScheduledGroup(MeteredGroup):
         if not self._takes("all_gather", [input, output]) or output.numel() != self._engine.place.size * input.numel():
             return native()
         flat, back = _flat(output)
-        return self._run(Call("all_gather", _flat(input)[0], flat, back=back), [output], native, opts)
+        return self._run(Call("all_gather", _flat(input)[0], flat, back=back), [input], native, opts, results=[output])
 
     all_gather_single = _allgather_base
 
@@ -121,7 +122,9 @@ class ScheduledGroup(MeteredGroup):
         ):
             return native()
         flat, back = _flat(output)
-        return self._run(Call("reduce_scatter", _flat(input)[0], flat, reduction, back=back), [output], native, opts)
+        return self._run(
+            Call("reduce_scatter", _flat(input)[0], flat, reduction, back=back), [input], native, opts, results=[output]
+        )
 
     reduce_scatter_single = _reduce_scatter_base
 
@@ -131,22 +134,30 @@ class ScheduledGroup(MeteredGroup):
         if not even or not self._takes("all_to_all", [input, output]) or input.numel() != output.numel():
             return native()
         flat, back = _flat(output)
-        return self._run(Call("all_to_all", _flat(input)[0], flat, back=back), [output], native, opts)
+        return self._run(Call("all_to_all", _flat(input)[0], flat, back=back), [input], native, opts, results=[output])
 
     all_to_all_single = alltoall_base
 
-    def _run(self, call: Call, results: Any, native: Callable[[], dist.Work], opts: Any) -> dist.Work:
+    def _run(self, call: Call, given: Any, native: Callable[[], dist.Work], opts: Any, *, results: Any = None) -> dist.Work:
+        """given: tensors of the call, as the caller has shaped them; results: where results will be, if not there."""
         way = self._way(call)
         if way.native:
             return native()
         engine, ledger, issued = self._engine, self._ledger, time.perf_counter()
         total = ledger.enter(call.op, call.message_bytes, self._group, call.root, wire_bytes(way, call, engine))
+        end_of_event = traced(call.op, given)
 
         def job() -> None:  # knows nothing of `self`: a group must not end on the thread that ends with it
-            perform(way, call, engine)
+            try:
+                perform(way, call, engine)
+            finally:
+                if end_of_event is not None:
+                    end_of_event()
             ledger.completed(total, issued)
 
-        return self._submit(self._agreed[_kind(call)], job, results, not getattr(opts, "asyncOp", True))
+        # An event that ends on the thread where it began would be taken for one that kept this thread busy.
+        blocking = not getattr(opts, "asyncOp", True) and end_of_event is None
+        return self._submit(self._agreed[_kind(call)], job, given if results is None else results, blocking)
 
     def _submit(self, what: str, job: Callable[[], None], tensors: list[torch.Tensor], blocking: bool) -> dist.Work:
         return self._engine.submit(what, job, tensors, blocking=blocking)
