@@ -433,5 +433,5 @@ def test_a_barrier_names_who_has_not_come(ranks3: Pool, chosen: bool) -> None:
     said = ranks3.run(barrier_without, 1, chosen)
     assert said[1] == ""
     for rank in (0, 2):
-        assert re.search(r"barrier 2 .* of at most 1\.5: rank 1 of its 3 has not come", said[rank]), said
+        assert re.search(r"barrier 2 .* timeout of 1\.5 s: 1 of its 3 ranks have not come: rank 1;", said[rank]), said
     ranks3.close()  # whose connections a failed barrier leaves behind

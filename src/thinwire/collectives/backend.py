@@ -258,9 +258,9 @@ class MeteredGroup(dist.ProcessGroup):
             if not missing:
                 return error
             return UserError(
-                f"barrier {number} of this group failed after {time.monotonic() - begun_s:.1f} s of at most "
-                f"{self.timeout.total_seconds():g}: {', '.join(f'rank {rank}' for rank in missing)} of its {self._group.size} "
-                "has not come; is it alive, and does each rank call it?"
+                f"barrier {number} of this group failed after {time.monotonic() - begun_s:.1f} s, with a timeout of "
+                f"{self.timeout.total_seconds():g} s: {len(missing)} of its {self._group.size} ranks have not come: "
+                f"{', '.join(f'rank {rank}' for rank in missing)}; are they alive, and does each call it?"
             )
 
         return self._metered("barrier", 0, lambda: _Barrier(self._inner.barrier(opts), explained), opts=opts)
