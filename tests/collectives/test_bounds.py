@@ -7,17 +7,17 @@ from hypothesis import given, settings
 from known_networks import a100, small_graphs
 
 from thinwire.cluster import FRAME_OVERHEAD, load_cluster
-from thinwire.collectives.synthesis import (
-    Graph,
+from thinwire.collectives.synthesis.bounds import bound
+from thinwire.collectives.synthesis.forest import (
     all_gather_forest,
     all_reduce_plan,
-    bound,
     broadcast_forest,
-    nccl_graph,
-    optimum,
     reduce_forest,
     reduce_scatter_forest,
 )
+from thinwire.collectives.synthesis.graph import Graph
+from thinwire.collectives.synthesis.nccl import nccl_graph
+from thinwire.collectives.synthesis.optimum import optimum
 from thinwire.errors import UserError
 
 SIZE = 4 << 20

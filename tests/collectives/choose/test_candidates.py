@@ -1,5 +1,7 @@
 """The candidates: right schedules all of them, in segments of sensible sizes; what is left out is said."""
 
+from typing import Any
+
 import pytest
 from any_clusters import clusters, star
 from hypothesis import given, settings
@@ -7,15 +9,19 @@ from hypothesis import strategies as st
 
 from thinwire.cluster import Cluster, load_cluster
 from thinwire.collectives.choose import placement
-from thinwire.collectives.choose.candidates import LARGEST_BYTES, MOST_MESSAGES, SMALLEST_BYTES, candidates, offers
+from thinwire.collectives.choose.call import collective_call
+from thinwire.collectives.choose.candidates import LARGEST_BYTES, MOST_MESSAGES, SMALLEST_BYTES, Candidate, offers
 from thinwire.collectives.choose.native import pattern
-from thinwire.collectives.choose.question import question
 from thinwire.collectives.schedules.verify import verify
 from thinwire.collectives.synthesis.bounds import OPS
 from thinwire.collectives.wire import flows
 from thinwire.errors import UserError
 
 SIZE = 4 << 20
+
+
+def candidates(cluster: Cluster, op: str, message_bytes: int, **group: Any) -> tuple[Candidate, ...]:
+    return offers(collective_call(cluster, op, message_bytes, **group)).candidates
 
 
 @settings(max_examples=25)
@@ -63,7 +69,7 @@ def test_segments_are_of_sensible_sizes(op: str) -> None:
 
 
 def test_large_groups_leave_out_what_they_cannot_go_through_and_say_so() -> None:
-    found = offers(question(star([1e9] * 120), "all_reduce", SIZE))
+    found = offers(collective_call(star([1e9] * 120), "all_reduce", SIZE))
     said = {sentence.split(":")[0]: sentence for sentence in found.left_out}
     assert (
         "about 28800 chunks to move among 120 ranks" in said["ring"] and "packing takes too long above 32" in said["packed trees"]
@@ -75,10 +81,10 @@ def test_large_groups_leave_out_what_they_cannot_go_through_and_say_so() -> None
 def test_a_group_is_a_cluster_of_its_own() -> None:
     """Ranks 0, 2, 4, 6 are one rack of two; the uplink is none of their business."""
     cluster = load_cluster("two-racks")
-    rack = question(cluster, "all_reduce", SIZE, [0, 2, 4, 6])
+    rack = collective_call(cluster, "all_reduce", SIZE, [0, 2, 4, 6])
     assert rack.cluster.ranks == ("a0/cpu0", "a1/cpu0", "a2/cpu0", "a3/cpu0")
     assert not placement.groupings(rack.cluster, range(4))
-    assert {one.schedule.p for one in candidates(cluster, "all_reduce", SIZE, [0, 2, 4, 6]) if one.schedule} == {4}
+    assert {one.schedule.p for one in candidates(cluster, "all_reduce", SIZE, ranks=[0, 2, 4, 6]) if one.schedule} == {4}
 
 
 def test_where_ranks_sit() -> None:
@@ -106,7 +112,7 @@ def test_the_native_pattern_moves_what_the_backend_moves(op: str, p: int) -> Non
     assert moved == expected
 
 
-def test_questions_without_sense() -> None:
+def test_calls_that_make_no_sense() -> None:
     cluster = load_cluster("two-racks")
     for arguments, message in [
         (("gather", 4), "unknown collective 'gather'; known: all_reduce, "),
@@ -118,4 +124,4 @@ def test_questions_without_sense() -> None:
         (("all_reduce", 4, []), "a group has one rank or more"),
     ]:
         with pytest.raises(UserError, match=message):
-            question(cluster, *arguments)  # type: ignore[arg-type]
+            collective_call(cluster, *arguments)  # type: ignore[arg-type]

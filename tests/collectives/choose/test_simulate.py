@@ -1,6 +1,6 @@
 """The simulation of a schedule: closed forms, the lower bound, and laws that hold on any network."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from any_clusters import RATE, clusters, star
@@ -9,16 +9,18 @@ from hypothesis import strategies as st
 
 from thinwire.cluster import FRAME_OVERHEAD, Cluster, Quantity, load_cluster
 from thinwire.cluster.graph import Routes
-from thinwire.collectives.choose.candidates import candidates
-from thinwire.collectives.choose.costs import FREE, Costs
+from thinwire.collectives.choose.call import collective_call
+from thinwire.collectives.choose.candidates import offers
+from thinwire.collectives.choose.costs import Costs
 from thinwire.collectives.choose.simulate import Simulated, simulate
 from thinwire.collectives.schedules import direct, doubling, ring, rooted
 from thinwire.collectives.schedules.combine import pipelined
 from thinwire.collectives.schedules.schedule import Schedule
-from thinwire.collectives.synthesis import bound
-from thinwire.collectives.synthesis.bounds import OPS
+from thinwire.collectives.synthesis.bounds import OPS, bound
 from thinwire.errors import UserError
 
+FREE = Costs(**dict.fromkeys((field.name for field in fields(Costs)), 0.0))
+"""The wires alone."""
 PER_BYTE = 8 * FRAME_OVERHEAD / RATE
 COSTS = Costs(send_s=3e-5, receive_s=7e-5, wake_s=0.0, reduce_s_per_byte=1e-9, call_s=1e-4, acknowledged=0.0)
 
@@ -155,7 +157,7 @@ def test_laws_on_any_network(cluster: Cluster, op: str, size: int, data: st.Data
     root, n = data.draw(st.integers(0, p - 1)), 4 * p * size
     least_s, routes = bound(cluster, op, n, root).seconds, Routes(cluster)
     costs = data.draw(st.sampled_from([FREE, COSTS, replace(COSTS, cores_shared=3.0)]))
-    for one in candidates(cluster, op, n, root=root)[:: data.draw(st.integers(1, 3))]:
+    for one in offers(collective_call(cluster, op, n, root=root)).candidates[:: data.draw(st.integers(1, 3))]:
         if one.schedule is None or len(one.schedule.messages) > 1000:
             continue
         found = simulate(one.schedule, n, routes, costs)
@@ -177,7 +179,7 @@ def test_twice_the_bytes_at_twice_the_rate_take_the_same_time(cluster: Cluster, 
         return replace(cluster, links=links)
 
     n = 4 * cluster.world_size * 100_000
-    for one in candidates(cluster, op, 4)[::3]:
+    for one in offers(collective_call(cluster, op, 4)).candidates[::3]:
         if one.model is not None:
             once, twice = run(one.model, n, at(cluster, 1)), run(one.model, 2 * n, at(cluster, 2))
             assert twice.seconds == pytest.approx(once.seconds, rel=1e-3), one.title  # chunks are cut at whole elements

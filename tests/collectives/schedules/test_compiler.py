@@ -8,11 +8,11 @@ from all_schedules import GENERATORS, make
 from execute_numpy import execute, input_lengths
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from message_parts import fractions, scratch
 from rendezvous import run
 
 from thinwire.collectives.run import compiler
 from thinwire.collectives.schedules import ops
-from thinwire.collectives.schedules.verify import verify
 
 
 @pytest.mark.parametrize("ahead, spare", [(16, 1 << 20), (1, 0), (3, 20), (0, 1 << 20), (0, 0)])
@@ -41,8 +41,10 @@ def test_scratch_memory_is_bounded(name: str, segments: int) -> None:
     """By what the schedule needs and the window of expected messages, not by the length of the schedule."""
     n = 1 << 26
     schedule = make(name, 8, 1, segments)
-    needed, part = verify(schedule).scratch, schedule.fractions()
+    part = fractions(schedule)
     for rank in range(8):
         longest = max(sum(part[c] for c in m.chunks) for m in schedule.messages if m.target == rank)
-        most = 2 * (needed[rank] + compiler.AHEAD * longest) * n + compiler.SPARE  # 2: pieces of different lengths leave gaps
+        most = (
+            2 * (scratch(schedule, rank) + compiler.AHEAD * longest) * n + compiler.SPARE
+        )  # 2: pieces of different lengths leave gaps
         assert compiler.compile_for(schedule, rank, [n]).lengths[2] <= most

@@ -10,9 +10,10 @@ from all_schedules import GENERATORS, make
 from execute_numpy import execute, input_lengths, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from message_parts import fractions
 
 from thinwire.collectives.schedules import ops
-from thinwire.collectives.schedules.schedule import Chunk, Message, Range, Schedule, joined
+from thinwire.collectives.schedules.schedule import Chunk, Message, Schedule
 from thinwire.collectives.schedules.table import from_json, to_json, to_text
 from thinwire.collectives.schedules.verify import verify
 from thinwire.errors import UserError
@@ -73,8 +74,7 @@ def test_chunks_tile_their_blocks(sizes: list[int], weights: list[int]) -> None:
         mine = [one for one in ranges if one.block == block]
         assert mine[0].first == 0 and mine[-1].last == size
         assert all(a.last == b.first for a, b in pairwise(mine))
-    assert joined(ranges) == [Range(block, 0, size) for block, size in enumerate(sizes) if size]
-    assert sum(schedule.fractions()) == 3
+    assert sum(fractions(schedule)) == 3
 
 
 @pytest.mark.parametrize("op", ops.OPS)

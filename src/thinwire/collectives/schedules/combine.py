@@ -1,6 +1,6 @@
 """Schedules from schedules: turned round, one after the other, side by side, in segments, on other ranks.
 
-    turned      the way along which a chunk was copied to all is, walked backwards, a way to add it up:
+    turned      the path along which a chunk was copied to all is, walked backwards, one along which it can be added up:
                 all-gather -> reduce-scatter, broadcast -> reduce, scatter -> gather
                 (the copies of a chunk form a tree out of its source; each rank adds what its children send, and sends that on)
     then        reduce-scatter, all-gather -> all-reduce;  reduce, broadcast -> all-reduce;  reduce-scatter, gather -> reduce
@@ -34,10 +34,11 @@ def turned(schedule: Schedule, name: str) -> Schedule:
     if schedule.op not in _TURNED:
         raise UserError(f"{schedule.name}: {schedule.op} cannot be turned round; only {', '.join(_TURNED)} can")
     op = _TURNED[schedule.op]
-    steps = tuple(
-        tuple(Message(m.target, m.source, m.chunks, ops.reduces(op)) for m in step) for step in reversed(schedule.steps)
-    )
-    return replace(schedule, op=op, steps=steps, name=name)
+    return replace(schedule, op=op, steps=reversed_steps(schedule.steps, ops.reduces(op)), name=name)
+
+
+def reversed_steps(steps: Sequence[Step], reduce: bool) -> tuple[Step, ...]:
+    return tuple(tuple(Message(m.target, m.source, m.chunks, reduce) for m in step) for step in reversed(steps))
 
 
 def then(first: Schedule, second: Schedule, name: str, shares: Sequence[int] = ()) -> Schedule:
@@ -92,11 +93,11 @@ def pipelined(schedule: Schedule, segments: int) -> Schedule:
     if segments == 1:
         return schedule
     chunks = tuple(chunk for chunk in schedule.chunks for _ in range(segments))
-    trains = []
+    shifted = []
     for segment in range(segments):
         numbers = {number: number * segments + segment for number in range(len(schedule.chunks))}
-        trains.append([()] * segment + [tuple(_renumbered(step, numbers)) for step in schedule.steps])
-    return replace(schedule, chunks=chunks, steps=overlaid(trains), name=f"{schedule.name}, {segments} segments")
+        shifted.append([()] * segment + [tuple(_renumbered(step, numbers)) for step in schedule.steps])
+    return replace(schedule, chunks=chunks, steps=overlaid(shifted), name=f"{schedule.name}, {segments} segments")
 
 
 def on_ranks(schedule: Schedule, order: Sequence[int]) -> Schedule:
@@ -120,9 +121,9 @@ def on_ranks(schedule: Schedule, order: Sequence[int]) -> Schedule:
     return replace(schedule, chunks=chunks, steps=steps, root=root)
 
 
-def overlaid(trains: Iterable[Sequence[Step]]) -> tuple[Step, ...]:
-    """Step t of each train as one step, in the order of the trains."""
-    return tuple(tuple(message for step in steps for message in step) for steps in zip_longest(*trains, fillvalue=()))
+def overlaid(sequences: Iterable[Sequence[Step]]) -> tuple[Step, ...]:
+    """Step t of each sequence as one step, in the order of the sequences."""
+    return tuple(tuple(message for step in steps for message in step) for steps in zip_longest(*sequences, fillvalue=()))
 
 
 def bundled(messages: Iterable[Message]) -> Step:
@@ -134,7 +135,6 @@ def bundled(messages: Iterable[Message]) -> Step:
 
 
 def _totals(schedule: Schedule) -> list[int]:
-    """The sum of the weights in each block."""
     totals = [0] * ops.num_blocks(schedule.op, schedule.p)
     for chunk in schedule.chunks:
         totals[chunk.block] += chunk.weight
