@@ -30,7 +30,7 @@ def test_closed_forms_on_a_switch(count: int) -> None:
 
 
 def test_interleaved_ranks_cost_four_times_as_much_on_two_racks() -> None:
-    """All eight ring neighbours cross the uplink instead of two: four flows each way on one link."""
+    """All eight ring neighbours cross the uplink instead of two: four flows in each direction on one link."""
     cluster = load_cluster("two-racks")
     routes = Routes(cluster)
     interleaved = price(routes, "all_reduce", 2**22, range(8))

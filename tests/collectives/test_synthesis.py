@@ -102,6 +102,7 @@ def test_published_optima_with_few_trees(graph: Graph, expected: dict[int, float
     assert {k: round(gbytes(graph, k), 3) for k in expected} == expected
 
 
+@settings(max_examples=25)
 @given(graph=small_graphs())
 def test_the_optimum_is_the_worst_of_all_cuts_and_trees_reach_it(graph: Graph) -> None:
     worst = max(
@@ -181,7 +182,7 @@ def joint_time(graph: Graph) -> float:
     return float(done.fun)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(graph=small_graphs(balanced=False))
 def test_all_reduce_reaches_the_joint_optimum_on_any_network(graph: Graph) -> None:
     expected = joint_time(graph)
@@ -196,7 +197,7 @@ def test_all_reduce_reaches_the_joint_optimum_on_any_network(graph: Graph) -> No
     assert all(up.root == down.root for up, down, _ in plan.parts())
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(graph=small_graphs(balanced=False))
 def test_one_root_and_switches_that_take_more_than_they_give(graph: Graph) -> None:
     root = graph.world_size - 1
@@ -250,7 +251,7 @@ def test_joint_optimum_of_even_networks_is_one_after_the_other(graph: Graph) -> 
 def test_trees_are_low_where_the_network_lets_them() -> None:
     assert all_gather_forest(a100(1)).depth == 1
     assert all_gather_forest(a100(2), 1).depth == 2
-    assert all_gather_forest(torus(4, 4), 1).depth == 4
+    assert all_gather_forest(torus(2, 4), 1).depth == 3
     assert all_reduce_plan(racks(2, 4, 0.5)).broadcast.depth <= 3
 
 
@@ -277,7 +278,7 @@ def test_ranks_that_share_a_node_share_its_links() -> None:
 
 
 def test_what_cannot_be_a_network_is_refused_in_one_line() -> None:
-    with pytest.raises(UserError, match="no way from 'node1' to 'node0'"):
+    with pytest.raises(UserError, match="no path from 'node1' to 'node0'"):
         matrix_graph([[0, 1], [0, 0]])
     with pytest.raises(UserError, match="square"):
         matrix_graph([[0, 1]])

@@ -65,7 +65,7 @@ def test_what_is_wrong_in_a_file_is_said(tmp_path: Path) -> None:
         ("t.txt", "", "a topology is one of .json, .csv, .xml"),
         ("t.json", "{", "Invalid JSON"),
         ("t.json", '{"capacity": [[0, 1]]}', "a topology matrix is square"),
-        ("t.json", '{"capacity": [[0, 0], [1, 0]]}', "no way from 'node0' to 'node1'"),
+        ("t.json", '{"capacity": [[0, 0], [1, 0]]}', "no path from 'node0' to 'node1'"),
         ("t.json", '{"capacity": [[0, -1], [1, 0]]}', "a capacity is 0 or more"),
         ("t.json", '{"capacity": [[0]], "switch": [1]}', "switch: Extra inputs"),
         ("t.json", '{"capacity": [[0, 1], [1, 0]], "switches": [2]}', "there is no node 2 to be a switch"),

@@ -143,7 +143,7 @@ def test_rates_must_be_above_zero() -> None:
 
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4))
 def test_a_rack_sends_and_gets_once_its_share_whatever_its_size(sizes: list[int]) -> None:
-    """2 (R-1)/R n over each uplink, each way."""
+    """2 (R-1)/R n over each uplink, in each direction."""
     numbers = iter(range(sum(sizes)))
     racks = [[next(numbers) for _ in range(size)] for size in sizes]
     rack_of = {rank: number for number, rack in enumerate(racks) for rank in rack}
@@ -174,7 +174,7 @@ def test_on_a_torus_only_neighbours_talk(rows: int, columns: int) -> None:
 
 
 def test_a_forest_sends_along_its_trees_only() -> None:
-    """Two chains round a ring of four, one each way, weights 3 and 1."""
+    """Two chains round a ring of four, one in each direction, weights 3 and 1."""
     there, back = rooted.chain([0, 1, 2, 3]), rooted.chain([0, 3, 2, 1])
     schedule = forest.broadcast([(there, 3), (back, 1)])
     assert schedule.flows([8]) == ((0, 1, 6), (0, 3, 2), (1, 2, 6), (2, 1, 2), (2, 3, 6), (3, 2, 2))

@@ -60,8 +60,8 @@ def mutated(schedule: Schedule, how: str, random: Random) -> Schedule:
 
 
 @pytest.mark.parametrize("name", GENERATORS)
-@settings(max_examples=10)
-@given(p=st.integers(2, 11), seed=seeds, how=st.sampled_from(ALWAYS_WRONG), segments=st.integers(1, 2))
+@settings(max_examples=6)
+@given(p=st.integers(2, 9), seed=seeds, how=st.sampled_from(ALWAYS_WRONG), segments=st.integers(1, 2))
 def test_what_is_dropped_or_sent_twice_or_of_another_kind_is_refused(
     name: str, p: int, seed: int, how: str, segments: int
 ) -> None:
@@ -81,10 +81,10 @@ def test_a_copy_to_another_rank_is_refused(name: str, p: int, seed: int) -> None
 
 
 @pytest.mark.parametrize("name", GENERATORS)
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(p=st.integers(3, 6), seed=seeds, how=st.sampled_from(OFTEN_WRONG), segments=st.integers(1, 2))
 def test_what_is_accepted_is_right(name: str, p: int, seed: int, how: str, segments: int) -> None:
-    """A sum may well go another way round. Then the proof may say yes, but only if the result is still what it should be."""
+    """A sum may well be added up in another order. Then `verify` may accept it, but only if the result is right."""
     schedule = mutated(make(name, p, seed, segments), how, Random(seed))
     try:
         verify(schedule)

@@ -2,7 +2,7 @@
 
 An all-reduce of a few bytes is nearly all software: recursive doubling as we run it, and the backend's own. Each time gives one
 factor for the costs of its side, found by bisection: with it the simulation takes the time that was measured. The ratio of
-sending to receiving is left as it is. (Ours is timed inside: what a call costs on its way there is not in it.)
+sending to receiving is left as it is. (Ours is timed inside the runner: what a call costs before that is not in it.)
 """
 
 from collections.abc import Callable

@@ -56,14 +56,14 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Offers:
+class Candidates:
     """left_out: what was not made, and why, a sentence each."""
 
-    candidates: tuple[Candidate, ...]
+    found: tuple[Candidate, ...]
     left_out: tuple[str, ...]
 
 
-def offers(call: CollectiveCall) -> Offers:
+def candidates_for(call: CollectiveCall) -> Candidates:
     """Schedules are over positions in the group of `call`, and so is its root."""
     found = [Candidate("native")]
     orders = placement.orders(call.cluster)
@@ -87,7 +87,7 @@ def offers(call: CollectiveCall) -> Offers:
             known.add((model.chunks, model.steps))
     if call.p > SYNTHESISED and call.op != "all_to_all":
         left_out.append(f"packed trees: {call.p} ranks; packing takes too long above {SYNTHESISED}")
-    return Offers(tuple(found), tuple(left_out))
+    return Candidates(tuple(found), tuple(left_out))
 
 
 def segment_counts(model: Schedule, message_bytes: int) -> list[int]:

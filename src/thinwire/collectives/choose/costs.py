@@ -7,7 +7,7 @@
     frame           to carry a frame that a bucket lets pass at once, if the network has the same cores
 
 The numbers are least times on loopback, two ranks with a core each, gloo in torch 2.13. Ours, over send and recv: an all-reduce
-of one number takes 88 us (a message each way), one of 4 KiB round the ring 158 us (two in turn), 64 messages that need not be
+of one number takes 88 us (one in each direction), one of 4 KiB round the ring 158 us (two in turn), 64 messages that need not be
 waited for 12 us each. Inside gloo (native): an all-reduce of one number takes 47 to 58 us (two messages in turn). An addition of
 float32 takes 0.14 to 0.28 ns a byte. A frame through a lab, two cards and a bridge, takes 15 us of a core (all-to-all of 4 MiB
 among 8 hosts on 2 cores, /proc/stat); the sender's, or whatever is idle while the wire is waited for.

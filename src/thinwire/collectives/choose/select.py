@@ -16,7 +16,7 @@ from operator import itemgetter
 
 from thinwire.cluster import Link
 from thinwire.collectives.choose.call import CollectiveCall
-from thinwire.collectives.choose.candidates import Candidate, Offers, offers
+from thinwire.collectives.choose.candidates import Candidate, Candidates, candidates_for
 from thinwire.collectives.choose.costs import Costs
 from thinwire.collectives.choose.estimate import profile
 from thinwire.collectives.choose.native import closed_form_s, simulate_native
@@ -93,9 +93,9 @@ def _effort(one: Priced) -> tuple[int, int]:
 
 def choose(call: CollectiveCall, costs: Costs | None = None) -> Selection:
     costs = costs or Costs()
-    offered = offers(call)
+    offered = candidates_for(call)
     priced = []
-    for one in offered.candidates:
+    for one in offered.found:
         if one.model is None:
             found = simulate_native(call, one.order, costs)
             priced.append(Priced(one, found.seconds if found else closed_form_s(call, one.order), found))
@@ -105,12 +105,12 @@ def choose(call: CollectiveCall, costs: Costs | None = None) -> Selection:
         priced.append(Priced(one, run.seconds, run))
     # Of equal ones the first: native before ours, few segments before many.
     ranking = tuple(sorted(priced, key=lambda one: one.seconds))
-    return Selection(call, ranking, len(offered.candidates), offered.left_out)
+    return Selection(call, ranking, len(offered.found), offered.left_out)
 
 
-def _promising(offered: Offers, call: CollectiveCall, costs: Costs) -> list[Candidate]:
+def _promising(offered: Candidates, call: CollectiveCall, costs: Costs) -> list[Candidate]:
     kept: list[tuple[float, Candidate]] = []
-    for model, group in groupby(offered.candidates, key=lambda one: one.model):
+    for model, group in groupby(offered.found, key=lambda one: one.model):
         if model is None:
             continue
         seconds = profile(model, call, costs).seconds

@@ -137,7 +137,7 @@ class _Run:
         self._messages = [
             _Message(m.source, m.target, sum(lengths[chunk] for chunk in m.chunks), m.reduce) for m in schedule.messages
         ]
-        self._ranks = self._laid_out(schedule, len(schedule.steps) // calls)
+        self._ranks = self._prepared(schedule, len(schedule.steps) // calls)
         self._capacity = [link.bandwidth_bps.value / (8 * FRAME_OVERHEAD) for link in self._links]
         self._sharing = Sharing(self._links_of, self._capacity, self._links_back, costs.acknowledged)
         self._buckets = Buckets(list(self._links), self._capacity)
@@ -147,10 +147,10 @@ class _Run:
         self._changed = False
         self._started: list[_Message] = []
         self._cores = [0.0] * costs.cores(schedule.p)
-        self._agenda: list[tuple[float, int, int]] = []  # time, rank, 1 if its action ends then, 0 if it may begin
+        self._events: list[tuple[float, int, int]] = []  # time, rank, 1 if its action ends then, 0 if it may begin
         self._work()
 
-    def _laid_out(self, schedule: Schedule, call_steps: int) -> list[_Rank]:
+    def _prepared(self, schedule: Schedule, call_steps: int) -> list[_Rank]:
         """Programs without messages that carry nothing, and what connections and links they use. A call has call_steps steps."""
         for message in self._messages:
             if message.size and (route := self._routes.between(message.source, message.target)):
@@ -179,29 +179,29 @@ class _Run:
 
     def _work(self) -> None:
         for number in range(len(self._ranks)):
-            self._begin(number, self._call_s)
-        now = flown = 0.0  # what is left of each message is known at `flown`
+            self._begin_next(number, self._call_s)
+        now = advanced = 0.0  # what is left of each message is known at `advanced`
         soonest = inf
         active = np.empty(0, dtype=np.int64)
         rates, carried = self._sharing.rates(active)
 
-        def fly() -> None:
-            nonlocal flown
-            self._left[active] -= rates * (now - flown)
-            self._buckets.rest(now - flown, carried)
-            flown = now
+        def advance() -> None:
+            nonlocal advanced
+            self._left[active] -= rates * (now - advanced)
+            self._buckets.rest(now - advanced, carried)
+            advanced = now
 
-        while self._agenda or self._active:
-            now = min(soonest, self._agenda[0][0] if self._agenda else inf)
+        while self._events or self._active:
+            now = min(soonest, self._events[0][0] if self._events else inf)
             if soonest <= now + _SAME_S:
-                fly()
+                advance()
                 for pair in active[self._left[active] <= rates * _SAME_S].tolist():
-                    self._gone(pair, now)
-            while self._agenda and self._agenda[0][0] <= now + _SAME_S:
-                time, number, ends = heapq.heappop(self._agenda)
-                self._ended(number, time) if ends else self._take_core(number, time)
+                    self._message_left(pair, now)
+            while self._events and self._events[0][0] <= now + _SAME_S:
+                time, number, ends = heapq.heappop(self._events)
+                self._action_ended(number, time) if ends else self._take_core(number, time)
             if self._changed or self._started:
-                fly()
+                advance()
                 for message in self._started:
                     self._left[message.pair] = message.size - self._buckets.taken(self._links_of[message.pair], message.size)
                 self._started.clear()
@@ -211,7 +211,7 @@ class _Run:
                     rates, carried = self._sharing.rates(active)
                 soonest = now + float((self._left[active] / rates).min()) if len(active) else inf
 
-    def _begin(self, number: int, time: float) -> None:
+    def _begin_next(self, number: int, time: float) -> None:
         """The rank is free from `time` on; its next action begins when it can."""
         rank = self._ranks[number]
         if rank.at == len(rank.actions):
@@ -229,9 +229,9 @@ class _Run:
         rank.waits_for = None
         action.ready = ready if action.cause is None else ready + self._costs.wake_s
         if self._cores:
-            heapq.heappush(self._agenda, (action.ready, number, 0))
+            heapq.heappush(self._events, (action.ready, number, 0))
         else:
-            heapq.heappush(self._agenda, (action.ready + self._cost(action), number, 1))
+            heapq.heappush(self._events, (action.ready + self._cost(action), number, 1))
 
     def _cost(self, action: _Action) -> float:
         if not action.receives:
@@ -251,9 +251,9 @@ class _Run:
         start = max(time, heapq.heappop(self._cores))
         end = start + self._cost(rank.actions[rank.at])
         heapq.heappush(self._cores, end)
-        heapq.heappush(self._agenda, (end, number, 1))
+        heapq.heappush(self._events, (end, number, 1))
 
-    def _ended(self, number: int, time: float) -> None:
+    def _action_ended(self, number: int, time: float) -> None:
         rank = self._ranks[number]
         action = rank.actions[rank.at]
         action.end = time
@@ -261,7 +261,7 @@ class _Run:
             self._post(action.message, rank.at, time)
         rank.at += 1
         another = rank.at < len(rank.actions) and rank.actions[rank.at].call > action.call
-        self._begin(number, time + self._call_s if another else time)
+        self._begin_next(number, time + self._call_s if another else time)
 
     def _post(self, message: _Message, place: int, time: float) -> None:
         message.sender = place
@@ -283,7 +283,7 @@ class _Run:
             self._active.add(message.pair)
             self._changed = True
 
-    def _gone(self, pair: int, time: float) -> None:
+    def _message_left(self, pair: int, time: float) -> None:
         queue = self._queues[pair]
         message = queue.popleft()
         message.left, message.arrived = time, time + self._latency[pair]
@@ -299,7 +299,7 @@ class _Run:
         for number in (message.target, message.source):
             rank = self._ranks[number]
             if rank.waits_for is message:
-                self._begin(number, rank.actions[rank.at].ready)
+                self._begin_next(number, rank.actions[rank.at].ready)
 
     def result(self) -> Simulated:
         ends = [rank.actions[-1].end if rank.actions else 0.0 for rank in self._ranks]

@@ -10,7 +10,7 @@ All sums mod p.
 systems, 1997.)
 """
 
-from thinwire.collectives.schedules.combine import bundled, turned
+from thinwire.collectives.schedules.combine import bundled, reverse
 from thinwire.collectives.schedules.schedule import Message, Schedule, whole_blocks
 
 
@@ -23,7 +23,7 @@ def all_gather(p: int) -> Schedule:
 
 
 def reduce_scatter(p: int) -> Schedule:
-    return turned(all_gather(p), "Bruck")
+    return reverse(all_gather(p), "Bruck")
 
 
 def all_to_all(p: int) -> Schedule:

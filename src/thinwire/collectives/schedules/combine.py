@@ -1,6 +1,6 @@
-"""Schedules from schedules: turned round, one after the other, side by side, in segments, on other ranks.
+"""Schedules from schedules: reversed, one after the other, side by side, in segments, on other ranks.
 
-    turned      the path along which a chunk was copied to all is, walked backwards, one along which it can be added up:
+    reverse     the path along which a chunk was copied to all is, walked backwards, one along which it can be added up:
                 all-gather -> reduce-scatter, broadcast -> reduce, scatter -> gather
                 (the copies of a chunk form a tree out of its source; each rank adds what its children send, and sends that on)
     then        reduce-scatter, all-gather -> all-reduce;  reduce, broadcast -> all-reduce;  reduce-scatter, gather -> reduce
@@ -21,7 +21,7 @@ from thinwire.collectives.schedules import ops
 from thinwire.collectives.schedules.schedule import Chunk, Message, Schedule, Step, check_order
 from thinwire.errors import UserError
 
-_TURNED = {"all_gather": "reduce_scatter", "broadcast": "reduce", "scatter": "gather"}
+_REVERSE = {"all_gather": "reduce_scatter", "broadcast": "reduce", "scatter": "gather"}
 _THEN = {
     ("reduce_scatter", "all_gather"): "all_reduce",
     ("reduce", "broadcast"): "all_reduce",
@@ -29,11 +29,11 @@ _THEN = {
 }
 
 
-def turned(schedule: Schedule, name: str) -> Schedule:
-    """The schedule backwards, every message the other way round."""
-    if schedule.op not in _TURNED:
-        raise UserError(f"{schedule.name}: {schedule.op} cannot be turned round; only {', '.join(_TURNED)} can")
-    op = _TURNED[schedule.op]
+def reverse(schedule: Schedule, name: str) -> Schedule:
+    """The schedule backwards, every message from its target to its source."""
+    if schedule.op not in _REVERSE:
+        raise UserError(f"{schedule.name}: {schedule.op} cannot be reversed; only {', '.join(_REVERSE)} can")
+    op = _REVERSE[schedule.op]
     return replace(schedule, op=op, steps=reversed_steps(schedule.steps, ops.reduces(op)), name=name)
 
 
@@ -114,7 +114,7 @@ def on_ranks(schedule: Schedule, order: Sequence[int]) -> Schedule:
     numbers = {old: new for new, old in enumerate(by_block)}
     chunks = tuple(Chunk(place[schedule.chunks[old].block], schedule.chunks[old].weight) for old in by_block)
     steps = tuple(
-        tuple(replace(m, source=order[m.source], target=order[m.target]) for m in _renumbered(step, numbers))
+        tuple(Message(order[m.source], order[m.target], m.chunks, m.reduce) for m in _renumbered(step, numbers))
         for step in schedule.steps
     )
     root = None if schedule.root is None else order[schedule.root]
@@ -146,4 +146,4 @@ def _renumbered(step: Step, numbers: dict[int, int]) -> Iterable[Message]:
     for message in step:
         chunks = tuple(sorted(numbers[chunk] for chunk in message.chunks if chunk in numbers))
         if chunks:
-            yield replace(message, chunks=chunks)
+            yield Message(message.source, message.target, chunks, message.reduce)

@@ -5,7 +5,7 @@ for an all-gather. The owner of a part adds the contributions in a fixed order.
 
 Weighted: rank i owns the share w_i of the vector, sum w_i = 1. It sends (and gets) 1 - w_i in the reduce-scatter and (p-1) w_i
 in the all-gather, 1 + (p-2) w_i together. Run in segments (`combine.pipelined`), so that the all-gather of one overlaps the
-reduce-scatter of the next, this takes on a switch that does not block, cards of b_i bytes/s each way, vector of M bytes:
+reduce-scatter of the next, this takes on a switch that does not block, cards of b_i bytes/s in each direction, vector of M bytes:
 
     T = M max_i (1 + (p-2) w_i) / b_i,  least where w_i ~ max(0, b_i t - 1),  t = max(1 / min b, 2 (p-1) / sum b)
 
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import floor
 
-from thinwire.collectives.schedules.combine import then, turned
+from thinwire.collectives.schedules.combine import reverse, then
 from thinwire.collectives.schedules.schedule import Message, Schedule, whole_blocks
 from thinwire.errors import UserError
 
@@ -34,7 +34,7 @@ def all_gather(p: int) -> Schedule:
 
 
 def reduce_scatter(p: int) -> Schedule:
-    return turned(all_gather(p), "direct")
+    return reverse(all_gather(p), "direct")
 
 
 def all_reduce(p: int, shares: Sequence[int] = ()) -> Schedule:

@@ -14,7 +14,7 @@ ForestColl, 2024.)
 
 from collections.abc import Sequence
 
-from thinwire.collectives.schedules.combine import overlaid, reversed_steps, turned
+from thinwire.collectives.schedules.combine import overlaid, reverse, reversed_steps
 from thinwire.collectives.schedules.rooted import down, root_of
 from thinwire.collectives.schedules.schedule import Chunk, Schedule, Step
 from thinwire.errors import UserError
@@ -32,7 +32,7 @@ def all_gather(trees: Sequence[Weighted], name: str = "forest") -> Schedule:
 
 
 def reduce_scatter(trees: Sequence[Weighted], name: str = "forest") -> Schedule:
-    return turned(all_gather(trees, name), name)
+    return reverse(all_gather(trees, name), name)
 
 
 def broadcast(trees: Sequence[Weighted], name: str = "forest") -> Schedule:
@@ -45,7 +45,7 @@ def broadcast(trees: Sequence[Weighted], name: str = "forest") -> Schedule:
 
 
 def reduce(trees: Sequence[Weighted], name: str = "forest") -> Schedule:
-    return turned(broadcast(trees, name), name)
+    return reverse(broadcast(trees, name), name)
 
 
 def all_reduce(trees: Sequence[tuple[Sequence[int], Sequence[int], int]], name: str = "forest") -> Schedule:

@@ -19,7 +19,7 @@ above the greatest power of two. The second is the first mirrored, r -> p-1-r, i
 
 from collections.abc import Callable, Sequence
 
-from thinwire.collectives.schedules.combine import then, together, turned
+from thinwire.collectives.schedules.combine import reverse, then, together
 from thinwire.collectives.schedules.schedule import Chunk, Message, Schedule, Step, check_order, check_root, whole_blocks
 from thinwire.errors import UserError
 
@@ -60,7 +60,7 @@ def broadcast(parents: Sequence[int], name: str = "tree") -> Schedule:
 
 
 def reduce(parents: Sequence[int], name: str = "tree") -> Schedule:
-    return turned(broadcast(parents), name)
+    return reverse(broadcast(parents), name)
 
 
 def all_reduce(parents: Sequence[int], name: str = "tree") -> Schedule:
@@ -85,7 +85,7 @@ def scatter(parents: Sequence[int], name: str = "tree") -> Schedule:
 
 
 def gather(parents: Sequence[int], name: str = "tree") -> Schedule:
-    return turned(scatter(parents), name)
+    return reverse(scatter(parents), name)
 
 
 def root_of(parents: Sequence[int]) -> int:

@@ -1,7 +1,7 @@
 """A schedule is proven right before it may run, by following who has contributed what to every slot.
 
 The value of a slot is the set of ranks in it and the order in which they were added, as a tree: leaf r, or the sum of two trees.
-x + y and y + x are one tree, since addition gives the same bits both ways (but for which NaN it is). Checked, step by step:
+x + y and y + x are one tree, since addition gives the same bits in both orders (but for which NaN it is). Checked, step by step:
 
     arrival        a rank sends only what it holds
     once           a reduction joins two sets without a common rank; nothing is added to an empty slot

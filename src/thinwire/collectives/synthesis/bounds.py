@@ -85,11 +85,13 @@ class _Limits:
         best = max(self._limits(), key=lambda limit: limit.seconds)
         links = [pair for group in best.groups for pair in self._links[self._crossed(group, best.outward)].tolist()]
         across = min(self._across(group, best.outward) for group in best.groups)
-        rows = {"broadcast": self._far[[self._root]], "reduce": self._far[:, [self._root]]}.get(self._op, self._far)
-        farthest = float(rows.max())
+        nodes = np.arange(self._graph.computes)
+        sources, targets = (nodes[[self._root]] if self._op == op else nodes for op in ("broadcast", "reduce"))
+        far = self._far[np.ix_(sources, targets)]
+        farthest = float(far.max())
         if farthest > best.seconds + across:
-            source, target = np.argwhere(self._far == farthest)[0]
-            ends = self._graph.nodes[source], self._graph.nodes[target]
+            source, target = np.argwhere(far == farthest)[0]
+            ends = self._graph.nodes[sources[source]], self._graph.nodes[targets[target]]
             return Bound(farthest, farthest, 0.0, (), f"latency from {ends[0]} to {ends[1]}: {show(farthest, 's')}")
         named = tuple((self._graph.nodes[a], self._graph.nodes[b]) for a, b in links)
         return Bound(best.seconds + across, across, best.seconds, named, self._words(best, named))

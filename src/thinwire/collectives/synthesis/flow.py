@@ -38,19 +38,19 @@ def violated_cut(capacity: Matrix, roots: Counts, first: int | None = None) -> t
     """
     computes, size = len(roots), len(capacity)
     total = int(roots.sum())
-    given = np.zeros((size + 1, size + 1), dtype=np.int64)
-    given[:size, :size] = capacity
-    given[size, :computes] = roots
+    extended = np.zeros((size + 1, size + 1), dtype=np.int64)
+    extended[:size, :size] = capacity
+    extended[size, :computes] = roots
     waiting = np.ones(computes, dtype=bool)
     while waiting.any():
-        surely = given[size, :computes] + np.minimum(given[size, :size, None], capacity[:, :computes]).sum(0)
-        found = waiting & (surely >= total)
+        known = extended[size, :computes] + np.minimum(extended[size, :size, None], capacity[:, :computes]).sum(0)
+        found = waiting & (known >= total)
         if first is not None or not found.any():
-            node = int(np.where(waiting, surely, -1).argmax()) if first is None else first
-            value, inside = min_cut(given, size, node)
+            node = int(np.where(waiting, known, -1).argmax()) if first is None else first
+            value, inside = min_cut(extended, size, node)
             if value < total:
                 return node, total - value, inside[:-1]
             found, first = np.arange(computes) == node, None
-        given[size, :computes][found] = total
+        extended[size, :computes][found] = total
         waiting &= ~found
     return None

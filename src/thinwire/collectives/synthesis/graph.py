@@ -1,7 +1,7 @@
 """The network as a capacity graph: nodes that compute, nodes that only forward, and what each link carries in its direction.
 
 Compute nodes come first. A node may carry several ranks (a host whose devices share its card); what they send each other
-crosses no link. Capacities are exact fractions in any unit (of floats, the first six digits); `bytes_per_s` says how many payload
+crosses no link. Capacities are exact fractions in any unit (of floats, the first six digits); `bytes_per_s` is how many payload
 bytes capacity 1 moves in a second.
 """
 
@@ -158,7 +158,7 @@ def checked(graph: Graph) -> Graph:
         for known, source, target in ((ahead, 0, node), (back, node, 0)):
             if node not in known:
                 raise UserError(
-                    f"{graph.name}: no way from {graph.nodes[source]!r} to {graph.nodes[target]!r}; add the missing link or card"
+                    f"{graph.name}: no path from {graph.nodes[source]!r} to {graph.nodes[target]!r}; add the missing link or card"
                 )
     keep = sorted(ahead & back)
     at = {node: position for position, node in enumerate(keep)}

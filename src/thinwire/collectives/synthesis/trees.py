@@ -74,7 +74,7 @@ class Forest:
         return dict(sorted(shares.items()))
 
     def reversed(self) -> "Forest":
-        """The same trees in the reversed graph, their bytes running the other way."""
+        """The same trees in the reversed graph, their bytes running in the other direction."""
         trees = tuple(
             Tree(tree.root, tree.weight, tuple(Edge(edge.parent, edge.child, edge.path[::-1]) for edge in tree.edges))
             for tree in self.trees
