@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from any_clusters import clusters, star
+from any_clusters import clusters, star, wired
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,6 +97,13 @@ def test_where_ranks_sit() -> None:
     assert placement.with_slow_ends(range(8), rates)[0] == 7 or placement.with_slow_ends(range(8), rates)[-1] == 7
     assert placement.card_rates_bps(load_cluster("laptop")) == (1.0,) * 4
     assert placement.grid(range(6)) == ((0, 1, 2), (3, 4, 5)) and placement.grid(range(7)) is None
+
+
+def test_hosts_on_two_switches_are_racks_in_two_manners() -> None:
+    """By the switch of the first card, and by that of the last."""
+    cables = [(f"h{k}", f"first{k // 2}", 1e9) for k in range(4)] + [(f"h{k}", f"last{k % 2}", 1e9) for k in range(4)]
+    cluster = wired({f"h{k}": 1 for k in range(4)}, cables)
+    assert placement.groupings(cluster, range(4)) == [((0, 1), (2, 3)), ((0, 2), (1, 3))]
 
 
 @pytest.mark.parametrize("op", ["all_reduce", "reduce_scatter", "all_gather", "reduce", "broadcast", "all_to_all"])

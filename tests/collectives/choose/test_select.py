@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from thinwire.cluster import FRAME_OVERHEAD, Cluster, load_cluster
 from thinwire.collectives.choose.call import collective_call
+from thinwire.collectives.choose.candidates import Candidate
 from thinwire.collectives.choose.costs import Costs
 from thinwire.collectives.choose.estimate import profile
 from thinwire.collectives.choose.explain import explain, fullest, loses
 from thinwire.collectives.choose.native import simulate_native
-from thinwire.collectives.choose.select import TIE, Selection, choose
+from thinwire.collectives.choose.select import NEAR, TIE, Priced, Selection, choose
 from thinwire.collectives.choose.simulate import simulate
-from thinwire.collectives.schedules import ring, rooted
+from thinwire.collectives.schedules import direct, doubling, ring, rooted
 from thinwire.collectives.synthesis.bounds import OPS, bound
 
 SIZE = 4 << 20
@@ -72,6 +73,33 @@ def test_the_native_broadcast_is_as_slow_as_it_was_measured(hosts: int, low: flo
 def test_the_native_all_to_all_is_as_slow_as_it_was_measured(hosts: int, measured: float) -> None:
     least_s = (hosts - 1) / hosts * MESSAGE_S * BOTH_DIRECTIONS
     assert native_s(hosts, "all_to_all") == pytest.approx(measured * least_s, rel=0.02)
+
+
+@pytest.mark.parametrize("op", ["broadcast", "all_to_all"])
+def test_the_parts_of_a_native_collective_add_up(op: str) -> None:
+    found = simulate_native(collective_call(star([RATE] * 4, latency_s=1e-3), op, 40_000), None, Costs())
+    assert found is not None and found.latency_s > 0
+    assert found.software_s + found.wire_s + found.latency_s == pytest.approx(found.seconds)
+
+
+def test_of_those_nearly_as_good_the_one_with_the_fewest_steps_comes_second() -> None:
+    call = collective_call(star([RATE] * 8), "all_reduce", 8 * 4000)
+    models = [(ring.all_reduce(range(8)), 1.0), (doubling.rabenseifner(8), NEAR - 0.05), (direct.all_reduce(8), NEAR - 0.01)]
+    models.append((doubling.recursive_doubling(8), NEAR + 0.01))
+    runs = [
+        (Candidate(model.name, model), seconds, simulate(model, call.message_bytes, call.routes)) for model, seconds in models
+    ]
+    found = Selection(call, tuple(Priced(*one) for one in runs), len(runs), ())
+    names = [one.candidate.name for one in found.promising]
+    assert names == ["ring", "direct", "Rabenseifner", "recursive doubling"]
+    assert found.best.candidate.name == "ring"
+
+
+def test_costs_are_scaled_by_whose_they_are() -> None:
+    costs, scaled = Costs(), Costs().scaled(ours=2.0, native=3.0)
+    for name in ("send_s", "receive_s", "call_s"):
+        assert getattr(scaled, name) == 2 * getattr(costs, name)
+        assert getattr(scaled.native, name) == pytest.approx(3 * getattr(costs.native, name))
 
 
 def test_interleaved_racks_are_reordered() -> None:
