@@ -11,7 +11,7 @@ from thinwire.collectives.backend import ALL_GATHER, REDUCE_SCATTER
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.run.links import Inner, over_gloo
 from thinwire.collectives.scheduled import register_scheduled
-from thinwire.collectives.schedules import direct, pairwise, ring, rooted
+from thinwire.collectives.schedules import direct, ring, rooted
 from thinwire.collectives.schedules.combine import pipelined
 from thinwire.collectives.tuned.advice import Advisor
 from thinwire.collectives.tuned.tuner import Tuner
@@ -32,10 +32,10 @@ class Fixed(Advisor):
         made = {
             "all_reduce": lambda: pipelined(direct.all_reduce(p, [*range(1, p), 0]), 3),
             "reduce_scatter": lambda: ring.reduce_scatter(range(p)),
-            "all_gather": lambda: ring.both_ways(ring.all_gather, range(p)),
+            "all_gather": lambda: ring.bidirectional(ring.all_gather, range(p)),
             "broadcast": lambda: pipelined(rooted.broadcast(rooted.chain(order)), 4),
             "reduce": lambda: pipelined(rooted.reduce(rooted.chain(order)), 4),
-            "all_to_all": lambda: pairwise.all_to_all(p),
+            "all_to_all": lambda: direct.pairwise(p),
         }[op]()
         if self.reordered and op in ("all_reduce", "broadcast", "reduce"):
             return [(Way("native reordered", None, tuple(reversed(range(p)))), 1.0)]

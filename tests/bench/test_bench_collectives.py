@@ -5,7 +5,7 @@ import pytest
 from thinwire.bench.collective_cases import NETWORKS, Case
 from thinwire.bench.collectives import DEFAULTS, _predictions, _row, measure
 from thinwire.cluster.equal import equal_hosts
-from thinwire.collectives.synthesis import bound
+from thinwire.collectives.synthesis.bounds import bound
 
 MIB = 1 << 20
 

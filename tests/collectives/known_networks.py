@@ -5,15 +5,15 @@ from fractions import Fraction
 
 from hypothesis import strategies as st
 
-from thinwire.collectives.synthesis import Graph, matrix_graph
+from thinwire.collectives.synthesis.graph import Graph, matrix_graph
 
 Cable = tuple[Hashable, Hashable, int | float | Fraction]
 
 
-def cables(name: str, computes: Sequence[Hashable], switches: Sequence[Hashable], both_ways: Sequence[Cable]) -> Graph:
+def cables(name: str, computes: Sequence[Hashable], switches: Sequence[Hashable], both_directions: Sequence[Cable]) -> Graph:
     at = {node: place for place, node in enumerate([*computes, *switches])}
     rows: list[list[int | float | Fraction]] = [[0] * len(at) for _ in at]
-    for a, b, capacity in both_ways:
+    for a, b, capacity in both_directions:
         rows[at[a]][at[b]] += capacity
         rows[at[b]][at[a]] += capacity
     return matrix_graph(rows, switches=range(len(computes), len(at)), name=name, names=[str(node) for node in at])
@@ -82,7 +82,7 @@ def racks(count: int, hosts: int, uplink: float) -> Graph:
 
 @st.composite
 def small_graphs(draw: st.DrawFn, balanced: bool = True) -> Graph:
-    """2 to 5 nodes that compute, up to 3 switches, joined by a random tree and more cables; balanced: equal both ways."""
+    """2 to 5 nodes that compute, up to 3 switches, joined by a random tree and cables; balanced: equal in both directions."""
     computes, switches = draw(st.integers(2, 5)), draw(st.integers(0, 3))
     size = computes + switches
     rate = st.integers(1, 6)

@@ -1,5 +1,6 @@
 """Lower bounds: closed forms, the link that they name, and that no forest beats them; NCCL's files as graphs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,17 +8,17 @@ from hypothesis import given, settings
 from known_networks import a100, small_graphs
 
 from thinwire.cluster import FRAME_OVERHEAD, load_cluster
-from thinwire.collectives.synthesis import (
-    Graph,
+from thinwire.collectives.synthesis.bounds import bound
+from thinwire.collectives.synthesis.forest import (
     all_gather_forest,
     all_reduce_plan,
-    bound,
     broadcast_forest,
-    nccl_graph,
-    optimum,
     reduce_forest,
     reduce_scatter_forest,
 )
+from thinwire.collectives.synthesis.graph import Graph, matrix_graph
+from thinwire.collectives.synthesis.nccl import nccl_graph
+from thinwire.collectives.synthesis.optimum import optimum
 from thinwire.errors import UserError
 
 SIZE = 4 << 20
@@ -58,6 +59,19 @@ def test_small_messages_are_bounded_by_the_farthest_ranks() -> None:
     assert far.seconds == pytest.approx(140e-6) and far.where == "latency from a0 to b0: 140 us"
 
 
+@pytest.mark.parametrize(("op", "ends"), [("broadcast", "b0 to a0"), ("reduce", "a0 to b0")])
+def test_the_farthest_from_the_root_is_named(op: str, ends: str) -> None:
+    assert bound(load_cluster("two-racks"), op, 4, root=1).where == f"latency from {ends}: 140 us"
+
+
+@pytest.mark.parametrize(("op", "latency_s"), [("broadcast", 0.25), ("reduce", 0.5)])
+def test_latency_counts_in_the_direction_of_the_bytes(op: str, latency_s: float) -> None:
+    """Two nodes, 2 bytes over 1 byte/s; from the root 0.25 s, to it 0.5 s."""
+    graph = matrix_graph([[0, 1], [1, 0]], bytes_per_s=1.0)
+    graph = replace(graph, latency_s={(0, 1): 0.25, (1, 0): 0.5})
+    assert bound(graph, op, 2).seconds == pytest.approx(2 + latency_s)
+
+
 def test_uneven_lines_bound_by_what_can_be_sent() -> None:
     """home-internet sends slower than it receives: 3 shares of 4 must come out of 4 slow ends, 1 / (4 * 20 Mbit/s) each."""
     found = bound(load_cluster("home-internet"), "all_gather", SIZE)
@@ -69,7 +83,7 @@ def test_a_thousand_ranks_are_no_trouble() -> None:
     assert found.bandwidth_s > 0 and found.links
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(graph=small_graphs(balanced=False))
 def test_no_forest_beats_its_bound_and_few_miss_it(graph: Graph) -> None:
     p = graph.world_size
@@ -111,6 +125,15 @@ def test_nvlinks_between_gpus_from_nccl(tmp_path: Path) -> None:
     graph = nccl_graph(dump(tmp_path / "topo.xml", gpus))
     assert graph.capacity[0, 1] == graph.capacity[1, 0] == 80
     assert optimum(graph).bytes_per_s(graph) == pytest.approx(2 * 104e9)
+
+
+def test_a_pcie_switch_from_nccl_is_no_cpu(tmp_path: Path) -> None:
+    """Two GPUs below it send each other 24 GB/s, and one CPU needs no rate to another."""
+    gpus = "".join(GPU.format(bus=f"0{dev}", dev=dev, links="") for dev in range(2))
+    switch = f'<pci busid="10" link_speed="16.0 GT/s PCIe" link_width="16">{gpus}</pci>'
+    graph = nccl_graph(dump(tmp_path / "topo.xml", switch))
+    assert graph.world_size == 2 and "10" in graph.nodes
+    assert optimum(graph).bytes_per_s(graph) == pytest.approx(2 * 24e9)
 
 
 def test_what_is_not_understood_of_nccl_is_said(tmp_path: Path) -> None:

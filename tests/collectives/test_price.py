@@ -30,13 +30,24 @@ def test_closed_forms_on_a_switch(count: int) -> None:
 
 
 def test_interleaved_ranks_cost_four_times_as_much_on_two_racks() -> None:
-    """All eight ring neighbours cross the uplink instead of two: four flows each way on one link."""
+    """All eight ring neighbours cross the uplink instead of two: four flows in each direction on one link."""
     cluster = load_cluster("two-racks")
     routes = Routes(cluster)
     interleaved = price(routes, "all_reduce", 2**22, range(8))
     in_order = price(routes, "all_reduce", 2**22, [0, 2, 4, 6, 1, 3, 5, 7])
     assert interleaved.seconds / in_order.seconds == pytest.approx(4, rel=0.02)
     assert interleaved.bottleneck is not None and interleaved.bottleneck.source.startswith("rack-")
+
+
+def test_a_reduce_is_a_ring_and_then_a_gather() -> None:
+    """Interleaved on two racks: 4 x 7/8 n over the uplink, then 7/8 n through the card of the root."""
+    found = price(Routes(load_cluster("two-racks")), "reduce", 2**24, range(8))
+    assert found.seconds == pytest.approx((4 + 1) * 7 / 8 * 2**24 * seconds_per_byte, rel=0.01)
+
+
+def test_every_round_has_its_latency() -> None:
+    found = price(Routes(load_cluster("eight-hosts-100mbit")), "all_reduce", 8, range(8))
+    assert found.seconds == pytest.approx(14 * (100e-6 + MESSAGE_OVERHEAD_S), rel=0.01)
 
 
 def test_a_slow_host_decides_the_ring() -> None:

@@ -11,14 +11,14 @@ from pool import Pool, Rank
 from tagless import Tagless
 from thinwire.collectives.run.compiler import in_place
 from thinwire.collectives.run.runner import Runner, Tensors
-from thinwire.collectives.schedules import bruck, direct, doubling, forest, hierarchy, ops, pairwise, ring, rooted
+from thinwire.collectives.schedules import bruck, direct, doubling, forest, hierarchy, ops, ring, rooted
 from thinwire.collectives.schedules.combine import pipelined
 from thinwire.collectives.schedules.schedule import Schedule
 from thinwire.errors import UserError
 
 SCHEDULES = {
     "ring": pipelined(ring.all_reduce([0, 2, 1, 3]), 3),
-    "both ways": ring.both_ways(ring.reduce_scatter, range(4)),
+    "both ways": ring.bidirectional(ring.reduce_scatter, range(4)),
     "recursive doubling": doubling.recursive_doubling(4),
     "Rabenseifner": doubling.rabenseifner(4),
     "weighted direct": pipelined(direct.all_reduce(4, [3, 1, 2, 0]), 4),
@@ -29,7 +29,7 @@ SCHEDULES = {
     "gather": rooted.gather(rooted.binomial(4, 3)),
     "scatter": rooted.scatter(rooted.binomial(4, 1)),
     "Bruck": bruck.all_to_all(4),
-    "pairwise": pairwise.all_to_all(4),
+    "pairwise": direct.pairwise(4),
     "forest": forest.all_gather([((-1, 0, 0, 1), 2), ((2, -1, 1, 2), 1), ((3, 0, -1, 2), 1), ((1, 3, 1, -1), 1)]),
 }
 

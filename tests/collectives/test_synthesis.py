@@ -11,22 +11,17 @@ from known_networks import a100, cables, dgx1v, mi250, racks, small_graphs, star
 from scipy.optimize import linprog
 
 from thinwire.cluster import load_cluster
-from thinwire.collectives.synthesis import (
-    Forest,
-    Graph,
+from thinwire.collectives.synthesis.forest import (
     all_gather_forest,
     all_reduce_plan,
-    all_reduce_time,
     broadcast_forest,
-    fixed_k,
-    graph_of,
-    matrix_graph,
-    optimum,
-    rack_time,
     reduce_forest,
     reduce_scatter_forest,
-    star_time,
 )
+from thinwire.collectives.synthesis.graph import Graph, graph_of, matrix_graph
+from thinwire.collectives.synthesis.lp import all_reduce_time
+from thinwire.collectives.synthesis.optimum import fixed_k, optimum
+from thinwire.collectives.synthesis.trees import Forest
 from thinwire.errors import UserError
 
 LOSS = 1.025
@@ -35,6 +30,10 @@ LOSS = 1.025
 
 def gbytes(graph: Graph, k: int | None = None) -> float:
     return (optimum(graph) if k is None else fixed_k(graph, k)).bytes_per_s(graph) / 1e9
+
+
+def seconds_per_byte(graph: Graph, k: int | None = None) -> float:
+    return 1e-9 / gbytes(graph, k)
 
 
 def subsets(graph: Graph) -> list[np.ndarray]:
@@ -48,7 +47,7 @@ def leaving(graph: Graph, inside: np.ndarray) -> Fraction:
 
 
 def check(graph: Graph, forest: Forest, shares: dict[int, Fraction]) -> None:
-    """Trees span, ways are ways, roots have their shares, and no link is busy for longer than the forest says."""
+    """Trees span, paths are paths, roots have their shares, and no link is busy for longer than the forest says."""
     names, ranks = {name: node for node, name in enumerate(graph.nodes)}, range(graph.world_size)
     loads: Counter[tuple[int, int]] = Counter()
     assert forest.shares() == {rank: share for rank, share in shares.items() if share}
@@ -58,10 +57,10 @@ def check(graph: Graph, forest: Forest, shares: dict[int, Fraction]) -> None:
             assert edge.parent in reached and edge.child not in reached
             reached.add(edge.child)
             ends = (edge.child, edge.parent) if forest.inward else (edge.parent, edge.child)
-            way = [names[name] for name in edge.path]
-            assert way[0] == graph.node_of(ends[0]) and way[-1] == graph.node_of(ends[1])
-            assert all(node >= graph.computes for node in way[1:-1])
-            for link in pairwise(way):
+            path = [names[name] for name in edge.path]
+            assert path[0] == graph.node_of(ends[0]) and path[-1] == graph.node_of(ends[1])
+            assert all(node >= graph.computes for node in path[1:-1])
+            for link in pairwise(path):
                 loads[link] += tree.weight  # type: ignore[assignment]
         assert reached == set(ranks)
         assert tree.parents()[tree.root] == -1
@@ -103,6 +102,7 @@ def test_published_optima_with_few_trees(graph: Graph, expected: dict[int, float
     assert {k: round(gbytes(graph, k), 3) for k in expected} == expected
 
 
+@settings(max_examples=25)
 @given(graph=small_graphs())
 def test_the_optimum_is_the_worst_of_all_cuts_and_trees_reach_it(graph: Graph) -> None:
     worst = max(
@@ -118,7 +118,7 @@ def test_the_optimum_is_the_worst_of_all_cuts_and_trees_reach_it(graph: Graph) -
     for make in (all_gather_forest, reduce_scatter_forest):
         forest = make(graph)
         check(graph, forest, shares)
-        assert forest.seconds_per_byte == pytest.approx(best.seconds_per_byte(graph), rel=1e-12)
+        assert forest.seconds_per_byte == pytest.approx(seconds_per_byte(graph), rel=1e-12)
 
 
 @settings(max_examples=15)
@@ -129,8 +129,8 @@ def test_with_k_trees_the_time_falls_towards_the_optimum(graph: Graph) -> None:
     for k in (1, 2):
         forest = all_gather_forest(graph, k)
         check(graph, forest, dict.fromkeys(range(graph.world_size), Fraction(1, graph.world_size)))
-        assert best.seconds_per_byte(graph) <= forest.seconds_per_byte * (1 + 1e-12)
-        assert forest.seconds_per_byte <= fixed_k(graph, k).seconds_per_byte(graph) * (1 + 1e-12)
+        assert seconds_per_byte(graph) <= forest.seconds_per_byte * (1 + 1e-12)
+        assert forest.seconds_per_byte <= seconds_per_byte(graph, k) * (1 + 1e-12)
 
 
 @settings(max_examples=15)
@@ -154,7 +154,7 @@ def test_many_trees_a_rank_keep_within_the_links() -> None:
     graph = torus(2, 4)
     forest = all_gather_forest(graph, 24)
     check(graph, forest, dict.fromkeys(range(8), Fraction(1, 8)))
-    assert forest.seconds_per_byte == pytest.approx(optimum(graph).seconds_per_byte(graph), rel=1e-12)
+    assert forest.seconds_per_byte == pytest.approx(seconds_per_byte(graph), rel=1e-12)
 
 
 def joint_time(graph: Graph) -> float:
@@ -182,7 +182,7 @@ def joint_time(graph: Graph) -> float:
     return float(done.fun)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(graph=small_graphs(balanced=False))
 def test_all_reduce_reaches_the_joint_optimum_on_any_network(graph: Graph) -> None:
     expected = joint_time(graph)
@@ -197,7 +197,7 @@ def test_all_reduce_reaches_the_joint_optimum_on_any_network(graph: Graph) -> No
     assert all(up.root == down.root for up, down, _ in plan.parts())
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(graph=small_graphs(balanced=False))
 def test_one_root_and_switches_that_take_more_than_they_give(graph: Graph) -> None:
     root = graph.world_size - 1
@@ -209,6 +209,11 @@ def test_one_root_and_switches_that_take_more_than_they_give(graph: Graph) -> No
         if graph.balanced():
             assert forest.seconds_per_byte * graph.bytes_per_s <= float(1 / least) * LOSS
     check(graph, all_gather_forest(graph), dict.fromkeys(range(graph.world_size), Fraction(1, graph.world_size)))
+
+
+def star_time(rates: list[float]) -> float:
+    """The closed form for nodes on one switch that never blocks, for a message of size 1."""
+    return max(1 / min(rates), 2 * (len(rates) - 1) / sum(rates))
 
 
 @pytest.mark.parametrize(
@@ -234,7 +239,8 @@ def test_joint_optimum_of_a_star(rates: list[float], expected: float) -> None:
 def test_joint_optimum_of_racks(count: int, hosts: int, uplink: float, expected: float) -> None:
     time = all_reduce_time(racks(count, hosts, uplink))
     assert time == pytest.approx(expected, rel=1e-6)
-    assert time == pytest.approx(rack_time(count, [1] * count * hosts, uplink), rel=1e-6)
+    closed_form = max(star_time([1] * count * hosts), 2 * (count - 1) / (count * uplink))  # racks below a core that never blocks
+    assert time == pytest.approx(closed_form, rel=1e-6)
 
 
 @pytest.mark.parametrize("graph", [a100(1), mi250(1), dgx1v(), torus(4, 4), mi250(2)], ids=lambda graph: graph.name)
@@ -245,7 +251,7 @@ def test_joint_optimum_of_even_networks_is_one_after_the_other(graph: Graph) -> 
 def test_trees_are_low_where_the_network_lets_them() -> None:
     assert all_gather_forest(a100(1)).depth == 1
     assert all_gather_forest(a100(2), 1).depth == 2
-    assert all_gather_forest(torus(4, 4), 1).depth == 4
+    assert all_gather_forest(torus(2, 4), 1).depth == 3
     assert all_reduce_plan(racks(2, 4, 0.5)).broadcast.depth <= 3
 
 
@@ -272,7 +278,7 @@ def test_ranks_that_share_a_node_share_its_links() -> None:
 
 
 def test_what_cannot_be_a_network_is_refused_in_one_line() -> None:
-    with pytest.raises(UserError, match="no way from 'node1' to 'node0'"):
+    with pytest.raises(UserError, match="no path from 'node1' to 'node0'"):
         matrix_graph([[0, 1], [0, 0]])
     with pytest.raises(UserError, match="square"):
         matrix_graph([[0, 1]])

@@ -18,7 +18,7 @@ from typing import Any
 from thinwire.bench.collective_cases import NETWORKS, OTHER, Case
 from thinwire.bench.registry import Rows, take
 from thinwire.cluster import Cluster, load_cluster
-from thinwire.collectives.synthesis import bound
+from thinwire.collectives.synthesis.bounds import bound
 from thinwire.errors import UserError
 from thinwire.lab.commands import processes_for
 from thinwire.lab.run import RESULTS, LabOptions, launch

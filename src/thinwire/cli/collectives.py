@@ -48,13 +48,13 @@ def explain(  # noqa: PLR0913 - each is an option of the command line
             raise UserError(f"{path} cannot be written: there is no folder {path.resolve().parent}")
 
     from thinwire.cluster import load_cluster
+    from thinwire.collectives.choose.call import collective_call
     from thinwire.collectives.choose.costs import Costs
     from thinwire.collectives.choose.explain import explain
-    from thinwire.collectives.choose.question import question
     from thinwire.collectives.choose.select import choose
 
     assert cluster is not None
-    group = question(load_cluster(cluster), op, message_bytes, _ranks(ranks), root)
+    group = collective_call(load_cluster(cluster), op, message_bytes, _ranks(ranks), root)
     explained = explain(choose(group, Costs(cores_shared=cores_shared)))
     _show(explained)
     if table:
@@ -124,7 +124,7 @@ def _show(explained: "Explained") -> None:
     from thinwire.collectives.price import link_seconds
     from thinwire.units import show
 
-    asked, best = explained.selection.asked, explained.selection.best
+    asked, best = explained.selection.call, explained.selection.best
     what = f"{asked.op} of {show(asked.message_bytes, 'B')} among {asked.p} ranks of {asked.cluster.name}"
     rooted = f", root {asked.root}" if asked.op in ("broadcast", "reduce") else ""
     _print_lines(what + rooted, explained.lines)
@@ -163,7 +163,7 @@ def _draw(explained: "Explained", path: Path) -> None:
     from thinwire.report.schedule import schedule_svg
     from thinwire.units import show
 
-    asked, best = explained.selection.asked, explained.selection.best
+    asked, best = explained.selection.call, explained.selection.best
     if best.run is None:
         raise UserError(f"--draw: {asked.p} ranks exchange too many messages to draw; give fewer --ranks")
     title = f"{asked.op}, {show(asked.message_bytes, 'B')}: {best.candidate.title}, {show(best.seconds, 's')}"

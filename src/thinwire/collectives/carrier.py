@@ -1,4 +1,4 @@
-"""Who carries a collective, as predictions see it: gloo's own algorithms, or the ways that have been chosen for a group."""
+"""Who carries a collective, as predictions see it: gloo's own algorithms, or what has been chosen for a group."""
 
 from collections.abc import Sequence
 from typing import Protocol

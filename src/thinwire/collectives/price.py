@@ -10,10 +10,11 @@ patterns in which all flows run all the time (rings, all-to-all): the fullest li
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, log2
+from operator import itemgetter
 
 from thinwire.cluster import FRAME_OVERHEAD, Link
 from thinwire.cluster.graph import Routes
-from thinwire.collectives.wire import Flow, flows
+from thinwire.collectives.wire import Flow, binomial_rounds, flows
 
 MESSAGE_OVERHEAD_S = 150e-6
 """o: what gloo and the kernel spend on one message, all ranks of a small machine busy (measured on loopback and veth)."""
@@ -33,7 +34,9 @@ def price(routes: Routes, op: str, message_bytes: int, ranks: Sequence[int], roo
     for count, turn in _turns(op, message_bytes, len(ranks), root):
         placed = [(ranks[source], ranks[target], size) for source, target, size in turn]
         loads = routes.load(placed)
-        busy, link = max(((link_seconds(link, size), link) for link, size in loads.items()), key=_first, default=(0.0, None))
+        busy, link = max(
+            ((link_seconds(link, size), link) for link, size in loads.items()), key=itemgetter(0), default=(0.0, None)
+        )
         latency = max((_latency(routes, source, target) for source, target, _ in placed), default=0.0)
         seconds += count * (latency + MESSAGE_OVERHEAD_S) + busy
         if busy > slowest:
@@ -59,31 +62,12 @@ def _turns(op: str, message_bytes: int, p: int, root: int) -> list[tuple[int, tu
         case "reduce":
             return [(p - 1, everything[:p]), (1, everything[p:])]
         case "broadcast":
-            order: list[tuple[int, tuple[Flow, ...]]] = []
-            reached = {root}
-            while len(reached) < p:
-                turn = _next_turn(everything, reached)
-                order.append((1, turn))
-                reached |= {target for _, target, _ in turn}
-            return order
+            return [(1, turn) for turn in binomial_rounds(message_bytes, p, root)]
         case "barrier":
             return [(ceil(log2(p)), ())]
         case _:
             return [(1, everything)]
 
 
-def _next_turn(everything: tuple[Flow, ...], reached: set[int]) -> tuple[Flow, ...]:
-    """Of the flows to those not reached yet, the first that each holder sends."""
-    turn: dict[int, Flow] = {}
-    for flow in everything:
-        if flow[0] in reached and flow[1] not in reached:
-            turn.setdefault(flow[0], flow)
-    return tuple(turn.values())
-
-
 def _latency(routes: Routes, source: int, target: int) -> float:
     return sum(link.latency_s.value for link in routes.between(source, target))
-
-
-def _first(pair: tuple[float, Link | None]) -> float:
-    return pair[0]

@@ -50,7 +50,7 @@ def flows(op: str, message_bytes: int, world_size: int, root: int = 0) -> tuple[
         case "all_to_all":
             return tuple((a, b, n // p) for a in range(p) for b in range(p) if a != b)
         case "broadcast":
-            return _binomial(n, p, root)
+            return tuple(flow for turn in binomial_rounds(n, p, root) for flow in turn)
         case "reduce":
             ring = tuple((rank, (rank - 1) % p, (p - 1) * n // p) for rank in range(p))
             return ring + tuple((rank, root, n // p) for rank in range(p) if rank != root)
@@ -70,12 +70,7 @@ def sent_bytes(op: str, message_bytes: int, world_size: int, rank: int, root: in
     return sum(size for source, _, size in flows(op, message_bytes, world_size, root) if source == rank)
 
 
-def _binomial(n: int, p: int, root: int) -> tuple[Flow, ...]:
-    """Distance doubles each round: whoever has the message passes it on, so the number of holders doubles too."""
-    result = []
-    distance = 1
-    while distance < p:
-        for virtual in range(min(distance, p - distance)):
-            result.append(((virtual + root) % p, (virtual + distance + root) % p, n))
-        distance *= 2
-    return tuple(result)
+def binomial_rounds(n: int, p: int, root: int) -> list[tuple[Flow, ...]]:
+    """A broadcast: in round i ranks below 2^i, counted from the root, send the message to those 2^i above."""
+    distances = (1 << i for i in range((p - 1).bit_length()))
+    return [tuple(((v + root) % p, (v + d + root) % p, n) for v in range(min(d, p - d))) for d in distances]

@@ -1,15 +1,17 @@
-"""The candidates: right schedules all of them, in segments of sensible sizes; what is left out is said."""
+"""The candidates: right schedules all of them, in segments of sensible sizes; what is left out is listed."""
+
+from typing import Any
 
 import pytest
-from any_clusters import clusters, star
+from any_clusters import clusters, star, wired
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thinwire.cluster import Cluster, load_cluster
 from thinwire.collectives.choose import placement
-from thinwire.collectives.choose.candidates import LARGEST_BYTES, MOST_MESSAGES, SMALLEST_BYTES, candidates, offers
+from thinwire.collectives.choose.call import collective_call
+from thinwire.collectives.choose.candidates import LARGEST_BYTES, MOST_MESSAGES, SMALLEST_BYTES, Candidate, candidates_for
 from thinwire.collectives.choose.native import pattern
-from thinwire.collectives.choose.question import question
 from thinwire.collectives.schedules.verify import verify
 from thinwire.collectives.synthesis.bounds import OPS
 from thinwire.collectives.wire import flows
@@ -18,7 +20,11 @@ from thinwire.errors import UserError
 SIZE = 4 << 20
 
 
-@settings(max_examples=25)
+def candidates(cluster: Cluster, op: str, message_bytes: int, **group: Any) -> tuple[Candidate, ...]:
+    return candidates_for(collective_call(cluster, op, message_bytes, **group)).found
+
+
+@settings(max_examples=10)
 @given(cluster=clusters(), op=st.sampled_from(OPS), data=st.data())
 def test_every_candidate_is_a_right_schedule_of_the_op(cluster: Cluster, op: str, data: st.DataObject) -> None:
     root = data.draw(st.integers(0, cluster.world_size - 1))
@@ -62,23 +68,24 @@ def test_segments_are_of_sensible_sizes(op: str) -> None:
             assert len(one.schedule.messages) <= MOST_MESSAGES
 
 
-def test_large_groups_leave_out_what_they_cannot_go_through_and_say_so() -> None:
-    found = offers(question(star([1e9] * 120), "all_reduce", SIZE))
-    said = {sentence.split(":")[0]: sentence for sentence in found.left_out}
+def test_large_groups_leave_out_what_they_cannot_go_through_and_list_it() -> None:
+    found = candidates_for(collective_call(star([1e9] * 120), "all_reduce", SIZE))
+    left_out = {sentence.split(":")[0]: sentence for sentence in found.left_out}
     assert (
-        "about 28800 chunks to move among 120 ranks" in said["ring"] and "packing takes too long above 32" in said["packed trees"]
+        "about 28800 chunks to move among 120 ranks" in left_out["ring"]
+        and "packing takes too long above 32" in left_out["packed trees"]
     )
-    kept = {one.name for one in found.candidates}
-    assert "double binary tree" in kept and not kept & set(said)
+    kept = {one.name for one in found.found}
+    assert "double binary tree" in kept and not kept & set(left_out)
 
 
 def test_a_group_is_a_cluster_of_its_own() -> None:
     """Ranks 0, 2, 4, 6 are one rack of two; the uplink is none of their business."""
     cluster = load_cluster("two-racks")
-    rack = question(cluster, "all_reduce", SIZE, [0, 2, 4, 6])
+    rack = collective_call(cluster, "all_reduce", SIZE, [0, 2, 4, 6])
     assert rack.cluster.ranks == ("a0/cpu0", "a1/cpu0", "a2/cpu0", "a3/cpu0")
     assert not placement.groupings(rack.cluster, range(4))
-    assert {one.schedule.p for one in candidates(cluster, "all_reduce", SIZE, [0, 2, 4, 6]) if one.schedule} == {4}
+    assert {one.schedule.p for one in candidates(cluster, "all_reduce", SIZE, ranks=[0, 2, 4, 6]) if one.schedule} == {4}
 
 
 def test_where_ranks_sit() -> None:
@@ -90,6 +97,13 @@ def test_where_ranks_sit() -> None:
     assert placement.with_slow_ends(range(8), rates)[0] == 7 or placement.with_slow_ends(range(8), rates)[-1] == 7
     assert placement.card_rates_bps(load_cluster("laptop")) == (1.0,) * 4
     assert placement.grid(range(6)) == ((0, 1, 2), (3, 4, 5)) and placement.grid(range(7)) is None
+
+
+def test_hosts_on_two_switches_are_racks_in_two_manners() -> None:
+    """By the switch of the first card, and by that of the last."""
+    cables = [(f"h{k}", f"first{k // 2}", 1e9) for k in range(4)] + [(f"h{k}", f"last{k % 2}", 1e9) for k in range(4)]
+    cluster = wired({f"h{k}": 1 for k in range(4)}, cables)
+    assert placement.groupings(cluster, range(4)) == [((0, 1), (2, 3)), ((0, 2), (1, 3))]
 
 
 @pytest.mark.parametrize("op", ["all_reduce", "reduce_scatter", "all_gather", "reduce", "broadcast", "all_to_all"])
@@ -106,7 +120,7 @@ def test_the_native_pattern_moves_what_the_backend_moves(op: str, p: int) -> Non
     assert moved == expected
 
 
-def test_questions_without_sense() -> None:
+def test_calls_that_make_no_sense() -> None:
     cluster = load_cluster("two-racks")
     for arguments, message in [
         (("gather", 4), "unknown collective 'gather'; known: all_reduce, "),
@@ -118,4 +132,4 @@ def test_questions_without_sense() -> None:
         (("all_reduce", 4, []), "a group has one rank or more"),
     ]:
         with pytest.raises(UserError, match=message):
-            question(cluster, *arguments)  # type: ignore[arg-type]
+            collective_call(cluster, *arguments)  # type: ignore[arg-type]

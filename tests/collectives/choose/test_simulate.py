@@ -1,6 +1,6 @@
 """The simulation of a schedule: closed forms, the lower bound, and laws that hold on any network."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from any_clusters import RATE, clusters, star
@@ -9,16 +9,18 @@ from hypothesis import strategies as st
 
 from thinwire.cluster import FRAME_OVERHEAD, Cluster, Quantity, load_cluster
 from thinwire.cluster.graph import Routes
-from thinwire.collectives.choose.candidates import candidates
-from thinwire.collectives.choose.costs import FREE, Costs
+from thinwire.collectives.choose.call import collective_call
+from thinwire.collectives.choose.candidates import candidates_for
+from thinwire.collectives.choose.costs import Costs
 from thinwire.collectives.choose.simulate import Simulated, simulate
 from thinwire.collectives.schedules import direct, doubling, ring, rooted
 from thinwire.collectives.schedules.combine import pipelined
 from thinwire.collectives.schedules.schedule import Schedule
-from thinwire.collectives.synthesis import bound
-from thinwire.collectives.synthesis.bounds import OPS
+from thinwire.collectives.synthesis.bounds import OPS, bound
 from thinwire.errors import UserError
 
+FREE = Costs(**dict.fromkeys((field.name for field in fields(Costs)), 0.0))
+"""The wires alone."""
 PER_BYTE = 8 * FRAME_OVERHEAD / RATE
 COSTS = Costs(send_s=3e-5, receive_s=7e-5, wake_s=0.0, reduce_s_per_byte=1e-9, call_s=1e-4, acknowledged=0.0)
 
@@ -110,7 +112,7 @@ def test_a_bucket_lets_the_first_bytes_pass_at_once_and_fills_while_its_link_res
 
 
 def test_what_arrives_is_acknowledged() -> None:
-    """A ring keeps both directions of each card busy; in a chain of whole messages one ever moves, one way."""
+    """A ring keeps both directions of each card busy; in a chain of whole messages one ever moves, in one direction."""
     costs, n, hosts = replace(FREE, acknowledged=0.02), 4 * 6 * 10_000, star([RATE] * 6)
     for schedule, slower in ((ring.all_reduce(range(6)), 1.02), (rooted.broadcast(rooted.chain(range(6))), 1.0)):
         found, free = run(schedule, n, hosts, costs).seconds, run(schedule, n, hosts).seconds
@@ -147,16 +149,16 @@ def test_one_rank_and_costs_below_nothing() -> None:
         Costs(send_s=-1)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(cluster=clusters(), op=st.sampled_from(OPS), size=st.sampled_from([1, 500, 50_000]), data=st.data())
 def test_laws_on_any_network(cluster: Cluster, op: str, size: int, data: st.DataObject) -> None:
-    """Of every candidate: never below the bound; each link carries what routes say; the path adds up; all of it repeats."""
+    """Of candidates: never below the bound; each link carries what routes say; the path adds up; a second run is the same."""
     p = cluster.world_size
     root, n = data.draw(st.integers(0, p - 1)), 4 * p * size
     least_s, routes = bound(cluster, op, n, root).seconds, Routes(cluster)
     costs = data.draw(st.sampled_from([FREE, COSTS, replace(COSTS, cores_shared=3.0)]))
-    for one in candidates(cluster, op, n, root=root)[:: data.draw(st.integers(1, 3))]:
-        if one.schedule is None or len(one.schedule.messages) > 1000:
+    for one in candidates_for(collective_call(cluster, op, n, root=root)).found[data.draw(st.integers(0, 2)) :: 3]:
+        if one.schedule is None or len(one.schedule.messages) > 400:
             continue
         found = simulate(one.schedule, n, routes, costs)
         assert found.seconds >= least_s * (1 - 1e-6) - 1e-12, one.title
@@ -164,9 +166,11 @@ def test_laws_on_any_network(cluster: Cluster, op: str, size: int, data: st.Data
         loads = {link: size for link, size in routes.load((a, b, 4 * elements) for a, b, elements in flows).items() if size}
         assert {link: size for link, size in found.link_bytes.items() if size} == loads, one.title
         assert found.software_s + found.wire_s + found.latency_s == pytest.approx(found.seconds, rel=1e-6, abs=1e-8), one.title
-        assert simulate(one.schedule, n, routes, costs) == found
+        if len(one.schedule.messages) < 50:
+            assert simulate(one.schedule, n, routes, costs) == found
 
 
+@settings(max_examples=15)
 @given(cluster=clusters(), op=st.sampled_from(OPS))
 def test_twice_the_bytes_at_twice_the_rate_take_the_same_time(cluster: Cluster, op: str) -> None:
     def at(cluster: Cluster, factor: int) -> Cluster:
@@ -177,7 +181,7 @@ def test_twice_the_bytes_at_twice_the_rate_take_the_same_time(cluster: Cluster, 
         return replace(cluster, links=links)
 
     n = 4 * cluster.world_size * 100_000
-    for one in candidates(cluster, op, 4)[::3]:
+    for one in candidates_for(collective_call(cluster, op, 4)).found[::3]:
         if one.model is not None:
             once, twice = run(one.model, n, at(cluster, 1)), run(one.model, 2 * n, at(cluster, 2))
             assert twice.seconds == pytest.approx(once.seconds, rel=1e-3), one.title  # chunks are cut at whole elements

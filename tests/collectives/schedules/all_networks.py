@@ -7,7 +7,7 @@ from thinwire.cluster import Cluster, Device, Host, Link, Quantity, Switch
 
 @st.composite
 def networks(draw: st.DrawFn, loops: int) -> Cluster:
-    """Switches in a tree, hosts of one or two ranks below them, cables both ways; and so many more cables that close loops."""
+    """Switches in a tree, hosts of one or two ranks below them, cables in both directions; and some more that close loops."""
     num_switches, num_hosts = draw(st.integers(1, 4)), draw(st.integers(1, 6))
     hosts = [f"h{k}" for k in range(num_hosts)]
     cables = {(f"s{k}", f"s{draw(st.integers(0, k - 1))}") for k in range(1, num_switches)}

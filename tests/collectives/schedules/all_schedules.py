@@ -4,8 +4,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from random import Random
 
-from thinwire.collectives.schedules import bruck, direct, double_tree, doubling, forest, hierarchy, ring, rooted
-from thinwire.collectives.schedules import pairwise as pairwise_exchange
+from thinwire.collectives.schedules import bruck, direct, doubling, forest, hierarchy, ring, rooted
 from thinwire.collectives.schedules.combine import on_ranks, pipelined, then
 from thinwire.collectives.schedules.schedule import Schedule
 
@@ -69,12 +68,12 @@ GENERATORS: dict[str, Make] = {
     "ring all_reduce": lambda p, random: ring.all_reduce(order(p, random)),
     "ring reduce_scatter": lambda p, random: ring.reduce_scatter(order(p, random)),
     "ring all_gather": lambda p, random: ring.all_gather(order(p, random)),
-    "bidirectional all_reduce": lambda p, random: ring.both_ways(ring.all_reduce, order(p, random)),
-    "bidirectional reduce_scatter": lambda p, random: ring.both_ways(ring.reduce_scatter, order(p, random)),
-    "bidirectional all_gather": lambda p, random: ring.both_ways(ring.all_gather, order(p, random)),
+    "bidirectional all_reduce": lambda p, random: ring.bidirectional(ring.all_reduce, order(p, random)),
+    "bidirectional reduce_scatter": lambda p, random: ring.bidirectional(ring.reduce_scatter, order(p, random)),
+    "bidirectional all_gather": lambda p, random: ring.bidirectional(ring.all_gather, order(p, random)),
     "recursive doubling": lambda p, random: doubling.recursive_doubling(p),
     "Rabenseifner": lambda p, random: on_ranks(doubling.rabenseifner(p), order(p, random)),
-    "double binary tree": lambda p, random: double_tree.all_reduce(p),
+    "double binary tree": lambda p, random: rooted.double_tree(p),
     "direct all_reduce": lambda p, random: direct.all_reduce(p),
     "direct reduce_scatter": lambda p, random: direct.reduce_scatter(p),
     "direct all_gather": lambda p, random: on_ranks(direct.all_gather(p), order(p, random)),
@@ -95,7 +94,8 @@ GENERATORS: dict[str, Make] = {
     "Bruck all_gather": lambda p, random: bruck.all_gather(p),
     "Bruck reduce_scatter": lambda p, random: on_ranks(bruck.reduce_scatter(p), order(p, random)),
     "Bruck all_to_all": lambda p, random: on_ranks(bruck.all_to_all(p), order(p, random)),
-    "pairwise all_to_all": lambda p, random: pairwise_exchange.all_to_all(p),
+    "direct all_to_all": lambda p, random: direct.all_to_all(p),
+    "pairwise all_to_all": lambda p, random: direct.pairwise(p),
     "forest all_gather": lambda p, random: forest.all_gather(weighted_trees(p, random, [*range(p), random.randrange(p)])),
     "forest reduce_scatter": lambda p, random: forest.reduce_scatter(weighted_trees(p, random, [*range(p), 0])),
     "forest broadcast": forest_broadcast,

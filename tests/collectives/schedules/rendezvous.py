@@ -55,8 +55,7 @@ def run(schedule: Schedule, inputs: Sequence[np.ndarray], sizes: Sequence[int], 
         return message in over
 
     def ready(rank: int) -> bool:
-        told = programs[rank].instructions[at[rank]]
-        match told:
+        match programs[rank].instructions[at[rank]]:
             case Arrive(message) | Leave(message):
                 return all([goes(other) for other in group_of.get((rank, message), (message,))])
             case Together():

@@ -1,4 +1,4 @@
-"""Orders of rings: on trees every link is crossed once each way; elsewhere the greatest edge is the least there is."""
+"""Orders of rings: on trees every link is crossed once in each direction; elsewhere the greatest edge is the least there is."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,7 +28,7 @@ def cost(seconds: Sequence[Sequence[float]], order: Sequence[int]) -> tuple[floa
 
 
 @given(cluster=networks(loops=0))
-def test_on_a_tree_each_link_is_crossed_once_each_way(cluster: Cluster) -> None:
+def test_on_a_tree_each_link_is_crossed_once_in_each_direction(cluster: Cluster) -> None:
     order = ring_order(cluster)
     assert sorted(order) == list(range(cluster.world_size)) and order[0] == 0
     loads = Routes(cluster).load((order[i - 1], order[i], 1) for i in range(len(order)))

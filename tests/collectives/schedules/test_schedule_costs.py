@@ -8,9 +8,9 @@ from math import lcm
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from message_parts import fractions
 
-from thinwire.collectives.schedules import bruck, direct, double_tree, doubling, forest, hierarchy, ring, rooted
-from thinwire.collectives.schedules import pairwise as pairwise_exchange
+from thinwire.collectives.schedules import bruck, direct, doubling, forest, hierarchy, ring, rooted
 from thinwire.collectives.schedules.combine import pipelined
 from thinwire.collectives.schedules.schedule import Schedule
 from thinwire.errors import UserError
@@ -20,7 +20,7 @@ ranks = st.integers(2, 17)
 
 def amounts(schedule: Schedule, end: str) -> list[Fraction]:
     """What passes this end of the messages, "source" or "target", in parts of the message: for each rank."""
-    parts = schedule.fractions()
+    parts = fractions(schedule)
     unit = lcm(*(part.denominator for part in parts))
     whole = [int(part * unit) for part in parts]
     total = [0] * schedule.p
@@ -46,11 +46,11 @@ def lg(p: int) -> int:
 def test_those_that_send_the_least_possible(p: int) -> None:
     once, twice = [Fraction(p - 1, p)] * p, [Fraction(2 * (p - 1), p)] * p
     order = range(p)
-    assert sent(ring.all_reduce(order)) == sent(direct.all_reduce(p)) == sent(ring.both_ways(ring.all_reduce, order)) == twice
+    assert sent(ring.all_reduce(order)) == sent(direct.all_reduce(p)) == sent(ring.bidirectional(ring.all_reduce, order)) == twice
     assert sent(ring.reduce_scatter(order)) == sent(direct.reduce_scatter(p)) == sent(bruck.reduce_scatter(p)) == once
     gathered = [Fraction(p - 1)] * p  # the message is one rank's part
     assert sent(ring.all_gather(order)) == sent(direct.all_gather(p)) == sent(bruck.all_gather(p)) == gathered
-    assert sent(pairwise_exchange.all_to_all(p)) == once
+    assert sent(direct.pairwise(p)) == once
 
 
 @settings(max_examples=20)
@@ -59,12 +59,12 @@ def test_steps(p: int, k: int) -> None:
     chain = rooted.chain(range(p))
     expected = [
         (ring.all_reduce(range(p)), 2 * (p - 1)),
-        (ring.both_ways(ring.all_gather, range(p)), p - 1),
+        (ring.bidirectional(ring.all_gather, range(p)), p - 1),
         (direct.all_reduce(p), 2),
         (pipelined(direct.all_reduce(p), k), k + 1),
         (bruck.all_gather(p), lg(p)),
         (bruck.all_to_all(p), lg(p)),
-        (pairwise_exchange.all_to_all(p), p - 1),
+        (direct.pairwise(p), p - 1),
         (rooted.broadcast(rooted.binomial(p, p // 2)), lg(p)),
         (rooted.reduce(rooted.binomial(p, p // 2)), lg(p)),
         (rooted.broadcast(rooted.star(p)), p - 1),
@@ -77,7 +77,7 @@ def test_steps(p: int, k: int) -> None:
     m = p.bit_length() - 1
     assert len(doubling.recursive_doubling(p).steps) == (m if power else m + 2)
     assert len(doubling.rabenseifner(p).steps) == (2 * m if power else 2 * m + 2)
-    assert len(double_tree.all_reduce(p).steps) <= 4 * lg(p) + 2
+    assert len(rooted.double_tree(p).steps) <= 4 * lg(p) + 2
 
 
 @pytest.mark.parametrize("p", [2, 4, 8, 16])
@@ -98,9 +98,9 @@ def test_ranks_too_many_cost_one_more_vector(p: int) -> None:
 @settings(max_examples=20)
 @given(p=st.integers(2, 64))
 def test_no_rank_sends_more_than_twice_the_vector_along_two_trees(p: int) -> None:
-    schedule = double_tree.all_reduce(p)
+    schedule = rooted.double_tree(p)
     assert max(sent(schedule)) <= 2 and max(received(schedule)) <= 2
-    inner = [{parent for parent in parents if parent >= 0} for parents in double_tree.trees(p)]
+    inner = [{parent for parent in parents if parent >= 0} for parents in rooted.two_binary(p)]
     assert len(inner[0] & inner[1]) <= p % 2
 
 
@@ -143,12 +143,12 @@ def test_rates_must_be_above_zero() -> None:
 
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4))
 def test_a_rack_sends_and_gets_once_its_share_whatever_its_size(sizes: list[int]) -> None:
-    """2 (R-1)/R n over each uplink, each way."""
+    """2 (R-1)/R n over each uplink, in each direction."""
     numbers = iter(range(sum(sizes)))
     racks = [[next(numbers) for _ in range(size)] for size in sizes]
     rack_of = {rank: number for number, rack in enumerate(racks) for rank in rack}
     schedule = hierarchy.all_reduce(racks)
-    parts = schedule.fractions()
+    parts = fractions(schedule)
     out: Counter[int] = Counter()
     into: Counter[int] = Counter()
     for message in schedule.messages:
@@ -174,7 +174,7 @@ def test_on_a_torus_only_neighbours_talk(rows: int, columns: int) -> None:
 
 
 def test_a_forest_sends_along_its_trees_only() -> None:
-    """Two chains round a ring of four, one each way, weights 3 and 1."""
+    """Two chains round a ring of four, one in each direction, weights 3 and 1."""
     there, back = rooted.chain([0, 1, 2, 3]), rooted.chain([0, 3, 2, 1])
     schedule = forest.broadcast([(there, 3), (back, 1)])
     assert schedule.flows([8]) == ((0, 1, 6), (0, 3, 2), (1, 2, 6), (2, 1, 2), (2, 3, 6), (3, 2, 2))

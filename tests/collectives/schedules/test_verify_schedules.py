@@ -10,8 +10,9 @@ from all_schedules import GENERATORS, make
 from execute_numpy import execute, input_lengths, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from message_parts import scratch
 
-from thinwire.collectives.schedules import bruck, direct, doubling, hierarchy, pairwise, ring, rooted
+from thinwire.collectives.schedules import bruck, direct, doubling, hierarchy, ring, rooted
 from thinwire.collectives.schedules.combine import pipelined, then, together
 from thinwire.collectives.schedules.ops import reduces
 from thinwire.collectives.schedules.program import Program, programs
@@ -59,8 +60,8 @@ def mutated(schedule: Schedule, how: str, random: Random) -> Schedule:
 
 
 @pytest.mark.parametrize("name", GENERATORS)
-@settings(max_examples=10)
-@given(p=st.integers(2, 11), seed=seeds, how=st.sampled_from(ALWAYS_WRONG), segments=st.integers(1, 2))
+@settings(max_examples=6)
+@given(p=st.integers(2, 9), seed=seeds, how=st.sampled_from(ALWAYS_WRONG), segments=st.integers(1, 2))
 def test_what_is_dropped_or_sent_twice_or_of_another_kind_is_refused(
     name: str, p: int, seed: int, how: str, segments: int
 ) -> None:
@@ -80,10 +81,10 @@ def test_a_copy_to_another_rank_is_refused(name: str, p: int, seed: int) -> None
 
 
 @pytest.mark.parametrize("name", GENERATORS)
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(p=st.integers(3, 6), seed=seeds, how=st.sampled_from(OFTEN_WRONG), segments=st.integers(1, 2))
 def test_what_is_accepted_is_right(name: str, p: int, seed: int, how: str, segments: int) -> None:
-    """A sum may well go another way round. Then the proof may say yes, but only if the result is still what it should be."""
+    """A sum may well be added up in another order. Then `verify` may accept it, but only if the result is right."""
     schedule = mutated(make(name, p, seed, segments), how, Random(seed))
     try:
         verify(schedule)
@@ -192,11 +193,11 @@ def test_scratch_memory(p: int, k: int) -> None:
     """In parts of the message; worked out by hand for each."""
 
     def most(schedule: Schedule) -> Fraction:
-        return max(verify(schedule).scratch)
+        return max(scratch(schedule, rank) for rank in range(schedule.p))
 
     assert most(ring.all_reduce(range(p))) == Fraction(1, p)  # the one chunk that lands
     assert most(ring.reduce_scatter(range(p))) == Fraction(min(2, p - 1), p)  # and the one that leaves
-    assert most(ring.all_gather(range(p))) == most(pairwise.all_to_all(p)) == 0  # all land where they belong
+    assert most(ring.all_gather(range(p))) == most(direct.pairwise(p)) == 0  # all land where they belong
     assert most(direct.reduce_scatter(p)) == Fraction(p - 1, p)
     assert most(pipelined(direct.all_reduce(p), k)) == Fraction(p - 1, p * k)
     assert most(doubling.recursive_doubling(p)) == 1
@@ -206,9 +207,9 @@ def test_scratch_memory(p: int, k: int) -> None:
 
 
 def test_what_a_schedule_costs_in_messages() -> None:
-    proven = verify(bruck.all_to_all(8))
-    assert (proven.steps, proven.messages, proven.most_messages) == (3, 24, 6)
-    assert verify(ring.all_reduce([0])).scratch == (Fraction(0),)
+    schedule = bruck.all_to_all(8)
+    assert (len(schedule.steps), len(schedule.messages), max(map(len, programs(schedule)))) == (3, 24, 6)
+    assert scratch(ring.all_reduce([0]), 0) == 0
 
 
 def test_parts_that_do_not_fit_together_are_refused() -> None:

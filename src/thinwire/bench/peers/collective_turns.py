@@ -19,8 +19,8 @@ import torch.distributed as dist
 from thinwire.bench.turns import write_result
 from thinwire.cluster import load_cluster
 from thinwire.collectives.backend import NAME
+from thinwire.collectives.choose.call import collective_call
 from thinwire.collectives.choose.costs import Costs
-from thinwire.collectives.choose.question import question
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.run.engine import Engine
 from thinwire.collectives.run.links import Place
@@ -103,7 +103,7 @@ def measure(case, told, groups, advisor):
     way = ours._ways[op, size_class(call.message_bytes), 0]
     found["algorithm"] = way.name
     if dist.get_rank() == 0:
-        asked = question(advisor.cluster, op, call.message_bytes)
+        asked = collective_call(advisor.cluster, op, call.message_bytes)
 
         def predicted(calls):
             return {name: predicted_s(one, asked, advisor.costs, calls) for name, one in (("ours", way), ("native", NATIVE))}

@@ -7,7 +7,7 @@
     frame           to carry a frame that a bucket lets pass at once, if the network has the same cores
 
 The numbers are least times on loopback, two ranks with a core each, gloo in torch 2.13. Ours, over send and recv: an all-reduce
-of one number takes 88 us (a message each way), one of 4 KiB round the ring 158 us (two in turn), 64 messages that need not be
+of one number takes 88 us (one in each direction), one of 4 KiB round the ring 158 us (two in turn), 64 messages that need not be
 waited for 12 us each. Inside gloo (native): an all-reduce of one number takes 47 to 58 us (two messages in turn). An addition of
 float32 takes 0.14 to 0.28 ns a byte. A frame through a lab, two cards and a bridge, takes 15 us of a core (all-to-all of 4 MiB
 among 8 hosts on 2 cores, /proc/stat); the sender's, or whatever is idle while the wire is waited for.
@@ -20,7 +20,7 @@ from thinwire.errors import UserError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """acknowledged: bytes on the way back for each byte of data; TCP sends a frame of 66 bytes for two of 1514.
+    """acknowledged: bytes on the route back for each byte of data; TCP sends a frame of 66 bytes for two of 1514.
     cores_shared: ranks for each core (a lab runs all its hosts on one machine); a rank then waits for a core where need be."""
 
     send_s: float = 15e-6
@@ -44,13 +44,7 @@ class Costs:
     @property
     def native(self) -> "Costs":
         """For what the backend's own code runs."""
-        return replace(
-            self,
-            send_s=self.native_send_s,
-            receive_s=self.native_receive_s,
-            wake_s=self.native_wake_s,
-            call_s=self.native_call_s,
-        )
+        return replace(self, **{name: getattr(self, f"native_{name}") for name in ("send_s", "receive_s", "wake_s", "call_s")})
 
     def scaled(self, ours: float = 1.0, native: float = 1.0) -> "Costs":
         """What software spends on messages times these factors."""
@@ -63,19 +57,3 @@ class Costs:
     def cores(self, p: int) -> int:
         """Cores for p ranks; 0: each has its own."""
         return max(1, round(p / self.cores_shared)) if self.cores_shared > 1 else 0
-
-
-FREE = Costs(
-    send_s=0,
-    receive_s=0,
-    wake_s=0,
-    reduce_s_per_byte=0,
-    call_s=0,
-    native_send_s=0,
-    native_receive_s=0,
-    native_wake_s=0,
-    native_call_s=0,
-    frame_s=0,
-    acknowledged=0,
-)
-"""The wires alone."""

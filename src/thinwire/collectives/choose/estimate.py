@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from thinwire.cluster import Link
-from thinwire.collectives.choose.buckets import payload_burst
+from thinwire.collectives.choose.call import CollectiveCall
 from thinwire.collectives.choose.costs import Costs
-from thinwire.collectives.choose.question import Question
+from thinwire.collectives.choose.links import payload_burst
 from thinwire.collectives.choose.simulate import chunk_bytes
 from thinwire.collectives.price import link_seconds
 from thinwire.collectives.schedules.schedule import Schedule
@@ -37,14 +37,12 @@ class Profile:
     steps_added_s: float
 
     def seconds(self, segments: int) -> float:
-        """T_k."""
         wire_s = self.step_wires_s / segments + self.fullest_s * (1 - 1 / segments)
         return max(wire_s, segments * self.software_s + self.added_s) + self.steps_s + self.steps_added_s / segments
 
 
-def profile(schedule: Schedule, asked: Question, costs: Costs) -> Profile:
-    """Of `schedule`, which is in one segment."""
-    lengths = chunk_bytes(schedule, asked.message_bytes)
+def profile(schedule: Schedule, call: CollectiveCall, costs: Costs) -> Profile:
+    lengths = chunk_bytes(schedule, call.message_bytes)
     cores = costs.cores(schedule.p) or schedule.p
     total: Counter[Link] = Counter()
     full: dict[Link, float] = {}
@@ -64,11 +62,11 @@ def profile(schedule: Schedule, asked: Question, costs: Costs) -> Profile:
             work[message.target] += costs.receive_s  # type: ignore[assignment]
             if message.reduce:
                 sums[message.target] += size * costs.reduce_s_per_byte  # type: ignore[assignment]
-            route = asked.routes.between(message.source, message.target)
+            route = call.routes.between(message.source, message.target)
             slow = size - _passing(full, route, size)
             for link in route:
                 loads[link] += slow  # type: ignore[assignment]
-            for link in asked.routes.between(message.target, message.source):
+            for link in call.routes.between(message.target, message.source):
                 loads[link] += costs.acknowledged * slow  # type: ignore[assignment]
             longest_s = max(longest_s, sum(link.latency_s.value for link in route))
         step_wires_s += max((link_seconds(link, size) for link, size in loads.items()), default=0.0)
@@ -83,7 +81,7 @@ def profile(schedule: Schedule, asked: Question, costs: Costs) -> Profile:
 
 
 def _passing(full: dict[Link, float], route: Sequence[Link], size: int) -> float:
-    """Bytes that pass at once, as in `buckets`; `full`: what is left in those that were asked. They do not fill again here."""
+    """Bytes that pass at once, as in `links`; `full`: what is left in those that were asked for. They do not fill again here."""
     free = min((full.setdefault(link, payload_burst(link)) for link in route), default=0.0)
     free = min(free, size)
     for link in route:

@@ -23,7 +23,7 @@ class Explained:
     @property
     def lines(self) -> list[tuple[str, str]]:
         """(what, in words), from the choice to what it was chosen against."""
-        chosen, asked = self.selection.best, self.selection.asked
+        chosen, call = self.selection.best, self.selection.call
         best, native, second = self.selection.best, self.selection.native, self.selection.runner_up
         lines = [("algorithm", named(chosen)), ("moves", _moves(chosen)), ("predicted", f"{show(best.seconds, 's')}: {best.why}")]
         part = f", {self.bound.seconds / best.seconds:.0%} of the predicted time" if best.seconds else ""
@@ -33,20 +33,20 @@ class Explained:
         if native is not best:
             times = f" ({native.seconds / best.seconds:.2f} x)" if best.seconds else ""
             lines.append(("native", f"{show(native.seconds, 's')}{times}: {native.why}"))
-        seen = f"{self.selection.estimated} candidates estimated, {len(self.selection.ranking)} simulated, among {asked.p} ranks"
+        seen = f"{self.selection.estimated} candidates estimated, {len(self.selection.ranking)} simulated, among {call.p} ranks"
         lines.append(("looked at", seen))
         lines += [("left out", sentence) for sentence in self.selection.left_out]
         return lines
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, units in the names."""
-        asked, best, second = self.selection.asked, self.selection.best, self.selection.runner_up
+        call, best, second = self.selection.call, self.selection.best, self.selection.runner_up
         return {
-            "cluster": asked.cluster.name,
-            "op": asked.op,
-            "bytes": asked.message_bytes,
-            "ranks": list(asked.cluster.ranks),
-            "root": asked.root,
+            "cluster": call.cluster.name,
+            "op": call.op,
+            "bytes": call.message_bytes,
+            "ranks": list(call.cluster.ranks),
+            "root": call.root,
             "algorithm": best.candidate.title,
             "order": best.candidate.order and list(best.candidate.order),
             "predicted_s": best.seconds,
@@ -67,9 +67,8 @@ class Explained:
 
 
 def explain(selection: Selection) -> Explained:
-    """With the bound."""
-    asked = selection.asked
-    return Explained(selection, bound(asked.cluster, asked.op, asked.message_bytes, asked.root))
+    call = selection.call
+    return Explained(selection, bound(call.cluster, call.op, call.message_bytes, call.root))
 
 
 def named(one: Priced) -> str:
@@ -88,11 +87,11 @@ def fullest(one: Priced) -> list[tuple[Link, int]]:
 
 def schedule_of(one: Priced, selection: Selection) -> Schedule | None:
     """What is run, or what the backend does by itself (positions in its own order); None if that is too large to write down."""
-    asked = selection.asked
+    call = selection.call
     if one.candidate.model is not None:
         return one.candidate.schedule
     order = one.candidate.order
-    return pattern(asked.op, asked.p, asked.message_bytes, asked.root if order is None else order.index(asked.root))
+    return pattern(call.op, call.p, call.message_bytes, call.root if order is None else order.index(call.root))
 
 
 def loses(best: Priced, other: Priced) -> str:

@@ -7,7 +7,7 @@
     broadcast       binomial tree of whole messages, nearest first. A rank posts the sends to all its children at once. If these
                     shared its card evenly 8 equal hosts would take 6 n b (n bytes, b seconds a byte), if they went one after the
                     other 3 n b. TCP does something between: measured were 4.35 to 5.6 n b at 8 hosts, and 2.55 to 2.7 at 4, where
-                    the two are 3 and 2. So: two thirds of the way from the second to the first.
+                    the two are 3 and 2. So: two thirds of the first and one of the second.
     all_to_all      everything at once. Of two ranks, the one that posts its send later has the other's receive already and sends
                     at once; its own receive is then announced behind all that, on the same connection: between two ranks one
                     direction waits for the other. Measured against full duplex: 1.92 at 2 hosts, 1.58 at 4, 1.36 at 8: about
@@ -20,13 +20,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
 
+from thinwire.collectives.choose.call import CollectiveCall
 from thinwire.collectives.choose.costs import Costs
-from thinwire.collectives.choose.question import Question
 from thinwire.collectives.choose.simulate import Simulated, simulate
 from thinwire.collectives.price import price
-from thinwire.collectives.schedules import direct, pairwise, ring, rooted
+from thinwire.collectives.schedules import direct, ring, rooted
 from thinwire.collectives.schedules.combine import on_ranks, pipelined, then
 from thinwire.collectives.schedules.schedule import Chunk, Message, Schedule
+from thinwire.collectives.wire import binomial_rounds
 
 ORDERED = ("all_reduce", "reduce", "broadcast")
 """Ops whose results do not depend on the order of ranks, so that the native collective can run on a reordered group."""
@@ -36,27 +37,26 @@ _SEGMENT_BYTES = 1 << 20
 _MOST_MESSAGES = 40_000
 
 
-def simulate_native(asked: Question, order: Sequence[int] | None, costs: Costs, calls: int = 1) -> Simulated | None:
+def simulate_native(call: CollectiveCall, order: Sequence[int] | None, costs: Costs, calls: int = 1) -> Simulated | None:
     """order: of the group that it runs on; calls: as in `simulate`. None: too many messages to go through (`closed_form_s`)."""
-    p = asked.p
+    p = call.p
     order = tuple(range(p)) if order is None else tuple(order)
-    schedule = pattern(asked.op, p, asked.message_bytes, order.index(asked.root))
+    schedule = pattern(call.op, p, call.message_bytes, order.index(call.root))
     if schedule is None:
         return None
-    found = simulate(on_ranks(schedule, order), asked.message_bytes, asked.routes, costs.native, calls)
-    match asked.op:
+    found = simulate(on_ranks(schedule, order), call.message_bytes, call.routes, costs.native, calls)
+    match call.op:
         case "broadcast":
-            rounds_s = calls * price(asked.routes, "broadcast", asked.message_bytes, order, order.index(asked.root)).seconds
+            rounds_s = calls * price(call.routes, "broadcast", call.message_bytes, order, order.index(call.root)).seconds
             return _scaled(found, _EVEN + (1 - _EVEN) * rounds_s / found.seconds) if found.seconds else found
         case "all_to_all":
             return _scaled(found, 1 + 1.47 * p**-0.675)
     return found
 
 
-def closed_form_s(asked: Question, order: Sequence[int] | None) -> float:
-    """For groups that are too large to simulate."""
-    ranks = tuple(range(asked.p)) if order is None else tuple(order)
-    return price(asked.routes, asked.op, asked.message_bytes, ranks, ranks.index(asked.root)).seconds
+def closed_form_s(call: CollectiveCall, order: Sequence[int] | None) -> float:
+    ranks = tuple(range(call.p)) if order is None else tuple(order)
+    return price(call.routes, call.op, call.message_bytes, ranks, ranks.index(call.root)).seconds
 
 
 def pattern(op: str, p: int, message_bytes: int, root: int) -> Schedule | None:
@@ -73,25 +73,11 @@ def pattern(op: str, p: int, message_bytes: int, root: int) -> Schedule | None:
         case "reduce":
             return pipelined(then(ring.reduce_scatter(left), rooted.gather(rooted.star(p, root)), "gloo"), segments)
         case "broadcast":
-            return _binomial(p, root)
+            rounds = binomial_rounds(message_bytes, p, root)
+            steps = tuple(tuple(Message(source, target, (0,)) for source, target, _ in turn) for turn in rounds)
+            return Schedule(op="broadcast", p=p, root=root, chunks=(Chunk(0),), steps=steps, name="gloo")
         case _:
-            return at_once(p)
-
-
-def at_once(p: int) -> Schedule:
-    """All-to-all in one step."""
-    schedule = pairwise.all_to_all(p)
-    everything = tuple(message for step in schedule.steps for message in step)
-    return replace(schedule, steps=(everything,) if everything else (), name=direct.all_gather(1).name)
-
-
-def _binomial(p: int, root: int) -> Schedule:
-    """In round i ranks below 2^i, counted from the root, send to those 2^i above."""
-    steps = [
-        tuple(Message((v + root) % p, (v + distance + root) % p, (0,)) for v in range(min(distance, p - distance)))
-        for distance in (1 << i for i in range((p - 1).bit_length()))
-    ]
-    return Schedule(op="broadcast", p=p, root=root, chunks=(Chunk(0),), steps=tuple(steps), name="gloo")
+            return direct.all_to_all(p)
 
 
 def _scaled(found: Simulated, factor: float) -> Simulated:

@@ -3,11 +3,8 @@
 from collections.abc import Sequence
 from math import inf, isqrt
 
-import networkx
-
 from thinwire.cluster import Cluster
-from thinwire.cluster.graph import graph
-from thinwire.collectives.schedules.orders import EXACT, min_max_order, ring_order, seconds_per_bit
+from thinwire.collectives.schedules.orders import EXACT, is_tree, min_max_order, ring_order, seconds_per_bit
 
 Order = tuple[int, ...]
 
@@ -27,23 +24,18 @@ def card_rates_bps(cluster: Cluster) -> tuple[float, ...]:
 def orders(cluster: Cluster) -> dict[str, Order]:
     """Orders for rings, each once, by what to call them; that of the ranks has no name.
 
-    Where the network is a tree, depth first is the best there is. Elsewhere the min-max order is tried too, in small groups.
+    Where the network is no tree, the min-max order is tried too, in small groups.
     """
     p = cluster.world_size
     found: dict[str, Order] = {"": tuple(range(p)), "ring order": ring_order(cluster)}
-    if 2 < p <= EXACT and not _is_tree(cluster):
+    if 2 < p <= EXACT and not is_tree(cluster):
         found["min-max order"] = min_max_order(seconds_per_bit(cluster))
     once = {order: name for name, order in reversed(found.items())}
     return {name: order for name, order in found.items() if once[order] == name}
 
 
-def _is_tree(cluster: Cluster) -> bool:
-    wires = graph(cluster).to_undirected()
-    return networkx.is_tree(wires.subgraph(networkx.node_connected_component(wires, cluster.node_of(0))))
-
-
 def groupings(cluster: Cluster, order: Sequence[int]) -> list[tuple[Order, ...]]:
-    """Ways to see the ranks as racks, two racks or more with two ranks somewhere: by host, by the switch of a card.
+    """Partitions of the ranks into racks, two racks or more with two ranks somewhere: by host, by the switch of a card.
 
     Racks, and ranks in them, come in the order given.
     """

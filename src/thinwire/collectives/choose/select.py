@@ -8,23 +8,23 @@ Less than TIE apart is the same: then the backend's own is the better one, and a
 processors are busy every step waits for the slowest rank), and of these the one with the fewest messages.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 
-from thinwire.cluster import Cluster, Link
-from thinwire.collectives.choose.candidates import Candidate, Offers, offers
+from thinwire.cluster import Link
+from thinwire.collectives.choose.call import CollectiveCall
+from thinwire.collectives.choose.candidates import Candidate, Candidates, candidates_for
 from thinwire.collectives.choose.costs import Costs
-from thinwire.collectives.choose.estimate import Profile, profile
+from thinwire.collectives.choose.estimate import profile
 from thinwire.collectives.choose.native import closed_form_s, simulate_native
-from thinwire.collectives.choose.question import Question, question
 from thinwire.collectives.choose.simulate import Simulated, simulate
 
 SIMULATED = 12
 FAR = 1.5
 _FEW = 4
-
-_Estimated = tuple[float, Candidate]
 TIE = 0.02
 NEAR = 1.1
 THRIFT = 0.05
@@ -40,12 +40,10 @@ class Priced:
 
     @property
     def link_bytes(self) -> Mapping[Link, int]:
-        """Payload bytes on each link."""
         return self.run.link_bytes if self.run else {}
 
     @property
     def why(self) -> str:
-        """What decides its seconds."""
         return self.run.why if self.run else "the fullest link, and latency in each step (closed form)"
 
 
@@ -53,14 +51,13 @@ class Priced:
 class Selection:
     """ranking: by seconds; estimated: how many candidates there were, segments counted; left_out: what was not made, and why."""
 
-    asked: Question
+    call: CollectiveCall
     ranking: tuple[Priced, ...]
     estimated: int
     left_out: tuple[str, ...]
 
     @property
     def best(self) -> Priced:
-        """What should run."""
         return self.promising[0]
 
     @cached_property
@@ -81,7 +78,6 @@ class Selection:
 
     @property
     def native(self) -> Priced:
-        """The backend's own collective as it is."""
         return next(one for one in self.ranking if one.candidate.name == "native")
 
     @property
@@ -91,60 +87,36 @@ class Selection:
 
 
 def _effort(one: Priced) -> tuple[int, int]:
-    """Steps and messages of ours."""
     schedule, run = one.candidate.schedule, one.run
     return (len(schedule.steps), len(run.transfers)) if schedule and run else (0, 0)
 
 
-def select(
-    cluster: Cluster,
-    op: str,
-    message_bytes: int,
-    ranks: Sequence[int] | None = None,
-    root: int = 0,
-    costs: Costs | None = None,
-) -> list[Priced]:
-    """For the group of the global ranks `ranks` (default: all), root a position in it; sorted by predicted seconds."""
-    return list(choose(question(cluster, op, message_bytes, ranks, root), costs).ranking)
-
-
-def choose(asked: Question, costs: Costs | None = None) -> Selection:
-    """The same, with what was looked at."""
+def choose(call: CollectiveCall, costs: Costs | None = None) -> Selection:
     costs = costs or Costs()
-    offered = offers(asked)
-    priced = [_native(one, asked, costs) for one in offered.candidates if one.model is None]
-    for one in _promising(offered, asked, costs):
+    offered = candidates_for(call)
+    priced = []
+    for one in offered.found:
+        if one.model is None:
+            found = simulate_native(call, one.order, costs)
+            priced.append(Priced(one, found.seconds if found else closed_form_s(call, one.order), found))
+    for one in _promising(offered, call, costs):
         assert one.schedule is not None
-        run = simulate(one.schedule, asked.message_bytes, asked.routes, costs)
+        run = simulate(one.schedule, call.message_bytes, call.routes, costs)
         priced.append(Priced(one, run.seconds, run))
     # Of equal ones the first: native before ours, few segments before many.
     ranking = tuple(sorted(priced, key=lambda one: one.seconds))
-    return Selection(asked, ranking, len(offered.candidates), offered.left_out)
+    return Selection(call, ranking, len(offered.found), offered.left_out)
 
 
-def _native(candidate: Candidate, asked: Question, costs: Costs) -> Priced:
-    run = simulate_native(asked, candidate.order, costs)
-    return Priced(candidate, run.seconds if run else closed_form_s(asked, candidate.order), run)
-
-
-def _promising(offered: Offers, asked: Question, costs: Costs) -> list[Candidate]:
-    by_name: dict[str, list[_Estimated]] = {}
-    profiles: dict[str, Profile] = {}
-    for one in offered.candidates:
-        if one.model is not None:
-            if one.name not in profiles:
-                profiles[one.name] = profile(one.model, asked, costs)
-            by_name.setdefault(one.name, []).append((profiles[one.name].seconds(one.segments), one))
-    kept = [pair for pairs in by_name.values() for pair in _best_and_fewest(pairs)]
-    best = sorted(kept, key=_first)[:SIMULATED]
-    return [one for place, (seconds, one) in enumerate(best) if place < _FEW or seconds <= FAR * best[0][0]]
-
-
-def _best_and_fewest(pairs: list[_Estimated]) -> list[_Estimated]:
-    best = min(pairs, key=_first)
-    fewest = min((pair for pair in pairs if pair[0] <= best[0] * (1 + THRIFT)), key=lambda pair: pair[1].segments)
-    return [best] if fewest is best else [best, fewest]
-
-
-def _first(pair: _Estimated) -> float:
-    return pair[0]
+def _promising(offered: Candidates, call: CollectiveCall, costs: Costs) -> list[Candidate]:
+    kept: list[tuple[float, Candidate]] = []
+    for model, group in groupby(offered.found, key=lambda one: one.model):
+        if model is None:
+            continue
+        seconds = profile(model, call, costs).seconds
+        estimated = [(seconds(one.segments), one) for one in group]
+        best = min(estimated, key=itemgetter(0))
+        fewest = min((pair for pair in estimated if pair[0] <= best[0] * (1 + THRIFT)), key=lambda pair: pair[1].segments)
+        kept += [best] if fewest is best else [best, fewest]
+    first = sorted(kept, key=itemgetter(0))[:SIMULATED]
+    return [one for place, (estimate_s, one) in enumerate(first) if place < _FEW or estimate_s <= FAR * first[0][0]]

@@ -5,8 +5,8 @@
                  a little to wake up; it costs o_r (+ gamma a byte where it is added). Receives are posted early: a message may
                  travel before its receiver gets round to it.
     connection   messages of one (source, target) pair travel one after the other, in the order in which they were sent
-    link         connections share it max-min fairly (`fair_share`); payload passes at bandwidth / FRAME_OVERHEAD, but for what
-                 its bucket lets pass at once (`buckets`)
+    link         connections share it max-min fairly (`links`); payload passes at bandwidth / FRAME_OVERHEAD, but for what
+                 its bucket lets pass at once
     latency      the sum along the route, added when the last byte has passed
     one node     ranks on it reach each other without a link: only o_s and o_r
 
@@ -17,6 +17,7 @@ latency. (LogGP: Alexandrov et al. 1995.)
 """
 
 import heapq
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, gcd, inf
@@ -25,9 +26,8 @@ import numpy as np
 
 from thinwire.cluster import FRAME_OVERHEAD, Link
 from thinwire.cluster.graph import Routes
-from thinwire.collectives.choose.buckets import Buckets
 from thinwire.collectives.choose.costs import Costs
-from thinwire.collectives.choose.fair_share import Sharing
+from thinwire.collectives.choose.links import Buckets, Sharing
 from thinwire.collectives.schedules.program import programs
 from thinwire.collectives.schedules.schedule import Schedule
 
@@ -60,12 +60,10 @@ class Simulated:
     link_bytes: Mapping[Link, int]
     fullest: Link | None
     busy: float
-    last_rank: int
     transfers: tuple[Transfer, ...]
 
     @property
     def why(self) -> str:
-        """What decides, in words."""
         parts = {"software": self.software_s, "latency": self.latency_s, "the wire": self.wire_s}
         most = max(parts, key=parts.__getitem__)
         if self.fullest is None:
@@ -92,14 +90,13 @@ def simulate(schedule: Schedule, message_bytes: int, routes: Routes, costs: Cost
 
 @dataclass(slots=True)
 class _Message:
-    """pair: number of its connection, -1 on one node. Times are inf until known. sender: (rank, action) that posted it."""
+    """pair: number of its connection, -1 on one node. Times: inf until known. sender: the action that sent it."""
 
     source: int
     target: int
     size: int
     reduce: bool
     pair: int = -1
-    posted: float = inf
     began: float = inf
     left: float = inf
     arrived: float = inf
@@ -133,37 +130,36 @@ class _Run:
         self._call_s = costs.call_s * max(1.0, costs.cores_shared)
         self._links: dict[Link, int] = {}
         self._pairs: dict[tuple[int, int], int] = {}
-        self._ways: list[list[int]] = []
-        self._ways_back: list[list[int]] = []
+        self._links_of: list[list[int]] = []
+        self._links_back: list[list[int]] = []
         self._latency: list[float] = []
         lengths = chunk_bytes(schedule, message_bytes)
         self._messages = [
             _Message(m.source, m.target, sum(lengths[chunk] for chunk in m.chunks), m.reduce) for m in schedule.messages
         ]
-        self._ranks = self._laid_out(schedule, len(schedule.steps) // calls)
+        self._ranks = self._prepared(schedule, len(schedule.steps) // calls)
         self._capacity = [link.bandwidth_bps.value / (8 * FRAME_OVERHEAD) for link in self._links]
-        self._sharing = Sharing(self._ways, self._capacity, self._ways_back, costs.acknowledged)
+        self._sharing = Sharing(self._links_of, self._capacity, self._links_back, costs.acknowledged)
         self._buckets = Buckets(list(self._links), self._capacity)
-        self._queues: list[list[_Message]] = [[] for _ in self._ways]  # [0] is on its way
-        self._heads = [0] * len(self._ways)
-        self._left = np.zeros(len(self._ways))
+        self._queues: list[deque[_Message]] = [deque() for _ in self._links_of]  # [0] is on the wire
+        self._left = np.zeros(len(self._links_of))
         self._active: set[int] = set()
         self._changed = False
         self._started: list[_Message] = []
         self._cores = [0.0] * costs.cores(schedule.p)
-        self._agenda: list[tuple[float, int, int]] = []  # time, rank, 1 if its action ends then, 0 if it may begin
+        self._events: list[tuple[float, int, int]] = []  # time, rank, 1 if its action ends then, 0 if it may begin
         self._work()
 
-    def _laid_out(self, schedule: Schedule, call_steps: int) -> list[_Rank]:
+    def _prepared(self, schedule: Schedule, call_steps: int) -> list[_Rank]:
         """Programs without messages that carry nothing, and what connections and links they use. A call has call_steps steps."""
         for message in self._messages:
-            if message.size and (way := self._routes.between(message.source, message.target)):
+            if message.size and (route := self._routes.between(message.source, message.target)):
                 key = message.source, message.target
                 if key not in self._pairs:
-                    self._pairs[key] = len(self._ways)
-                    self._ways.append(self._numbers(way))
-                    self._ways_back.append(self._numbers(self._routes.between(message.target, message.source)))
-                    self._latency.append(sum(link.latency_s.value for link in way))
+                    self._pairs[key] = len(self._links_of)
+                    self._links_of.append(self._numbers(route))
+                    self._links_back.append(self._numbers(self._routes.between(message.target, message.source)))
+                    self._latency.append(sum(link.latency_s.value for link in route))
                 message.pair = self._pairs[key]
         ranks = []
         for program in programs(schedule):
@@ -178,36 +174,36 @@ class _Run:
             ranks.append(rank)
         return ranks
 
-    def _numbers(self, way: Sequence[Link]) -> list[int]:
-        return [self._links.setdefault(link, len(self._links)) for link in way]
+    def _numbers(self, route: Sequence[Link]) -> list[int]:
+        return [self._links.setdefault(link, len(self._links)) for link in route]
 
     def _work(self) -> None:
         for number in range(len(self._ranks)):
-            self._begin(number, self._call_s)
-        now = flown = 0.0  # what is left of each message is known at `flown`
+            self._begin_next(number, self._call_s)
+        now = advanced = 0.0  # what is left of each message is known at `advanced`
         soonest = inf
         active = np.empty(0, dtype=np.int64)
         rates, carried = self._sharing.rates(active)
 
-        def fly() -> None:
-            nonlocal flown
-            self._left[active] -= rates * (now - flown)
-            self._buckets.rest(now - flown, carried)
-            flown = now
+        def advance() -> None:
+            nonlocal advanced
+            self._left[active] -= rates * (now - advanced)
+            self._buckets.rest(now - advanced, carried)
+            advanced = now
 
-        while self._agenda or self._active:
-            now = min(soonest, self._agenda[0][0] if self._agenda else inf)
+        while self._events or self._active:
+            now = min(soonest, self._events[0][0] if self._events else inf)
             if soonest <= now + _SAME_S:
-                fly()
+                advance()
                 for pair in active[self._left[active] <= rates * _SAME_S].tolist():
-                    self._gone(pair, now)
-            while self._agenda and self._agenda[0][0] <= now + _SAME_S:
-                time, number, ends = heapq.heappop(self._agenda)
-                self._ended(number, time) if ends else self._take_core(number, time)
+                    self._message_left(pair, now)
+            while self._events and self._events[0][0] <= now + _SAME_S:
+                time, number, ends = heapq.heappop(self._events)
+                self._action_ended(number, time) if ends else self._take_core(number, time)
             if self._changed or self._started:
-                fly()
+                advance()
                 for message in self._started:
-                    self._left[message.pair] = message.size - self._buckets.taken(self._ways[message.pair], message.size)
+                    self._left[message.pair] = message.size - self._buckets.taken(self._links_of[message.pair], message.size)
                 self._started.clear()
                 if self._changed:
                     self._changed = False
@@ -215,7 +211,7 @@ class _Run:
                     rates, carried = self._sharing.rates(active)
                 soonest = now + float((self._left[active] / rates).min()) if len(active) else inf
 
-    def _begin(self, number: int, time: float) -> None:
+    def _begin_next(self, number: int, time: float) -> None:
         """The rank is free from `time` on; its next action begins when it can."""
         rank = self._ranks[number]
         if rank.at == len(rank.actions):
@@ -233,9 +229,9 @@ class _Run:
         rank.waits_for = None
         action.ready = ready if action.cause is None else ready + self._costs.wake_s
         if self._cores:
-            heapq.heappush(self._agenda, (action.ready, number, 0))
+            heapq.heappush(self._events, (action.ready, number, 0))
         else:
-            heapq.heappush(self._agenda, (action.ready + self._cost(action), number, 1))
+            heapq.heappush(self._events, (action.ready + self._cost(action), number, 1))
 
     def _cost(self, action: _Action) -> float:
         if not action.receives:
@@ -247,7 +243,7 @@ class _Run:
         """Of the frames after the first that pass at once: the sender's core takes them through the network."""
         if not self._cores or message.pair < 0:
             return 0.0
-        free = self._buckets.passing(self._ways[message.pair], message.size)
+        free = self._buckets.passing(self._links_of[message.pair], message.size)
         return max(0, ceil(free / FRAME_BYTES) - 1) * self._costs.frame_s
 
     def _take_core(self, number: int, time: float) -> None:
@@ -255,9 +251,9 @@ class _Run:
         start = max(time, heapq.heappop(self._cores))
         end = start + self._cost(rank.actions[rank.at])
         heapq.heappush(self._cores, end)
-        heapq.heappush(self._agenda, (end, number, 1))
+        heapq.heappush(self._events, (end, number, 1))
 
-    def _ended(self, number: int, time: float) -> None:
+    def _action_ended(self, number: int, time: float) -> None:
         rank = self._ranks[number]
         action = rank.actions[rank.at]
         action.end = time
@@ -265,16 +261,16 @@ class _Run:
             self._post(action.message, rank.at, time)
         rank.at += 1
         another = rank.at < len(rank.actions) and rank.actions[rank.at].call > action.call
-        self._begin(number, time + self._call_s if another else time)
+        self._begin_next(number, time + self._call_s if another else time)
 
     def _post(self, message: _Message, place: int, time: float) -> None:
-        message.posted, message.sender = time, place
+        message.sender = place
         if message.pair < 0:
             message.began = message.left = message.arrived = time
             self._wake(message, time)
             return
         queue = self._queues[message.pair]
-        if len(queue) > self._heads[message.pair]:
+        if queue:
             message.before = queue[-1]
         queue.append(message)
         if message.before is None:
@@ -287,13 +283,12 @@ class _Run:
             self._active.add(message.pair)
             self._changed = True
 
-    def _gone(self, pair: int, time: float) -> None:
-        queue, head = self._queues[pair], self._heads[pair]
-        message = queue[head]
+    def _message_left(self, pair: int, time: float) -> None:
+        queue = self._queues[pair]
+        message = queue.popleft()
         message.left, message.arrived = time, time + self._latency[pair]
-        self._heads[pair] = head + 1
-        if head + 1 < len(queue):
-            self._start(queue[head + 1], time)
+        if queue:
+            self._start(queue[0], time)
         else:
             self._active.remove(pair)
             self._changed = True
@@ -304,7 +299,7 @@ class _Run:
         for number in (message.target, message.source):
             rank = self._ranks[number]
             if rank.waits_for is message:
-                self._begin(number, rank.actions[rank.at].ready)
+                self._begin_next(number, rank.actions[rank.at].ready)
 
     def result(self) -> Simulated:
         ends = [rank.actions[-1].end if rank.actions else 0.0 for rank in self._ranks]
@@ -312,7 +307,7 @@ class _Run:
         load = [0] * len(self._links)
         for message in self._messages:
             if message.pair >= 0:
-                for link in self._ways[message.pair]:
+                for link in self._links_of[message.pair]:
                     load[link] += message.size
         busy = [size / capacity for size, capacity in zip(load, self._capacity, strict=True)]
         fullest = max(range(len(busy)), key=busy.__getitem__, default=None)
@@ -326,7 +321,6 @@ class _Run:
             link_bytes=dict(zip(links, load, strict=True)),
             fullest=None if fullest is None else links[fullest],
             busy=0.0 if fullest is None else busy[fullest] / max(ends[last], busy[fullest]),
-            last_rank=last,
             transfers=tuple(Transfer(m.source, m.target, m.size, m.reduce, m.began, m.left) for m in self._messages if m.size),
         )
 

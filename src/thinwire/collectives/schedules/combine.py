@@ -1,6 +1,6 @@
-"""Schedules from schedules: turned round, one after the other, side by side, in segments, on other ranks.
+"""Schedules from schedules: reversed, one after the other, side by side, in segments, on other ranks.
 
-    turned      the way along which a chunk was copied to all is, walked backwards, a way to add it up:
+    reverse     the path along which a chunk was copied to all is, walked backwards, one along which it can be added up:
                 all-gather -> reduce-scatter, broadcast -> reduce, scatter -> gather
                 (the copies of a chunk form a tree out of its source; each rank adds what its children send, and sends that on)
     then        reduce-scatter, all-gather -> all-reduce;  reduce, broadcast -> all-reduce;  reduce-scatter, gather -> reduce
@@ -21,7 +21,7 @@ from thinwire.collectives.schedules import ops
 from thinwire.collectives.schedules.schedule import Chunk, Message, Schedule, Step, check_order
 from thinwire.errors import UserError
 
-_TURNED = {"all_gather": "reduce_scatter", "broadcast": "reduce", "scatter": "gather"}
+_REVERSE = {"all_gather": "reduce_scatter", "broadcast": "reduce", "scatter": "gather"}
 _THEN = {
     ("reduce_scatter", "all_gather"): "all_reduce",
     ("reduce", "broadcast"): "all_reduce",
@@ -29,15 +29,16 @@ _THEN = {
 }
 
 
-def turned(schedule: Schedule, name: str) -> Schedule:
-    """The schedule backwards, every message the other way round."""
-    if schedule.op not in _TURNED:
-        raise UserError(f"{schedule.name}: {schedule.op} cannot be turned round; only {', '.join(_TURNED)} can")
-    op = _TURNED[schedule.op]
-    steps = tuple(
-        tuple(Message(m.target, m.source, m.chunks, ops.reduces(op)) for m in step) for step in reversed(schedule.steps)
-    )
-    return replace(schedule, op=op, steps=steps, name=name)
+def reverse(schedule: Schedule, name: str) -> Schedule:
+    """The schedule backwards, every message from its target to its source."""
+    if schedule.op not in _REVERSE:
+        raise UserError(f"{schedule.name}: {schedule.op} cannot be reversed; only {', '.join(_REVERSE)} can")
+    op = _REVERSE[schedule.op]
+    return replace(schedule, op=op, steps=reversed_steps(schedule.steps, ops.reduces(op)), name=name)
+
+
+def reversed_steps(steps: Sequence[Step], reduce: bool) -> tuple[Step, ...]:
+    return tuple(tuple(Message(m.target, m.source, m.chunks, reduce) for m in step) for step in reversed(steps))
 
 
 def then(first: Schedule, second: Schedule, name: str, shares: Sequence[int] = ()) -> Schedule:
@@ -92,11 +93,11 @@ def pipelined(schedule: Schedule, segments: int) -> Schedule:
     if segments == 1:
         return schedule
     chunks = tuple(chunk for chunk in schedule.chunks for _ in range(segments))
-    trains = []
+    shifted = []
     for segment in range(segments):
         numbers = {number: number * segments + segment for number in range(len(schedule.chunks))}
-        trains.append([()] * segment + [tuple(_renumbered(step, numbers)) for step in schedule.steps])
-    return replace(schedule, chunks=chunks, steps=overlaid(trains), name=f"{schedule.name}, {segments} segments")
+        shifted.append([()] * segment + [tuple(_renumbered(step, numbers)) for step in schedule.steps])
+    return replace(schedule, chunks=chunks, steps=overlaid(shifted), name=f"{schedule.name}, {segments} segments")
 
 
 def on_ranks(schedule: Schedule, order: Sequence[int]) -> Schedule:
@@ -113,16 +114,16 @@ def on_ranks(schedule: Schedule, order: Sequence[int]) -> Schedule:
     numbers = {old: new for new, old in enumerate(by_block)}
     chunks = tuple(Chunk(place[schedule.chunks[old].block], schedule.chunks[old].weight) for old in by_block)
     steps = tuple(
-        tuple(replace(m, source=order[m.source], target=order[m.target]) for m in _renumbered(step, numbers))
+        tuple(Message(order[m.source], order[m.target], m.chunks, m.reduce) for m in _renumbered(step, numbers))
         for step in schedule.steps
     )
     root = None if schedule.root is None else order[schedule.root]
     return replace(schedule, chunks=chunks, steps=steps, root=root)
 
 
-def overlaid(trains: Iterable[Sequence[Step]]) -> tuple[Step, ...]:
-    """Step t of each train as one step, in the order of the trains."""
-    return tuple(tuple(message for step in steps for message in step) for steps in zip_longest(*trains, fillvalue=()))
+def overlaid(sequences: Iterable[Sequence[Step]]) -> tuple[Step, ...]:
+    """Step t of each sequence as one step, in the order of the sequences."""
+    return tuple(tuple(message for step in steps for message in step) for steps in zip_longest(*sequences, fillvalue=()))
 
 
 def bundled(messages: Iterable[Message]) -> Step:
@@ -134,7 +135,6 @@ def bundled(messages: Iterable[Message]) -> Step:
 
 
 def _totals(schedule: Schedule) -> list[int]:
-    """The sum of the weights in each block."""
     totals = [0] * ops.num_blocks(schedule.op, schedule.p)
     for chunk in schedule.chunks:
         totals[chunk.block] += chunk.weight
@@ -146,4 +146,4 @@ def _renumbered(step: Step, numbers: dict[int, int]) -> Iterable[Message]:
     for message in step:
         chunks = tuple(sorted(numbers[chunk] for chunk in message.chunks if chunk in numbers))
         if chunks:
-            yield replace(message, chunks=chunks)
+            yield Message(message.source, message.target, chunks, message.reduce)

@@ -39,7 +39,7 @@ def rabenseifner(p: int) -> Schedule:
         halving.append(tuple(Message(a, b, tuple(range(*theirs)), True) for a, b, theirs, _ in swaps))
         doubling.append(tuple(Message(a, b, tuple(range(*mine))) for a, b, _, mine in swaps))
     steps = (*before, *halving, *reversed(doubling), *after)
-    return Schedule(op="all_reduce", p=p, chunks=tuple(Chunk(0) for _ in range(m)), steps=steps, name="Rabenseifner")
+    return Schedule(op="all_reduce", p=p, chunks=(Chunk(0),) * m, steps=steps, name="Rabenseifner")
 
 
 def _folded(p: int, chunks: Sequence[int]) -> tuple[list[int], list[Step], list[Step]]:

@@ -12,11 +12,11 @@ What a link carries is the sum of the weights of the trees that cross it. (Edmon
 ForestColl, 2024.)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from thinwire.collectives.schedules.combine import overlaid, turned
+from thinwire.collectives.schedules.combine import overlaid, reverse, reversed_steps
 from thinwire.collectives.schedules.rooted import down, root_of
-from thinwire.collectives.schedules.schedule import Chunk, Message, Schedule, Step
+from thinwire.collectives.schedules.schedule import Chunk, Schedule, Step
 from thinwire.errors import UserError
 
 Weighted = tuple[Sequence[int], int]
@@ -28,12 +28,11 @@ def all_gather(trees: Sequence[Weighted], name: str = "forest") -> Schedule:
     trees = sorted(trees, key=lambda tree: root_of(tree[0]))  # stable, so that the order within a root is kept
     p = _num_ranks([parents for parents, _ in trees], name)
     chunks = tuple(Chunk(root_of(parents), weight) for parents, weight in trees)
-    return Schedule(op="all_gather", p=p, chunks=chunks, steps=_down(trees), name=name)
+    return Schedule(op="all_gather", p=p, chunks=chunks, steps=_all_down(trees), name=name)
 
 
 def reduce_scatter(trees: Sequence[Weighted], name: str = "forest") -> Schedule:
-    """Up the trees: a rank sends to its parent."""
-    return turned(all_gather(trees, name), name)
+    return reverse(all_gather(trees, name), name)
 
 
 def broadcast(trees: Sequence[Weighted], name: str = "forest") -> Schedule:
@@ -42,12 +41,11 @@ def broadcast(trees: Sequence[Weighted], name: str = "forest") -> Schedule:
     if any(root_of(parents) != root for parents, _ in trees):
         raise UserError(f"{name}: the trees of a broadcast have one root, not {sorted({root_of(one) for one, _ in trees})}")
     chunks = tuple(Chunk(0, weight) for _, weight in trees)
-    return Schedule(op="broadcast", p=p, root=root, chunks=chunks, steps=_down(trees), name=name)
+    return Schedule(op="broadcast", p=p, root=root, chunks=chunks, steps=_all_down(trees), name=name)
 
 
 def reduce(trees: Sequence[Weighted], name: str = "forest") -> Schedule:
-    """Up the trees, all with one root."""
-    return turned(broadcast(trees, name), name)
+    return reverse(broadcast(trees, name), name)
 
 
 def all_reduce(trees: Sequence[tuple[Sequence[int], Sequence[int], int]], name: str = "forest") -> Schedule:
@@ -56,22 +54,21 @@ def all_reduce(trees: Sequence[tuple[Sequence[int], Sequence[int], int]], name: 
     A part turns round as soon as it is complete, so parts with low trees do not wait for those with high ones.
     """
     p = _num_ranks([parents for up, below, _ in trees for parents in (up, below)], name)
-    trains = []
+    parts = []
     for number, (up, below, _) in enumerate(trees):
         if root_of(up) != root_of(below):
             raise UserError(f"{name}: part {number} is added up at rank {root_of(up)} but handed out by {root_of(below)}")
-        trains.append(_up(up, number) + down(below, _only(number)))
+        parts.append(reversed_steps(_down(up, number), reduce=True) + _down(below, number))
     chunks = tuple(Chunk(0, weight) for _, _, weight in trees)
-    return Schedule(op="all_reduce", p=p, chunks=chunks, steps=overlaid(trains), name=name)
+    return Schedule(op="all_reduce", p=p, chunks=chunks, steps=overlaid(parts), name=name)
 
 
-def _down(trees: Sequence[Weighted]) -> tuple[Step, ...]:
-    return overlaid(down(parents, _only(number)) for number, (parents, _) in enumerate(trees))
+def _all_down(trees: Sequence[Weighted]) -> tuple[Step, ...]:
+    return overlaid(_down(parents, number) for number, (parents, _) in enumerate(trees))
 
 
-def _up(parents: Sequence[int], number: int) -> tuple[Step, ...]:
-    steps = reversed(down(parents, _only(number)))
-    return tuple(tuple(Message(m.target, m.source, m.chunks, True) for m in step) for step in steps)
+def _down(parents: Sequence[int], number: int) -> tuple[Step, ...]:
+    return down(parents, lambda _: (number,))
 
 
 def _num_ranks(trees: Sequence[Sequence[int]], name: str) -> int:
@@ -79,8 +76,3 @@ def _num_ranks(trees: Sequence[Sequence[int]], name: str) -> int:
     if len(sizes) != 1:
         raise UserError(f"{name}: the trees must be over the same ranks; they have {sizes or 'none'}")
     return sizes[0]
-
-
-def _only(number: int) -> Callable[[int], tuple[int, ...]]:
-    """Every rank gets this chunk."""
-    return lambda _: (number,)

@@ -17,30 +17,21 @@ behind the other in the order of their numbers; its output is the blocks that ar
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from itertools import accumulate
 
 from thinwire.errors import UserError
 
-
-@dataclass(frozen=True, slots=True)
-class _Op:
-    """power: there are p ** power blocks. Ends: "all", "root", "block" (rank b), "row" (b // p) or "column" (b % p)."""
-
-    power: int
-    comes_from: str
-    due_at: str
-
-
 _OPS = {
-    "all_reduce": _Op(0, "all", "all"),
-    "reduce": _Op(0, "all", "root"),
-    "broadcast": _Op(0, "root", "all"),
-    "reduce_scatter": _Op(1, "all", "block"),
-    "all_gather": _Op(1, "block", "all"),
-    "gather": _Op(1, "block", "root"),
-    "scatter": _Op(1, "root", "block"),
-    "all_to_all": _Op(2, "row", "column"),
+    "all_reduce": (0, "all", "all"),
+    "reduce": (0, "all", "root"),
+    "broadcast": (0, "root", "all"),
+    "reduce_scatter": (1, "all", "block"),
+    "all_gather": (1, "block", "all"),
+    "gather": (1, "block", "root"),
+    "scatter": (1, "root", "block"),
+    "all_to_all": (2, "row", "column"),
 }
+"""(x, comes from, due at): there are p ** x blocks; "block" is rank b, "row" b // p and "column" b % p."""
 
 OPS = tuple(_OPS)
 
@@ -53,28 +44,23 @@ def known(op: str) -> str:
 
 
 def rooted(op: str) -> bool:
-    """Whether one rank is special."""
-    return "root" in (_OPS[op].comes_from, _OPS[op].due_at)
+    return "root" in _OPS[op]
 
 
 def reduces(op: str) -> bool:
-    """Whether contributions of several ranks become one."""
-    return _OPS[op].comes_from == "all"
+    return _OPS[op][1] == "all"
 
 
 def num_blocks(op: str, p: int) -> int:
-    """Blocks of `op` among p ranks."""
-    return int(p ** _OPS[op].power)
+    return int(p ** _OPS[op][0])
 
 
 def sources(op: str, p: int, root: int | None, block: int) -> tuple[int, ...]:
-    """The ranks that contribute to `block`."""
-    return _ranks(_OPS[op].comes_from, p, root, block)
+    return _ranks(_OPS[op][1], p, root, block)
 
 
 def targets(op: str, p: int, root: int | None, block: int) -> tuple[int, ...]:
-    """The ranks at which `block` is due."""
-    return _ranks(_OPS[op].due_at, p, root, block)
+    return _ranks(_OPS[op][2], p, root, block)
 
 
 def message_blocks(op: str, p: int) -> int:
@@ -104,11 +90,8 @@ def outputs(op: str, p: int, root: int | None, rank: int) -> tuple[int, ...]:
 
 def offsets(blocks: Iterable[int], sizes: Sequence[int]) -> dict[int, int]:
     """Where each of `blocks` begins when they lie one behind the other; sizes[b] is the length of block b."""
-    result, first = {}, 0
-    for block in blocks:
-        result[block] = first
-        first += sizes[block]
-    return result
+    blocks = list(blocks)
+    return dict(zip(blocks, accumulate((sizes[block] for block in blocks), initial=0), strict=False))
 
 
 def _ranks(end: str, p: int, root: int | None, block: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The order of a ring, from the cluster.
+"""The order of a ring, and the tree of a pipelined broadcast or reduce, from the cluster.
 
 On a tree of switches: depth first, small subtrees first. Every link is then crossed once in each direction, by one flow, which is
 the least for any ring, and with equal links as fast as any all-reduce (Patarasuk and Yuan 2009).
@@ -11,6 +11,14 @@ ring, then least sum (bottleneck travelling salesman; c may be asymmetric). Exac
 which a Hamiltonian cycle exists, by dynamic programming over sets of ranks, then Held and Karp 1962 under this threshold. Above
 that a heuristic: the order of ranks and nearest neighbour from several starts, each improved by moves that remove the worst edge
 (turn round a stretch, move a rank) while they help. It may miss the best order.
+
+Widest tree: in many segments every edge of a tree is busy all the time, so the rate is that of the fullest link:
+
+    rate = min over links of  bandwidth / (edges of the tree whose routes cross the link)
+
+It grows from the root (Prim 1957), always along the edge out of what is reached with the most bandwidth / (edges so far + 1),
+then fewest links, then least depth; it is compared with the chain in ring order, and the faster one taken. A heuristic: the best
+tree with shared links is NP-hard to find (a tree of bounded degree is a special case).
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,9 +26,10 @@ from math import inf
 
 import networkx
 
-from thinwire.cluster import Cluster
+from thinwire.cluster import Cluster, Link
 from thinwire.cluster.graph import Routes, graph
-from thinwire.collectives.schedules.schedule import check_order
+from thinwire.collectives.schedules.rooted import Parents, chain
+from thinwire.collectives.schedules.schedule import check_order, check_root
 
 EXACT = 12
 SEARCHED = 64
@@ -31,17 +40,25 @@ Matrix = Sequence[Sequence[float]]
 
 def ring_order(cluster: Cluster) -> tuple[int, ...]:
     """The ranks of `cluster` in the order in which a ring should visit them; begins with rank 0."""
-    wires = graph(cluster).to_undirected()
-    start = cluster.node_of(0)
-    part = wires.subgraph(networkx.node_connected_component(wires, start))
-    if networkx.is_tree(part):
-        return _depth_first(cluster, part)
-    shortest = networkx.bfs_tree(part, start).to_undirected()
+    wires = _connected(cluster)
+    if networkx.is_tree(wires):
+        return _depth_first(cluster, wires)
+    shortest = networkx.bfs_tree(wires, cluster.node_of(0)).to_undirected()
     routes = Routes(cluster)
     candidates = [_depth_first(cluster, shortest), tuple(range(cluster.world_size))]
     if cluster.world_size <= SEARCHED:
         candidates.insert(1, min_max_order(seconds_per_bit(cluster)))
     return min(candidates, key=lambda order: _busy_s(routes, order))
+
+
+def is_tree(cluster: Cluster) -> bool:
+    """Whether the network of the ranks is a tree, so that depth first is the best order there is."""
+    return bool(networkx.is_tree(_connected(cluster)))
+
+
+def _connected(cluster: Cluster) -> networkx.Graph:
+    wires = graph(cluster).to_undirected()
+    return wires.subgraph(networkx.node_connected_component(wires, cluster.node_of(0)))
 
 
 def _busy_s(routes: Routes, order: Sequence[int]) -> tuple[float, float]:
@@ -167,3 +184,44 @@ def _moves(order: list[int]) -> Iterator[list[int]]:
 def _cost(seconds: Matrix, order: Sequence[int]) -> tuple[float, float]:
     edges = [seconds[order[i - 1]][order[i]] for i in range(len(order))]
     return max(edges), sum(edges)
+
+
+def widest_tree(cluster: Cluster, root: int, *, up: bool = False) -> Parents:
+    """A tree over all ranks of `cluster`; up: for a reduce, whose messages go from child to parent."""
+    check_root(root, cluster.world_size)
+    routes = Routes(cluster)
+    order = ring_order(cluster)
+    if up:
+        order = order[::-1]
+    place = order.index(root)
+    candidates = [_grown(routes, cluster.world_size, root, up), chain(order[place:] + order[:place])]
+    return max(candidates, key=lambda parents: rate_bps(routes, parents, up=up))
+
+
+def rate_bps(routes: Routes, parents: Parents, *, up: bool = False) -> float:
+    """The rate at which a long vector runs through the tree in many segments; inf if no link is crossed."""
+    flows = ((rank, parent, 1) if up else (parent, rank, 1) for rank, parent in enumerate(parents) if parent >= 0)
+    return min((link.bandwidth_bps.value / edges for link, edges in routes.load(flows).items()), default=inf)
+
+
+def _grown(routes: Routes, p: int, root: int, up: bool) -> Parents:
+    edges: dict[Link, int] = {}
+    parents, depth = [-1] * p, [0] * p
+    reached, left = [root], [rank for rank in range(p) if rank != root]
+
+    def crossed(edge: tuple[int, int]) -> tuple[Link, ...]:
+        return routes.between(*(edge[::-1] if up else edge))
+
+    def merit(edge: tuple[int, int]) -> tuple[float, int, int]:
+        links = crossed(edge)
+        rate = min((link.bandwidth_bps.value / (edges.get(link, 0) + 1) for link in links), default=inf)
+        return rate, -len(links), -depth[edge[0]]
+
+    while left:
+        source, target = max(((i, j) for i in reached for j in left), key=merit)
+        for link in crossed((source, target)):
+            edges[link] = edges.get(link, 0) + 1
+        parents[target], depth[target] = source, depth[source] + 1
+        reached.append(target)
+        left.remove(target)
+    return tuple(parents)

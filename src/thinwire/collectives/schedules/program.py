@@ -11,7 +11,6 @@ A message may arrive at any time; only applying it waits. The number of a messag
 overtake one another, unless the executor takes a program strictly in order.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -36,16 +35,14 @@ Program = tuple[Action, ...]
 
 
 def programs(schedule: Schedule) -> tuple[Program, ...]:
-    """The program of each rank."""
     ranks = [_Rank() for _ in range(schedule.p)]
-    number = 0
-    for at, step in enumerate(schedule.steps):
-        numbered = list(enumerate(step, number))
-        for tag, message in numbered:
-            ranks[message.source].send(message, at, tag)
-        for tag, message in numbered:
-            ranks[message.target].receive(message, at, tag)
-        number += len(step)
+    first = 0
+    for number, step in enumerate(schedule.steps):
+        for tag, message in enumerate(step, first):
+            ranks[message.source].send(message, number, tag)
+        for tag, message in enumerate(step, first):
+            ranks[message.target].receive(message, number, tag)
+        first += len(step)
     return tuple(tuple(rank.actions) for rank in ranks)
 
 
@@ -58,18 +55,15 @@ class _Rank:
     read: dict[int, list[int]] = field(default_factory=dict)
 
     def send(self, message: Message, step: int, tag: int) -> None:
-        place = len(self.actions)
-        self._add("send", message.target, message, (step, tag), (self.written[c] for c in message.chunks if c in self.written))
+        after = {self.written[chunk] for chunk in message.chunks if chunk in self.written}
         for chunk in message.chunks:
-            self.read.setdefault(chunk, []).append(place)
+            self.read.setdefault(chunk, []).append(len(self.actions))
+        self.actions.append(Action("send", message.target, message.chunks, step, tag, tuple(sorted(after))))
 
     def receive(self, message: Message, step: int, tag: int) -> None:
-        place = len(self.actions)
-        before = {self.written[c] for c in message.chunks if c in self.written}
+        after = {self.written[chunk] for chunk in message.chunks if chunk in self.written}
         for chunk in message.chunks:
-            before.update(self.read.pop(chunk, ()))
-        self._add("reduce" if message.reduce else "copy", message.source, message, (step, tag), before)
-        self.written.update(dict.fromkeys(message.chunks, place))
-
-    def _add(self, kind: Kind, peer: int, message: Message, when: tuple[int, int], after: Iterable[int]) -> None:
-        self.actions.append(Action(kind, peer, message.chunks, when[0], when[1], tuple(sorted(set(after)))))
+            after.update(self.read.pop(chunk, ()))
+        self.written.update(dict.fromkeys(message.chunks, len(self.actions)))
+        kind: Kind = "reduce" if message.reduce else "copy"
+        self.actions.append(Action(kind, message.source, message.chunks, step, tag, tuple(sorted(after))))

@@ -7,35 +7,31 @@ p ranks in a ring, position i holds rank order[i]; part q belongs to position q.
     all-reduce       the one, then the other: 2 (p-1) steps, 2 (p-1)/p n bytes per rank, all in one direction.
 
 Least possible bytes (Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, 2009). In both
-directions: half of each block goes round each way, twice as fast where the links to both neighbours are separate ones.
+directions: half of each block goes round each direction, twice as fast where the links to both neighbours are separate ones.
 """
 
 from collections.abc import Callable, Sequence
 
 from thinwire.collectives.schedules.combine import then, together
-from thinwire.collectives.schedules.schedule import Chunk, Message, Schedule, Step, check_order
+from thinwire.collectives.schedules.schedule import Message, Schedule, Step, check_order, whole_blocks
 
 
 def all_gather(order: Sequence[int]) -> Schedule:
-    """Copies only."""
-    order, chunks = _checked(order)
-    steps = copied_around(order, [(rank,) for rank in order])
-    return Schedule(op="all_gather", p=len(order), chunks=chunks, steps=steps, name="ring")
+    steps = copied_around(check_order(order), [(rank,) for rank in order])
+    return Schedule(op="all_gather", p=len(order), chunks=whole_blocks(len(order)), steps=steps, name="ring")
 
 
 def reduce_scatter(order: Sequence[int]) -> Schedule:
     """Rank r ends with block r."""
-    order, chunks = _checked(order)
-    steps = reduced_around(order, [(rank,) for rank in order])
-    return Schedule(op="reduce_scatter", p=len(order), chunks=chunks, steps=steps, name="ring")
+    steps = reduced_around(check_order(order), [(rank,) for rank in order])
+    return Schedule(op="reduce_scatter", p=len(order), chunks=whole_blocks(len(order)), steps=steps, name="ring")
 
 
 def all_reduce(order: Sequence[int]) -> Schedule:
-    """Reduce-scatter, then all-gather, both from order[i] to order[i + 1]."""
     return then(reduce_scatter(order), all_gather(order), "ring")
 
 
-def both_ways(ring: Callable[[Sequence[int]], Schedule], order: Sequence[int]) -> Schedule:
+def bidirectional(ring: Callable[[Sequence[int]], Schedule], order: Sequence[int]) -> Schedule:
     """`ring` is one of the three above: half of each block goes along the order, half against it."""
     return together([ring(order), ring(order[::-1])], "bidirectional ring")
 
@@ -56,8 +52,3 @@ def _around(order: Sequence[int], parts: Sequence[tuple[int, ...]], reduce: bool
         tuple(Message(order[i], order[(i + 1) % m], chunks, reduce) for i in range(m) if (chunks := parts[(i - reduce - t) % m]))
         for t in range(m - 1)
     )
-
-
-def _checked(order: Sequence[int]) -> tuple[tuple[int, ...], tuple[Chunk, ...]]:
-    order = check_order(order)
-    return order, tuple(Chunk(rank) for rank in range(len(order)))

@@ -17,10 +17,9 @@ in which contributions are added is thereby part of the schedule: results are th
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 
 from thinwire.collectives.schedules import ops
 from thinwire.errors import UserError
@@ -96,7 +95,7 @@ class Schedule:
     def _check(self, message: Message, where: str) -> None:
         if not (0 <= message.source < self.p and 0 <= message.target < self.p) or message.source == message.target:
             raise UserError(f"{where}: a message joins two different ranks of 0 to {self.p - 1}")
-        ascending = all(a < b for a, b in zip(message.chunks, message.chunks[1:], strict=False))
+        ascending = all(a < b for a, b in pairwise(message.chunks))
         if not message.chunks or not ascending or message.chunks[0] < 0 or message.chunks[-1] >= len(self.chunks):
             raise UserError(
                 f"{where}: chunks {list(message.chunks)}; a message carries one or more of 0 to {len(self.chunks) - 1}, ascending"
@@ -119,20 +118,9 @@ class Schedule:
             )
         result = []
         for block, chunks in groupby(self.chunks, lambda chunk: chunk.block):
-            weights = [chunk.weight for chunk in chunks]
-            total, before, size = sum(weights), 0, sizes[block]
-            for weight in weights:
-                result.append(Range(block, size * before // total, size * (before + weight) // total))
-                before += weight
+            sums = list(accumulate((chunk.weight for chunk in chunks), initial=0))
+            result += [Range(block, *(sizes[block] * weight // sums[-1] for weight in ends)) for ends in pairwise(sums)]
         return tuple(result)
-
-    def fractions(self) -> tuple[Fraction, ...]:
-        """Each chunk as a part of the message (see `ops.block_sizes`), all blocks being equal."""
-        totals: Counter[int] = Counter()
-        for chunk in self.chunks:
-            totals[chunk.block] += chunk.weight
-        parts = ops.message_blocks(self.op, self.p)
-        return tuple(Fraction(chunk.weight, totals[chunk.block] * parts) for chunk in self.chunks)
 
     def flows(self, sizes: Sequence[int], item_bytes: int = 1) -> tuple[tuple[int, int, int], ...]:
         """(source, target, payload bytes) of the whole schedule, once per pair that sends anything, sorted."""
@@ -143,15 +131,14 @@ class Schedule:
         return tuple((source, target, size) for (source, target), size in sorted(total.items()) if size)
 
 
-def joined(ranges: Iterable[Range]) -> list[Range]:
-    """The same elements in as few ranges as can be; an empty one is left out."""
-    result: list[Range] = []
-    for one in ranges:
-        if result and result[-1].block == one.block and result[-1].last == one.first:
-            result[-1] = Range(one.block, result[-1].first, one.last)
-        elif len(one):
-            result.append(one)
-    return result
+def whole_blocks(count: int) -> tuple[Chunk, ...]:
+    """A chunk for each of `count` blocks."""
+    return tuple(map(Chunk, range(count)))
+
+
+def check_root(root: int, p: int) -> None:
+    if not 0 <= root < p:
+        raise UserError(f"root = {root}, but ranks are 0 to {p - 1}")
 
 
 def check_order(order: Sequence[int]) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """A schedule is proven right before it may run, by following who has contributed what to every slot.
 
 The value of a slot is the set of ranks in it and the order in which they were added, as a tree: leaf r, or the sum of two trees.
-x + y and y + x are one tree, since addition gives the same bits both ways (but for which NaN it is). Checked, step by step:
+x + y and y + x are one tree, since addition gives the same bits in both orders (but for which NaN it is). Checked, step by step:
 
     arrival        a rank sends only what it holds
     once           a reduction joins two sets without a common rank; nothing is added to an empty slot
@@ -14,33 +14,16 @@ No deadlock (`check_progress`), for an executor that does no better than this: a
 entering a step it posts all receives and starts all sends of this step, then waits for all of them. A send ends only when the
 target has entered the step in which it receives (rendezvous: the network stores nothing), and messages between two ranks arrive
 in the order of their sending. One that looks ahead, or a network that stores, can only do better.
-
-Scratch memory, same executor: a buffer for each chunk that is to be added to a slot (or copied over one that is sent in this very
-step) when it lands, and a slot for each chunk that the rank has no place for in its output, from its first receive to its last
-send.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from math import lcm
 
 from thinwire.collectives.schedules import ops
 from thinwire.collectives.schedules.program import Program, programs
 from thinwire.collectives.schedules.schedule import Message, Schedule
 from thinwire.errors import UserError
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """What a right schedule needs. scratch[r]: the most memory of rank r beside input and output, in parts of the message."""
-
-    steps: int
-    messages: int
-    most_messages: int
-    """Sends and receives of the busiest rank."""
-    scratch: tuple[Fraction, ...]
 
 
 @dataclass(slots=True)
@@ -52,23 +35,13 @@ class _Value:
     used: bool = True
 
 
-def verify(schedule: Schedule) -> Verified:
+def verify(schedule: Schedule) -> None:
     """UserError with the first violation, see the top of the file."""
     slots = _Slots(schedule)
     for number, step in enumerate(schedule.steps):
         slots.step(number, step)
     slots.finish()
-    everyone = programs(schedule)
-    check_progress(everyone, schedule.name)
-    fractions = schedule.fractions()
-    unit = lcm(*(one.denominator for one in fractions))
-    parts = [int(one * unit) for one in fractions]
-    return Verified(
-        steps=len(schedule.steps),
-        messages=len(schedule.messages),
-        most_messages=max(len(program) for program in everyone),
-        scratch=tuple(Fraction(_scratch(schedule, rank, program, parts), unit) for rank, program in enumerate(everyone)),
-    )
+    check_progress(programs(schedule), schedule.name)
 
 
 class _Slots:
@@ -83,7 +56,6 @@ class _Slots:
                 self._slots[rank][number] = _Value(1 << rank, rank)
 
     def step(self, number: int, step: Sequence[Message]) -> None:
-        """Send everything, then apply everything."""
         where = f"{self._schedule.name}: step {number}"
         sent = []
         for message in step:
@@ -180,30 +152,6 @@ def check_progress(everyone: Sequence[Program], name: str) -> None:
         peer = next(peer for peer, place in sorted(waits[rank, entered[rank]]) if entered[peer] < place)
         step = steps[rank][entered[rank]]
         raise UserError(f"{name}: deadlock: ranks {stuck} wait for one another; rank {rank}, in step {step}, for rank {peer}")
-
-
-def _scratch(schedule: Schedule, rank: int, program: Program, parts: Sequence[int]) -> int:
-    """The most memory that `rank` needs beside its input and output; parts[c] is the size of chunk c."""
-    blocks = {chunk.block for chunk in schedule.chunks}
-    due = {block for block in blocks if rank in ops.targets(schedule.op, schedule.p, schedule.root, block)}
-    sent = {(action.step, chunk) for action in program if action.kind == "send" for chunk in action.chunks}
-    last_sent = {chunk: action.step for action in program if action.kind == "send" for chunk in action.chunks}
-    landing: Counter[int] = Counter()
-    change: Counter[int] = Counter()
-    held: set[int] = set()
-    for action in program:
-        for chunk in action.chunks if action.kind != "send" else ():
-            if schedule.chunks[chunk].block not in due and chunk not in held:
-                held.add(chunk)  # what lands becomes the slot
-                change[action.step] += parts[chunk]
-                change[last_sent.get(chunk, action.step) + 1] -= parts[chunk]
-            elif action.kind == "reduce" or (action.step, chunk) in sent:
-                landing[action.step] += parts[chunk]
-    most = now = 0
-    for step in sorted({*landing, *change}):
-        now += change[step]
-        most = max(most, now + landing[step])
-    return most
 
 
 def _ranks(contributions: int) -> str:

@@ -12,36 +12,39 @@ down; the program starts with single nodes and adds what its own solution violat
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from thinwire.collectives.synthesis.flow import Counts, too_small
-from thinwire.collectives.synthesis.graph import Mask, Matrix
+from thinwire.collectives.synthesis.flow import violated_cut
+from thinwire.collectives.synthesis.graph import Counts, Floats, Mask, Matrix
 
 
-def passed_on(capacity: Matrix, roots: Counts) -> Matrix | None:
+def balanced_part(capacity: Matrix, roots: Counts) -> Matrix | None:
     """A part of `capacity` as above; None if there is none, not even of `capacity` itself.
 
     capacity: trees that each link may carry. roots: trees of each compute node; these are the first nodes, the others switch.
     """
-    if too_small(capacity, roots) is not None:
+    if violated_cut(capacity, roots) is not None:
         return None
-    switches = range(len(roots), len(capacity))
     if bool((capacity.sum(0) == capacity.sum(1))[len(roots) :].all()):
         return capacity
     links = np.argwhere(capacity)
     most = np.minimum(capacity[links[:, 0], links[:, 1]], roots.sum())  # more trees than there are no link has to carry
-    balance = np.array([[float(b == switch) - float(a == switch) for a, b in links] for switch in switches])
-    rules = [LinearConstraint(balance, 0, 0)]
-    for node in range(len(roots)):
-        rules.append(_leaves(links, np.arange(len(capacity)) != node, roots))
+    rules = [LinearConstraint(switch_balance(links, len(roots), len(capacity)), 0, 0)]
+    rules += [_leaves(links, np.arange(len(capacity)) != node, roots) for node in range(len(roots))]
     while True:
         done = milp(-np.ones(len(links)), integrality=np.ones(len(links)), bounds=Bounds(0, most), constraints=rules)
         if done.x is None:
             return None
         part = np.zeros_like(capacity)
         part[links[:, 0], links[:, 1]] = np.rint(done.x).astype(np.int64)
-        failure = too_small(part, roots)
+        failure = violated_cut(part, roots)
         if failure is None:
             return part
         rules.append(_leaves(links, failure[2], roots))
+
+
+def switch_balance(links: Matrix, computes: int, size: int) -> Floats:
+    """A row for each switch, the nodes from `computes` to `size`: 1 for links into it, -1 for links out of it."""
+    switches = np.arange(computes, size)[:, None]
+    return (links[:, 1] == switches) * 1.0 - (links[:, 0] == switches)
 
 
 def _leaves(links: Matrix, inside: Mask, roots: Counts) -> LinearConstraint:

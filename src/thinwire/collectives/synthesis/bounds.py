@@ -8,7 +8,7 @@ a rank holds), W ranks, w(S) of them in S. What must cross:
     all_gather, reduce_scatter   w(S) n (or n / W) leave S, or enter it backwards; the worst S is ForestColl's optimum
     broadcast, reduce            n leave every S with the root, or enter it; the worst S is a least cut
     all_reduce                   n leave S and n enter it; m disjoint sets together receive 2 (m-1) n (each byte needs m-1
-                                 messages to be added up, and m-1 to be handed out: Patarasuk & Yuan 2009); and `joint`
+                                 messages to be added up, and m-1 to be handed out: Patarasuk & Yuan 2009); and `lp`
     all_to_all                   w(S) (W - w(S)) n / W leave S
 
 All but all_to_all are exact in bandwidth up to 32 compute nodes. Beyond, and for all_to_all, the sets tried are single nodes,
@@ -24,10 +24,9 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components, dijkstra
 
 from thinwire.cluster import Cluster
-from thinwire.collectives.synthesis.flow import least_cut
+from thinwire.collectives.synthesis.flow import min_cut
 from thinwire.collectives.synthesis.graph import Graph, Mask, graph_of
-from thinwire.collectives.synthesis.joint import all_reduce_time
-from thinwire.collectives.synthesis.lp import least_time
+from thinwire.collectives.synthesis.lp import BROADCAST, TreeProgram, all_reduce_time
 from thinwire.collectives.synthesis.optimum import optimum
 from thinwire.errors import UserError
 from thinwire.units import show
@@ -65,10 +64,12 @@ def bound(network: Cluster | Graph, op: str, message_bytes: float, root: int = 0
     graph = graph_of(network) if isinstance(network, Cluster) else network
     if graph.computes == 1:
         return Bound(0.0, 0.0, 0.0, (), f"all ranks are on {graph.nodes[0]}: no link is crossed")
-    return _Question(graph, op, message_bytes, graph.node_of(root)).answer()
+    return _Limits(graph, op, message_bytes, graph.node_of(root)).bound()
 
 
-class _Question:
+class _Limits:
+    """What each cut asks for, and how far apart the ranks are."""
+
     def __init__(self, graph: Graph, op: str, message_bytes: float, root: int) -> None:
         self._graph, self._op, self._bytes, self._root = graph, op, message_bytes, root
         self._links = np.array(list(graph.capacity))
@@ -78,17 +79,19 @@ class _Question:
             (np.array([graph.latency_s[pair] for pair in graph.capacity]) + 1e-15, tuple(zip(*graph.capacity, strict=True)))
         )
         self._far = dijkstra(latency, indices=range(graph.computes))[:, : graph.computes]
-        self._weights = np.array(graph.weights)
+        self._weights = graph.weights
 
-    def answer(self) -> Bound:
+    def bound(self) -> Bound:
         best = max(self._limits(), key=lambda limit: limit.seconds)
         links = [pair for group in best.groups for pair in self._links[self._crossed(group, best.outward)].tolist()]
         across = min(self._across(group, best.outward) for group in best.groups)
-        rows = {"broadcast": self._far[[self._root]], "reduce": self._far[:, [self._root]]}.get(self._op, self._far)
-        farthest = float(rows.max())
+        nodes = np.arange(self._graph.computes)
+        sources, targets = (nodes[[self._root]] if self._op == op else nodes for op in ("broadcast", "reduce"))
+        far = self._far[np.ix_(sources, targets)]
+        farthest = float(far.max())
         if farthest > best.seconds + across:
-            source, target = np.argwhere(self._far == farthest)[0]
-            ends = self._graph.nodes[source], self._graph.nodes[target]
+            source, target = np.argwhere(far == farthest)[0]
+            ends = self._graph.nodes[sources[source]], self._graph.nodes[targets[target]]
             return Bound(farthest, farthest, 0.0, (), f"latency from {ends[0]} to {ends[1]}: {show(farthest, 's')}")
         named = tuple((self._graph.nodes[a], self._graph.nodes[b]) for a, b in links)
         return Bound(best.seconds + across, across, best.seconds, named, self._words(best, named))
@@ -127,7 +130,7 @@ class _Question:
             inside = np.isin(np.arange(len(graph.nodes)), cut.inside)
             yield self._limit(cut.ranks * share, (inside,), outward, f"the shares of {cut.ranks} of {total} ranks")
         elif graph.computes <= _EXACT:
-            time = least_time(graph, reduce=False, broadcast=True, roots=self._weights / total)
+            time = TreeProgram(graph, BROADCAST, self._weights / total).time()
             yield self._joint(time / graph.bytes_per_s * total * share, outward, "switches pass on no more than they receive")
 
     def _rooted(self, graph: Graph, outward: bool) -> Iterator[_Limit]:
@@ -137,10 +140,10 @@ class _Question:
             return
         capacity, _ = graph.integral()
         others = [node for node in range(graph.computes) if node != self._root]
-        inside = min((least_cut(capacity, self._root, node) for node in others), key=lambda found: found[0])[1]
+        inside = min((min_cut(capacity, self._root, node) for node in others), key=lambda found: found[0])[1]
         yield self._limit(self._bytes, (inside,), outward, "the whole message")
         if not graph.balanced():
-            time = least_time(graph, reduce=False, broadcast=True, roots=np.eye(1, graph.computes, self._root)[0])
+            time = TreeProgram(graph, BROADCAST, np.eye(1, graph.computes, self._root)[0]).time()
             yield self._joint(time / graph.bytes_per_s * self._bytes, outward, "switches pass on no more than they receive")
 
     def _all_reduce(self) -> Iterator[_Limit]:
@@ -190,7 +193,6 @@ class _Question:
         return [groups for groups in kept if len(groups) > 1]
 
     def _crossed(self, group: Mask, outward: bool) -> Mask:
-        """Which links leave the group, or enter it."""
         inside = group if outward else ~group
         return inside[self._links[:, 0]] & ~inside[self._links[:, 1]]
 

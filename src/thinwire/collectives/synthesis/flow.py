@@ -8,71 +8,49 @@ merged with s for all later questions. And sum_u min(s -> u, u -> v) is a flow a
 """
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.sparse import csr_array
-from scipy.sparse.csgraph import maximum_flow
+from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
-from thinwire.collectives.synthesis.graph import Mask, Matrix
+from thinwire.collectives.synthesis.graph import Counts, Mask, Matrix
 
-Counts = NDArray[np.int64]
 _INT32 = 2**31 - 1
 
 
-def least_cut(capacity: Matrix, source: int, target: int) -> tuple[int, Mask]:
+def min_cut(capacity: Matrix, source: int, target: int) -> tuple[int, Mask]:
     """The maximum flow from source to target, and the nodes on the source's side of a least cut."""
-    value, flow = _flow(capacity, source, target)
-    left = (capacity - flow) > 0
+    value, flow = max_flow(capacity, source, target)
     inside = np.zeros(len(capacity), dtype=bool)
-    inside[source] = True
-    edge = inside.copy()
-    while edge.any():
-        edge = left[edge].any(0) & ~inside
-        inside |= edge
+    inside[breadth_first_order(csr_array(capacity > flow), source, return_predecessors=False)] = True
     return value, inside
 
 
-def flows_between(capacity: Matrix, source: int, target: int) -> Matrix:
-    """What a maximum flow sends over each edge."""
-    return np.maximum(_flow(capacity, source, target)[1], 0)
-
-
-def _flow(capacity: Matrix, source: int, target: int) -> tuple[int, Matrix]:
+def max_flow(capacity: Matrix, source: int, target: int) -> tuple[int, Matrix]:
     """The value of a maximum flow, and its net amounts (negative against an edge)."""
     narrow = int(capacity.sum()) < _INT32
     done = maximum_flow(csr_array(capacity.astype(np.int32 if narrow else np.int64)), source, target)
     return int(done.flow_value), done.flow.toarray().astype(np.int64)
 
 
-def too_small(capacity: Matrix, roots: Counts, first: int | None = None) -> tuple[int, int, Mask] | None:
+def violated_cut(capacity: Matrix, roots: Counts, first: int | None = None) -> tuple[int, int, Mask] | None:
     """None if `roots` (one number for each compute node) can all reach all; else (v, how many are missing at v, the cut).
 
     The cut is the nodes on the source's side. `first`: the compute node to ask first (it failed last time, say).
     """
     computes, size = len(roots), len(capacity)
     total = int(roots.sum())
-    given = np.zeros((size + 1, size + 1), dtype=np.int64)
-    given[:size, :size] = capacity
-    given[size, :computes] = roots
+    extended = np.zeros((size + 1, size + 1), dtype=np.int64)
+    extended[:size, :size] = capacity
+    extended[size, :computes] = roots
     waiting = np.ones(computes, dtype=bool)
-    if first is not None:
-        failure = _ask(given, first, total)
-        if failure is not None:
-            return first, *failure
-        given[size, first], waiting[first] = total, False
     while waiting.any():
-        surely = given[size, :computes] + np.minimum(given[size, :size, None], capacity[:, :computes]).sum(0)
-        found = waiting & (surely >= total)
-        if not found.any():
-            node = int(np.where(waiting, surely, -1).argmax())
-            failure = _ask(given, node, total)
-            if failure is not None:
-                return node, *failure
-            found = np.arange(computes) == node
-        given[size, :computes][found] = total
+        known = extended[size, :computes] + np.minimum(extended[size, :size, None], capacity[:, :computes]).sum(0)
+        found = waiting & (known >= total)
+        if first is not None or not found.any():
+            node = int(np.where(waiting, known, -1).argmax()) if first is None else first
+            value, inside = min_cut(extended, size, node)
+            if value < total:
+                return node, total - value, inside[:-1]
+            found, first = np.arange(computes) == node, None
+        extended[size, :computes][found] = total
         waiting &= ~found
     return None
-
-
-def _ask(given: Matrix, node: int, total: int) -> tuple[int, Mask] | None:
-    value, inside = least_cut(given, len(given) - 1, node)
-    return None if value >= total else (total - value, inside[:-1])

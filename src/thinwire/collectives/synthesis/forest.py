@@ -1,14 +1,14 @@
-"""From a graph to trees: optimum, switches out, packing, and back to physical ways, for each op.
+"""From a graph to trees: optimum, switches out, packing, and back to physical paths, for each op.
 
     all-gather, reduce-scatter   the exact optimum, or the best with k trees a rank (ForestColl, fixed k)
     broadcast, reduce            one root, as much as the tightest cut lets through (Edmonds 1973)
-    all-reduce                   reduce trees and broadcast trees that run at once, roots with unequal shares (`joint`)
+    all-reduce                   reduce trees and broadcast trees that run at once, roots with unequal shares (`lp`)
 
 Real capacities become whole numbers of trees like this: D trees in all; x_u is rounded down to r_u / D, each D c_e up to an
-integer in such a way that switches still pass on what they receive. Every cut then has room for the r_u trees, and what is lost
-falls with D.
+integer so that switches still pass on what they receive. Every cut then holds the r_u trees, and what is lost falls with D.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,10 +17,10 @@ from math import lcm
 import numpy as np
 from scipy.optimize import linprog
 
-from thinwire.collectives.synthesis.flow import Counts, too_small
-from thinwire.collectives.synthesis.graph import Graph, Matrix, Pair
-from thinwire.collectives.synthesis.joint import all_reduce_time, sequential_time
-from thinwire.collectives.synthesis.lp import Floats, Sharing, share_links
+from thinwire.collectives.synthesis.balance import switch_balance
+from thinwire.collectives.synthesis.flow import violated_cut
+from thinwire.collectives.synthesis.graph import Counts, Floats, Graph, Matrix, Pair
+from thinwire.collectives.synthesis.lp import BOTH, BROADCAST, Sharing, TreeProgram, all_reduce_time, sequential_time
 from thinwire.collectives.synthesis.optimum import fixed_k, optimum
 from thinwire.collectives.synthesis.packing import Packing, Partial
 from thinwire.collectives.synthesis.split import Piece, take, without_switches
@@ -58,19 +58,29 @@ class AllReducePlan:
         return tuple(parts)
 
 
+def packed(graph: Graph, op: str, root: int = 0) -> Forest:
+    """The trees of any op but all_reduce (`all_reduce_plan`) and all_to_all, which has none."""
+    match op:
+        case "all_gather":
+            return all_gather_forest(graph)
+        case "reduce_scatter":
+            return reduce_scatter_forest(graph)
+        case "broadcast":
+            return broadcast_forest(graph, root)
+        case _:
+            return reduce_forest(graph, root)
+
+
 def all_gather_forest(graph: Graph, k: int | None = None) -> Forest:
     """Each rank broadcasts 1/W of the whole. k: trees for each rank; None: the exact optimum, where switches are balanced."""
     if graph.computes == 1 or k is not None or graph.balanced():
         best = optimum(graph) if k is None else fixed_k(graph, k)
-        roots = np.array(graph.weights, dtype=np.int64) * best.k
-        return _forest(graph, best.capacity, roots)
-    shares = np.array(graph.weights) / graph.world_size
-    return _shared(graph, shares)
+        return _forest(graph, best.capacity, graph.weights * best.k)
+    return _shared(graph, graph.weights / graph.world_size)
 
 
 def reduce_scatter_forest(graph: Graph, k: int | None = None) -> Forest:
-    """The all-gather backwards."""
-    return turned(all_gather_forest(graph.reversed(), k))
+    return all_gather_forest(graph.reversed(), k).reversed()
 
 
 def broadcast_forest(graph: Graph, root: int) -> Forest:
@@ -81,26 +91,25 @@ def broadcast_forest(graph: Graph, root: int) -> Forest:
 
 
 def reduce_forest(graph: Graph, root: int) -> Forest:
-    """The broadcast backwards."""
-    return turned(broadcast_forest(graph.reversed(), root))
+    return broadcast_forest(graph.reversed(), root).reversed()
 
 
 def all_reduce_plan(graph: Graph) -> AllReducePlan:
     """The joint optimum as trees, or up to two percent less where that takes far fewer trees."""
     if graph.computes == 1:
-        forest = _forest(graph, graph.integral()[0], np.array(graph.weights, dtype=np.int64))
-        return AllReducePlan(turned(forest), forest, 0.0, 0.0)
-    time = all_reduce_time(graph)
-    sequential = sequential_time(graph)
+        forest = _forest(graph, graph.integral()[0], graph.weights)
+        return AllReducePlan(forest.reversed(), forest, 0.0, 0.0)
+    time, sequential = all_reduce_time(graph), sequential_time(graph)
     if sequential is not None and sequential <= time * (1 + 1e-6):
         # Equal shares lose nothing, and their trees are lower. Either half keeps the links busy in its own half of the time.
         reduce, broadcast = reduce_scatter_forest(graph, _small_k(graph.reversed())), all_gather_forest(graph, _small_k(graph))
-        return AllReducePlan(reduce, broadcast, congestion(graph, reduce, broadcast), time / graph.bytes_per_s)
-    sharing = share_links(graph, reduce=True, broadcast=True)
-    roots, outward, inward = _rounded(graph, sharing)
-    reduce = turned(_forest(graph.reversed(), inward.T.copy(), roots))
-    broadcast = _forest(graph, outward, roots)
-    return AllReducePlan(reduce, broadcast, congestion(graph, reduce, broadcast), sharing.time / graph.bytes_per_s)
+    else:
+        sharing = TreeProgram(graph, BOTH).solve()
+        roots, outward, inward = _rounded(graph, sharing)
+        reduce, broadcast = _forest(graph.reversed(), inward.T.copy(), roots).reversed(), _forest(graph, outward, roots)
+        time = sharing.time
+    seconds_per_byte = congestion(graph, *reduce.trees, *broadcast.trees)
+    return AllReducePlan(reduce, broadcast, seconds_per_byte, time / graph.bytes_per_s)
 
 
 def _small_k(graph: Graph) -> int | None:
@@ -109,21 +118,11 @@ def _small_k(graph: Graph) -> int | None:
     return next((k for k in (1, 2, 3, 4) if float(fixed_k(graph, k).time) <= exact * (1 + _LOSS)), None)
 
 
-def turned(forest: Forest) -> Forest:
-    """A forest of the reversed graph as one of the graph itself, its bytes running the other way."""
-    trees = tuple(
-        Tree(tree.root, tree.weight, tuple(Edge(edge.parent, edge.child, edge.path[::-1]) for edge in tree.edges))
-        for tree in forest.trees
-    )
-    return Forest(not forest.inward, trees, forest.seconds_per_byte)
-
-
 def _shared(graph: Graph, shares: Floats, root: int | None = None) -> Forest:
     """Broadcast trees with given shares of the roots, for switches of any kind."""
     if graph.computes == 1:
         return _forest(graph, graph.integral()[0], np.array([1]), root)
-    sharing = share_links(graph, reduce=False, broadcast=True, roots=shares)
-    roots, capacity, _ = _rounded(graph, sharing)
+    roots, capacity, _ = _rounded(graph, TreeProgram(graph, BROADCAST, shares).solve())
     return _forest(graph, capacity, roots, root)
 
 
@@ -142,7 +141,7 @@ def _rounded(graph: Graph, sharing: Sharing) -> tuple[Counts, Matrix, Matrix]:
         if not roots.any():
             continue
         broadcast, reduce = (_circulation(part * count, graph.computes) for part in parts)
-        if too_small(broadcast, roots) or (reduce.any() and too_small(reduce.T, roots)):
+        if violated_cut(broadcast, roots) or (reduce.any() and violated_cut(reduce.T, roots)):
             continue
         loss = _busiest((broadcast, reduce), rates) / int(roots.sum()) / ideal - 1
         found.append((loss, roots, broadcast, reduce))
@@ -161,53 +160,47 @@ def _busiest(parts: Sequence[Floats] | Sequence[Matrix], rates: Floats) -> float
 def _circulation(least: Floats, computes: int) -> Matrix:
     """The smallest integers of at least `least` that keep the switches balanced."""
     lower = np.ceil(least - 1e-5).astype(np.int64)
-    switches = range(computes, len(lower))
     if bool((lower.sum(0) == lower.sum(1))[computes:].all()):
         return lower
     links = np.argwhere(least > 1e-9)
-    balance = np.array([[float(b == w) - float(a == w) for a, b in links] for w in switches])
-    bounds = [(int(lower[a, b]), None) for a, b in links]
-    cost = [1 / least[a, b] for a, b in links]
-    done = linprog(cost, A_eq=balance, b_eq=np.zeros(len(switches)), bounds=bounds, method="highs-ds")
+    places = links[:, 0], links[:, 1]
+    balance = switch_balance(links, computes, len(lower))
+    bounds = [(amount, None) for amount in lower[places].tolist()]
+    done = linprog(1 / least[places], A_eq=balance, b_eq=np.zeros(len(balance)), bounds=bounds, method="highs-ds")
     result = np.zeros_like(lower)
-    result[links[:, 0], links[:, 1]] = np.rint(done.x).astype(np.int64)  # a vertex of a network matrix is integral
+    result[places] = np.rint(done.x).astype(np.int64)  # a vertex of a network matrix is integral
     return result
 
 
 def _forest(graph: Graph, capacity: Matrix, roots: Counts, root: int | None = None) -> Forest:
     """roots[u] trees from each compute node, shared evenly by its ranks (or all from the rank `root`), within `capacity`."""
-    straight, ways = without_switches(capacity, roots)
+    direct, paths = without_switches(capacity, roots)
     total = int(roots.sum())
     left = {rank: Fraction(int(roots[node]), len(ranks)) for node, ranks in enumerate(graph.ranks) for rank in ranks}
     if root is not None:
         left = {rank: Fraction(total if rank == root else 0) for rank in left}
-    weights: dict[tuple[int, tuple[Edge, ...]], Fraction] = {}
-    for tree in Packing(straight, roots).trees():
-        for paths, count in _on_links(tree, ways):
+    weights: defaultdict[tuple[int, tuple[Edge, ...]], Fraction] = defaultdict(Fraction)
+    for tree in Packing(direct, roots).trees():
+        for chosen, count in _on_links(tree, paths):
             amount = Fraction(count)
             for rank in graph.ranks[tree.root]:
                 part = min(amount, left[rank])
                 if part:
-                    key = rank, _over_ranks(graph, tree, paths, rank)
-                    weights[key] = weights.get(key, Fraction(0)) + part
+                    weights[rank, _over_ranks(graph, tree, chosen, rank)] += part
                     left[rank] -= part
                     amount -= part
-    trees = tuple(Tree(rank, weight / total, edges) for (rank, edges), weight in sorted(weights.items(), key=_order))
-    forest = Forest(False, trees, 0.0)
-    return Forest(False, trees, congestion(graph, forest))
+    ordered = sorted(weights.items(), key=lambda item: (item[0][0], -item[1]))
+    trees = tuple(Tree(rank, weight / total, edges) for (rank, edges), weight in ordered)
+    return Forest(False, trees, congestion(graph, *trees))
 
 
-def _order(item: tuple[tuple[int, tuple[Edge, ...]], Fraction]) -> tuple[int, Fraction]:
-    return item[0][0], -item[1]
-
-
-def _on_links(tree: Partial, ways: dict[Pair, list[Piece]]) -> list[tuple[list[tuple[int, ...]], int]]:
-    """The tree once for each choice of physical ways, with its count; what it uses is taken from `ways`."""
+def _on_links(tree: Partial, paths: dict[Pair, list[Piece]]) -> list[tuple[list[tuple[int, ...]], int]]:
+    """The tree once for each choice of physical paths, with its count; what it uses is taken from `paths`."""
     taken = []
     for pair in tree.edges:
-        # A way that carries all of these trees comes first, so that they stay together.
-        ways[pair].sort(key=lambda piece: (piece[1] < tree.count, piece[1] if piece[1] >= tree.count else -piece[1]))
-        taken.append(take(ways[pair], tree.count))
+        # A path that carries all of these trees comes first, so that they stay together.
+        paths[pair].sort(key=lambda piece: (piece[1] < tree.count, piece[1] if piece[1] >= tree.count else -piece[1]))
+        taken.append(take(paths[pair], tree.count))
     result, left = [], tree.count
     while left:
         part = min((pieces[0][1] for pieces in taken), default=left)
@@ -217,11 +210,11 @@ def _on_links(tree: Partial, ways: dict[Pair, list[Piece]]) -> list[tuple[list[t
 
 
 def _over_ranks(graph: Graph, tree: Partial, paths: list[tuple[int, ...]], root: int) -> tuple[Edge, ...]:
-    """Edges between ranks: the first rank of a node (the root's: the root) speaks for it and hands on to the others."""
-    speaker = {node: ranks[0] for node, ranks in enumerate(graph.ranks)} | {tree.root: root}
+    """Edges between ranks: the first rank of a node (the root's: the root) receives for it and hands on to the others."""
+    first = {node: ranks[0] for node, ranks in enumerate(graph.ranks)} | {tree.root: root}
     edges = []
     for (x, y), path in zip(tree.edges, paths, strict=True):
-        edges.append(Edge(speaker[x], speaker[y], tuple(graph.nodes[node] for node in path)))
+        edges.append(Edge(first[x], first[y], tuple(graph.nodes[node] for node in path)))
     for node in (tree.root, *(y for _, y in tree.edges)):
-        edges += [Edge(speaker[node], rank, (graph.nodes[node],)) for rank in graph.ranks[node] if rank != speaker[node]]
+        edges += [Edge(first[node], rank, (graph.nodes[node],)) for rank in graph.ranks[node] if rank != first[node]]
     return tuple(edges)

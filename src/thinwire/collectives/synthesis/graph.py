@@ -1,7 +1,7 @@
-"""The network as a capacity graph: nodes that compute, nodes that only forward, and what each link carries each way.
+"""The network as a capacity graph: nodes that compute, nodes that only forward, and what each link carries in its direction.
 
-Compute nodes come first. A node may carry several ranks (a host whose devices share its card); what they say to each other
-crosses no link. Capacities are exact fractions in any unit (of floats, the first six digits); `bytes_per_s` says how many payload
+Compute nodes come first. A node may carry several ranks (a host whose devices share its card); what they send each other
+crosses no link. Capacities are exact fractions in any unit (of floats, the first six digits); `bytes_per_s` is how many payload
 bytes capacity 1 moves in a second.
 """
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import gcd, isfinite, lcm
 
+import networkx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,7 +18,9 @@ from thinwire.cluster import FRAME_OVERHEAD, Cluster
 from thinwire.errors import UserError
 
 Pair = tuple[int, int]
+Counts = NDArray[np.int64]
 Matrix = NDArray[np.int64]
+Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 
@@ -37,16 +40,14 @@ class Graph:
         return len(self.ranks)
 
     @property
-    def weights(self) -> tuple[int, ...]:
-        """How many ranks each compute node carries."""
-        return tuple(len(ranks) for ranks in self.ranks)
+    def weights(self) -> Counts:
+        return np.array(list(map(len, self.ranks)), dtype=np.int64)
 
     @property
     def world_size(self) -> int:
-        return sum(self.weights)
+        return sum(map(len, self.ranks))
 
     def node_of(self, rank: int) -> int:
-        """The compute node of `rank`."""
         for node, ranks in enumerate(self.ranks):
             if rank in ranks:
                 return node
@@ -143,19 +144,21 @@ def matrix_graph(
 
 
 def checked(graph: Graph) -> Graph:
-    """`graph` without nodes that lie on no way between ranks. UserError where a link carries nothing or ranks cannot meet."""
+    """`graph` without nodes that lie on no path between ranks. UserError where a link carries nothing or ranks cannot meet."""
     for (source, target), value in graph.capacity.items():
         if value <= 0:
             raise UserError(
                 f"{graph.name}: {graph.nodes[source]} -> {graph.nodes[target]} has bandwidth {value}; it must be above 0"
             )
-    ahead = _reached(graph, 0)
-    back = _reached(graph.reversed(), 0)
+    links = networkx.DiGraph()
+    links.add_nodes_from(range(len(graph.nodes)))
+    links.add_edges_from(graph.capacity)
+    ahead, back = networkx.descendants(links, 0) | {0}, networkx.ancestors(links, 0) | {0}
     for node in range(graph.computes):
         for known, source, target in ((ahead, 0, node), (back, node, 0)):
             if node not in known:
                 raise UserError(
-                    f"{graph.name}: no way from {graph.nodes[source]!r} to {graph.nodes[target]!r}; add the missing link or card"
+                    f"{graph.name}: no path from {graph.nodes[source]!r} to {graph.nodes[target]!r}; add the missing link or card"
                 )
     keep = sorted(ahead & back)
     at = {node: position for position, node in enumerate(keep)}
@@ -166,14 +169,3 @@ def checked(graph: Graph) -> Graph:
 
 def _exact(value: int | float | Fraction) -> Fraction:
     return Fraction(f"{value:.6g}") if isinstance(value, float) else Fraction(value)
-
-
-def _reached(graph: Graph, start: int) -> set[int]:
-    neighbours: dict[int, list[int]] = {}
-    for source, target in graph.capacity:
-        neighbours.setdefault(source, []).append(target)
-    reached, edge = {start}, [start]
-    while edge:
-        edge = list({node for last in edge for node in neighbours.get(last, ())} - reached)
-        reached.update(edge)
-    return reached

@@ -8,22 +8,27 @@
 The last line is Edmonds' condition for trees of total weight 1. There are too many S to write down; the program starts with
 single nodes and adds those that its own solution violates, which maximum flows find. HiGHS solves a round in milliseconds.
 A second objective, the least sum of c, keeps trees from taking detours.
+
+An all-reduce is both at once: reduce-scatter and all-gather overlap, and roots may carry unequal shares. Where links are equal it
+takes as long as the one after the other. Where one node is slow it is up to twice as fast: the slow node owns no share, and while
+some links carry sums to the roots others carry results away.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import linprog
-from scipy.sparse import coo_array, csr_array, vstack
+from scipy.sparse import block_diag, csr_array, eye_array, hstack, vstack
 
-from thinwire.collectives.synthesis.flow import least_cut
-from thinwire.collectives.synthesis.graph import Graph, Mask
+from thinwire.collectives.synthesis.balance import switch_balance
+from thinwire.collectives.synthesis.flow import min_cut
+from thinwire.collectives.synthesis.graph import Floats, Graph, Mask
+from thinwire.collectives.synthesis.optimum import optimum
 
-Floats = NDArray[np.float64]
 _SCALE = 10**8
 _TOLERANCE = 1e-7
 _ROUNDS = 400
+BROADCAST, BOTH = (1,), (0, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,25 +41,28 @@ class Sharing:
     broadcast: Floats
 
 
-def share_links(graph: Graph, *, reduce: bool, broadcast: bool, roots: Floats | None = None) -> Sharing:
-    """The optimum of the program above, with as little of the links as its time allows. roots: x where it is given."""
-    return _Program(graph, (reduce, broadcast), roots).solve()
+def sequential_time(graph: Graph) -> float | None:
+    """The time of a reduce-scatter followed by an all-gather, where switches pass on what they receive; else None."""
+    if not graph.balanced():
+        return None
+    return float(optimum(graph).time + optimum(graph.reversed()).time) / graph.world_size
 
 
-def least_time(graph: Graph, *, reduce: bool, broadcast: bool, roots: Floats | None = None, known: float | None = None) -> float:
-    """The time of the optimum alone. known: a time that can be reached; if no less is possible, this ends once that shows."""
-    return _Program(graph, (reduce, broadcast), roots).time(known)
+def all_reduce_time(graph: Graph) -> float:
+    """The least time of an all-reduce of a message of size 1, in the graph's unit; / graph.bytes_per_s: seconds a byte."""
+    return TreeProgram(graph, BOTH).time(sequential_time(graph)) if graph.computes > 1 else 0.0
 
 
-class _Program:
-    """Columns: T, x of each compute node, then c of each link for each phase that is asked for."""
+class TreeProgram:
+    """The program above. Columns: T, x of each compute node, then c of each link for each phase."""
 
-    def __init__(self, graph: Graph, wanted: tuple[bool, bool], roots: Floats | None) -> None:
+    def __init__(self, graph: Graph, phases: tuple[int, ...], roots: Floats | None = None) -> None:
+        """phases: BROADCAST, or BOTH. roots: x where it is given."""
         self._graph = graph
         self._links = np.array(sorted(graph.capacity))
         self._rates = np.array([float(graph.capacity[a, b]) for a, b in self._links])
         self._unit = float(self._rates.max())
-        self._phases = [phase for phase in (0, 1) if wanted[phase]]
+        self._phases = phases
         self._roots = roots
         computes, count = graph.computes, len(self._links)
         self._columns = 1 + computes + len(self._phases) * count
@@ -67,11 +75,13 @@ class _Program:
             self._add(~alone)
 
     def time(self, known: float | None = None) -> float:
+        """The least T. known: a time that can be reached; if no less is possible, this ends once that shows."""
         objective = np.eye(1, self._columns)[0]
         enough = None if known is None else known * self._unit * (1 - 1e-9)
         return float(self._converged(objective, None, enough)[0]) / self._unit
 
     def solve(self) -> Sharing:
+        """The optimum, with as little of the links as its time allows."""
         time = self.time() * self._unit
         objective = np.zeros(self._columns)
         objective[1 + self._graph.computes :] = 1
@@ -95,42 +105,31 @@ class _Program:
 
     def _once(self, objective: Floats, time: float | None) -> Floats:
         computes, count = self._graph.computes, len(self._links)
-        rows = [csr_array(self._capacity_rows()), *self._cuts]
+        rows = [self._capacity_rows(), *self._cuts]
         limits = np.zeros(count + len(self._cuts))
         equal, amounts = self._equalities()
-        bounds: list[tuple[float, float | None]] = [(0, time)]
-        if self._roots is None:
-            bounds += [(0, 1)] * computes
-        else:
-            bounds += [(float(share), float(share)) for share in self._roots]
-        bounds += [(0, None)] * (len(self._phases) * count)
+        shares = [(0.0, 1.0)] * computes if self._roots is None else [(share, share) for share in self._roots.tolist()]
+        bounds = [(0, time), *shares, *[(0, None)] * (len(self._phases) * count)]
         done = linprog(
             objective, A_ub=vstack(rows, format="csr"), b_ub=limits, A_eq=equal, b_eq=amounts, bounds=bounds, method="highs"
         )
         assert done.status == 0, f"{self._graph.name}: {done.message}"
         return np.asarray(done.x)
 
-    def _capacity_rows(self) -> coo_array:
+    def _capacity_rows(self) -> csr_array:
         """Sum of the phases on a link - b T <= 0."""
-        count = len(self._links)
-        place = np.arange(count)
-        columns = [self._at[phase] + place for phase in self._phases]
-        values = np.concatenate([np.ones(count * len(columns)), -self._rates / self._unit])
-        rows = np.concatenate([place] * (len(columns) + 1))
-        return coo_array((values, (rows, np.concatenate([*columns, np.zeros(count, dtype=int)]))), shape=(count, self._columns))
+        count, computes = len(self._links), self._graph.computes
+        times = np.pad(-self._rates[:, None] / self._unit, ((0, 0), (0, computes)))
+        return hstack([csr_array(times), *[eye_array(count)] * len(self._phases)], format="csr")
 
     def _equalities(self) -> tuple[csr_array, Floats]:
         """sum x = 1, and what enters a switch leaves it, in each phase."""
         computes = self._graph.computes
-        switches = range(computes, len(self._graph.nodes))
-        table = np.zeros((1 + len(switches) * len(self._phases), self._columns))
-        table[0, 1 : 1 + computes] = 1
-        row = 1
-        for start in self._at.values():
-            for switch in switches:
-                table[row, start : start + len(self._links)] = (self._links[:, 1] == switch) * 1.0 - (self._links[:, 0] == switch)
-                row += 1
-        return csr_array(table), np.eye(1, len(table))[0]
+        shares = np.zeros((1, self._columns - len(self._phases) * len(self._links)))
+        shares[0, 1 : 1 + computes] = 1
+        balance = switch_balance(self._links, computes, len(self._graph.nodes))
+        table = block_diag([shares, *[balance] * len(self._phases)], format="csr")
+        return table, np.eye(1, table.shape[0])[0]
 
     def _add(self, inside: Mask) -> bool:
         """The rows of a cut, for each phase: x(S) - c(out of S, or into it) <= 0. False if they are there already."""
@@ -157,7 +156,7 @@ class _Program:
             graph[size, :computes] = np.rint(solution[1 : 1 + computes] * _SCALE)
             needed = int(graph[size].sum()) - int(_TOLERANCE * _SCALE) - size
             for node in range(computes):
-                value, inside = least_cut(graph, size, node)
+                value, inside = min_cut(graph, size, node)
                 if value < needed:
                     found |= self._add(inside[:size])
                 else:

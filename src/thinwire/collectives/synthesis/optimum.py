@@ -18,34 +18,28 @@ from math import gcd
 
 import numpy as np
 
-from thinwire.collectives.synthesis.balance import passed_on
-from thinwire.collectives.synthesis.flow import Counts, too_small
-from thinwire.collectives.synthesis.graph import Graph, Mask, Matrix
+from thinwire.collectives.synthesis.balance import balanced_part
+from thinwire.collectives.synthesis.flow import violated_cut
+from thinwire.collectives.synthesis.graph import Counts, Graph, Mask, Matrix
 from thinwire.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The nodes inside, the ranks among them, and the links that leave."""
+    """The nodes inside, and how many ranks are on them."""
 
     inside: tuple[int, ...]
     ranks: int
-    links: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Optimum:
-    """time = 1/x: what a rank's share of size 1 takes. k: trees of each rank; trees_per_capacity: U. cut: None if k was given."""
+    """time = 1/x: what a rank's share of size 1 takes. k: trees a rank. capacity: trees a link. cut: None if k is given."""
 
     time: Fraction
     k: int
-    trees_per_capacity: Fraction
     capacity: Matrix
     cut: Cut | None
-
-    def seconds_per_byte(self, graph: Graph) -> float:
-        """Seconds for each byte of the gathered whole."""
-        return float(self.time) / graph.world_size / graph.bytes_per_s
 
     def bytes_per_s(self, graph: Graph) -> float:
         """The algorithm's bandwidth: bytes of the gathered whole in a second."""
@@ -55,19 +49,18 @@ class Optimum:
 def optimum(graph: Graph) -> Optimum:
     """The exact optimum of an all-gather. UserError for switches that cannot pass on what they receive; `fixed_k` takes these."""
     capacity, factor = graph.integral()
-    weights = np.array(graph.weights, dtype=np.int64)
+    weights = graph.weights
     if graph.computes == 1:
-        return Optimum(Fraction(0), 1, Fraction(0), capacity, None)
+        return Optimum(Fraction(0), 1, capacity, None)
     if not graph.balanced():
         raise UserError(f"{graph.name}: a switch receives more than it can send, or less; balance it, or ask for a fixed k")
     time, inside = _newton(capacity, weights)
-    links = tuple((int(a), int(b)) for a, b in np.argwhere(capacity * inside[:, None] * ~inside[None, :]))
-    cut = Cut(tuple(map(int, np.flatnonzero(inside))), int(weights @ inside[: len(weights)]), links)
+    cut = Cut(tuple(np.flatnonzero(inside).tolist()), int(weights @ inside[: len(weights)]))
     scale = Fraction(time.numerator, gcd(time.denominator, *(int(value) for value in capacity[capacity > 0])))
     k = scale / time
     assert k.denominator == 1
     whole = np.array([[int(scale * int(value)) for value in row] for row in capacity], dtype=np.int64)
-    return Optimum(time * factor, int(k), scale * factor, whole, cut)
+    return Optimum(time * factor, int(k), whole, cut)
 
 
 def _newton(capacity: Matrix, weights: Counts) -> tuple[Fraction, Mask]:
@@ -79,7 +72,7 @@ def _newton(capacity: Matrix, weights: Counts) -> tuple[Fraction, Mask]:
     last: int | None = None
     while True:
         time = Fraction(int(weights @ inside[: len(weights)]), int(capacity[inside][:, ~inside].sum()))
-        failure = too_small(capacity * time.numerator, weights * time.denominator, last)
+        failure = violated_cut(capacity * time.numerator, weights * time.denominator, last)
         if failure is None:
             return time, inside
         last, _, inside = failure
@@ -90,19 +83,17 @@ def fixed_k(graph: Graph, k: int) -> Optimum:
     if k < 1:
         raise UserError(f"k = {k}: a rank has 1 tree or more")
     bandwidth, factor = graph.integral()
-    weights = np.array(graph.weights, dtype=np.int64)
     if graph.computes == 1:
-        return Optimum(Fraction(0), k, Fraction(0), bandwidth, None)
-    total = int(weights.sum())
+        return Optimum(Fraction(0), k, bandwidth, None)
     values = sorted({int(value) for value in bandwidth[bandwidth > 0]})
 
     def whole(scale: Fraction) -> Matrix | None:
         floors = {value: scale.numerator * value // scale.denominator for value in values} | {0: 0}
         capacity = np.vectorize(floors.__getitem__, otypes=[np.int64])(bandwidth)
-        return passed_on(capacity, weights * k)
+        return balanced_part(capacity, graph.weights * k)
 
     low = Fraction(0)
-    high = Fraction(total * k)
+    high = Fraction(graph.world_size * k)
     best = whole(high)
     while best is None:
         low, high = high, high * 2
@@ -111,7 +102,7 @@ def fixed_k(graph: Graph, k: int) -> Optimum:
         high = max(Fraction(high.numerator * value // high.denominator, value) for value in values)
         between = any(-(-high.numerator * value // high.denominator) - 1 > low * value for value in values)
         if not between:
-            return Optimum(high * factor / k, k, high * factor, best, None)
+            return Optimum(high * factor / k, k, best, None)
         middle = (low + high) / 2
         capacity = whole(middle)
         if capacity is None:

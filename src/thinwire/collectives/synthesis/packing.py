@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from thinwire.collectives.synthesis.flow import Counts, least_cut
-from thinwire.collectives.synthesis.graph import Mask, Matrix, Pair
+from thinwire.collectives.synthesis.flow import min_cut
+from thinwire.collectives.synthesis.graph import Counts, Mask, Matrix, Pair
 
 _MANY = 16
 
@@ -35,9 +35,6 @@ class Partial:
         """What orders trees: depth first, then nodes."""
         return max(self.depth.values()), len(self.depth), self.root
 
-    def clone(self, count: int) -> "Partial":
-        return Partial(self.root, count, dict(self.depth), list(self.edges))
-
 
 class Packing:
     """Capacities that shrink and partial trees that wait, while trees grow by one edge at a time."""
@@ -50,7 +47,7 @@ class Packing:
         self._tight: list[Mask] = []
 
     def trees(self) -> list[Partial]:
-        """All trees, completed; the one that is lowest so far grows next, so none takes the short ways from the others.
+        """All trees, completed; the one that is lowest so far grows next, so none takes the short paths from the others.
 
         Where roots have many trees, one root comes after the other, and trees stay together: fewer, faster, but higher.
         """
@@ -95,7 +92,7 @@ class Packing:
 
     def _add(self, tree: Partial, pair: Pair, count: int) -> None:
         if count < tree.count:
-            self._growing.append(tree.clone(tree.count - count))
+            self._growing.append(Partial(tree.root, tree.count - count, dict(tree.depth), list(tree.edges)))
             tree.count = count
         x, y = pair
         tree.edges.append(pair)
@@ -120,7 +117,7 @@ class Packing:
         for place, other in enumerate(others, start=size):
             graph[x, place] = other.count
             graph[place, list(other.depth)] = free
-        value, outside = least_cut(graph, x, y)
+        value, outside = min_cut(graph, x, y)
         slack = value - needed
         if slack <= 0:
             self._tight.append(~outside[:size])

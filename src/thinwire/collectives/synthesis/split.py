@@ -1,4 +1,4 @@
-"""Switches out of the graph: each way u -> w -> t through a switch w becomes an edge u -> t between nodes that compute.
+"""Switches out of the graph: each path u -> w -> t through a switch w becomes an edge u -> t between nodes that compute.
 
 Splitting off the pair (u, w), (w, t) by g takes g from both and adds g to u -> t (nothing where u = t). A switch with in = out
 can be split off completely so that all trees still exist (Bang-Jensen, Frank & Jackson 1995, used so by Zhao et al., ForestColl
@@ -16,47 +16,46 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
-from thinwire.collectives.synthesis.flow import Counts, flows_between, too_small
-from thinwire.collectives.synthesis.graph import Mask, Matrix, Pair
+from thinwire.collectives.synthesis.flow import max_flow, violated_cut
+from thinwire.collectives.synthesis.graph import Counts, Mask, Matrix, Pair
 
 Piece = tuple[tuple[int, ...], int]
-"""A physical way (nodes, both ends included) and how many trees it carries."""
+"""A physical path (nodes, both ends included) and how many trees it carries."""
 
 _ROUNDS = 20
 
 
 @dataclass(slots=True)
 class Split:
-    """The graph while it loses its switches: capacities, and for each edge the physical ways behind them."""
+    """The graph while it loses its switches: capacities, and for each edge the physical paths behind it."""
 
     capacity: Matrix
     roots: Counts
-    ways: dict[Pair, list[Piece]]
+    paths: dict[Pair, list[Piece]]
     tight: list[Mask] = field(default_factory=list)
-    last: int | None = None
+    asked_last: int | None = None
 
     def move(self, u: int, w: int, t: int, amount: int) -> None:
-        """Split (u, w), (w, t) off by `amount`."""
         self.capacity[u, w] -= amount
         self.capacity[w, t] -= amount
-        heads, tails = take(self.ways[u, w], amount), take(self.ways[w, t], amount)
+        heads, tails = take(self.paths[u, w], amount), take(self.paths[w, t], amount)
         if u == t:
             return
         self.capacity[u, t] += amount
-        self.ways.setdefault((u, t), []).extend(_joined(heads, tails))
+        self.paths.setdefault((u, t), []).extend(_joined(heads, tails))
 
     def most(self, u: int, w: int, t: int, wanted: int) -> int:
-        """The largest amount up to `wanted` by which (u, w), (w, t) can be split off."""
-        while wanted > 0 and not any(_shrinks(inside, u, w, t) for inside in self.tight):
+        """The largest amount up to `wanted` by which (u, w), (w, t) can be split off: none that shrinks a tight cut."""
+        while wanted > 0 and not any(inside[u] == inside[t] != inside[w] for inside in self.tight):
             trial = self.capacity.copy()
             trial[u, w] -= wanted
             trial[w, t] -= wanted
             if u != t:
                 trial[u, t] += wanted
-            failure = too_small(trial, self.roots, self.last)
+            failure = violated_cut(trial, self.roots, self.asked_last)
             if failure is None:
                 return wanted
-            self.last, missing, inside = failure
+            self.asked_last, missing, inside = failure
             wanted -= missing
             if wanted <= 0:
                 self.tight.append(inside)
@@ -64,39 +63,37 @@ class Split:
 
 
 def without_switches(capacity: Matrix, roots: Counts) -> tuple[Matrix, dict[Pair, list[Piece]]]:
-    """Capacities between compute nodes alone, with as many trees as before, and the physical ways of each edge.
+    """Capacities between compute nodes alone, with as many trees as before, and the physical paths of each edge.
 
     capacity: balanced at every switch; roots: trees rooted at each compute node, all of which must exist.
     """
     computes = len(roots)
-    ways: dict[Pair, list[Piece]] = {
-        (int(a), int(b)): [((int(a), int(b)), int(capacity[a, b]))] for a, b in np.argwhere(capacity)
-    }
-    split = Split(capacity.copy(), roots, ways)
+    paths: dict[Pair, list[Piece]] = {(a, b): [((a, b), int(capacity[a, b]))] for a, b in np.argwhere(capacity).tolist()}
+    split = Split(capacity.copy(), roots, paths)
     waiting = set(range(computes, len(capacity)))
     while waiting:
-        w = min(waiting, key=lambda w: _place(split.capacity, w, computes))
+        w = min(waiting, key=lambda w: _order(split.capacity, w, computes))
         waiting.remove(w)
         _remove(split, w)
-    return split.capacity[:computes, :computes], split.ways
+    return split.capacity[:computes, :computes], split.paths
 
 
 def take(pieces: list[Piece], amount: int) -> list[Piece]:
     """Remove `amount` from the front of `pieces`; return what was removed."""
     taken: list[Piece] = []
     while amount:
-        way, size = pieces[0]
+        path, size = pieces[0]
         part = min(size, amount)
-        taken.append((way, part))
+        taken.append((path, part))
         amount -= part
         if part == size:
             pieces.pop(0)
         else:
-            pieces[0] = way, size - part
+            pieces[0] = path, size - part
     return taken
 
 
-def _place(capacity: Matrix, w: int, computes: int) -> tuple[bool, int, int, int]:
+def _order(capacity: Matrix, w: int, computes: int) -> tuple[bool, int, int, int]:
     """The order of the switches: those between two nodes (cards), then the core (switches among switches), then small ones."""
     joined = (capacity[w] > 0) | (capacity[:, w] > 0)
     return bool(joined.sum() > 2), -int(joined[computes:].sum()), int(joined[:computes].sum()), w
@@ -109,30 +106,18 @@ def _remove(split: Split, w: int) -> None:
         trial[:, w] = trial[w, :] = 0
         trial += plan
         np.fill_diagonal(trial, 0)
-        failure = too_small(trial, split.roots, split.last)
+        failure = violated_cut(trial, split.roots, split.asked_last)
         if failure is None:
-            _follow(split, w, plan)
+            for u, t in np.argwhere(plan).tolist():
+                split.move(u, w, t, int(plan[u, t]))
             return
-        split.last = failure[0]
-    for plan in plans[::-1]:
+        split.asked_last = failure[0]
+    anything = np.minimum.outer(split.capacity[:, w], split.capacity[w])
+    for plan in (*plans[::-1], anything):
         for u, t in np.argwhere(plan).tolist():
             wanted = min(int(plan[u, t]), int(split.capacity[u, w]), int(split.capacity[w, t]))
             split.move(u, w, t, split.most(u, w, t, wanted))
-    for u in np.flatnonzero(split.capacity[:, w]).tolist():
-        for t in np.flatnonzero(split.capacity[w]).tolist():
-            wanted = min(int(split.capacity[u, w]), int(split.capacity[w, t]))
-            split.move(u, w, t, split.most(u, w, t, wanted))
     assert not split.capacity[w].any() and not split.capacity[:, w].any(), f"switch {w} cannot be split off"
-
-
-def _follow(split: Split, w: int, plan: Matrix) -> None:
-    for u, t in np.argwhere(plan):
-        split.move(int(u), w, int(t), int(plan[u, t]))
-
-
-def _shrinks(inside: Mask, u: int, w: int, t: int) -> bool:
-    """Whether splitting (u, w), (w, t) off takes capacity from the cut."""
-    return bool(inside[u] == inside[t] != inside[w])
 
 
 def _choices(capacity: Matrix, w: int, computes: int) -> list[Mask]:
@@ -174,11 +159,11 @@ def _filled(rows: Counts, columns: Counts, limit: Matrix) -> Matrix:
     graph[2 * size, :size] = rows
     graph[:size, size : 2 * size] = limit
     graph[size : 2 * size, 2 * size + 1] = columns
-    return flows_between(graph, 2 * size, 2 * size + 1)[:size, size : 2 * size]
+    return np.maximum(max_flow(graph, 2 * size, 2 * size + 1)[1], 0)[:size, size : 2 * size]
 
 
 def _joined(heads: list[Piece], tails: list[Piece]) -> list[Piece]:
-    """Ways to w and ways from w, put end to end; a loop in one is cut off, which only frees links."""
+    """Paths to w and paths from w, put end to end; a loop in one is cut off, which only frees links."""
     joined: list[Piece] = []
     while heads:
         (head, size), (tail, other) = heads[0], tails[0]
@@ -189,10 +174,10 @@ def _joined(heads: list[Piece], tails: list[Piece]) -> list[Piece]:
     return joined
 
 
-def _without_loops(way: tuple[int, ...]) -> tuple[int, ...]:
-    straight: list[int] = []
-    for node in way:
-        if node in straight:
-            del straight[straight.index(node) :]
-        straight.append(node)
-    return tuple(straight)
+def _without_loops(path: tuple[int, ...]) -> tuple[int, ...]:
+    kept: list[int] = []
+    for node in path:
+        if node in kept:
+            del kept[kept.index(node) :]
+        kept.append(node)
+    return tuple(kept)

@@ -1,15 +1,7 @@
 """What a topology allows, in words: the optimum or bound of an op, which cut it comes from, and the trees that reach it."""
 
-from fractions import Fraction
-
 from thinwire.collectives.synthesis.bounds import bound
-from thinwire.collectives.synthesis.forest import (
-    all_gather_forest,
-    all_reduce_plan,
-    broadcast_forest,
-    reduce_forest,
-    reduce_scatter_forest,
-)
+from thinwire.collectives.synthesis.forest import all_reduce_plan, packed
 from thinwire.collectives.synthesis.graph import Graph
 from thinwire.collectives.synthesis.optimum import fixed_k, optimum
 from thinwire.collectives.synthesis.trees import Forest
@@ -39,7 +31,8 @@ def summary(graph: Graph, op: str, message_bytes: int, root: int = 0) -> list[tu
 
 def _optima(graph: Graph) -> list[tuple[str, str]]:
     best = optimum(graph)
-    rate = f"{best.bytes_per_s(graph) / 1e9:.3f} GB/s with {best.k} trees a rank (1/x = {_fraction(best.time)})"
+    exact = f"{best.time}" if best.time.denominator < 10**6 else f"{float(best.time):.6g}"
+    rate = f"{best.bytes_per_s(graph) / 1e9:.3f} GB/s with {best.k} trees a rank (1/x = {exact})"
     rates = ", ".join(f"{fixed_k(graph, k).bytes_per_s(graph) / 1e9:.3f} GB/s with {k}" for k in _FIXED)
     return [("optimum", rate), ("trees a rank", rates)]
 
@@ -53,18 +46,8 @@ def _trees(graph: Graph, op: str, root: int) -> list[tuple[str, str]]:
             ("broadcast", _forest(plan.broadcast)),
             ("together", f"{rate}; {len(plan.parts())} parts"),
         ]
-    forest = {
-        "all_gather": lambda: all_gather_forest(graph),
-        "reduce_scatter": lambda: reduce_scatter_forest(graph),
-        "broadcast": lambda: broadcast_forest(graph, root),
-        "reduce": lambda: reduce_forest(graph, root),
-    }[op]()
-    return [("packed", _forest(forest))]
+    return [("packed", _forest(packed(graph, op, root)))]
 
 
 def _forest(forest: Forest) -> str:
     return f"{len(forest.trees)} trees, {forest.depth} edges deep at most, {1e-9 / forest.seconds_per_byte:.3f} GB/s"
-
-
-def _fraction(value: Fraction) -> str:
-    return f"{value}" if value.denominator < 10**6 else f"{float(value):.6g}"

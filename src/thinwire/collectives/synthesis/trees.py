@@ -1,12 +1,13 @@
-"""Trees over ranks, with the physical way of each edge: what synthesis hands to whoever makes a schedule of it.
+"""Trees over ranks, with the physical path of each edge: what synthesis hands to whoever makes a schedule of it.
 
 A tree carries `weight` of the whole message. Outward (broadcast, all-gather) bytes run from the root to the leaves;
-inward (reduce, reduce-scatter) from the leaves to the root. A way always runs with the bytes.
+inward (reduce, reduce-scatter) from the leaves to the root. A path always runs with the bytes.
 """
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from math import lcm
 
 from thinwire.collectives.synthesis.graph import Graph
@@ -58,35 +59,36 @@ class Forest:
         return max(tree.depth for tree in self.trees)
 
     def weighted(self) -> tuple[tuple[tuple[int, ...], int], ...]:
-        """(parents, integer weight) of each tree; those that differ only in their physical ways are one."""
-        weights: dict[tuple[int, ...], Fraction] = {}
+        """(parents, integer weight) of each tree; those that differ only in their physical paths are one."""
+        weights: defaultdict[tuple[int, ...], Fraction] = defaultdict(Fraction)
         for tree in self.trees:
-            weights[tree.parents()] = weights.get(tree.parents(), Fraction(0)) + tree.weight
+            weights[tree.parents()] += tree.weight
         common = lcm(*(weight.denominator for weight in weights.values()))
         return tuple((parents, int(weight * common)) for parents, weight in weights.items())
 
     def shares(self) -> dict[int, Fraction]:
         """What part of the message has its root at each rank."""
-        shares: Counter[int] = Counter()
+        shares: defaultdict[int, Fraction] = defaultdict(Fraction)
         for tree in self.trees:
-            shares[tree.root] += tree.weight  # type: ignore[assignment]
-        return {rank: Fraction(share) for rank, share in sorted(shares.items())}
+            shares[tree.root] += tree.weight
+        return dict(sorted(shares.items()))
 
-    def link_shares(self) -> dict[tuple[str, str], Fraction]:
-        """What part of the message each link carries (parts of different trees add up, so it may pass 1)."""
-        loads: Counter[tuple[str, str]] = Counter()
-        for tree in self.trees:
-            for edge in tree.edges:
-                for link in zip(edge.path, edge.path[1:], strict=False):
-                    loads[link] += tree.weight  # type: ignore[assignment]
-        return {link: Fraction(load) for link, load in loads.items()}
+    def reversed(self) -> "Forest":
+        """The same trees in the reversed graph, their bytes running in the other direction."""
+        trees = tuple(
+            Tree(tree.root, tree.weight, tuple(Edge(edge.parent, edge.child, edge.path[::-1]) for edge in tree.edges))
+            for tree in self.trees
+        )
+        return Forest(not self.inward, trees, self.seconds_per_byte)
 
 
-def congestion(graph: Graph, *forests: Forest) -> float:
-    """Seconds per byte of the busiest link when all `forests` run at the same time."""
+def congestion(graph: Graph, *trees: Tree) -> float:
+    """Seconds per byte of the busiest link when all `trees` run at the same time."""
     index = {name: node for node, name in enumerate(graph.nodes)}
-    loads: Counter[tuple[str, str]] = Counter()
-    for forest in forests:
-        loads.update(forest.link_shares())  # type: ignore[arg-type]
-    busiest = max((load / graph.capacity[index[a], index[b]] for (a, b), load in loads.items()), default=Fraction(0))
+    loads: defaultdict[tuple[int, int], Fraction] = defaultdict(Fraction)
+    for tree in trees:
+        for edge in tree.edges:
+            for a, b in pairwise(edge.path):
+                loads[index[a], index[b]] += tree.weight
+    busiest = max((load / graph.capacity[link] for link, load in loads.items()), default=Fraction(0))
     return float(busiest) / graph.bytes_per_s

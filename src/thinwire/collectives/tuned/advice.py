@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from thinwire.cluster import Cluster
 from thinwire.cluster.equal import equal_hosts
 from thinwire.collectives.choose.calibrate import calibrated
+from thinwire.collectives.choose.call import collective_call
 from thinwire.collectives.choose.costs import Costs
-from thinwire.collectives.choose.question import question
 from thinwire.collectives.choose.select import choose
 from thinwire.collectives.tuned.way import NATIVE, Way
 from thinwire.errors import UserError
@@ -41,7 +41,7 @@ class Advisor:
         cluster = self.cluster
         if cluster is None:
             cluster, ranks = _assumed(len(ranks)), range(len(ranks))
-        selection = choose(question(cluster, op, message_bytes, ranks, root), self.costs)
+        selection = choose(collective_call(cluster, op, message_bytes, ranks, root), self.costs)
         found: list[tuple[Way, float]] = []
         names: set[str] = set()
         for one in selection.promising:

@@ -6,9 +6,9 @@ from functools import lru_cache
 from thinwire.cluster import Cluster
 from thinwire.cluster.graph import Routes
 from thinwire.collectives.carrier import Native
+from thinwire.collectives.choose.call import CollectiveCall, collective_call
 from thinwire.collectives.choose.costs import Costs
 from thinwire.collectives.choose.native import closed_form_s, simulate_native
-from thinwire.collectives.choose.question import Question, question
 from thinwire.collectives.choose.simulate import simulate
 from thinwire.collectives.schedules import ops
 from thinwire.collectives.tuned.tuner import Tuner, size_class
@@ -53,12 +53,12 @@ class Chosen:
         return chosen.get((group, op, size, 0)) or next(alike, NATIVE)
 
     def _simulated(self, way: Way, op: str, message_bytes: int, group: tuple[int, ...]) -> float:
-        return predicted_s(way, question(self._cluster, op, message_bytes, group), self._tuner.costs)
+        return predicted_s(way, collective_call(self._cluster, op, message_bytes, group), self._tuner.costs)
 
 
-def predicted_s(way: Way, asked: Question, costs: Costs, calls: int = 1) -> float:
+def predicted_s(way: Way, call: CollectiveCall, costs: Costs, calls: int = 1) -> float:
     """Seconds of one of `calls` back to back."""
     if way.schedule is not None:
-        return simulate(way.schedule, asked.message_bytes, asked.routes, costs, calls).seconds / calls
-    run = simulate_native(asked, way.order, costs, calls)
-    return run.seconds / calls if run else closed_form_s(asked, way.order)
+        return simulate(way.schedule, call.message_bytes, call.routes, costs, calls).seconds / calls
+    run = simulate_native(call, way.order, costs, calls)
+    return run.seconds / calls if run else closed_form_s(call, way.order)

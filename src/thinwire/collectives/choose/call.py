@@ -1,4 +1,4 @@
-"""What is asked when a collective is to be chosen: the group on its network, the op, the bytes, the root."""
+"""The collective call for which a schedule is to be chosen: the group on its network, the op, the bytes, the root."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from thinwire.errors import UserError
 
 
 @dataclass(frozen=True)
-class Question:
+class CollectiveCall:
     """cluster: of the group alone, rank i being position i of the group. message_bytes as in `schedules.ops.block_sizes`."""
 
     cluster: Cluster
@@ -25,11 +25,12 @@ class Question:
 
     @cached_property
     def routes(self) -> Routes:
-        """Of the group."""
         return Routes(self.cluster)
 
 
-def question(cluster: Cluster, op: str, message_bytes: int, ranks: Sequence[int] | None = None, root: int = 0) -> Question:
+def collective_call(
+    cluster: Cluster, op: str, message_bytes: int, ranks: Sequence[int] | None = None, root: int = 0
+) -> CollectiveCall:
     """ranks: the global ranks of the group (default: all); root: a position in it. UserError for what makes no sense."""
     if op not in OPS:
         raise UserError(f"unknown collective {op!r}; known: {', '.join(OPS)}")
@@ -44,4 +45,4 @@ def question(cluster: Cluster, op: str, message_bytes: int, ranks: Sequence[int]
     if message_bytes < 1:
         raise UserError(f"{message_bytes} bytes: a message has 1 byte or more")
     group = replace(cluster, ranks=tuple(cluster.ranks[rank] for rank in chosen))
-    return Question(group, op, message_bytes, root)
+    return CollectiveCall(group, op, message_bytes, root)

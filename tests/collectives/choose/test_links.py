@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinwire.collectives.choose.fair_share import Sharing
+from thinwire.collectives.choose.links import Sharing
 
 
 @given(
@@ -35,7 +35,7 @@ def test_what_is_left_goes_to_those_who_can_use_it() -> None:
     assert rates == pytest.approx([1, 1, 9])
 
 
-def test_what_is_acknowledged_takes_its_share_on_the_way_back() -> None:
+def test_what_is_acknowledged_takes_its_share_on_the_route_back() -> None:
     """Two nodes that both send: a tenth of each direction goes to acknowledgements of the other, at first guess."""
     sharing = Sharing([[0], [1]], [11.0, 11.0], back=[[1], [0]], acknowledged=0.1)
     rates, carried = sharing.rates(np.array([0, 1]))
