@@ -15,12 +15,10 @@ from pool import Pool, Rank
 from thinwire.config.compress import Coded, NoCompression
 from thinwire.config.sync import DiLoCo, LocalSGD, MuLoCo, SparseLoCo, Streaming
 from thinwire.layout import AXES, Layout
-from thinwire.sync.diloco import diloco
 from thinwire.sync.fragments import due, fragments
 from thinwire.sync.make import make_synchroniser
-from thinwire.sync.muloco import muloco
+from thinwire.sync.methods import method
 from thinwire.sync.outer import published_learning_rate
-from thinwire.sync.streaming import streaming
 
 KINDS = {
     "diloco": DiLoCo(every=3, outer_learning_rate=0.7),
@@ -139,10 +137,10 @@ def test_the_published_learning_rates() -> None:
 @given(st.integers(1, 300), st.integers(1, 1000))
 def test_the_learning_rate_is_the_published_one_unless_set(replicas: int, every: int) -> None:
     """It does not fall with the number of replicas, and is the same for any H: nobody has published how it depends on that."""
-    _, outer = diloco(DiLoCo(every=every), replicas)
-    assert outer.learning_rate == published_learning_rate(replicas) == diloco(DiLoCo(), replicas)[1].learning_rate
+    _, outer = method(DiLoCo(every=every), replicas)
+    assert outer.learning_rate == published_learning_rate(replicas) == method(DiLoCo(), replicas)[1].learning_rate
     assert 0.4 <= outer.learning_rate <= published_learning_rate(replicas + 1) <= 0.8
-    assert diloco(DiLoCo(every=every, outer_learning_rate=0.31), replicas)[1].learning_rate == 0.31
-    assert streaming(Streaming(every=every, overlap=0), replicas)[1].learning_rate == 0.4
-    assert streaming(Streaming(outer_learning_rate=0.31), replicas)[1].learning_rate == 0.31
-    assert muloco(MuLoCo(every=every), replicas)[1].learning_rate == 0.7
+    assert method(DiLoCo(every=every, outer_learning_rate=0.31), replicas)[1].learning_rate == 0.31
+    assert method(Streaming(every=every, overlap=0), replicas)[1].learning_rate == 0.4
+    assert method(Streaming(outer_learning_rate=0.31), replicas)[1].learning_rate == 0.31
+    assert method(MuLoCo(every=every), replicas)[1].learning_rate == 0.7

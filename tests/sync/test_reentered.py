@@ -223,7 +223,7 @@ def test_frozen_parameters_are_neither_kept_nor_sent(ranks2: Pool) -> None:
         assert "frozen.weight was frozen, or is trained, since" in one["said"]
     for one in ranks2.run(adapters, {"kind": "noloco"}):
         assert one["kept"]["slow"].numel() == 256
-        assert "frozen.bias was frozen, or is trained, since" in one["said"]
+        assert "frozen.weight was frozen, or is trained, since" in one["said"]
 
 
 class Expanded(nn.Module):

@@ -4,20 +4,15 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.compress.exchange import make_exchange
 from thinwire.compress.plain import PlainExchange
 from thinwire.config.compress import Coded, NoCompression
-from thinwire.config.sync import DiLoCo, EveryStep, LocalSGD, MuLoCo, NoLoCo, SparseLoCo, Streaming, Sync
+from thinwire.config.sync import EveryStep, LocalSGD, NoLoCo, Sync
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.sync.base import Synchroniser
-from thinwire.sync.diloco import diloco
 from thinwire.sync.every_step import EveryStepSync
-from thinwire.sync.local_sgd import AVERAGE, local_sgd
 from thinwire.sync.local_steps import LocalStepsSync, Schedule
-from thinwire.sync.muloco import muloco
+from thinwire.sync.methods import AVERAGE, method
 from thinwire.sync.noloco import NoLoCoSync
-from thinwire.sync.outer import Nesterov
 from thinwire.sync.single_rank import SingleRank
-from thinwire.sync.sparseloco import sparseloco
-from thinwire.sync.streaming import streaming
 
 DATA, OUTER = "data", "outer"
 
@@ -31,7 +26,7 @@ def make_synchroniser(config: Sync, compress: NoCompression | Coded, layout: Lay
         return EveryStepSync(config, DATA, ledger, make_exchange(compress, ledger))
     if isinstance(config, NoLoCo):
         return NoLoCoSync(config, compress, OUTER, ledger, _inside(config, layout, ledger))
-    schedule, outer = _plan(config, layout.outer)
+    schedule, outer = method(config, layout.outer)
     return LocalStepsSync(schedule, outer, OUTER, ledger, make_exchange(compress, ledger), _inside(config, layout, ledger))
 
 
@@ -54,19 +49,3 @@ def _inside(config: Sync, layout: Layout, ledger: Ledger) -> Synchroniser:
         return LocalStepsSync(Schedule(every=config.every_inside), AVERAGE, DATA, ledger, PlainExchange(ledger), alone)
     inner = EveryStep(accumulate=config.accumulate, bucket_bytes=config.bucket_bytes)
     return EveryStepSync(inner, DATA, ledger, PlainExchange(ledger))
-
-
-def _plan(config: Sync, replicas: int) -> tuple[Schedule, Nesterov]:
-    match config:
-        case LocalSGD():
-            return local_sgd(config, replicas)
-        case DiLoCo():
-            return diloco(config, replicas)
-        case Streaming():
-            return streaming(config, replicas)
-        case SparseLoCo():
-            return sparseloco(config, replicas)
-        case MuLoCo():
-            return muloco(config, replicas)
-        case _:
-            raise AssertionError(config)
