@@ -18,7 +18,7 @@ from test_server_gradients import flat, held_out, loss_of, make_model, rows
 from pool import start_server
 from thinwire import AsyncDiLoCo, ParameterServerWorker
 from thinwire.config.replicas import Code, DiLoCo, Gradients, Service
-from thinwire.sync.server.link import PeerLost
+from thinwire.sync.server.connection import PeerLost
 
 EVERY, ROUNDS, REPLICAS = 4, 3, 3
 
@@ -230,7 +230,7 @@ def test_a_worker_that_waits_in_vain_names_the_server_in_one_line() -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         gone = pytest.raises(PeerLost, match=r"^server 0 on \S+ is gone: its connection is closed")
         with gone, AsyncDiLoCo(model, optimizer, every=1, store=running.address, name="a"):
-            for link in list(running.servers[0]._links.values()):
+            for link in list(running.servers[0]._connections.values()):
                 link.cut()
             time.sleep(0.5)  # a send in the very moment in which gloo notices may be forgotten, and ends with timeout_s
             loss_of(model, rows(0, 0)).backward()

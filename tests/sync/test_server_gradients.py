@@ -17,10 +17,9 @@ from thinwire.collectives.ledger import difference
 from thinwire.collectives.wire import sent_bytes
 from thinwire.config.replicas import Code, Gradients, ServerAdamW, ServerSGD, Service
 from thinwire.errors import UserError
-from thinwire.sync.server.coding import coded_bytes, make_flat
+from thinwire.sync.server.coding import coded_bytes, make_flat, pulled, pushed
+from thinwire.sync.server.flat import Span, cut, within
 from thinwire.sync.server.message import HEAD_BYTES
-from thinwire.sync.server.ranges import Span, cut, within
-from thinwire.sync.server.traffic import pulled, pushed
 
 STEPS, WORKERS, ROWS = 6, 3, 4
 
@@ -226,7 +225,7 @@ def test_a_worker_that_breaks_off_is_not_waited_for_and_may_come_back() -> None:
 
 
 def test_a_resumed_server_goes_on_as_the_uninterrupted_one(tmp_path) -> None:
-    from thinwire.sync.server import saved
+    from thinwire.sync.server.snapshots import load, save
 
     service = sequential(optimizer=ServerSGD(momentum=0.9)).model_copy(update={"push": Code(kind="int4")})
     service = service.model_copy(update={"first_workers": 1})
@@ -247,9 +246,9 @@ def test_a_resumed_server_goes_on_as_the_uninterrupted_one(tmp_path) -> None:
         expected = running.weights()
     with serving(service, keep=tmp_path, every=100) as running:
         owed = steps(running.address, 3, None)
-    saved.save(owed, tmp_path / "worker.pt")
-    with serving(service, [saved.load(tmp_path / "server-0.pt")]) as running:
-        steps(running.address, STEPS, saved.load(tmp_path / "worker.pt"))
+    save(owed, tmp_path / "worker.pt")
+    with serving(service, [load(tmp_path / "server-0.pt")]) as running:
+        steps(running.address, STEPS, load(tmp_path / "worker.pt"))
         assert torch.equal(running.weights(), expected)
 
 

@@ -12,8 +12,8 @@ from test_server_open import listening
 
 from command import nothing_left, one_line, running, started, thinwire
 from thinwire.errors import UserError
-from thinwire.sync.server.dial import Dialer
-from thinwire.sync.server.saved import load
+from thinwire.sync.server.dialer import Dialer
+from thinwire.sync.server.snapshots import load
 
 TEXT = "thin wire ring tree rank slow link loss step send " * 1200
 

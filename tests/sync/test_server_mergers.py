@@ -9,12 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thinwire.config.replicas import DiLoCo, Gradients, ServerAdamW, ServerSGD, Service
-from thinwire.sync.server.gradients import GradientMerger
-from thinwire.sync.server.lives import Lives
-from thinwire.sync.server.members import Member
-from thinwire.sync.server.merger import Pace, Push
-from thinwire.sync.server.merges import DiLoCoMerger
-from thinwire.sync.server.ranges import Span
+from thinwire.sync.server.diloco_merger import DiLoCoMerger
+from thinwire.sync.server.flat import Span
+from thinwire.sync.server.gradient_merger import GradientMerger
+from thinwire.sync.server.merger import Member, Merger, Pace, Push
 
 NUMEL = 4
 MERGES = {
@@ -31,7 +29,7 @@ def push(name: str, values: torch.Tensor | None = None, life: int = 1, **others:
     return Push(member=Member(name, life), values=torch.ones(NUMEL) if values is None else values, **told)
 
 
-def merger_of(merge: Gradients | DiLoCo, names: str, **service: object) -> Lives:
+def merger_of(merge: Gradients | DiLoCo, names: str, **service: object) -> Merger:
     """Its workers have joined, and its weights are ones."""
     wanted = Service(**{"merge": merge, "first_workers": len(names)} | service)
     merger = DiLoCoMerger(wanted) if isinstance(merge, DiLoCo) else GradientMerger(wanted)
@@ -259,7 +257,7 @@ def test_nobody_goes_on_from_a_version_that_is_to_be_kept_before_it_is_written(m
     merger.initialise(torch.ones(NUMEL), [Span(0, NUMEL, True)])
     for version in range(5):
         assert merger.version == version
-        state = merger.due()
+        state = merger.snapshot()
         assert (state is not None) == (version % 2 == 0)
         if state is not None:
             assert state["version"] == version and merger.admit(a, 0.0) is None

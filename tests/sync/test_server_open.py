@@ -25,13 +25,12 @@ from thinwire import AsyncDiLoCo
 from thinwire.collectives.ledger import Ledger
 from thinwire.config.replicas import Code, DiLoCo, Service
 from thinwire.errors import UserError
+from thinwire.sync.server.authentication import OPEN, Handshake, introduce
 from thinwire.sync.server.coding import coded_bytes, make_flat
-from thinwire.sync.server.dial import Dialer
-from thinwire.sync.server.door import STRANGERS
-from thinwire.sync.server.link import Link, PeerLost
+from thinwire.sync.server.connection import Connection, PeerLost
+from thinwire.sync.server.dialer import Dialer
+from thinwire.sync.server.listener import STRANGERS
 from thinwire.sync.server.message import HEAD_BYTES, BadMessage, Head, Hello, Kind
-from thinwire.sync.server.secret import OPEN, introduce
-from thinwire.sync.server.stream import Talk
 
 LISTENING = "0A"
 MESSAGES = 10_000
@@ -165,7 +164,7 @@ def test_the_time_for_a_challenge_is_for_all_of_it_together() -> None:
     thread = threading.Thread(target=drips, daemon=True)
     thread.start()
     with pytest.raises(TimeoutError):
-        Talk(ours, 0.5).recv_bytes(256)
+        Handshake(ours, 0.5).recv_bytes(256)
     stop.set()
     thread.join(10)
     ours.close()
@@ -394,7 +393,7 @@ def test_a_head_is_what_was_packed(kind: Kind, step: int, version: int, rate: fl
 def test_a_link_reads_nothing_of_a_size_that_was_not_agreed() -> None:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
-    link = Link(ours, ("worker a", "nowhere"), Ledger(), 5.0)
+    link = Connection(ours, ("worker a", "nowhere"), Ledger(), 5.0)
     theirs.sendall(Head(kind=Kind.PUSH, payload_bytes=2**61).packed())
     with pytest.raises(BadMessage, match="where 8 were due"):
         link.receive(lambda head: 8)

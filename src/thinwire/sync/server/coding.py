@@ -6,7 +6,17 @@ A push is coded with error feedback at the worker: with v what should be pushed,
 
 which makes the "significantly modified" filter of Li et al. 2014 one codec among others (topk). A pull is coded as a difference:
 both ends keep the copy c of what the worker has, the server sends C(w - c), both add D C(w - c) to c. What a code loses is in the
-next difference, so nothing is lost for good. The first pull over a link is float32.
+next difference, so nothing is lost for good. The first pull over a connection is float32.
+
+One push and the pull that answers it send, over each connection (`pushed`, `pulled`),
+
+    worker -> server i     64 B head, C_push(n_i)        n_i: values of range i
+    server i -> worker     64 B head, C_pull(n_i)        C: bytes of the code, 4 n_i without one
+
+Joining costs a HELLO and a head more to each server, and its weights once if it has none; leaving costs one head. What precedes
+HELLO, the challenges and the service's own description, is in no ledger. A step that pushes nothing may send a head "progress to
+server i", one in `heartbeat_s` at most: how many there are depends on the clock and on nothing else, so they are entered under
+that label and are not predicted.
 """
 
 from typing import Any
@@ -17,8 +27,12 @@ from torch import Tensor
 from thinwire.compress.base import finite, make_codec
 from thinwire.compress.gather import Flat
 from thinwire.compress.memory import ErrorFeedback, Memory, NoMemory
-from thinwire.config.replicas import Code
+from thinwire.config.replicas import Code, Service
 from thinwire.errors import UserError
+from thinwire.sync.server.connection import AXIS
+from thinwire.sync.server.flat import cut
+from thinwire.sync.server.message import HEAD_BYTES
+from thinwire.traffic import Transfer
 
 
 def make_flat(code: Code) -> Flat | None:
@@ -43,7 +57,7 @@ def decode(codec: Flat | None, payload: Tensor, numel: int) -> Tensor:
 
 
 class PushCoder:
-    """The worker's side of pushes: codes by range, and what is owed to each."""
+    """The worker's side of pushes: codes by range, and each range's error-feedback residual."""
 
     def __init__(self, code: Code) -> None:
         self._codec = make_flat(code)
@@ -61,7 +75,7 @@ class PushCoder:
         return payload
 
     def state_dict(self) -> dict[str, Any]:
-        """What is owed."""
+        """The residuals."""
         return self._memory.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -70,7 +84,7 @@ class PushCoder:
 
 
 class Mirror:
-    """One end of coded pulls over one link: the copy of what the worker has."""
+    """One end of coded pulls over one connection: the copy of what the worker has."""
 
     def __init__(self, code: Code) -> None:
         self._codec = make_flat(code)
@@ -98,3 +112,21 @@ class Mirror:
         else:
             self._copy = self._copy + self._codec.decode(payload, (numel,))
         return self._copy
+
+
+def pushed(service: Service, numel: int, every: int = 1) -> list[Transfer]:
+    """What a worker sends, each `every` of its steps."""
+    codec, found = make_flat(service.push), []
+    for index, part in enumerate(cut(numel, service.servers)):
+        for label, size in (("head", HEAD_BYTES), ("push", coded_bytes(codec, part.numel))):
+            found.append(Transfer(label=f"{label} to server {index}", axis=AXIS, op="send", message_bytes=size, every=every))
+    return found
+
+
+def pulled(service: Service, numel: int, index: int, worker: str, every: int = 1) -> list[Transfer]:
+    """What server `index` sends to one worker, each `every` of the worker's steps."""
+    size = coded_bytes(make_flat(service.pull), cut(numel, service.servers)[index].numel)
+    return [
+        Transfer(label=f"{label} to worker {worker}", axis=AXIS, op="send", message_bytes=size, every=every)
+        for label, size in (("head", HEAD_BYTES), ("weights", size))
+    ]
