@@ -13,11 +13,10 @@ import torch
 from thinwire.collectives.ledger import Ledger
 from thinwire.config.replicas import Service
 from thinwire.errors import UserError
-from thinwire.sync.server.address import listen, shown
 from thinwire.sync.server.authentication import read_secret
 from thinwire.sync.server.connection import Connection
 from thinwire.sync.server.dialer import Dialer
-from thinwire.sync.server.listener import Listener
+from thinwire.sync.server.listener import Listener, listen, shown
 from thinwire.sync.server.message import Head, Hello, Kind, as_text
 from thinwire.sync.server.server import Server
 from thinwire.sync.server.snapshots import Snapshots

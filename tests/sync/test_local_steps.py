@@ -15,9 +15,8 @@ from pool import Pool, Rank
 from thinwire.config.compress import Coded, NoCompression
 from thinwire.config.sync import DiLoCo, LocalSGD, MuLoCo, SparseLoCo, Streaming
 from thinwire.layout import AXES, Layout
-from thinwire.sync.fragments import due, fragments
-from thinwire.sync.make import make_synchroniser
-from thinwire.sync.methods import method
+from thinwire.sync.local_steps import due, fragments
+from thinwire.sync.make import make_synchroniser, method
 from thinwire.sync.outer import published_learning_rate
 
 KINDS = {

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import thinwire
 from pool import LOOPBACK, Pool, Rank
 from thinwire.errors import UserError
-from thinwire.sync.fragments import due
+from thinwire.sync.local_steps import due
 from thinwire.workload import Workload
 from warm import SOCKET, Warm, server
 

@@ -6,30 +6,37 @@ All replicas begin a period with the same parameters x, the anchor. After H step
     outer      x <- outer optimizer(x, D), the same on all replicas            (`outer`)
     apply      x_m <- alpha x_m + (1 - alpha) x, `overlap` steps after D_m was sent
 
-With fragments (`fragments`) each of them has a period of its own, shifted against the others'. The model that counts is x: it is
-what is evaluated and saved. At the end of training everything is sent once more, so that the last steps are in x.
+The model that counts is x: it is what is evaluated and saved. At the end of training everything is sent once more, so that the
+last steps are in x.
+
+With fragments, of whole layers, each has a period of its own, shifted against the others'. With n layers in a fragment there are
+P = ceil(layers / n) of them; fragment j holds the layers j, j + P, j + 2 P, .. (strided, as Douillard et al. 2025, Streaming
+DiLoCo, section 2.1), and what belongs to no layer (embeddings, the last norm, the head) is one more. In a period of H steps each
+is sent once, at even distances; the last one at the end of the period.
 
 What is common to all replicas that go alone is in `nested`.
 """
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import Piece
 from thinwire.compress.exchange import Exchange
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.sync.base import Synchroniser
-from thinwire.sync.fragments import due, fragments
-from thinwire.sync.nested import NestedSynchroniser
+from thinwire.sync.nested import Anchor, NestedSynchroniser
 from thinwire.sync.outer import Nesterov
+from thinwire.sync.shards import Shards
 from thinwire.traffic import Transfer
 from thinwire.workload import Workload
+
+_LAYER = re.compile(r"^((?:[^.]+\.)*?\d+)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,34 +49,15 @@ class Schedule:
     mixing: float = 0.0
 
 
-@dataclass
-class _Fragment:
-    """Parameters that are sent together, as far as this rank holds values of them. anchor: flat float32, as is the outer
-    optimizer's momentum (empty without one)."""
+class _Fragment(Anchor):
+    """Parameters that are sent together."""
 
-    index: int
-    pieces: list[Piece]
-    anchor: torch.Tensor
-    momentum: torch.Tensor
-    sent_at: int
-    """Steps done when it was last sent, or formed; then there is nothing to send."""
-    under_way: "torch.futures.Future[torch.Tensor] | None" = None
-    numel: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.numel = sum(piece.numel for piece in self.pieces)
-
-    @property
-    def values(self) -> dict[str, torch.Tensor]:
-        """The anchor by parameter."""
-        return {piece.name: piece.of(self.anchor).view(piece.shape) for piece in self.pieces}
-
-    def take_momentum(self, before: "_Fragment") -> None:
-        """Of parameters that were in `before`."""
-        known = {piece.name: piece for piece in before.pieces}
-        for piece in self.pieces:
-            if piece.name in known and known[piece.name].shape == piece.shape and len(self.momentum):
-                piece.of(self.momentum).copy_(known[piece.name].of(before.momentum))
+    def __init__(self, index: int, shards: Shards, names: Sequence[str], with_momentum: bool, done: int) -> None:
+        super().__init__(shards, names, with_momentum)
+        self.index = index
+        self.sent_at = done
+        """Steps done when it was last sent, or formed; then there is nothing to send."""
+        self.under_way: torch.futures.Future[torch.Tensor] | None = None
 
 
 class LocalStepsSync(NestedSynchroniser):
@@ -157,8 +145,9 @@ class LocalStepsSync(NestedSynchroniser):
 
     def _begin(self) -> None:
         parts = fragments(list(self._held), self._schedule.layers_per_fragment)
-        found = [self._fragment(index, names) for index, names in enumerate(parts)]
-        found = [fragment for fragment in found if fragment.numel]
+        has_momentum = bool(self._outer.momentum)
+        found = [_Fragment(index, self._shards, names, has_momentum, self._done) for index, names in enumerate(parts)]
+        found = [fragment for fragment in found if fragment.pieces]
         for fragment in found:
             for before in self._fragments:
                 fragment.take_momentum(before)
@@ -172,23 +161,11 @@ class LocalStepsSync(NestedSynchroniser):
     def _disconnect(self) -> None:
         self._exchange.detach()
 
-    def _fragment(self, index: int, names: Sequence[str]) -> _Fragment:
-        pieces, first = [], 0
-        for name in names:
-            if self._shards[name].numel():
-                pieces.append(Piece(name, first, tuple(self._shards[name].shape)))
-                first += pieces[-1].numel
-        held = [self._shards[piece.name].reshape(-1) for piece in pieces]
-        anchor = torch.cat(held) if held else torch.empty(0)
-        return _Fragment(index, pieces, anchor, torch.zeros(first) if self._outer.momentum else torch.empty(0), self._done)
-
     def _send(self, fragment: _Fragment, label: str = "fragment") -> None:
         if fragment.under_way is not None:  # of a run with a longer overlap than this one's period
             self._apply(fragment)
         self._check_trained()
-        buffer = fragment.anchor.clone()
-        for piece in fragment.pieces:
-            piece.of(buffer).sub_(self._shards[piece.name].reshape(-1))
+        buffer = fragment.values - fragment.flat(self._shards)
         fragment.sent_at = self._done
         last = fragment is self._fragments[-1]
         with self._ledger.label("fragment"):
@@ -197,13 +174,13 @@ class LocalStepsSync(NestedSynchroniser):
     def _apply(self, fragment: _Fragment) -> None:
         mean = self._arrived(fragment)
         fragment.under_way = None
-        self._outer.step(fragment.anchor, mean, fragment.momentum)
-        self._shards.write(fragment.values, keep=self._schedule.mixing)
+        self._outer.step(fragment.values, mean, fragment.momentum)
+        self._shards.write(fragment.by_name(), keep=self._schedule.mixing)
 
     def _write(self) -> None:
         """The anchor, which is the same on all replicas."""
         for fragment in self._fragments:
-            self._shards.write(fragment.values)
+            self._shards.write(fragment.by_name())
 
     def _arrived(self, fragment: _Fragment) -> torch.Tensor:
         """Waits for the average."""
@@ -218,7 +195,7 @@ class LocalStepsSync(NestedSynchroniser):
     def _saved(self, fragment: _Fragment) -> dict[str, Any]:
         return {
             "names": [piece.name for piece in fragment.pieces],
-            "anchor": fragment.anchor.clone(),
+            "anchor": fragment.values.clone(),
             "momentum": fragment.momentum.clone(),
             "sent_at": fragment.sent_at,
             "under_way": self._arrived(fragment).clone() if fragment.under_way is not None else None,
@@ -226,7 +203,7 @@ class LocalStepsSync(NestedSynchroniser):
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._done = state["done"]
-        mine = [([piece.name for piece in fragment.pieces], fragment.numel) for fragment in self._fragments]
+        mine = [([piece.name for piece in fragment.pieces], len(fragment.values)) for fragment in self._fragments]
         theirs = [(saved["names"], saved["anchor"].numel()) for saved in state["fragments"]]
         if mine != theirs:
             raise UserError(
@@ -234,9 +211,32 @@ class LocalStepsSync(NestedSynchroniser):
                 f"{sum(numel for _, numel in theirs)} in {len(theirs)}; resume with the same model, fragments and shards"
             )
         for fragment, saved in zip(self._fragments, state["fragments"], strict=True):
-            fragment.anchor.copy_(saved["anchor"])
+            fragment.values.copy_(saved["anchor"])
             fragment.momentum.copy_(saved["momentum"])
             fragment.sent_at = saved["sent_at"]
             if saved["under_way"] is not None:
                 fragment.under_way = torch.futures.Future()
                 fragment.under_way.set_result(saved["under_way"].clone())
+
+
+def fragments(names: Sequence[str], layers_per_fragment: int) -> list[list[str]]:
+    """Parameter names, in their order, by fragment; every name is in exactly one. 0 layers per fragment: one for all.
+
+    A layer is what stands before the first number in a name, with the number: "blocks.3" of "blocks.3.mlp.up.weight", "0" of the
+    "0.weight" of an nn.Sequential.
+    """
+    if not layers_per_fragment:
+        return [list(names)]
+    layer_of = {name: match.group(1) if (match := _LAYER.match(name)) else "" for name in names}
+    layers = list(dict.fromkeys(layer for layer in layer_of.values() if layer))
+    count = -(-len(layers) // layers_per_fragment)
+    place = {layer: index % count for index, layer in enumerate(layers)}
+    found: list[list[str]] = [[] for _ in range(count + 1)]
+    for name in names:
+        found[place.get(layer_of[name], count)].append(name)
+    return [fragment for fragment in found if fragment]
+
+
+def due(fragment: int, count: int, every: int, done: int) -> bool:
+    """Whether fragment number `fragment` of `count` is sent after `done` steps, with a period of `every` steps."""
+    return done % every == (fragment + 1) * every // count % every

@@ -9,7 +9,7 @@ entered next.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -19,9 +19,42 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from thinwire.collectives.ledger import Ledger
+from thinwire.compress.averager import Piece
 from thinwire.errors import UserError
 from thinwire.sync.base import Synchroniser
 from thinwire.sync.shards import Shards
+
+
+class Anchor:
+    """Where a period began, for the parameters `names` as far as this rank holds values of them, and their outer momentum.
+
+    values: flat float32, as is momentum (empty without one). pieces: where each parameter lies in them.
+    """
+
+    def __init__(self, shards: Shards, names: Sequence[str], with_momentum: bool = True) -> None:
+        self.pieces: list[Piece] = []
+        first = 0
+        for name in names:
+            if shards[name].numel():
+                self.pieces.append(Piece(name, first, tuple(shards[name].shape)))
+                first += self.pieces[-1].numel
+        self.values = self.flat(shards)
+        self.momentum = torch.zeros_like(self.values if with_momentum else torch.empty(0))
+
+    def flat(self, shards: Shards) -> torch.Tensor:
+        """A copy of what the model holds of its parameters now."""
+        return torch.cat([shards[piece.name].reshape(-1) for piece in self.pieces] or [torch.empty(0)])
+
+    def by_name(self) -> dict[str, torch.Tensor]:
+        """The values of each parameter."""
+        return {piece.name: piece.of(self.values).view(piece.shape) for piece in self.pieces}
+
+    def take_momentum(self, before: "Anchor") -> None:
+        """Of parameters that were in `before`."""
+        known = {piece.name: piece for piece in before.pieces}
+        for piece in self.pieces:
+            if piece.name in known and known[piece.name].shape == piece.shape and len(self.momentum):
+                piece.of(self.momentum).copy_(known[piece.name].of(before.momentum))
 
 
 class NestedSynchroniser(Synchroniser):

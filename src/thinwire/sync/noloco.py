@@ -32,7 +32,7 @@ from thinwire.config.sync import NoLoCo
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.sync.base import Synchroniser
-from thinwire.sync.nested import NestedSynchroniser
+from thinwire.sync.nested import Anchor, NestedSynchroniser
 from thinwire.traffic import Transfer
 from thinwire.workload import Workload
 
@@ -65,9 +65,8 @@ class NoLoCoSync(NestedSynchroniser):
         super().__init__(axis, ledger, inner)
         self._config, self._wire_dtype = config, CASTS[compress.kind]
         self._group: dist.ProcessGroup | None = None
-        self._slow, self._momentum = torch.empty(0), torch.empty(0)
-        self._momenta: dict[str, torch.Tensor] = {}
-        """Views of the momentum, by name."""
+        self._slow = Anchor(self._shards, [])
+        """This replica's slow weights."""
         self._stepped_at = 0
 
     def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
@@ -85,7 +84,7 @@ class NoLoCoSync(NestedSynchroniser):
         self._done = step + 1
         if self._done % self._config.every == 0:
             self._check_trained()
-            self._step(self._mean_of_pair(self._flat()))
+            self._step(self._mean_of_pair(self._slow.flat(self._shards)))
             self._write()
 
     @torch.no_grad()
@@ -94,9 +93,9 @@ class NoLoCoSync(NestedSynchroniser):
         self.inner.finish()
         assert self._group is not None, "attached() comes first"
         if self._done != self._stepped_at:
-            self._step(self._flat())
-        if self._slow.numel():
-            all_reduce(self._slow.div_(self._group.size()), self._group, self._ledger, "final").wait()
+            self._step(self._slow.flat(self._shards))
+        if len(self._slow.values):
+            all_reduce(self._slow.values.div_(self._group.size()), self._group, self._ledger, "final").wait()
         self._write()
         self._finished = True
 
@@ -109,8 +108,8 @@ class NoLoCoSync(NestedSynchroniser):
             "done": self._done,
             "stepped_at": self._stepped_at,
             "names": list(self._held),
-            "slow": self._slow.clone(),
-            "momentum": self._momentum.clone(),
+            "slow": self._slow.values.clone(),
+            "momentum": self._slow.momentum.clone(),
         }
 
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
@@ -120,13 +119,8 @@ class NoLoCoSync(NestedSynchroniser):
         self._restored, self._adopted = states[0] | means, True
 
     def _begin(self) -> None:
-        before = dict(self._momenta)
-        self._slow = self._flat()
-        self._momentum = torch.zeros_like(self._slow)
-        self._momenta = dict(zip(self._held, self._parts(self._momentum), strict=True))
-        for name, part in self._momenta.items():
-            if name in before and before[name].numel() == part.numel():
-                part.copy_(before[name])
+        before, self._slow = self._slow, Anchor(self._shards, list(self._held))
+        self._slow.take_momentum(before)
 
     def _connect(self, group: dist.ProcessGroup) -> None:
         self._group = group
@@ -150,28 +144,22 @@ class NoLoCoSync(NestedSynchroniser):
 
     def _step(self, mean: torch.Tensor) -> None:
         self._stepped_at = self._done
-        self._momentum.mul_(self._config.outer_momentum).add_(mean - self._slow, alpha=self._config.outer_learning_rate)
-        self._slow.add_(self._momentum)
-
-    def _flat(self) -> torch.Tensor:
-        """A copy of all that this rank holds of what is trained."""
-        return torch.cat([self._shards[name].reshape(-1) for name in self._held] or [torch.empty(0)])
-
-    def _parts(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return flat.split([self._shards[name].numel() for name in self._held])
+        slow, config = self._slow, self._config
+        slow.momentum.mul_(config.outer_momentum).add_(mean - slow.values, alpha=config.outer_learning_rate)
+        slow.values.add_(slow.momentum)
 
     def _write(self) -> None:
         """This replica's slow weights; after `finish` they are the same on all."""
-        parts = zip(self._held.items(), self._parts(self._slow), strict=True)
-        self._shards.write({name: part.view(shape) for (name, shape), part in parts})
+        self._shards.write(self._slow.by_name())
 
     def _restore(self, state: dict[str, Any]) -> None:
-        if state["names"] != list(self._held) or state["slow"].numel() != self._slow.numel():
+        slow = self._slow
+        if state["names"] != list(self._held) or state["slow"].numel() != slow.values.numel():
             raise UserError(
-                f"this rank holds {self._slow.numel()} values of {len(self._held)} parameters, that of the checkpoint held "
+                f"this rank holds {slow.values.numel()} values of {len(self._held)} parameters, that of the checkpoint held "
                 f"{state['slow'].numel()} of {len(state['names'])}; resume with the same model and shards"
             )
         self._done = state["done"]
         self._stepped_at = state.get("stepped_at", self._done - self._done % self._config.every)
-        self._slow.copy_(state["slow"])
-        self._momentum.copy_(state["momentum"])
+        slow.values.copy_(state["slow"])
+        slow.momentum.copy_(state["momentum"])

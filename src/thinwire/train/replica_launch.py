@@ -28,8 +28,8 @@ import torch
 from thinwire.config.replicas import Service
 from thinwire.config.run import RunConfig
 from thinwire.endings import signals_unwind
-from thinwire.sync.server.address import listen, shown
 from thinwire.sync.server.flat import FlatParameters
+from thinwire.sync.server.listener import listen, shown
 from thinwire.sync.server.snapshots import choose_versions, load
 from thinwire.train.replica_roles import USER_ERROR, Spec
 from thinwire.train.replica_serve import SERVER_DIED

@@ -1,8 +1,8 @@
-"""Who may speak with a service: whoever knows its secret. Checked both ways before anything else is believed, or even read.
+"""Authentication: worker and server prove to each other that they know the service's secret, before anything else is read.
 
     server -> worker    32 random bytes and a mark       worker -> server    their HMAC under the secret
     server -> worker    welcome, or the end
-                        and the same the other way round, so that a worker knows that it found its own servers
+                        and the same in the other direction, so that a worker knows that it found its own servers
 
 This is `multiprocessing.connection`'s challenge; nothing is ever unpickled. The server answers no challenge of a peer that has
 not answered its own. On loopback a service may go without a secret: the key is OPEN then, known to everybody, and turns away only
@@ -26,7 +26,7 @@ CHALLENGE = b"#CHALLENGE#"
 """With this a challenge begins, in every version of Python."""
 LEAST_BYTES = 16
 HANDSHAKE_S = 10.0
-"""For a challenge both ways, and for what a stranger says before he is known."""
+"""For a challenge in both directions, and for all that comes before HELLO."""
 
 
 class WrongSecret(UserError):

@@ -25,7 +25,7 @@ from thinwire.sync.server.checks import initial_weights_error, pace_error, push_
 from thinwire.sync.server.coding import Mirror, PushCoder
 from thinwire.sync.server.connections import Connections, Request
 from thinwire.sync.server.dialer import Dialer
-from thinwire.sync.server.flat import Range, Span, cut, within
+from thinwire.sync.server.flat import Span, cut, within
 from thinwire.sync.server.merger import Pace
 from thinwire.sync.server.message import MOST, NAME_LETTERS, Head, Hello, Kind, name_error, pack_start
 
@@ -53,16 +53,12 @@ class ServerClient:
         self._dialer = dialer
         self.service = dialer.service()
         self._coder = PushCoder(self.service.push)
-        self._ranges: list[Range] = cut(values.numel(), self.service.servers)
+        self._ranges = cut(values.numel(), self.service.servers)
         self._mirrors = [Mirror(self.service.pull) for _ in self._ranges]
-        self._versions = [0] * len(self._ranges)
-        self._parts = [values[part.first : part.end] for part in self._ranges]
-        self._connections = Connections(self.service, self._expected_bytes)
-
-    @property
-    def versions(self) -> list[int]:
+        self.versions = [0] * len(self._ranges)
         """Of the weights it holds, by server."""
-        return list(self._versions)
+        self._parts = [values[part.start : part.stop] for part in self._ranges]
+        self._connections = Connections(self.service, self._expected_bytes)
 
     @property
     def progress(self) -> float:
@@ -104,9 +100,9 @@ class ServerClient:
             raise UserError(f"this life of worker {self.name} is over; make another one to go on")
         _refuse(push_numbers_error(weight, local_steps, learning_rate))
         requests: dict[int, Request] = {}
-        for index, (part, version) in enumerate(zip(self._ranges, self._versions, strict=True)):
+        for index, (part, version) in enumerate(zip(self._ranges, self.versions, strict=True)):
             head = Head(kind=Kind.PUSH, version=version, weight=weight, local_steps=local_steps, learning_rate=learning_rate)
-            requests[index] = head, self._coder.encode(f"{part.first}:{part.end}", values[part.first : part.end]), "push"
+            requests[index] = head, self._coder.encode(f"{part.start}:{part.stop}", values[part.start : part.stop]), "push"
         self._take(self._connections.ask(requests))
         return self.weights
 
@@ -120,13 +116,13 @@ class ServerClient:
 
     def state_dict(self) -> dict[str, Any]:
         """What coding has lost of its pushes so far."""
-        return {"servers": len(self._ranges), "coder": self._coder.state_dict()}
+        return {"servers": len(self._ranges), "coder": self._coder.memory.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Before the first push. UserError if there were another number of servers."""
         if state["servers"] != len(self._ranges):
             raise UserError(f"the worker's state is of {state['servers']} servers, and there are {len(self._ranges)}")
-        self._coder.load_state_dict(state["coder"])
+        self._coder.memory.load_state_dict(state["coder"])
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if error is None and self._connections:
@@ -141,7 +137,7 @@ class ServerClient:
             name=self.name,
             incarnation=incarnation,
             host=socket.gethostname()[:NAME_LETTERS],
-            numel=self._ranges[index].numel,
+            numel=len(self._ranges[index]),
             every=self._pace.every,
             tokens_per_step=float(self._pace.tokens_per_step),
         )
@@ -154,27 +150,27 @@ class ServerClient:
         """All ranges, of one version where servers make versions in step; one that cannot reach it any more keeps its own."""
         behind, version = list(range(len(self._ranges))), 0
         while behind:
-            before = [self._versions[index] for index in behind]
+            before = [self.versions[index] for index in behind]
             self._take(self._connections.ask({index: (Head(kind=Kind.PULL, version=version), None, "") for index in behind}))
-            if version and before == [self._versions[index] for index in behind]:
+            if version and before == [self.versions[index] for index in behind]:
                 return
-            version = max(self._versions)
+            version = max(self.versions)
             in_step = isinstance(self.service.merge, DiLoCo)
-            behind = [index for index, at in enumerate(self._versions) if at < version and in_step]
+            behind = [index for index, at in enumerate(self.versions) if at < version and in_step]
 
     def _expected_bytes(self, index: int) -> int:
-        return self._mirrors[index].expected_bytes(self._ranges[index].numel)
+        return self._mirrors[index].expected_bytes(len(self._ranges[index]))
 
     def _start(self, index: int, number: int, model: int) -> Request:
         part = self._ranges[index]
         spans = within(self._spans, part)
         head = Head(kind=Kind.INIT, step=number, version=model, local_steps=len(spans))
-        return head, pack_start(self._values[part.first : part.end], spans), "start"
+        return head, pack_start(self._values[part.start : part.stop], spans), "start"
 
     def _take(self, answers: dict[int, tuple[Head, Tensor]]) -> None:
         for index, (head, payload) in answers.items():
-            self._versions[index] = head.version
-            self._parts[index] = self._mirrors[index].decode(payload, self._ranges[index].numel)
+            self.versions[index] = head.version
+            self._parts[index] = self._mirrors[index].decode(payload, len(self._ranges[index]))
         if 0 in answers:
             first = answers[0][0]
             self.step, self.local_steps, self.merged = first.step, first.local_steps, first.merged

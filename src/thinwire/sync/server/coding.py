@@ -8,18 +8,10 @@ which makes the "significantly modified" filter of Li et al. 2014 one codec amon
 both ends keep the copy c of what the worker has, the server sends C(w - c), both add D C(w - c) to c. What a code loses is in the
 next difference, so nothing is lost for good. The first pull over a connection is float32.
 
-One push and the pull that answers it send, over each connection (`pushed`, `pulled`),
-
-    worker -> server i     64 B head, C_push(n_i)        n_i: values of range i
-    server i -> worker     64 B head, C_pull(n_i)        C: bytes of the code, 4 n_i without one
-
-Joining costs a HELLO and a head more to each server, and its weights once if it has none; leaving costs one head. What precedes
-HELLO, the challenges and the service's own description, is in no ledger. A step that pushes nothing may send a head "progress to
-server i", one in `heartbeat_s` at most: how many there are depends on the clock and on nothing else, so they are entered under
-that label and are not predicted.
+A push sends a head of 64 bytes and the code of the range to each server, its answer a head and the code of a pull. Joining costs
+a HELLO and a head more to each server, and its weights once if it has none; leaving costs one head. What precedes HELLO is in no
+ledger. A step that pushes nothing may send a head "progress to server i", one in `heartbeat_s` at most.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +19,8 @@ from torch import Tensor
 from thinwire.compress.base import finite, make_codec
 from thinwire.compress.gather import Flat
 from thinwire.compress.memory import ErrorFeedback, Memory, NoMemory
-from thinwire.config.replicas import Code, Service
+from thinwire.config.replicas import Code
 from thinwire.errors import UserError
-from thinwire.sync.server.connection import AXIS
-from thinwire.sync.server.flat import cut
-from thinwire.sync.server.message import HEAD_BYTES
-from thinwire.traffic import Transfer
 
 
 def make_flat(code: Code) -> Flat | None:
@@ -62,25 +50,17 @@ class PushCoder:
     def __init__(self, code: Code) -> None:
         self._codec = make_flat(code)
         decay = 1.0 if code.feedback_decay is None else code.feedback_decay
-        self._memory: Memory = ErrorFeedback(decay=decay) if code.feeds_back else NoMemory()
+        self.memory: Memory = ErrorFeedback(decay=decay) if code.feeds_back else NoMemory()
 
     def encode(self, name: str, values: Tensor) -> Tensor:
         """The payload of one range. UserError if a value is not finite, which coding would spread."""
         if not finite(values):
             raise UserError("what is pushed to the servers is not finite; lower the learning rate, or look at the data")
-        wanted = self._memory.corrected(name, values)
+        wanted = self.memory.corrected(name, values)
         payload = encode(self._codec, wanted)
-        if self._memory.keeps:
-            self._memory.keep(name, wanted - decode(self._codec, payload, values.numel()))
+        if self.memory.keeps:
+            self.memory.keep(name, wanted - decode(self._codec, payload, values.numel()))
         return payload
-
-    def state_dict(self) -> dict[str, Any]:
-        """The residuals."""
-        return self._memory.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Before the first push, with the same number of servers. UserError if it was made without feedback."""
-        self._memory.load_state_dict(state)
 
 
 class Mirror:
@@ -112,21 +92,3 @@ class Mirror:
         else:
             self._copy = self._copy + self._codec.decode(payload, (numel,))
         return self._copy
-
-
-def pushed(service: Service, numel: int, every: int = 1) -> list[Transfer]:
-    """What a worker sends, each `every` of its steps."""
-    codec, found = make_flat(service.push), []
-    for index, part in enumerate(cut(numel, service.servers)):
-        for label, size in (("head", HEAD_BYTES), ("push", coded_bytes(codec, part.numel))):
-            found.append(Transfer(label=f"{label} to server {index}", axis=AXIS, op="send", message_bytes=size, every=every))
-    return found
-
-
-def pulled(service: Service, numel: int, index: int, worker: str, every: int = 1) -> list[Transfer]:
-    """What server `index` sends to one worker, each `every` of the worker's steps."""
-    size = coded_bytes(make_flat(service.pull), cut(numel, service.servers)[index].numel)
-    return [
-        Transfer(label=f"{label} to worker {worker}", axis=AXIS, op="send", message_bytes=size, every=every)
-        for label, size in (("head", HEAD_BYTES), ("weights", size))
-    ]

@@ -1,8 +1,8 @@
 """A worker's connections to its servers: one request to each, one answer from each, and signs of progress to those who wait.
 
 A server that is asked nothing gives a worker up after `timeout_s` (`merger`). So while the worker waits for one server, or a
-long message to it is under way, it says PROGRESS to those who have answered already, and reads what others answer; and its loop
-says it at each step. At most one goes to each server in `heartbeat_s`. It is sent only to servers that read: never to one that
+long message to it is under way, it sends PROGRESS to those who have answered already, and reads what others answer; and its loop
+sends it at each step. At most one goes to each server in `heartbeat_s`. It is sent only to servers that read: never to one that
 has not answered yet.
 """
 
@@ -65,7 +65,7 @@ class Connections:
             raise
 
     def alive(self) -> None:
-        """Say PROGRESS, if the last one was `heartbeat_s` ago. PeerLost if a server has given this worker up meanwhile."""
+        """Send PROGRESS, if the last one was `heartbeat_s` ago. PeerLost if a server has given this worker up meanwhile."""
         try:
             self._send_progress()
             for index in list(self._idle):
@@ -118,7 +118,7 @@ class Connections:
                 raise self._connections[index].lost(TimeoutError())
 
     def _advance(self, index: int) -> tuple[Head, Tensor] | None:
-        """What a server says, once it is whole; what it refuses, and that it gives this worker up, is raised."""
+        """A server's message, once it is whole; what it refuses, and that it gives this worker up, is raised."""
         connection = self._connections[index]
         try:
             found = connection.advance(partial(self._sizes, index))

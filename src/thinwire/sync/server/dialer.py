@@ -13,7 +13,6 @@ from pathlib import Path
 from thinwire.collectives.ledger import Ledger
 from thinwire.config.replicas import Service
 from thinwire.errors import UserError
-from thinwire.sync.server.address import parse
 from thinwire.sync.server.authentication import HANDSHAKE_S, WrongSecret, introduce, read_secret
 from thinwire.sync.server.connection import Connection, PeerLost, only, prepare
 from thinwire.sync.server.message import NAME_LETTERS, WELCOME_BYTES, Kind, as_text
@@ -28,7 +27,7 @@ class Dialer:
     """store: see the top of the file. secret_file: that of the service; None: it is on loopback and has none."""
 
     def __init__(self, store: str, secret_file: Path | str | None = None) -> None:
-        self._places = [parse(one, "store") for one in store.split(",")]
+        self._places = [parse_address(one, "store") for one in store.split(",")]
         self._addresses = store.split(",")
         self._secret, self._has_secret = read_secret(secret_file), secret_file is not None
 
@@ -87,3 +86,15 @@ class Dialer:
             raise UserError(f"store {address}: what answers there is no parameter service of this version") from None
         prepare(sock, service.timeout_s)
         return sock, service, host
+
+
+def parse_address(address: str, what: str) -> tuple[str, int]:
+    """Host and port. what: the option, for the UserError."""
+    host, colon, port = address.strip().rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        colon = ""
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise UserError(f"{what} {address!r}: write host:port, and [address]:port for IPv6")
+    return host, int(port)

@@ -44,7 +44,7 @@ class DiLoCoMerger(Merger):
         assert isinstance(service.merge, DiLoCo)
         self._diloco = service.merge
         self._next_round: set[Member] = set()
-        """Those who have come while a merge was under way."""
+        """Those who have joined while a merge was under way."""
         self.merges: list[Merge] = []
 
     def begin(self, member: Member, pace: Pace) -> int:

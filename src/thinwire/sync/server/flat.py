@@ -19,18 +19,6 @@ from thinwire.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Range:
-    """Values [first, end) of the flat vector."""
-
-    first: int
-    end: int
-
-    @property
-    def numel(self) -> int:
-        return self.end - self.first
-
-
-@dataclass(frozen=True, slots=True)
 class Span:
     """Values [first, end) that belong to one parameter, or to several alike; decays: weight decay acts on them."""
 
@@ -39,21 +27,21 @@ class Span:
     decays: bool
 
 
-def cut(numel: int, num_servers: int) -> list[Range]:
+def cut(numel: int, num_servers: int) -> list[range]:
     """The ranges in the order of servers. UserError if there are more servers than values."""
     if num_servers > numel:
         raise UserError(f"{num_servers} servers for {numel} parameters leave servers without any; start fewer servers")
     edges = [index * numel // num_servers for index in range(num_servers + 1)]
-    return [Range(first, end) for first, end in pairwise(edges)]
+    return [range(first, end) for first, end in pairwise(edges)]
 
 
-def within(spans: Sequence[Span], part: Range) -> list[Span]:
+def within(spans: Sequence[Span], part: range) -> list[Span]:
     """The pieces of `spans` that lie in `part`, counted from its beginning."""
     found = []
     for span in spans:
-        first, end = max(span.first, part.first), min(span.end, part.end)
+        first, end = max(span.first, part.start), min(span.end, part.stop)
         if first < end:
-            found.append(Span(first - part.first, end - part.first, span.decays))
+            found.append(Span(first - part.start, end - part.start, span.decays))
     return found
 
 
@@ -66,7 +54,6 @@ class FlatParameters:
             if parameter.dtype != torch.float32:
                 raise UserError(f"parameter {name} is {parameter.dtype}; servers hold float32, so keep the weights in it")
         self._named = named
-        self.numel = sum(parameter.numel() for _, parameter in named)
 
     def spans(self) -> list[Span]:
         """One per parameter; weight decay acts on matrices only."""
@@ -93,7 +80,5 @@ class FlatParameters:
     @torch.no_grad()
     def put(self, values: Tensor) -> None:
         """Replace the weights."""
-        first = 0
-        for _, parameter in self._named:
-            parameter.copy_(values[first : first + parameter.numel()].view_as(parameter))
-            first += parameter.numel()
+        for span, (_, parameter) in zip(self.spans(), self._named, strict=True):
+            parameter.copy_(values[span.first : span.end].view_as(parameter))

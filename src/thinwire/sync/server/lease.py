@@ -10,7 +10,6 @@ Servers that were loaded with weights grant no lease at all.
 """
 
 import threading
-import time
 
 from thinwire.sync.server.merger import Member
 
@@ -27,12 +26,8 @@ class Lease:
     def acquire(self, member: Member, patience_s: float) -> int | None:
         """The number of the lease, once it is this worker's; 0 if there are weights; None if it must wait for longer."""
         with self._changed:
-            end = time.monotonic() + patience_s
-            while not self._over and self._holder not in (None, member):
-                left_s = end - time.monotonic()
-                if left_s <= 0:
-                    return None
-                self._changed.wait(left_s)
+            if not self._changed.wait_for(lambda: self._over or self._holder in (None, member), patience_s):
+                return None
             if self._over:
                 return 0
             if self._holder is None:

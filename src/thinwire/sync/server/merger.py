@@ -2,7 +2,7 @@
 
     tau     tokens merged so far, by the weights of the pushes that were merged
     T       tokens that were agreed on (`Service.total_tokens`)
-    over    tau >= T, for everybody at once: a push that comes later is not merged, and each worker is told so when it next asks
+    over    tau >= T, for everybody at once: a push that comes later is not merged, and each worker learns so when it next asks
     next    a worker is to make min(h, ceil((T - tau) / (q t))) local steps before its next push
                 h: steps between pushes, t: tokens of a step, q: how many pushes make a merge
 

@@ -19,7 +19,7 @@ import json
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from enum import IntEnum
 from typing import Annotated, Any
 
@@ -63,13 +63,13 @@ class Kind(IntEnum):
     LOST = 13
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Head:
-    """version: merges or steps the server has made; -1: it has no weights yet. Others as `kind` needs them."""
+    """In the order of the wire. version: merges or steps the server has made; -1: no weights yet. Others as `kind` needs them."""
 
     kind: Kind
     step: int = 0
-    """INIT, and STATE that answers BEGIN: the number of the right to give the weights; 0: they are there."""
+    """INIT, and STATE that answers BEGIN: the number of the lease under which it gives the weights; 0: they are there."""
     version: int = 0
     """INIT: a number that all ranges of these weights share."""
     local_steps: int = 0
@@ -84,30 +84,22 @@ class Head:
 
     def packed(self) -> bytes:
         """HEAD_BYTES bytes."""
-        numbers = self.kind, self.step, self.version, self.local_steps
         rate = math.nan if self.learning_rate is None else self.learning_rate
-        return _LAYOUT.pack(*numbers, self.weight, rate, self.payload_bytes, self.merged)
+        return _LAYOUT.pack(*astuple(replace(self, learning_rate=rate)))
 
     @classmethod
     def unpacked(cls, data: bytes) -> "Head":
         """The inverse of `packed`. BadMessage if no `packed` has made it. Floats are judged where they are used."""
-        kind, step, version, local_steps, weight, rate, payload_bytes, merged = _LAYOUT.unpack(data)
+        kind, step, version, local_steps, weight, rate, *others = _LAYOUT.unpack(data)
         try:
-            known = Kind(kind)
+            head = cls(Kind(kind), step, version, local_steps, weight, None if math.isnan(rate) else rate, *others)
         except ValueError:
             raise BadMessage(f"a message of kind {kind}") from None
-        if version < -1 or not all(0 <= number < MOST for number in (step, version + 1, local_steps, payload_bytes)):
-            raise BadMessage(f"{known.name} with step {step}, version {version}, steps {local_steps}, {payload_bytes} bytes")
-        return cls(
-            kind=known,
-            step=step,
-            version=version,
-            local_steps=local_steps,
-            weight=weight,
-            learning_rate=None if math.isnan(rate) else rate,
-            payload_bytes=payload_bytes,
-            merged=merged,
-        )
+        if version < -1 or not all(0 <= number < MOST for number in (step, version + 1, local_steps, head.payload_bytes)):
+            raise BadMessage(
+                f"{head.kind.name} with step {step}, version {version}, steps {local_steps}, {head.payload_bytes} bytes"
+            )
+        return head
 
 
 class Hello(BaseModel):

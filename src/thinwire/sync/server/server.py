@@ -1,7 +1,7 @@
 """A server: owns one range of the weights and answers each worker from a thread of its own.
 
 A worker that is silent for `timeout_s` while its server waits for nothing but its next message has made no progress; one that
-hangs up is gone. Both are lost: the merger is told, so that nobody waits for it. What happened to whom is in `events`.
+hangs up is gone. Both are lost: the merger learns it, so that nobody waits for it. What happened to whom is in `events`.
 
 What a worker sends can cost it its own connection only. An error while merging, or while a snapshot is written, is the server's
 own: it ends the server, and `run` raises it.
