@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.distributed as dist
+from cases import long
 from hypothesis import given
 from hypothesis import strategies as st
 from replica_loop import run
@@ -30,7 +31,7 @@ CODES = {"none": NoCompression(), "int4": Coded(kind="int4", exclude=(), vectors
 
 
 @pytest.mark.parametrize("kind", ["diloco", "streaming", "local_sgd", "muloco"])
-@pytest.mark.parametrize("pool", ["ranks2", "ranks3"])
+@pytest.mark.parametrize("pool", ["ranks3", long("ranks2")])
 def test_equals_the_reference_in_one_process(request: pytest.FixtureRequest, pool: str, kind: str) -> None:
     ranks: Pool = request.getfixturevalue(pool)
     told = ranks.run(run, KINDS[kind], CODES["none"], 1, 0, STEPS, None)
@@ -41,8 +42,16 @@ def test_equals_the_reference_in_one_process(request: pytest.FixtureRequest, poo
         assert torch.equal(one["final"], told[0]["final"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("code", "data"), [("none", 1), ("int4", 1), ("bf16", 2), ("int4", 2)])
+@pytest.mark.parametrize(
+    ("kind", "code", "data"),
+    [
+        ("diloco", "none", 1),
+        ("streaming", "int4", 2),
+        ("sparseloco", "int4", 1),
+        ("muloco", "bf16", 2),
+        *(long(kind, code, data) for kind in KINDS for code, data in [("none", 1), ("int4", 1), ("bf16", 2), ("int4", 2)]),
+    ],
+)
 def test_sends_what_was_predicted_and_ends_bit_equal(ranks4: Pool, kind: str, code: str, data: int) -> None:
     told = ranks4.run(run, KINDS[kind], CODES[code], data, 0, STEPS, None)
     every = KINDS[kind].every

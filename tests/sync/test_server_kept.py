@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import long
 from hypothesis import given
 from hypothesis import strategies as st
 from services import serving, wait_for
@@ -152,8 +153,9 @@ def trains(address: str, kind: str, steps: int) -> None:
 @pytest.mark.parametrize(
     ("kind", "steps", "kills", "merge"),
     [
-        ("gradients", 170, (0, 50, 100), Gradients(optimizer=ServerSGD(momentum=0.9))),
-        ("diloco", 160, (0, 7, 8, 20, 33), DiLoCo()),
+        ("diloco", 40, (0, 3), DiLoCo()),
+        long("gradients", 170, (0, 50, 100), Gradients(optimizer=ServerSGD(momentum=0.9))),
+        long("diloco", 160, (0, 7, 8, 20, 33), DiLoCo()),
     ],
 )
 def test_servers_killed_at_any_time_go_on_to_the_undisturbed_result(tmp_path, kind, steps, kills, merge) -> None:

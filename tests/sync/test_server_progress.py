@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from cases import long
 from services import answer, any_answer, greeted, serving, together, wait_for
 from test_server_diloco import replica_process
 from test_server_gradients import NUMEL, loss_of, make_model, rows
@@ -68,7 +69,7 @@ def test_a_worker_whose_loop_hangs_is_lost_after_the_time_out_and_told_so() -> N
         assert running.servers[0].merger.steps["a"] == 12
 
 
-@pytest.mark.parametrize("kind", ["diloco", "gradients"])
+@pytest.mark.parametrize("kind", ["diloco", long("gradients")])
 def test_a_pause_in_which_a_worker_says_that_it_is_alive_is_none(kind) -> None:
     def pauses(replica: AsyncDiLoCo | ParameterServerWorker) -> None:
         end = time.monotonic() + 1.5 * TIMEOUT_S

@@ -21,7 +21,7 @@ streaming    diloco by fragments, one at a time, while training goes on (Douilla
                  fragment p is sent at step t if (t - t_p) mod H = 0, and applied at t + tau:
                  x^p <- Nesterov(x^p, mean_m D^p_m),   x^p_m <- alpha x^p_m + (1 - alpha) x^p
 
-             Fragments are strides of whole layers (`local_steps`), so the peak of what is sent is a fraction of the model, and the
+             Fragments are strides of whole layers, so the peak of what is sent is a fraction of the model, and the
              exchange hides under tau steps. tau up to 5 costs little; outer gradients in 4 bits cost nothing ([compress] kind =
              "fp4" or "int4", with feedback).
 
