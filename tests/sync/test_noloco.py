@@ -112,8 +112,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(ranks3: Pool, kind: str, stop:
         assert all(torch.equal(one[key], other[key]) for key in ("local", "averaged", "final"))
 
 
-def adopted(context: Rank, states: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(fast, slow) weights of a replica that begins with the states of another number of replicas."""
+def adopted(context: Rank, states: list[dict]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(fast, slow) weights and momentum of a replica that begins with the states of another number of replicas."""
     layout = Layout(outer=context.world_size)
     sync = make_synchroniser(NoLoCo(every=EVERY), NoCompression(), layout, context.ledger)
     model = Net(seed=7)
@@ -121,14 +121,16 @@ def adopted(context: Rank, states: list[dict]) -> tuple[torch.Tensor, torch.Tens
     with sync.attached(model, adamw(model), init_device_mesh("cpu", layout.degrees, mesh_dim_names=AXES)):
         fast = flat(model)
         with sync.averaged():
-            return fast, flat(model)
+            return fast, flat(model), sync.state_dict()["momentum"]
 
 
 def test_another_number_of_replicas_begins_from_the_mean(ranks3: Pool, ranks2: Pool) -> None:
     states = [one["state"]["sync"] for one in train(ranks3, "none", 1, 0, 5)]
-    mean = sum(state["slow"] for state in states) / 3
-    for fast, slow in ranks2.run(adopted, states):
+    mean, momentum = (sum(state[key] for state in states) / 3 for key in ("slow", "momentum"))
+    assert momentum.norm() > 0
+    for fast, slow, kept in ranks2.run(adopted, states):
         torch.testing.assert_close(fast, mean)
+        torch.testing.assert_close(kept, momentum)
         assert torch.equal(fast, slow)
 
 
