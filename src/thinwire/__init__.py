@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 __all__ = ["AsyncDiLoCo", "DiLoCo", "ParameterServerWorker", "compress_gradients", "compress_sharded", "init"]
 
 _HOMES = {
-    "AsyncDiLoCo": "thinwire.sync.server.diloco",
+    "AsyncDiLoCo": "thinwire.sync.server.worker",
     "DiLoCo": "thinwire.sync.standalone",
     "ParameterServerWorker": "thinwire.sync.server.worker",
     "compress_gradients": "thinwire.sync.hook",

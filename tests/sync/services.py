@@ -13,14 +13,13 @@ import torch
 from thinwire.collectives.ledger import Ledger
 from thinwire.config.replicas import Service
 from thinwire.errors import UserError
-from thinwire.sync.server.address import listen, shown
-from thinwire.sync.server.dial import Dialer
-from thinwire.sync.server.door import Door
-from thinwire.sync.server.kept import Kept
-from thinwire.sync.server.link import Link
+from thinwire.sync.server.authentication import read_secret
+from thinwire.sync.server.connection import Connection
+from thinwire.sync.server.dialer import Dialer
+from thinwire.sync.server.listener import Listener, listen, shown
 from thinwire.sync.server.message import Head, Hello, Kind, as_text
-from thinwire.sync.server.secret import read_secret
 from thinwire.sync.server.server import Server
+from thinwire.sync.server.snapshots import Snapshots
 
 
 @dataclass
@@ -42,13 +41,13 @@ def serving(
 ) -> Iterator[Running]:
     """Servers that serve until the end."""
     ledgers = [Ledger() for _ in range(service.servers)]
-    shelves = [Kept(keep, index, service.servers, every) if keep else None for index in range(service.servers)]
-    servers = [Server(service, index, ledger, kept=shelves[index]) for index, ledger in enumerate(ledgers)]
+    shelves = [Snapshots(keep, index, service, every) if keep else None for index in range(service.servers)]
+    servers = [Server(service, index, ledger, snapshots=shelves[index]) for index, ledger in enumerate(ledgers)]
     for server, saved in zip(servers, state or [], strict=False):
         server.load_state_dict(saved)
     end, listener = threading.Event(), listen("127.0.0.1:0", "--bind")
     running = Running(shown(listener), servers, ledgers)
-    door = Door(listener, read_secret(secret), service, dict(enumerate(servers)))
+    door = Listener(listener, read_secret(secret), service, dict(enumerate(servers)))
 
     def run(function: Callable[[threading.Event], None]) -> None:
         try:
@@ -101,9 +100,9 @@ def any_answer(head: Head) -> range:
     return range(2**30)
 
 
-def greeted(address: str, name: str, numel: int, secret: Path | None = None, **others: Any) -> Link:
+def greeted(address: str, name: str, numel: int, secret: Path | None = None, **others: Any) -> Connection:
     """A worker by hand, which has said HELLO and heard the answer; its user closes it. numel: of its range."""
-    link = Dialer(address, secret).link(0, Ledger())
+    link = Dialer(address, secret).connect(0, Ledger())
     told = {"server": 0, "incarnation": 0, "host": "by-hand", "every": 0, "tokens_per_step": 1.0} | others
     link.send(Head(kind=Kind.HELLO), Hello(name=name, numel=numel, **told).packed())
     head, payload = link.receive(any_answer)
@@ -113,7 +112,7 @@ def greeted(address: str, name: str, numel: int, secret: Path | None = None, **o
     return link
 
 
-def answer(link: Link) -> tuple[Head, torch.Tensor]:
+def answer(link: Connection) -> tuple[Head, torch.Tensor]:
     """What comes after all the WAITs."""
     while (found := link.receive(any_answer))[0].kind == Kind.WAIT:
         pass

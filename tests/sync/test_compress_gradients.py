@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
+from cases import long
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -59,8 +60,15 @@ def plain_ddp() -> Callable[[Pool, int], list[dict]]:
     return cache(lambda ranks, group_size: ranks.run(loop, "none", 25, group_size))
 
 
-@pytest.mark.parametrize(("pool", "group_size"), [("ranks2", 2), ("ranks4", 4), ("ranks4", 2)])
-@pytest.mark.parametrize("kind", ["int4", "int8", "bf16"])
+@pytest.mark.parametrize(
+    ("pool", "group_size", "kind"),
+    [
+        ("ranks2", 2, "int4"),
+        ("ranks2", 2, "bf16"),
+        ("ranks4", 2, "int8"),
+        *(long("ranks4", size, kind) for size, kind in [(4, "int4"), (4, "int8"), (4, "bf16"), (2, "int4"), (2, "bf16")]),
+    ],
+)
 def test_it_learns_like_plain_ddp_and_replicas_stay_equal(
     request: pytest.FixtureRequest, plain_ddp: Callable[[Pool, int], list[dict]], pool: str, group_size: int, kind: str
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from cases import long
 from replicas_reference import STEPS, Net, adamw, batch, inner_step, reference
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -35,6 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "local_sgd bf16": {"kind": "local_sgd", "every": 4, "compress": "bf16"},
     "noloco fp16": {"kind": "noloco", "every": 4, "compress": "fp16"},
 }
+SHORT = ("diloco", "streaming", "noloco")
 INSIDE = {"plain": None, "uncoded": ("float32", "float32"), "coded": ("int4", "int8")}
 """What compress_sharded makes of gradients and weights within a replica."""
 
@@ -136,8 +138,8 @@ def told_by(ranks4: Pool) -> Told:
     return cache(lambda kind, inside="plain": ranks4.run(run, kind, inside))
 
 
-@pytest.mark.parametrize("inside", ["plain", "uncoded"])
-@pytest.mark.parametrize("kind", ["diloco", "streaming", "local_sgd", "muloco"])
+@pytest.mark.parametrize("inside", ["plain", long("uncoded")])
+@pytest.mark.parametrize("kind", ["diloco", "streaming", long("local_sgd"), long("muloco")])
 def test_equals_the_reference_in_one_process(told_by: Told, kind: str, inside: str) -> None:
     local, anchor = reference(kind, 2, ranks_of_each=2)
     for rank, one in enumerate(told_by(kind, inside)):
@@ -156,14 +158,14 @@ def inside_ddp(context: Rank, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     return own, whole(replica)
 
 
-@pytest.mark.parametrize("kind", ["streaming", "noloco", "noloco fp16"])
+@pytest.mark.parametrize("kind", ["noloco", long("streaming"), long("noloco fp16")])
 def test_is_the_same_as_around_ddp(ranks4: Pool, told_by: Told, kind: str) -> None:
     for one, (own, final) in zip(told_by(kind), ranks4.run(inside_ddp, kind), strict=True):
         torch.testing.assert_close(one["own"], own, rtol=0, atol=2e-6)
         torch.testing.assert_close(one["final"], final, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("kind", [kind if kind in SHORT else long(kind) for kind in OPTIONS])
 def test_shards_are_sent_as_predicted_and_replicas_end_bit_equal(told_by: Told, kind: str) -> None:
     told = told_by(kind)
     for one in told:
@@ -183,7 +185,8 @@ def test_shards_are_sent_as_predicted_and_replicas_end_bit_equal(told_by: Told, 
 
 
 @pytest.mark.parametrize(
-    ("kind", "inside"), [("streaming int4", "plain"), ("streaming int4", "coded"), ("diloco int4", "coded"), ("noloco", "plain")]
+    ("kind", "inside"),
+    [("streaming int4", "coded"), long("streaming int4", "plain"), long("diloco int4", "coded"), long("noloco", "plain")],
 )
 def test_a_second_life_equals_one_bit_for_bit(ranks4: Pool, told_by: Told, kind: str, inside: str) -> None:
     """After 5 steps fragments are under way, and errors are owed outside and inside."""
@@ -206,7 +209,7 @@ def one_row(context: Rank, options: dict[str, Any]) -> tuple[torch.Tensor, list[
     return whole(model), sent
 
 
-@pytest.mark.parametrize("kind", ["diloco int4", "local_sgd bf16", "noloco"])
+@pytest.mark.parametrize("kind", ["noloco", "diloco int4", long("local_sgd bf16")])
 def test_a_rank_that_holds_nothing_sends_nothing(ranks4: Pool, kind: str) -> None:
     told = ranks4.run(one_row, OPTIONS[kind])
     assert all(torch.equal(final, told[0][0]) for final, _ in told)
@@ -255,6 +258,7 @@ def example(context: Rank) -> str:
     return runpy.run_path(str(ROOT / "examples" / "diloco_fsdp2.py"))["train"](steps=40)
 
 
+@pytest.mark.long
 def test_the_example_learns_and_sends_little(ranks4: Pool) -> None:
     told = ranks4.run(example)
     losses = [one.split()[2] for one in told]

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.distributed as dist
+from cases import long
 from hypothesis import given
 from hypothesis import strategies as st
 from replica_loop import run
@@ -15,12 +16,9 @@ from pool import Pool, Rank
 from thinwire.config.compress import Coded, NoCompression
 from thinwire.config.sync import DiLoCo, LocalSGD, MuLoCo, SparseLoCo, Streaming
 from thinwire.layout import AXES, Layout
-from thinwire.sync.diloco import diloco
-from thinwire.sync.fragments import due, fragments
-from thinwire.sync.make import make_synchroniser
-from thinwire.sync.muloco import muloco
+from thinwire.sync.local_steps import due, fragments
+from thinwire.sync.make import make_synchroniser, method
 from thinwire.sync.outer import published_learning_rate
-from thinwire.sync.streaming import streaming
 
 KINDS = {
     "diloco": DiLoCo(every=3, outer_learning_rate=0.7),
@@ -33,7 +31,7 @@ CODES = {"none": NoCompression(), "int4": Coded(kind="int4", exclude=(), vectors
 
 
 @pytest.mark.parametrize("kind", ["diloco", "streaming", "local_sgd", "muloco"])
-@pytest.mark.parametrize("pool", ["ranks2", "ranks3"])
+@pytest.mark.parametrize("pool", ["ranks3", long("ranks2")])
 def test_equals_the_reference_in_one_process(request: pytest.FixtureRequest, pool: str, kind: str) -> None:
     ranks: Pool = request.getfixturevalue(pool)
     told = ranks.run(run, KINDS[kind], CODES["none"], 1, 0, STEPS, None)
@@ -44,8 +42,16 @@ def test_equals_the_reference_in_one_process(request: pytest.FixtureRequest, poo
         assert torch.equal(one["final"], told[0]["final"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("code", "data"), [("none", 1), ("int4", 1), ("bf16", 2), ("int4", 2)])
+@pytest.mark.parametrize(
+    ("kind", "code", "data"),
+    [
+        ("diloco", "none", 1),
+        ("streaming", "int4", 2),
+        ("sparseloco", "int4", 1),
+        ("muloco", "bf16", 2),
+        *(long(kind, code, data) for kind in KINDS for code, data in [("none", 1), ("int4", 1), ("bf16", 2), ("int4", 2)]),
+    ],
+)
 def test_sends_what_was_predicted_and_ends_bit_equal(ranks4: Pool, kind: str, code: str, data: int) -> None:
     told = ranks4.run(run, KINDS[kind], CODES[code], data, 0, STEPS, None)
     every = KINDS[kind].every
@@ -139,10 +145,10 @@ def test_the_published_learning_rates() -> None:
 @given(st.integers(1, 300), st.integers(1, 1000))
 def test_the_learning_rate_is_the_published_one_unless_set(replicas: int, every: int) -> None:
     """It does not fall with the number of replicas, and is the same for any H: nobody has published how it depends on that."""
-    _, outer = diloco(DiLoCo(every=every), replicas)
-    assert outer.learning_rate == published_learning_rate(replicas) == diloco(DiLoCo(), replicas)[1].learning_rate
+    _, outer = method(DiLoCo(every=every), replicas)
+    assert outer.learning_rate == published_learning_rate(replicas) == method(DiLoCo(), replicas)[1].learning_rate
     assert 0.4 <= outer.learning_rate <= published_learning_rate(replicas + 1) <= 0.8
-    assert diloco(DiLoCo(every=every, outer_learning_rate=0.31), replicas)[1].learning_rate == 0.31
-    assert streaming(Streaming(every=every, overlap=0), replicas)[1].learning_rate == 0.4
-    assert streaming(Streaming(outer_learning_rate=0.31), replicas)[1].learning_rate == 0.31
-    assert muloco(MuLoCo(every=every), replicas)[1].learning_rate == 0.7
+    assert method(DiLoCo(every=every, outer_learning_rate=0.31), replicas)[1].learning_rate == 0.31
+    assert method(Streaming(every=every, overlap=0), replicas)[1].learning_rate == 0.4
+    assert method(Streaming(outer_learning_rate=0.31), replicas)[1].learning_rate == 0.31
+    assert method(MuLoCo(every=every), replicas)[1].learning_rate == 0.7

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import long
 from hypothesis import given
 from hypothesis import strategies as st
 from replica_loop import run
@@ -64,7 +65,7 @@ def reference(replicas: int) -> tuple[list[torch.Tensor], list[torch.Tensor], to
     return fast, slow, sum(phi) / replicas
 
 
-@pytest.mark.parametrize("pool", ["ranks2", "ranks3", "ranks4"])
+@pytest.mark.parametrize("pool", ["ranks3", long("ranks2"), long("ranks4")])
 def test_equals_the_reference_in_one_process(request: pytest.FixtureRequest, pool: str) -> None:
     ranks: Pool = request.getfixturevalue(pool)
     told = train(ranks, "none", 1, 0, STEPS)
@@ -78,8 +79,10 @@ def test_equals_the_reference_in_one_process(request: pytest.FixtureRequest, poo
         assert any(not torch.equal(told[0]["averaged"], one["averaged"]) for one in told)
 
 
-@pytest.mark.parametrize(("kind", "width"), [("none", 4), ("bf16", 2), ("fp16", 2)])
-@pytest.mark.parametrize("data", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "width", "data"),
+    [("none", 4, 1), ("bf16", 2, 2), long("none", 4, 2), long("bf16", 2, 1), long("fp16", 2, 1), long("fp16", 2, 2)],
+)
 def test_sends_what_was_predicted(ranks4: Pool, kind: str, width: int, data: int) -> None:
     told = train(ranks4, kind, data, 0, STEPS)
     numel = told[0]["local"].numel()
@@ -100,8 +103,7 @@ def test_of_three_one_is_alone_in_each_exchange(ranks3: Pool) -> None:
     assert calls == [paired[rank] for rank in range(3)] and sum(calls) == 2 * EVENTS
 
 
-@pytest.mark.parametrize("kind", ["none", "bf16"])
-@pytest.mark.parametrize("stop", [4, 6])
+@pytest.mark.parametrize(("kind", "stop"), [("none", 6), ("bf16", 4), long("none", 4), long("bf16", 6)])
 def test_resumed_equals_uninterrupted_bit_for_bit(ranks3: Pool, kind: str, stop: int) -> None:
     whole = train(ranks3, kind, 1, 0, STEPS)
     cut = train(ranks3, kind, 1, 0, stop)
@@ -110,8 +112,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(ranks3: Pool, kind: str, stop:
         assert all(torch.equal(one[key], other[key]) for key in ("local", "averaged", "final"))
 
 
-def adopted(context: Rank, states: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(fast, slow) weights of a replica that begins with the states of another number of replicas."""
+def adopted(context: Rank, states: list[dict]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(fast, slow) weights and momentum of a replica that begins with the states of another number of replicas."""
     layout = Layout(outer=context.world_size)
     sync = make_synchroniser(NoLoCo(every=EVERY), NoCompression(), layout, context.ledger)
     model = Net(seed=7)
@@ -119,14 +121,16 @@ def adopted(context: Rank, states: list[dict]) -> tuple[torch.Tensor, torch.Tens
     with sync.attached(model, adamw(model), init_device_mesh("cpu", layout.degrees, mesh_dim_names=AXES)):
         fast = flat(model)
         with sync.averaged():
-            return fast, flat(model)
+            return fast, flat(model), sync.state_dict()["momentum"]
 
 
 def test_another_number_of_replicas_begins_from_the_mean(ranks3: Pool, ranks2: Pool) -> None:
     states = [one["state"]["sync"] for one in train(ranks3, "none", 1, 0, 5)]
-    mean = sum(state["slow"] for state in states) / 3
-    for fast, slow in ranks2.run(adopted, states):
+    mean, momentum = (sum(state[key] for state in states) / 3 for key in ("slow", "momentum"))
+    assert momentum.norm() > 0
+    for fast, slow, kept in ranks2.run(adopted, states):
         torch.testing.assert_close(fast, mean)
+        torch.testing.assert_close(kept, momentum)
         assert torch.equal(fast, slow)
 
 

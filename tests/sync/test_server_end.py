@@ -16,10 +16,9 @@ from test_server_gradients import flat, loss_of, make_model, rows
 from thinwire import AsyncDiLoCo, ParameterServerWorker
 from thinwire.config.replicas import DiLoCo, Gradients, Service
 from thinwire.errors import UserError
-from thinwire.sync.server.members import Member
-from thinwire.sync.server.merger import Pace, Push
-from thinwire.sync.server.merges import DiLoCoMerger, Merge
-from thinwire.sync.server.ranges import Span
+from thinwire.sync.server.diloco_merger import DiLoCoMerger, Merge
+from thinwire.sync.server.flat import Span
+from thinwire.sync.server.merger import Member, Pace, Push
 
 EVERY, REPLICAS = 4, 3
 

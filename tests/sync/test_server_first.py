@@ -15,11 +15,10 @@ from torch import nn
 from thinwire import ParameterServerWorker
 from thinwire.config.replicas import Gradients, Service
 from thinwire.errors import UserError
-from thinwire.sync.server.first import Right
-from thinwire.sync.server.members import Member
-from thinwire.sync.server.message import Head, Kind
-from thinwire.sync.server.ranges import Span
-from thinwire.sync.server.visit import pack_start
+from thinwire.sync.server.flat import Span
+from thinwire.sync.server.lease import Lease
+from thinwire.sync.server.merger import Member
+from thinwire.sync.server.message import Head, Kind, pack_start
 
 SERVERS, NUMEL = 3, 30
 SERVICE = Service(servers=SERVERS, first_workers=1, merge=Gradients(delay=-1), heartbeat_s=0.05, timeout_s=60)
@@ -144,14 +143,14 @@ def test_a_model_of_another_size_is_refused_wherever_it_comes() -> None:
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=30))
 def test_one_live_worker_at_a_time_holds_the_right_and_its_number_grows(what: list[tuple[int, bool]]) -> None:
     """Workers ask (True) or are lost, in any order."""
-    right, holder, numbers = Right(), None, []
+    right, holder, numbers = Lease(), None, []
     for number, asks in what:
         member = Member(f"w{number}", 1)
         if not asks:
             right.lost(member)
             holder = None if holder == member else holder
             continue
-        found = right.ask(member, 0.0)
+        found = right.acquire(member, 0.0)
         assert (found is not None) == (holder in (None, member))
         if found is not None:
             if holder is None:
@@ -160,4 +159,4 @@ def test_one_live_worker_at_a_time_holds_the_right_and_its_number_grows(what: li
         assert all(right.is_held_by(Member(f"w{other}", 1)) == (holder == Member(f"w{other}", 1)) for other in range(4))
     assert numbers == sorted(set(numbers))
     right.end()
-    assert right.ask(Member("late", 1), 0.0) == 0 and not right.take(10**6)
+    assert right.acquire(Member("late", 1), 0.0) == 0 and not right.accept(10**6)

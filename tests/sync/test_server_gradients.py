@@ -14,13 +14,11 @@ from torch import nn
 
 from thinwire import AsyncDiLoCo, ParameterServerWorker
 from thinwire.collectives.ledger import difference
-from thinwire.collectives.wire import sent_bytes
 from thinwire.config.replicas import Code, Gradients, ServerAdamW, ServerSGD, Service
 from thinwire.errors import UserError
 from thinwire.sync.server.coding import coded_bytes, make_flat
+from thinwire.sync.server.flat import Span, cut, within
 from thinwire.sync.server.message import HEAD_BYTES
-from thinwire.sync.server.ranges import Span, cut, within
-from thinwire.sync.server.traffic import pulled, pushed
 
 STEPS, WORKERS, ROWS = 6, 3, 4
 
@@ -84,11 +82,11 @@ def test_ranges_cover_every_value_once(numel: int, servers: int, data: st.DataOb
             cut(numel, servers)
         return
     ranges = cut(numel, servers)
-    assert [value for part in ranges for value in range(part.first, part.end)] == list(range(numel))
-    assert max(part.numel for part in ranges) - min(part.numel for part in ranges) <= 1
+    assert [value for part in ranges for value in part] == list(range(numel))
+    assert max(len(part) for part in ranges) - min(len(part) for part in ranges) <= 1
     edges = sorted({0, numel, *data.draw(st.lists(st.integers(0, numel), max_size=6))})
     spans = [Span(a, b, index % 2 == 0) for index, (a, b) in enumerate(pairwise(edges))]
-    found = [(part.first + s.first, part.first + s.end, s.decays) for part in ranges for s in within(spans, part)]
+    found = [(part.start + s.first, part.start + s.end, s.decays) for part in ranges for s in within(spans, part)]
     assert [(v, d) for a, b, d in found for v in range(a, b)] == [(v, s.decays) for s in spans for v in range(s.first, s.end)]
 
 
@@ -171,16 +169,21 @@ def test_the_ledger_is_what_was_predicted(kinds) -> None:
             for step in range(4):
                 loss_of(model, rows(step, 0)).backward()
                 worker.step()
-            sent = [len(pushed(service, NUMEL)), *(len(pulled(service, NUMEL, index, "a")) for index in range(3))]
+            sent = [6, 2, 2, 2]  # a head and a payload to each server, and from each
             for ledger, old, kinds_of_call in zip(ledgers, before, sent, strict=True):  # a server may enter its last one later
                 wait_for(lambda: sum(t.calls for t in difference(ledger.snapshot(), old).values()) >= 4 * kinds_of_call)  # noqa: B023
             found = [difference(ledger.snapshot(), old) for ledger, old in zip(ledgers, before, strict=True)]
-    predicted = [pushed(service, NUMEL), *(pulled(service, NUMEL, index, "a") for index in range(3))]
-    for snapshot, transfers in zip(found, predicted, strict=True):
+    sizes = [len(part) for part in cut(NUMEL, 3)]
+    up, down = ([coded_bytes(make_flat(code), size) for size in sizes] for code in (push, pull))
+    predicted = [
+        {f"{label} to server {i}": size for i in range(3) for label, size in (("head", HEAD_BYTES), ("push", up[i]))},
+        *({"head to worker a": HEAD_BYTES, "weights to worker a": down[i]} for i in range(3)),
+    ]
+    for snapshot, wanted in zip(found, predicted, strict=True):
         assert not [call for call in snapshot if call.label.startswith("progress") and call.message_bytes != HEAD_BYTES]
         ours = {call: total for call, total in snapshot.items() if not call.label.startswith("progress to server ")}
         assert {(c.label, c.axis, c.op, c.message_bytes): (t.calls, t.wire_bytes) for c, t in ours.items()} == {
-            (t.label, t.axis, t.op, t.message_bytes): (4, 4 * sent_bytes(t.op, t.message_bytes, 2, 0)) for t in transfers
+            (label, "replica", "send", size): (4, 4 * size) for label, size in wanted.items()
         }
     received = sum(server.received_bytes["a"] for server in running.servers)
     assert received == ledgers[0].sent_bytes
@@ -226,7 +229,7 @@ def test_a_worker_that_breaks_off_is_not_waited_for_and_may_come_back() -> None:
 
 
 def test_a_resumed_server_goes_on_as_the_uninterrupted_one(tmp_path) -> None:
-    from thinwire.sync.server import saved
+    from thinwire.sync.server.snapshots import load, save
 
     service = sequential(optimizer=ServerSGD(momentum=0.9)).model_copy(update={"push": Code(kind="int4")})
     service = service.model_copy(update={"first_workers": 1})
@@ -247,9 +250,9 @@ def test_a_resumed_server_goes_on_as_the_uninterrupted_one(tmp_path) -> None:
         expected = running.weights()
     with serving(service, keep=tmp_path, every=100) as running:
         owed = steps(running.address, 3, None)
-    saved.save(owed, tmp_path / "worker.pt")
-    with serving(service, [saved.load(tmp_path / "server-0.pt")]) as running:
-        steps(running.address, STEPS, saved.load(tmp_path / "worker.pt"))
+    save(owed, tmp_path / "worker.pt")
+    with serving(service, [load(tmp_path / "server-0.pt")]) as running:
+        steps(running.address, STEPS, load(tmp_path / "worker.pt"))
         assert torch.equal(running.weights(), expected)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import long
 from hypothesis import given
 from hypothesis import strategies as st
 from services import serving, wait_for
@@ -19,9 +20,8 @@ from command import one_line, started, thinwire
 from thinwire import AsyncDiLoCo, ParameterServerWorker
 from thinwire.config.replicas import DiLoCo, Gradients, ServerSGD, Service
 from thinwire.errors import UserError
-from thinwire.sync.server import saved
-from thinwire.sync.server.kept import KEPT, Kept, choose, files
-from thinwire.sync.server.link import PeerLost
+from thinwire.sync.server.connection import PeerLost
+from thinwire.sync.server.snapshots import KEPT, Snapshots, choose_versions, files, load
 
 SERVERS = 3
 SEQUENTIAL = Service(servers=SERVERS, first_workers=2, merge=Gradients(optimizer=ServerSGD(momentum=0.9)), heartbeat_s=0.1)
@@ -33,13 +33,13 @@ def state(version: int, model: int = 1) -> dict:
 
 def fill(folder: Path, versions: list[list[int]], servers: int | None = None, model: int = 1) -> None:
     for index, told in enumerate(versions):
-        kept = Kept(folder, index, servers or len(versions), 1)
+        kept = Snapshots(folder, index, Service(servers=servers or len(versions)), 1)
         for version in told:
             kept.write(state(version, model))
 
 
 def found(folder: Path, index: int) -> list[int]:
-    return [saved.load(path)["version"] for path in files(folder, index)]
+    return [load(path)["version"] for path in files(folder, index)]
 
 
 def test_the_last_few_are_kept_the_newest_under_the_plain_name(tmp_path) -> None:
@@ -49,10 +49,10 @@ def test_the_last_few_are_kept_the_newest_under_the_plain_name(tmp_path) -> None
 
 
 def test_first_weights_that_replace_others_replace_their_file(tmp_path) -> None:
-    kept = Kept(tmp_path, 0, 1, 1)
+    kept = Snapshots(tmp_path, 0, Service(), 1)
     for told in (state(0, 1), state(0, 2), state(0, 2)):
         kept.write(told)
-    assert [saved.load(path)["model"] for path in files(tmp_path, 0)] == [2]
+    assert [load(path)["model"] for path in files(tmp_path, 0)] == [2]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_first_weights_that_replace_others_replace_their_file(tmp_path) -> None:
 )
 def test_the_newest_version_that_all_have_is_taken_and_what_is_newer_removed(tmp_path, versions, expected) -> None:
     fill(tmp_path, versions)
-    assert choose(tmp_path, SEQUENTIAL) == expected
+    assert choose_versions(tmp_path, SEQUENTIAL) == expected
     left = [found(tmp_path, index) for index in range(SERVERS)]
     if expected:
         assert [server[0] for server in left] == expected
@@ -90,7 +90,7 @@ def test_what_would_mix_two_models_is_refused_in_one_line(tmp_path, merge, versi
     fill(tmp_path, versions)
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(UserError) as caught:
-        choose(tmp_path, SEQUENTIAL.model_copy(update={"merge": merge}))
+        choose_versions(tmp_path, SEQUENTIAL.model_copy(update={"merge": merge}))
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
@@ -100,18 +100,18 @@ def test_files_of_two_runs_are_refused(tmp_path) -> None:
     fill(tmp_path / "other", [[3]] * 3, model=2)
     shutil.copy(tmp_path / "other" / "server-2.pt", tmp_path)
     with pytest.raises(UserError, match="its files are of two models"):
-        choose(tmp_path, SEQUENTIAL)
+        choose_versions(tmp_path, SEQUENTIAL)
     torch.save({"version": 1}, tmp_path / "server-2.pt")
     with pytest.raises(UserError, match="was kept by another version of thinwire"):
-        choose(tmp_path, SEQUENTIAL)
+        choose_versions(tmp_path, SEQUENTIAL)
     (tmp_path / "server-2.pt").write_bytes(b"half a file")
     with pytest.raises(UserError, match=r"server-2\.pt: cannot be read"):
-        choose(tmp_path, SEQUENTIAL)
+        choose_versions(tmp_path, SEQUENTIAL)
 
 
 def test_asynchronous_gradients_go_on_from_the_newest_of_each(tmp_path) -> None:
     fill(tmp_path, [[50, 100], [150, 200], [100, 150]])
-    assert choose(tmp_path, SEQUENTIAL.model_copy(update={"merge": Gradients(delay=-1)})) == [100, 200, 150]
+    assert choose_versions(tmp_path, SEQUENTIAL.model_copy(update={"merge": Gradients(delay=-1)})) == [100, 200, 150]
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.data())
@@ -153,8 +153,9 @@ def trains(address: str, kind: str, steps: int) -> None:
 @pytest.mark.parametrize(
     ("kind", "steps", "kills", "merge"),
     [
-        ("gradients", 170, (0, 50, 100), Gradients(optimizer=ServerSGD(momentum=0.9))),
-        ("diloco", 160, (0, 7, 8, 20, 33), DiLoCo()),
+        ("diloco", 40, (0, 3), DiLoCo()),
+        long("gradients", 170, (0, 50, 100), Gradients(optimizer=ServerSGD(momentum=0.9))),
+        long("diloco", 160, (0, 7, 8, 20, 33), DiLoCo()),
     ],
 )
 def test_servers_killed_at_any_time_go_on_to_the_undisturbed_result(tmp_path, kind, steps, kills, merge) -> None:
@@ -195,7 +196,7 @@ def test_servers_killed_at_any_time_go_on_to_the_undisturbed_result(tmp_path, ki
             _, errors = process.communicate(timeout=20)
             assert process.returncode == 0, errors
     thread.join(10)
-    states = [saved.load(keep / f"server-{index}.pt") for index in range(SERVERS)]
+    states = [load(keep / f"server-{index}.pt") for index in range(SERVERS)]
     assert [one["version"] for one in states] == versions and len({one["model"] for one in states}) == 1
     torch.testing.assert_close(torch.cat([one["weights"]["values"] for one in states]), expected, rtol=0, atol=1e-6)
 

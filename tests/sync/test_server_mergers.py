@@ -8,13 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinwire.config.replicas import DiLoCo, Gradients, ServerAdamW, ServerSGD, Service
-from thinwire.sync.server.gradients import GradientMerger
-from thinwire.sync.server.lives import Lives
-from thinwire.sync.server.members import Member
-from thinwire.sync.server.merger import Pace, Push
-from thinwire.sync.server.merges import DiLoCoMerger
-from thinwire.sync.server.ranges import Span
+from thinwire.config.replicas import Code, DiLoCo, Gradients, ServerAdamW, ServerSGD, Service
+from thinwire.sync.server.coding import Mirror
+from thinwire.sync.server.diloco_merger import DiLoCoMerger
+from thinwire.sync.server.flat import Span
+from thinwire.sync.server.gradient_merger import GradientMerger
+from thinwire.sync.server.merger import Member, Merger, Pace, Push
 
 NUMEL = 4
 MERGES = {
@@ -31,7 +30,7 @@ def push(name: str, values: torch.Tensor | None = None, life: int = 1, **others:
     return Push(member=Member(name, life), values=torch.ones(NUMEL) if values is None else values, **told)
 
 
-def merger_of(merge: Gradients | DiLoCo, names: str, **service: object) -> Lives:
+def merger_of(merge: Gradients | DiLoCo, names: str, **service: object) -> Merger:
     """Its workers have joined, and its weights are ones."""
     wanted = Service(**{"merge": merge, "first_workers": len(names)} | service)
     merger = DiLoCoMerger(wanted) if isinstance(merge, DiLoCo) else GradientMerger(wanted)
@@ -91,6 +90,40 @@ def test_different_rates_of_one_step_are_averaged_as_the_gradients_are() -> None
     merger.push(push("b", weight=3.0, learning_rate=0.0))
     merger.push(push("c", weight=0.0, learning_rate=9.0))
     torch.testing.assert_close(1 - merger.weights.values, torch.full((NUMEL,), 0.1))
+
+
+@pytest.mark.parametrize("delay", [2, -1])
+def test_a_gradient_alone_moves_the_weights_by_its_share_of_the_live_workers(delay) -> None:
+    merger = merger_of(Gradients(learning_rate=0.1, delay=delay), "ab")
+    merger.push(push("a"))
+    torch.testing.assert_close(1 - merger.weights.values, torch.full((NUMEL,), 0.05))
+    merger.lost(Member("b", 1))
+    merger.push(push("a"))
+    torch.testing.assert_close(1 - merger.weights.values, torch.full((NUMEL,), 0.15))
+
+
+@pytest.mark.parametrize(("weighting", "share"), [("tokens_squared_per_step", 2 / 3), ("tokens", 1 / 3), ("equal", 1 / 2)])
+def test_shares_of_a_merge_are_those_of_its_weighting(weighting, share) -> None:
+    """a: 2 tokens in 1 step, so 4 / 1; b: 4 tokens in 8 steps, so 16 / 8."""
+    merger = merger_of(DiLoCo(weighting=weighting), "ab")
+    merger.push(push("a", weight=2.0))
+    merger.push(push("b", weight=4.0, local_steps=8))
+    assert merger.merges[0].shares == pytest.approx([share, 1 - share])
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "topk"])
+def test_what_a_code_of_pulls_loses_is_in_the_next_one(kind) -> None:
+    """Both ends keep one copy, and weights that no longer move are reached."""
+    server, worker = Mirror(Code(kind=kind)), Mirror(Code(kind=kind))
+    first, then = torch.randn(2, 300, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(worker.decode(server.encode(first), 300), first)
+    errors = []
+    for _ in range(40):
+        payload = server.encode(then)
+        assert payload.numel() == worker.expected_bytes(300)
+        errors.append(float((worker.decode(payload, 300) - then).norm()))
+        assert torch.equal(worker._copy, server._copy)
+    assert errors[-1] < 0.1 * errors[0] or errors[-1] < 1e-5 * float(then.norm())
 
 
 WRONG = [
@@ -259,7 +292,7 @@ def test_nobody_goes_on_from_a_version_that_is_to_be_kept_before_it_is_written(m
     merger.initialise(torch.ones(NUMEL), [Span(0, NUMEL, True)])
     for version in range(5):
         assert merger.version == version
-        state = merger.due()
+        state = merger.snapshot()
         assert (state is not None) == (version % 2 == 0)
         if state is not None:
             assert state["version"] == version and merger.admit(a, 0.0) is None

@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from cases import long
 from services import answer, any_answer, greeted, serving, together, wait_for
 from test_server_diloco import replica_process
 from test_server_gradients import NUMEL, loss_of, make_model, rows
@@ -19,8 +20,8 @@ from thinwire import AsyncDiLoCo, ParameterServerWorker
 from thinwire.collectives.ledger import Ledger
 from thinwire.config.replicas import DiLoCo, Gradients, Service
 from thinwire.errors import UserError
-from thinwire.sync.server.link import Link, PeerLost
-from thinwire.sync.server.links import Links
+from thinwire.sync.server.connection import Connection, PeerLost
+from thinwire.sync.server.connections import Connections
 from thinwire.sync.server.message import Head, Kind
 
 TIMEOUT_S = 2.0
@@ -68,7 +69,7 @@ def test_a_worker_whose_loop_hangs_is_lost_after_the_time_out_and_told_so() -> N
         assert running.servers[0].merger.steps["a"] == 12
 
 
-@pytest.mark.parametrize("kind", ["diloco", "gradients"])
+@pytest.mark.parametrize("kind", ["diloco", long("gradients")])
 def test_a_pause_in_which_a_worker_says_that_it_is_alive_is_none(kind) -> None:
     def pauses(replica: AsyncDiLoCo | ParameterServerWorker) -> None:
         end = time.monotonic() + 1.5 * TIMEOUT_S
@@ -162,10 +163,10 @@ def test_a_worker_that_is_killed_while_it_waits_is_noticed_at_once(waits) -> Non
         first.close()
 
 
-def starts(link: Link) -> None:
+def starts(link: Connection) -> None:
     """Gives the weights, by hand, as `first` says."""
-    from thinwire.sync.server.ranges import Span
-    from thinwire.sync.server.visit import pack_start
+    from thinwire.sync.server.flat import Span
+    from thinwire.sync.server.message import pack_start
 
     link.send(Head(kind=Kind.BEGIN))
     number = answer(link)[0].step
@@ -192,7 +193,8 @@ def test_a_long_payload_over_a_slow_link_is_not_silence_and_half_of_one_is() -> 
                 link.send(Head(kind=Kind.LEAVE))
                 answer(link)
             else:
-                assert link.receive(any_answer, 20)[0].kind == Kind.LOST
+                link._timeout_s = 20
+                assert link.receive(any_answer)[0].kind == Kind.LOST
             link.close()
         assert set(lost(running)) == {"a"} and "was silent for 1 s" in lost(running)["a"]
 
@@ -214,7 +216,7 @@ def test_a_server_that_is_silent_is_named_while_the_link_stands() -> None:
     """The other way round: a peer that never answers."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
-    link = Link(ours, ("server 0", "nowhere"), Ledger(), 0.3, "raise timeout_s")
+    link = Connection(ours, ("server 0", "nowhere"), Ledger(), 0.3, "raise timeout_s")
     with pytest.raises(PeerLost, match=r"server 0 on nowhere was silent for 0\.3 s; raise timeout_s"):
         link.receive(any_answer)
     theirs.close()
@@ -281,10 +283,10 @@ def test_answers_of_several_servers_are_read_as_they_come() -> None:
     for pair in pairs:
         for sock in pair:
             sock.setblocking(False)
-    links = Links(service, lambda index: pieces if index == 0 else size)
-    servers = [Link(theirs, ("worker a", "here"), Ledger(), TIMEOUT_S) for _, theirs in pairs]
+    links = Connections(service, lambda index: pieces if index == 0 else size)
+    servers = [Connection(theirs, ("worker a", "here"), Ledger(), TIMEOUT_S) for _, theirs in pairs]
     for index, (ours, _) in enumerate(pairs):
-        links.add(index, Link(ours, (f"server {index}", "there"), Ledger(), TIMEOUT_S))
+        links.add(index, Connection(ours, (f"server {index}", "there"), Ledger(), TIMEOUT_S))
     heard = []
 
     def slow() -> None:

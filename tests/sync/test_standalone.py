@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import thinwire
 from pool import LOOPBACK, Pool, Rank
 from thinwire.errors import UserError
-from thinwire.sync.fragments import due
+from thinwire.sync.local_steps import due
 from thinwire.workload import Workload
 from warm import SOCKET, Warm, server
 
@@ -242,6 +242,7 @@ def ended(processes: list["subprocess.Popen[str]"]) -> list[tuple[int, str, str]
     return [(process.returncode, out, errors) for process, (out, errors) in zip(processes, told, strict=True)]
 
 
+@pytest.mark.long
 def test_the_example_runs_under_torchrun_on_stock_gloo() -> None:
     script = str(ROOT / "examples" / "diloco_plain_pytorch.py")
     ((code, out, errors),) = ended([start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script)])

@@ -1,4 +1,4 @@
-"""What servers and replicas that live and die alone must agree on. Server 0 tells it to each worker that comes."""
+"""What servers and replicas that live and die alone must agree on. Server 0 sends it to each worker that joins."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Code(_Part):
 
     @property
     def feeds_back(self) -> bool:
-        """Whether a worker owes anything."""
+        """Whether a worker keeps a residual (error feedback)."""
         return self.kind != "none" and self.feedback is not False
 
     @model_validator(mode="after")
@@ -106,7 +106,7 @@ class Service(_Part):
     most_values: int = Field(2**30, ge=1)
     """No server takes first weights of more values than this."""
     heartbeat_s: Seconds = Field(0.5, gt=0)
-    """A worker says at most so often that it makes progress."""
+    """A worker sends word of its progress at most so often."""
     timeout_s: Seconds = Field(300.0, gt=0)
     """Whoever makes no progress for so long is given up: no step, no wait for an answer, no word. A shorter silence delays; one
     that is killed is noticed at once."""

@@ -11,9 +11,10 @@ The training loop is the same for all:
             clip(); optimizer.step(); sync.after_step(step)
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -23,65 +24,63 @@ from thinwire.traffic import Transfer
 from thinwire.workload import Workload
 
 
-class Synchroniser(Protocol):
-    """Every rank of the axis makes one and calls it at the same places."""
+class Synchroniser(ABC):
+    """Every rank of the axis makes one and calls it at the same places. What is not abstract suits replicas that never differ."""
 
-    replicas_differ: bool
+    replicas_differ = False
     """Between exchanges: each replica's own parameters and optimizer state then belong into the checkpoint."""
+
+    def __init__(self, num_micro: int = 1) -> None:
+        self.num_micro = num_micro
+        """Micro-batches of a step: the mean over the ranks, by which gradients are divided."""
+        self._ready_at = 0.0
 
     @property
     def ready_at(self) -> float:
         """time.perf_counter() when the last gradient of the step was ready; what follows it in backward is waiting."""
-        ...
-
-    @property
-    def num_micro(self) -> int:
-        """Micro-batches of a step: the mean over the ranks, by which gradients are divided."""
-        ...
+        return self._ready_at
 
     @property
     def settled_after(self) -> int:
         """Steps after which it sends what `traffic` says."""
-        ...
+        return 0
 
+    @abstractmethod
     def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
         """What will be sent, in the order in which it becomes ready. No communication."""
-        ...
 
+    @abstractmethod
     def attached(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh
     ) -> AbstractContextManager[torch.nn.Module]:
         """Hooks on, at the end hooks off. Gives the module to run forward with. Collective."""
-        ...
 
     def rehearsal(self) -> AbstractContextManager[None]:
         """Around one forward and backward pass before training, whose gradients are thrown away: nothing is exchanged."""
-        ...
+        return nullcontext()
 
+    @abstractmethod
     def microbatch(self, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of one micro-batch; `last`: gradients are complete after this one."""
-        ...
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int) -> None:  # noqa: B027 (nothing is what most do)
         """After the optimizer step. Collective."""
-        ...
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027
         """After the last step of training: nothing stays unsent. Collective."""
-        ...
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the model holds the parameters that count, which are the same on all replicas. Local."""
-        ...
+        return nullcontext()
 
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs of this rank's synchroniser."""
-        ...
 
+    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """This rank's own state. Before `attached`."""
-        ...
 
+    @abstractmethod
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
         """Instead of load_state_dict: the states of all ranks of a run with another number of ranks. Before `attached`."""
-        ...

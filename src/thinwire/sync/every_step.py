@@ -11,7 +11,7 @@ exchanges nothing.
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -25,20 +25,18 @@ from thinwire.compress.exchange import Exchange
 from thinwire.compress.plain import PlainExchange
 from thinwire.config.run import EveryStep
 from thinwire.layout import Layout
+from thinwire.sync.base import Synchroniser
 from thinwire.sync.buckets import Names, assign_buckets, exchange_bucket
 from thinwire.sync.initial_values import same_everywhere
 from thinwire.traffic import Transfer
 from thinwire.workload import Workload
 
 
-class EveryStepSync:
+class EveryStepSync(Synchroniser):
     """See the top of the file. One per rank; `axis` is the mesh axis along which the replicas lie."""
 
-    replicas_differ = False
-
     def __init__(self, config: EveryStep, axis: str, ledger: Ledger, exchange: Exchange | None = None) -> None:
-        self.ready_at = 0.0
-        self.num_micro = config.accumulate
+        super().__init__(config.accumulate)
         self._config, self._axis, self._ledger = config, axis, ledger
         self._exchange: Exchange = exchange or PlainExchange(ledger)
         self._replica: DistributedDataParallel | None = None
@@ -47,7 +45,6 @@ class EveryStepSync:
 
     @property
     def settled_after(self) -> int:
-        """Those of the exchange."""
         return self._exchange.settled_after
 
     def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
@@ -101,22 +98,11 @@ class EveryStepSync:
                 raise
             raise self._exchange.failure from None
 
-    def after_step(self, step: int) -> None:
-        """Nothing: replicas are equal after each step."""
-
-    def finish(self) -> None:
-        """Nothing."""
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """The model as it is."""
-        return nullcontext()
-
     def state_dict(self) -> dict[str, Any]:
         """What the exchange carries from step to step; nothing without compression."""
         return self._exchange.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Before `attached`."""
         self._exchange.load_state_dict(state)
 
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
@@ -126,7 +112,7 @@ class EveryStepSync:
 
 def _hook(sync: EveryStepSync, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """The communication hook: called on each rank, in the same order, as soon as a bucket is full."""
-    sync.ready_at = time.perf_counter()
+    sync._ready_at = time.perf_counter()
     if sync._rehearsing:
         done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         done.set_result(bucket.buffer())

@@ -1,7 +1,7 @@
 """One line for users of plain DistributedDataParallel: `thinwire.compress_gradients(replica, "int4")`.
 
 The training loop, the optimizer and `no_sync` stay as they are; any number of buckets, unused parameters and sub-groups are fine.
-What is owed to the average is kept by parameter name: save `state_dict()` of what is returned on every rank, load it before the
+Error-feedback residuals are kept by parameter name: save `state_dict()` of what is returned on every rank, load it before the
 first step.
 
 With find_unused_parameters (or static_graph) DistributedDataParallel throws away what comes back for a parameter that no rank has

@@ -1,4 +1,4 @@
-"""Replicas begin from the same values. Whether they do is told by 32 bytes a rank, where a model takes minutes on slow links.
+"""Replicas begin from the same values. 32 bytes a rank show whether they do, where a model takes minutes on slow links.
 
 Replicas that were made from one seed, or loaded from one file, are equal already; then nothing needs to be sent.
 
@@ -26,9 +26,9 @@ def same_everywhere(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     mine = torch.tensor(list(digest.digest()), dtype=torch.uint8, device=tensors[0].device if tensors else "cpu")
-    told = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(told, mine, group)
-    return all(torch.equal(one, mine) for one in told)
+    digests = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(digests, mine, group)
+    return all(torch.equal(one, mine) for one in digests)
 
 
 @torch.no_grad()

@@ -1,37 +1,163 @@
-"""What a synchroniser that acts between replicas leaves to the one within them (`inner`)."""
+"""Replicas that go alone between exchanges: what all such methods have in common (`local_steps`, `noloco`).
 
-from contextlib import AbstractContextManager
+A replica may itself be several ranks, which another synchroniser (`inner`) holds together on other axes; under FSDP2 all of this
+is done to shards (`shards`). Only what is trained is kept and sent; frozen parameters are equal everywhere.
 
+What a method carries, such as its outer momentum, belongs to the object, not to one stay in it. Entered again it goes on with it,
+and from the model as it is now, or, left by an exception, from where it was. A state that was loaded is used once, when it is
+entered next.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from thinwire.collectives.ledger import Ledger
+from thinwire.compress.averager import Piece
+from thinwire.errors import UserError
 from thinwire.sync.base import Synchroniser
+from thinwire.sync.shards import Shards
 
 
-class NestedSynchroniser:
-    """A replica may itself be several ranks, which `inner` holds together on other axes; its steps are the inner one's."""
+class Anchor:
+    """Where a period began, for the parameters `names` as far as this rank holds values of them, and their outer momentum.
+
+    values: flat float32, as is momentum (empty without one). pieces: where each parameter lies in them.
+    """
+
+    def __init__(self, shards: Shards, names: Sequence[str], with_momentum: bool = True) -> None:
+        self.pieces: list[Piece] = []
+        first = 0
+        for name in names:
+            if shards[name].numel():
+                self.pieces.append(Piece(name, first, tuple(shards[name].shape)))
+                first += self.pieces[-1].numel
+        self.values = self.flat(shards)
+        self.momentum = torch.zeros_like(self.values if with_momentum else torch.empty(0))
+
+    def flat(self, shards: Shards) -> torch.Tensor:
+        """A copy of what the model holds of its parameters now."""
+        return torch.cat([shards[piece.name].reshape(-1) for piece in self.pieces] or [torch.empty(0)])
+
+    def by_name(self) -> dict[str, torch.Tensor]:
+        """The values of each parameter."""
+        return {piece.name: piece.of(self.values).view(piece.shape) for piece in self.pieces}
+
+    def take_momentum(self, before: "Anchor") -> None:
+        """Of parameters that were in `before`."""
+        known = {piece.name: piece for piece in before.pieces}
+        for piece in self.pieces:
+            if piece.name in known and known[piece.name].shape == piece.shape and len(self.momentum):
+                piece.of(self.momentum).copy_(known[piece.name].of(before.momentum))
+
+
+class NestedSynchroniser(Synchroniser):
+    """Replicas lie along `axis`, `inner` holds together what is one replica; the steps of both are the same."""
 
     replicas_differ = True
 
-    def __init__(self, inner: Synchroniser) -> None:
-        self.inner = inner
+    def __init__(self, axis: str, ledger: Ledger, inner: Synchroniser) -> None:
+        super().__init__(inner.num_micro)
+        self.inner, self._axis, self._ledger = inner, axis, ledger
+        self._shards = Shards(nn.Module())
+        self._held: dict[str, tuple[int, ...]] = {}
+        """Shapes of what is exchanged, by name."""
+        self._restored: dict[str, Any] | None = None
+        self._adopted = False
+        self._finished = True
+        self._done = 0
 
     @property
     def ready_at(self) -> float:
-        """The inner one's."""
         return self.inner.ready_at
 
     @property
-    def num_micro(self) -> int:
-        """Micro-batches of a step."""
-        return self.inner.num_micro
-
-    @property
     def settled_after(self) -> int:
-        """The inner one's."""
         return self.inner.settled_after
 
     def rehearsal(self) -> AbstractContextManager[None]:
-        """The inner one's."""
         return self.inner.rehearsal()
 
     def microbatch(self, last: bool) -> AbstractContextManager[None]:
-        """The inner one's."""
         return self.inner.microbatch(last)
+
+    @contextmanager
+    def attached(self, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> Iterator[nn.Module]:
+        """Begins from the model's parameters, unless there are others to go on from. Collective over all ranks.
+
+        UserError if an exception ended the last stay and what is trained is not what it was then.
+        """
+        with self.inner.attached(model, optimizer, mesh) as module:
+            self._shards = Shards(model)
+            trained = {name: tuple(self._shards[name].shape) for name in self._shards.trained()}
+            if self._restored is not None or self._finished:
+                self._held = trained
+                self._begin()
+            elif trained != self._held:
+                raise UserError(
+                    "the model's trained parameters are others than when an exception ended the last exchange; load a "
+                    "checkpoint, or begin anew with another object"
+                )
+            if self._restored is not None:
+                with torch.no_grad():
+                    self._restore(self._restored)
+                if self._adopted:
+                    self._write()
+                self._restored, self._adopted = None, False
+            self._connect(mesh.get_group(self._axis))
+            self._finished = False
+            try:
+                yield module
+            finally:
+                self._disconnect()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model holds what `_write` writes. Local."""
+        own = {name: values.clone() for name, values in self._shards.items()}
+        self._write()
+        try:
+            yield
+        finally:
+            self._shards.write(own)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Before `attached`."""
+        self.inner.load_state_dict(state["inner"])
+        self._restored, self._adopted = state, False
+
+    def _check_trained(self) -> None:
+        """UserError if parameters were frozen, or are trained that nobody would send."""
+        trained = set(self._shards.trained())
+        changed = [name for name in self._shards if (name in trained) != (name in self._held)]
+        if changed:
+            raise UserError(
+                f"{changed[0]} was frozen, or is trained, since the replicas' exchange began, and {len(changed) - 1} others; "
+                "leave the block, change requires_grad on all ranks, and enter it again"
+            )
+
+    @abstractmethod
+    def _begin(self) -> None:
+        """Begin from `_shards`, with the momentum of parameters that were held before."""
+
+    @abstractmethod
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Go on with a state. UserError if it does not fit what is held."""
+
+    @abstractmethod
+    def _write(self) -> None:
+        """Into the model: the parameters that count."""
+
+    @abstractmethod
+    def _connect(self, group: ProcessGroup) -> None:
+        """Exchange with the ranks of `group` from now on. Collective."""
+
+    @abstractmethod
+    def _disconnect(self) -> None:
+        """At the end of a stay."""

@@ -15,20 +15,15 @@ odd number of replicas one has no partner and takes its step alone. Published: H
 
 Slow weights differ between replicas. Until the end each replica is evaluated by its own, and the score is the mean of theirs. At
 the end of training the last steps are taken in without a partner, and the slow weights are averaged once over all replicas, in
-float32: that mean is the model. Under FSDP2 all of this is done to shards (`shards`); only what is trained is kept and sent.
-
-Momentum belongs to the object, not to one stay in it: entered again it goes on with it, and from the model as it is now, or, left
-by an exception, from the slow weights. A state that was loaded is used once, when it is entered next.
+float32: that mean is the model. What is common to all replicas that go alone is in `nested`.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.metered_calls import all_reduce, swap
@@ -37,8 +32,7 @@ from thinwire.config.sync import NoLoCo
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.sync.base import Synchroniser
-from thinwire.sync.nested import NestedSynchroniser
-from thinwire.sync.shards import Shards
+from thinwire.sync.nested import Anchor, NestedSynchroniser
 from thinwire.traffic import Transfer
 from thinwire.workload import Workload
 
@@ -68,16 +62,12 @@ class NoLoCoSync(NestedSynchroniser):
             raise UserError(
                 f"compress.kind = {compress.kind!r}: noloco casts whole weights, and takes no other key; leave them out"
             )
-        super().__init__(inner)
-        self._config, self._wire_dtype, self._axis, self._ledger = config, CASTS[compress.kind], axis, ledger
+        super().__init__(axis, ledger, inner)
+        self._config, self._wire_dtype = config, CASTS[compress.kind]
         self._group: dist.ProcessGroup | None = None
-        self._shards = Shards(torch.nn.Module())
-        self._slow, self._momentum = torch.empty(0), torch.empty(0)
-        self._restored: dict[str, Any] | None = None
-        self._adopted = False
-        self._names: list[str] = []
-        self._finished = True
-        self._done = self._stepped_at = 0
+        self._slow = Anchor(self._shards, [])
+        """This replica's slow weights."""
+        self._stepped_at = 0
 
     def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
         """The inner one's, and one message to the partner in `every` steps; of an odd number of replicas one sends nothing."""
@@ -87,22 +77,6 @@ class NoLoCoSync(NestedSynchroniser):
             found.append(Transfer(label="pair", axis=self._axis, op="send", message_bytes=size, every=self._config.every))
         return found
 
-    @contextmanager
-    def attached(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> Iterator[torch.nn.Module]:
-        """Takes the model's parameters for the slow weights, unless there are some to go on from. Collective over all ranks."""
-        with self.inner.attached(model, optimizer, mesh) as module:
-            self._form(Shards(model))
-            if self._restored is not None:
-                self._restore(self._restored)
-                self._restored, self._adopted = None, False
-            self._group = mesh.get_group(self._axis)
-            self._ledger.axes[self._group.group_name] = self._axis
-            self._finished = False
-            try:
-                yield module
-            finally:
-                self._group = None
-
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Every H steps: exchange with the partner, and an outer step. Collective over the pair."""
@@ -110,8 +84,8 @@ class NoLoCoSync(NestedSynchroniser):
         self._done = step + 1
         if self._done % self._config.every == 0:
             self._check_trained()
-            self._step(self._mean_of_pair(self._flat()))
-            self._write(self._slow)
+            self._step(self._mean_of_pair(self._slow.flat(self._shards)))
+            self._write()
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -119,21 +93,11 @@ class NoLoCoSync(NestedSynchroniser):
         self.inner.finish()
         assert self._group is not None, "attached() comes first"
         if self._done != self._stepped_at:
-            self._step(self._flat())
-        if self._slow.numel():
-            all_reduce(self._slow.div_(self._group.size()), self._group, self._ledger, "final").wait()
-        self._write(self._slow)
+            self._step(self._slow.flat(self._shards))
+        if len(self._slow.values):
+            all_reduce(self._slow.values.div_(self._group.size()), self._group, self._ledger, "final").wait()
+        self._write()
         self._finished = True
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the model holds this replica's slow weights; after `finish` they are the same on all. Local."""
-        own = self._flat()
-        self._write(self._slow)
-        try:
-            yield
-        finally:
-            self._write(own)
 
     def state_dict(self) -> dict[str, Any]:
         """This replica's slow weights and momentum; before `attached` what was loaded."""
@@ -143,15 +107,10 @@ class NoLoCoSync(NestedSynchroniser):
             "inner": self.inner.state_dict(),
             "done": self._done,
             "stepped_at": self._stepped_at,
-            "names": list(self._names),
-            "slow": self._slow.clone(),
-            "momentum": self._momentum.clone(),
+            "names": list(self._held),
+            "slow": self._slow.values.clone(),
+            "momentum": self._slow.momentum.clone(),
         }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Before `attached`."""
-        self.inner.load_state_dict(state["inner"])
-        self._restored, self._adopted = state, False
 
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
         """All begin from the mean of the slow weights that there were, with the mean of the momenta. Before `attached`."""
@@ -159,31 +118,16 @@ class NoLoCoSync(NestedSynchroniser):
         means = {key: torch.stack([state[key] for state in states]).mean(0) for key in ("slow", "momentum")}
         self._restored, self._adopted = states[0] | means, True
 
-    def _form(self, shards: Shards) -> None:
-        """Slow weights of what is trained now; with the momentum of parameters that were there before."""
-        names, before = shards.trained(), dict(zip(self._names, self._parts(self._momentum), strict=True))
-        if self._restored is None and not self._finished:
-            if names != self._names:
-                raise UserError(
-                    "the model's trained parameters are others than when an exception ended the last exchange; load a "
-                    "checkpoint, or begin anew with another object"
-                )
-            self._shards = shards
-            return
-        self._shards, self._names = shards, names
-        self._slow = self._flat()
-        self._momentum = torch.zeros_like(self._slow)
-        for name, part in zip(names, self._parts(self._momentum), strict=True):
-            if name in before and before[name].numel() == part.numel():
-                part.copy_(before[name])
+    def _begin(self) -> None:
+        before, self._slow = self._slow, Anchor(self._shards, list(self._held))
+        self._slow.take_momentum(before)
 
-    def _check_trained(self) -> None:
-        """UserError if parameters were frozen, or are trained that nobody would send."""
-        if changed := set(self._shards.trained()).symmetric_difference(self._names):
-            raise UserError(
-                f"{min(changed)} was frozen, or is trained, since the replicas' exchange began, and {len(changed) - 1} others; "
-                "leave the block, change requires_grad on all ranks, and enter it again"
-            )
+    def _connect(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._ledger.axes[group.group_name] = self._axis
+
+    def _disconnect(self) -> None:
+        self._group = None
 
     def _mean_of_pair(self, own: torch.Tensor) -> torch.Tensor:
         """mean_ij(x); x_i where there is no partner."""
@@ -200,30 +144,22 @@ class NoLoCoSync(NestedSynchroniser):
 
     def _step(self, mean: torch.Tensor) -> None:
         self._stepped_at = self._done
-        self._momentum.mul_(self._config.outer_momentum).add_(mean - self._slow, alpha=self._config.outer_learning_rate)
-        self._slow.add_(self._momentum)
+        slow, config = self._slow, self._config
+        slow.momentum.mul_(config.outer_momentum).add_(mean - slow.values, alpha=config.outer_learning_rate)
+        slow.values.add_(slow.momentum)
 
-    def _flat(self) -> torch.Tensor:
-        """A copy of all that this rank holds of what is trained."""
-        return torch.cat([self._shards[name].reshape(-1) for name in self._names] or [torch.empty(0)])
+    def _write(self) -> None:
+        """This replica's slow weights; after `finish` they are the same on all."""
+        self._shards.write(self._slow.by_name())
 
-    def _parts(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return flat.split([self._shards[name].numel() for name in self._names])
-
-    def _write(self, flat: torch.Tensor) -> None:
-        parts = zip(self._names, self._parts(flat), strict=True)
-        self._shards.write({name: part.view_as(self._shards[name]) for name, part in parts})
-
-    @torch.no_grad()
     def _restore(self, state: dict[str, Any]) -> None:
-        if state["names"] != self._names or state["slow"].numel() != self._slow.numel():
+        slow = self._slow
+        if state["names"] != list(self._held) or state["slow"].numel() != slow.values.numel():
             raise UserError(
-                f"this rank holds {self._slow.numel()} values of {len(self._names)} parameters, that of the checkpoint held "
+                f"this rank holds {slow.values.numel()} values of {len(self._held)} parameters, that of the checkpoint held "
                 f"{state['slow'].numel()} of {len(state['names'])}; resume with the same model and shards"
             )
         self._done = state["done"]
         self._stepped_at = state.get("stepped_at", self._done - self._done % self._config.every)
-        self._slow.copy_(state["slow"])
-        self._momentum.copy_(state["momentum"])
-        if self._adopted:
-            self._write(self._slow)
+        slow.values.copy_(state["slow"])
+        slow.momentum.copy_(state["momentum"])

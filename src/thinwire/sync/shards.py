@@ -89,11 +89,11 @@ class Shards(Mapping[str, Tensor]):
         """UserError on all ranks if those of some group do not hold the same shards. Collective over all ranks."""
         places = {name: parameter.device_mesh.get_coordinate() for name, parameter in self.cut().items()}
         held = [(name, tuple(values.shape), places.get(name)) for name, values in self.items()]
-        told: list[tuple[list[int], str]] = [([], "")] * dist.get_world_size()
+        gathered: list[tuple[list[int], str]] = [([], "")] * dist.get_world_size()
         digest = hashlib.sha256(repr(held).encode()).hexdigest()
-        dist.all_gather_object(told, (dist.get_process_group_ranks(group), digest))
-        for ranks, _ in told:
-            if len({told[rank][1] for rank in ranks}) > 1:
+        dist.all_gather_object(gathered, (dist.get_process_group_ranks(group), digest))
+        for ranks, _ in gathered:
+            if len({gathered[rank][1] for rank in ranks}) > 1:
                 raise UserError(
                     f"DiLoCo: the ranks {ranks} of a group do not hold parameters, or shards, of the same names, shapes and "
                     "places; make the same model on all, and groups of the ranks at the same place in their replicas"

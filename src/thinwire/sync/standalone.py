@@ -16,9 +16,9 @@ number of steps: one that skips a step lets the others wait.
 At `with` all begin from the first replica's parameters and buffers, which are sent only if any differ; later on buffers (batch
 statistics) stay each replica's own. The exchange has a metered group of its own, made beside the user's with the same time-out,
 whatever the backend of that, and ended with the block: what it sends is in `ledger`. Frozen parameters are neither kept nor sent.
-The methods are in `local_steps` and `noloco`.
+The methods are in `make` and `noloco`.
 
-The block may be entered again, once per epoch: outer momentum and what codes owe go on. After an exception, and after
+The block may be entered again, once per epoch: outer momentum and error-feedback residuals go on. After an exception, and after
 `load_state_dict`, replicas go on from where each of them is; the state is used once.
 
 A replica may itself be several ranks, and the user's loop what holds them together: DistributedDataParallel, or FSDP2, where each
@@ -110,9 +110,8 @@ class DiLoCo:
             self.ledger,
         )
         self._backend = ""
-        self._goes_on = False
-        """Replicas are where they were, and may differ."""
-        self._entered = False
+        self._goes_on = self._entered = False
+        """_goes_on: replicas are where they were, and may differ."""
         self._steps = 0
         self._open = ExitStack()
 
@@ -128,7 +127,8 @@ class DiLoCo:
 
     def __enter__(self) -> "DiLoCo":
         """Collective over all ranks of the default group, also where replicas lie along sub-groups."""
-        if any(isinstance(getattr(hook, "__self__", None), DiLoCo) for hook in _step_hooks(self._optimizer).values()):
+        hooks = self._optimizer._optimizer_step_post_hooks.values()
+        if any(isinstance(getattr(hook, "__self__", None), DiLoCo) for hook in hooks):
             raise UserError("DiLoCo: another one is at work on this optimizer; leave its with block first")
         with ExitStack() as stack:
             with self.ledger.label("replica set-up"):
@@ -151,7 +151,10 @@ class DiLoCo:
         with self._open:
             if error is None:
                 self._sync.finish()
-                self._keep_averaged()
+                shards = Shards(self._model)
+                with self._sync.averaged():
+                    averaged = {name: values.clone() for name, values in shards.items()}
+                shards.write(averaged)
                 self._goes_on = False
 
     def traffic(self, workload: Workload) -> list[Transfer]:
@@ -216,12 +219,6 @@ class DiLoCo:
         self._sync.after_step(self._steps)
         self._steps += 1
 
-    def _keep_averaged(self) -> None:
-        shards = Shards(self._model)
-        with self._sync.averaged():
-            averaged = {name: values.clone() for name, values in shards.items()}
-        shards.write(averaged)
-
     def _metered_group(self) -> dist.ProcessGroup:
         """The same ranks behind a meter that writes into our own ledger: a backend by a name that nobody else has."""
         if not self._backend:
@@ -259,7 +256,3 @@ def _check_parameters(model: nn.Module) -> None:
                 f"DiLoCo: {name} is {str(parameter.dtype).removeprefix('torch.')} on {parameter.device.type}; "
                 "only float32 on CPUs yet, where autocast may compute in bfloat16"
             )
-
-
-def _step_hooks(optimizer: torch.optim.Optimizer) -> Mapping[int, Any]:
-    return optimizer._optimizer_step_post_hooks

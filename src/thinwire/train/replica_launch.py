@@ -2,8 +2,8 @@
 
 A replica that dies is started again, at most `restarts` times each, and the others do not stop; of one that is not started again
 the servers are told, so that nobody waits for it to join. When a server dies the run is over, and can be resumed: all servers go
-on from one version (`thinwire.sync.server.kept`). Whatever ends this process, its children read the end of their standard input
-and leave.
+on from one version (`thinwire.sync.server.snapshots`). Whatever ends this process, its children read the end of their standard
+input and leave.
 
 The servers' sockets, on loopback, are made here and handed over, so their addresses are known before anybody starts. Whoever
 speaks with them must know a secret that is made anew for each start, in a file that only this user can read.
@@ -28,10 +28,9 @@ import torch
 from thinwire.config.replicas import Service
 from thinwire.config.run import RunConfig
 from thinwire.endings import signals_unwind
-from thinwire.sync.server import saved
-from thinwire.sync.server.address import listen, shown
 from thinwire.sync.server.flat import FlatParameters
-from thinwire.sync.server.kept import choose
+from thinwire.sync.server.listener import listen, shown
+from thinwire.sync.server.snapshots import choose_versions, load
 from thinwire.train.replica_roles import USER_ERROR, Spec
 from thinwire.train.replica_serve import SERVER_DIED
 from thinwire.train.runtime import environment_variables
@@ -84,7 +83,7 @@ def launch(config: RunConfig, service: Service, replicas: int, restarts: int, pl
     """Run to the end; returns the exit code, and prints one line when it is not 0. places: the run's folder, the cache's."""
     folder, cache = places
     folder.mkdir(parents=True, exist_ok=True)
-    versions = choose(folder, service)
+    versions = choose_versions(folder, service)
     with ExitStack() as sockets:
         listeners = [sockets.enter_context(listen("127.0.0.1:0", "server")) for _ in range(service.servers)]
         spec = Spec(
@@ -106,7 +105,7 @@ def launch(config: RunConfig, service: Service, replicas: int, restarts: int, pl
         line, code = wrong
         print(f"thinwire: error: {line}", file=sys.stderr, flush=True)
         return code
-    states = [saved.load(spec.file("server", index, "pt")) for index in range(service.servers)]
+    states = [load(spec.file("server", index, "pt")) for index in range(service.servers)]
     model = task.build_model()
     FlatParameters(model).put(torch.cat([state["weights"]["values"] for state in states]))
     shares = [task.score(model, rank) for rank in range(replicas)]

@@ -26,15 +26,13 @@ from thinwire.config.replicas import DiLoCo, Service
 from thinwire.config.run import RunConfig
 from thinwire.errors import UserError
 from thinwire.layout import Layout
-from thinwire.sync.server import saved
-from thinwire.sync.server.diloco import AsyncDiLoCo
-from thinwire.sync.server.door import Door
-from thinwire.sync.server.kept import Kept, every_of
-from thinwire.sync.server.link import PeerLost
-from thinwire.sync.server.secret import read_secret
+from thinwire.sync.server.authentication import read_secret
+from thinwire.sync.server.connection import PeerLost
+from thinwire.sync.server.listener import Listener
 from thinwire.sync.server.server import Event, Server
+from thinwire.sync.server.snapshots import Snapshots, load, save
 from thinwire.sync.server.weights import load_optimizers
-from thinwire.sync.server.worker import ParameterServerWorker
+from thinwire.sync.server.worker import AsyncDiLoCo, ParameterServerWorker
 from thinwire.train.replica_serve import run_all
 from thinwire.train.step import learning_rate, make_optimizer
 from thinwire.train.task import LanguageModel
@@ -81,14 +79,14 @@ def serve(spec: Spec, index: int, listener: socket.socket) -> int:
     """Be server `index`, and return the exit code; goes on from its file if there is one."""
     load_optimizers()
     ledger, service = Ledger(), spec.service
-    kept = Kept(spec.folder, index, service.servers, every_of(service))
-    server = Server(service, index, ledger, heard=_tell(index), kept=kept)
+    kept = Snapshots(spec.folder, index, service)
+    server = Server(service, index, ledger, on_event=_tell(index), snapshots=kept)
     if spec.versions:
         server.load_state_dict(kept.load(spec.versions[index]))
     end = threading.Event()
     threading.Thread(target=_listen, args=(end, server), daemon=True).start()
-    door = Door(listener, read_secret(spec.secret_file), service, {index: server})
-    code = run_all({f"the door of server {index}": door.run, f"server {index}": server.run}, end)
+    accepting = Listener(listener, read_secret(spec.secret_file), service, {index: server})
+    code = run_all({f"the listener of server {index}": accepting.run, f"server {index}": server.run}, end)
     _write(spec.file("server", index, "json"), server.report() | {"ledger": ledger.entries(index)})
     return code
 
@@ -110,7 +108,7 @@ def replicate(spec: Spec, number: int) -> None:
         joined = ParameterServerWorker(model, store=spec.store, name=name, secret_file=spec.secret_file)
     owes = spec.service.push.feeds_back
     if owes and kept.is_file():
-        joined.load_state_dict(saved.load(kept))
+        joined.load_state_dict(load(kept))
     with joined as worker:
         first, pushed = worker.first_step, 0
         for step in worker.remaining_steps():
@@ -129,7 +127,7 @@ def replicate(spec: Spec, number: int) -> None:
                 worker.step(samples=tokens, learning_rate=rate)
                 new_pushes = (step + 1) // 50
             if owes and new_pushes > pushed:
-                saved.save(worker.state_dict(), kept)
+                save(worker.state_dict(), kept)
                 pushed = new_pushes
             if (step + 1) % run.train.log_every == 0:
                 merged = f"{worker.client.progress:.0%} of the run merged"

@@ -1,7 +1,7 @@
 """`thinwire serve`: all servers in one process, behind one socket, for workers that users start themselves, until told to end.
 
 It listens where it is told and nowhere else. Beyond loopback it asks for a secret, and does not start without one. When a server,
-or the door to all, dies for a reason of its own, all end, what they hold is kept, and so says one line.
+or the listener of all, dies for a reason of its own, all end, what they hold is kept, and so says one line.
 """
 
 import signal
@@ -16,11 +16,11 @@ import torch
 from thinwire.collectives.ledger import Ledger
 from thinwire.config.replicas import Service
 from thinwire.errors import UserError
-from thinwire.sync.server.address import is_loopback, listen, parse, shown
-from thinwire.sync.server.door import Door
-from thinwire.sync.server.kept import Kept, choose, every_of
-from thinwire.sync.server.secret import read_secret
+from thinwire.sync.server.authentication import read_secret
+from thinwire.sync.server.dialer import parse_address
+from thinwire.sync.server.listener import Listener, is_loopback, listen, shown
 from thinwire.sync.server.server import Event, Server
+from thinwire.sync.server.snapshots import Snapshots, choose_versions
 from thinwire.sync.server.weights import load_optimizers
 
 SERVER_DIED = 3
@@ -44,8 +44,8 @@ def serve_here(service: Service, bind: str, keep: Path | None, secret_file: Path
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: end.set())
     print(f"serving at {shown(listener)}{_hint(bind, listener)}", flush=True)
-    door = Door(listener, secret, service, dict(enumerate(servers)))
-    return run_all({"the door": door.run} | {f"server {index}": server.run for index, server in enumerate(servers)}, end)
+    accepting = Listener(listener, secret, service, dict(enumerate(servers)))
+    return run_all({"the listener": accepting.run} | {f"server {index}": server.run for index, server in enumerate(servers)}, end)
 
 
 def run_all(parts: Mapping[str, Callable[[threading.Event], None]], end: threading.Event) -> int:
@@ -71,11 +71,11 @@ def run_all(parts: Mapping[str, Callable[[threading.Event], None]], end: threadi
 
 def _servers(service: Service, keep: Path | None) -> list[Server]:
     if keep is None:
-        return [Server(service, index, Ledger(), heard=_tell) for index in range(service.servers)]
-    versions, servers = choose(keep, service), []
+        return [Server(service, index, Ledger(), on_event=_tell) for index in range(service.servers)]
+    versions, servers = choose_versions(keep, service), []
     for index in range(service.servers):
-        kept = Kept(keep, index, service.servers, every_of(service))
-        servers.append(Server(service, index, Ledger(), heard=_tell, kept=kept))
+        kept = Snapshots(keep, index, service)
+        servers.append(Server(service, index, Ledger(), on_event=_tell, snapshots=kept))
         if versions:
             servers[-1].load_state_dict(kept.load(versions[index]))
     return servers
@@ -83,7 +83,7 @@ def _servers(service: Service, keep: Path | None) -> list[Server]:
 
 def _hint(bind: str, listener: socket.socket) -> str:
     """For who has named this machine and may not know that its name is a loopback address here."""
-    host, _ = parse(bind, "--bind")
+    host, _ = parse_address(bind, "--bind")
     if not is_loopback(listener) or host == "localhost" or host[0].isdigit() or ":" in host:
         return ""
     return f" alone, which is {host} here and which no other machine can reach; bind an address that `ip address` shows for them"

@@ -130,7 +130,7 @@ class HivemindSync(SingleRank):
             soon, number = get_dht_time() + MATCHMAKING_S, self._exchanges + 1
             self._control = self._averager.schedule_step(soon, timeout=GROUP_S, gather=number, allow_retries=False)
         yield
-        self.ready_at = time.perf_counter()
+        self._ready_at = time.perf_counter()
         if last:
             self._exchanges += 1
             if alone:

@@ -1,7 +1,8 @@
 """What a push, a pace and the first weights must be like before anything of them is believed.
 
 A server checks each of them BEFORE it keeps it, and a worker what it can before it sends. What is refused is refused in one line
-to its sender alone, and has changed nothing for anybody else. A push is taken if
+to its sender alone, and has changed nothing for anybody else. Each function gives the reason to refuse it, or None. A push is
+taken if
 
     values         as many as the server's range has, float32, all of them finite
     weight         finite, >= 0          0: an empty batch; it moves nothing
@@ -18,21 +19,19 @@ import torch
 from torch import Tensor
 
 from thinwire.compress.base import finite
-from thinwire.errors import UserError
-from thinwire.sync.server.ranges import Span
+from thinwire.sync.server.flat import Span
 
 if TYPE_CHECKING:
-    from thinwire.sync.server.merger import Pace, Push
+    from thinwire.sync.server.merger import Push
 
 
-def wrong_with_push(push: "Push", numel: int, version: int) -> str | None:
-    """The reason to refuse it; None: it may be kept. numel, version: of the server's range and weights."""
+def push_error(push: "Push", numel: int, version: int) -> str | None:
+    """numel, version: of the server's range and weights."""
     if push.values.dtype != torch.float32 or push.values.shape != (numel,):
         shape = tuple(push.values.shape)
         return f"a push of {push.values.dtype} {shape} where the server holds {numel} values of torch.float32; all need one model"
-    numbers = wrong_with_numbers(push.weight, push.local_steps, push.learning_rate)
-    if numbers:
-        return numbers
+    if error := push_numbers_error(push.weight, push.local_steps, push.learning_rate):
+        return error
     if not 0 <= push.version <= version:
         return f"a push from version {push.version} of the weights where the server has made {version}; join again"
     if not finite(push.values):
@@ -40,8 +39,8 @@ def wrong_with_push(push: "Push", numel: int, version: int) -> str | None:
     return None
 
 
-def wrong_with_numbers(weight: float, local_steps: int, learning_rate: float | None) -> str | None:
-    """The same of a push's numbers alone, which the worker knows too."""
+def push_numbers_error(weight: float, local_steps: int, learning_rate: float | None) -> str | None:
+    """What the worker can check too."""
     if not (math.isfinite(weight) and weight >= 0):
         return f"a push of {weight:g} samples or tokens; give a finite number, 0 for an empty batch"
     if local_steps < 1:
@@ -51,16 +50,16 @@ def wrong_with_numbers(weight: float, local_steps: int, learning_rate: float | N
     return None
 
 
-def wrong_with_pace(pace: "Pace") -> str | None:
+def pace_error(every: int, tokens_per_step: float) -> str | None:
     """Of what a worker wishes."""
-    if not (math.isfinite(pace.tokens_per_step) and pace.tokens_per_step > 0):
-        return f"tokens_per_step = {pace.tokens_per_step:g}; pushes are weighed by it, so give a finite number above 0"
-    if pace.every < 0:
-        return f"every = {pace.every} local steps between pushes; give 1 or more, or 0 for what the servers say"
+    if not (math.isfinite(tokens_per_step) and tokens_per_step > 0):
+        return f"tokens_per_step = {tokens_per_step:g}; pushes are weighed by it, so give a finite number above 0"
+    if every < 0:
+        return f"every = {every} local steps between pushes; give 1 or more, or 0 for what the servers say"
     return None
 
 
-def wrong_with_start(values: Tensor, spans: Sequence[Span]) -> str | None:
+def initial_weights_error(values: Tensor, spans: Sequence[Span]) -> str | None:
     """Of the weights that a worker gives to servers without any: spans cover them in order, each value once."""
     end = 0
     for span in spans:
@@ -70,18 +69,3 @@ def wrong_with_start(values: Tensor, spans: Sequence[Span]) -> str | None:
     if end != values.numel():
         return f"first weights of {values.numel()} values whose spans cover {end}"
     return None if finite(values) else "the model's first weights are not finite; look at how it is initialised"
-
-
-def refuse(reason: str | None) -> None:
-    """A reason, raised as what the user can mend."""
-    if reason:
-        raise UserError(reason)
-
-
-def shares_of(weights: Sequence[float]) -> Tensor | None:
-    """[n] weights >= 0 -> [n] float32 that sum to 1; None if all of them weigh nothing."""
-    most = max(weights)
-    if most <= 0:
-        return None
-    scaled = torch.tensor(weights, dtype=torch.float64) / most  # the sum of finite weights might be none
-    return (scaled / scaled.sum()).float()

@@ -5,7 +5,7 @@
         while ...:
             weights = client.push(what, weight=..., local_steps=...)
 
-It says HELLO to server 0, which numbers its life, then to the others; gives the weights to all if server 0 asks it to (`first`),
+It says HELLO to server 0, which numbers its life, then to the others; gives the weights to all if server 0 asks it to (`lease`),
 or waits until there are some; and pulls.
 """
 
@@ -21,14 +21,13 @@ from torch import Tensor
 from thinwire.collectives.ledger import Ledger
 from thinwire.config.replicas import DiLoCo
 from thinwire.errors import UserError
-from thinwire.sync.server.checks import refuse, wrong_with_numbers, wrong_with_pace, wrong_with_start
+from thinwire.sync.server.checks import initial_weights_error, pace_error, push_numbers_error
 from thinwire.sync.server.coding import Mirror, PushCoder
-from thinwire.sync.server.dial import Dialer
-from thinwire.sync.server.links import Links, Request
+from thinwire.sync.server.connections import Connections, Request
+from thinwire.sync.server.dialer import Dialer
+from thinwire.sync.server.flat import Span, cut, within
 from thinwire.sync.server.merger import Pace
-from thinwire.sync.server.message import MOST, NAME_LETTERS, Head, Hello, Kind, wrong_with_name
-from thinwire.sync.server.ranges import Range, Span, cut, within
-from thinwire.sync.server.visit import pack_start
+from thinwire.sync.server.message import MOST, NAME_LETTERS, Head, Hello, Kind, name_error, pack_start
 
 
 class ServerClient:
@@ -43,7 +42,7 @@ class ServerClient:
         pace: Pace = Pace(),  # noqa: B008 (frozen)
         ledger: Ledger | None = None,
     ) -> None:
-        refuse(wrong_with_name(name) or wrong_with_pace(pace))
+        _refuse(name_error(name) or pace_error(pace.every, pace.tokens_per_step))
         self.name, self.ledger, self._pace = name, ledger or Ledger(), pace
         self.step = self.local_steps = 0
         """Where server 0 says that this worker is, and how many steps it is to make before it pushes; 0: the run is over."""
@@ -54,16 +53,12 @@ class ServerClient:
         self._dialer = dialer
         self.service = dialer.service()
         self._coder = PushCoder(self.service.push)
-        self._ranges: list[Range] = cut(values.numel(), self.service.servers)
+        self._ranges = cut(values.numel(), self.service.servers)
         self._mirrors = [Mirror(self.service.pull) for _ in self._ranges]
-        self._versions = [0] * len(self._ranges)
-        self._parts = [values[part.first : part.end] for part in self._ranges]
-        self._links = Links(self.service, lambda index: self._mirrors[index].expected_bytes(self._ranges[index].numel))
-
-    @property
-    def versions(self) -> list[int]:
+        self.versions = [0] * len(self._ranges)
         """Of the weights it holds, by server."""
-        return list(self._versions)
+        self._parts = [values[part.start : part.stop] for part in self._ranges]
+        self._connections = Connections(self.service, self._expected_bytes)
 
     @property
     def progress(self) -> float:
@@ -75,17 +70,17 @@ class ServerClient:
         others = range(1, len(self._ranges))
         try:
             state = self._greet(0, 0)
-            number = 0 if state.version >= 0 else self._links.ask({0: (Head(kind=Kind.BEGIN), None, "")})[0][0].step
+            number = 0 if state.version >= 0 else self._ask(0, (Head(kind=Kind.BEGIN), None, "")).step
             for index in others:
                 self._greet(index, state.local_steps)
             if number:
                 model = randbelow(MOST)
-                refuse(wrong_with_start(self._values, self._spans))
+                _refuse(initial_weights_error(self._values, self._spans))
                 for index in (*others, 0):  # server 0 last: that it has weights means that all do
-                    self._links.ask({index: self._start(index, number, model)})
+                    self._ask(index, self._start(index, number, model))
             self._pull()
         except BaseException:
-            self._links.cut()
+            self._connections.cut()
             raise
         return self
 
@@ -101,14 +96,14 @@ class ServerClient:
                 f"the {self.service.total_tokens:g} tokens that the servers were to merge are merged; end the loop: "
                 "`for step in replica.remaining_steps()` does"
             )
-        if not self._links:
+        if not self._connections:
             raise UserError(f"this life of worker {self.name} is over; make another one to go on")
-        refuse(wrong_with_numbers(weight, local_steps, learning_rate))
+        _refuse(push_numbers_error(weight, local_steps, learning_rate))
         requests: dict[int, Request] = {}
-        for index, (part, version) in enumerate(zip(self._ranges, self._versions, strict=True)):
+        for index, (part, version) in enumerate(zip(self._ranges, self.versions, strict=True)):
             head = Head(kind=Kind.PUSH, version=version, weight=weight, local_steps=local_steps, learning_rate=learning_rate)
-            requests[index] = head, self._coder.encode(f"{part.first}:{part.end}", values[part.first : part.end]), "push"
-        self._take(self._links.ask(requests))
+            requests[index] = head, self._coder.encode(f"{part.start}:{part.stop}", values[part.start : part.stop]), "push"
+        self._take(self._connections.ask(requests))
         return self.weights
 
     def alive(self) -> None:
@@ -116,61 +111,72 @@ class ServerClient:
 
         Each local step says so too. A worker of which nothing is heard for `timeout_s` is lost.
         """
-        if self._links:
-            self._links.alive()
+        if self._connections:
+            self._connections.alive()
 
     def state_dict(self) -> dict[str, Any]:
         """What coding has lost of its pushes so far."""
-        return {"servers": len(self._ranges), "coder": self._coder.state_dict()}
+        return {"servers": len(self._ranges), "coder": self._coder.memory.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Before the first push. UserError if there were another number of servers."""
         if state["servers"] != len(self._ranges):
             raise UserError(f"the worker's state is of {state['servers']} servers, and there are {len(self._ranges)}")
-        self._coder.load_state_dict(state["coder"])
+        self._coder.memory.load_state_dict(state["coder"])
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if error is None and self._links:
-            self._links.ask({index: (Head(kind=Kind.LEAVE), None, "") for index in range(len(self._ranges))})
-        self._links.cut()
+        if error is None and self._connections:
+            self._connections.ask({index: (Head(kind=Kind.LEAVE), None, "") for index in range(len(self._ranges))})
+        self._connections.cut()
 
     def _greet(self, index: int, incarnation: int) -> Head:
         """HELLO to one server, and its answer."""
-        self._links.add(index, self._dialer.link(index, self.ledger))
+        self._connections.add(index, self._dialer.connect(index, self.ledger))
         hello = Hello(
             server=index,
             name=self.name,
             incarnation=incarnation,
             host=socket.gethostname()[:NAME_LETTERS],
-            numel=self._ranges[index].numel,
+            numel=len(self._ranges[index]),
             every=self._pace.every,
             tokens_per_step=float(self._pace.tokens_per_step),
         )
-        return self._links.ask({index: (Head(kind=Kind.HELLO), hello.packed(), "hello")})[index][0]
+        return self._ask(index, (Head(kind=Kind.HELLO), hello.packed(), "hello"))
+
+    def _ask(self, index: int, request: Request) -> Head:
+        return self._connections.ask({index: request})[index][0]
 
     def _pull(self) -> None:
         """All ranges, of one version where servers make versions in step; one that cannot reach it any more keeps its own."""
         behind, version = list(range(len(self._ranges))), 0
         while behind:
-            before = [self._versions[index] for index in behind]
-            self._take(self._links.ask({index: (Head(kind=Kind.PULL, version=version), None, "") for index in behind}))
-            if version and before == [self._versions[index] for index in behind]:
+            before = [self.versions[index] for index in behind]
+            self._take(self._connections.ask({index: (Head(kind=Kind.PULL, version=version), None, "") for index in behind}))
+            if version and before == [self.versions[index] for index in behind]:
                 return
-            version = max(self._versions)
+            version = max(self.versions)
             in_step = isinstance(self.service.merge, DiLoCo)
-            behind = [index for index, at in enumerate(self._versions) if at < version and in_step]
+            behind = [index for index, at in enumerate(self.versions) if at < version and in_step]
+
+    def _expected_bytes(self, index: int) -> int:
+        return self._mirrors[index].expected_bytes(len(self._ranges[index]))
 
     def _start(self, index: int, number: int, model: int) -> Request:
         part = self._ranges[index]
         spans = within(self._spans, part)
         head = Head(kind=Kind.INIT, step=number, version=model, local_steps=len(spans))
-        return head, pack_start(self._values[part.first : part.end], spans), "start"
+        return head, pack_start(self._values[part.start : part.stop], spans), "start"
 
     def _take(self, answers: dict[int, tuple[Head, Tensor]]) -> None:
         for index, (head, payload) in answers.items():
-            self._versions[index] = head.version
-            self._parts[index] = self._mirrors[index].decode(payload, self._ranges[index].numel)
+            self.versions[index] = head.version
+            self._parts[index] = self._mirrors[index].decode(payload, len(self._ranges[index]))
         if 0 in answers:
             first = answers[0][0]
             self.step, self.local_steps, self.merged = first.step, first.local_steps, first.merged
         self.weights = torch.cat(self._parts)
+
+
+def _refuse(error: str | None) -> None:
+    if error:
+        raise UserError(error)

@@ -6,10 +6,12 @@ A push is coded with error feedback at the worker: with v what should be pushed,
 
 which makes the "significantly modified" filter of Li et al. 2014 one codec among others (topk). A pull is coded as a difference:
 both ends keep the copy c of what the worker has, the server sends C(w - c), both add D C(w - c) to c. What a code loses is in the
-next difference, so nothing is lost for good. The first pull over a link is float32.
-"""
+next difference, so nothing is lost for good. The first pull over a connection is float32.
 
-from typing import Any
+A push sends a head of 64 bytes and the code of the range to each server, its answer a head and the code of a pull. Joining costs
+a HELLO and a head more to each server, and its weights once if it has none; leaving costs one head. What precedes HELLO is in no
+ledger. A step that pushes nothing may send a head "progress to server i", one in `heartbeat_s` at most.
+"""
 
 import torch
 from torch import Tensor
@@ -43,34 +45,26 @@ def decode(codec: Flat | None, payload: Tensor, numel: int) -> Tensor:
 
 
 class PushCoder:
-    """The worker's side of pushes: codes by range, and what is owed to each."""
+    """The worker's side of pushes: codes by range, and each range's error-feedback residual."""
 
     def __init__(self, code: Code) -> None:
         self._codec = make_flat(code)
         decay = 1.0 if code.feedback_decay is None else code.feedback_decay
-        self._memory: Memory = ErrorFeedback(decay=decay) if code.feeds_back else NoMemory()
+        self.memory: Memory = ErrorFeedback(decay=decay) if code.feeds_back else NoMemory()
 
     def encode(self, name: str, values: Tensor) -> Tensor:
         """The payload of one range. UserError if a value is not finite, which coding would spread."""
         if not finite(values):
             raise UserError("what is pushed to the servers is not finite; lower the learning rate, or look at the data")
-        wanted = self._memory.corrected(name, values)
+        wanted = self.memory.corrected(name, values)
         payload = encode(self._codec, wanted)
-        if self._memory.keeps:
-            self._memory.keep(name, wanted - decode(self._codec, payload, values.numel()))
+        if self.memory.keeps:
+            self.memory.keep(name, wanted - decode(self._codec, payload, values.numel()))
         return payload
-
-    def state_dict(self) -> dict[str, Any]:
-        """What is owed."""
-        return self._memory.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Before the first push, with the same number of servers. UserError if it was made without feedback."""
-        self._memory.load_state_dict(state)
 
 
 class Mirror:
-    """One end of coded pulls over one link: the copy of what the worker has."""
+    """One end of coded pulls over one connection: the copy of what the worker has."""
 
     def __init__(self, code: Code) -> None:
         self._codec = make_flat(code)

@@ -1,8 +1,8 @@
-"""What goes over a link: a head of 64 bytes, and behind it so many bytes as the head says.
+"""What goes over a connection: a head of 64 bytes, and behind it so many bytes as the head says.
 
                                                 server -> worker    WELCOME  the service that was agreed on, and the host (JSON)
     worker -> server    HELLO     its name, pace ... (JSON)         STATE    step, version, incarnation
-                        BEGIN                                       STATE    who is to give the weights, server 0 alone (`first`)
+                        BEGIN                                       STATE    who is to give the weights, server 0 alone (`lease`)
                         INIT      spans, weights                    STATE
                         PULL      the least version wished for      WEIGHTS  step, version, the range's weights
                         PUSH      step, ..., code                   WEIGHTS  after the push has been reckoned with
@@ -18,11 +18,16 @@ the size that was agreed, is a BadMessage: it costs its sender the connection, a
 import json
 import math
 import struct
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
 from enum import IntEnum
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
+
+from thinwire.sync.server.flat import Span
 
 _LAYOUT = struct.Struct("<qqqqddqd")
 HEAD_BYTES = _LAYOUT.size
@@ -32,6 +37,8 @@ TEXT_BYTES, HELLO_BYTES, WELCOME_BYTES = 2**10, 2**10, 2**16
 """The most that such a payload may have."""
 NAME_LETTERS = 100
 """The most in the name of a worker or host."""
+SPAN_BYTES = 3 * 8
+Number = Annotated[int, Field(ge=0, lt=MOST)]
 
 
 class BadMessage(ValueError):
@@ -56,13 +63,13 @@ class Kind(IntEnum):
     LOST = 13
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Head:
-    """version: merges or steps the server has made; -1: it has no weights yet. Others as `kind` needs them."""
+    """In the order of the wire. version: merges or steps the server has made; -1: no weights yet. Others as `kind` needs them."""
 
     kind: Kind
     step: int = 0
-    """INIT, and STATE that answers BEGIN: the number of the right to give the weights; 0: they are there."""
+    """INIT, and STATE that answers BEGIN: the number of the lease under which it gives the weights; 0: they are there."""
     version: int = 0
     """INIT: a number that all ranges of these weights share."""
     local_steps: int = 0
@@ -77,71 +84,60 @@ class Head:
 
     def packed(self) -> bytes:
         """HEAD_BYTES bytes."""
-        numbers = self.kind, self.step, self.version, self.local_steps
         rate = math.nan if self.learning_rate is None else self.learning_rate
-        return _LAYOUT.pack(*numbers, self.weight, rate, self.payload_bytes, self.merged)
+        return _LAYOUT.pack(*astuple(replace(self, learning_rate=rate)))
 
     @classmethod
     def unpacked(cls, data: bytes) -> "Head":
         """The inverse of `packed`. BadMessage if no `packed` has made it. Floats are judged where they are used."""
-        kind, step, version, local_steps, weight, rate, payload_bytes, merged = _LAYOUT.unpack(data)
+        kind, step, version, local_steps, weight, rate, *others = _LAYOUT.unpack(data)
         try:
-            known = Kind(kind)
+            head = cls(Kind(kind), step, version, local_steps, weight, None if math.isnan(rate) else rate, *others)
         except ValueError:
             raise BadMessage(f"a message of kind {kind}") from None
-        if version < -1 or not all(0 <= number < MOST for number in (step, version + 1, local_steps, payload_bytes)):
-            raise BadMessage(f"{known.name} with step {step}, version {version}, steps {local_steps}, {payload_bytes} bytes")
-        return cls(
-            kind=known,
-            step=step,
-            version=version,
-            local_steps=local_steps,
-            weight=weight,
-            learning_rate=None if math.isnan(rate) else rate,
-            payload_bytes=payload_bytes,
-            merged=merged,
-        )
+        if version < -1 or not all(0 <= number < MOST for number in (step, version + 1, local_steps, head.payload_bytes)):
+            raise BadMessage(
+                f"{head.kind.name} with step {step}, version {version}, steps {local_steps}, {head.payload_bytes} bytes"
+            )
+        return head
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hello:
+class Hello(BaseModel):
     """With what a worker begins: which server it wants, who and where it is, how many values its model has in that range.
 
-    incarnation: as server 0 has told it; 0 to server 0 itself. every, tokens_per_step: its pace.
+    incarnation: as server 0 has given it; 0 to server 0 itself. every, tokens_per_step: its pace.
     """
 
-    server: int
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    server: Number
     name: str
-    incarnation: int
-    host: str
-    numel: int
-    every: int
+    incarnation: Number
+    host: str = Field(max_length=NAME_LETTERS)
+    numel: Number = Field(ge=1)
+    every: Number
     tokens_per_step: float
+
+    @model_validator(mode="after")
+    def _check(self) -> "Hello":
+        if name_error(self.name) or not self.host.isprintable():
+            raise ValueError("a name that cannot be")
+        return self
 
     def packed(self) -> Tensor:
         """uint8, HELLO_BYTES at most."""
-        return as_bytes(json.dumps(asdict(self)))
+        return as_bytes(json.dumps(self.model_dump()))
 
     @classmethod
     def unpacked(cls, payload: Tensor) -> "Hello":
         """The inverse of `packed`. BadMessage if no `packed` has made it."""
         try:
-            told = json.loads(as_text(payload))
+            return cls.model_validate(json.loads(as_text(payload)))
         except (ValueError, RecursionError):
-            told = None
-        wanted = {field.name: field.type for field in fields(cls)}
-        if not isinstance(told, dict) or {name: type(value) for name, value in told.items()} != wanted:
-            raise BadMessage("a greeting that is none")
-        found = cls(**told)
-        numbers = found.server, found.incarnation, found.numel, found.every
-        if wrong_with_name(found.name) or not found.host.isprintable() or len(found.host) > NAME_LETTERS:
-            raise BadMessage("a greeting with a name that cannot be")
-        if not all(0 <= number < MOST for number in numbers) or not found.numel:
-            raise BadMessage("a greeting with numbers that cannot be")
-        return found
+            raise BadMessage("a greeting that is none") from None
 
 
-def wrong_with_name(name: str) -> str | None:
+def name_error(name: str) -> str | None:
     """Of a worker; the reason, in one line."""
     if not name or "/" in name or not name.isprintable() or len(name) > NAME_LETTERS:
         return f"worker name {name[:NAME_LETTERS]!r}: write letters, digits, - and _, {NAME_LETTERS} at most"
@@ -159,3 +155,16 @@ def as_text(payload: Tensor) -> str:
         return payload.numpy().tobytes().decode()
     except UnicodeDecodeError:
         raise BadMessage("bytes where a text was due") from None
+
+
+def pack_start(values: Tensor, spans: Sequence[Span]) -> Tensor:
+    """Spans and weights as one payload."""
+    table = torch.tensor([(span.first, span.end, span.decays) for span in spans], dtype=torch.int64)
+    return torch.cat([table.view(torch.uint8).reshape(-1), values.contiguous().view(torch.uint8)])
+
+
+def unpack_start(payload: Tensor, num_spans: int) -> tuple[Tensor, list[Span]]:
+    """The inverse of `pack_start`."""
+    size = num_spans * SPAN_BYTES
+    table: Any = payload[:size].clone().view(torch.int64).view(num_spans, 3)
+    return payload[size:].clone().view(torch.float32), [Span(int(a), int(b), bool(c)) for a, b, c in table]

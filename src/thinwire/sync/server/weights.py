@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from thinwire.config.replicas import DiLoCo, Gradients, ServerAdamW
-from thinwire.sync.server.ranges import Span
+from thinwire.sync.server.flat import Span
 
 
 class Weights:

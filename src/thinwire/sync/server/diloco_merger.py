@@ -22,13 +22,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from thinwire.config.replicas import DiLoCo, Service
-from thinwire.sync.server.checks import shares_of
-from thinwire.sync.server.lives import Lives
-from thinwire.sync.server.members import Member
-from thinwire.sync.server.merger import Pace, Push
+from thinwire.sync.server.merger import Member, Merger, Pace, Push, mean_of, shares_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +36,15 @@ class Merge:
     shares: list[float]
 
 
-class DiLoCoMerger(Lives):
-    """See the top of the file, and `thinwire.sync.server.merger.Merger`."""
+class DiLoCoMerger(Merger):
+    """See the top of the file."""
 
     def __init__(self, service: Service) -> None:
         super().__init__(service)
         assert isinstance(service.merge, DiLoCo)
         self._diloco = service.merge
-        self._pending: list[Push] = []
         self._next_round: set[Member] = set()
-        """Those who have come while a merge was under way."""
+        """Those who have joined while a merge was under way."""
         self.merges: list[Merge] = []
 
     def begin(self, member: Member, pace: Pace) -> int:
@@ -59,7 +53,7 @@ class DiLoCoMerger(Lives):
             if self.started and self._awaited_now():
                 self._next_round.add(member)
             self.steps.setdefault(member.name, 0)
-            self._born(member, Pace(every=pace.every or self._diloco.every, tokens_per_step=pace.tokens_per_step))
+            self._admit_new(member, Pace(every=pace.every or self._diloco.every, tokens_per_step=pace.tokens_per_step))
             return self.steps[member.name]
 
     def not_before(self, member: Member, version: int) -> None:
@@ -67,16 +61,16 @@ class DiLoCoMerger(Lives):
         with self.changed:
             if member in self.live and self.version < version and self._awaited_now() - {member}:
                 self._next_round.add(member)
-                self._look()
+                self._merge_if_due()
                 self.changed.notify_all()
 
     def _awaited_now(self) -> set[Member]:
-        """Those who owe this merge a push, or have pushed."""
+        """Those whose push this merge waits for, or has."""
         return self.live - self._next_round
 
     def _take(self, push: Push) -> None:
         self._pending.append(push)
-        self._look()
+        self._merge_if_due()
 
     def _may_go_on(self, member: Member) -> bool:
         return member not in self._next_round and not any(push.member == member for push in self._pending)
@@ -85,7 +79,7 @@ class DiLoCoMerger(Lives):
         awaited = max(1, len(self._awaited_now()))
         return min(self._diloco.quorum or awaited, awaited)
 
-    def _look(self) -> None:
+    def _merge_if_due(self) -> None:
         awaited = self._awaited_now()
         if not awaited:
             self._next_round.clear()  # nobody is left whose merge they could wait for
@@ -101,21 +95,17 @@ class DiLoCoMerger(Lives):
             self._merge()
 
     def _merge(self) -> None:
-        assert self.weights is not None, "a push is checked against the weights before"
         pushes = sorted(self._pending, key=lambda push: push.member)  # the sum must not depend on who was first
         most = max(push.weight for push in pushes) or 1.0
         shares = shares_of([self._weight(push, most) for push in pushes])
-        if shares is not None:
-            mean = torch.stack([push.values for push in pushes]).mul_(shares[:, None]).sum(0)
-            self.weights.step(mean, self._diloco.learning_rate)
         names = [push.member.name for push in pushes]
         staleness = [self.version - push.version for push in pushes]
-        self.merges.append(Merge(self.version, names, staleness, shares.tolist() if shares is not None else [0.0] * len(pushes)))
-        self.version += 1
-        self.merged += sum(push.weight for push in pushes)
+        self.merges.append(Merge(self.version, names, staleness, [0.0] * len(pushes) if shares is None else shares.tolist()))
+        mean = None if shares is None else mean_of(pushes, shares)
+        self._step(mean, self._diloco.learning_rate, sum(push.weight for push in pushes))
         self._pending, self._deadline = [], math.inf
         self._next_round.clear()
-        self._made()
+        self._snapshot_if_due()
         self.changed.notify_all()
 
     def _weight(self, push: Push, most: float) -> float:

@@ -15,28 +15,21 @@ begins at the step of the slowest. Gradients of no samples make no step of the o
 when its tokens are merged (`merger`): while a worker is away, a step has fewer of them, and there are more steps.
 """
 
-import torch
-from torch import Tensor
-
 from thinwire.config.replicas import Gradients, Service
-from thinwire.sync.server.checks import shares_of
-from thinwire.sync.server.lives import Lives
-from thinwire.sync.server.members import Member
-from thinwire.sync.server.merger import Pace, Push, Standing
+from thinwire.sync.server.merger import Member, Merger, Pace, Push, Standing, mean_of, shares_of
 
 EVENTUAL = -1
 
 
-class GradientMerger(Lives):
-    """See the top of the file, and `thinwire.sync.server.merger.Merger`."""
+class GradientMerger(Merger):
+    """See the top of the file."""
 
     def __init__(self, service: Service) -> None:
         super().__init__(service)
         assert isinstance(service.merge, Gradients)
         self._delay = service.merge.delay
-        self._pending: list[Push] = []
         self.furthest_ahead = 0
-        """The most steps by which a worker that was let go on was ahead of the slowest live one."""
+        """The most steps by which a worker that was admitted was ahead of the slowest live one."""
 
     def begin(self, member: Member, pace: Pace) -> int:
         """Sequential: the step that is being collected. Bounded: that of the slowest. Eventual: where it was before."""
@@ -48,41 +41,40 @@ class GradientMerger(Lives):
                 self.steps[member.name] = min(others)
             else:
                 self.steps.setdefault(member.name, 0)
-            self._born(member, Pace(every=1, tokens_per_step=pace.tokens_per_step))
+            self._admit_new(member, Pace(every=1, tokens_per_step=pace.tokens_per_step))
             return self.steps[member.name]
-
-    def not_before(self, member: Member, version: int) -> None:
-        """Nothing: a step that is being collected awaits whoever has come."""
-
-    def _take(self, push: Push) -> None:
-        """Sequential: collect it. Else: one step of the optimizer."""
-        if self._delay == 0:
-            self._pending.append(push)
-            self._look()
-        else:
-            gradient = push.values if push.weight else None
-            self._apply(gradient, self._rate(push) / len(self.live), push.weight)
 
     def admit(self, member: Member, patience_s: float) -> Standing | None:
         """Wait as long as the delay asks for it."""
         with self.changed:
             standing = super().admit(member, patience_s)
             if standing is not None and member in self.live:
-                self.furthest_ahead = max(self.furthest_ahead, self.steps[member.name] - self._slowest())
+                self.furthest_ahead = max(self.furthest_ahead, self._ahead(member))
             return standing
+
+    def _take(self, push: Push) -> None:
+        """Sequential: collect it. Else: one step of the optimizer."""
+        if self._delay == 0:
+            self._pending.append(push)
+            self._merge_if_due()
+        else:
+            gradient = push.values if push.weight else None
+            self._step(gradient, self._rate(push) / len(self.live), push.weight)
+            self._snapshot_if_due()
 
     def _may_go_on(self, member: Member) -> bool:
         if self._delay == 0:
             return self.version >= self.steps[member.name]
-        return self._delay == EVENTUAL or self.steps[member.name] - self._slowest() <= self._delay
+        return self._delay == EVENTUAL or self._ahead(member) <= self._delay
 
     def _pushes_per_merge(self) -> int:
         return 1  # a push is one step, so there is nothing to share
 
-    def _slowest(self) -> int:
-        return min(self.steps[member.name] for member in self.live)
+    def _ahead(self, member: Member) -> int:
+        """Steps before the slowest live worker."""
+        return self.steps[member.name] - min(self.steps[other.name] for other in self.live)
 
-    def _look(self) -> None:
+    def _merge_if_due(self) -> None:
         if not self.live or not self._pending or not self.started or not {push.member for push in self._pending} >= self.live:
             return
         pushes = sorted(self._pending, key=lambda push: push.member)  # the sum must not depend on who was first
@@ -90,20 +82,12 @@ class GradientMerger(Lives):
         self._pending = []
         mean, rate = None, 0.0
         if shares is not None:
-            mean = torch.stack([push.values for push in pushes]).mul_(shares[:, None]).sum(0)
+            mean = mean_of(pushes, shares)
             rates = [self._rate(push) for push in pushes]
             alike = min(rates) == max(rates)
             rate = rates[0] if alike else sum(r * s for r, s in zip(rates, shares.tolist(), strict=True))
-        self._apply(mean, rate, sum(push.weight for push in pushes))
+        self._step(mean, rate, sum(push.weight for push in pushes))
+        self._snapshot_if_due()
 
     def _rate(self, push: Push) -> float:
         return self._config.learning_rate if push.learning_rate is None else push.learning_rate
-
-    def _apply(self, gradient: Tensor | None, learning_rate: float, weight: float) -> None:
-        """None: nothing was behind it."""
-        assert self.weights is not None, "a push is checked against the weights before"
-        if gradient is not None:
-            self.weights.step(gradient, learning_rate)
-        self.version += 1
-        self.merged += weight
-        self._made()
