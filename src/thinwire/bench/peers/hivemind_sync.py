@@ -72,11 +72,11 @@ class CountingAverager(GradientAverager):
 
 
 class HivemindSync(SingleRank):
-    """One per rank. code: of CODECS; address: where the others find this rank."""
+    """One per rank. address: where the others find this rank."""
 
-    def __init__(self, name, code, address):
+    def __init__(self, method, address):
         super().__init__()
-        self._name, self._codec, self._address = name, CODECS[code](), address
+        self._name, self._codec, self._address = method.name, CODECS[method.code](), address
         self._parameters, self._averager, self._control = [], None, None
         self._exchanges = self._missed = self._level_after = 0
 
@@ -172,3 +172,6 @@ class HivemindSync(SingleRank):
             startup_timeout=START_S,
             start=True,
         )
+
+
+make_sync = HivemindSync
