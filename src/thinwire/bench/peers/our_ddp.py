@@ -1,19 +1,19 @@
 """The same steps as plain_ddp.py through thinwire: metered backend, our synchroniser, our step, one summary a turn."""
 
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from thinwire.bench.peers.rank import make_stepper
 from thinwire.bench.turns import Turns
 from thinwire.collectives.metered_calls import all_reduce
 from thinwire.config.model import ModelConfig
 from thinwire.config.run import EveryStep, TrainSection
 from thinwire.models.transformer import Transformer
 from thinwire.sync.every_step import EveryStepSync
-from thinwire.train.step import Stepper, make_optimizer
 
 
 def measure(rank):
@@ -28,16 +28,8 @@ def measure(rank):
     shape = (settings["micro_batch"], config.context)
     tokens = torch.randint(config.vocabulary, shape, generator=torch.Generator().manual_seed(place.rank))
     found = {"exchange": [], "processor": []}
-    optimizer = make_optimizer(model, train)
-    with sync.attached(model, optimizer, mesh) as replica:
-        stepper = Stepper(
-            model=replica,
-            optimizer=optimizer,
-            sync=sync,
-            loss=lambda trained, batch: trained(batch, batch),
-            precision=nullcontext,
-            train=train,
-        )
+    with ExitStack() as stack:
+        stepper = make_stepper(stack, model, sync, mesh, train, lambda trained, batch: trained(batch, batch))
         stepper.rehearse(tokens)
         turns = Turns(rank.results, 1, 2, place.rank, dist.barrier)
         for turn in range(settings["turns"] + 1):

@@ -7,6 +7,7 @@ A script has `measure(rank)`; what it returns on rank 0 becomes RESULTS/SCRIPT.j
 import importlib
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from thinwire.bench.ranks import report_progress
 from thinwire.collectives import backend
 from thinwire.collectives.ledger import Ledger
 from thinwire.train.runtime import Environment, process_group, read_environment
+from thinwire.train.step import Stepper, make_optimizer
 
 TIMEOUT_S = 900.0
 
@@ -41,6 +43,13 @@ class Rank:
         """Of rank 0: how far it is."""
         if self.place.rank == 0:
             report_progress(Path(self.settings["progress"]), done, total, what)
+
+
+def make_stepper(stack, model, sync, mesh, train, loss):
+    """`model` ready to train; it stays attached to `sync` as long as the stack. Collective."""
+    optimizer = make_optimizer(model, train)
+    attached = stack.enter_context(sync.attached(model, optimizer, mesh))
+    return Stepper(model=attached, optimizer=optimizer, sync=sync, loss=loss, precision=nullcontext, train=train)
 
 
 def card_bytes():

@@ -13,7 +13,7 @@ import importlib
 import socket
 import sys
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from thinwire.bench.peers.outside import helpers_s
-from thinwire.bench.peers.rank import card_bytes
+from thinwire.bench.peers.rank import card_bytes, make_stepper
 from thinwire.bench.stock_sync import SILENT, StockSync
 from thinwire.bench.sync_methods import Method, keep, kept, make_method
 from thinwire.cluster import load_cluster
@@ -31,7 +31,7 @@ from thinwire.sync.make import make_synchroniser
 from thinwire.train.agree import make_task
 from thinwire.train.collectives import set_collectives
 from thinwire.train.pace import Pacer
-from thinwire.train.step import Stepper, make_optimizer
+from thinwire.train.step import Stepper
 
 WARM_STEPS, MOST_STEPS = 2, 20
 SLOW_STEP_S, SLOW_TURN_S = 10.0, 20.0
@@ -91,16 +91,8 @@ class Race:
         """A replica of its own, ready to train, and the seconds of its rehearsal. Collective."""
         model = task.build_model()
         check_equal(model, f"{method.name}: before training")  # nobody broadcasts the first weights
-        train = method.config.train
-        optimizer, sync = make_optimizer(model, train), self.sync(method, group)
-        stepper = Stepper(
-            model=stack.enter_context(sync.attached(model, optimizer, self.meshes[method.config.sync.rare])),
-            optimizer=optimizer,
-            sync=sync,
-            loss=task.loss,
-            precision=nullcontext,
-            train=train,
-        )
+        sync, mesh = self.sync(method, group), self.meshes[method.config.sync.rare]
+        stepper = make_stepper(stack, model, sync, mesh, method.config.train, task.loss)
         dist.barrier()
         started = time.perf_counter()
         stepper.rehearse(task.batch(0, self.place.rank))

@@ -5,13 +5,14 @@ micro-batches of each rank at first (empty: equal), `by_speed` whether they are 
 """
 
 import tempfile
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from thinwire.bench.peers.rank import make_stepper
 from thinwire.config.run import RunConfig
 from thinwire.layout import Layout
 from thinwire.sync.every_step import EveryStepSync
@@ -19,7 +20,6 @@ from thinwire.train import checkpoint
 from thinwire.train.agree import make_task
 from thinwire.train.pace import Pacer
 from thinwire.train.runtime import StopRequest
-from thinwire.train.step import Stepper, make_optimizer
 from thinwire.train.trainer import Trainer
 
 AXIS = "data"
@@ -65,24 +65,17 @@ def train(case, config, task, checkpoints, rank, report):
     pacer = Pacer(forward_s=pass_s / 3, backward_s=pass_s * 2 / 3)
     factor = case["slow"] if number == ranks - 1 else 1.0
     model = task.build_model()
-    optimizer, sync = make_optimizer(model, config.train), EveryStepSync(config.sync, AXIS, rank.ledger)
+    sync = EveryStepSync(config.sync, AXIS, rank.ledger)
     reports = Reports(report)
     with ExitStack() as stack:
-        stepper = Stepper(
-            model=stack.enter_context(sync.attached(model, optimizer, mesh)),
-            optimizer=optimizer,
-            sync=sync,
-            loss=task.loss,
-            precision=nullcontext,
-            train=config.train,
-        )
+        stepper = make_stepper(stack, model, sync, mesh, config.train, task.loss)
         stepper.rehearse(task.batch(0, number))
         stack.enter_context(pacer.attached(model, task.workload))
         trainer = Trainer(
             task=Slowing(task, pacer, factor, case["slow_from"]),
             stepper=stepper,
             train=config.train,
-            parts=checkpoint.Parts(model=model, optimizer=optimizer, sync=sync, ledger=rank.ledger, rank=number),
+            parts=checkpoint.Parts(model=model, optimizer=stepper.optimizer, sync=sync, ledger=rank.ledger, rank=number),
             group=mesh.get_group(AXIS),
             device=torch.device("cpu"),
             stop=StopRequest(),
