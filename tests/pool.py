@@ -35,7 +35,7 @@ PRELOAD = [
     "torch.distributed.run",
     "torch.nn.parallel",
     "torch.utils.tensorboard",
-    "thinwire.bench.peers.our_ddp",
+    "thinwire.bench.peers.rank",
     "thinwire.bench.peers.sync_contenders",
     "thinwire.bench.sync",
     "thinwire.cli.conclude",

@@ -15,15 +15,12 @@ from typer.testing import CliRunner
 from command import thinwire
 from pool import Pool, Rank
 from thinwire.bench.peers.sync_contenders import check_equal
-from thinwire.bench.progress import shown, tell
+from thinwire.bench.ranks import progress_shown, report_progress
 from thinwire.bench.registry import find
 from thinwire.bench.stock_sync import SILENT, StockSync
 from thinwire.bench.sync import DEFAULTS, Link, find_links, shaped
-from thinwire.bench.sync_bars import Bar, bar_rows
-from thinwire.bench.sync_learned import keep, kept, key_of
-from thinwire.bench.sync_methods import compress_section, make_method
-from thinwire.bench.sync_rates import rate_needed, rate_predicted
-from thinwire.bench.sync_target import add_targets, loss_at, steps_to, target_rows
+from thinwire.bench.sync_methods import compress_section, keep, kept, key_of, make_method
+from thinwire.bench.sync_rows import Bar, add_targets, bar_rows, loss_at, rate_needed, rate_predicted, steps_to, target_rows
 from thinwire.cli.main import app
 from thinwire.cluster import load_cluster
 from thinwire.config.sync import Streaming
@@ -133,9 +130,9 @@ def test_bars_compare_means_where_both_are_measured() -> None:
 
 
 def test_progress_is_shown_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with shown(tmp_path / "progress", "learning"):
+    with progress_shown(tmp_path / "progress", "learning"):
         for part in (1, 2):
-            tell(tmp_path / "progress", part, 2, f"part {part}")
+            report_progress(tmp_path / "progress", part, 2, f"part {part}")
     said = capsys.readouterr()
     assert said.err.splitlines() == ["learning: 1 of 2: part 1", "learning: 2 of 2: part 2"] and not said.out
 

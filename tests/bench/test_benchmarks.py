@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from command import thinwire
-from thinwire.bench.local import run_local
-from thinwire.bench.registry import BENCHMARKS, describe, find, parse_options, take
+from thinwire.bench.ranks import run_local
+from thinwire.bench.registry import BENCHMARKS, describe, find, parse_options
 from thinwire.bench.table import table
 from thinwire.bench.turns import Turns
 from thinwire.errors import UserError
@@ -24,9 +24,8 @@ def test_every_benchmark_can_be_found_and_says_what_it_is() -> None:
 
 def test_options_are_read_as_toml_and_unknown_ones_refused() -> None:
     assert parse_options(["turns=3", "hosts=[2, 4]", "kind=int4"]) == {"turns": 3, "hosts": [2, 4], "kind": "int4"}
-    assert take({"turns": 3}, {"turns": 9, "steps": 1}) == {"turns": 3, "steps": 1}
-    with pytest.raises(UserError, match="this benchmark has the options turns"):
-        take({"turn": 3}, {"turns": 9})
+    with pytest.raises(UserError, match="this benchmark has the options turns, steps, micro_batch"):
+        find("ddp")(None, {"turn": 3})
     with pytest.raises(UserError, match="write KEY=VALUE"):
         parse_options(["turns"])
 

@@ -12,7 +12,7 @@ import pytest
 
 BENCH = """
 import sys
-from thinwire.bench.local import run_local
+from thinwire.bench.ranks import run_local
 write = "import os, sys, time; open(sys.argv[1] + os.environ['RANK'], 'w').write(str(os.getpid())); time.sleep(60)"
 run_local([[sys.executable, "-c", write, sys.argv[1] + "/"]], 2)
 """

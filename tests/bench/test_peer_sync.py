@@ -16,10 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thinwire.bench.codec_peers import find_peers
-from thinwire.bench.local import run_local
-from thinwire.bench.peer_sync import check, launches
+from thinwire.bench.ranks import run_local
 from thinwire.bench.registry import find
-from thinwire.bench.sync_methods import make_method
+from thinwire.bench.sync_methods import check_packages, launches, make_method
 from thinwire.errors import UserError
 
 OUTSIDE = "from thinwire.bench.peers.outside import alone, helpers_s, within\n"
@@ -64,9 +63,9 @@ def test_what_is_not_installed_is_refused_before_anything_starts(monkeypatch: py
 
 def test_torchft_trains_whole_periods(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    check([make_method("torchft-diloco30", {"train": {"steps": 60}}), make_method("diloco30", {"train": {"steps": 50}})])
+    check_packages([make_method("torchft-diloco30", {"train": {"steps": 60}}), make_method("diloco30", {"train": {"steps": 50}})])
     with pytest.raises(UserError, match="whole periods of 30 steps: steps = 50 is no multiple"):
-        check([make_method("torchft-diloco30", {"train": {"steps": 50}})])
+        check_packages([make_method("torchft-diloco30", {"train": {"steps": 50}})])
 
 
 @given(st.lists(st.sampled_from(["ddp", "none", "int4", "torchft-diloco2", "hivemind-u8", "hivemind-fp16"]), unique=True))

@@ -7,10 +7,13 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -36,19 +39,19 @@ def find_peers() -> tuple[list[Peer], list[str]]:
             for peer in make():
                 reason = _broken(peer)
                 if reason:
-                    reasons.append(f"{peer.name}, {reason}")
+                    reasons.append(f"{peer.name}, broken here: {reason}")
                 else:
                     found.append(peer)
     return found, reasons
 
 
 def _broken(peer: Peer) -> str | None:
-    """Whether it reads what it writes here, in one line; hivemind 1.1 with numpy 2.4 does not."""
+    """Why it does not read what it writes here, in one line; hivemind 1.1 with numpy 2.4 does not."""
     try:
         made = peer.decode(peer.encode(torch.linspace(-1, 1, 4096)))
     except Exception as error:
-        return f"broken here: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    return None if made.numel() == 4096 else f"broken here: {made.numel()} values of 4096 come back"
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return None if made.numel() == 4096 else f"{made.numel()} values of 4096 come back"
 
 
 def _torch() -> list[Peer]:
@@ -56,69 +59,58 @@ def _torch() -> list[Peer]:
         lowest, highest = torch.aminmax(values)
         return torch.quantize_per_tensor(values, float(torch.maximum(-lowest, highest)) / 127, 0, torch.qint8)
 
-    def a_scale_each_256(values: Tensor) -> Tensor:
-        rows = values.view(-1, 256)
+    def a_scale_each_block(values: Tensor) -> Tensor:
+        rows = values.view(-1, BLOCK)
         scales = rows.abs().amax(1) / 127
         return torch.quantize_per_channel(rows, scales, torch.zeros(len(scales), dtype=torch.int64), 0, torch.qint8)
 
     return [
         Peer("torch quantize_per_tensor", 8, one_scale, torch.dequantize),
-        Peer("torch quantize_per_channel 256", 8, a_scale_each_256, torch.dequantize),
+        Peer(f"torch quantize_per_channel {BLOCK}", 8, a_scale_each_block, torch.dequantize),
     ]
 
 
 def _torchao() -> list[Peer]:
     from torchao.quantization import quant_primitives as primitives
 
-    size = (1, 256)
+    size = (1, BLOCK)
 
     def encode(values: Tensor) -> Any:
-        rows = values.view(-1, 256)
-        scales, zeros = primitives.choose_qparams_affine(
-            rows, primitives.MappingType.SYMMETRIC, size, torch.int8, eps=1e-30, scale_dtype=torch.float32
-        )
+        rows, symmetric = values.view(-1, BLOCK), primitives.MappingType.SYMMETRIC
+        scales, zeros = primitives.choose_qparams_affine(rows, symmetric, size, torch.int8, eps=1e-30, scale_dtype=torch.float32)
         return primitives.quantize_affine(rows, size, scales, zeros, torch.int8), scales, zeros
 
-    return [
-        Peer(
-            "torchao affine int8 256", 8, encode, lambda code: primitives.dequantize_affine(code[0], size, *code[1:], torch.int8)
-        )
-    ]
+    def decode(code: Any) -> Tensor:
+        return primitives.dequantize_affine(code[0], size, *code[1:], torch.int8)
+
+    return [Peer(f"torchao affine int8 {BLOCK}", 8, encode, decode)]
 
 
 def _bitsandbytes() -> list[Peer]:
     from bitsandbytes import functional
 
+    eight = partial(functional.quantize_blockwise, blocksize=BLOCK)
+    four = partial(functional.quantize_4bit, blocksize=128, quant_type="fp4")
     return [
-        Peer(
-            "bitsandbytes blockwise 256",
-            8,
-            lambda values: functional.quantize_blockwise(values, blocksize=256),
-            lambda code: functional.dequantize_blockwise(*code),
-        ),
-        Peer(
-            "bitsandbytes fp4 128",
-            4,
-            lambda values: functional.quantize_4bit(values, blocksize=128, quant_type="fp4"),
-            lambda code: functional.dequantize_4bit(*code),
-        ),
+        Peer(f"bitsandbytes blockwise {BLOCK}", 8, eight, lambda code: functional.dequantize_blockwise(*code)),
+        Peer("bitsandbytes fp4 128", 4, four, lambda code: functional.dequantize_4bit(*code)),
     ]
 
 
 def _hivemind() -> list[Peer]:
     from hivemind import compression
 
-    def made(name: str, bits: int, codec: Any) -> Peer:
+    def peer(name: str, bits: int, codec: Any) -> Peer:
         def encode(values: Tensor) -> Any:
             return codec.compress(values, compression.CompressionInfo.from_tensor(values))
 
         return Peer(f"hivemind {name}", bits, encode, codec.extract)
 
     found = [
-        made("uniform 8 bit", 8, compression.Uniform8BitQuantization()),
-        made("quantile 8 bit", 8, compression.Quantile8BitQuantization()),
-        made("float16", 16, compression.Float16Compression()),
+        peer("uniform 8 bit", 8, compression.Uniform8BitQuantization()),
+        peer("quantile 8 bit", 8, compression.Quantile8BitQuantization()),
+        peer("float16", 16, compression.Float16Compression()),
     ]
     if importlib.util.find_spec("bitsandbytes") is not None:
-        found.append(made("blockwise 8 bit", 8, compression.BlockwiseQuantization()))
+        found.append(peer("blockwise 8 bit", 8, compression.BlockwiseQuantization()))
     return found

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from thinwire.bench.codec_peers import find_peers
-from thinwire.bench.registry import Rows, take
+from thinwire.bench.codec_peers import BLOCK, find_peers
+from thinwire.bench.registry import Rows
 from thinwire.compress.base import CODECS, Codec, make_codec
 from thinwire.compress.codecs.blocked import Fusable
 from thinwire.compress.codecs.fused import fused_or_reason
@@ -32,51 +32,54 @@ class _Contender:
     case: str
     encode: Callable[[torch.Tensor], Any]
     decode: Callable[[Any], torch.Tensor]
-    block: int = 1
+    block: int
     peer_bits: int | None = None
     barred_bits: int | None = None
     times: list[tuple[float, float, float]] = field(default_factory=list)
     """(copy, encode, decode) in seconds, for each turn."""
 
+    def median_s(self, part: int) -> float:
+        """Of copy (0), encode (1) or decode (2)."""
+        return median(times[part] for times in self.times)
 
-def run(cluster_name: str | None = None, options: Mapping[str, Any] | None = None) -> Rows:
+
+def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
     """Rows: case, numel, the three rates, ratio; bar and held where there is one. The cluster is not looked at."""
-    told = take(options or {}, DEFAULTS)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        contenders, notes = _contenders(told)
+        contenders, notes = _contenders(options)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # some peers announce their end
-            return [row for numel in told["numels"] for row in _measure(contenders, numel, told["turns"])] + notes
+            return [row for numel in options["numels"] for row in _measure(contenders, numel, options["turns"])] + notes
     finally:
         torch.set_num_threads(threads)
 
 
-def _contenders(told: Mapping[str, Any]) -> tuple[list[_Contender], Rows]:
+def _contenders(options: Mapping[str, Any]) -> tuple[list[_Contender], Rows]:
     found, notes = [], []
-    reason = fused_or_reason() if told["fused"] else None
-    for kind in told["kinds"]:
+    reason = fused_or_reason() if options["fused"] else None
+    for kind in options["kinds"]:
         plain = make_codec(SimpleNamespace(kind=kind))
         assert plain is not None
         found.append(_of_codec(kind, plain, None))
-        if told["fused"] and isinstance(plain, Fusable):
+        if options["fused"] and isinstance(plain, Fusable):
             if reason is None:
                 found.append(_of_codec(f"{kind} fused", type(plain)(fused=True), BARRED.get(kind)))
             else:
                 notes.append({"case": f"{kind} fused: {reason}"})
-    if told["peers"]:
+    if options["peers"]:
         peers, reasons = find_peers()
-        found += [_Contender(f"peer: {peer.name}", peer.encode, peer.decode, 256, peer.bits) for peer in peers]
+        found += [_Contender(f"peer: {peer.name}", peer.encode, peer.decode, BLOCK, peer.bits) for peer in peers]
         notes += [{"case": f"peer: {reason}"} for reason in reasons]
     return found, notes
 
 
 def _of_codec(case: str, codec: Codec, barred_bits: int | None) -> _Contender:
-    def decode(code: tuple[torch.Tensor, int]) -> torch.Tensor:
-        return codec.decode(*code)
+    def encode(values: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return codec.encode(values), values.numel()
 
-    return _Contender(case, lambda values: (codec.encode(values), values.numel()), decode, codec.block, None, barred_bits)
+    return _Contender(case, encode, lambda code: codec.decode(*code), codec.block, barred_bits=barred_bits)
 
 
 def _measure(contenders: list[_Contender], numel: int, turns: int) -> Rows:
@@ -93,33 +96,24 @@ def _measure(contenders: list[_Contender], numel: int, turns: int) -> Rows:
             decode_s, _ = _timed(contender.decode, code)
             if turn:  # the first compiles and warms up
                 contender.times.append((copy_s, encode_s, decode_s))
-    rates = {
-        contender.case: numel // contender.block * contender.block * 4 / 1e9 / median(times[1] for times in contender.times)
-        for contender in contenders
-    }
-    return [_row(contender, numel, rates, contenders) for contender in contenders]
+    rows: Rows = []
+    for contender in contenders:
+        gigabytes = numel // contender.block * contender.block * 4 / 1e9
+        parts = enumerate(("copy", "encode", "decode"))
+        rates = {f"{what}_gb_per_s": gigabytes / contender.median_s(part) for part, what in parts}
+        ratio = median(copy_s / encode_s for copy_s, encode_s, _ in contender.times)
+        rows.append({"case": contender.case, "numel": numel, **rates, "ratio": ratio})
+    pairs = list(zip(contenders, rows, strict=True))
+    for contender, row in pairs:
+        if contender.barred_bits is not None:
+            peers = (other["encode_gb_per_s"] for peer, other in pairs if peer.peer_bits == contender.barred_bits)
+            fastest = max(peers, default=None)
+            held = row["ratio"] >= BAR and (fastest is None or row["encode_gb_per_s"] > fastest)
+            row |= {"fastest_peer_gb_per_s": fastest, "bar": BAR, "held": held}
+    return rows
 
 
 def _timed(action: Callable[[Any], Any], argument: Any) -> tuple[float, Any]:
     started = time.perf_counter()
     result = action(argument)
     return time.perf_counter() - started, result
-
-
-def _row(contender: _Contender, numel: int, rates: Mapping[str, float], contenders: list[_Contender]) -> dict[str, Any]:
-    gigabytes = numel // contender.block * contender.block * 4 / 1e9
-    ratio = median(copy_s / encode_s for copy_s, encode_s, _ in contender.times)
-    row: dict[str, Any] = {
-        "case": contender.case,
-        "numel": numel,
-        "copy_gb_per_s": gigabytes / median(times[0] for times in contender.times),
-        "encode_gb_per_s": rates[contender.case],
-        "decode_gb_per_s": gigabytes / median(times[2] for times in contender.times),
-        "ratio": ratio,
-    }
-    if contender.barred_bits is not None:
-        peers = [rates[other.case] for other in contenders if other.peer_bits == contender.barred_bits]
-        fastest = max(peers, default=None)
-        faster = fastest is None or rates[contender.case] > fastest
-        row |= {"fastest_peer_gb_per_s": fastest, "bar": BAR, "held": ratio >= BAR and faster}
-    return row

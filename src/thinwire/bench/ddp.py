@@ -8,86 +8,71 @@ more than the cores, or the ratio measures the scheduler.
 
 import json
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from thinwire.bench.local import run_local
-from thinwire.bench.registry import Rows, take
+from thinwire.bench.collective_steps import small_model
+from thinwire.bench.ranks import run_commands
+from thinwire.bench.registry import Rows
 from thinwire.cluster import load_cluster
-from thinwire.config.model import ModelConfig
-from thinwire.errors import UserError
-from thinwire.lab.commands import Process, processes_for
-from thinwire.lab.run import RESULTS, LabOptions, launch
+from thinwire.lab.run import RESULTS, LabOptions
 
 DEFAULTS = {"turns": 25, "steps": 8, "micro_batch": 4, "context": 128, "layers": 4, "width": 128, "ranks": 2, "bucket_bytes": 0}
 UNSHAPED_BAR = 1.02
-_HERE = Path(__file__).parent
-_MODEL_FILE = _HERE.parent / "models" / "transformer.py"
+LAB_PORT = 29610
 
 
-def run(cluster_name: str | None = None, options: Mapping[str, Any] | None = None) -> Rows:
+def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
     """Rows: case, ranks, seconds of a step (medians), processor seconds of rank 0, ratio ours / native, quartiles, bar, held."""
-    told = take(options or {}, DEFAULTS)
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
-        commands = _commands(told, folder)
-        run_local(commands, told["ranks"])
-        results = {name: json.loads((Path(folder) / f"{name}.json").read_text()) for name in ("plain", "ours")}
-        rows.append(_row("unshaped (loopback)", told["ranks"], results, UNSHAPED_BAR))
+    found = run_commands(options["ranks"], _commands(options)).results
+    rows = [_row("unshaped (loopback)", options["ranks"], found, UNSHAPED_BAR)]
     if cluster_name is not None:
         cluster = load_cluster(cluster_name)
-        processes: list[Process] = []
-        for command in _commands(told, RESULTS):
-            processes += processes_for(cluster, command)
-        lab = launch(cluster, processes, LabOptions(paced=False))
-        if lab.failure:
-            raise UserError(lab.failure)
-        results = {name: json.loads(lab.results[f"{name}.json"]) for name in ("plain", "ours")}
-        rows.append(_row(f"{cluster.name}, delay {lab.delay}", cluster.world_size, results, None))
+        lab = run_commands(cluster, _commands(options, LAB_PORT), LabOptions(paced=False))
+        rows.append(_row(f"{cluster.name}, delay {lab.delay}", cluster.world_size, lab.results, None))
     return rows
 
 
-def _commands(told: Mapping[str, Any], results: str) -> list[list[str]]:
-    """Of the two contenders, for one rank each."""
-    shape = {
-        "layers": told["layers"],
-        "width": told["width"],
-        "heads": 4,
-        "context": told["context"],
-        "norm": "layer",
-        "mlp": "gelu",
-    }
-    model = ModelConfig.model_validate(shape).model_dump()
-    shared = {"model": model, "contenders": 2} | {key: told[key] for key in ("turns", "steps", "micro_batch", "bucket_bytes")}
-    plain = json.dumps({**shared, "index": 0, "port": 29610})
-    ours = json.dumps({**shared, "index": 1, "port": 29611})
+def _commands(options: Mapping[str, Any], port: int = 0) -> list[list[str]]:
+    """Of the two contenders, for one rank each. port: of the first one's rank 0; 0: the launcher's, which each has its own of."""
+    settings = {key: options[key] for key in ("turns", "steps", "micro_batch", "bucket_bytes")}
+    text = json.dumps({**settings, "port": port, "model": small_model(options).model_dump()})
+    here = Path(__file__).parent
+    files = (here / "peers" / "plain_ddp.py", here.parent / "models" / "transformer.py", here / "turns.py")
     return [
-        [sys.executable, str(_HERE / "peers" / "plain_ddp.py"), str(_MODEL_FILE), str(_HERE / "turns.py"), results, plain],
-        [sys.executable, "-m", "thinwire.bench.peers.our_ddp", results, ours],
+        [sys.executable, *map(str, files), RESULTS, text],
+        [sys.executable, "-m", "thinwire.bench.peers.rank", "our_ddp", RESULTS, text],
     ]
 
 
 def _row(case: str, ranks: int, results: Mapping[str, Mapping[str, list[float]]], bar: float | None) -> dict[str, Any]:
-    plain, ours = results["plain"]["exchange"], results["ours"]["exchange"]
-    ratios = sorted(mine / theirs for mine, theirs in zip(ours, plain, strict=True))
-    quarter = len(ratios) // 4
-    ratio = median(ratios)
-    noise = (sorted(plain)[-1 - quarter] - sorted(plain)[quarter]) / median(plain)
+    plain, ours = results["plain_ddp"], results["our_ddp"]
+    ratios = sorted(mine / theirs for mine, theirs in zip(ours["exchange"], plain["exchange"], strict=True))
+    low, high = quartiles(ratios)
+    native_low, native_high = quartiles(plain["exchange"])
+    native_s, ratio = median(plain["exchange"]), median(ratios)
+    noise = (native_high - native_low) / native_s
+    bar = 1 + noise if bar is None else bar
     return {
         "case": case,
         "ranks": ranks,
-        "native_s": median(plain),
-        "ours_s": median(ours),
-        "no_exchange_s": median(results["plain"]["no_exchange"]),
-        "native_cpu_s": median(results["plain"]["processor"]),
-        "ours_cpu_s": median(results["ours"]["processor"]),
+        "native_s": native_s,
+        "ours_s": median(ours["exchange"]),
+        "no_exchange_s": median(plain["no_exchange"]),
+        "native_cpu_s": median(plain["processor"]),
+        "ours_cpu_s": median(ours["processor"]),
         "ratio": ratio,
-        "quartile_low": ratios[quarter],
-        "quartile_high": ratios[-1 - quarter],
+        "quartile_low": low,
+        "quartile_high": high,
         "noise": noise,
-        "bar": bar if bar is not None else 1 + noise,
-        "held": ratio <= (bar if bar is not None else 1 + noise),
+        "bar": bar,
+        "held": ratio <= bar,
     }
+
+
+def quartiles(values: list[float]) -> tuple[float, float]:
+    """The values with a quarter of the others below, and above."""
+    ordered, quarter = sorted(values), len(values) // 4
+    return ordered[quarter], ordered[-1 - quarter]

@@ -4,45 +4,33 @@ The lab shapes its links as declared; the probe knows nothing of the file. Bars:
 rate, the racks and the slow hosts named, 30 s for eight hosts.
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-from thinwire.bench.registry import Rows, take
+from thinwire.bench.ranks import run_commands
+from thinwire.bench.registry import Rows
 from thinwire.cluster import Cluster, Link, load_cluster
-from thinwire.errors import UserError
-from thinwire.lab.commands import processes_for
-from thinwire.lab.run import RESULTS, LabOptions, launch
+from thinwire.lab.run import RESULTS, LabOptions
 
 CLUSTERS = ("four-hosts-100mbit", "two-racks", "one-slow-host")
 DEFAULTS = {"delay": True}
-BAR = 0.10
-BAR_S = 30.0
+BAR, BAR_S = 0.10, 30.0
 SLOW_BELOW = 1 / 1.5
-COMMAND = (sys.executable, "-m", "thinwire", "probe")
 
 
-def run(cluster_name: str | None = None, options: Mapping[str, Any] | None = None) -> Rows:
+def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
     """A row a cluster (ratios, probe_s, racks, slow: as found, `held` if all is as declared), then a row a link.
 
     Link rows: cluster, link, declared_bps, measured_bps, ratio, held. Without a cluster: three shipped ones.
     """
-    told = take(options or {}, DEFAULTS)
     rows: Rows = []
-    for name in [cluster_name] if cluster_name else CLUSTERS:
-        rows += measure(load_cluster(name), delay=told["delay"])
+    for cluster in map(load_cluster, [cluster_name] if cluster_name else CLUSTERS):
+        command = [sys.executable, "-m", "thinwire", "probe", "-o", f"{RESULTS}/probe.toml", "--json", f"{RESULTS}/probe.json"]
+        found = run_commands(cluster, [command], LabOptions(delay=options["delay"])).results["probe"]
+        rows += compare(cluster, found)
     return rows
-
-
-def measure(cluster: Cluster, *, delay: bool = True) -> Rows:
-    """Probe one cluster in the lab."""
-    command = [*COMMAND, "-o", f"{RESULTS}/probe.toml", "--json", f"{RESULTS}/probe.json"]
-    result = launch(cluster, processes_for(cluster, command), LabOptions(delay=delay))
-    if result.failure:
-        raise UserError(f"probe of {cluster.name}: {result.failure}")
-    return compare(cluster, json.loads(result.results["probe.json"]))
 
 
 def compare(cluster: Cluster, found: Mapping[str, Any]) -> Rows:
@@ -51,16 +39,8 @@ def compare(cluster: Cluster, found: Mapping[str, Any]) -> Rows:
     for link, measured_bps in _matched(cluster, found):
         declared_bps = link.bandwidth_bps.value
         ratio = measured_bps / declared_bps
-        links.append(
-            {
-                "case": cluster.name,
-                "link": f"{link.source} -> {link.target}",
-                "declared_bps": declared_bps,
-                "measured_bps": measured_bps,
-                "ratio": ratio,
-                "held": abs(ratio - 1) <= BAR,
-            }
-        )
+        row = {"case": cluster.name, "link": f"{link.source} -> {link.target}", "declared_bps": declared_bps}
+        links.append({**row, "measured_bps": measured_bps, "ratio": ratio, "held": abs(ratio - 1) <= BAR})
     racks, slow = sorted(sorted(rack["hosts"]) for rack in found["racks"]), sorted(found["slow_hosts"])
     right = racks == _declared_racks(cluster) and slow == _declared_slow(cluster)
     ratios: list[float] = sorted((row["ratio"] for row in links), key=lambda ratio: abs(ratio - 1))
@@ -89,28 +69,24 @@ def _matched(cluster: Cluster, found: Mapping[str, Any]) -> list[tuple[Link, flo
         name = rack_of[rack["hosts"][0]]
         if name is not None:
             rates[name, "out"], rates[name, "in"] = rack["up_bps"]["value"], rack["down_bps"]["value"]
-    ends = [(link, key) for link in cluster.links for key in ((link.source, "out"), (link.target, "in"))]
-    return [(link, rates[key]) for link, key in ends if key in rates and not _is_rack_side(cluster, link, key[0])]
-
-
-def _is_rack_side(cluster: Cluster, link: Link, node: str) -> bool:
-    """A rack switch ends its hosts' cables too; those belong to the hosts."""
-    hosts = {host.name for host in cluster.hosts}
-    return node not in hosts and bool(hosts & {link.source, link.target})
+    matched = []
+    for link in cluster.links:
+        for node, direction in ((link.source, "out"), (link.target, "in")):
+            # A rack's switch ends its hosts' cables too; those belong to the hosts.
+            hosts_cable = node not in rack_of and bool(rack_of.keys() & {link.source, link.target})
+            if (node, direction) in rates and not hosts_cable:
+                matched.append((link, rates[node, direction]))
+    return matched
 
 
 def _declared_racks(cluster: Cluster) -> list[list[str]]:
-    racks: dict[str, list[str]] = {}
-    for host in cluster.hosts:
-        if host.rack:
-            racks.setdefault(host.rack, []).append(host.name)
-    return sorted(sorted(hosts) for hosts in racks.values())
+    names = {host.rack for host in cluster.hosts if host.rack}
+    return sorted(sorted(host.name for host in cluster.hosts if host.rack == name) for name in names)
 
 
 def _declared_slow(cluster: Cluster) -> list[str]:
-    names = {host.name for host in cluster.hosts}
-    slowest: dict[str, float] = {}
-    for link in cluster.links:
-        for name in names & {link.source, link.target}:
-            slowest[name] = min(link.bandwidth_bps.value, slowest.get(name, float("inf")))
+    slowest = {
+        host.name: min(link.bandwidth_bps.value for link in cluster.links if host.name in (link.source, link.target))
+        for host in cluster.hosts
+    }
     return sorted(name for name, rate in slowest.items() if rate < SLOW_BELOW * median(slowest.values()))

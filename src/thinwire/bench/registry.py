@@ -15,30 +15,40 @@ from thinwire.errors import UserError
 Rows = list[dict[str, Any]]
 Benchmark = Callable[[str | None, Mapping[str, Any]], Rows]
 
-BENCHMARKS: Mapping[str, str] = {
-    "collectives": "thinwire.bench.collectives",
-    "collective_steps": "thinwire.bench.collective_steps",
-    "compress": "thinwire.bench.compress",
-    "ddp": "thinwire.bench.ddp",
-    "fsdp": "thinwire.bench.fsdp",
-    "lab": "thinwire.bench.lab",
-    "ledger": "thinwire.bench.ledger",
-    "probe": "thinwire.bench.probe",
-    "sync": "thinwire.bench.sync",
-    "uneven": "thinwire.bench.uneven",
-}
+BENCHMARKS = (
+    "collectives",
+    "collective_steps",
+    "compress",
+    "ddp",
+    "fsdp",
+    "lab",
+    "ledger",
+    "probe",
+    "sync",
+    "uneven",
+)
+"""Each a module of this folder, with `run(cluster, options)` and the values of its options in DEFAULTS."""
 
 
 def find(name: str) -> Benchmark:
-    """The `run` of a benchmark. UserError for an unknown name."""
+    """A benchmark, which gets options that need not be all. UserError for an unknown name or option."""
     if name not in BENCHMARKS:
         raise UserError(f"there is no benchmark {name!r}; there are: {', '.join(BENCHMARKS)}")
-    return importlib.import_module(BENCHMARKS[name]).run
+    module = importlib.import_module(f"thinwire.bench.{name}")
+
+    def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
+        unknown = sorted(set(options) - set(module.DEFAULTS))
+        if unknown:
+            raise UserError(f"option {unknown[0]}: this benchmark has the options {', '.join(module.DEFAULTS)}")
+        rows: Rows = module.run(cluster_name, {**module.DEFAULTS, **options})
+        return rows
+
+    return run
 
 
 def describe() -> dict[str, str]:
     """The first line of each benchmark's file."""
-    return {name: (importlib.import_module(module).__doc__ or "").splitlines()[0] for name, module in BENCHMARKS.items()}
+    return {name: (importlib.import_module(f"thinwire.bench.{name}").__doc__ or "").splitlines()[0] for name in BENCHMARKS}
 
 
 def parse_options(changes: Sequence[str]) -> dict[str, Any]:
@@ -53,14 +63,6 @@ def parse_options(changes: Sequence[str]) -> dict[str, Any]:
         except tomllib.TOMLDecodeError:
             options[key] = text
     return options
-
-
-def take(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """`defaults` with `options` laid over them. UserError for an option that the benchmark does not have."""
-    unknown = set(options) - set(defaults)
-    if unknown:
-        raise UserError(f"option {sorted(unknown)[0]}: this benchmark has the options {', '.join(defaults)}")
-    return {**defaults, **options}
 
 
 def machine() -> dict[str, Any]:

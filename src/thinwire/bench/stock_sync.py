@@ -1,15 +1,12 @@
-"""PyTorch's own ways to synchronise gradients behind the Synchroniser's contract, so that one loop trains peers and ours.
-
-DistributedDataParallel and its hooks, nothing of ours underneath:
+"""DistributedDataParallel and its hooks behind the Synchroniser's contract, so that one loop trains peers and ours.
 
     ""          no hook: float32, averaged by all-reduce
-    "fp16"      cast to float16 on the way
+    "fp16"      cast to float16 for the wire
     "powersgd"  low rank with error feedback and warm start (Vogels et al. 2019)
     "silent"    every pass under no_sync: what a step takes where nothing is exchanged
 
-Nothing is predicted; the ledger counts what is sent where the group is metered. Replicas begin from the same seed, so PyTorch's
-broadcast of the first weights is left out: a model takes as long as a step of training on a slow link, and the bench compares the
-weights' digests instead.
+The ledger counts what is sent where the group is metered. PyTorch's broadcast of the first weights is left out: on a slow link it
+takes as long as a step, replicas begin from the same seed, and the bench compares their digests.
 
 The rehearsal exchanges one gradient and throws it away, where ours exchanges none: PyTorch forms its buckets anew after its first
 exchange. What its PowerSGD remembers of this one is thrown away too, because it belongs to the first buckets. So all methods
@@ -31,8 +28,7 @@ from thinwire.sync.single_rank import SingleRank
 ONE_BUCKET_MIB = 1000.0
 """With more than one bucket PyTorch's PowerSGD hangs on gloo: all-reduces of two buckets are issued by two threads."""
 FIRST_COMPRESSED = 2
-"""The earliest that torch allows with error feedback: before, PowerSGD would see the first buckets. Here it is the rehearsal that
-sees them."""
+"""The earliest that torch allows with error feedback, so that the first buckets are not seen; here the rehearsal sees them."""
 SILENT = "silent"
 
 
@@ -58,11 +54,9 @@ class StockSync(SingleRank):
         if self._hook == "fp16":
             self._replica.register_comm_hook(self._group, default_hooks.fp16_compress_hook)
         elif self._hook == "powersgd":
-            self._powersgd = powerSGD_hook.PowerSGDState(
-                self._group, matrix_approximation_rank=self._rank, start_powerSGD_iter=FIRST_COMPRESSED
-            )
-            self._powersgd.iter = FIRST_COMPRESSED
-            self._replica.register_comm_hook(self._powersgd, powerSGD_hook.powerSGD_hook)
+            state = powerSGD_hook.PowerSGDState(self._group, self._rank, start_powerSGD_iter=FIRST_COMPRESSED)
+            state.iter, self._powersgd = FIRST_COMPRESSED, state
+            self._replica.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
         try:
             yield self._replica
         finally:

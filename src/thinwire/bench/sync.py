@@ -20,34 +20,27 @@ too, and unpaced.
 
 `collectives` is that of run.toml; it is for ours only, stock peers stay on stock gloo.
 
-With three links or more a table says which rate each method needs (`sync_rates`); with `target`, a part of data parallelism's
-tokens, each row says how long the loss that it has then takes (`sync_target`). `learned` names a file that keeps what was learned
-for later runs (`sync_learned`). Methods of other packages are in `peer_sync`.
+With three links or more a table says which rate each method needs; with `target`, a part of data parallelism's tokens, each row
+says how long the loss that it has then takes (`sync_rows`). `learned` names a file that keeps what was learned for later runs.
 """
 
-import json
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from thinwire.bench.local import run_local
-from thinwire.bench.peer_sync import check, launches, prefix
-from thinwire.bench.progress import shown
-from thinwire.bench.registry import Rows, take
-from thinwire.bench.sync_bars import UNCOMPRESSED, bar_rows
-from thinwire.bench.sync_learned import kept, key_of
-from thinwire.bench.sync_methods import Method, make_method
-from thinwire.bench.sync_rates import rate_rows
-from thinwire.bench.sync_target import add_targets, target_rows
-from thinwire.cluster import Cluster, Quantity, load_cluster
+from thinwire.bench.collectives import with_rates
+from thinwire.bench.ddp import quartiles
+from thinwire.bench.ranks import run_script
+from thinwire.bench.registry import Rows
+from thinwire.bench.sync_methods import Method, check_packages, kept, key_of, launches, make_method
+from thinwire.bench.sync_rows import UNCOMPRESSED, add_targets, bar_rows, rate_rows, target_rows
+from thinwire.cluster import Cluster, load_cluster
 from thinwire.collectives.ledger import Ledger
 from thinwire.errors import UserError
-from thinwire.lab.commands import processes_for
-from thinwire.lab.run import RESULTS, LabOptions, launch
 from thinwire.layout import Layout
 from thinwire.plan.cost import Setting, predict
 from thinwire.sync.make import make_synchroniser
@@ -80,12 +73,15 @@ DEFAULTS: Mapping[str, Any] = {
 }
 UNSHAPED = "unshaped"
 SLOWEST_BPS, UNSHAPED_BPS = 1e3, 100e9
-"""The slowest and the fastest that a lab can be told; no card of it gets to the latter."""
-TIMEOUT_S, PATIENCE_S = 1800.0, 4 * 3600.0
+"""The slowest and the fastest rate that a lab takes; no card of it gets to the latter."""
+TIMEOUT_S, RUN_TIMEOUT_S = 1800.0, 4 * 3600.0
 POINTS = 20
 """Of the curve of a whole run, where a target is wanted."""
 NO_EXCHANGE = "no exchange"
-SCRIPT = "thinwire.bench.peers.sync_contenders"
+QUIET = ("env", "HIVEMIND_LOGLEVEL=CRITICAL", "RUST_LOG=error", "PYTHONWARNINGS=ignore")
+"""hivemind reports the end of its helpers as errors, torchft each exchange; both would hide the line that says what failed."""
+Timed = dict[str, dict[str, Any]]
+"""{method: lists over the turns}."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,76 +92,76 @@ class Link:
     given: bool = False
 
 
-def run(cluster_name: str | None = None, options: Mapping[str, Any] | None = None) -> Rows:
+def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
     """A row for each method, link and seed, then one for each bar; link_bps is None where cards are not shaped."""
-    told = take(options or {}, DEFAULTS)
     cluster = load_cluster(cluster_name) if cluster_name else None
-    methods, seeds, links = _methods(told), _seeds(told["seeds"]), find_links(told["links"], cluster)
-    settings = {
-        "base": _base(told),
-        "seeds": seeds,
-        "timeout_s": TIMEOUT_S,
-        **{key: told[key] for key in ("fused", "turns", "turn_s")},
-        "curve": _curve(told),
-    }
-    ranks = told["ranks"] if cluster is None else cluster.world_size
-    keys = {f"{one.name} {seed}": key_of(one, seed, ranks, settings["curve"]) for seed in seeds for one in methods}
-    settings["keys"] = keys
-    timed: dict[Link, dict[str, dict[str, Any]]] = {link: {} for link in links}
+    methods, seeds, links = _methods(options), _seeds(options["seeds"]), find_links(options["links"], cluster)
+    ranks = cluster.world_size if cluster else options["ranks"]
+    curve = _curve(options)
+    keys = {f"{one.name} {seed}": key_of(one, seed, ranks, curve) for seed in seeds for one in methods}
+    settings = {key: options[key] for key in ("fused", "turns", "turn_s")}
+    settings |= {"base": _base(options), "seeds": seeds, "curve": curve, "keys": keys, "timeout_s": TIMEOUT_S}
+    timed: dict[Link, Timed] = {link: {} for link in links}
     with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
-        path = Path(told["learned"] or f"{folder}/learned").resolve()
+        path = Path(options["learned"] or f"{folder}/learned").resolve()
         settings["learned"] = str(path)
         for launch_methods in launches(methods):
             if cluster is None:
-                timed[links[0]] |= _beside_silence(_on_loopback("time,learn", ranks, launch_methods, settings))
+                timed[links[0]] |= _run(ranks, "loopback", ["time", "learn"], launch_methods, settings)
                 continue
             for link in links:
-                timed[link] |= _beside_silence(_in_lab(cluster, link, launch_methods, settings))
-            _on_loopback("learn", ranks, launch_methods, settings)
-        there = kept(path)
-    learned = [there[key] for key in keys.values()]
-    rows = [_row(timed[link], link, one) for link in links for one in learned]
-    if told["target"]:
-        unshaped = next((timed[link] for link in links if link.rate_bps is None), None)
-        unshaped_s = median(unshaped[UNCOMPRESSED[0]]["step_s"]) if unshaped and UNCOMPRESSED[0] in unshaped else None
-        add_targets(rows, learned, told["target"], UNCOMPRESSED[0], unshaped_s)
+                title = show(link.rate_bps, "bit/s") if link.rate_bps else UNSHAPED
+                timed[link] |= _run(shaped(cluster, link), title, ["time"], launch_methods, settings)
+            _run(ranks, "loopback", ["learn"], launch_methods, settings)
+        known = kept(path)
+    learned = [known[key] for key in keys.values()]
+    rows = [_row(timed[link][one["method"]], link, one) for link in links for one in learned]
+    if options["target"]:
+        unshaped = next((timed[link] for link in links if link.rate_bps is None), {}).get(UNCOMPRESSED[0])
+        unshaped_s = median(unshaped["step_s"]) if unshaped else None
+        add_targets(rows, learned, options["target"], UNCOMPRESSED[0], unshaped_s)
     others = {method.name for method in methods if method.hook is not None or method.package}
-    needed = rate_rows(rows, _predicted(cluster, methods, told)) if cluster is not None and len(links) > 2 else []
+    needed = rate_rows(rows, _predicted(cluster, methods, options)) if cluster is not None and len(links) > 2 else []
     return rows + bar_rows(rows) + target_rows(rows, others) + needed
 
 
-def _curve(told: Mapping[str, Any]) -> list[int]:
+def _run(where: Cluster | int, title: str, phases: list[str], methods: Sequence[Method], settings: Mapping[str, Any]) -> Timed:
+    """What was measured of each method, with the step without any exchange from the same start; nothing without phase `time`."""
+    names = [method.name for method in methods]
+    foreign = any(method.package for method in methods)
+    settings = {**settings, "methods": names, "phases": phases, "alone": ", ".join(names) if foreign else ""}
+    prefix = QUIET if foreign else ()
+    done = run_script(where, "sync_contenders", settings, title=title, prefix=prefix, timeout_s=RUN_TIMEOUT_S)
+    timed: Timed = done.results.get("sync_contenders", {})
+    silent_s = median(timed.pop(NO_EXCHANGE)["step_s"]) if timed else 0.0
+    return {name: {**mine, "no_exchange_step_s": silent_s} for name, mine in timed.items()}
+
+
+def _curve(options: Mapping[str, Any]) -> list[int]:
     """Steps after which the held-out loss is taken. For a target: from half of its steps on."""
-    steps = told["steps"]
-    every, first = told["curve_every"], 1
-    if told["target"] and not every:
-        every, first = max(1, steps // POINTS), max(1, int(told["target"] * steps / 2))
+    steps, every, first = options["steps"], options["curve_every"], 1
+    if options["target"] and not every:
+        every, first = max(1, steps // POINTS), max(1, int(options["target"] * steps / 2))
     return [step for step in range(first, steps + 1) if step % every == 0] if every else []
 
 
-def _predicted(cluster: Cluster, methods: Sequence[Method], told: Mapping[str, Any]) -> dict[str, Callable[[float], float]]:
+def _predicted(cluster: Cluster, methods: Sequence[Method], options: Mapping[str, Any]) -> dict[str, Callable[[float], float]]:
     """For each method of ours: utilisation by the cost model, of the rate of the cards, compute as declared."""
+    rates, size = cluster.declared_rates, cluster.world_size
+
+    def utilisation(setting: Setting, transfers: Sequence[Transfer], rate_bps: float) -> float:
+        prediction = predict(replace(setting, cluster=shaped(cluster, Link(rate_bps))), transfers)
+        return (prediction.step_s - prediction.exposed_s) / prediction.step_s
+
     found: dict[str, Callable[[float], float]] = {}
-    rates = tuple(rate.value for rank in range(cluster.world_size) if (rate := cluster.device_of(rank).flops_per_s) is not None)
     for method in methods:
-        if method.hook or method.package or len(rates) < cluster.world_size:
-            continue
-        config, size = method.config, cluster.world_size
-        layout = Layout(outer=size) if config.sync.rare else Layout(data=size)
-        workload = Workload.of_transformer(config.model.shape(), config.train.micro_batch, config.train.sequence)
-        transfers = make_synchroniser(config.sync, config.compress, layout, Ledger()).traffic(workload, layout)
-
-        def utilisation(
-            rate_bps: float, layout: Layout = layout, workload: Workload = workload, transfers: Sequence[Transfer] = transfers
-        ) -> float:
-            there = shaped(cluster, Link(rate_bps))
-            setting = Setting(
-                cluster=there, layout=layout, workload=workload, micro_batches=told["accumulate"], flops_per_s=rates
-            )
-            prediction = predict(setting, transfers)
-            return (prediction.step_s - prediction.exposed_s) / prediction.step_s
-
-        found[method.name] = utilisation
+        if rates and not method.hook and not method.package:
+            config, micro_batches = method.config, options["accumulate"]
+            layout = Layout(outer=size) if config.sync.rare else Layout(data=size)
+            workload = Workload.of_transformer(config.model.shape(), config.train.micro_batch, config.train.sequence)
+            transfers = make_synchroniser(config.sync, config.compress, layout, Ledger()).traffic(workload, layout)
+            setting = Setting(cluster=cluster, layout=layout, workload=workload, micro_batches=micro_batches, flops_per_s=rates)
+            found[method.name] = partial(utilisation, setting, transfers)
     return found
 
 
@@ -187,32 +183,31 @@ def find_links(wanted: Sequence[Any], cluster: Cluster | None) -> list[Link]:
 
 def shaped(cluster: Cluster, link: Link) -> Cluster:
     """`cluster` with all its cards, not the cables between switches, at the rate of `link`."""
+    rate_bps = link.rate_bps or UNSHAPED_BPS
+    hosts = {host.name for host in cluster.hosts}
     if link.given:
         return cluster
-    rate = Quantity(link.rate_bps or UNSHAPED_BPS)
-    hosts = {host.name for host in cluster.hosts}
-    links = [replace(cable, bandwidth_bps=rate) if hosts & {cable.source, cable.target} else cable for cable in cluster.links]
-    return Cluster(name=cluster.name, hosts=cluster.hosts, switches=cluster.switches, links=tuple(links), ranks=cluster.ranks)
+    return with_rates(cluster, lambda cable: rate_bps if hosts & {cable.source, cable.target} else cable.bandwidth_bps.value)
 
 
-def _base(told: Mapping[str, Any]) -> dict[str, Any]:
+def _base(options: Mapping[str, Any]) -> dict[str, Any]:
     """The sections of run.toml that all methods share."""
     train = ("sequence", "micro_batch", "steps", "learning_rate", "warmup_steps", "eval_tokens")
     return {
-        "model": {"preset": told["preset"], **told["model"]},
-        "collectives": {"kind": told["collectives"]},
-        "sync": {"accumulate": told["accumulate"], "bucket_bytes": told["bucket_bytes"]},
-        "train": {key: told[key] for key in train} | {"dtype": "float32"},
+        "model": {"preset": options["preset"], **options["model"]},
+        "collectives": {"kind": options["collectives"]},
+        "sync": {key: options[key] for key in ("accumulate", "bucket_bytes")},
+        "train": {key: options[key] for key in train} | {"dtype": "float32"},
     }
 
 
-def _methods(told: Mapping[str, Any]) -> list[Method]:
+def _methods(options: Mapping[str, Any]) -> list[Method]:
     """Checked here, so that what is wrong is said before anything is started."""
-    names = list(told["methods"])
+    names = list(options["methods"])
     if not names or len(set(names)) < len(names):
         raise UserError(f"methods = {names}: name one or more, each once")
-    methods = [make_method(name, _base(told), fused=told["fused"]) for name in names]
-    check(methods)
+    methods = [make_method(name, _base(options), fused=options["fused"]) for name in names]
+    check_packages(methods)
     return methods
 
 
@@ -223,63 +218,23 @@ def _seeds(wanted: int | Sequence[int]) -> list[int]:
     return seeds
 
 
-def _command(phases: str, results: str, progress: Path, methods: Sequence[Method], settings: Mapping[str, Any]) -> list[str]:
-    told = {**settings, "methods": [method.name for method in methods], "progress": str(progress)}
-    return [*prefix(methods), sys.executable, "-m", SCRIPT, phases, results, json.dumps(told)]
-
-
-def _on_loopback(phases: str, ranks: int, methods: Sequence[Method], settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """{method: lists over the turns} if `time` is among the phases."""
-    with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
-        progress = Path(folder) / "progress"
-        with shown(progress, "loopback"):
-            run_local([_command(phases, folder, progress, methods, settings)], ranks, PATIENCE_S)
-        timed = Path(folder) / "time.json"
-        found: dict[str, dict[str, Any]] = json.loads(timed.read_text()) if timed.exists() else {}
-        return found
-
-
-def _in_lab(cluster: Cluster, link: Link, methods: Sequence[Method], settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """{method: lists over the turns}."""
-    lab_cluster = shaped(cluster, link)
-    with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
-        progress = Path(folder) / "progress"
-        processes = processes_for(lab_cluster, _command("time", RESULTS, progress, methods, settings))
-        with shown(progress, show(link.rate_bps, "bit/s") if link.rate_bps else UNSHAPED):
-            lab = launch(lab_cluster, processes, LabOptions())
-    if lab.failure:
-        raise UserError(lab.failure)
-    found: dict[str, dict[str, Any]] = json.loads(lab.results["time.json"])
-    return found
-
-
-def _beside_silence(timed: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What was measured of each method, with the step without any exchange from the same start."""
-    silent = median(timed[NO_EXCHANGE]["step_s"])
-    return {name: {**mine, "no_exchange_step_s": silent} for name, mine in timed.items() if name != NO_EXCHANGE}
-
-
-def _row(timed: Mapping[str, Mapping[str, Any]], link: Link, learned: Mapping[str, Any]) -> dict[str, Any]:
-    name = learned["method"]
-    mine = timed[name]
-    silent = mine["no_exchange_step_s"]
-    step_s, turns = median(mine["step_s"]), sorted(mine["step_s"])
-    quarter = len(turns) // 4
+def _row(timed: Mapping[str, Any], link: Link, learned: Mapping[str, Any]) -> dict[str, Any]:
+    step_s, (low_s, high_s) = median(timed["step_s"]), quartiles(timed["step_s"])
     return {
         "case": "measured",
-        "method": name,
+        "method": learned["method"],
         "link_bps": link.rate_bps,
         "seed": learned["seed"],
         "step_s": step_s,
-        "spread": (turns[-1 - quarter] - turns[quarter]) / step_s,
-        "no_exchange_step_s": silent,
-        "utilisation": silent / step_s,
-        "processor_s": median(mine["processor_s"]),
-        "wait_s": median(mine["wait_s"]) if mine["wait_s"] else None,
-        "late": mine["late"],
+        "spread": (high_s - low_s) / step_s,
+        "no_exchange_step_s": timed["no_exchange_step_s"],
+        "utilisation": timed["no_exchange_step_s"] / step_s,
+        "processor_s": median(timed["processor_s"]),
+        "wait_s": median(timed["wait_s"]) if timed["wait_s"] else None,
+        "late": timed["late"],
         "wire_bytes_per_step": learned["wire_bytes_per_step"],
-        "card_bytes_per_step": median(mine["card_bytes"]) or None,
+        "card_bytes_per_step": median(timed["card_bytes"]) or None,
         "heldout_loss": learned["heldout_loss"],
         "weights_apart": learned["weights_apart"],
-        "torn": max(mine["torn"], learned["torn"]),
+        "torn": max(timed["torn"], learned["torn"]),
     }

@@ -1,4 +1,4 @@
-"""Ways to synchronise gradients, by name, as `thinwire bench sync` compares them.
+"""Methods to synchronise gradients, by name, as `thinwire bench sync` compares them; and what each has learned, kept in a file.
 
     ddp  ddp-fp16  ddp-powersgdR      PyTorch's DistributedDataParallel: plain, and with its hooks (R: rank of the approximation)
     none                              ours without compression
@@ -15,12 +15,25 @@
     torchft-dilocoN                   torchft's DiLoCo every N steps, float32
     hivemind-CODE                     hivemind's averaging of gradients every step; CODE: fp32, fp16, u8 or q8
 
-What a method changes of the run (its optimizer, say) is in `TRAIN`, by kind.
+torchft and hivemind are compared on the same terms: first weights, batches, optimizer, clipping, pace, turns of whole periods.
+But each is started by itself, with steps without any exchange in turns beside it, because it brings servers, heartbeats and
+processes of its own, which would work in the others' turns. So a machine whose speed drifts is fair to utilisation, which has
+both sides from one start, less so to step_s. The differences that show in the rows:
+
+    wire_bytes_per_step   not known: they send past the ledger; card_bytes_per_step has it all, with heartbeats and look-ups
+    processor_s           with their processes; threads and processes of rank 0 only, which also serves the others
+    wait_s                not known of torchft, which exchanges inside the optimizer's step
+    torn                  not 0 where hivemind lost values and went on; torchft's exchange is whole, or the run ends
+    weights_apart         not 0 for hivemind, which gives each rank what the others made of its share with errors of its own
 """
 
+import hashlib
+import importlib.util
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,11 +44,9 @@ from thinwire.errors import UserError
 from thinwire.tomlfile import validate
 
 STOCK = re.compile(r"ddp(?:-(?P<hook>fp16|powersgd(?P<rank>[1-9]\d*)))?")
-TORCHFT = re.compile(r"torchft-diloco(?P<every>[1-9]\d*)")
-HIVEMIND = re.compile(r"hivemind-(?P<code>fp32|fp16|u8|q8)")
+PACKAGES = re.compile(r"(?P<torchft>torchft)-diloco(?P<every>[1-9]\d*)|hivemind-(?P<code>fp32|fp16|u8|q8)")
 KIND = re.compile(r"(?P<kind>[a-z_]+)(?P<number>[1-9]\d*)")
-NUMBERED = re.compile(r"(?P<what>[a-z]+)(?P<number>0|[1-9]\d*)")
-BUCKETS = re.compile(r"([1-9]\d*)k")
+VARIANT = re.compile(r"(?P<what>[a-z]+)(?P<number>0|[1-9]\d*)|(?P<bucket_kib>[1-9]\d*)k")
 NUMBERS: Mapping[str, str] = {"powersgd": "rank", "svd": "rank", "topk": "k", "demo": "k"}
 """What the number behind a kind's name sets."""
 RARE = ("local_sgd", "diloco", "streaming", "sparseloco", "muloco", "noloco")
@@ -73,38 +84,36 @@ class Method:
 
 def make_method(name: str, base: Mapping[str, Any], *, fused: bool = False) -> Method:
     """`base`: the sections of the run that all methods share. fused: where the codec can. UserError for an unknown name."""
-    stock = STOCK.fullmatch(name)
-    if stock:
+    if stock := STOCK.fullmatch(name):
         hook = "powersgd" if stock["rank"] else stock["hook"] or ""
         return Method(name, _config(name, base, {}, {}), hook, int(stock["rank"] or 0))
     sync = dict(base.get("sync", {}))
-    torchft, hivemind = TORCHFT.fullmatch(name), HIVEMIND.fullmatch(name)
-    if torchft:
-        rarely = {**base, "sync": sync | {"kind": "diloco", "every": int(torchft["every"])}}
-        return Method(name, _config(name, rarely, {}, {}), package="torchft")
-    if hivemind:
-        return Method(name, _config(name, base, {}, {}), package="hivemind", code=hivemind["code"])
+    if package := PACKAGES.fullmatch(name):
+        sync |= {"kind": "diloco", "every": int(package["every"])} if package["torchft"] else {}
+        config = _config(name, {**base, "sync": sync}, {}, {})
+        return Method(name, config, package=package["torchft"] or "hivemind", code=package["code"] or "")
     word, *variants = name.split("-")
     if word in ("torchft", "hivemind"):
         raise UserError(f"method {name!r}: of others there are torchft-dilocoN and hivemind-fp32, -fp16, -u8 and -q8")
     rare = KIND.fullmatch(word)
+    compress: dict[str, Any] = {}
     if rare and rare["kind"] in RARE:
         sync |= {"kind": rare["kind"], "every": int(rare["number"])}
         sync.pop("bucket_bytes", None)  # shared by those who average gradients; here each replica is one rank
-        compress: dict[str, Any] = {}
     else:
         rare, compress = None, compress_section(word)
     percent = 100
     for variant in variants:
-        buckets, number = BUCKETS.fullmatch(variant), NUMBERED.fullmatch(variant)
-        if number and number["what"] in SYNC_NUMBERS:
-            sync[SYNC_NUMBERS[number["what"]]] = int(number["number"])
-        elif number and number["what"] in SYNC_PERCENT:
-            sync[SYNC_PERCENT[number["what"]]] = int(number["number"]) / 100
-        elif number and number["what"] == RATE:
-            percent = int(number["number"])
-        elif buckets:
-            sync["bucket_bytes"] = int(buckets[1]) * 1024
+        match = VARIANT.fullmatch(variant)
+        what, number = (match["what"], int(match["number"] or match["bucket_kib"])) if match else ("", 0)
+        if match and match["bucket_kib"]:
+            sync["bucket_bytes"] = number * 1024
+        elif what in SYNC_NUMBERS:
+            sync[SYNC_NUMBERS[what]] = number
+        elif what in SYNC_PERCENT:
+            sync[SYNC_PERCENT[what]] = number / 100
+        elif what == RATE:
+            percent = number
         elif variant in VARIANTS:
             compress |= VARIANTS[variant]
         elif rare and "kind" not in compress:
@@ -135,3 +144,42 @@ def _has_kernels(kind: str) -> bool:
 def _config(name: str, base: Mapping[str, Any], compress: Mapping[str, Any], train: Mapping[str, Any]) -> RunConfig:
     content = {**base, "train": {**base.get("train", {}), **train}, "compress": dict(compress)}
     return validate(RunConfig, content, f"method {name!r}")
+
+
+def check_packages(methods: Sequence[Method]) -> None:
+    """UserError for what is not installed, and for steps that end between two exchanges of torchft."""
+    for method in methods:
+        if method.package and importlib.util.find_spec(method.package) is None:
+            raise UserError(f"method {method.name!r}: {method.package} is not installed; pip install 'thinwire[peers]'")
+        steps, every = method.config.train.steps, getattr(method.config.sync, "every", 1)
+        if method.package and steps % every:
+            raise UserError(f"method {method.name!r} trains whole periods of {every} steps: steps = {steps} is no multiple of it")
+
+
+def launches(methods: Sequence[Method]) -> list[list[Method]]:
+    """The methods that share processes: each of other packages alone; then all of PyTorch's and ours, if any."""
+    together = [method for method in methods if not method.package]
+    return [[method] for method in methods if method.package] + ([together] if together else [])
+
+
+def key_of(method: Method, seed: int, ranks: int, curve: Sequence[int]) -> str:
+    """What was learned is kept under this: the method's configuration, the seed, the number of ranks and the steps of the curve.
+
+    Links and turns are not in it, because results do not depend on the wire. seed: whatever the configuration says.
+    """
+    config = method.config.model_dump(mode="json")
+    made_from = [method.name, config | {"train": config["train"] | {"seed": seed}}, ranks, list(curve)]
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+
+def keep(path: Path, key: str, learned: Mapping[str, Any]) -> None:
+    """Add a line of JSON for one method and seed, so that a comparison that takes hours can go on where it was stopped."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"key": key, **learned}) + "\n")
+
+
+def kept(path: Path) -> dict[str, dict[str, Any]]:
+    """{key: what was learned}; a last line that was cut off does not count."""
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
+    lines = [json.loads(line) for line in whole.splitlines()]
+    return {line.pop("key"): line for line in lines}

@@ -5,13 +5,12 @@ contender wait in a barrier of their own group, and its rank 0 looks at the file
 import the rest of thinwire, so it uses the standard library only, and can be loaded by its path.
 """
 
-import json
 import os
 import time
 from pathlib import Path
 
 POLL_S = 0.01
-PATIENCE_S = 600.0
+TIMEOUT_S = 600.0
 
 
 class Turns:
@@ -27,8 +26,8 @@ class Turns:
         mine = self.taken * self.contenders + self.index
         started = time.monotonic()
         while self.rank == 0 and self._now() < mine:
-            if time.monotonic() - started > PATIENCE_S:
-                raise TimeoutError(f"turn {mine} did not come in {PATIENCE_S:.0f} s; another contender has failed")
+            if time.monotonic() - started > TIMEOUT_S:
+                raise TimeoutError(f"turn {mine} did not come in {TIMEOUT_S:.0f} s; another contender has failed")
             time.sleep(POLL_S)
         self.barrier()
 
@@ -43,8 +42,3 @@ class Turns:
 
     def _now(self):
         return int(self.file.read_text()) if self.file.exists() else 0
-
-
-def write_result(folder, name, value):
-    """Rank 0 of a contender leaves what it measured."""
-    (Path(folder) / f"{name}.json").write_text(json.dumps(value))

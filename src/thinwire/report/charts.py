@@ -6,7 +6,7 @@ Colours are told apart by colour-blind readers too (Okabe and Ito, 2008).
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from thinwire.report.markup import Markup, join, tag
 
@@ -19,7 +19,7 @@ BLUE, ORANGE, GREEN, PINK, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#
 
 @dataclass(frozen=True)
 class Series:
-    """A line through (x, y); a y that is nan leaves a gap. `labels`: what hovering says, one a point."""
+    """A line through (x, y); a y that is nan leaves a gap. `labels`: shown when hovering, one a point."""
 
     name: str
     colour: str
@@ -54,13 +54,12 @@ def line_chart(
     zero: bool = False,
 ) -> Markup:
     """A chart with a legend. `write`: how the ticks of x and y are written; `zero`: y starts at zero."""
-    drawn = [_thinned(line) for line in series]
+    drawn, levels = [_thinned(line) for line in series], [level for level in levels if math.isfinite(level.y)]
     xs = [x for line in drawn for x, _ in line.points]
     ys = [y for line in drawn for _, y in line.points if math.isfinite(y)]
-    ys += [level.y for level in levels if math.isfinite(level.y)]
-    x_low, x_high = _span(xs, from_zero=True, room=0.0)
-    y_low, y_high = _span(ys, from_zero=zero, room=0.06)
-    x_ticks, y_ticks = _ticks(x_low, x_high), _ticks(y_low, y_high)
+    ys += [level.y for level in levels]
+    x_low, x_high = _span(xs, from_zero=True, margin=0.0)
+    y_low, y_high = _span(ys, from_zero=zero, margin=0.06)
 
     def at(x: float, y: float) -> tuple[float, float]:
         return (
@@ -69,11 +68,11 @@ def line_chart(
         )
 
     shapes: list[Markup] = []
-    for y in y_ticks:
+    for y in _ticks(y_low, y_high):
         height = at(0.0, y)[1]
         shapes.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=height, y2=height, class_="grid"))
         shapes.append(tag("text", write[1](y), x=LEFT - 8, y=height, dy="0.35em", class_="end"))
-    for x in x_ticks:
+    for x in _ticks(x_low, x_high):
         shapes.append(tag("text", write[0](x), x=at(x, 0.0)[0], y=HEIGHT - BOTTOM + 18, class_="middle"))
     shapes.append(tag("text", axis, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, class_="middle axis"))
     shapes += [_path(line, at) for line in drawn]
@@ -108,16 +107,11 @@ def stacked_bars(bars: Sequence[tuple[str, Sequence[Segment]]], write: Callable[
     rows = []
     for name, segments in bars:
         total = sum(segment.seconds for segment in segments)
-        parts = [
-            tag(
-                "span",
-                write(segment.seconds) if segment.seconds > 0.14 * longest else None,
-                style=f"--c:{segment.colour};width:{100 * segment.seconds / longest:.2f}%",
-                title=f"{name}, {segment.name}: {write(segment.seconds)}",
-            )
-            for segment in segments
-            if segment.seconds > 0
-        ]
+        parts = []
+        for segment in (segment for segment in segments if segment.seconds > 0):
+            value, share = write(segment.seconds), segment.seconds / longest
+            style = f"--c:{segment.colour};width:{100 * share:.2f}%"
+            parts.append(tag("span", value if share > 0.14 else None, style=style, title=f"{name}, {segment.name}: {value}"))
         rows.append(tag("div", tag("b", name), tag("span", write(total)), class_="barname"))
         rows.append(tag("div", *parts, class_=f"bar {name}"))
     colours = {segment.name: segment.colour for _, segments in bars for segment in segments if segment.seconds > 0}
@@ -132,7 +126,7 @@ def _thinned(line: Series) -> Series:
         return line
     chosen = [round(k * (count - 1) / (MAX_POINTS - 1)) for k in range(MAX_POINTS)]
     labels = [line.labels[k] for k in chosen] if line.labels else ()
-    return Series(line.name, line.colour, [line.points[k] for k in chosen], labels, line.dots)
+    return replace(line, points=[line.points[k] for k in chosen], labels=labels)
 
 
 def _path(line: Series, at: Callable[[float, float], tuple[float, float]]) -> Markup:
@@ -152,14 +146,13 @@ def _path(line: Series, at: Callable[[float, float], tuple[float, float]]) -> Ma
     return join([path, *dots])
 
 
-def _span(values: Sequence[float], from_zero: bool, room: float) -> tuple[float, float]:
-    """The least and the greatest of `values`, with a share of `room` around them; never empty."""
+def _span(values: Sequence[float], from_zero: bool, margin: float) -> tuple[float, float]:
+    """The least and the greatest of `values`, with a margin, a share of their range, around them; never empty."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     low = min(low, 0.0) if from_zero else low
     if not high > low:
         low, high = (low, low + (abs(low) or 1.0)) if from_zero else (low - 0.5, high + 0.5)
-    margin = room * (high - low)
-    return (low if from_zero else low - margin), high + margin
+    return (low if from_zero else low - margin * (high - low)), high + margin * (high - low)
 
 
 def _ticks(low: float, high: float) -> list[float]:

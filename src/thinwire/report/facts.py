@@ -11,19 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from thinwire.cluster import Cluster, load_cluster
-from thinwire.record import (
-    Cards,
-    Checkpoint,
-    End,
-    Eval,
-    Ledger,
-    LedgerEntry,
-    Record,
-    Resume,
-    RunFolder,
-    Step,
-    StepCost,
-)
+from thinwire.record import Card, Cards, Checkpoint, End, Eval, Ledger, LedgerEntry, Record, Resume, RunFolder, Step, StepCost
 
 PARTS = {
     "compute_s": "compute",
@@ -39,7 +27,7 @@ EVEN_OPS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything the report prints. None or empty: the folder does not say; `missing` says what that means."""
+    """Everything the report prints. None or empty: not in the folder; `missing` has a sentence for each."""
 
     folder: RunFolder
     record: Record
@@ -75,21 +63,18 @@ class Facts:
     @property
     def missing(self) -> list[str]:
         """One sentence for each thing that the folder does not hold."""
-        said = [
+        gaps = [
             (self.run_toml is None, "run.toml is absent: the settings are not known."),
             (self.cluster is None, "cluster.toml is absent: the network cannot be drawn."),
             (not self.steps, "No step was recorded in events.jsonl."),
             (not self.evals, "No held-out loss was recorded."),
             (self.record.baseline is None, "No baseline loss was recorded."),
             (self.predicted is None, "predicted.json is absent: there is no prediction to compare with."),
-            (
-                self.measured_from != "measured.json",
-                f"measured.json is absent: measured values are {self.measured_from}.",
-            ),
+            (self.measured_from != "measured.json", f"measured.json is absent: measured values are {self.measured_from}."),
             (self.ledger is None, "ledger.json is absent: bytes by call are not known."),
             (self.cards is None, "cards.json is absent: the cards' own counters are read only in the lab."),
         ]
-        return [sentence for absent, sentence in said if absent]
+        return [sentence for absent, sentence in gaps if absent]
 
 
 @dataclass(frozen=True)
@@ -147,13 +132,17 @@ class CardRow:
 def gather(folder: RunFolder) -> Facts:
     """Read the whole folder. UserError, naming file and key, if something in it is damaged."""
     steps = folder.steps()
-    measured = folder.measured()
+    steady = steps[1:] or steps
+    measured, measured_from = folder.measured(), "measured.json"
+    if measured is None and steps:
+        left_out = ", the first left out" if len(steps) > 1 else ""
+        measured, measured_from = _medians(steady), f"medians over {len(steady)} of {len(steps)} step events{left_out}"
     return Facts(
         folder=folder,
         record=folder.record(),
         predicted=folder.predicted(),
-        measured=measured or _medians(steps),
-        measured_from="measured.json" if measured else _medians_from(steps),
+        measured=measured,
+        measured_from=measured_from if measured else "not known",
         steps=steps,
         evals=folder.evals(),
         checkpoints=folder.checkpoints(),
@@ -226,18 +215,19 @@ def setup_bytes(facts: Facts) -> float:
 
 def card_rows(facts: Facts) -> list[CardRow]:
     """One row a host, in the order of the file."""
-    if facts.cards is None:
-        return []
-    by_host: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    interfaces: dict[str, list[str]] = defaultdict(list)
-    for card in facts.cards.cards:
-        by_host[card.host][0] += card.sent_bytes
-        by_host[card.host][1] += card.received_bytes
-        interfaces[card.host].append(card.interface)
-    ledger = facts.cards.ledger_sent_bytes
+    by_host: dict[str, list[Card]] = defaultdict(list)
+    for card in facts.cards.cards if facts.cards else ():
+        by_host[card.host].append(card)
+    ledger = facts.cards.ledger_sent_bytes if facts.cards else {}
     return [
-        CardRow(host, ", ".join(interfaces[host]), ledger.get(host, math.nan), sent, received)
-        for host, (sent, received) in by_host.items()
+        CardRow(
+            host=host,
+            interfaces=", ".join(card.interface for card in cards),
+            ledger_bytes=ledger.get(host, math.nan),
+            sent_bytes=sum(card.sent_bytes for card in cards),
+            received_bytes=sum(card.received_bytes for card in cards),
+        )
+        for host, cards in by_host.items()
     ]
 
 
@@ -267,23 +257,11 @@ def _transfer_row(
     )
 
 
-def _steady(steps: list[Step]) -> list[Step]:
-    return steps[1:] or steps
-
-
-def _medians_from(steps: list[Step]) -> str:
-    if not steps:
-        return "not known"
-    return f"medians over {len(_steady(steps))} of {len(steps)} step events" + (", the first left out" * (len(steps) > 1))
-
-
-def _medians(steps: list[Step]) -> StepCost | None:
-    """What measured.json would say, from the events; None without any."""
-    if not steps:
-        return None
+def _medians(steps: list[Step]) -> StepCost:
+    """What measured.json would hold, from the events."""
 
     def median(key: str) -> float:
-        known = [value for step in _steady(steps) if math.isfinite(value := getattr(step, key))]
+        known = [value for step in steps if math.isfinite(value := getattr(step, key))]
         return statistics.median(known) if known else math.nan
 
     medians = {key: median(key) for key in ("step_s", *PARTS, "tokens_per_s")}

@@ -18,7 +18,7 @@ MAX_LEAVES = 40
 
 
 @dataclass(frozen=True)
-class Way:
+class Direction:
     """One direction of a drawn cable: line rate, delay, and the heaviest load among the links it stands for.
 
     `bytes_per_step` and `busy_s` are None where nothing was predicted.
@@ -39,14 +39,17 @@ class Node:
     kind: str
     detail: str = ""
     children: list["Node"] = field(default_factory=list)
-    up: Way | None = None
-    down: Way | None = None
+    up: Direction | None = None
+    down: Direction | None = None
 
     @property
     def name(self) -> str:
-        if len(self.members) == 1:
-            return self.members[0]
-        return f"{self.members[0]} … ×{len(self.members)}"
+        return _name(self.members)
+
+    @property
+    def directions(self) -> list[Direction]:
+        """Of the cable to the parent, those that exist."""
+        return [direction for direction in (self.up, self.down) if direction]
 
     @property
     def leaves(self) -> int:
@@ -55,10 +58,10 @@ class Node:
 
 @dataclass(frozen=True)
 class Picture:
-    """The tree, and the cables that are not in it as (node, node, way)."""
+    """The tree, and what is not in it as (node, node, direction)."""
 
     roots: list[Node]
-    others: list[tuple[str, str, Way]]
+    others: list[tuple[str, str, Direction]]
 
 
 def picture(cluster: Cluster, loads: Sequence[LinkLoad]) -> Picture:
@@ -76,41 +79,40 @@ def picture(cluster: Cluster, loads: Sequence[LinkLoad]) -> Picture:
         if len(roots) > 1:
             roots = _merged(roots)
     others = [
-        (_name(graph, source), _name(graph, target), data["way"])
-        for source, target, data in graph.edges(data=True)
+        (_name(graph.nodes[source]["members"]), _name(graph.nodes[target]["members"]), direction)
+        for source, target, direction in graph.edges(data="direction")
         if frozenset((source, target)) not in drawn
     ]
     return Picture(roots, others[: 2 * MAX_LEAVES])
 
 
 def _contracted(cluster: Cluster, loads: Sequence[LinkLoad]) -> networkx.DiGraph:
-    """Hosts and switches as nodes {members, kind, detail}, links between them as edges {way}."""
+    """Hosts and switches as nodes {members, kind, detail}, links between them as edges {direction}."""
     by_link = {(load.source, load.target): load for load in loads}
     inside = len(cluster.hosts) == 1 and bool(cluster.links)
     graph = networkx.DiGraph()
     for host in cluster.hosts:
         kinds = sorted({device.kind for device in host.devices})
-        detail = f"{len(host.devices)} × {', '.join(kinds)}"
-        names = [device.name for device in host.devices] if inside else [host.name]
-        for name in names:
-            graph.add_node(name, members=[name], kind="host", detail="" if inside else detail)
+        detail = "" if inside else f"{len(host.devices)} × {', '.join(kinds)}"
+        for name in [device.name for device in host.devices] if inside else [host.name]:
+            graph.add_node(name, members=[name], kind="host", detail=detail)
     for switch in cluster.switches:
         if inside or "/" not in switch.name:
             graph.add_node(switch.name, members=[switch.name], kind=switch.kind, detail="")
-    parallel: dict[tuple[str, str], list[Way]] = defaultdict(list)
+    parallel: dict[tuple[str, str], list[Direction]] = defaultdict(list)
     for link in cluster.links:
         ends = (link.source, link.target) if inside else tuple(end.split("/")[0] for end in (link.source, link.target))
         if ends[0] != ends[1]:
-            parallel[ends[0], ends[1]].append(_way(link, by_link.get((link.source, link.target)), bool(loads)))
-    for (source, target), ways in parallel.items():
+            parallel[ends[0], ends[1]].append(_direction(link, by_link.get((link.source, link.target)), bool(loads)))
+    for (source, target), directions in parallel.items():
         if source in graph and target in graph:
-            graph.add_edge(source, target, way=_heaviest(ways))
+            graph.add_edge(source, target, direction=_heaviest(directions))
     return graph
 
 
-def _way(link: Link, load: LinkLoad | None, predicted: bool) -> Way:
+def _direction(link: Link, load: LinkLoad | None, predicted: bool) -> Direction:
     none = 0.0 if predicted else None
-    return Way(
+    return Direction(
         bandwidth_bps=link.bandwidth_bps.value,
         latency_s=link.latency_s.value,
         measured=link.bandwidth_bps.source == "measured",
@@ -119,8 +121,8 @@ def _way(link: Link, load: LinkLoad | None, predicted: bool) -> Way:
     )
 
 
-def _heaviest(ways: Sequence[Way]) -> Way:
-    return max(ways, key=lambda way: (way.busy_s or 0.0, -way.bandwidth_bps))
+def _heaviest(directions: Sequence[Direction]) -> Direction:
+    return max(directions, key=lambda direction: (direction.busy_s or 0.0, -direction.bandwidth_bps))
 
 
 def _without_twins(graph: networkx.DiGraph, hosts_too: bool) -> networkx.DiGraph:
@@ -129,10 +131,9 @@ def _without_twins(graph: networkx.DiGraph, hosts_too: bool) -> networkx.DiGraph
         twins: dict[object, list[str]] = defaultdict(list)
         for node, data in graph.nodes(data=True):
             ends = frozenset(
-                (end, way.bandwidth_bps, way.latency_s, direction)
-                for direction, edges in (("out", graph.out_edges), ("in", graph.in_edges))
-                for source, target, way in edges(node, data="way")
-                for end in (target if direction == "out" else source,)
+                (target if source == node else source, direction.bandwidth_bps, direction.latency_s, source == node)
+                for edges in (graph.out_edges, graph.in_edges)
+                for source, target, direction in edges(node, data="direction")
             )
             many = data["kind"] != "host" and len({end for end, *_ in ends}) > 1
             twins[(data["kind"], data["detail"], ends) if ends and (hosts_too or many) else node].append(node)
@@ -143,10 +144,11 @@ def _without_twins(graph: networkx.DiGraph, hosts_too: bool) -> networkx.DiGraph
         for first, *rest in groups:
             for other in rest:
                 graph.nodes[first]["members"] = graph.nodes[first]["members"] + graph.nodes[other]["members"]
-                for source, target, way in [*graph.out_edges(other, data="way"), *graph.in_edges(other, data="way")]:
+                around = [*graph.out_edges(other, data="direction"), *graph.in_edges(other, data="direction")]
+                for source, target, direction in around:
                     edge = (first if source == other else source, first if target == other else target)
-                    known = graph.edges[edge]["way"] if graph.has_edge(*edge) else way
-                    graph.add_edge(*edge, way=_heaviest([known, way]))
+                    known = graph.edges[edge]["direction"] if graph.has_edge(*edge) else direction
+                    graph.add_edge(*edge, direction=_heaviest([known, direction]))
                 graph.remove_node(other)
 
 
@@ -162,8 +164,8 @@ def _tree(graph: networkx.DiGraph) -> tuple[Node, set[frozenset[str]]]:
     for parent, child in networkx.bfs_edges(plain, root):
         used.add(frozenset((parent, child)))
         nodes[parent].children.append(nodes[child])
-        nodes[child].up = graph.edges[child, parent]["way"] if graph.has_edge(child, parent) else None
-        nodes[child].down = graph.edges[parent, child]["way"] if graph.has_edge(parent, child) else None
+        nodes[child].up = (graph.get_edge_data(child, parent) or {}).get("direction")
+        nodes[child].down = (graph.get_edge_data(parent, child) or {}).get("direction")
     return nodes[root], used
 
 
@@ -181,18 +183,17 @@ def _merged(nodes: list[Node]) -> list[Node]:
     for first, *rest in groups.values():
         for other in rest:
             first.members = first.members + other.members
-            first.up = _heaviest([way for way in (first.up, other.up) if way]) if first.up else None
-            first.down = _heaviest([way for way in (first.down, other.down) if way]) if first.down else None
+            first.up = _heaviest([first.up, other.up]) if first.up and other.up else None
+            first.down = _heaviest([first.down, other.down]) if first.down and other.down else None
         merged.append(first)
     return merged
 
 
 def _shape(node: Node) -> tuple[object, ...]:
-    rates = tuple((way.bandwidth_bps, way.latency_s) if way else None for way in (node.up, node.down))
+    rates = tuple((end.bandwidth_bps, end.latency_s) if end else None for end in (node.up, node.down))
     below = tuple(sorted((repr(_shape(child)), len(child.members)) for child in node.children))
     return (node.kind, node.detail, rates, below)
 
 
-def _name(graph: networkx.DiGraph, node: str) -> str:
-    members = graph.nodes[node]["members"]
+def _name(members: Sequence[str]) -> str:
     return members[0] if len(members) == 1 else f"{members[0]} … ×{len(members)}"

@@ -1,8 +1,7 @@
 """A collective as one SVG file: the network with what each link carries, and below it who sends what to whom, when.
 
 One row a rank (host: rank), one bar a message, from when its turn came on the connection to when its last byte had left.
-Messages to several ranks at a time share the row's height. Colours: added there, copied there. Hovering names both ends, bytes
-and times.
+Messages to several ranks at a time share the row's height. Hovering names both ends, bytes and times.
 """
 
 from collections.abc import Sequence
@@ -55,13 +54,12 @@ def schedule_svg(cluster: Cluster, title: str, run: Simulated) -> str:
 def _timeline(cluster: Cluster, run: Simulated) -> Markup:
     scale = (WIDTH - LABEL - RIGHT) / run.seconds if run.seconds else 0.0
     p = cluster.world_size
+    sends = sorted(run.transfers, key=lambda one: (one.source, one.began_s, one.target))
     parts = []
     for rank in range(p):
         name = f"{cluster.host_of(rank).name[:HOST_LETTERS]}: {rank}"
-        whole = tag("title", f"rank {rank} on {cluster.ranks[rank]}")
-        parts.append(tag("text", name, whole, x=LABEL - 8, y=ROW * (rank + 0.5), dy="0.35em", class_="end"))
-    sends = sorted(run.transfers, key=lambda one: (one.source, one.began_s, one.target))
-    for rank in range(p):
+        title = tag("title", f"rank {rank} on {cluster.ranks[rank]}")
+        parts.append(tag("text", name, title, x=LABEL - 8, y=ROW * (rank + 0.5), dy="0.35em", class_="end"))
         parts += _bars([one for one in sends[:MOST_BARS] if one.source == rank], ROW * rank, scale)
     foot = ROW * p
     parts.append(tag("line", x1=LABEL, y1=foot, x2=WIDTH - RIGHT, y2=foot, class_="rule"))
@@ -87,18 +85,8 @@ def _bars(sends: Sequence[Transfer], top: float, scale: float) -> list[Markup]:
     bars = []
     for send, lane in zip(sends, lanes, strict=True):
         times = f"{quantity(send.began_s, 's')} to {quantity(send.left_s, 's')}"
-        words = f"rank {send.source} → {send.target}, {quantity(send.payload_bytes, 'B')}, {times}"
-        bars.append(
-            tag(
-                "rect",
-                tag("title", words),
-                x=LABEL + scale * send.began_s,
-                y=top + 2 + lane * height,
-                width=max(scale * (send.left_s - send.began_s), 0.2),
-                height=height,
-                fill=BLUE if send.reduce else ORANGE,
-                stroke="#fff",
-                stroke_width=0.3,
-            )
-        )
+        title = tag("title", f"rank {send.source} → {send.target}, {quantity(send.payload_bytes, 'B')}, {times}")
+        x, y, width = LABEL + scale * send.began_s, top + 2 + lane * height, max(scale * (send.left_s - send.began_s), 0.2)
+        fill = BLUE if send.reduce else ORANGE
+        bars.append(tag("rect", title, x=x, y=y, width=width, height=height, fill=fill, stroke="#fff", stroke_width=0.3))
     return bars

@@ -10,6 +10,9 @@ from rich.text import Text
 from thinwire.report.facts import Facts, Row, card_rows, final_loss, step_rows, transfer_rows
 from thinwire.report.text import Scale, percent, plain, quantity, verdict
 
+TRANSFER_KEYS = ("label", "axis", "op", "predicted_bytes", "equal")
+CARD_KEYS = ("host", "sent_bytes", "received_bytes", "difference")
+
 
 def table(facts: Facts) -> Group:
     """The step predicted beside measured, the loss, the bytes, in a form that rich prints."""
@@ -28,66 +31,51 @@ def cells(row: Row, rows: list[Row]) -> tuple[str, str, str, str]:
     scale = Scale(value for other in rows if other.unit == "s" for value in (other.predicted, other.measured))
 
     def write(value: float) -> str:
-        if row.unit != "s":
-            return quantity(value, row.unit)
-        return f"{scale.show(value)} {scale.unit}" if math.isfinite(value) else scale.show(value)
+        return scale.with_unit(value) if row.unit == "s" else quantity(value, row.unit)
 
     return row.name, write(row.predicted), write(row.measured), percent(row.difference, signed=True)
 
 
 def as_json(facts: Facts) -> dict[str, Any]:
     """The numbers of the report; null where not known."""
-
-    def number(value: float) -> float | None:
-        return value if math.isfinite(value) else None
-
     baseline = facts.record.baseline
-    return {
+    content = {
         "run": str(facts.folder.path),
         "started": facts.record.started,
         "ended": facts.end.reason if facts.end else None,
         "unit": facts.record.unit,
-        "held_out_loss": number(final_loss(facts.evals)),
-        "train_loss": number(final_loss(facts.steps)),
-        "baseline_loss": number(baseline.loss) if baseline else None,
+        "held_out_loss": final_loss(facts.evals),
+        "train_loss": final_loss(facts.steps),
+        "baseline_loss": baseline.loss if baseline else None,
         "measured_from": facts.measured_from,
-        "rows": [
-            {
-                "name": row.key,
-                "predicted": number(row.predicted),
-                "measured": number(row.measured),
-                "difference": number(row.difference),
-            }
-            for row in step_rows(facts)
-        ],
+        "rows": [_named(row, "predicted", "measured", "difference", name="key") for row in step_rows(facts)],
         "transfers": [
-            {
-                "label": row.label,
-                "axis": row.axis,
-                "op": row.op,
-                "predicted_bytes": number(row.predicted_bytes),
-                "ledger_bytes_low": number(row.ledger_low),
-                "ledger_bytes_high": number(row.ledger_high),
-                "equal": row.equal,
-            }
+            _named(row, *TRANSFER_KEYS, ledger_bytes_low="ledger_low", ledger_bytes_high="ledger_high")
             for row in transfer_rows(facts)
         ],
-        "cards": [
-            {
-                "host": row.host,
-                "ledger_sent_bytes": number(row.ledger_bytes),
-                "sent_bytes": row.sent_bytes,
-                "received_bytes": row.received_bytes,
-                "difference": number(row.difference),
-            }
-            for row in card_rows(facts)
-        ],
+        "cards": [_named(row, *CARD_KEYS, ledger_sent_bytes="ledger_bytes") for row in card_rows(facts)],
         "missing": facts.missing,
     }
+    known: dict[str, Any] = _finite(content)
+    return known
+
+
+def _named(row: object, *same: str, **attributes: str) -> dict[str, Any]:
+    """{key: the attribute of `row` that is named}."""
+    return {key: getattr(row, attribute) for key, attribute in ({name: name for name in same} | attributes).items()}
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lines(facts: Facts) -> list[str]:
-    """What is said below the table, a line each."""
+    """What stands below the table, a line each."""
     lines = []
     baseline = facts.record.baseline
     if facts.evals:
@@ -111,8 +99,6 @@ def circumstances(facts: Facts) -> list[str]:
     if missed:
         lines.append(f"the machine could not quite keep that rate: compute took {percent(missed)} longer than declared")
     if record.lab:
-        lines.append("lab: the network is imitated on one machine")
-        lines.append(
-            {"applied": "delay applied", "none": "no delay: latency is not imitated"}.get(record.delay, f"delay {record.delay}")
-        )
+        delays = {"applied": "delay applied", "none": "no delay: latency is not imitated"}
+        lines += ["lab: the network is imitated on one machine", delays.get(record.delay, f"delay {record.delay}")]
     return lines

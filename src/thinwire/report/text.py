@@ -65,6 +65,10 @@ class Scale:
     def show(self, seconds: float) -> str:
         return plain(seconds * self.factor, self.digits)
 
+    def with_unit(self, seconds: float) -> str:
+        """A dash alone where nothing is known."""
+        return f"{self.show(seconds)} {self.unit}" if math.isfinite(seconds) else UNKNOWN
+
 
 def share(part: float, total: float) -> str:
     """`part` as a percentage of `total`."""
@@ -75,11 +79,7 @@ def verdict(measured: StepCost | None, predicted: StepCost | None) -> str:
     """The run in a sentence or two."""
     if measured is None:
         return "No step was recorded."
-    scale = Scale([measured.step_s])
-
-    def seconds(value: float) -> str:
-        return f"{scale.show(value)} {scale.unit}"
-
+    seconds = Scale([measured.step_s]).with_unit
     words = [f"A step took {seconds(measured.step_s)}"]
     if math.isfinite(measured.compute_s) and math.isfinite(measured.exposed_s):
         words.append(

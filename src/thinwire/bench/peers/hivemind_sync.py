@@ -1,4 +1,4 @@
-"""hivemind's gradient averaging behind the Synchroniser's contract, so that the loop which trains ours trains it too.
+"""hivemind's gradient averaging behind the Synchroniser's contract, so that one loop trains it and ours.
 
 Every step all ranks find each other through the DHT, form a group, and average their gradients by butterfly all-reduce: each rank
 reduces a part of the vector and sends back by how much each value is off (Ryabinin et al. 2021, "Moshpit SGD").
@@ -14,7 +14,7 @@ seconds only where it takes longer than the computation. A group that is complet
 
 hivemind takes an average for good from which some rank's values are missing, and its Optimizer goes on with a rank's own gradient
 where there is none; on busy machines the last message of a stream is lost now and then (1.1). So it is here, and counted. A rank
-that did not hear of its group gives its gradient to the next one, late, and is level again after a step on its own.
+that missed its group gives its gradient to the next one, late, and has caught up after a step on its own.
 """
 
 import logging
@@ -25,16 +25,9 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from hivemind import DHT
+from hivemind import DHT, compression
 from hivemind.averaging.allreduce import AllreduceException
 from hivemind.averaging.matchmaking import MatchmakingException
-from hivemind.compression import (
-    CompressionInfo,
-    Float16Compression,
-    NoCompression,
-    Quantile8BitQuantization,
-    Uniform8BitQuantization,
-)
 from hivemind.optim.grad_averager import GradientAverager
 from hivemind.utils import get_dht_time
 
@@ -42,15 +35,15 @@ from thinwire.bench.peers.outside import within
 from thinwire.sync.single_rank import SingleRank
 
 CODECS = {
-    "fp32": NoCompression,
-    "fp16": Float16Compression,
-    "u8": Uniform8BitQuantization,
-    "q8": Quantile8BitQuantization,
+    "fp32": compression.NoCompression,
+    "fp16": compression.Float16Compression,
+    "u8": compression.Uniform8BitQuantization,
+    "q8": compression.Quantile8BitQuantization,
 }
 MATCHMAKING_S, REQUEST_S = 1.0, 0.5
 """How long a leader waits for a full group before it tries again, and a rank for a leader's answer. 5 and 3 s by default."""
 CHUNK_S = 15.0
-"""A sender that says nothing for so long is left out, as in hivemind.Optimizer; a part has 512 KiB."""
+"""A sender of which nothing comes for so long is left out, as in hivemind.Optimizer; a part has 512 KiB."""
 START_S, GROUP_S, EXCHANGE_S = 60.0, 30.0, 600.0
 
 
@@ -72,11 +65,11 @@ class CountingAverager(GradientAverager):
 
 
 class HivemindSync(SingleRank):
-    """One per rank. code: of CODECS; address: where the others find this rank."""
+    """One per rank. address: where the others find this rank."""
 
-    def __init__(self, name, code, address):
+    def __init__(self, method, address):
         super().__init__()
-        self._name, self._codec, self._address = name, CODECS[code](), address
+        self._name, self._codec, self._address = method.name, CODECS[method.code](), address
         self._parameters, self._averager, self._control = [], None, None
         self._exchanges = self._missed = self._level_after = 0
 
@@ -158,7 +151,7 @@ class HivemindSync(SingleRank):
     def _try_codec(self):
         values = torch.linspace(-1, 1, 1000)
         try:
-            self._codec.extract(self._codec.compress(values, CompressionInfo.from_tensor(values)))
+            self._codec.extract(self._codec.compress(values, compression.CompressionInfo.from_tensor(values)))
         except Exception as error:
             sys.exit(f"{self._name}: hivemind cannot read its own code ({error}); its 8-bit codes want numpy < 2.4")
 
@@ -172,3 +165,6 @@ class HivemindSync(SingleRank):
             startup_timeout=START_S,
             start=True,
         )
+
+
+make_sync = HivemindSync

@@ -10,6 +10,8 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -26,51 +28,43 @@ def load(name, path):
 
 def main(model_file, turns_file, results, settings):
     """One rank."""
-    told = json.loads(settings)
+    settings = json.loads(settings)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://{os.environ['MASTER_ADDR']}:{told['port']}",
-        rank=rank,
-        world_size=world_size,
-    )
+    address = f"tcp://{os.environ['MASTER_ADDR']}:{settings['port'] or os.environ['MASTER_PORT']}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
     torch.manual_seed(0)
-    model = load("transformer", model_file).Transformer(SimpleNamespace(**told["model"]))
+    model = load("transformer", model_file).Transformer(SimpleNamespace(**settings["model"]))
     replica = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    shape = (told["micro_batch"], told["model"]["context"])
-    tokens = torch.randint(told["model"]["vocabulary"], shape, generator=torch.Generator().manual_seed(rank))
+    shape = (settings["micro_batch"], settings["model"]["context"])
+    tokens = torch.randint(settings["model"]["vocabulary"], shape, generator=torch.Generator().manual_seed(rank))
 
-    def step():
-        replica(tokens, tokens).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+    def train():
+        for _ in range(settings["steps"]):
+            replica(tokens, tokens).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
 
-    turns = load("turns", turns_file).Turns(results, told["index"], told["contenders"], rank, dist.barrier)
-    seconds = {"exchange": [], "no_exchange": []}
-    processor = []
-    for turn in range(told["turns"] + 1):
+    turns = load("turns", turns_file).Turns(results, 0, 2, rank, dist.barrier)
+    found = {"exchange": [], "no_exchange": [], "processor": []}
+    for turn in range(settings["turns"] + 1):
         turns.begin()
-        for kind in seconds:
+        for kind in ("exchange", "no_exchange"):
             dist.barrier()
             started, used = time.perf_counter(), time.process_time()
-            for _ in range(told["steps"]):
-                if kind == "exchange":
-                    step()
-                else:
-                    with replica.no_sync():
-                        step()
+            with replica.no_sync() if kind == "no_exchange" else nullcontext():
+                train()
             dist.barrier()
             if turn:  # the first one warms up
-                seconds[kind].append((time.perf_counter() - started) / told["steps"])
+                found[kind].append((time.perf_counter() - started) / settings["steps"])
                 if kind == "exchange":
-                    processor.append((time.process_time() - used) / told["steps"])
+                    found["processor"].append((time.process_time() - used) / settings["steps"])
         turns.end()
     assert not any(name.startswith("thinwire") for name in sys.modules)
     if rank == 0:
-        load("turns", turns_file).write_result(results, "plain", {**seconds, "processor": processor})
+        (Path(results) / "plain_ddp.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 

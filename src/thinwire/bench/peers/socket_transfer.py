@@ -17,42 +17,32 @@ SILENCE_S = 1.0
 HEAD = struct.Struct("!qd")
 
 
-def main() -> None:
-    """See the top of the file."""
-    if sys.argv[1] == "receive":
-        receive()
-    else:
-        host, path, *sizes = sys.argv[2:]
-        Path(path).write_text(json.dumps(send(host, [int(size) for size in sizes])))
-
-
 def receive() -> None:
-    """Take messages; answer each with the seconds since its first byte was sent (both ends read one clock)."""
+    """Take messages; answer each with the seconds since its first byte was sent."""
     with socket.create_server(("0.0.0.0", PORT)) as server:
         server.settimeout(20)
         connection, _ = server.accept()
-    with connection:
+    with connection, connection.makefile("rb") as stream:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.sendall(congestion(connection).ljust(16).encode())
-        while head := read(connection, HEAD.size):
+        while head := stream.read(HEAD.size):
             size, started = HEAD.unpack(head)
-            left = size
-            while left:
-                left -= len(connection.recv(min(left, 1 << 16)))
+            while size:
+                size -= len(stream.read1(min(size, 1 << 16)))
             connection.sendall(struct.pack("!d", time.monotonic() - started))
 
 
-def send(host: str, sizes: list[int]) -> dict[str, list[float] | list[str]]:
+def send(host: str, path: str, *sizes: str) -> None:
     """Seconds of each message, from its first byte until the last one has arrived."""
     seconds: list[float] = []
-    with connect(host) as connection:
+    with connect(host) as connection, connection.makefile("rb") as stream:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        other = read(connection, 16).decode().strip()
-        for size in sizes:
+        names = [congestion(connection), stream.read(16).decode().strip()]
+        for size in map(int, sizes):
             time.sleep(SILENCE_S)
             connection.sendall(HEAD.pack(size, time.monotonic()) + bytes(size))
-            seconds.append(struct.unpack("!d", read(connection, 8))[0])
-        return {"seconds": seconds, "congestion": [congestion(connection), other]}
+            seconds.append(struct.unpack("!d", stream.read(8))[0])
+    Path(path).write_text(json.dumps({"seconds": seconds, "congestion": names}))
 
 
 def connect(host: str) -> socket.socket:
@@ -65,18 +55,10 @@ def connect(host: str) -> socket.socket:
     sys.exit(f"{host} does not listen on port {PORT}")
 
 
-def read(connection: socket.socket, count: int) -> bytes:
-    """Exactly `count` bytes, fewer at the end of the connection."""
-    content = b""
-    while len(content) < count and (part := connection.recv(count - len(content))):
-        content += part
-    return content
-
-
 def congestion(connection: socket.socket) -> str:
     """Name of the congestion control that the kernel uses here."""
     return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
 
 
 if __name__ == "__main__":
-    main()
+    {"receive": receive, "send": send}[sys.argv[1]](*sys.argv[2:])

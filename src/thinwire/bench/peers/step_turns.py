@@ -1,116 +1,146 @@
-"""Training steps of stock PyTorch on stock gloo and on the backend that chooses schedules, in turns in one process, one rank.
+"""Steps of stock PyTorch on stock gloo and of ours, in turns in one process: for `thinwire bench collective_steps` and `fsdp`.
 
-    python -m thinwire.bench.peers.step_turns RESULTS '{"framework": "ddp", ...}'
-
-Both contenders are the same lines: `DistributedDataParallel` or `fully_shard`, with a group of the one backend or of the other.
-Compute is paced. Under FSDP2 the pacer's clock stands still while weights are gathered or gradients reduced, since on CPUs these
-calls are over when they return (see `fsdp_contenders`).
+Both contenders are the same lines, `DistributedDataParallel` or `fully_shard`, with a group of the one backend or the other; with
+`codecs` among the settings ours also calls `compress_sharded`. Compute is paced. Pacer keeps a schedule for the whole pass, under
+which waiting for the wire would hide for free; FSDP2's collectives on CPUs are over when they return. So the pacer's clock
+stands still while FSDP2 asks for weights, waits for them or reduces gradients: only what the wire does during declared compute is
+hidden.
 """
 
-import json
-import sys
+import functools
 import time
-from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.nn.parallel import DistributedDataParallel
 
-from thinwire.bench.peers.fsdp_contenders import clock_stands_still, take_step
-from thinwire.bench.turns import write_result
+from thinwire import compress_sharded
+from thinwire.bench.peers.rank import card_bytes
 from thinwire.cluster import load_cluster
-from thinwire.collectives.backend import NAME
-from thinwire.collectives.ledger import Ledger
+from thinwire.collectives import backend
 from thinwire.collectives.scheduled import register_scheduled
 from thinwire.collectives.tuned.advice import Advisor
 from thinwire.collectives.tuned.tuner import Tuner
 from thinwire.config.model import ModelConfig
 from thinwire.models.transformer import Transformer
 from thinwire.train.pace import Pacer
-from thinwire.train.runtime import process_group, read_environment
 from thinwire.workload import Workload
 
-TIMEOUT_S = 600.0
 WARM_TURNS = 2
 """In the first DDP learns its buckets, in the second it uses them: collectives are chosen in both."""
 
 
 class Contender:
-    """A model on its group. step: forward, backward, clip, optimizer."""
+    """A model on its group, and what was measured of it."""
 
-    def __init__(self, told, group, rank):
-        config = ModelConfig(**told["model"])
+    def __init__(self, settings, group, ledger, codecs):
+        config, rank = ModelConfig(**settings["model"]), dist.get_rank()
         torch.manual_seed(0)
         self.model = self.trained = Transformer(config)
-        self.workload = Workload.of_transformer(config, told["micro_batch"], config.context)
-        self.pacer = Pacer.of(self.workload, told["flops_per_s"])
-        if told["framework"] == "ddp":
+        self.workload = Workload.of_transformer(config, settings["micro_batch"], config.context)
+        self.pacer = Pacer.of(self.workload, settings["flops_per_s"])
+        self.compression = None
+        if settings["framework"] == "ddp":
             self.trained = DistributedDataParallel(self.model, process_group=group, gradient_as_bucket_view=True)
         else:
-            mesh = dist.DeviceMesh.from_group(group, "cpu")
-            for block in self.model.blocks:
-                fully_shard(block, mesh=mesh)
-            fully_shard(self.model, mesh=mesh)
+            self.compression = shard(self.model, group, ledger, codecs)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
-        shape = (told["micro_batch"], config.context)
+        shape = (settings["micro_batch"], config.context)
         self.tokens = torch.randint(config.vocabulary, shape, generator=torch.Generator().manual_seed(rank))
+        self.seconds, self.card_bytes = [], []
 
-    def step_s(self, steps, barrier):
-        """Seconds of a step."""
-        with ExitStack() as stack:
-            stack.enter_context(self.pacer.attached(self.model, self.workload))
-            barrier()
-            started = time.perf_counter()
+    def take_turn(self, steps, native):
+        """Some steps, timed between barriers."""
+        with self.pacer.attached(self.model, self.workload):
+            dist.barrier(group=native)
+            started, sent = time.perf_counter(), card_bytes()
             for _ in range(steps):
                 take_step(self.trained, self.optimizer, self.tokens, self.tokens)
-            barrier()
-            return (time.perf_counter() - started) / steps
+            dist.barrier(group=native)
+            self.seconds.append((time.perf_counter() - started) / steps)
+            self.card_bytes.append((card_bytes() - sent) / steps)
+
+    def forget(self):
+        """What was measured so far, which warmed up."""
+        self.seconds, self.card_bytes = [], []
+        self.pacer.declared_s = self.pacer.late_s = 0.0
 
 
-def main(results, settings):
-    """One rank."""
-    told = json.loads(settings)
-    environment = read_environment()
-    place, cluster = environment.place, load_cluster(str(environment.lab.cluster))
-    torch.set_num_threads(1)
-    register_scheduled(Ledger(), Tuner(Advisor(cluster)))
-    with process_group(place, NAME, TIMEOUT_S):
-        native = dist.new_group(backend="gloo")
-        contenders = {
-            name: Contender(told, group, place.rank) for name, group in (("native", native), ("ours", dist.group.WORLD))
-        }
-        if told["framework"] == "fsdp":
-            from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+def shard(model, group, ledger, codecs):
+    """FSDP2, a unit a block; with codecs the compression of its units."""
+    mesh = dist.DeviceMesh.from_group(group, "cpu")
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return compress_sharded(model, **codecs, ledger=ledger) if codecs else None
 
-            for name in ("unshard", "wait_for_unshard", "post_backward"):
-                method = getattr(FSDPParamGroup, name)
-                for one in contenders.values():
-                    method = clock_stands_still(method, one.pacer)
-                setattr(FSDPParamGroup, name, method)
-        seconds = {name: [] for name in contenders}
-        for turn in range(told["turns"] + WARM_TURNS):
-            for name, one in contenders.items():
-                took = one.step_s(told["steps"], lambda: dist.barrier(group=native))
-                if turn >= WARM_TURNS:
-                    seconds[name].append(took)
-                else:
-                    one.pacer.declared_s = one.pacer.late_s = 0.0
-        apart = max(
-            float((a.detach() - b.detach()).abs().max())
-            for a, b in zip(*(map(local, one.model.parameters()) for one in contenders.values()), strict=True)
-        )
-        late = {name: one.pacer.missed_fraction for name, one in contenders.items()}
-        chosen = {f"{op} 2^{size} B": way.name for (op, size, _), way in dist.group.WORLD._ways.items()}
-        if place.rank == 0:
-            write_result(results, "steps", {"seconds": seconds, "late": late, "apart": apart, "chosen": chosen})
-        dist.barrier(group=native)
+
+def take_step(model, optimizer, tokens, targets):
+    """One batch, clipped."""
+    model(tokens, targets).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def clock_stands_still(method, pacers):
+    """`method` as it is, its time left out of the pass that the pacers pace."""
+
+    @functools.wraps(method)
+    def timed(*args, **kwargs):
+        started = time.perf_counter()
+        try:
+            return method(*args, **kwargs)
+        finally:
+            for pacer in pacers:
+                pacer._pass_started += time.perf_counter() - started
+
+    return timed
+
+
+def register(rank):
+    """Without codecs the backend that chooses."""
+    if rank.settings["codecs"]:
+        backend.register(rank.ledger)
+    else:
+        register_scheduled(rank.ledger, Tuner(Advisor(load_cluster(str(rank.environment.lab.cluster)))))
+
+
+def measure(rank):
+    """Seconds and card bytes of a step in each turn, by contender."""
+    settings, native, world = rank.settings, dist.new_group(backend="gloo"), dist.group.WORLD
+    contenders = {
+        "native": Contender(settings, native, rank.ledger, None),
+        "ours": Contender(settings, world, rank.ledger, settings["codecs"]),
+    }
+    if settings["framework"] == "fsdp":
+        pacers = [one.pacer for one in contenders.values()]
+        for name in ("unshard", "wait_for_unshard", "post_backward"):
+            setattr(FSDPParamGroup, name, clock_stands_still(getattr(FSDPParamGroup, name), pacers))
+    for turn in range(settings["turns"] + WARM_TURNS):
+        for one in contenders.values():
+            one.take_turn(settings["steps"], native)
+            if turn < WARM_TURNS:
+                one.forget()
+    apart = max(
+        float((a.detach() - b.detach()).abs().max())
+        for a, b in zip(*(map(local, one.model.parameters()) for one in contenders.values()), strict=True)
+    )
+    late = torch.tensor([one.pacer.missed_fraction for one in contenders.values()])
+    dist.all_reduce(late, dist.ReduceOp.MAX, group=native)
+    compression = contenders["ours"].compression
+    return {
+        "seconds": {name: one.seconds for name, one in contenders.items()},
+        "card_bytes": {name: one.card_bytes for name, one in contenders.items()},
+        "late": dict(zip(contenders, late.tolist(), strict=True)),
+        "apart": apart,
+        "chosen": {f"{op} 2^{size} B": way.name for (op, size, _), way in getattr(world, "_ways", {}).items()},
+        "memory_bytes": compression.memory_bytes if compression else 0,
+    }
 
 
 def local(parameter):
     """What lies on this rank."""
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,14 +1,14 @@
 """torchft's DiLoCo behind the Synchroniser's contract, so that the loop which trains ours trains it too.
 
     each rank       a replica group of its own: its store, its Manager, its server of checkpoints
-    rank 0          also the lighthouse, which says every N steps who takes part
+    rank 0          also the lighthouse, which decides every N steps who takes part
 
 torchft.local_sgd.DiLoCo hooks into the inner optimizer's step and all-reduces the pseudo-gradient in float32 over gloo, tensor by
 tensor: its buckets leave out tensors that do not fit (torchft 0.2), and its quantisation wants a GPU. The outer optimizer is the
 same as for ours, Nesterov's with the run's eta and mu, so both train alike but for rounding.
 
 torchft goes on without ranks that fail, and without an exchange that failed. Here all have to take part in each, or the rank ends
-with a line that says so. The rehearsal is one exchange of nothing, because connections are made in the first.
+with one line about it. The rehearsal is one exchange of nothing, because connections are made in the first.
 """
 
 import sys
@@ -32,11 +32,11 @@ JOIN_MS = 1000
 
 
 class TorchftSync(SingleRank):
-    """One per rank. config: of ours, thinwire.config.sync.DiLoCo; address: where the others find this rank."""
+    """One per rank. method: whose [sync] is that of our DiLoCo; address: where the others find this rank."""
 
-    def __init__(self, name, config, address):
+    def __init__(self, method, address):
         super().__init__()
-        self._name, self._config, self._address = name, config, address
+        self._name, self._config, self._address = method.name, method.config.sync, address
         self._done = self._exchanges = 0
         self._manager = self._diloco = None
 
@@ -132,3 +132,6 @@ class TorchftSync(SingleRank):
         if failed or self._manager.current_step() != self._exchanges or took_part != dist.get_world_size():
             why = str(failed.original_exception).splitlines()[0] if failed else "it was not committed"
             sys.exit(f"{self._name}: exchange {self._exchanges} had {took_part} of {dist.get_world_size()} ranks: {why}")
+
+
+make_sync = TorchftSync

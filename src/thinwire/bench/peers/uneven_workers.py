@@ -1,32 +1,25 @@
-"""One rank of `thinwire bench uneven`: case after case, the trainer itself, compute paced as the case says.
+"""`thinwire bench uneven`: case after case on the trainer itself, compute paced as the case asks.
 
-    python -m thinwire.bench.peers.uneven_workers RESULTS '{"run": {...}, "cases": [{"name": "half", "slow": 2.0, ...}], ...}'
-
-A case: `slow` is how many times as long as the others' the last rank's passes take, from step `slow_from` on; `deal` is what it
-begins with (empty: equal), `by_speed` whether it is dealt anew.
+A case: `slow` is how many times as long as the others' the last rank's passes take, from step `slow_from` on; `deal` are the
+micro-batches of each rank at first (empty: equal), `by_speed` whether they are shared out anew.
 """
 
-import json
-import sys
 import tempfile
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from thinwire.bench.progress import tell
-from thinwire.collectives import backend
-from thinwire.collectives.ledger import Ledger
+from thinwire.bench.peers.rank import make_stepper
 from thinwire.config.run import RunConfig
 from thinwire.layout import Layout
 from thinwire.sync.every_step import EveryStepSync
 from thinwire.train import checkpoint
 from thinwire.train.agree import make_task
 from thinwire.train.pace import Pacer
-from thinwire.train.runtime import StopRequest, process_group, read_environment
-from thinwire.train.step import Stepper, make_optimizer
+from thinwire.train.runtime import StopRequest
 from thinwire.train.trainer import Trainer
 
 AXIS = "data"
@@ -50,91 +43,64 @@ class Slowing:
         return self.task.batch(step, index)
 
 
-class Notes:
-    """In place of a reporter."""
+class Reports:
+    """In place of a reporter: keeps the seconds of a step; of all else nothing is of interest."""
 
-    def __init__(self, tell_step):
-        self.step_s, self.tell_step = [], tell_step
+    def __init__(self, report):
+        self.step_s, self.report = [], report
 
     def step(self, event):
         """Of every report."""
         self.step_s.append(event.step_s)
-        self.tell_step(event)
+        self.report(event)
 
-    def dealt(self, step, counts):
-        """Read from the trainer at the end."""
-
-    def evaluation(self, step, tokens, score):
-        """Not of interest."""
-
-    def checkpoint(self, step, path, save_s):
-        """Not of interest."""
-
-    def end(self, step, reason):
-        """Nothing to close."""
+    def __getattr__(self, name):
+        return lambda *_: None
 
 
-def train(case, config, told, task, ledger, say):
+def train(case, config, task, checkpoints, rank, report):
     """One case on this rank. Collective. step_s: of each report; deal: the last one; late: by how much passes were missed."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    number, ranks, pass_s = rank.place.rank, rank.place.world_size, rank.settings["pass_s"]
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=(AXIS,))
-    pacer = Pacer(forward_s=told["pass_s"] / 3, backward_s=told["pass_s"] * 2 / 3)
-    factor = case["slow"] if rank == ranks - 1 else 1.0
+    pacer = Pacer(forward_s=pass_s / 3, backward_s=pass_s * 2 / 3)
+    factor = case["slow"] if number == ranks - 1 else 1.0
     model = task.build_model()
-    optimizer, sync = make_optimizer(model, config.train), EveryStepSync(config.sync, AXIS, ledger)
-    notes = Notes(say)
+    sync = EveryStepSync(config.sync, AXIS, rank.ledger)
+    reports = Reports(report)
     with ExitStack() as stack:
-        stepper = Stepper(
-            model=stack.enter_context(sync.attached(model, optimizer, mesh)),
-            optimizer=optimizer,
-            sync=sync,
-            loss=task.loss,
-            precision=nullcontext,
-            train=config.train,
-        )
-        stepper.rehearse(task.batch(0, rank))
+        stepper = make_stepper(stack, model, sync, mesh, config.train, task.loss)
+        stepper.rehearse(task.batch(0, number))
         stack.enter_context(pacer.attached(model, task.workload))
         trainer = Trainer(
             task=Slowing(task, pacer, factor, case["slow_from"]),
             stepper=stepper,
             train=config.train,
-            parts=checkpoint.Parts(model=model, optimizer=optimizer, sync=sync, ledger=ledger, rank=rank),
+            parts=checkpoint.Parts(model=model, optimizer=stepper.optimizer, sync=sync, ledger=rank.ledger, rank=number),
             group=mesh.get_group(AXIS),
             device=torch.device("cpu"),
             stop=StopRequest(),
-            checkpoints=Path(told["checkpoints"]) / case["name"].replace(" ", "-"),
-            reporter=notes if rank == 0 else None,
+            checkpoints=Path(checkpoints) / case["name"].replace(" ", "-"),
+            reporter=reports if number == 0 else None,
             deal=tuple(case["deal"]) or (config.sync.accumulate,) * ranks,
             by_speed=case["by_speed"],
         )
         trainer.run(0)
-    return {"step_s": notes.step_s, "deal": trainer.deal, "late": pacer.missed_fraction}
+    return {"step_s": reports.step_s, "deal": trainer.deal, "late": pacer.missed_fraction}
 
 
-def main(results, settings):
-    """One rank."""
-    told, environment = json.loads(settings), read_environment()
-    config = RunConfig.model_validate(told["run"])
-    place, ledger = environment.place, Ledger()
-    torch.set_num_threads(1)
-    backend.register(ledger)
-    with process_group(place, backend.NAME, told["timeout_s"]), tempfile.TemporaryDirectory(prefix="thinwire-") as own:
+def measure(rank):
+    """{case: what `train` found}."""
+    config, cases = RunConfig.model_validate(rank.settings["run"]), rank.settings["cases"]
+    steps, found = config.train.steps, {}
+    with tempfile.TemporaryDirectory(prefix="thinwire-") as own:
         folder = [own]
         dist.broadcast_object_list(folder, 0)
-        told["checkpoints"] = folder[0]
-        task = make_task(config, Layout(data=place.world_size), environment)
-        measured, steps = {}, config.train.steps
-        for number, case in enumerate(told["cases"]):
+        task = make_task(config, Layout(data=rank.place.world_size), rank.environment)
+        for number, case in enumerate(cases):
 
-            def say(event, number=number, name=case["name"]):
-                done = number * steps + event.step
-                tell(Path(told["progress"]), done, len(told["cases"]) * steps, f"{name}: {event.step_s:.3f} s a step")
+            def report(event, number=number, name=case["name"]):
+                rank.report(number * steps + event.step, len(cases) * steps, f"{name}: {event.step_s:.3f} s a step")
 
-            measured[case["name"]] = train(case, config, told, task, ledger, say)
+            found[case["name"]] = train(case, config, task, folder[0], rank, report)
         dist.barrier()
-    if place.rank == 0:
-        (Path(results) / "uneven.json").write_text(json.dumps(measured))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return found
