@@ -11,7 +11,7 @@ from vectors import ALL, codec_of, vector
 
 from pool import Pool, Rank, RankFailure
 from thinwire.compress.activations.boundary import BoundaryCodec, CodedBoundary
-from thinwire.compress.activations.differences import DifferenceReceiver, DifferenceSender
+from thinwire.compress.activations.differences import Differences
 from thinwire.compress.activations.partial_sums import coded_all_reduce, coded_gradient_sum, coded_sum, sum_transfers
 from thinwire.errors import UserError
 
@@ -73,11 +73,9 @@ def settling(sample: int, visit: int, width: int = 300) -> torch.Tensor:
     return vector(width, sample) + vector(width, 1000 + sample) * 0.5**visit
 
 
-def sides(kind: str, first: str, dtype: torch.dtype) -> tuple[DifferenceSender, DifferenceReceiver]:
+def sides(kind: str, first: str, dtype: torch.dtype) -> tuple[Differences, Differences]:
     options = {"first": codec_or_none(first), "dtype": dtype}
-    return DifferenceSender(codec_of(kind), "boundary 0-1", **options), DifferenceReceiver(
-        codec_of(kind), "boundary 0-1", **options
-    )
+    return Differences(codec_of(kind), "boundary 0-1", **options), Differences(codec_of(kind), "boundary 0-1", **options)
 
 
 @given(

@@ -146,7 +146,7 @@ def switched(context: Rank, kind: str) -> tuple[torch.Tensor, bool]:
         state = exchange.state_dict()
         exchange.detach()
     torch.distributed.all_reduce(true.div_(context.world_size))
-    return total - true, bool(exchange.owed())
+    return total - true, bool(exchange.residuals())
 
 
 @pytest.mark.parametrize("kind", ["int4", "topk", "powersgd"])
@@ -198,8 +198,8 @@ def loaded(context: Rank) -> dict[str, str]:
 
 def test_a_state_that_would_not_be_used_is_refused(ranks2: Pool) -> None:
     said = ranks2.run(loaded)[0]
-    assert "owed to 'weight', and the model has no such parameter but 2 others, first '0.weight'" in said["names"]
-    assert "owes 1024 values to 'weight', which has 512" in said["shape"]
+    assert "a residual of 'weight', and the model has no such parameter but 2 others, first '0.weight'" in said["names"]
+    assert "1024 values of 'weight', which has 512" in said["shape"]
     assert "one of 4 ranks, and there are 2" in said["ranks"] and "adopt()" in said["ranks"]
     assert "compress.kind = 'int4', not 'int8'" in said["kind"]
     assert "the checkpoint holds owed, steps, which nothing here would use" in said["feedback"]
@@ -247,7 +247,7 @@ def sharded(context: Rank) -> tuple[bool, int, str]:
     with torch.no_grad():
         mine(x)  # as an evaluation before training
     compression = thinwire.compress_sharded(mine, exclude="*head*")
-    rows = [compression._ways.gradients_row(unit, 2) for unit in compression.units]
+    rows = [compression._coding.gradients_row(unit, 2) for unit in compression.units]
     mine(x).square().sum().backward()
     stock(x).square().sum().backward()
     whole = [one.grad.full_tensor() for one in mine.parameters()]

@@ -12,10 +12,10 @@ from ways import average
 from pool import Pool, Rank, RankFailure
 from thinwire.collectives.ledger import Ledger, difference
 from thinwire.compress.averager import Averager, Piece
-from thinwire.compress.base import CODECS, TENSOR_CODECS, build, make_codec
+from thinwire.compress.base import CODECS, TENSOR_CODECS, Flat, build, make_codec
 from thinwire.compress.exchange import make_exchange
-from thinwire.compress.gather import Flat, Gather
-from thinwire.compress.memory import ErrorFeedback, NoMemory, ShardMemory
+from thinwire.compress.gather import Gather
+from thinwire.compress.memory import ErrorFeedback, Memory, NoMemory
 from thinwire.compress.twoshot import TwoShot
 from thinwire.config.compress import Coded
 from thinwire.config.run import EveryStep
@@ -42,7 +42,7 @@ def pieces() -> list[Piece]:
     return found
 
 
-def make_averager(kind: str, way: str, memory: ShardMemory, context: Rank) -> Averager:
+def make_averager(kind: str, way: str, memory: Memory, context: Rank) -> Averager:
     config = Coded(kind=kind)
     made: Averager
     if kind in TENSOR_CODECS:
@@ -60,9 +60,11 @@ def averaged(context: Rank, kind: str, way: str, steps: int) -> list[dict[str, A
     told = []
     for step in range(steps):
         buffer = gradient(step, context.rank)
-        before = {name: owed.clone() for name, owed in memory.owed().items()}
+        before = {name: owed.clone() for name, owed in memory.residuals().items()}
         average(averager, buffer, pieces(), "bucket 0")
-        told.append({"result": buffer, "before": before, "owed": {name: owed.clone() for name, owed in memory.owed().items()}})
+        told.append(
+            {"result": buffer, "before": before, "owed": {name: owed.clone() for name, owed in memory.residuals().items()}}
+        )
     return told
 
 

@@ -68,7 +68,7 @@ def delivered(context: Rank, kind: str, ddp: dict[str, Any], use: list[list[set[
         for name, parameter in replica.module.parts.items():
             if parameter.grad is not None:
                 sums[name] += parameter.grad
-    owed = {name.removeprefix("parts."): values.clone() for name, values in exchange.owed().items()}
+    owed = {name.removeprefix("parts."): values.clone() for name, values in exchange.residuals().items()}
     exchange.detach()
     return {"delivered": sums, "true": true, "owed": owed}
 
@@ -175,7 +175,7 @@ def complex_gradients(context: Rank, kind: str) -> dict[str, Any]:
     exchange = thinwire.compress_gradients(replica, kind) if kind != "none" else None
     inputs = torch.randn(4, 16, generator=torch.Generator().manual_seed(context.rank))
     replica(inputs).backward()
-    owed = {name: values.clone() for name, values in exchange.owed().items()} if isinstance(exchange, CodedExchange) else {}
+    owed = {name: values.clone() for name, values in exchange.residuals().items()} if isinstance(exchange, CodedExchange) else {}
     if exchange:
         exchange.detach()
     return {

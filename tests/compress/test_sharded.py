@@ -13,7 +13,7 @@ import thinwire
 from pool import Pool, Rank, RankFailure
 from thinwire.compress.codecs.blockwise import Int8
 from thinwire.compress.sharded.api import GRADIENT_KINDS
-from thinwire.compress.sharded.memory import owed_to_average
+from thinwire.compress.sharded.residual import mean_residuals
 from thinwire.errors import UserError
 
 # -- without coding ------------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_nothing_is_lost_to_the_average(ranks4: Pool, kind: str, storage: str) -
     before: dict[str, torch.Tensor] = {}
     for step in range(2):
         states = [rank[step][2] for rank in ranks]
-        after = owed_to_average(states)
+        after = mean_residuals(states)
         for name, reduced in ranks[0][step][1].items():
             mean = sum(rank[step][0][name] for rank in ranks) / 4
             flat = (mean - reduced).reshape(-1)
@@ -238,7 +238,7 @@ def adopted(context: Rank, states: list[Any], storage: str) -> dict[str, Any]:
 def test_another_number_of_ranks_owes_the_same_to_the_average(ranks2: Pool, ranks4: Pool, storage: str) -> None:
     for old, new in ((ranks4, ranks2), (ranks2, ranks4)):
         states = old.run(states_of, storage)
-        before, after = owed_to_average(states), owed_to_average(new.run(adopted, states, storage))
+        before, after = mean_residuals(states), mean_residuals(new.run(adopted, states, storage))
         assert set(before) == set(after)
         for name, owed in before.items():
             error = (after[name] - owed).abs().max()

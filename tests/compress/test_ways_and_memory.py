@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.wire import sent_bytes
+from thinwire.compress.averager import RIDE_BYTES
 from thinwire.compress.exchange import make_exchange
-from thinwire.compress.gather import RIDE_BYTES
 from thinwire.compress.memory import ErrorFeedback
 from thinwire.config.compress import Coded
 from thinwire.errors import UserError
@@ -75,15 +75,15 @@ def fed(memory: ErrorFeedback, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_nothing_is_lost_but_late() -> None:
     memory = ErrorFeedback()
     gradients, arrived = fed(memory, 5)
-    torch.testing.assert_close(arrived + memory.owed()["w"], gradients)
+    torch.testing.assert_close(arrived + memory.residuals()["w"], gradients)
 
 
 def test_int8_storage_loses_half_a_step_at_most() -> None:
     exact, coded = ErrorFeedback(), ErrorFeedback(storage="int8")
     for memory in (exact, coded):
         fed(memory, 1)
-    bound = exact.owed()["w"].abs().max() / 127 * 0.51
-    assert (exact.owed()["w"] - coded.owed()["w"]).abs().max() <= bound
+    bound = exact.residuals()["w"].abs().max() / 127 * 0.51
+    assert (exact.residuals()["w"] - coded.residuals()["w"]).abs().max() <= bound
     assert coded.memory_bytes(700) == 3 * 258 and exact.memory_bytes(700) == 2800
 
 
@@ -95,19 +95,19 @@ def test_a_memory_goes_on_bit_for_bit(storage: Any) -> None:
     fed(second, 3)
     fed(whole, 3)
     fed(whole, 3)
-    assert torch.equal(second.owed()["w"], whole.owed()["w"])
+    assert torch.equal(second.residuals()["w"], whole.residuals()["w"])
 
 
 def test_loco_averages_and_forgets() -> None:
     """e <- 0.2 e + 0.8 l, and nothing is kept in each third step."""
     memory = ErrorFeedback(average=0.8, reset_steps=3)
     fed(memory, 1)
-    first = memory.owed()["w"].clone()
+    first = memory.residuals()["w"].clone()
     memory.corrected("w", torch.zeros(700))
     memory.keep("w", torch.ones(700))
-    torch.testing.assert_close(memory.owed()["w"], 0.2 * first + 0.8)
+    torch.testing.assert_close(memory.residuals()["w"], 0.2 * first + 0.8)
     memory.keep("w", torch.ones(700))
-    assert torch.equal(memory.owed()["w"], torch.zeros(700))
+    assert torch.equal(memory.residuals()["w"], torch.zeros(700))
 
 
 def test_demo_keeps_a_momentum_of_which_a_part_is_removed() -> None:
@@ -124,7 +124,7 @@ def test_demo_keeps_a_momentum_of_which_a_part_is_removed() -> None:
         sent[::2] = 0
         memory.keep("w", wanted - sent)
         momentum = momentum - 0.25 * sent
-        torch.testing.assert_close(memory.owed()["w"], momentum)
+        torch.testing.assert_close(memory.residuals()["w"], momentum)
 
 
 @given(st.integers(1, 8), st.integers(1, 8))
@@ -136,6 +136,6 @@ def test_another_number_of_ranks_owes_the_same_to_the_average(before: int, after
     news = [ErrorFeedback() for _ in range(after)]
     for new in news:
         new.adopt([old.state_dict() for old in olds])
-    mean_before = torch.stack([old.owed()["w"] for old in olds]).double().mean(0)
-    mean_after = torch.stack([new.owed()["w"] for new in news]).double().mean(0)
+    mean_before = torch.stack([old.residuals()["w"] for old in olds]).double().mean(0)
+    mean_after = torch.stack([new.residuals()["w"] for new in news]).double().mean(0)
     torch.testing.assert_close(mean_after, mean_before, rtol=0, atol=1e-6)

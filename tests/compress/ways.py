@@ -62,7 +62,7 @@ def averaged(context: Rank, options: dict[str, Any], steps: int, buckets: Bucket
             average(averager, buffer, pieces, f"bucket {index}")
             got |= {piece.name: piece.of(buffer).view(piece.shape).clone() for piece in pieces}
         results.append(got)
-        owed.append({name: values.view(SHAPES[name]).clone() for name, values in memory.owed().items()})
+        owed.append({name: values.view(SHAPES[name]).clone() for name, values in memory.residuals().items()})
     predicted = [
         transfer
         for index, bucket in enumerate(buckets)
@@ -144,7 +144,7 @@ def train(context: Rank, options: dict[str, Any], steps: int) -> dict[str, Any]:
             (t.label, t.op, t.message_bytes): (steps, "data") for t in sync.traffic(workload, Layout(data=context.world_size))
         },
         "settled_after": sync.settled_after,
-        "owed": sorted(exchange.owed()),
+        "owed": sorted(exchange.residuals()),
     }
 
 

@@ -25,7 +25,7 @@ from thinwire.bench.registry import Rows, take
 from thinwire.cluster import FRAME_OVERHEAD, Cluster, load_cluster
 from thinwire.collectives.wire import sent_bytes
 from thinwire.compress.base import make_codec
-from thinwire.compress.sharded.layout import UnitShape, Ways, sharded_transfers
+from thinwire.compress.sharded.layout import Coding, UnitShape, sharded_transfers
 from thinwire.config.model import ModelConfig
 from thinwire.errors import UserError
 from thinwire.lab.commands import Process, processes_for
@@ -151,8 +151,8 @@ def _step_bytes(workload: Workload, world_size: int, name: str, told: Mapping[st
     units += [UnitShape(block, tuple(parameters)) for block, parameters in blocks.items()]
     stock = name == "stock"
     gradients, weights = (make_codec(SimpleNamespace(kind=told[key])) for key in ("gradients", "weights"))
-    ways = Ways(gradients, weights, stock_gradients=stock, stock_weights=stock)
+    coding = Coding(gradients, weights, stock_gradients=stock, stock_weights=stock)
     return sum(
         transfer.calls * sent_bytes(transfer.op, transfer.message_bytes, world_size, 0)
-        for transfer in sharded_transfers(units, world_size, ways)
+        for transfer in sharded_transfers(units, world_size, coding)
     )

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from thinwire.compress.stateless import Stateless
+from thinwire.compress.memory import Stateless
 from thinwire.layout import Layout
 from thinwire.traffic import Transfer
 from thinwire.workload import Workload

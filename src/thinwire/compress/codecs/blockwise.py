@@ -18,7 +18,6 @@ Dettmers et al. 2022 (block-wise 8 bit), Wang et al. 2023 (ZeRO++: int4), Douill
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from thinwire.compress.codecs.blocked import Fusable, Kernels
 from thinwire.compress.codecs.dither import round_stochastic
-from thinwire.compress.codecs.fused import SMALLEST, inverse, raise_bf16, round_bf16
+from thinwire.compress.codecs.fused import SMALLEST, inverse, round_bf16
 from thinwire.compress.codecs.hadamard import rotate
 from thinwire.errors import UserError
 
@@ -60,97 +59,8 @@ def _nearest(rows: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 
 def _stochastic(rows: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """As `_nearest`."""
-    scales = raise_bf16(_largest(rows) * (1 / levels))
+    scales = round_bf16(_largest(rows) * (1 / levels), up=True)
     return scales, round_stochastic(rows, inverse(scales), levels)
-
-
-def _put_int8(coded: tuple[Tensor, Tensor], header: Tensor, codes: Tensor) -> None:
-    header.copy_(coded[0])
-    codes.copy_(coded[1])
-
-
-def _put_int4(coded: tuple[Tensor, Tensor], header: Tensor, codes: Tensor) -> None:
-    header.copy_(coded[0])
-    _pack(coded[1], codes)
-
-
-def encode_int8(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """See the formula above."""
-    _put_int8(_nearest(rows, 127), header, codes)
-
-
-def encode_int8_stochastic(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """See `dither`."""
-    _put_int8(_stochastic(rows, 127), header, codes)
-
-
-def lose_int8(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """encode_int8, and what it loses."""
-    coded = _nearest(rows, 127)
-    _put_int8(coded, header, codes)
-    rows.sub_(coded[1].mul_(coded[0]))
-
-
-def decode_int8(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """Code times scale."""
-    rows.copy_(codes)
-    rows.mul_(header.to(torch.float32))
-
-
-def encode_int4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """See the formula above."""
-    _put_int4(_nearest(rows, 7), header, codes)
-
-
-def encode_int4_stochastic(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """See `dither`."""
-    _put_int4(_stochastic(rows, 7), header, codes)
-
-
-def lose_int4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """encode_int4, and what it loses."""
-    coded = _nearest(rows, 7)
-    _put_int4(coded, header, codes)
-    rows.sub_(coded[1].mul_(coded[0]))
-
-
-def decode_int4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """Code times scale."""
-    rows.unflatten(-1, (2, HALF)).copy_(_unpack(codes).mul_(header.to(torch.float32).unsqueeze(-1)))
-
-
-def encode_rotated_int4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """See `hadamard`."""
-    encode_int4(rotate(rows * (1 / INT4_BLOCK)), header, codes)
-
-
-def encode_rotated_int4_stochastic(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """See `hadamard` and `dither`."""
-    encode_int4_stochastic(rotate(rows * (1 / INT4_BLOCK)), header, codes)
-
-
-def decode_rotated_int4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """See `hadamard`."""
-    numbers = _unpack(codes).mul_(header.to(torch.float32).unsqueeze(-1))
-    rows.copy_(rotate(numbers.flatten(-2)))
-
-
-def encode_float4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """The exponent of 4/3 |x| / s is that of the nearest power of two: between 2^k and 2^(k+1) the middle is 3/2 2^k."""
-    scales = round_bf16(_largest(rows))
-    header.copy_(scales)
-    parts = rows * inverse(scales)
-    sizes = parts.abs()
-    exponents = ((sizes * (4 / 3)).view(torch.int32) >> 23) - 120
-    numbers = torch.maximum(exponents, (sizes >= 2**-7).to(torch.int32)).clamp(max=7)
-    _pack(numbers.to(torch.float32) * parts.sign(), codes)
-
-
-def decode_float4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """+-2^(|q| - 7) s, made from the bits of its exponent; 0 for q = 0."""
-    numbers = _unpack(codes)
-    powers = ((numbers.abs().to(torch.int32) + 120) << 23).view(torch.float32)
-    rows.unflatten(-1, (2, HALF)).copy_(numbers.sign_().mul_(powers).mul_(header.to(torch.float32).unsqueeze(-1)))
 
 
 @dataclass(frozen=True)
@@ -163,6 +73,27 @@ class _Integers(Fusable):
     def __post_init__(self) -> None:
         if self.rounding not in ("nearest", "stochastic"):
             raise UserError(f"compress.rounding = {self.rounding!r}: values are rounded nearest or stochastic")
+
+    @staticmethod
+    def put(numbers: Tensor, codes: Tensor) -> None:
+        """Whole numbers in -levels .. levels [.., block] -> codes."""
+
+    def make_kernels(self) -> Kernels:
+        """The error comes for less than by decoding."""
+        quantised, levels, put = _nearest if self.rounding == "nearest" else _stochastic, self.levels, self.put
+
+        def encode(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+            scales, numbers = quantised(rows, levels)
+            header.copy_(scales)
+            put(numbers, codes)
+
+        def subtract(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+            scales, numbers = quantised(rows, levels)
+            header.copy_(scales)
+            put(numbers, codes)
+            rows.sub_(numbers.mul_(scales))
+
+        return Kernels.of(encode, self.decode_kernel, subtract)
 
     def error_bound(self, values: Tensor) -> Tensor:
         """Half a scale or a whole one; a scale may be 2^-8 or 2^-7 more than max / levels; plus what float32 rounds off."""
@@ -181,12 +112,16 @@ class Int8(_Integers):
     code_bytes: ClassVar[int] = INT8_BLOCK
     levels: ClassVar[int] = 127
 
-    @cached_property
-    def kernels(self) -> Kernels:
-        """What nearest rounding loses comes for less than by decoding."""
-        if self.rounding == "nearest":
-            return Kernels.of(encode_int8, decode_int8, lose_int8)
-        return Kernels.of(encode_int8_stochastic, decode_int8)
+    @staticmethod
+    def put(numbers: Tensor, codes: Tensor) -> None:
+        """One in a byte."""
+        codes.copy_(numbers)
+
+    @staticmethod
+    def decode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+        """Code times scale."""
+        rows.copy_(codes)
+        rows.mul_(header.to(torch.float32))
 
 
 @dataclass(frozen=True)
@@ -201,13 +136,30 @@ class Int4(_Integers):
     hadamard: bool = False
     """Rotate each block before it is coded: for vectors with spikes."""
 
-    @cached_property
-    def kernels(self) -> Kernels:
-        """As those of Int8."""
-        nearest = self.rounding == "nearest"
-        if self.hadamard:
-            return Kernels.of(encode_rotated_int4 if nearest else encode_rotated_int4_stochastic, decode_rotated_int4)
-        return Kernels.of(encode_int4, decode_int4, lose_int4) if nearest else Kernels.of(encode_int4_stochastic, decode_int4)
+    @staticmethod
+    def put(numbers: Tensor, codes: Tensor) -> None:
+        """Two in a byte."""
+        _pack(numbers, codes)
+
+    @staticmethod
+    def decode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+        """Code times scale."""
+        rows.unflatten(-1, (2, HALF)).copy_(_unpack(codes).mul_(header.to(torch.float32).unsqueeze(-1)))
+
+    def make_kernels(self) -> Kernels:
+        """Those of integers, of blocks that are rotated there and back (`hadamard`) if asked for."""
+        plain = super().make_kernels()
+        if not self.hadamard:
+            return plain
+
+        def encode(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+            plain.encode(rotate(rows * (1 / INT4_BLOCK)), header, codes)
+
+        def decode(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+            numbers = _unpack(codes).mul_(header.to(torch.float32).unsqueeze(-1))
+            rows.copy_(rotate(numbers.flatten(-2)))
+
+        return Kernels.of(encode, decode)
 
     def error_bound(self, values: Tensor) -> Tensor:
         """That of integers; of a rotated block, all errors of the block added up."""
@@ -225,8 +177,24 @@ class Float4(Fusable):
     name: ClassVar[str] = "fp4"
     block: ClassVar[int] = INT4_BLOCK
     code_bytes: ClassVar[int] = HALF
-    encode_kernel = encode_float4
-    decode_kernel = decode_float4
+
+    @staticmethod
+    def encode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+        """The exponent of 4/3 |x| / s is that of the nearest power of two: between 2^k and 2^(k+1) the middle is 3/2 2^k."""
+        scales = round_bf16(_largest(rows))
+        header.copy_(scales)
+        parts = rows * inverse(scales)
+        sizes = parts.abs()
+        exponents = ((sizes * (4 / 3)).view(torch.int32) >> 23) - 120
+        numbers = torch.maximum(exponents, (sizes >= 2**-7).to(torch.int32)).clamp(max=7)
+        _pack(numbers.to(torch.float32) * parts.sign(), codes)
+
+    @staticmethod
+    def decode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+        """+-2^(|q| - 7) s, made from the bits of its exponent; 0 for q = 0."""
+        numbers = _unpack(codes)
+        powers = ((numbers.abs().to(torch.int32) + 120) << 23).view(torch.float32)
+        rows.unflatten(-1, (2, HALF)).copy_(numbers.sign_().mul_(powers).mul_(header.to(torch.float32).unsqueeze(-1)))
 
     def error_bound(self, values: Tensor) -> Tensor:
         """A third of the value, or half of the smallest power."""

@@ -18,12 +18,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from thinwire.compress.base import check_payload, check_tensor
+from thinwire.compress.base import TensorCodec, check_payload, check_tensor
 from thinwire.errors import UserError
 
 
 @dataclass(frozen=True)
-class GlobalTopK:
+class GlobalTopK(TensorCodec):
     """Sparse; by default one of a hundred values, 0.48 bits a value."""
 
     fraction: float = 0.01
@@ -53,7 +53,6 @@ class GlobalTopK:
         return torch.cat([places.to(torch.int32).view(torch.uint8), chosen.view(torch.uint8)])
 
     def decode(self, payload: Tensor, shape: Sequence[int]) -> Tensor:
-        """[payload_bytes] uint8 -> float32 of `shape`."""
         check_payload(payload, self.payload_bytes(shape))
         border = 4 * self.kept(shape)
         places = payload[:border].clone().view(torch.int32)  # a payload need not begin where an int32 may

@@ -57,12 +57,8 @@ class Lossless:
         planes = [_squeeze(plane) for plane in _split(words, values.element_size() // 2)]
         lengths = [len(plane) for plane in planes] + [0] * (3 - len(planes))
         header = _HEADER.pack(values.numel(), values.element_size(), *lengths)
-        payload = np.zeros(len(header) + sum(lengths) + sum(lengths) % 2, np.uint8)
-        first = 0
-        for part in (header, *planes):
-            payload[first : first + len(part)] = np.frombuffer(part, np.uint8)
-            first += len(part)
-        return torch.from_numpy(payload).to(values.device)
+        payload = bytearray().join((header, *planes, bytes(sum(lengths) % 2)))
+        return torch.frombuffer(payload, dtype=torch.uint8).to(values.device)
 
     def decode(self, payload: Tensor) -> Tensor:
         """What encode gave -> [numel] in the dtype that went in."""

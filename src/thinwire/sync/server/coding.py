@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinwire.compress.base import finite, make_codec
-from thinwire.compress.gather import Flat
+from thinwire.compress.base import Flat, finite, make_codec
 from thinwire.compress.memory import ErrorFeedback, Memory, NoMemory
 from thinwire.config.replicas import Code
 from thinwire.errors import UserError
