@@ -168,6 +168,7 @@ def test_nothing_finite_is_said_to_be_lost_of_a_block_that_is_not(codec) -> None
         assert not finite(codec.decode(payload, values.numel())) and not lost[: codec.block].isfinite().any()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("codec", [Int8(), Int4(rounding="stochastic")], ids=repr)
 def test_fused_and_plain_give_the_same_bits(codec) -> None:

@@ -64,3 +64,7 @@ def test_fused_rows() -> None:
         for one, payloads in zip((codec, fused), both, strict=True):
             one.encode_rows(rows, payloads)
         assert torch.equal(*both)
+        decoded = [torch.empty_like(rows) for _ in both]
+        for one, values in zip((codec, fused), decoded, strict=True):
+            one.decode_rows(both[0], values)
+        assert torch.equal(*decoded)

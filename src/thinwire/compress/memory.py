@@ -221,9 +221,7 @@ class ErrorFeedback(Memory):
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
         """1/p sum_i e_i for every new rank. UserError if there are no residuals in one."""
         if not all(isinstance(state.get("owed"), dict) for state in states):
-            raise UserError(
-                "the checkpoint holds nothing that is owed; resume with compress.kind and feedback as it was made with"
-            )
+            raise UserError("the checkpoint holds no residuals; resume with compress.kind and feedback as it was made with")
         self.store.take_mean([state["owed"] for state in states])
         self.steps = dict(states[0]["steps"])
 

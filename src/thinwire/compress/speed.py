@@ -10,7 +10,7 @@ import torch
 
 from thinwire.compress.base import Codec, Flat, TensorCodec
 
-TRIED_VALUES, TRIES = 2**17, 4
+TRIED_VALUES, TRIES = 2**17, 3
 
 
 def seconds_of_stages(run: Callable[[], Iterator[None]]) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Which way each parameter of a bucket takes, from what step on, and what error feedback keeps of it."""
+"""Which averager each parameter of a bucket is assigned to, and what error feedback keeps of it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +30,7 @@ def transfers(parameters: Sequence[Parameter], world_size: int, **options: Any) 
 @given(
     st.lists(st.integers(1, 400_000), min_size=1, max_size=4), st.sampled_from([2, 3, 4, 8]), st.sampled_from(["int4", "topk"])
 )
-def test_auto_sends_no_more_than_any_single_way(sizes: list[int], world_size: int, kind: str) -> None:
+def test_auto_sends_no_more_than_any_single_averager(sizes: list[int], world_size: int, kind: str) -> None:
     """Parameter by parameter; a bucket of several is never worse than two-shot, gather or a plain all-reduce of all of it.
 
     But for what rides along with gathered codes instead of going by a collective of its own.
@@ -128,7 +128,7 @@ def test_demo_keeps_a_momentum_of_which_a_part_is_removed() -> None:
 
 
 @given(st.integers(1, 8), st.integers(1, 8))
-def test_another_number_of_ranks_owes_the_same_to_the_average(before: int, after: int) -> None:
+def test_another_number_of_ranks_keeps_the_mean_residual(before: int, after: int) -> None:
     olds = []
     for rank in range(before):
         olds.append(ErrorFeedback())
@@ -139,3 +139,32 @@ def test_another_number_of_ranks_owes_the_same_to_the_average(before: int, after
     mean_before = torch.stack([old.residuals()["w"] for old in olds]).double().mean(0)
     mean_after = torch.stack([new.residuals()["w"] for new in news]).double().mean(0)
     torch.testing.assert_close(mean_after, mean_before, rtol=0, atol=1e-6)
+
+
+def test_a_rank_without_a_residual_counts_as_zero() -> None:
+    olds = [ErrorFeedback(), ErrorFeedback()]
+    olds[0].keep("w", torch.ones(5))
+    new = ErrorFeedback()
+    new.adopt([old.state_dict() for old in olds])
+    assert new.residuals()["w"].tolist() == [0.5] * 5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"decay": 0.5}, {"average": 0.8, "reset_steps": 3}, {"decay": 0.9, "removal": 0.25}, {"storage": "int8", "decay": 0.5}],
+    ids=str,
+)
+@pytest.mark.parametrize("numel", [700, 12, 3])
+def test_shards_are_fed_back_as_the_vector_is(options: dict[str, Any], numel: int) -> None:
+    """Whole rows, a row that is filled in part, empty rows; zeros behind the end, whatever the coding left there."""
+    whole, cut = ErrorFeedback(**options), ErrorFeedback(**options)
+    generator = torch.Generator().manual_seed(numel)
+    for _ in range(4):
+        gradient = torch.randn(numel, generator=generator)
+        rows = torch.full((3, 256), torch.nan)
+        cut.corrected_rows("w", gradient, rows)
+        wanted = whole.corrected("w", gradient)
+        assert torch.equal(rows.view(-1)[:numel], wanted) and not rows.view(-1)[numel:].any()
+        whole.keep("w", wanted / 2)
+        cut.keep_rows("w", rows / 2 + torch.arange(768).view(3, 256).ge(numel), numel)
+        assert torch.equal(cut.residuals()["w"], whole.residuals()["w"])
