@@ -53,7 +53,7 @@ def reference(name: str, steps: int, world_size: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("pool", ["ranks3", *LONGER])
 def test_it_is_the_algorithm_of_the_paper(request: pytest.FixtureRequest, pool: str) -> None:
     ranks: Pool = request.getfixturevalue(pool)
-    reports = ranks.run(averaged, OPTIONS, 5, ONE_BUCKET, predicts=True)
+    reports = ranks.run(averaged, OPTIONS, 5, ONE_BUCKET, -1, True)
     check_equal_on_all_ranks(reports)
     for name in SHAPES:
         for ours, wanted in zip(reports[0]["results"], reference(name, 5, len(reports)), strict=True):

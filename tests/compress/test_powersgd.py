@@ -55,7 +55,7 @@ def test_it_is_the_power_iteration_of_one_process_and_keeps_what_it_does_not_sen
     request: pytest.FixtureRequest, pool: str
 ) -> None:
     ranks: Pool = request.getfixturevalue(pool)
-    reports = ranks.run(averaged, OPTIONS, 4, ONE_BUCKET, predicts=True)
+    reports = ranks.run(averaged, OPTIONS, 4, ONE_BUCKET, -1, True)
     check_equal_on_all_ranks(reports)
     check_conserved(reports)
     for name in SHAPES:

@@ -48,7 +48,7 @@ def test_every_place_comes_equally_often_and_names_and_steps_differ() -> None:
 def test_the_drawn_places_of_the_mean_arrive_and_the_rest_is_kept(request: pytest.FixtureRequest, pool: str) -> None:
     """A reference of one process: where something was sent, all that has gathered there since the last time."""
     ranks: Pool = request.getfixturevalue(pool)
-    reports = ranks.run(averaged, OPTIONS, 4, ONE_BUCKET, predicts=True)
+    reports = ranks.run(averaged, OPTIONS, 4, ONE_BUCKET, -1, True)
     check_equal_on_all_ranks(reports)
     check_conserved(reports)
     for name in SHAPES:

@@ -9,8 +9,7 @@ from vectors import ALL, SCALES, SHAPES, codec_of, vector, vectors
 
 from thinwire.compress.base import finite
 from thinwire.compress.codecs.blocked import PIECE
-from thinwire.compress.codecs.blockwise import Float4, Int4, Int8
-from thinwire.compress.codecs.dither import dither
+from thinwire.compress.codecs.blockwise import Float4, Int4, Int8, dither
 from thinwire.compress.codecs.fused import fused_or_reason, round_bf16
 from thinwire.errors import UserError
 

@@ -31,6 +31,8 @@ from thinwire.errors import UserError
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
 
+Parameters = Sequence[Parameter]
+Shapes = Mapping[str, Sequence[int]]
 RIDE_BYTES = 2**14
 """Less than the wire carries while a collective of its own would begin."""
 
@@ -120,9 +122,7 @@ class Averager(Stateless, ABC):
         return True
 
     @abstractmethod
-    def transfers(
-        self, label: str, parameters: Sequence[Parameter], exact: Sequence[Parameter], axis: str, world_size: int
-    ) -> list[Transfer]:
+    def transfers(self, label: str, parameters: Parameters, exact: Parameters, axis: str, world_size: int) -> list[Transfer]:
         """What `average` will send for `parameters` of one bucket and what rides along, to the byte; no communication."""
 
     def attach(self, first: dist.ProcessGroup, second: dist.ProcessGroup) -> None:
@@ -148,11 +148,9 @@ class Counting(Averager):
         return self._counts[name] - 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts."""
         return {"counts": dict(self._counts)}
 
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
-        """Goes on where it was."""
         self._counts = dict(states[0]["counts"])
 
 

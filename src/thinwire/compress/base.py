@@ -31,10 +31,8 @@ class Codec(ABC):
     """As `kind` in run.toml."""
     block: ClassVar[int] = 1
     """Vectors come in multiples of this length."""
-    summable: ClassVar[bool] = False
-    """Payloads may be added up by the network: values may be cast to `wire_dtype` and all-reduced."""
     wire_dtype: ClassVar[torch.dtype] = torch.uint8
-    """What travels; uint8 if payloads are not summable."""
+    """What travels: uint8, or a float if the sum of payloads is a payload: values may then be cast to it and all-reduced."""
 
     @abstractmethod
     def payload_bytes(self, numel: int) -> int:
@@ -78,9 +76,6 @@ class TensorCodec(ABC):
 
     Its payloads cannot be cut into shards, so they travel by all-gather (`gather`). Deterministic and compared as a Codec is.
     """
-
-    name: ClassVar[str]
-    """As `kind` in run.toml."""
 
     @abstractmethod
     def payload_bytes(self, shape: Sequence[int]) -> int:
@@ -143,8 +138,7 @@ def make_codec(config: Any) -> Codec | None:
 
 
 def build(path: str, config: Any, *arguments: Any) -> Any:
-    """The class at "module:Name", made of `arguments` and the options of `config` that are set. UserError for one that it does
-    not have."""
+    """The class at "module:Name", made of `arguments` and the options set in `config`. UserError for one it does not have."""
     module, _, name = path.partition(":")
     made = getattr(importlib.import_module(module), name)
     found = {option: getattr(config, option, None) for option in OPTIONS}
@@ -171,6 +165,14 @@ def finite(values: Tensor) -> bool:
         return True
     lowest, highest = torch.aminmax(values)
     return bool(torch.isfinite(lowest) & torch.isfinite(highest))
+
+
+def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
+    """First to last, as the order of ranks: the same bits everywhere. A new tensor."""
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
 
 
 def check_values(values: Tensor, block: int) -> None:

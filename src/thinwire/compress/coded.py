@@ -21,7 +21,7 @@ import torch.distributed as dist
 from thinwire.collectives.executor import Executor
 from thinwire.collectives.groups import backend_of, private_copy, release
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import RIDE_BYTES, Averager, Piece, Share
+from thinwire.compress.averager import RIDE_BYTES, Averager, Piece, Shapes, Share
 from thinwire.compress.memory import Memory, Stateless
 from thinwire.compress.plain import Plain
 from thinwire.config.compress import SUMMABLE, Coded
@@ -39,6 +39,7 @@ class CodedExchange(Stateless):
 
     def __init__(self, averagers: Sequence[Averager], memory: Memory, config: Coded, ledger: Ledger) -> None:
         self._averagers: list[Averager] = [*averagers, Plain(ledger)]
+        self._plain = len(averagers)
         self._memory, self._config, self._ledger = memory, config, ledger
         self.failure: Exception | None = None
         self._group: dist.ProcessGroup | None = None
@@ -55,7 +56,6 @@ class CodedExchange(Stateless):
 
     @property
     def settled_after(self) -> int:
-        """Steps after which it sends what `transfers` says."""
         return self._config.after_steps + max(averager.settled_after for averager in self._averagers)
 
     def is_coded(self, name: str, shape: Sequence[int]) -> bool:
@@ -84,14 +84,11 @@ class CodedExchange(Stateless):
 
     def memory_bytes(self, parameters: Sequence[Parameter], world_size: int) -> int:
         """What error feedback holds on each rank, or the momentum of dgc."""
-        plain = len(self._averagers) - 1
-        coded = [self._cheapest(one.name, one.shape, world_size) != plain for one in parameters]
-        pairs = zip(parameters, coded, strict=True)
-        return sum(self._memory.memory_bytes(parameter.numel, coded=flag) for parameter, flag in pairs)
+        routes = [self._cheapest(one.name, one.shape, world_size) for one in parameters]
+        pairs = zip(parameters, routes, strict=True)
+        return sum(self._memory.memory_bytes(one.numel, coded=route != self._plain) for one, route in pairs)
 
-    def attach(
-        self, group: dist.ProcessGroup, axis: str, known: Mapping[str, Sequence[int]], *, tracks_use: bool = False
-    ) -> None:
+    def attach(self, group: dist.ProcessGroup, axis: str, known: Shapes, *, tracks_use: bool = False) -> None:
         """Makes two process groups and three threads. Collective over all ranks. UserError on CUDA."""
         if backend_of(group, "cpu") is None:
             served = dist.get_backend_config(group)
@@ -121,7 +118,6 @@ class CodedExchange(Stateless):
     def start(
         self, buffer: torch.Tensor, pieces: Sequence[Piece], label: str, *, last: bool, used: Mapping[str, bool] | None = None
     ) -> torch.futures.Future[torch.Tensor]:
-        """Hands the buffer to the threads."""
         assert self._threads, "attach() comes first"
         assert (used is not None) == self._tracks_use, "use is tracked, or not"
         if buffer.device.type != "cpu":
@@ -202,21 +198,20 @@ class CodedExchange(Stateless):
 
     def _assign(self, parts: Sequence[_Part], world_size: int) -> "list[_Assigned[_Part]]":
         """Each averager that has a share of the bucket: what it codes, and what rides along with it."""
-        plain = len(self._averagers) - 1
         routes = self._routes(parts, world_size)
-        coding = sorted({route for route in routes if route != plain})
+        coding = sorted({route for route in routes if route != self._plain})
         assigned: list[_Assigned[_Part]] = [(averager, [], []) for averager in self._averagers]
         for part, route in zip(parts, routes, strict=True):
-            if route != plain:
+            if route != self._plain:
                 assigned[route][1].append(part)
             else:
                 able = [other for other in coding if self._averagers[other].carries(part.numel, world_size)]
-                assigned[able[0] if able else plain][2].append(part)
+                assigned[able[0] if able else self._plain][2].append(part)
         return [one for one in assigned if one[1] or one[2]]
 
     def _routes(self, parts: "Sequence[_Part]", world_size: int) -> list[int]:
         """The cheapest averager of each part; but what saves less than its collectives cost rides along with another, exactly."""
-        p, plain = world_size, len(self._averagers) - 1
+        p, plain = world_size, self._plain
         routes = [self._cheapest(part.name, part.shape, p) for part in parts]
         for route in sorted(set(routes) - {plain}):
             mine = [part for part, its in zip(parts, routes, strict=True) if its == route]
@@ -231,7 +226,7 @@ class CodedExchange(Stateless):
     def _cheapest(self, name: str, shape: Sequence[int], world_size: int) -> int:
         """Index of the averager; at equal bytes the first one, so that plainly is the last resort."""
         if world_size == 1 or not self.is_coded(name, shape):
-            return len(self._averagers) - 1
+            return self._plain
         sizes = [averager.sent_bytes(shape, world_size) for averager in self._averagers]
         return min((size, index) for index, size in enumerate(sizes) if size is not None)[1]
 

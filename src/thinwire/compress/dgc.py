@@ -73,7 +73,6 @@ class MomentumCorrection(Memory):
         self._sums.drop(name)
 
     def residuals(self) -> dict[str, Tensor]:
-        """v of each parameter."""
         return self._sums.all()
 
     def memory_bytes(self, numel: int, *, coded: bool = True) -> int:
@@ -81,7 +80,6 @@ class MomentumCorrection(Memory):
         return (2 if coded else 1) * self._sums.stored_bytes(numel)
 
     def state_dict(self) -> dict[str, Any]:
-        """u and v."""
         return {"speeds": self._speeds.state_dict(), "sums": self._sums.state_dict()}
 
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:

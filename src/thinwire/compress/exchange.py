@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import Averager, Piece
+from thinwire.compress.averager import Averager, Piece, Shapes
 from thinwire.compress.base import CODECS, TENSOR_CODECS, Flat, build, make_codec
 from thinwire.compress.codecs.fused import fused_or_reason
 from thinwire.compress.coded import CodedExchange
@@ -46,9 +46,7 @@ class Exchange(Protocol):
         """What one bucket of `parameters` will send; no communication."""
         ...
 
-    def attach(
-        self, group: dist.ProcessGroup, axis: str, known: Mapping[str, Sequence[int]], *, tracks_use: bool = False
-    ) -> None:
+    def attach(self, group: dist.ProcessGroup, axis: str, known: Shapes, *, tracks_use: bool = False) -> None:
         """Before the first step. Collective over all ranks, also where groups are smaller.
 
         known: shapes of all parameters that may come, by name. tracks_use: `start` will get which of them were used.

@@ -14,13 +14,12 @@ import torch
 
 from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import RIDE_BYTES, Averager, Share, check_finite
-from thinwire.compress.base import TensorCodec
+from thinwire.compress.averager import RIDE_BYTES, Averager, Parameters, Share, check_finite
+from thinwire.compress.base import TensorCodec, sum_in_order
 from thinwire.compress.memory import Memory
 from thinwire.compress.plain import GRADIENT_BYTES
 from thinwire.compress.speed import seconds_of_tensor
 from thinwire.traffic import Transfer
-from thinwire.workload import Parameter
 
 
 class Gather(Averager):
@@ -37,9 +36,7 @@ class Gather(Averager):
         """For two ranks gathering is as cheap as an all-reduce; for more, what is so little that a collective would cost more."""
         return world_size == 2 or GRADIENT_BYTES * numel * (world_size - 1) <= RIDE_BYTES
 
-    def transfers(
-        self, label: str, parameters: Sequence[Parameter], exact: Sequence[Parameter], axis: str, world_size: int
-    ) -> list[Transfer]:
+    def transfers(self, label: str, parameters: Parameters, exact: Parameters, axis: str, world_size: int) -> list[Transfer]:
         """One all-gather. Times the codec."""
         size = sum(self._codec.payload_bytes(parameter.shape) for parameter in parameters)
         size += GRADIENT_BYTES * sum(parameter.numel for parameter in exact)
@@ -68,18 +65,10 @@ class Gather(Averager):
 
         sent.wait()
         *parts, riding = received.split([*map(len, codes), received.shape[1] - sum(map(len, codes))], dim=1)
-        share.arrived(_mean([one.clone().view(torch.float32) for one in riding]))
+        share.arrived(sum_in_order([one.clone().view(torch.float32) for one in riding]) / p)
         for codec, values, piece, part in zip(codecs, wanted, pieces, parts, strict=True):
             if share.counts(piece):
                 decoded = [codec.decode(one, piece.shape).view(-1) for one in part]
                 if self._memory.keeps:
                     self._memory.keep(piece.name, values - decoded[rank])
-                piece.of(share.buffer).copy_(_mean(decoded))
-
-
-def _mean(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """In the order of ranks."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total / len(parts)
+                piece.of(share.buffer).copy_(sum_in_order(decoded) / p)

@@ -134,8 +134,7 @@ class Store:
         return {"storage": self.storage, "kept": kept, "numels": dict(self.numels)}
 
     def take_mean(self, states: Sequence[dict[str, Any]]) -> None:
-        """For each name the mean over the states of stores, where absent counts as zero; a single state of this storage to the
-        bit."""
+        """For each name the mean over states of stores, absent ones counting as zero; one state of this storage to the bit."""
         others = [Store(state["storage"], dict(state["kept"]), dict(state["numels"])) for state in states]
         if len(others) == 1 and others[0].storage == self.storage:
             self.kept, self.numels = others[0].kept, others[0].numels
@@ -164,7 +163,6 @@ class ErrorFeedback(Memory):
         self.store = Store(self.storage)
 
     def residuals(self) -> dict[str, Tensor]:
-        """e of each parameter."""
         return self.store.all()
 
     def corrected(self, name: str, gradient: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.metered_calls import all_reduce
-from thinwire.compress.averager import Averager, Piece, Share, ring_bytes
+from thinwire.compress.averager import Averager, Parameters, Piece, Shapes, Share, ring_bytes
 from thinwire.compress.base import Codec
 from thinwire.compress.memory import Stateless
 from thinwire.traffic import Transfer
@@ -38,9 +38,7 @@ class PlainExchange(Stateless):
         message_bytes = sum(parameter.numel for parameter in parameters) * GRADIENT_BYTES
         return [Transfer(label=label, axis=axis, op="all_reduce", message_bytes=message_bytes)]
 
-    def attach(
-        self, group: dist.ProcessGroup, axis: str, known: Mapping[str, Sequence[int]], *, tracks_use: bool = False
-    ) -> None:
+    def attach(self, group: dist.ProcessGroup, axis: str, known: Shapes, *, tracks_use: bool = False) -> None:
         """An axis as large as the world uses the default group, which does not know its axis."""
         self._group = group
         self._ledger.axes[group.group_name] = axis
@@ -70,9 +68,7 @@ class Plain(Averager):
     def sent_bytes(self, shape: Sequence[int], world_size: int) -> float:
         return ring_bytes(prod(shape), world_size)
 
-    def transfers(
-        self, label: str, parameters: Sequence[Parameter], exact: Sequence[Parameter], axis: str, world_size: int
-    ) -> list[Transfer]:
+    def transfers(self, label: str, parameters: Parameters, exact: Parameters, axis: str, world_size: int) -> list[Transfer]:
         message_bytes = sum(parameter.numel for parameter in (*parameters, *exact)) * GRADIENT_BYTES
         return [Transfer(label=f"{label} plain", axis=axis, op="all_reduce", message_bytes=message_bytes)]
 
@@ -101,9 +97,7 @@ class Cast(Averager):
     def carries(self, numel: int, world_size: int) -> bool:
         return False
 
-    def transfers(
-        self, label: str, parameters: Sequence[Parameter], exact: Sequence[Parameter], axis: str, world_size: int
-    ) -> list[Transfer]:
+    def transfers(self, label: str, parameters: Parameters, exact: Parameters, axis: str, world_size: int) -> list[Transfer]:
         values, item = sum(parameter.numel for parameter in parameters), self._dtype.itemsize
         return [Transfer(label=label, axis=axis, op="all_reduce", message_bytes=values * item, item_bytes=item)]
 

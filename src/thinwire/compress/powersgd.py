@@ -33,13 +33,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import Averager, Share, check_finite, ring_bytes
+from thinwire.compress.averager import Averager, Parameters, Share, check_finite, ring_bytes
 from thinwire.compress.base import finite, matrix_shape
 from thinwire.compress.memory import Memory
 from thinwire.compress.speed import seconds_of_stages
 from thinwire.errors import UserError
 from thinwire.traffic import Transfer
-from thinwire.workload import Parameter
 
 WORTH = 2
 """How many times smaller the two factors must be than the matrix."""
@@ -80,9 +79,7 @@ class PowerSGD(Averager):
         factors = self._rank * (rows + columns)
         return ring_bytes(factors, world_size) if WORTH * factors <= rows * columns else None
 
-    def transfers(
-        self, label: str, parameters: Sequence[Parameter], exact: Sequence[Parameter], axis: str, world_size: int
-    ) -> list[Transfer]:
+    def transfers(self, label: str, parameters: Parameters, exact: Parameters, axis: str, world_size: int) -> list[Transfer]:
         """An all-reduce of all P and what is exact, and one of all Q. Times the products."""
         shapes = [matrix_shape(parameter.shape) for parameter in parameters]
         first = sum(self._work_s(shape)[0] for shape in shapes)

@@ -27,11 +27,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import Counting, Share, check_finite, ring_bytes
+from thinwire.compress.averager import Counting, Parameters, Share, check_finite, ring_bytes
 from thinwire.compress.memory import Memory
 from thinwire.compress.speed import seconds_of_stages
 from thinwire.traffic import Transfer
-from thinwire.workload import Parameter
 
 TRIED_VALUES = 2**18
 DRAWN = 2**62
@@ -58,9 +57,7 @@ class RandomK(Counting):
         """Of the chosen values."""
         return ring_bytes(self._chosen(prod(shape)), world_size)
 
-    def transfers(
-        self, label: str, parameters: Sequence[Parameter], exact: Sequence[Parameter], axis: str, world_size: int
-    ) -> list[Transfer]:
+    def transfers(self, label: str, parameters: Parameters, exact: Parameters, axis: str, world_size: int) -> list[Transfer]:
         """One all-reduce. Times the choice."""
         size = 4 * (sum(self._chosen(parameter.numel) for parameter in parameters) + sum(one.numel for one in exact))
         work = self._seconds_per_value * sum(parameter.numel for parameter in parameters)

@@ -27,13 +27,12 @@ import torch.distributed as dist
 
 from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import Averager, Share, check_finite
-from thinwire.compress.base import Codec, finite, padded
+from thinwire.compress.averager import Averager, Parameters, Share, check_finite
+from thinwire.compress.base import Codec, finite, padded, sum_in_order
 from thinwire.compress.memory import Memory, beside
 from thinwire.compress.plain import GRADIENT_BYTES
 from thinwire.compress.speed import seconds_per_value
 from thinwire.traffic import Transfer
-from thinwire.workload import Parameter
 
 
 def shard_length(shape: Sequence[int], world_size: int, block: int) -> int:
@@ -51,9 +50,7 @@ class TwoShot(Averager):
         """p - 1 codes of a shard, twice. Two shots of float32, what rides along, send as much as an all-reduce."""
         return 2 * (world_size - 1) * self._codec.payload_bytes(shard_length(shape, world_size, self._codec.block))
 
-    def transfers(
-        self, label: str, parameters: Sequence[Parameter], exact: Sequence[Parameter], axis: str, world_size: int
-    ) -> list[Transfer]:
+    def transfers(self, label: str, parameters: Parameters, exact: Parameters, axis: str, world_size: int) -> list[Transfer]:
         """An all-to-all of codes and an all-gather of the averages' codes. Times the codec."""
         length = sum(shard_length(parameter.shape, world_size, self._codec.block) for parameter in parameters)
         size = self._codec.payload_bytes(length) + GRADIENT_BYTES * -(-sum(one.numel for one in exact) // world_size)
@@ -99,10 +96,7 @@ class TwoShot(Averager):
             for piece, part in zip(pieces, parts, strict=True):
                 check_finite(mean[part], piece.name)
         mean /= p
-        exact_mean = torch.zeros(riding.shape[1])
-        for part in received[:, size:].reshape(-1).clone().view(torch.float32).view_as(riding):
-            exact_mean += part
-        exact_mean /= p
+        exact_mean = sum_in_order(list(received[:, size:].reshape(-1).clone().view(torch.float32).view_as(riding))) / p
         code = torch.empty_like(codes[0])
         self._codec.encode_rows(work[rank : rank + 1], code.view(1, -1), subtract=self._memory.keeps)
         code[size:] = exact_mean.view(torch.uint8)

@@ -28,7 +28,7 @@ from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.metered_calls import all_reduce
 from thinwire.compress.activations.boundary import encode_finite, flat_float32
-from thinwire.compress.base import Codec
+from thinwire.compress.base import Codec, sum_in_order
 from thinwire.compress.twoshot import shard_length
 from thinwire.errors import UserError
 from thinwire.traffic import Transfer
@@ -71,9 +71,7 @@ def coded_sum(x: Tensor, group: dist.ProcessGroup, codec: Codec | None, ledger: 
     received = torch.empty_like(codes)
     with ledger.label(f"{label} codes"):
         dist.all_to_all_single(received, codes, group=group)
-    total = torch.zeros(length)
-    for source in range(p):
-        total += shards[rank] if source == rank else codec.decode(received[source], length)
+    total = sum_in_order([shards[i] if i == rank else codec.decode(received[i], length) for i in range(p)])
     results = torch.empty_like(codes)
     code = encode_finite(codec, total, label)
     with ledger.label(f"{label} sums"):

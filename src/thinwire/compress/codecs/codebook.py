@@ -13,7 +13,6 @@ means: 2.0156 bits a value. Jaghouar et al. 2024 (INTELLECT-1: bins over sigmas,
 (SparseLoCo: 2 bits).
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -32,7 +31,6 @@ def _normalised(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return parts, scales, pairwise_sum(parts * parts * (1 / BLOCK)).sqrt().unsqueeze(1)
 
 
-@dataclass(frozen=True)
 class Codebook2(Blocked):
     """2.0156 bits a value."""
 

@@ -19,7 +19,6 @@ sqrt(hw) times the largest value. Peng et al. 2024 (DeMo, arXiv 2411.19870): til
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -61,8 +60,6 @@ class Demo(TensorCodec):
     """Coefficients of each tile; all of them where a tile has no more."""
     tile: int = 64
     """The longest side of a tile."""
-
-    name: ClassVar[str] = "demo"
 
     def __post_init__(self) -> None:
         if self.k < 1:

@@ -19,7 +19,6 @@ from thinwire.compress.base import Codec, check_payload, check_values
 class _Float(Codec):
     relative: ClassVar[float]
     absolute: ClassVar[float]
-    summable: ClassVar[bool] = True
 
     def payload_bytes(self, numel: int) -> int:
         return numel * self.wire_dtype.itemsize
@@ -38,7 +37,6 @@ class _Float(Codec):
         return torch.where(values.abs() <= torch.finfo(self.wire_dtype).max, bound, torch.inf)
 
 
-@dataclass(frozen=True)
 class BFloat16(_Float):
     """float32 with the lower half of its bits rounded away."""
 
@@ -48,7 +46,6 @@ class BFloat16(_Float):
     absolute: ClassVar[float] = 2**-134
 
 
-@dataclass(frozen=True)
 class Float16(_Float):
     """IEEE half precision."""
 
@@ -58,7 +55,6 @@ class Float16(_Float):
     absolute: ClassVar[float] = 2**-25
 
 
-@dataclass(frozen=True)
 class Float32(_Float):
     """As it is: for what may be coded or not. Its payloads begin where a float32 may."""
 

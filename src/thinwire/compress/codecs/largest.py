@@ -13,7 +13,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,8 +27,6 @@ class GlobalTopK(TensorCodec):
 
     fraction: float = 0.01
     """Of the values of each parameter, rounded up to a whole number."""
-
-    name: ClassVar[str] = "topk_global"
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:

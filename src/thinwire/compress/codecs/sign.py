@@ -11,7 +11,6 @@ Byte j of a block holds the signs of x[j], x[j + 32], ... x[j + 224], bit 0 firs
 Seide et al. 2014 (1-bit SGD), Karimireddy et al. 2019 (error feedback fixes signSGD), Tang et al. 2021 (1-bit Adam).
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -27,7 +26,6 @@ def _means(rows: Tensor) -> Tensor:
     return pairwise_sum(rows.abs() * (1 / BLOCK)).unsqueeze(1)
 
 
-@dataclass(frozen=True)
 class Sign(Blocked):
     """1.0625 bits a value."""
 

@@ -14,7 +14,6 @@ Eckart & Young 1936; Vogels et al. 2019 (PowerSGD).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,8 +42,6 @@ class TruncatedSVD(TensorCodec):
 
     rank: int = 4
     """Or the smaller side of the matrix, where that is less."""
-
-    name: ClassVar[str] = "svd"
 
     def __post_init__(self) -> None:
         if self.rank < 1:

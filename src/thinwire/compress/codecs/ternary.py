@@ -13,7 +13,6 @@ nearest, and so on down. Digit k of byte j is value j + 64 k of a block of 320: 
 weight networks), Wen et al. 2017 (TernGrad).
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -32,7 +31,6 @@ def _thresholds(rows: Tensor) -> Tensor:
     return torch.where(sizes.amax(1) < SMALLEST, torch.inf, threshold).unsqueeze(1)
 
 
-@dataclass(frozen=True)
 class Ternary(Blocked):
     """1.65 bits a value."""
 

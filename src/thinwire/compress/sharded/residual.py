@@ -61,8 +61,7 @@ class Residual:
 
     def load_state_dict(self, unit: str, state: Mapping[str, Any]) -> None:
         """UserError where the unit held other parameters."""
-        mine = [(parameter.name, tuple(parameter.shape)) for parameter in self._row.coded]
-        theirs = [(name, tuple(shape)) for name, shape in state["parameters"]]
+        mine, theirs = self.state_dict()["parameters"], state["parameters"]
         if mine != theirs:
             raise UserError(
                 f"unit {unit or 'root'} codes {len(mine)} parameters, the checkpoint's {len(theirs)} others; resume with the "

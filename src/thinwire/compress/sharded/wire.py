@@ -20,7 +20,7 @@ from torch import Tensor
 from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.executor import Executor
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.base import finite
+from thinwire.compress.base import finite, sum_in_order
 from thinwire.compress.sharded.layout import Row, label_of
 from thinwire.compress.sharded.residual import Residual
 from thinwire.compress.sharded.units import Unit, at_end_of_backward
@@ -166,17 +166,9 @@ class CodedReduceScatter(_Collective):
         result = output.view(1, -1)
         exact = self._exact(received, gradients.dtype)
         exact = exact if exact.dtype == torch.float64 else exact.to(torch.float32)
-        row.put(result, _in_order(list(exact)).mul_(factor).view(1, -1), False)
+        row.put(result, sum_in_order(list(exact)).mul_(factor).view(1, -1), False)
         if row.codec is not None:
             decode, number = row.codec.decode, row.coded_values
             parts = [own if i == rank else decode(self._codes(received[i], size), number) for i in range(row.world_size)]
-            row.put(result, _in_order(parts).mul_(factor).view(1, -1), True)
+            row.put(result, sum_in_order(parts).mul_(factor).view(1, -1), True)
         return output
-
-
-def _in_order(parts: list[Tensor]) -> Tensor:
-    """Their sum, first to last."""
-    total = torch.zeros_like(parts[0])
-    for part in parts:
-        total += part
-    return total
