@@ -11,7 +11,7 @@ from vectors import ALL, codec_of, vector
 
 from pool import Pool, Rank, RankFailure
 from thinwire.compress.activations.boundary import BoundaryCodec, CodedBoundary
-from thinwire.compress.activations.differences import DifferenceReceiver, DifferenceSender
+from thinwire.compress.activations.differences import Differences
 from thinwire.compress.activations.partial_sums import coded_all_reduce, coded_gradient_sum, coded_sum, sum_transfers
 from thinwire.errors import UserError
 
@@ -73,11 +73,9 @@ def settling(sample: int, visit: int, width: int = 300) -> torch.Tensor:
     return vector(width, sample) + vector(width, 1000 + sample) * 0.5**visit
 
 
-def sides(kind: str, first: str, dtype: torch.dtype) -> tuple[DifferenceSender, DifferenceReceiver]:
+def sides(kind: str, first: str, dtype: torch.dtype) -> tuple[Differences, Differences]:
     options = {"first": codec_or_none(first), "dtype": dtype}
-    return DifferenceSender(codec_of(kind), "boundary 0-1", **options), DifferenceReceiver(
-        codec_of(kind), "boundary 0-1", **options
-    )
+    return Differences(codec_of(kind), "boundary 0-1", **options), Differences(codec_of(kind), "boundary 0-1", **options)
 
 
 @given(
@@ -212,9 +210,9 @@ def summed(context: Rank, kind: str, dtype: torch.dtype) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize("pool", ["ranks2", "ranks4"])
 def test_sums_are_bit_equal_on_ranks_and_send_what_was_predicted(request: pytest.FixtureRequest, pool: str, kind: str) -> None:
     ranks: Pool = request.getfixturevalue(pool)
-    told = ranks.run(summed, kind, torch.float32)
-    for result, sent, predicted in told:
-        assert torch.equal(result, told[0][0]) and sent == predicted and len(sent) == (1 if kind == "none" else 2)
+    reports = ranks.run(summed, kind, torch.float32)
+    for result, sent, predicted in reports:
+        assert torch.equal(result, reports[0][0]) and sent == predicted and len(sent) == (1 if kind == "none" else 2)
 
 
 @pytest.mark.parametrize("kind", ["none", *MONOTONE])
@@ -291,18 +289,18 @@ def one_process(whole: bool) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["none", "bf16"])
 def test_gradients_of_a_split_mlp_equal_those_of_one_process_exactly(ranks2: Pool, kind: str) -> None:
-    told, wanted = ranks2.run(tensor_parallel, kind, True), one_process(True)
+    reports, wanted = ranks2.run(tensor_parallel, kind, True), one_process(True)
     assert float(wanted["x"].abs().max()) <= 256 and float(wanted["x"].abs().max()) > 0
     for name in ("y", "x"):
-        assert all(torch.equal(rank[name].double(), wanted[name]) for rank in told)
-    assert torch.equal(torch.cat([rank["up"] for rank in told]).double(), wanted["up"])
-    assert torch.equal(torch.cat([rank["down"] for rank in told], 1).double(), wanted["down"])
+        assert all(torch.equal(rank[name].double(), wanted[name]) for rank in reports)
+    assert torch.equal(torch.cat([rank["up"] for rank in reports]).double(), wanted["up"])
+    assert torch.equal(torch.cat([rank["down"] for rank in reports], 1).double(), wanted["down"])
 
 
 @pytest.mark.parametrize("kind", ["none", *MONOTONE])
 def test_gradients_of_a_split_mlp_are_within_what_the_codec_may_do(ranks2: Pool, kind: str) -> None:
     """The loss is quadratic, so the gradient of y is as far off as y; from there on each product only passes bounds on."""
-    told, wanted = ranks2.run(tensor_parallel, kind, False), one_process(False)
+    reports, wanted = ranks2.run(tensor_parallel, kind, False), one_process(False)
     data, halves = mlp_data(False), (slice(0, HIDDEN // 2), slice(HIDDEN // 2, HIDDEN))
     hidden = torch.relu(data["x"] @ data["up"].T)
     off_y = sum_bound([hidden[:, half] @ data["down"][:, half].T for half in halves], kind) + 1e-6
@@ -312,12 +310,12 @@ def test_gradients_of_a_split_mlp_are_within_what_the_codec_may_do(ranks2: Pool,
     moved = [off_hidden[:, half] @ data["up"][half].abs() for half in halves]
     off_x = sum(moved) + sum_bound([part.abs() + off for part, off in zip(parts, moved, strict=True)], kind)
     bounds = {"y": off_y, "x": off_x, "up": off_hidden.T @ data["x"].abs() + 1e-5, "down": off_y.T @ hidden + 1e-5}
-    got = {"y": told[0]["y"], "x": told[0]["x"], "up": torch.cat([rank["up"] for rank in told])}
-    got["down"] = torch.cat([rank["down"] for rank in told], 1)
+    got = {"y": reports[0]["y"], "x": reports[0]["x"], "up": torch.cat([rank["up"] for rank in reports])}
+    got["down"] = torch.cat([rank["down"] for rank in reports], 1)
     for name, bound in bounds.items():
         assert bool(((got[name].double() - wanted[name]).abs() <= bound).all()), name
-    assert torch.equal(told[0]["y"], told[1]["y"]) and torch.equal(told[0]["x"], told[1]["x"])
-    assert kind == "none" or not torch.allclose(told[0]["x"].double(), wanted["x"], atol=1e-5)
+    assert torch.equal(reports[0]["y"], reports[1]["y"]) and torch.equal(reports[0]["x"], reports[1]["x"])
+    assert kind == "none" or not torch.allclose(reports[0]["x"].double(), wanted["x"], atol=1e-5)
 
 
 def test_complex_activations_are_refused_and_those_of_no_dims_arrive() -> None:

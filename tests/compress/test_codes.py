@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vectors import codec_of, vector, vectors
 
-from thinwire.compress.codecs.hadamard import rotate
+from thinwire.compress.codecs.blockwise import rotate
 from thinwire.compress.codecs.topk import pack_places, unpack_places
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ways import (
+from averager_runs import (
     ONE_BUCKET,
     SHAPES,
     THREE_BUCKETS,
@@ -26,6 +26,7 @@ from thinwire.compress.exchange import make_exchange
 from thinwire.config.compress import Coded
 from thinwire.errors import UserError
 
+LONGER = [pytest.param(pool, marks=pytest.mark.long) for pool in ("ranks2", "ranks4")]
 OPTIONS = {"kind": "dgc", "fraction": 0.02, "momentum": 0.5}
 
 
@@ -49,36 +50,36 @@ def reference(name: str, steps: int, world_size: int) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("pool", ["ranks2", "ranks3", "ranks4"])
+@pytest.mark.parametrize("pool", ["ranks3", *LONGER])
 def test_it_is_the_algorithm_of_the_paper(request: pytest.FixtureRequest, pool: str) -> None:
     ranks: Pool = request.getfixturevalue(pool)
-    told = ranks.run(averaged, OPTIONS, 5, ONE_BUCKET)
-    check_equal_on_all_ranks(told)
+    reports = ranks.run(averaged, OPTIONS, 5, ONE_BUCKET, -1, True)
+    check_equal_on_all_ranks(reports)
     for name in SHAPES:
-        for ours, wanted in zip(told[0]["results"], reference(name, 5, len(told)), strict=True):
+        for ours, wanted in zip(reports[0]["results"], reference(name, 5, len(reports)), strict=True):
             torch.testing.assert_close(ours[name], wanted, rtol=0, atol=1e-5)
-    assert told[0]["sent"] == told[0]["predicted"]
-    assert len(told[0]["sent"]) == 1 and min(told[0]["work_s"]) > 0
+    assert reports[0]["sent"] == reports[0]["predicted"]
+    assert len(reports[0]["sent"]) == 1 and min(reports[0]["work_s"]) > 0
 
 
 @pytest.mark.parametrize("pool", ["ranks2", "ranks4"])
-def test_without_momentum_what_is_not_sent_is_owed(request: pytest.FixtureRequest, pool: str) -> None:
+def test_without_momentum_what_is_not_sent_is_kept(request: pytest.FixtureRequest, pool: str) -> None:
     """All gradients so far = all results so far + what waits."""
     ranks: Pool = request.getfixturevalue(pool)
-    told = ranks.run(averaged, {**OPTIONS, "momentum": 0.0}, 3, ONE_BUCKET)
+    reports = ranks.run(averaged, {**OPTIONS, "momentum": 0.0}, 3, ONE_BUCKET)
     for name in SHAPES:
-        given = torch.stack([gradient(name, step, rank) for step in range(3) for rank in range(len(told))]).double()
-        waiting = torch.stack([rank["owed"][2][name] for rank in told]).double().mean(0)
-        arrived = torch.stack([results[name] for results in told[0]["results"]]).double().sum(0)
-        torch.testing.assert_close(arrived + waiting, given.sum(0) / len(told), rtol=0, atol=1e-5)
+        given = torch.stack([gradient(name, step, rank) for step in range(3) for rank in range(len(reports))]).double()
+        waiting = torch.stack([rank["residuals"][2][name] for rank in reports]).double().mean(0)
+        arrived = torch.stack([results[name] for results in reports[0]["results"]]).double().sum(0)
+        torch.testing.assert_close(arrived + waiting, given.sum(0) / len(reports), rtol=0, atol=1e-5)
 
 
 def test_where_all_is_sent_the_momentum_is_cut_off(ranks2: Pool) -> None:
     """With fraction 1 the momentum is cut off everywhere in each step, so the gradient arrives, but for bfloat16's rounding."""
-    told = ranks2.run(averaged, {**OPTIONS, "fraction": 1.0}, 2, ONE_BUCKET)
+    reports = ranks2.run(averaged, {**OPTIONS, "fraction": 1.0}, 2, ONE_BUCKET)
     for name in SHAPES:
         wanted = torch.stack([gradient(name, 1, rank) for rank in range(2)]).mean(0)
-        torch.testing.assert_close(told[0]["results"][1][name], wanted, rtol=2**-6, atol=2**-6)
+        torch.testing.assert_close(reports[0]["results"][1][name], wanted, rtol=2**-6, atol=2**-6)
 
 
 @pytest.mark.parametrize("pool", ["ranks2", "ranks4"])
@@ -122,12 +123,12 @@ def test_warm_up_sends_less_and_less(ranks2: Pool) -> None:
     assert ranks2.run(warmed, 8)[0] == [(count, 6 * count) for count in sent]
 
 
-@pytest.mark.parametrize("pool", ["ranks2", "ranks3", "ranks4"])
+@pytest.mark.parametrize("pool", ["ranks3", *LONGER])
 def test_training_sends_what_was_predicted_after_its_warm_up(request: pytest.FixtureRequest, pool: str) -> None:
     ranks: Pool = request.getfixturevalue(pool)
-    told = ranks.run(train, {"kind": "dgc", "fraction": 0.05, "warmup_steps": 3}, 20)
-    check_trained(told)
-    assert told[0]["settled_after"] == 6
+    reports = ranks.run(train, {"kind": "dgc", "fraction": 0.05, "warmup_steps": 3}, 20)
+    check_trained(reports)
+    assert reports[0]["settled_after"] == 6
 
 
 def test_a_new_rank_takes_the_mean_of_momentum_and_sum() -> None:
@@ -138,6 +139,15 @@ def test_a_new_rank_takes_the_mean_of_momentum_and_sum() -> None:
     new.adopt([old.state_dict() for old in olds])
     assert new.corrected("weight", torch.zeros(2)).tolist() == [3.0, 0.0]  # v 2 + 0.5 u 2
     assert new.memory_bytes(10) == 80
+
+
+def test_what_arrives_exactly_waits_no_more_and_its_momentum_goes_on() -> None:
+    memory = MomentumCorrection(0.5)
+    memory.keep("weight", memory.corrected("weight", torch.tensor([4.0])))  # nothing of it arrives: u 4, v 4
+    assert memory.corrected("weight", torch.tensor([1.0])).tolist() == [7.0]  # u 3, v 4 + 3
+    memory.clear("weight")
+    assert memory.residuals() == {}
+    assert memory.corrected("weight", torch.tensor([0.0])).tolist() == [1.5]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Fused kernels give the same bits as the plain ones. Compiling takes seconds, on a busy machine a minute: done for two."""
+"""Fused kernels give the same bits as the plain ones. Compiling takes seconds, on a busy machine a minute."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from vectors import SCALES, SHAPES, codec_of, vector
 from thinwire.compress.codecs.fused import fused_or_reason, pairwise_sum, round_bf16
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_fused_and_plain_give_the_same_bits(kind) -> None:

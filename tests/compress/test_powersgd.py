@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from ways import (
+from averager_runs import (
     ONE_BUCKET,
     SHAPES,
     THREE_BUCKETS,
@@ -22,6 +20,8 @@ from ways import (
     mean_gradient,
     train,
 )
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import thinwire
 from pool import Pool, Rank, RankFailure
@@ -30,41 +30,42 @@ from thinwire.compress.memory import ErrorFeedback, NoMemory
 from thinwire.compress.powersgd import PowerSGD, bases
 from thinwire.errors import UserError
 
+LONGER = [pytest.param(pool, marks=pytest.mark.long) for pool in ("ranks2", "ranks4")]
 OPTIONS = {"kind": "powersgd", "rank": 2}
 
 
 def reference(name: str, steps: int, world_size: int, rank: int) -> list[torch.Tensor]:
     """One process, the mean gradient, float64."""
     shape = SHAPES[name]
-    owed = torch.zeros(shape[0], torch.Size(shape[1:]).numel(), dtype=torch.float64)
+    residual = torch.zeros(shape[0], torch.Size(shape[1:]).numel(), dtype=torch.float64)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    right = torch.randn(rank, owed.shape[1], generator=generator).double()
+    right = torch.randn(rank, residual.shape[1], generator=generator).double()
     found = []
     for step in range(steps):
-        wanted = mean_gradient(name, step, world_size).reshape(owed.shape) + owed
+        wanted = mean_gradient(name, step, world_size).reshape(residual.shape) + residual
         basis = torch.linalg.qr(wanted @ right.T).Q
         right = basis.T @ wanted
-        owed = wanted - basis @ right
+        residual = wanted - basis @ right
         found.append((basis @ right).view(shape))
     return found
 
 
-@pytest.mark.parametrize("pool", ["ranks2", "ranks3", "ranks4"])
-def test_it_is_the_power_iteration_of_one_process_and_owes_what_it_does_not_send(
+@pytest.mark.parametrize("pool", ["ranks3", *LONGER])
+def test_it_is_the_power_iteration_of_one_process_and_keeps_what_it_does_not_send(
     request: pytest.FixtureRequest, pool: str
 ) -> None:
     ranks: Pool = request.getfixturevalue(pool)
-    told = ranks.run(averaged, OPTIONS, 4, ONE_BUCKET)
-    check_equal_on_all_ranks(told)
-    check_conserved(told)
+    reports = ranks.run(averaged, OPTIONS, 4, ONE_BUCKET, -1, True)
+    check_equal_on_all_ranks(reports)
+    check_conserved(reports)
     for name in SHAPES:
-        for ours, wanted in zip(told[0]["results"], reference(name, 4, len(told), 2), strict=True):
+        for ours, wanted in zip(reports[0]["results"], reference(name, 4, len(reports), 2), strict=True):
             assert (ours[name].double() - wanted).norm() < 1e-5 * wanted.norm()  # in the norm: kernels differ by processor
-    assert told[0]["sent"] == told[0]["predicted"]
-    assert len(told[0]["sent"]) == 2 and min(told[0]["work_s"]) > 0
+    assert reports[0]["sent"] == reports[0]["predicted"]
+    assert len(reports[0]["sent"]) == 2 and min(reports[0]["work_s"]) > 0
 
 
-@pytest.mark.parametrize("pool", ["ranks2", "ranks4"])
+@pytest.mark.parametrize("pool", [*LONGER[:1], "ranks4"])
 def test_other_buckets_give_the_same_within_rounding(request: pytest.FixtureRequest, pool: str) -> None:
     """Not to the bit: which rank begins the sum of a value depends on where in the message it stands."""
     ranks: Pool = request.getfixturevalue(pool)
@@ -74,17 +75,18 @@ def test_other_buckets_give_the_same_within_rounding(request: pytest.FixtureRequ
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
 
 
-def test_a_run_that_is_resumed_goes_on_bit_for_bit(ranks4: Pool) -> None:
-    whole = ranks4.run(averaged, OPTIONS, 6, THREE_BUCKETS)
-    check_resumed(whole, ranks4.run(averaged, OPTIONS, 6, THREE_BUCKETS, 3))
+def test_a_run_that_is_resumed_goes_on_bit_for_bit(ranks2: Pool) -> None:
+    whole = ranks2.run(averaged, OPTIONS, 4, THREE_BUCKETS)
+    check_resumed(whole, ranks2.run(averaged, OPTIONS, 4, THREE_BUCKETS, 2))
 
 
-@pytest.mark.parametrize("pool", ["ranks2", "ranks3", "ranks4"])
+@pytest.mark.parametrize("pool", ["ranks3", *LONGER])
 def test_training_sends_what_was_predicted(request: pytest.FixtureRequest, pool: str) -> None:
     ranks: Pool = request.getfixturevalue(pool)
-    told = ranks.run(train, OPTIONS, 30)
-    check_trained(told)
-    assert told[0]["owed"] == ["0.weight", "2.weight", "4.weight"]  # not the last one: two factors are no smaller than a row
+    reports = ranks.run(train, OPTIONS, 15)
+    check_trained(reports)
+    # not the last one: two factors are no smaller than a row
+    assert reports[0]["residuals"] == ["0.weight", "2.weight", "4.weight"]
 
 
 def low_rank(context: Rank, steps: int) -> list[float]:
@@ -215,7 +217,7 @@ def loop(context: Rank, steps: int) -> dict[str, Any]:
 
 
 def test_many_buckets_and_unused_parameters_do_not_hang(ranks4: Pool) -> None:
-    first, *others = ranks4.run(loop, 40)
-    assert first["losses"][-1] < 0.5 * first["losses"][0]
+    first, *others = ranks4.run(loop, 20)
+    assert first["losses"][-1] < 0.75 * first["losses"][0]
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first["weights"], other["weights"], strict=True))

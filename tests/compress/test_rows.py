@@ -11,7 +11,6 @@ from vectors import ALL, codec_of, vector
 from thinwire.compress.codecs.blocked import PIECE
 from thinwire.compress.codecs.blockwise import Int4, Int8
 from thinwire.compress.codecs.fused import fused_or_reason
-from thinwire.compress.rows import add_rows, decode_rows, encode_rows
 
 SPARE = 12
 """Bytes behind each payload that must stay what they are."""
@@ -23,19 +22,19 @@ def check(codec: Any, rows: torch.Tensor) -> None:
     size = codec.payload_bytes(n)
     codes = [codec.encode(row) for row in rows]
     decoded = [codec.decode(code, n) for code in codes]
-    for lose in (False, True):
+    for subtract in (False, True):
         payloads, left = torch.full((r, size + SPARE), 7, dtype=torch.uint8), rows.clone()
-        encode_rows(codec, left, payloads, lose=lose)
+        codec.encode_rows(left, payloads, subtract=subtract)
         assert torch.equal(payloads[:, :size], torch.stack(codes)) and bool((payloads[:, size:] == 7).all())
-        assert torch.equal(left, rows - torch.stack(decoded) if lose else rows)
+        assert torch.equal(left, rows - torch.stack(decoded) if subtract else rows)
     back = torch.empty_like(rows)
-    decode_rows(codec, payloads, back)
+    codec.decode_rows(payloads, back)
     assert torch.equal(back, torch.stack(decoded))
     total = rows[0].clone()
     wanted = rows[0].clone()
     for part in decoded:
         wanted += part
-    add_rows(codec, payloads, total)
+    codec.add_rows(payloads, total)
     assert torch.equal(total, wanted)
 
 
@@ -63,5 +62,9 @@ def test_fused_rows() -> None:
         check(fused, rows)
         both = [torch.empty(r, codec.payload_bytes(rows.shape[1]), dtype=torch.uint8) for _ in range(2)]
         for one, payloads in zip((codec, fused), both, strict=True):
-            encode_rows(one, rows, payloads)
+            one.encode_rows(rows, payloads)
         assert torch.equal(*both)
+        decoded = [torch.empty_like(rows) for _ in both]
+        for one, values in zip((codec, fused), decoded, strict=True):
+            one.decode_rows(both[0], values)
+        assert torch.equal(*decoded)

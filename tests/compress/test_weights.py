@@ -120,7 +120,7 @@ def test_no_part_drags_more_than_itself_into_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda: LowRank(1.5), "rank 1.5: give a whole number"),
         (lambda: LowRank(0), "rank 0: give a whole number"),
@@ -130,10 +130,10 @@ def test_no_part_drags_more_than_itself_into_the_file(tmp_path: Path) -> None:
         (lambda: save_shrunk(Path("/nonexistent/s.pt"), {}, ""), "s.pt cannot be written: No such file"),
     ],
 )
-def test_mistakes_are_one_line(make, said: str) -> None:
-    with pytest.raises(UserError, match=said) as told:
+def test_mistakes_are_one_line(make, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         make()
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:

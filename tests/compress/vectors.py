@@ -1,8 +1,10 @@
 """Random vectors as gradients are, and worse: sizes over many decades, spikes, zeros."""
 
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -12,6 +14,11 @@ ALL = tuple(CODECS)
 STABLE = tuple(kind for kind in ALL if kind != "codebook2")
 """Coding what was decoded gives the same again."""
 BLOCKED = ("int8", "int4", "fp4", "sign", "ternary", "codebook2")
+
+
+def short(cases: Iterable[tuple[Any, ...]], those: Callable[..., bool]) -> list[Any]:
+    """Parameters of a test: `those` for which this is true in `make test`, the others in `make test-all` only."""
+    return [case if those(*case) else pytest.param(*case, marks=pytest.mark.long) for case in cases]
 
 
 def codec_of(kind: str, **options: Any) -> Codec:

@@ -48,7 +48,7 @@ def loop(context: Rank, kind: str, steps: int, group_size: int) -> dict:
         losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
-    owed = compression.owed() if isinstance(compression, CodedExchange) else {}
+    owed = compression.residuals() if isinstance(compression, CodedExchange) else {}
     if compression:
         compression.detach()
     return {"weights": [p.detach() for p in model.parameters()], "losses": losses, "owed": sorted(owed)}

@@ -212,7 +212,7 @@ def adopted_owed(context: Rank, config: RunConfig, checkpoint: Path) -> dict[str
     """What this rank owes after it has adopted the states of a run with another number of ranks."""
     exchange = make_exchange(config.compress, context.ledger)
     exchange.adopt([torch.load(path, weights_only=True)["sync"] for path in sorted(checkpoint.glob("rank-*.pt"))])
-    return exchange.owed()
+    return exchange.residuals()
 
 
 @pytest.mark.parametrize("kind", ["none", "int4"])

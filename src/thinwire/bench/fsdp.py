@@ -22,7 +22,7 @@ from thinwire.bench.registry import Rows
 from thinwire.cluster import FRAME_OVERHEAD, Cluster, load_cluster
 from thinwire.collectives.wire import sent_bytes
 from thinwire.compress.base import make_codec
-from thinwire.compress.sharded.layout import UnitShape, Ways, sharded_transfers
+from thinwire.compress.sharded.layout import Coding, UnitShape, sharded_transfers
 from thinwire.workload import Workload
 
 DEFAULTS: Mapping[str, Any] = {
@@ -93,8 +93,8 @@ def _step_bytes(workload: Workload, world_size: int, codecs: Mapping[str, str], 
     units = [UnitShape("", tuple(rest), reshards=False)]
     units += [UnitShape(block, tuple(parameters)) for block, parameters in blocks.items()]
     gradients, weights = (make_codec(SimpleNamespace(kind=codecs[key])) for key in ("gradients", "weights"))
-    ways = Ways(gradients, weights, stock_gradients=stock, stock_weights=stock)
+    coding = Coding(gradients, weights, stock_gradients=stock, stock_weights=stock)
     return sum(
         transfer.calls * sent_bytes(transfer.op, transfer.message_bytes, world_size, 0)
-        for transfer in sharded_transfers(units, world_size, ways)
+        for transfer in sharded_transfers(units, world_size, coding)
     )

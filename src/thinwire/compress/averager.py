@@ -1,36 +1,38 @@
-"""The contract of an averager: one way in which parameters of a bucket become their average over a group.
+"""The contract of an averager: one method by which parameters of a bucket become their average over a group.
 
 A CodedExchange holds several and gives each parameter to the one that sends the fewest bytes for it.
 
-Nothing is lost, whatever is used when. With g_i the gradient of a parameter on rank i in a step, e_i what rank i owes, and r the
-result, over all steps so far:
+Nothing is lost, whatever is used when. With g_i the gradient of a parameter on rank i in a step, e_i the residual of rank i, and
+r the result, over all steps so far:
 
     sum of r  +  1/p sum_i e_i  =  sum of 1/p sum_i g_i
 
 Three kinds of a parameter could break it, and each has its rule:
 
-    exact         what is averaged exactly takes along what is still owed: 1/p sum_i (g_i + e_i), e_i <- 0
+    exact         what is averaged exactly takes the residual along: 1/p sum_i (g_i + e_i), e_i <- 0
     used nowhere  in a step in which no rank's backward pass has reached the parameter, DistributedDataParallel throws the result
                   away: then nothing of it counts as sent, e_i and the buffer stay as they are. Each rank's flag, 1 or 0, travels
                   behind the exact values; their mean is 0 where nobody has used it. Flags are sent only where use is tracked
     one rank      everything is exact, and nothing is sent
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from thinwire.collectives.groups import backend_of
 from thinwire.compress.base import finite
-from thinwire.compress.memory import Memory
+from thinwire.compress.memory import Memory, Stateless
 from thinwire.errors import UserError
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
 
+Parameters = Sequence[Parameter]
+Shapes = Mapping[str, Sequence[int]]
 RIDE_BYTES = 2**14
 """Less than the wire carries while a collective of its own would begin."""
 
@@ -72,12 +74,8 @@ class Share:
         """All of it, in the order of the flags."""
         return [*self.pieces, *self.exact]
 
-    def of(self, pieces: Sequence[Piece], exact: Sequence[Piece]) -> "Share":
-        """A part of it."""
-        return Share(buffer=self.buffer, pieces=pieces, exact=exact, label=self.label, memory=self.memory, used=self.used)
-
     def riding(self) -> torch.Tensor:
-        """What every rank adds to the average as it is, a new flat vector: exact values with what is owed, then the flags."""
+        """What every rank adds to the average as it is, a new flat vector: exact values with their residuals, then the flags."""
         values = [self.memory.corrected(piece.name, piece.of(self.buffer)) for piece in self.exact]
         if self.used is not None:
             values.append(torch.tensor([float(self.used[part.name]) for part in self.parts], device=self.buffer.device))
@@ -93,77 +91,75 @@ class Share:
         for piece, value in zip(self.exact, values, strict=True):
             if self.counts(piece):
                 piece.of(self.buffer).copy_(value)
-                self.memory.settle(piece.name)
+                self.memory.clear(piece.name)
 
     def counts(self, piece: Piece) -> bool:
         """Whether any rank has used it, and so whether its result is delivered. After `arrived`."""
         return piece.name not in self._nowhere
 
 
-def with_flags(exact: Sequence[Parameter], number: int) -> list[Parameter]:
-    """What rides along of a share of `number` parameters where use is tracked."""
-    return [*exact, Parameter("flags of use", (number,))]
-
-
-class Averager(Protocol):
+class Averager(Stateless, ABC):
     """One per rank. Every rank of the group calls `average` with the same pieces in the same order.
 
     An average has up to three stages. A stage waits for what the one before it has sent, computes, and sends without waiting, so
     that the wire always has something to carry. First, second and third stages run on a thread each, in the order of the buckets;
-    each thread sends on a process group of its own.
+    each thread sends on a process group of its own. State is what it carries from step to step besides residuals (`memory`).
     """
 
-    @property
-    def settled_after(self) -> int:
-        """Steps of its own after which it sends what `transfers` says."""
-        ...
+    settled_after: int = 0
+    """Steps of its own after which it sends what `transfers` says."""
+    flags_use = True
+    """Whether flags of use travel with it."""
+    _first: dist.ProcessGroup
+    _second: dist.ProcessGroup
 
+    @abstractmethod
     def sent_bytes(self, shape: Sequence[int], world_size: int) -> float | None:
         """What a rank sends for one parameter of this shape, about; None if this averager does not take it."""
-        ...
 
     def carries(self, numel: int, world_size: int) -> bool:
         """Whether `numel` values that are averaged exactly may ride along, and so save a collective of their own."""
-        ...
+        return True
 
-    def transfers(
-        self, label: str, parameters: Sequence[Parameter], exact: Sequence[Parameter], axis: str, world_size: int
-    ) -> list[Transfer]:
+    @abstractmethod
+    def transfers(self, label: str, parameters: Parameters, exact: Parameters, axis: str, world_size: int) -> list[Transfer]:
         """What `average` will send for `parameters` of one bucket and what rides along, to the byte; no communication."""
-        ...
 
     def attach(self, first: dist.ProcessGroup, second: dist.ProcessGroup) -> None:
         """Before the first `average`: the groups of the first two stages; the third sends nothing."""
-        ...
+        self._first, self._second = first, second
 
+    @abstractmethod
     def average(self, share: Share) -> Iterator[None]:
         """Replace the pieces of the share by their average, bit-equal on all ranks; `exact` ones in float32.
 
         Yields between its stages. UserError names a parameter that is not finite.
         """
-        ...
+
+
+class Counting(Averager):
+    """An averager that knows how often each parameter was sent, equal on all ranks."""
+
+    _counts: dict[str, int]
+
+    def count(self, name: str) -> int:
+        """How often before; once more from now on."""
+        self._counts[name] = self._counts.get(name, 0) + 1
+        return self._counts[name] - 1
 
     def state_dict(self) -> dict[str, Any]:
-        """What it carries from step to step besides what is owed (`memory`)."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Before the first `average`."""
-        ...
+        return {"counts": dict(self._counts)}
 
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
-        """Instead of load_state_dict, the states of all ranks of a run with another number of ranks."""
-        ...
+        self._counts = dict(states[0]["counts"])
+
+
+def ring_bytes(numel: int, world_size: int, item_bytes: int = 4) -> float:
+    """What a rank sends when `numel` values are all-reduced in a ring: 2 (p-1)/p of them."""
+    return 2 * (world_size - 1) / world_size * item_bytes * numel
 
 
 def check_finite(values: torch.Tensor, name: str) -> None:
     """UserError if a gradient holds nan or inf, which coding would spread or hide."""
     if not finite(values):
         raise UserError(f"the gradient of {name} is not finite; lower the learning rate, or look at the data of this step")
-
-
-def refuse_off_cpu(group: dist.ProcessGroup, kind: str) -> None:
-    """UserError for a group that serves no tensors on CPUs, the only ones that codecs take yet."""
-    if backend_of(group, "cpu") is None:
-        served = dist.get_backend_config(group)
-        raise UserError(f"compress.kind = {kind!r}: only on CPUs yet, and this group serves {served}; set it to none")

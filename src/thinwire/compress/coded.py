@@ -3,12 +3,13 @@
 By default vectors (norms) and embeddings stay float32: they are few, and coarse codes hurt them most. Of the rest each
 parameter goes to the cheapest of the averagers (`averager`) that take its shape; a plain all-reduce is always among them, so what
 would grow by coding is not coded. Compression may begin after some steps that exchange plainly. On one rank all is plain, and so
-exact. What is still owed to a parameter that is not coded goes along exactly, once.
+exact. The residual of a parameter that is not coded any more goes along exactly, once.
 
 What is not coded rides along where it can, and so does the little of a bucket that would need collectives of its own to be coded.
 All of it runs on three threads, a stage of the averages on each and in the order of the buffers, while the backward pass goes on.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from math import prod
@@ -18,11 +19,10 @@ import torch
 import torch.distributed as dist
 
 from thinwire.collectives.executor import Executor
-from thinwire.collectives.groups import private_copy, release
+from thinwire.collectives.groups import backend_of, private_copy, release
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import RIDE_BYTES, Averager, Piece, Share, refuse_off_cpu, with_flags
-from thinwire.compress.cast import Cast
-from thinwire.compress.memory import Memory
+from thinwire.compress.averager import RIDE_BYTES, Averager, Piece, Shapes, Share
+from thinwire.compress.memory import Memory, Stateless
 from thinwire.compress.plain import Plain
 from thinwire.config.compress import SUMMABLE, Coded
 from thinwire.errors import UserError
@@ -30,14 +30,16 @@ from thinwire.traffic import Transfer
 from thinwire.workload import Parameter, plain_name
 
 _Part = TypeVar("_Part", Piece, Parameter)
-_Dealt = tuple[Averager, list[_Part], list[_Part]]
+_Assigned = tuple[Averager, list[_Part], list[_Part]]
+"""What an averager codes, and what rides along with it."""
 
 
-class CodedExchange:
+class CodedExchange(Stateless):
     """The exchange by the cheapest of `averagers`, or plainly; see `thinwire.compress.exchange.Exchange`."""
 
     def __init__(self, averagers: Sequence[Averager], memory: Memory, config: Coded, ledger: Ledger) -> None:
         self._averagers: list[Averager] = [*averagers, Plain(ledger)]
+        self._plain = len(averagers)
         self._memory, self._config, self._ledger = memory, config, ledger
         self.failure: Exception | None = None
         self._group: dist.ProcessGroup | None = None
@@ -49,12 +51,11 @@ class CodedExchange:
         self._step = 0
         self._loaded_of = 0
         """Ranks of the run whose state was loaded; 0 if none was, or the states of all of them."""
-        self._dealt: dict[tuple[Piece, ...], list[_Dealt[Piece]]] = {}
+        self._assigned: dict[tuple[Piece, ...], list[_Assigned[Piece]]] = {}
         """Of each bucket that has come so far."""
 
     @property
     def settled_after(self) -> int:
-        """Steps after which it sends what `transfers` says."""
         return self._config.after_steps + max(averager.settled_after for averager in self._averagers)
 
     def is_coded(self, name: str, shape: Sequence[int]) -> bool:
@@ -66,33 +67,39 @@ class CodedExchange:
     def transfers(self, label: str, parameters: Sequence[Parameter], axis: str, world_size: int) -> list[Transfer]:
         """Those of each averager for its share of the bucket, in the order in which `start` sends them."""
         found = []
-        for averager, share, exact in self._deal(parameters, world_size):
-            if self._tracks_use and not isinstance(averager, Cast):
-                exact = with_flags(exact, len(share) + len(exact))
-            found += averager.transfers(label, share, exact, axis, world_size)
+        for averager, coded, exact in self._assign(parameters, world_size):
+            if self._tracks_use and averager.flags_use:
+                exact = [*exact, Parameter("flags of use", (len(coded) + len(exact),))]
+            found += averager.transfers(label, coded, exact, axis, world_size)
         return found
 
+    def residuals(self) -> dict[str, torch.Tensor]:
+        """What coding has left out on this rank so far, by parameter name, flat float32."""
+        return self._memory.residuals()
+
     def owed(self) -> dict[str, torch.Tensor]:
-        """What this rank owes to the average, by parameter name, flat float32."""
-        return self._memory.owed()
+        """The old name of `residuals`."""
+        warnings.warn("owed() is now residuals()", FutureWarning, stacklevel=2)
+        return self.residuals()
 
     def memory_bytes(self, parameters: Sequence[Parameter], world_size: int) -> int:
         """What error feedback holds on each rank, or the momentum of dgc."""
-        plain = len(self._averagers) - 1
-        coded = [self._cheapest(one.name, one.shape, world_size) != plain for one in parameters]
-        pairs = zip(parameters, coded, strict=True)
-        return sum(self._memory.memory_bytes(parameter.numel, coded=flag) for parameter, flag in pairs)
+        routes = [self._cheapest(one.name, one.shape, world_size) for one in parameters]
+        pairs = zip(parameters, routes, strict=True)
+        return sum(self._memory.memory_bytes(one.numel, coded=route != self._plain) for one, route in pairs)
 
-    def attach(
-        self, group: dist.ProcessGroup, axis: str, known: Mapping[str, Sequence[int]], *, tracks_use: bool = False
-    ) -> None:
+    def attach(self, group: dist.ProcessGroup, axis: str, known: Shapes, *, tracks_use: bool = False) -> None:
         """Makes two process groups and three threads. Collective over all ranks. UserError on CUDA."""
-        refuse_off_cpu(group, self._config.kind)
+        if backend_of(group, "cpu") is None:
+            served = dist.get_backend_config(group)
+            raise UserError(
+                f"compress.kind = {self._config.kind!r}: only on CPUs yet, and this group serves {served}; set it to none"
+            )
         self._group, self._world_size, self._tracks_use = group, group.size(), tracks_use
         self.failure = None
         self._known = {name: tuple(shape) for name, shape in known.items()}
         self._check_loaded()
-        self._dealt = {}
+        self._assigned = {}
         self._private = [private_copy(group, f"{axis} exchange {stage}") for stage in ("first", "second")]
         for one in self._private:
             self._ledger.axes[one.group_name] = axis
@@ -111,7 +118,6 @@ class CodedExchange:
     def start(
         self, buffer: torch.Tensor, pieces: Sequence[Piece], label: str, *, last: bool, used: Mapping[str, bool] | None = None
     ) -> torch.futures.Future[torch.Tensor]:
-        """Hands the buffer to the threads."""
         assert self._threads, "attach() comes first"
         assert (used is not None) == self._tracks_use, "use is tracked, or not"
         if buffer.device.type != "cpu":
@@ -122,13 +128,13 @@ class CodedExchange:
                 f"the parameters in float32, or take one of {', '.join(sorted(SUMMABLE))}"
             )
         if self._step < self._config.after_steps:
-            dealt: list[_Dealt[Piece]] = [(self._averagers[-1], [], list(pieces))]
+            assigned: list[_Assigned[Piece]] = [(self._averagers[-1], [], list(pieces))]
         else:
-            dealt = self._dealt.get(key := tuple(pieces)) or self._deal(pieces, self._world_size)
-            self._dealt[key] = dealt
+            assigned = self._assigned.get(key := tuple(pieces)) or self._assign(pieces, self._world_size)
+            self._assigned[key] = assigned
         self._step += last
         stages = []
-        for averager, coded, exact in dealt:
+        for averager, coded, exact in assigned:
             share = Share(buffer=buffer, pieces=coded, exact=exact, label=label, memory=self._memory, used=used)
             stages.append(averager.average(share))
         begun = self._threads[0].submit(lambda: _next_stages(stages, buffer))
@@ -136,7 +142,7 @@ class CodedExchange:
         return self._threads[2].submit(lambda: _next_stages(stages, gone_on.wait()), self._fail)
 
     def state_dict(self) -> dict[str, Any]:
-        """What this rank still owes to the average, and what its averagers carry."""
+        """The residuals of this rank, and what its averagers carry."""
         return {
             "kind": self._config.kind,
             "ranks": self._world_size if self._known else self._loaded_of,
@@ -147,37 +153,27 @@ class CodedExchange:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Before the first step. UserError if another kind of exchange wrote it, or as many ranks as there are not."""
-        if not state and self._config.kind in SUMMABLE:
-            return  # written when casts had none
-        self._check_kind([state])
-        state = _with_plain_names(state)
-        self._loaded_of = int(state.get("ranks", 0))
-        self._step = state["step"]
-        self._memory.load_state_dict(state["memory"])
-        for averager, carried in zip(self._averagers, state["carried"], strict=True):
-            averager.load_state_dict(carried)
-        self._check_loaded()
+        self._load([state], int(state.get("ranks", 0)))
 
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
-        """Deals out anew what is owed to the average: 1/p sum_i e_i stays the same, so each new rank takes exactly that."""
-        if not any(states) and self._config.kind in SUMMABLE:
-            return
-        self._check_kind(states)
-        states = [_with_plain_names(state) for state in states]
-        self._loaded_of = 0
-        self._step = states[0]["step"]
-        self._memory.adopt([state["memory"] for state in states])
-        for index, averager in enumerate(self._averagers):
-            averager.adopt([state["carried"][index] for state in states])
-        self._check_loaded()
+        """Gives each new rank the mean of the residuals: 1/p sum_i e_i stays the same."""
+        self._load(states, 0)
 
-    def _check_kind(self, states: Sequence[dict[str, Any]]) -> None:
+    def _load(self, states: Sequence[dict[str, Any]], ranks: int) -> None:
+        if not any(states) and self._config.kind in SUMMABLE:
+            return  # written when casts had none
         for state in states:
             if state.get("kind") != self._config.kind:
                 raise UserError(
                     f"the checkpoint was made with compress.kind = {state.get('kind', 'none')!r}, not {self._config.kind!r}; "
                     "resume with the kind it was made with"
                 )
+        states = [_with_plain_names(state) for state in states]
+        self._loaded_of, self._step = ranks, states[0]["step"]
+        self._memory.adopt([state["memory"] for state in states])
+        for index, averager in enumerate(self._averagers):
+            averager.adopt([state["carried"][index] for state in states])
+        self._check_loaded()
 
     def _check_loaded(self) -> None:
         """Once both the state and the ranks and parameters are known: UserError for a state that would not be used."""
@@ -185,47 +181,44 @@ class CodedExchange:
             return
         if self._loaded_of not in (0, self._world_size):
             raise UserError(
-                f"the state is of one of {self._loaded_of} ranks, and there are {self._world_size}: what the others owe would be "
-                "lost; hand the states of all of them to adopt()"
+                f"the state is of one of {self._loaded_of} ranks, and there are {self._world_size}: the residuals of the others "
+                "would be lost; hand the states of all of them to adopt()"
             )
-        owed = self._memory.owed()
-        for name, values in owed.items():
+        for name, values in self.residuals().items():
             if name not in self._known:
                 raise UserError(
-                    f"the state holds what is owed to {name!r}, and the model has no such parameter but {len(self._known)} "
+                    f"the state holds a residual of {name!r}, and the model has no such parameter but {len(self._known)} "
                     f"others, first {next(iter(self._known), '')!r}; load it into the model it was made with"
                 )
             if values.numel() != prod(self._known[name]):
                 raise UserError(
-                    f"the state owes {values.numel()} values to {name!r}, which has {prod(self._known[name])}; load it into the "
-                    "model it was made with"
+                    f"the state holds a residual of {values.numel()} values of {name!r}, which has {prod(self._known[name])}; "
+                    "load it into the model it was made with"
                 )
 
-    def _deal(self, parts: Sequence[_Part], world_size: int) -> "list[_Dealt[_Part]]":
+    def _assign(self, parts: Sequence[_Part], world_size: int) -> "list[_Assigned[_Part]]":
         """Each averager that has a share of the bucket: what it codes, and what rides along with it."""
         routes = self._routes(parts, world_size)
-        plain = len(self._averagers) - 1
-        coding = sorted({route for route in routes if route != plain})
-        riding = [plain] * len(parts)
-        for index, part in enumerate(parts):
-            able = [route for route in coding if self._averagers[route].carries(part.numel, world_size)]
-            riding[index] = able[0] if able else plain
-        dealt = []
-        for number, averager in enumerate(self._averagers):
-            share = [part for part, route in zip(parts, routes, strict=True) if route == number != plain]
-            exact = [part for part, route, ride in zip(parts, routes, riding, strict=True) if route == plain and ride == number]
-            if share or exact:
-                dealt.append((averager, share, exact))
-        return dealt
+        coding = sorted({route for route in routes if route != self._plain})
+        assigned: list[_Assigned[_Part]] = [(averager, [], []) for averager in self._averagers]
+        for part, route in zip(parts, routes, strict=True):
+            if route != self._plain:
+                assigned[route][1].append(part)
+            else:
+                able = [other for other in coding if self._averagers[other].carries(part.numel, world_size)]
+                assigned[able[0] if able else self._plain][2].append(part)
+        return [one for one in assigned if one[1] or one[2]]
 
     def _routes(self, parts: "Sequence[_Part]", world_size: int) -> list[int]:
         """The cheapest averager of each part; but what saves less than its collectives cost rides along with another, exactly."""
-        p, plain = world_size, len(self._averagers) - 1
+        p, plain = world_size, self._plain
         routes = [self._cheapest(part.name, part.shape, p) for part in parts]
         for route in sorted(set(routes) - {plain}):
             mine = [part for part, its in zip(parts, routes, strict=True) if its == route]
             others = [self._averagers[other] for other in set(routes) - {route, plain}]
-            coded, exact = (sum(self._averagers[way].sent_bytes(part.shape, p) or 0 for part in mine) for way in (route, plain))
+            coded, exact = (
+                sum(self._averagers[index].sent_bytes(part.shape, p) or 0 for part in mine) for index in (route, plain)
+            )
             if exact - coded <= RIDE_BYTES and all(any(other.carries(part.numel, p) for other in others) for part in mine):
                 routes = [plain if its == route else its for its in routes]
         return routes
@@ -233,7 +226,7 @@ class CodedExchange:
     def _cheapest(self, name: str, shape: Sequence[int], world_size: int) -> int:
         """Index of the averager; at equal bytes the first one, so that plainly is the last resort."""
         if world_size == 1 or not self.is_coded(name, shape):
-            return len(self._averagers) - 1
+            return self._plain
         sizes = [averager.sent_bytes(shape, world_size) for averager in self._averagers]
         return min((size, index) for index, size in enumerate(sizes) if size is not None)[1]
 

@@ -10,10 +10,10 @@ keeps the momentum on the rank instead, before the choice, for each parameter:
     u <- 0                             where something was sent (momentum factor masking), else it pushes on in a stale direction
 
 so 1/p sum_i v_i (after) = 1/p sum_i (v_i + u_i) - result. What is not coded (vectors, what is excluded, all on one rank or before
-`after_steps` are over) takes the same way without a choice: u <- m u + g, the result is the mean of u + v, v <- 0, and u is not
+`after_steps` are over) is treated alike, without a choice: u <- m u + g, the result is the mean of u + v, v <- 0, and u is not
 masked. The optimizer must have no momentum of its own (plain SGD), for then the step of what is not coded is that of SGD with
-momentum m; behind AdamW gradients are smoothed twice. Masking makes coded values go less far than SGD with momentum would, 0.8 of
-its way where every value is sent in one step of a hundred; that is as published.
+momentum m; behind AdamW gradients are smoothed twice. Masking makes coded values move less than SGD with momentum would, 0.8 of
+that where every value is sent in one step of a hundred; that is as published.
 
 Warm-up, T steps each, after which the traffic is settled:
 
@@ -27,31 +27,28 @@ means.
 Lin et al. 2018 (Deep Gradient Compression).
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import Piece, Share
+from thinwire.compress.averager import Counting
+from thinwire.compress.base import TensorCodec
 from thinwire.compress.codecs.largest import GlobalTopK
 from thinwire.compress.gather import Gather
-from thinwire.compress.memory import Memory, Store
-from thinwire.config.compress import Coded
+from thinwire.compress.memory import Memory, Storage, Store
 from thinwire.errors import UserError
-from thinwire.traffic import Transfer
-from thinwire.workload import Parameter
 
 FIRST_FRACTION, STAGE_FACTOR = 0.25, 0.25
 
 
-class MomentumCorrection:
-    """u and v of each parameter; see the top of the file, and `thinwire.compress.memory.Memory`."""
+class MomentumCorrection(Memory):
+    """u and v of each parameter; see the top of the file. v is the residual."""
 
     keeps = True
 
-    def __init__(self, momentum: float = 0.9, storage: Literal["float32", "int8"] = "float32") -> None:
+    def __init__(self, momentum: float = 0.9, storage: Storage = "float32") -> None:
         self._momentum = momentum
         self._speeds, self._sums = Store(storage), Store(storage)
         self._wanted: dict[str, tuple[Tensor, Tensor]] = {}
@@ -64,56 +61,33 @@ class MomentumCorrection:
         self._wanted[name] = speed, wanted
         return wanted
 
-    def keep(self, name: str, lost: Tensor) -> None:
-        """v is what was lost; u is zero where that is not all of it."""
+    def keep(self, name: str, error: Tensor) -> None:
+        """v is what did not arrive; u is zero where that is not all of it."""
         speed, wanted = self._wanted.pop(name)
-        self._speeds.put(name, speed.masked_fill_(lost != wanted, 0.0))
-        self._sums.put(name, lost)
+        self._speeds.put(name, speed.masked_fill_(error != wanted, 0.0))
+        self._sums.put(name, error)
 
-    def settle(self, name: str) -> None:
-        """All of v has arrived exactly; u goes on, as SGD's does."""
+    def clear(self, name: str) -> None:
+        """u goes on, as SGD's does."""
         self._speeds.put(name, self._wanted.pop(name)[0])
         self._sums.drop(name)
 
-    def owed(self) -> dict[str, Tensor]:
-        """v of each parameter."""
-        found = {name: self._sums.get(name) for name in self._sums.kept}
-        return {name: values for name, values in found.items() if values is not None}
+    def residuals(self) -> dict[str, Tensor]:
+        return self._sums.all()
 
     def memory_bytes(self, numel: int, *, coded: bool = True) -> int:
         """Two vectors, or the momentum of what is averaged exactly."""
         return (2 if coded else 1) * self._sums.stored_bytes(numel)
 
     def state_dict(self) -> dict[str, Any]:
-        """u and v."""
         return {"speeds": self._speeds.state_dict(), "sums": self._sums.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """UserError if another memory wrote it."""
-        _check([state])
-        self._speeds.take(Store.of(state["speeds"]))
-        self._sums.take(Store.of(state["sums"]))
-
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
-        """The mean over the old ranks, of either."""
-        _check(states)
-        self._speeds.take_mean([Store.of(state["speeds"]) for state in states])
-        self._sums.take_mean([Store.of(state["sums"]) for state in states])
-
-
-def dgc_memory(config: Coded) -> MomentumCorrection:
-    """As [compress] asks for it. UserError for options of error feedback, which it is not."""
-    usual = Coded(kind="dgc")
-    for option in ("feedback", "feedback_decay", "feedback_average", "feedback_reset", "feedback_removal"):
-        if getattr(config, option) != getattr(usual, option):
-            raise UserError(f"compress.{option} = {getattr(config, option)}: dgc keeps a momentum in its own way; leave it out")
-    momentum = {} if config.momentum is None else {"momentum": config.momentum}
-    return MomentumCorrection(storage=config.feedback_storage or "float32", **momentum)
-
-
-def _check(states: Sequence[dict[str, Any]]) -> None:
-    if not all("speeds" in state for state in states):
-        raise UserError("the checkpoint holds no momentum of compress.kind = 'dgc'; resume with the kind it was made with")
+        """The mean over the old ranks, of either. UserError if another memory wrote a state."""
+        if not all("speeds" in state for state in states):
+            raise UserError("the checkpoint holds no momentum of compress.kind = 'dgc'; resume with the kind it was made with")
+        self._speeds.take_mean([state["speeds"] for state in states])
+        self._sums.take_mean([state["sums"] for state in states])
 
 
 def warmup_fractions(fraction: float) -> list[float]:
@@ -125,67 +99,18 @@ def warmup_fractions(fraction: float) -> list[float]:
     return found
 
 
-class DGC:
-    """Gathers the largest values of each parameter, at first more of them. How often each was sent goes on from step to step."""
+class DGC(Counting, Gather):
+    """Gathers the largest values of each parameter, at first more of them."""
 
     def __init__(self, memory: Memory, ledger: Ledger, *, fraction: float = 0.001, warmup_steps: int = 0) -> None:
         """warmup_steps: of each stage; 0: no warm-up."""
+        super().__init__(GlobalTopK(fraction), memory, ledger)
+        self._warmup = [GlobalTopK(part) for part in warmup_fractions(fraction)] if warmup_steps else []
         self._warmup_steps = warmup_steps
-        before = warmup_fractions(fraction) if warmup_steps else []
-        self._stages = [Gather(GlobalTopK(part), memory, ledger) for part in [*before, fraction]]
-        self._counts: dict[str, int] = {}
+        self._counts = {}
+        self.settled_after = len(self._warmup) * warmup_steps
 
-    @property
-    def settled_after(self) -> int:
-        """The length of the warm-up."""
-        return (len(self._stages) - 1) * self._warmup_steps
-
-    def sent_bytes(self, shape: Sequence[int], world_size: int) -> float:
-        """After the warm-up."""
-        return self._stages[-1].sent_bytes(shape, world_size)
-
-    def carries(self, numel: int, world_size: int) -> bool:
-        """As `Gather`."""
-        return self._stages[-1].carries(numel, world_size)
-
-    def transfers(
-        self, label: str, parameters: Sequence[Parameter], exact: Sequence[Parameter], axis: str, world_size: int
-    ) -> list[Transfer]:
-        """One all-gather; its size is that after the warm-up."""
-        return self._stages[-1].transfers(label, parameters, exact, axis, world_size)
-
-    def attach(self, first: dist.ProcessGroup, second: dist.ProcessGroup) -> None:
-        """Those of every stage of the warm-up."""
-        for stage in self._stages:
-            stage.attach(first, second)
-
-    def average(self, share: Share) -> Iterator[None]:
-        """One collective for all pieces that are in the same stage, as they are unless a parameter came later."""
-        stages: list[list[Piece]] = [[] for _ in self._stages]
-        for piece in share.pieces:
-            count = self._counts.get(piece.name, 0)
-            self._counts[piece.name] = count + 1
-            stages[min(count // self._warmup_steps, len(stages) - 1) if self._warmup_steps else -1].append(piece)
-        exact = share.exact
-        under_way = []
-        for stage, pieces in zip(self._stages, stages, strict=True):
-            if pieces:
-                under_way.append(stage.average(share.of(pieces, exact)))
-                exact = ()
-        for average in under_way:
-            next(average)
-        yield
-        for average in under_way:
-            yield from average
-
-    def state_dict(self) -> dict[str, Any]:
-        """How often each parameter was sent."""
-        return {"counts": dict(self._counts)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where it was."""
-        self._counts = dict(state["counts"])
-
-    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
-        """Counts were equal on all ranks."""
-        self.load_state_dict(states[0])
+    def codec_for(self, name: str) -> TensorCodec:
+        """That of the stage in which the parameter is."""
+        count = self.count(name)
+        return self._codec if count >= self.settled_after else self._warmup[count // self._warmup_steps]

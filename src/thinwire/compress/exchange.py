@@ -1,4 +1,13 @@
-"""The contract of an exchange: how buffers of gradients become their average over the replicas."""
+"""The contract of an exchange: how buffers of gradients become their average over the replicas; and how one is made.
+
+An option of [compress] that the kind would not use is refused, in one line, before anything runs:
+
+exclude, vectors, after_steps    all kinds; powersgd takes matrices only, so no vectors
+exchange                         codes that are not summed, of flat vectors
+feedback                         all but the casts, whose error nobody knows, and dgc, which keeps a momentum instead
+feedback_*                       where there is feedback; what is removed in part (demo) is no moving average
+others                           as the codec's own signature says (`base.build`)
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -7,16 +16,14 @@ import torch
 import torch.distributed as dist
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import Averager, Piece
-from thinwire.compress.base import TENSOR_CODECS, build, make_codec
-from thinwire.compress.cast import Cast
+from thinwire.compress.averager import Averager, Piece, Shapes
+from thinwire.compress.base import CODECS, TENSOR_CODECS, Flat, build, make_codec
 from thinwire.compress.codecs.fused import fused_or_reason
 from thinwire.compress.coded import CodedExchange
-from thinwire.compress.dgc import dgc_memory
-from thinwire.compress.gather import Flat, Gather
-from thinwire.compress.memory import DEMO, ErrorFeedback, Memory, NoMemory, ShardMemory
-from thinwire.compress.options import check_options
-from thinwire.compress.plain import PlainExchange
+from thinwire.compress.dgc import MomentumCorrection
+from thinwire.compress.gather import Gather
+from thinwire.compress.memory import DEMO, ErrorFeedback, Memory, NoMemory
+from thinwire.compress.plain import Cast, PlainExchange
 from thinwire.compress.twoshot import TwoShot
 from thinwire.config.compress import SUMMABLE, Coded, NoCompression
 from thinwire.errors import UserError
@@ -39,12 +46,10 @@ class Exchange(Protocol):
         """What one bucket of `parameters` will send; no communication."""
         ...
 
-    def attach(
-        self, group: dist.ProcessGroup, axis: str, known: Mapping[str, Sequence[int]], *, tracks_use: bool = False
-    ) -> None:
+    def attach(self, group: dist.ProcessGroup, axis: str, known: Shapes, *, tracks_use: bool = False) -> None:
         """Before the first step. Collective over all ranks, also where groups are smaller.
 
-        known: shapes of all parameters that may come, by name. tracks_use: `start` will be told which of them were used.
+        known: shapes of all parameters that may come, by name. tracks_use: `start` will get which of them were used.
         UserError for an option or a loaded state that would have no effect.
         """
         ...
@@ -82,6 +87,7 @@ AVERAGERS: Mapping[str, str] = {
     "randomk": "thinwire.compress.randomk:RandomK",
 }
 """Kinds that are more than a codec: they talk to the other ranks while they code."""
+FEEDBACK = ("feedback_decay", "feedback_average", "feedback_reset", "feedback_removal", "feedback_storage")
 
 
 def make_exchange(config: NoCompression | Coded, ledger: Ledger) -> Exchange:
@@ -107,7 +113,6 @@ def make_averagers(config: Coded, memory: Memory, ledger: Ledger) -> list[Averag
     assert codec is not None, "only NoCompression has none"
     if config.kind in SUMMABLE:
         return [Cast(codec, ledger)]
-    assert isinstance(memory, ShardMemory), "only that of dgc is not, which has an averager of its own"
     both: dict[str, Averager] = {"gather": Gather(Flat(codec), memory, ledger), "two-shot": TwoShot(codec, memory, ledger)}
     return list(both.values()) if config.exchange == "auto" else [both[config.exchange]]
 
@@ -115,7 +120,8 @@ def make_averagers(config: Coded, memory: Memory, ledger: Ledger) -> list[Averag
 def make_memory(config: Coded) -> Memory:
     """What the kind needs by itself (DeMo's momentum), or what `feedback` asks for."""
     if config.kind == "dgc":
-        return dgc_memory(config)
+        momentum = {} if config.momentum is None else {"momentum": config.momentum}
+        return MomentumCorrection(storage=config.feedback_storage or "float32", **momentum)
     if not config.feeds_back:
         return NoMemory()
     usual = DEMO if config.kind == "demo" else ErrorFeedback()
@@ -126,3 +132,31 @@ def make_memory(config: Coded) -> Memory:
         removal=usual.removal if config.feedback_removal is None else config.feedback_removal,
         storage=config.feedback_storage or "float32",
     )
+
+
+def check_options(config: Coded) -> None:
+    """UserError for the first option that was given and that `config.kind` would not use."""
+    kind = config.kind
+
+    def refuse(option: str, why: str) -> None:
+        raise UserError(f"compress.{option} = {getattr(config, option)!r}: {why}; leave it out")
+
+    if config.exchange != "auto" and kind not in CODECS.keys() - SUMMABLE:
+        refuse("exchange", f"{kind} is averaged in one way only")
+    if config.vectors and kind == "powersgd":
+        refuse("vectors", "powersgd takes matrices only")
+    given = [option for option in FEEDBACK if getattr(config, option) is not None]
+    if kind in SUMMABLE:
+        if config.feedback:
+            refuse("feedback", f"the error of {kind} is summed up in the all-reduce, and nobody knows it")
+        if given:
+            refuse(given[0], f"{kind} has no feedback")
+    elif kind == "dgc":
+        if unused := [option for option in ("feedback", *FEEDBACK[:-1]) if getattr(config, option) is not None]:
+            refuse(unused[0], "dgc keeps a momentum instead")
+    else:
+        if not config.feeds_back and given:
+            refuse(given[0], "feedback is false")
+        removal = config.feedback_removal or (DEMO.removal if kind == "demo" else 1.0)
+        if config.feedback_average not in (None, 1.0) and removal != 1.0:
+            refuse("feedback_average", "what was sent is removed in part (feedback_removal), which is another memory")

@@ -2,67 +2,31 @@
 
     all-gather    each rank gets C(w_i) of every rank i, w_i = g_i + e_i
     average       1/p sum over i, in the order of ranks, of D C(w_i): bit-equal on all ranks
-    lost          l_i = w_i - D C(w_i)
+    error         l_i = w_i - D C(w_i)
 
-One collective and one loss instead of two. A rank sends (p-1) codes of the whole parameter, where two shots send 2 (p-1)/p: equal
-for two ranks, more for any other number, unless the parameter is so small that padding its shards costs more.
+One collective and one error instead of two. A rank sends (p-1) codes of the whole parameter, where two shots send 2 (p-1)/p:
+equal for two ranks, more for any other number, unless the parameter is so small that padding its shards costs more.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from math import prod
 
 import torch
-import torch.distributed as dist
 
 from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import RIDE_BYTES, Share, check_finite
-from thinwire.compress.base import Codec, TensorCodec
+from thinwire.compress.averager import RIDE_BYTES, Averager, Parameters, Share, check_finite
+from thinwire.compress.base import TensorCodec, sum_in_order
 from thinwire.compress.memory import Memory
 from thinwire.compress.plain import GRADIENT_BYTES
 from thinwire.compress.speed import seconds_of_tensor
-from thinwire.compress.stateless import Stateless
 from thinwire.traffic import Transfer
-from thinwire.workload import Parameter
 
 
-@dataclass(frozen=True)
-class Flat:
-    """A Codec of flat vectors as a TensorCodec: zeros behind the end up to a whole block."""
-
-    codec: Codec
-
-    @property
-    def name(self) -> str:
-        """The codec's."""
-        return self.codec.name
-
-    def payload_bytes(self, shape: Sequence[int]) -> int:
-        """Of whole blocks."""
-        return self.codec.payload_bytes(self._padded(shape))
-
-    def encode(self, values: torch.Tensor) -> torch.Tensor:
-        """Any shape -> [payload_bytes] uint8."""
-        flat = values.reshape(-1)
-        return self.codec.encode(torch.nn.functional.pad(flat, (0, self._padded(values.shape) - flat.numel())))
-
-    def decode(self, payload: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-        """[payload_bytes] uint8 -> float32 of `shape`."""
-        return self.codec.decode(payload, self._padded(shape))[: prod(shape)].view(tuple(shape))
-
-    def _padded(self, shape: Sequence[int]) -> int:
-        return -(-prod(shape) // self.codec.block) * self.codec.block
-
-
-class Gather(Stateless):
-    """See the top of the file, and `thinwire.compress.averager.Averager`. Nothing but the memory goes on from step to step."""
-
-    settled_after = 0
+class Gather(Averager):
+    """See the top of the file. Nothing but the memory goes on from step to step."""
 
     def __init__(self, codec: TensorCodec, memory: Memory, ledger: Ledger) -> None:
         self._codec, self._memory, self._ledger = codec, memory, ledger
-        self._group: dist.ProcessGroup | None = None
 
     def sent_bytes(self, shape: Sequence[int], world_size: int) -> float:
         """A code to each other rank."""
@@ -72,9 +36,7 @@ class Gather(Stateless):
         """For two ranks gathering is as cheap as an all-reduce; for more, what is so little that a collective would cost more."""
         return world_size == 2 or GRADIENT_BYTES * numel * (world_size - 1) <= RIDE_BYTES
 
-    def transfers(
-        self, label: str, parameters: Sequence[Parameter], exact: Sequence[Parameter], axis: str, world_size: int
-    ) -> list[Transfer]:
+    def transfers(self, label: str, parameters: Parameters, exact: Parameters, axis: str, world_size: int) -> list[Transfer]:
         """One all-gather. Times the codec."""
         size = sum(self._codec.payload_bytes(parameter.shape) for parameter in parameters)
         size += GRADIENT_BYTES * sum(parameter.numel for parameter in exact)
@@ -82,42 +44,31 @@ class Gather(Stateless):
         work = sum(encode_s + world_size * decode_s for encode_s, decode_s in seconds)
         return [Transfer(label=f"{label} gathered", axis=axis, op="all_gather", message_bytes=size, item_bytes=1, work_s=work)]
 
-    def attach(self, first: dist.ProcessGroup, second: dist.ProcessGroup) -> None:
-        """The second stage only decodes."""
-        self._group = first
+    def codec_for(self, name: str) -> TensorCodec:
+        """For this average of a parameter; asked once each time."""
+        return self._codec
 
     def average(self, share: Share) -> Iterator[None]:
-        """One collective, see the top of the file."""
-        assert self._group is not None, "attach() comes first"
-        p, rank, pieces = self._group.size(), self._group.rank(), share.pieces
+        """One collective, see the top of the file; the second stage only decodes."""
+        p, rank, pieces = self._first.size(), self._first.rank(), share.pieces
+        codecs = [self.codec_for(piece.name) for piece in pieces]
         wanted = []
         for piece in pieces:
             wanted.append(self._memory.corrected(piece.name, piece.of(share.buffer)))
             check_finite(wanted[-1], piece.name)
-        codes = [self._codec.encode(values.view(piece.shape)) for values, piece in zip(wanted, pieces, strict=True)]
+        codes = [codec.encode(values.view(piece.shape)) for codec, values, piece in zip(codecs, wanted, pieces, strict=True)]
         code = torch.cat([*codes, share.riding().view(torch.uint8)])
         received = torch.empty(p, code.numel(), dtype=torch.uint8)
         with self._ledger.label(f"{share.label} gathered"):
-            sent = ALL_GATHER(received.view(-1), code, group=self._group, async_op=True)
+            sent = ALL_GATHER(received.view(-1), code, group=self._first, async_op=True)
         yield
 
         sent.wait()
-        start = sum(self._codec.payload_bytes(piece.shape) for piece in pieces)
-        share.arrived(_mean([received[source, start:].clone().view(torch.float32) for source in range(p)]))
-        start = 0
-        for values, piece in zip(wanted, pieces, strict=True):
-            end = start + self._codec.payload_bytes(piece.shape)
+        *parts, riding = received.split([*map(len, codes), received.shape[1] - sum(map(len, codes))], dim=1)
+        share.arrived(sum_in_order([one.clone().view(torch.float32) for one in riding]) / p)
+        for codec, values, piece, part in zip(codecs, wanted, pieces, parts, strict=True):
             if share.counts(piece):
-                decoded = [self._codec.decode(received[source, start:end], piece.shape).view(-1) for source in range(p)]
+                decoded = [codec.decode(one, piece.shape).view(-1) for one in part]
                 if self._memory.keeps:
                     self._memory.keep(piece.name, values - decoded[rank])
-                piece.of(share.buffer).copy_(_mean(decoded))
-            start = end
-
-
-def _mean(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """In the order of ranks."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total / len(parts)
+                piece.of(share.buffer).copy_(sum_in_order(decoded) / p)

@@ -1,6 +1,8 @@
-"""Gradients averaged as they are: divided by the number of ranks and all-reduced in float32.
+"""Averages by one all-reduce: of gradients as they are, or cast to bfloat16 or float16, whose sums are codes again.
 
-As a whole exchange without compression, or as the averager of what a compressed exchange leaves alone.
+    result  = sum_i C(g_i / p)        C: the cast, or nothing; summed in its own precision by the all-reduce
+
+What the cast and the sums lose is not known to anybody, so it is not fed back. What is not finite arrives as it is.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +14,9 @@ import torch.distributed as dist
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.metered_calls import all_reduce
-from thinwire.compress.averager import Piece, Share
-from thinwire.compress.stateless import Stateless
+from thinwire.compress.averager import Averager, Parameters, Piece, Shapes, Share, ring_bytes
+from thinwire.compress.base import Codec
+from thinwire.compress.memory import Stateless
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
 
@@ -22,24 +25,21 @@ GRADIENT_BYTES = 4
 
 
 class PlainExchange(Stateless):
-    """The exchange without compression; see `thinwire.compress.exchange.Exchange`."""
+    """The exchange without compression; see `thinwire.compress.exchange.Exchange`. No state of its own."""
 
     settled_after = 0
+    _group: dist.ProcessGroup
 
     def __init__(self, ledger: Ledger) -> None:
         self.failure: Exception | None = None
         self._ledger = ledger
-        self._group: dist.ProcessGroup | None = None
 
     def transfers(self, label: str, parameters: Sequence[Parameter], axis: str, world_size: int) -> list[Transfer]:
-        """One all-reduce."""
         message_bytes = sum(parameter.numel for parameter in parameters) * GRADIENT_BYTES
         return [Transfer(label=label, axis=axis, op="all_reduce", message_bytes=message_bytes)]
 
-    def attach(
-        self, group: dist.ProcessGroup, axis: str, known: Mapping[str, Sequence[int]], *, tracks_use: bool = False
-    ) -> None:
-        """No state of its own. An axis as large as the world uses the default group, which does not know its axis."""
+    def attach(self, group: dist.ProcessGroup, axis: str, known: Shapes, *, tracks_use: bool = False) -> None:
+        """An axis as large as the world uses the default group, which does not know its axis."""
         self._group = group
         self._ledger.axes[group.group_name] = axis
 
@@ -47,7 +47,7 @@ class PlainExchange(Stateless):
         """Nothing to undo."""
 
     def _of_no_use(self, state: dict[str, Any]) -> str:
-        """What an exchange with codes wrote: what it owed would be lost."""
+        """What an exchange with codes wrote: its residuals would be lost."""
         kind = state.get("kind")
         return f"the checkpoint was made with compress.kind = {kind!r}, not 'none'; resume with the kind it was made with"
 
@@ -55,50 +55,60 @@ class PlainExchange(Stateless):
         self, buffer: torch.Tensor, pieces: Sequence[Piece], label: str, *, last: bool, used: Mapping[str, bool] | None = None
     ) -> torch.futures.Future[torch.Tensor]:
         """Asynchronous; the wire works while the backward pass goes on."""
-        assert self._group is not None
         work = all_reduce(buffer.div_(self._group.size()), self._group, self._ledger, label)
-        return work.get_future().then(_first_tensor)
+        return work.get_future().then(lambda future: future.value()[0])
 
 
-def _first_tensor(future: torch.futures.Future[Any]) -> torch.Tensor:
-    return future.value()[0]
-
-
-class Plain(Stateless):
-    """See `thinwire.compress.averager.Averager`. No state."""
-
-    settled_after = 0
+class Plain(Averager):
+    """All as it is, exactly, which is all of a share."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._group: dist.ProcessGroup | None = None
 
     def sent_bytes(self, shape: Sequence[int], world_size: int) -> float:
-        """A ring's 2 (p-1)/p of the parameter."""
-        return 2 * (world_size - 1) / world_size * GRADIENT_BYTES * prod(shape)
+        return ring_bytes(prod(shape), world_size)
 
-    def carries(self, numel: int, world_size: int) -> bool:
-        """It carries nothing else."""
-        return True
-
-    def transfers(
-        self, label: str, parameters: Sequence[Parameter], exact: Sequence[Parameter], axis: str, world_size: int
-    ) -> list[Transfer]:
-        """One all-reduce."""
+    def transfers(self, label: str, parameters: Parameters, exact: Parameters, axis: str, world_size: int) -> list[Transfer]:
         message_bytes = sum(parameter.numel for parameter in (*parameters, *exact)) * GRADIENT_BYTES
         return [Transfer(label=f"{label} plain", axis=axis, op="all_reduce", message_bytes=message_bytes)]
 
-    def attach(self, first: dist.ProcessGroup, second: dist.ProcessGroup) -> None:
-        """There is one stage."""
-        self._group = first
-
     def average(self, share: Share) -> Iterator[None]:
-        """One all-reduce of what is exact, which is all; what is not finite arrives as it is, as without compression."""
-        assert self._group is not None and not share.pieces, "attach() comes first, and nothing is coded here"
-        together = share.riding().div_(self._group.size())
+        assert not share.pieces, "nothing is coded here"
+        together = share.riding().div_(self._first.size())
         with self._ledger.label(f"{share.label} plain"):
-            sent = dist.all_reduce(together, group=self._group, async_op=True)
+            sent = dist.all_reduce(together, group=self._first, async_op=True)
         yield
 
         sent.wait()
         share.arrived(together)
+
+
+class Cast(Averager):
+    """All cast; nothing rides along, because the message has another type."""
+
+    flags_use = False
+
+    def __init__(self, codec: Codec, ledger: Ledger) -> None:
+        self._dtype, self._ledger = codec.wire_dtype, ledger
+
+    def sent_bytes(self, shape: Sequence[int], world_size: int) -> float:
+        return ring_bytes(prod(shape), world_size, self._dtype.itemsize)
+
+    def carries(self, numel: int, world_size: int) -> bool:
+        return False
+
+    def transfers(self, label: str, parameters: Parameters, exact: Parameters, axis: str, world_size: int) -> list[Transfer]:
+        values, item = sum(parameter.numel for parameter in parameters), self._dtype.itemsize
+        return [Transfer(label=label, axis=axis, op="all_reduce", message_bytes=values * item, item_bytes=item)]
+
+    def average(self, share: Share) -> Iterator[None]:
+        assert not share.exact, "a cast carries nothing else"
+        parts = [piece.of(share.buffer) for piece in share.pieces]
+        cast = torch.cat([part.div(self._first.size()).to(self._dtype) for part in parts])
+        with self._ledger.label(share.label):
+            sent = dist.all_reduce(cast, group=self._first, async_op=True)
+        yield
+
+        sent.wait()
+        for part, mean in zip(parts, cast.split([len(part) for part in parts]), strict=True):
+            part.copy_(mean)

@@ -7,11 +7,11 @@ Q [r, m] of the step before, Gaussian from the parameter's name in the first ste
     B   = orthonormal basis of P  by Householder's QR, on each rank from the same bits
     Q_i = B^T w_i                 [r, m]
     Q   = 1/p sum_i Q_i           all-reduce
-    result  B Q                   lost  l_i = w_i - B Q_i
+    result  B Q                   error l_i = w_i - B Q_i
 
-P and Q are linear in w, so the result is that of one process that knows the mean of all w_i: its projection onto B. What is owed
-to the average is conserved: 1/p sum_i l_i = 1/p sum_i w_i - result. (w_i - result would do as well, but it also keeps by how
-much rank i differs from the mean; that part never arrives anywhere, and grows for ever.)
+P and Q are linear in w, so the result is that of one process that knows the mean of all w_i: its projection onto B. Nothing is
+lost to the average: 1/p sum_i l_i = 1/p sum_i w_i - result. (w_i - result would do as well, but it also keeps by how much rank i
+differs from the mean; that part never arrives anywhere, and grows for ever.)
 
 Q goes on to the next step, so over steps B turns to the r largest singular vectors of what is sent. QR's basis is complete even
 where P has a lower rank, or is zero: it ends with any columns then, and a matrix that was zero for some steps is found again.
@@ -23,11 +23,9 @@ buckets agree within rounding and not to the bit. B Q is a matrix product: bit-e
 Vogels, Karimireddy & Jaggi 2019 (PowerSGD).
 """
 
-import time
 import zlib
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from math import prod
 from typing import Any
 
 import torch
@@ -35,22 +33,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import Piece, Share, check_finite
-from thinwire.compress.base import finite
+from thinwire.compress.averager import Averager, Parameters, Share, check_finite, ring_bytes
+from thinwire.compress.base import finite, matrix_shape
 from thinwire.compress.memory import Memory
+from thinwire.compress.speed import seconds_of_stages
 from thinwire.errors import UserError
 from thinwire.traffic import Transfer
-from thinwire.workload import Parameter
 
 WORTH = 2
 """How many times smaller the two factors must be than the matrix."""
 
-TRIED_VALUES, TRIES = 2**20, 3
-
-
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """[first dimension, all others]."""
-    return shape[0], prod(shape[1:])
+TRIED_VALUES = 2**20
 
 
 def first_right(name: str, rank: int, columns: int) -> Tensor:
@@ -70,33 +63,23 @@ def bases(left: Tensor, rows: Sequence[int], rank: int) -> list[Tensor]:
     return found
 
 
-class PowerSGD:
-    """See the top of the file, and `thinwire.compress.averager.Averager`. Q goes on from step to step, equal on all ranks."""
-
-    settled_after = 0
+class PowerSGD(Averager):
+    """See the top of the file. Q goes on from step to step, equal on all ranks; what rides along is behind P."""
 
     def __init__(self, memory: Memory, ledger: Ledger, *, rank: int = 4) -> None:
         self._memory, self._ledger, self._rank = memory, ledger, rank
-        self._first: dist.ProcessGroup | None = None
-        self._second: dist.ProcessGroup | None = None
         self._rights: dict[str, Tensor] = {}
         self._seconds: dict[tuple[int, int], tuple[float, float]] = {}
 
     def sent_bytes(self, shape: Sequence[int], world_size: int) -> float | None:
-        """A ring's 2 (p-1)/p of P and Q."""
+        """Of P and Q; None where they are not worth it."""
         if len(shape) < 2:
             return None
         rows, columns = matrix_shape(shape)
         factors = self._rank * (rows + columns)
-        return 2 * (world_size - 1) / world_size * 4 * factors if WORTH * factors <= rows * columns else None
+        return ring_bytes(factors, world_size) if WORTH * factors <= rows * columns else None
 
-    def carries(self, numel: int, world_size: int) -> bool:
-        """Behind P, in the same all-reduce."""
-        return True
-
-    def transfers(
-        self, label: str, parameters: Sequence[Parameter], exact: Sequence[Parameter], axis: str, world_size: int
-    ) -> list[Transfer]:
+    def transfers(self, label: str, parameters: Parameters, exact: Parameters, axis: str, world_size: int) -> list[Transfer]:
         """An all-reduce of all P and what is exact, and one of all Q. Times the products."""
         shapes = [matrix_shape(parameter.shape) for parameter in parameters]
         first = sum(self._work_s(shape)[0] for shape in shapes)
@@ -108,13 +91,8 @@ class PowerSGD:
             Transfer(label=f"{label} Q", axis=axis, op="all_reduce", message_bytes=right, work_s=second),
         ]
 
-    def attach(self, first: dist.ProcessGroup, second: dist.ProcessGroup) -> None:
-        """One group for each factor."""
-        self._first, self._second = first, second
-
     def average(self, share: Share) -> Iterator[None]:
         """Two collectives, see the top of the file. What is not finite is found on all ranks, in P."""
-        assert self._first is not None and self._second is not None, "attach() comes first"
         buffer, pieces = share.buffer, sorted(share.pieces, key=lambda piece: matrix_shape(piece.shape))
         shapes = [matrix_shape(piece.shape) for piece in pieces]
         rows = [height for height, _ in shapes]
@@ -132,8 +110,9 @@ class PowerSGD:
         yield
 
         sent.wait()
-        if not finite(left):
-            self._refuse(left, pieces)
+        if not finite(left):  # the sum over ranks is not finite where any rank's gradient is not
+            for piece, part in zip(pieces, left.split([self._rank * height for height in rows]), strict=True):
+                check_finite(part, piece.name)
         share.arrived(behind)
         basis = bases(left, rows, self._rank)
         widths = [self._rank * columns for _, columns in shapes]
@@ -159,53 +138,42 @@ class PowerSGD:
         """Q of every parameter."""
         return {"rights": {name: right.clone() for name, right in self._rights.items()}}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """UserError if they are of another rank."""
-        for name, right in state["rights"].items():
+    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
+        """Q was equal on all ranks. UserError if it is of another rank of matrices."""
+        rights = states[0]["rights"]
+        for name, right in rights.items():
             if right.shape[0] != self._rank:
                 raise UserError(
                     f"the checkpoint was made with compress.rank = {right.shape[0]} ({name}), not {self._rank}; "
                     "resume with the rank it was made with"
                 )
-        self._rights = {name: right.clone() for name, right in state["rights"].items()}
-
-    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
-        """Q was equal on all ranks."""
-        self.load_state_dict(states[0])
+        self._rights = {name: right.clone() for name, right in rights.items()}
 
     def _right(self, name: str, columns: int) -> Tensor:
         if name not in self._rights:
             self._rights[name] = first_right(name, self._rank, columns)
         return self._rights[name]
 
-    def _refuse(self, left: Tensor, pieces: Sequence[Piece]) -> None:
-        """The sum over ranks is not finite where any rank's gradient is not."""
-        for piece, part in zip(pieces, left.split([self._rank * piece.shape[0] for piece in pieces]), strict=True):
-            check_finite(part, piece.name)
-
     def _work_s(self, shape: tuple[int, int]) -> tuple[float, float]:
-        """Before P and after it, measured here on a bucket full of such matrices or of their rows: the fastest of a few tries."""
+        """Before P and after it, measured here on a bucket full of such matrices or of their rows."""
         if shape not in self._seconds:
             height, columns = shape
             rows = min(height, max(self._rank, TRIED_VALUES // columns))
             count = max(1, TRIED_VALUES // (rows * columns))
             values, right = torch.ones(count, rows, columns), first_right("", self._rank, columns)
-            owed: dict[int, Tensor] = {}
-            before, after = [], []
-            for _ in range(TRIES):
-                started = time.perf_counter()
-                wanted = [value + owed.get(index, value) if self._memory.keeps else value for index, value in enumerate(values)]
+
+            def run() -> Iterator[None]:
+                wanted = [value + value if self._memory.keeps else value for value in values]
                 left = torch.cat([matrix @ right.t() for matrix in wanted])
-                summed = time.perf_counter()
-                for index, (matrix, base) in enumerate(
-                    zip(wanted, bases(left.view(-1), [rows] * count, self._rank), strict=True)
-                ):
+                yield
+                for value, matrix, base in zip(values, wanted, bases(left.view(-1), [rows] * count, self._rank), strict=True):
                     own = base.t() @ matrix
                     if self._memory.keeps:
-                        owed[index] = torch.addmm(matrix, base, own, alpha=-1).clone()
-                    torch.mm(base, own, out=values[index])
-                before.append(summed - started)
-                after.append(time.perf_counter() - summed)
+                        torch.addmm(matrix, base, own, alpha=-1)
+                    torch.mm(base, own, out=value)
+                yield
+
+            before, after = seconds_of_stages(run)
             scale = height / rows / count
-            self._seconds[shape] = min(before) * scale, min(after) * scale
+            self._seconds[shape] = before * scale, after * scale
         return self._seconds[shape]

@@ -1,39 +1,46 @@
 """What coding takes on this machine, timed once per codec: the fastest of a few tries."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
 
 import torch
 
-from thinwire.compress.base import Codec, TensorCodec
+from thinwire.compress.base import Codec, Flat, TensorCodec
 
-TRIED_VALUES, TRIES = 2**17, 4
+TRIED_VALUES, TRIES = 2**17, 3
+
+
+def seconds_of_stages(run: Callable[[], Iterator[None]]) -> tuple[float, ...]:
+    """Of each stage of what `run` makes, which yields at the end of each."""
+    tries = []
+    for _ in range(TRIES):
+        times = [time.perf_counter()]
+        times += [time.perf_counter() for _ in run()]
+        tries.append([end - begin for begin, end in pairwise(times)])
+    return tuple(min(stage) for stage in zip(*tries, strict=True))
 
 
 @lru_cache(maxsize=256)
 def seconds_per_value(codec: Codec) -> tuple[float, float]:
     """(encode, decode) of one value, in a vector of a bucket's size."""
-    values = torch.linspace(-1, 1, max(1, TRIED_VALUES // codec.block) * codec.block)
-    encode_s, decode_s = _timed(lambda: codec.encode(values), lambda payload: codec.decode(payload, values.numel()))
-    return encode_s / values.numel(), decode_s / values.numel()
+    numel = max(1, TRIED_VALUES // codec.block) * codec.block
+    encode_s, decode_s = seconds_of_tensor(Flat(codec), (numel,))
+    return encode_s / numel, decode_s / numel
 
 
 @lru_cache(maxsize=1024)
 def seconds_of_tensor(codec: TensorCodec, shape: Sequence[int]) -> tuple[float, float]:
     """(encode, decode) of one tensor of this shape."""
     values = torch.linspace(-1, 1, prod(shape)).view(*shape)
-    return _timed(lambda: codec.encode(values), lambda payload: codec.decode(payload, shape))
 
+    def run() -> Iterator[None]:
+        payload = codec.encode(values)
+        yield
+        codec.decode(payload, shape)
+        yield
 
-def _timed(encode: Callable[[], torch.Tensor], decode: Callable[[torch.Tensor], object]) -> tuple[float, float]:
-    encoded, decoded = [], []
-    for _ in range(TRIES):
-        started = time.perf_counter()
-        payload = encode()
-        coded = time.perf_counter()
-        decode(payload)
-        encoded.append(coded - started)
-        decoded.append(time.perf_counter() - coded)
-    return min(encoded), min(decoded)
+    encode_s, decode_s = seconds_of_stages(run)
+    return encode_s, decode_s

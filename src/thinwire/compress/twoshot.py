@@ -12,7 +12,7 @@ it enters the next average with weight 1/p):
 
     l_i[s] = w_i[s] - D C(w_i[s])  for s != i         l_r[r] = p ( a[r] - D C(a[r]) )
 
-so that with e <- l what is owed to the average is conserved:  1/p sum_i e_i = 1/p sum_i w_i - result.
+so that with e <- l nothing is lost to the average:  1/p sum_i e_i = 1/p sum_i w_i - result.
 
 Each parameter is padded to a multiple of p blocks and cut by itself, so results do not depend on which bucket it travels in. What
 is averaged exactly goes along in the same two messages, as float32.
@@ -27,43 +27,30 @@ import torch.distributed as dist
 
 from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import Piece, Share, check_finite
-from thinwire.compress.base import Codec, finite
-from thinwire.compress.memory import ShardMemory, laid
+from thinwire.compress.averager import Averager, Parameters, Share, check_finite
+from thinwire.compress.base import Codec, finite, padded, sum_in_order
+from thinwire.compress.memory import Memory, beside
 from thinwire.compress.plain import GRADIENT_BYTES
-from thinwire.compress.rows import add_rows, decode_rows, encode_rows
 from thinwire.compress.speed import seconds_per_value
-from thinwire.compress.stateless import Stateless
 from thinwire.traffic import Transfer
-from thinwire.workload import Parameter
 
 
 def shard_length(shape: Sequence[int], world_size: int, block: int) -> int:
     """Values of one shard of a parameter: a multiple of the codec's block."""
-    return -(-prod(shape) // (world_size * block)) * block
+    return padded(prod(shape), world_size * block) // world_size
 
 
-class TwoShot(Stateless):
-    """See the top of the file, and `thinwire.compress.averager.Averager`. Nothing but the memory goes on from step to step."""
+class TwoShot(Averager):
+    """See the top of the file. Nothing but the memory goes on from step to step."""
 
-    settled_after = 0
-
-    def __init__(self, codec: Codec, memory: ShardMemory, ledger: Ledger) -> None:
+    def __init__(self, codec: Codec, memory: Memory, ledger: Ledger) -> None:
         self._codec, self._memory, self._ledger = codec, memory, ledger
-        self._first: dist.ProcessGroup | None = None
-        self._second: dist.ProcessGroup | None = None
 
     def sent_bytes(self, shape: Sequence[int], world_size: int) -> float:
-        """p - 1 codes of a shard, twice."""
+        """p - 1 codes of a shard, twice. Two shots of float32, what rides along, send as much as an all-reduce."""
         return 2 * (world_size - 1) * self._codec.payload_bytes(shard_length(shape, world_size, self._codec.block))
 
-    def carries(self, numel: int, world_size: int) -> bool:
-        """Two shots of float32 send as much as an all-reduce."""
-        return True
-
-    def transfers(
-        self, label: str, parameters: Sequence[Parameter], exact: Sequence[Parameter], axis: str, world_size: int
-    ) -> list[Transfer]:
+    def transfers(self, label: str, parameters: Parameters, exact: Parameters, axis: str, world_size: int) -> list[Transfer]:
         """An all-to-all of codes and an all-gather of the averages' codes. Times the codec."""
         length = sum(shard_length(parameter.shape, world_size, self._codec.block) for parameter in parameters)
         size = self._codec.payload_bytes(length) + GRADIENT_BYTES * -(-sum(one.numel for one in exact) // world_size)
@@ -79,19 +66,15 @@ class TwoShot(Stateless):
             Transfer(label=f"{label} averages", axis=axis, op="all_gather", message_bytes=size, item_bytes=1, work_s=second),
         ]
 
-    def attach(self, first: dist.ProcessGroup, second: dist.ProcessGroup) -> None:
-        """One group for each shot."""
-        self._first, self._second = first, second
-
     def average(self, share: Share) -> Iterator[None]:
         """Two collectives, see the top of the file. A row is the codes of a shard, and behind them its part of what is exact."""
-        assert self._first is not None and self._second is not None, "attach() comes first"
         p, rank, pieces, buffer = self._first.size(), self._first.rank(), share.pieces, share.buffer
-        parts = self._parts(pieces, p)
-        length = parts[-1].stop
+        ends = [0, *accumulate(shard_length(piece.shape, p, self._codec.block) for piece in pieces)]
+        parts = [slice(first, last) for first, last in pairwise(ends)]  # of a row, for each piece
+        length = ends[-1]
         work = torch.empty(p, length)  # row s: shard s of every piece; what should be sent, and then what was lost of it
         for piece, part in zip(pieces, parts, strict=True):
-            self._memory.place(piece.name, piece.of(buffer), work[:, part])
+            self._memory.corrected_rows(piece.name, piece.of(buffer), work[:, part])
         size = self._codec.payload_bytes(length)
         riding = share.riding()
         riding = torch.nn.functional.pad(riding, (0, -riding.numel() % p)).view(p, -1)
@@ -99,7 +82,7 @@ class TwoShot(Stateless):
         codes[:, size:] = riding.view(torch.uint8)
         others = [run for run in (slice(0, rank), slice(rank + 1, p)) if run.start < run.stop]
         for run in others:
-            encode_rows(self._codec, work[run], codes[run], lose=self._memory.keeps)
+            self._codec.encode_rows(work[run], codes[run], subtract=self._memory.keeps)
         received = torch.empty_like(codes)
         with self._ledger.label(f"{share.label} codes"):
             sent = dist.all_to_all_single(received, codes, group=self._first, async_op=True)
@@ -108,15 +91,14 @@ class TwoShot(Stateless):
         sent.wait()
         mean = work[rank]
         for run in others:
-            add_rows(self._codec, received[run], mean)
-        self._check(mean, pieces, parts)
+            self._codec.add_rows(received[run], mean)
+        if not finite(mean):  # as it is where any rank's values are not; a p-th of what there would be to look at
+            for piece, part in zip(pieces, parts, strict=True):
+                check_finite(mean[part], piece.name)
         mean /= p
-        exact_mean = torch.zeros(riding.shape[1])
-        for part in received[:, size:].reshape(-1).clone().view(torch.float32).view_as(riding):
-            exact_mean += part
-        exact_mean /= p
+        exact_mean = sum_in_order(list(received[:, size:].reshape(-1).clone().view(torch.float32).view_as(riding))) / p
         code = torch.empty_like(codes[0])
-        encode_rows(self._codec, work[rank : rank + 1], code.view(1, -1), lose=self._memory.keeps)
+        self._codec.encode_rows(work[rank : rank + 1], code.view(1, -1), subtract=self._memory.keeps)
         code[size:] = exact_mean.view(torch.uint8)
         averages = torch.empty_like(codes)
         with self._ledger.label(f"{share.label} averages"):
@@ -129,10 +111,10 @@ class TwoShot(Stateless):
         sent.wait()
         share.arrived(averages[:, size:].reshape(-1).clone().view(torch.float32))
         results = torch.empty_like(work)
-        decode_rows(self._codec, averages, results)
+        self._codec.decode_rows(averages, results)
         for piece, part in zip(pieces, parts, strict=True):
             if share.counts(piece):
-                for values, place in laid(piece.of(buffer), results[:, part]):
+                for values, place in beside(piece.of(buffer), results[:, part]):
                     values.copy_(place)
         if share.used is not None:
             self._keep(share, parts, work)
@@ -141,15 +123,4 @@ class TwoShot(Stateless):
         if self._memory.keeps:
             for piece, part in zip(share.pieces, parts, strict=True):
                 if share.counts(piece):
-                    self._memory.keep_placed(piece.name, lost[:, part], piece.numel)
-
-    def _parts(self, pieces: Sequence[Piece], p: int) -> list[slice]:
-        """Of a row, for each piece."""
-        ends = [0, *accumulate(shard_length(piece.shape, p, self._codec.block) for piece in pieces)]
-        return [slice(first, last) for first, last in pairwise(ends)]
-
-    def _check(self, mean: torch.Tensor, pieces: Sequence[Piece], parts: Sequence[slice]) -> None:
-        """What is not finite on any rank is not finite in the owner's mean, which is a p-th of what there would be to look at."""
-        if not finite(mean):
-            for piece, part in zip(pieces, parts, strict=True):
-                check_finite(mean[part], piece.name)
+                    self._memory.keep_rows(piece.name, lost[:, part], piece.numel)

@@ -8,8 +8,8 @@ step and the mixing work value by value, and so commute with cutting:
 Rank s of a replica therefore exchanges what it holds with rank s of the others, and with nobody else. Codes are of each shard by
 itself. A shard may be empty, on all these ranks alike, since the same place has the same shape in each replica.
 
-FSDP2 keeps gathered weights after a forward pass that no backward pass follows, as in an evaluation, those of the root at least.
-Whoever writes shards frees them (`free_gathered`), or the next forward pass would compute with the old values.
+Whoever writes shards frees what FSDP2 has gathered of them (`free_gathered`), or the next forward pass would compute with the old
+values.
 """
 
 import hashlib
@@ -18,9 +18,9 @@ from collections.abc import Iterator, Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from thinwire.compress.sharded.units import free_gathered
 from thinwire.errors import UserError
 from thinwire.workload import plain_name
 
@@ -38,8 +38,8 @@ class Shards(Mapping[str, Tensor]):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self.free_gathered()  # only then are the parameters those which the optimizer knows
+        self._model = model
+        free_gathered(model)  # only then are the parameters those which the optimizer knows
         self._parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
 
     def trained(self) -> list[str]:
@@ -63,12 +63,7 @@ class Shards(Mapping[str, Tensor]):
                 self[name].lerp_(value, 1 - keep)
             else:
                 self[name].copy_(value)
-        self.free_gathered()
-
-    def free_gathered(self) -> None:
-        """What FSDP2 has gathered of old values."""
-        for unit in self._units:
-            unit.reshard()
+        free_gathered(self._model)
 
     def cut(self) -> dict[str, DTensor]:
         """The parameters of which other ranks of this replica hold other parts."""

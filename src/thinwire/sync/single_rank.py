@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from thinwire.compress.stateless import Stateless
+from thinwire.compress.memory import Stateless
 from thinwire.layout import Layout
 from thinwire.sync.base import Synchroniser
 from thinwire.traffic import Transfer

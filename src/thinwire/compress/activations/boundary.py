@@ -3,26 +3,22 @@
     payload = C(flat(a), zeros up to a whole block)          arrives as a' = D(payload), |a' - a| <= the codec's error bound
 
 The payload's size follows from the shape alone, so both sides know it before anything is sent. There is no error feedback:
-an activation is used once, and its error cannot be made good at a later one. (Where samples come back, `differences` sends less.)
+an activation is used once, and its error cannot be corrected in a later one. (Where samples come back, `differences` sends less.)
 
 `CodedBoundary` does the same within one process: the next stage sees a', and the gradient that comes back is coded too. As
 the rounding has no useful derivative, it is passed over (straight through, Bengio et al. 2013).
 """
 
 from collections.abc import Sequence
-from math import prod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from thinwire.compress.base import Codec, finite
+from thinwire.compress.base import Codec, Flat, finite
 from thinwire.errors import UserError
-
-
-def padded(numel: int, block: int) -> int:
-    """`numel`, or the next multiple of `block`."""
-    return -(-numel // block) * block
 
 
 def encode_finite(codec: Codec, values: Tensor, what: str) -> Tensor:
@@ -45,33 +41,27 @@ def flat_float32(values: Tensor, what: str) -> Tensor:
     return values.detach().reshape(-1).to(torch.float32)
 
 
-class BoundaryCodec:
+@dataclass(frozen=True)
+class BoundaryCodec(Flat):
     """One direction of one boundary. `boundary` names it in errors: "the activation of boundary 0-1"."""
 
-    def __init__(self, codec: Codec, boundary: str) -> None:
-        self.codec, self.boundary = codec, boundary
-
-    def payload_bytes(self, shape: Sequence[int]) -> int:
-        """Exact."""
-        return self.codec.payload_bytes(padded(prod(shape), self.codec.block))
+    boundary: str
 
     def pack(self, values: Tensor) -> Tensor:
         """Any shape, float32 or shorter floats -> [payload_bytes] uint8. UserError for one that is not finite or real."""
-        flat = flat_float32(values, self.boundary)
-        filling = padded(flat.numel(), self.codec.block) - flat.numel()
-        return encode_finite(self.codec, torch.nn.functional.pad(flat, (0, filling)), self.boundary)
+        return encode_finite(self.codec, self._filled(values), self.boundary)
 
     def unpack(self, payload: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """What `pack` was given, up to the codec's error. payload: uint8, from an even byte of its storage."""
-        numel = prod(shape)
-        return self.codec.decode(payload, padded(numel, self.codec.block))[:numel].view(tuple(shape)).to(dtype)
+        return self.decode(payload, shape).to(dtype)
 
     def error_bound(self, values: Tensor) -> Tensor:
         """Largest error of each value in float32; a shorter dtype then rounds once more."""
-        flat = flat_float32(values, self.boundary)
-        filling = padded(flat.numel(), self.codec.block) - flat.numel()
-        bound = self.codec.error_bound(torch.nn.functional.pad(flat, (0, filling)))
-        return bound[: flat.numel()].view(values.shape)
+        return self.codec.error_bound(self._filled(values))[: values.numel()].view(values.shape)
+
+    def _filled(self, values: Tensor) -> Tensor:
+        """Flat, with zeros up to a whole block."""
+        return pad(flat_float32(values, self.boundary), (0, -values.numel() % self.codec.block))
 
 
 class CodedBoundary(torch.autograd.Function):

@@ -14,27 +14,30 @@ The price is memory: a copy of each sample's activation on both sides. Wang et a
 networks using activation compression with guarantees).
 """
 
-from collections.abc import Sequence
-from math import prod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from thinwire.compress.activations.boundary import BoundaryCodec, flat_float32
-from thinwire.compress.base import Codec, finite
+from thinwire.compress.base import Codec
+from thinwire.compress.codecs.floating import BFloat16, Float16, Float32
 from thinwire.errors import UserError
+
+PLAIN: Mapping[torch.dtype, Codec] = {torch.float32: Float32(), torch.bfloat16: BFloat16(), torch.float16: Float16()}
 
 
 class Differences:
-    """What both sides of one boundary do alike. Samples of a message differ; their ids are the data's, the same in each epoch."""
+    """One side of one boundary. Samples of a message differ; their ids are the data's, the same in each epoch."""
 
     def __init__(self, codec: Codec, boundary: str, first: Codec | None = None, dtype: torch.dtype = torch.float32) -> None:
+        """dtype: of the copies, float32, bfloat16 or float16."""
         self.copies: dict[int, Tensor] = {}
         """By sample id: what the other side holds too."""
         self._boundary, self._dtype = boundary, dtype
         self._later = BoundaryCodec(codec, boundary)
-        self._first = BoundaryCodec(first, boundary) if first else None
+        self._first = BoundaryCodec(first or PLAIN[dtype], boundary)
 
     @property
     def memory_bytes(self) -> int:
@@ -44,7 +47,36 @@ class Differences:
     def payload_bytes(self, ids: Sequence[int], shape: Sequence[int]) -> int:
         """Of the next message about these samples; shape: [samples, ..]. Exact."""
         new, old = self._parted(ids)
-        return self._new_bytes([len(new), *shape[1:]]) + self._later.payload_bytes([len(old), *shape[1:]])
+        return self._first.payload_bytes([len(new), *shape[1:]]) + self._later.payload_bytes([len(old), *shape[1:]])
+
+    def pack(self, ids: Sequence[int], activation: Tensor) -> Tensor:
+        """The side that has the activations: [samples, ..] -> [payload_bytes] uint8.
+
+        UserError if a value is not finite; the copies then stay as they were.
+        """
+        new, old = self._parted(ids)
+        values, parts = flat_float32(activation, self._boundary).view(activation.shape), []
+        if new:
+            parts.append(self._first.pack(values[new]))
+        if old:
+            parts.append(self._later.pack(values[old] - self._old_copies(ids, old, activation.shape)))
+        payload = torch.cat(parts)
+        self.unpack(payload, ids, activation.shape)
+        return payload
+
+    def unpack(self, payload: Tensor, ids: Sequence[int], shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """The side that goes on with them: [payload_bytes] uint8 -> [samples, ..], the new copies."""
+        new, old = self._parted(ids)
+        border = self._first.payload_bytes([len(new), *shape[1:]])
+        arrived = torch.empty(tuple(shape), dtype=self._dtype, device=payload.device)
+        if new:
+            arrived[new] = self._first.unpack(payload[:border].clone(), (len(new), *shape[1:]), self._dtype)
+        if old:
+            difference = self._later.unpack(payload[border:].clone(), (len(old), *shape[1:]))
+            arrived[old] = (self._old_copies(ids, old, shape) + difference).to(self._dtype)
+        for place, sample in enumerate(ids):
+            self.copies[sample] = arrived[place].clone()
+        return arrived.to(dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """The copies."""
@@ -73,55 +105,3 @@ class Differences:
                     "sequence length, or begin with empty copies"
                 )
         return torch.stack([self.copies[ids[place]] for place in old]).to(torch.float32)
-
-    def _new_bytes(self, shape: Sequence[int]) -> int:
-        if self._first:
-            return self._first.payload_bytes(shape)
-        return prod(shape) * self._dtype.itemsize
-
-    def _add(self, payload: Tensor, ids: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """Bring the copies up to date with one message. Returns [samples, ..] of the buffer's dtype."""
-        new, old = self._parted(ids)
-        border = self._new_bytes([len(new), *shape[1:]])
-        arrived = torch.empty(tuple(shape), dtype=self._dtype, device=payload.device)
-        if new:
-            new_shape = (len(new), *shape[1:])
-            if self._first:
-                arrived[new] = self._first.unpack(payload[:border], new_shape, self._dtype)
-            else:
-                arrived[new] = payload[:border].clone().view(self._dtype).view(new_shape)
-        if old:
-            difference = self._later.unpack(payload[border:].clone(), (len(old), *shape[1:]))
-            arrived[old] = (self._old_copies(ids, old, shape) + difference).to(self._dtype)
-        for place, sample in enumerate(ids):
-            self.copies[sample] = arrived[place].clone()
-        return arrived
-
-
-class DifferenceSender(Differences):
-    """The side that has the activations."""
-
-    def pack(self, ids: Sequence[int], activation: Tensor) -> Tensor:
-        """[samples, ..] -> [payload_bytes] uint8. UserError if a value is not finite; the copies then stay as they were."""
-        new, old = self._parted(ids)
-        values, parts = flat_float32(activation, self._boundary).view(activation.shape), []
-        if new and self._first:
-            parts.append(self._first.pack(values[new]))
-        elif new:
-            plain = values[new].to(self._dtype).contiguous()
-            if not finite(plain):
-                raise UserError(f"{self._boundary} is not finite; lower the learning rate, or look at the data of this step")
-            parts.append(plain.view(-1).view(torch.uint8))
-        if old:
-            parts.append(self._later.pack(values[old] - self._old_copies(ids, old, activation.shape)))
-        payload = torch.cat(parts)
-        self._add(payload, ids, activation.shape)
-        return payload
-
-
-class DifferenceReceiver(Differences):
-    """The side that goes on with them."""
-
-    def unpack(self, payload: Tensor, ids: Sequence[int], shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """[payload_bytes] uint8 -> [samples, ..]: the new copies."""
-        return self._add(payload, ids, shape).to(dtype)

@@ -1,6 +1,6 @@
 """The two operators of tensor parallelism, with sums that travel coded.
 
-A matrix product that is split over a group leaves a partial result on each rank; their sum is due in the forward pass behind a
+A matrix product that is split over a group leaves a partial result on each rank; their sum is needed in the forward pass behind a
 row-parallel layer (Megatron's g), and in the backward pass before a column-parallel one (its conjugate f):
 
     coded_all_reduce      forward: y = sum over ranks of x_i        backward: the gradient as it is
@@ -28,8 +28,7 @@ from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.metered_calls import all_reduce
 from thinwire.compress.activations.boundary import encode_finite, flat_float32
-from thinwire.compress.base import Codec
-from thinwire.compress.rows import decode_rows
+from thinwire.compress.base import Codec, sum_in_order
 from thinwire.compress.twoshot import shard_length
 from thinwire.errors import UserError
 from thinwire.traffic import Transfer
@@ -72,22 +71,20 @@ def coded_sum(x: Tensor, group: dist.ProcessGroup, codec: Codec | None, ledger: 
     received = torch.empty_like(codes)
     with ledger.label(f"{label} codes"):
         dist.all_to_all_single(received, codes, group=group)
-    total = torch.zeros(length)
-    for source in range(p):
-        total += shards[rank] if source == rank else codec.decode(received[source], length)
+    total = sum_in_order([shards[i] if i == rank else codec.decode(received[i], length) for i in range(p)])
     results = torch.empty_like(codes)
     code = encode_finite(codec, total, label)
     with ledger.label(f"{label} sums"):
         ALL_GATHER(results.view(-1), code, group=group)
     decoded = torch.empty(p, length)
-    decode_rows(codec, results, decoded)
+    codec.decode_rows(results, decoded)
     return decoded.view(-1)[: x.numel()].view(x.shape).to(x.dtype)
 
 
 class _AllReduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *how: Any) -> Tensor:
-        return coded_sum(x, *how)
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
+        return coded_sum(x, *arguments)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -96,13 +93,13 @@ class _AllReduce(torch.autograd.Function):
 
 class _GradientSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *how: Any) -> Tensor:
-        ctx.how = how
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
+        ctx.arguments = arguments
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return coded_sum(gradients[0], *ctx.how), None, None, None, None
+        return coded_sum(gradients[0], *ctx.arguments), None, None, None, None
 
 
 def coded_all_reduce(x: Tensor, group: dist.ProcessGroup, codec: Codec | None, ledger: Ledger, label: str) -> Tensor:

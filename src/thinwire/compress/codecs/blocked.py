@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from thinwire.compress.base import check_payload, check_values
+from thinwire.compress.base import Codec, check_payload, check_values
 from thinwire.compress.codecs.fused import compiled, fused_or_reason
 
 PIECE = 1 << 17
@@ -31,14 +31,14 @@ class Kernels(NamedTuple):
 
     encode: Kernel
     decode: Kernel
-    lose: Kernel
+    subtract: Kernel
     """Encodes, and leaves rows - decoded in `rows`."""
     add: Kernel
     """(total [n, block], header [r, n, ..], codes [r, n, ..]): adds what is decoded to `total`, payload after payload."""
 
     @classmethod
-    def of(cls, encode: Kernel, decode: Kernel, lose: Kernel | None = None) -> "Kernels":
-        """lose: where that can be had for less than encode, decode and subtract."""
+    def of(cls, encode: Kernel, decode: Kernel, subtract: Kernel | None = None) -> "Kernels":
+        """subtract: where that can be had for less than encode, decode and subtract."""
 
         def composed(rows: Tensor, header: Tensor, codes: Tensor) -> None:
             encode(rows, header, codes)
@@ -52,60 +52,60 @@ class Kernels(NamedTuple):
                 decode(decoded, header[one], codes[one])
                 total.add_(decoded)
 
-        return cls(encode, decode, lose or composed, add)
+        return cls(encode, decode, subtract or composed, add)
 
 
 @dataclass(frozen=True)
-class Blocked:
+class Blocked(Codec):
     """A codec of independent blocks. A codec names its sizes, its two kernels and its error bound."""
 
-    name: ClassVar[str]
-    block: ClassVar[int]
+    fused: ClassVar[bool] = False
     header_values: ClassVar[int] = 1
     code_bytes: ClassVar[int]
-    summable: ClassVar[bool] = False
-    wire_dtype: ClassVar[torch.dtype] = torch.uint8
-    encode_kernel: ClassVar[Kernel]
-    decode_kernel: ClassVar[Kernel]
+
+    @staticmethod
+    def encode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+        """See `Kernel`."""
+
+    @staticmethod
+    def decode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+        """See `Kernel`."""
 
     def payload_bytes(self, numel: int) -> int:
         """Header and codes of each block."""
         return numel // self.block * (2 * self.header_values + self.code_bytes)
 
     def encode(self, values: Tensor) -> Tensor:
-        """[numel] float32 -> [payload_bytes] uint8."""
         check_values(values, self.block)
         payload = torch.empty(self.payload_bytes(values.numel()), dtype=torch.uint8, device=values.device)
         self.encode_rows(values.view(1, -1), payload.view(1, -1))
         return payload
 
     def decode(self, payload: Tensor, numel: int) -> Tensor:
-        """[payload_bytes] uint8 -> [numel] float32."""
         assert numel % self.block == 0, f"{numel} values are no multiple of the block {self.block}"
         check_payload(payload, self.payload_bytes(numel))
         values = torch.empty(numel, dtype=torch.float32, device=payload.device)
         self.decode_rows(payload.view(1, -1), values.view(1, -1))
         return values
 
-    def encode_rows(self, rows: Tensor, payloads: Tensor, *, lose: bool = False) -> None:
-        """See `thinwire.compress.rows.RowCodec`."""
+    def encode_rows(self, rows: Tensor, payloads: Tensor, *, subtract: bool = False) -> None:
         blocks = rows.shape[1] // self.block
         fused = self._fused_for(blocks)
         header, codes = self._parts(payloads, blocks)
+        kernels = fused or self.kernels
+        kernel = kernels.subtract if subtract else kernels.encode
         if fused is None:
-            self._walk(self.kernels.lose if lose else self.kernels.encode, rows, header, codes)
+            self._walk(kernel, rows, header, codes)
             return
         flat = [
             part if len(part) == 1 else torch.empty_like(part, memory_format=torch.contiguous_format) for part in (header, codes)
         ]
-        kernel = fused.lose if lose else fused.encode
         kernel(self.rows(rows), *(part.view(-1, part.shape[2]) for part in flat))
         for part, made in zip((header, codes), flat, strict=True):
             if made is not part:
                 part.copy_(made)
 
     def decode_rows(self, payloads: Tensor, rows: Tensor) -> None:
-        """See `thinwire.compress.rows.RowCodec`."""
         blocks = rows.shape[1] // self.block
         fused = self._fused_for(blocks)
         header, codes = self._parts(payloads, blocks)
@@ -115,7 +115,6 @@ class Blocked:
             fused.decode(self.rows(rows), *(part.reshape(-1, part.shape[2]) for part in (header, codes)))
 
     def add_rows(self, payloads: Tensor, total: Tensor) -> None:
-        """See `thinwire.compress.rows.RowCodec`."""
         rows = self.rows(total)
         blocks = len(rows)
         fused = self._fused_for(blocks)
@@ -127,10 +126,6 @@ class Blocked:
                 some = slice(one, one + width)
                 kernels.add(rows[piece], header[some, piece], codes[some, piece])
 
-    def error_bound(self, values: Tensor) -> Tensor:
-        """See `Codec`."""
-        raise NotImplementedError
-
     def rows(self, values: Tensor) -> Tensor:
         """[blocks, block]"""
         return values.view(values.numel() // self.block, self.block)
@@ -138,12 +133,18 @@ class Blocked:
     @cached_property
     def kernels(self) -> Kernels:
         """Operation by operation."""
-        return Kernels.of(type(self).encode_kernel, type(self).decode_kernel)
+        return self.make_kernels()
 
-    @property
+    def make_kernels(self) -> Kernels:
+        """Of the two of the class, by default."""
+        return Kernels.of(self.encode_kernel, self.decode_kernel)
+
+    @cached_property
     def fused_kernels(self) -> Kernels | None:
         """Each in one pass, where that was asked for and a compiler was found."""
-        return None
+        if not self.fused or fused_or_reason() is not None:
+            return None
+        return Kernels(*(compiled(kernel) for kernel in self.kernels))
 
     def _parts(self, payloads: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
         """[r, at least payload_bytes] -> header and codes as kernels want them, views."""
@@ -176,12 +177,19 @@ class Blocked:
 class Fusable(Blocked):
     """A codec that gains by it, as not all do."""
 
-    fused: bool = False
+    fused: bool = False  # type: ignore[misc]
     """Kernels compiled into one pass, where a compiler is found (`fused_or_reason`); same bits."""
 
-    @cached_property
-    def fused_kernels(self) -> Kernels | None:
-        """See `Blocked`."""
-        if not self.fused or fused_or_reason() is not None:
-            return None
-        return Kernels(*(compiled(kernel) for kernel in self.kernels))
+
+def digits_packed(digits: Tensor, base: int) -> Tensor:
+    """[n, digits, bytes] -> [n, bytes], digit k times base^k; the dtype stays."""
+    packed = digits[:, 0]
+    for place in range(1, digits.shape[1]):
+        packed = packed.add(digits[:, place], alpha=base**place)
+    return packed
+
+
+def bits_of(packed: Tensor, bits: int) -> Tensor:
+    """What `digits_packed` packed with base 2^bits: [n, bytes] uint8 -> [n, 8 / bits, bytes]."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device).view(1, -1, 1)
+    return (packed.unsqueeze(1) >> shifts) & (2**bits - 1)

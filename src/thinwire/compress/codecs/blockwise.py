@@ -6,31 +6,51 @@ Rounded to nearest, |error| <= s / 2; bf16 moves s by at most 2^-8, too little t
 what was decoded gives the same payload again. fp4 is E3M0, a sign and a power of two: q in 0, 2^-6 .. 2^0 of s = bf16(max
 |x|), nearest, |error| <= max(|x| / 3, 2^-7 s).
 
-With rounding = "stochastic" (int8, int4) q is x / s rounded up or down by the hash of `dither`, so that errors average out over
-values that differ; s is then rounded up, so that no |x / s| passes L. |error| <= s, and coding what was decoded may give another
-payload. It is for where nothing feeds errors back; where something does, nearest loses less.
+Stochastic rounding (int8, int4; s is then rounded up, so that no |x / s| passes L), without a random stream:
+
+    t = |x| / s,  q = sign(x) floor(t + u),  u = hash(bits of |x|, place in the block) / 2^16  in 0 .. 1 - 2^-16
+
+If u were drawn evenly, q would be t on average: the rounding has no bias. Here u is a function of the value's float32 bits and
+of its place. So the same values give the same bytes, on every rank and after a resume, there is no state to keep, and -x codes to
+minus what x codes to. The limit: it is unbiased only over values that differ, be it in their last bits alone. A value that comes
+back with all its bits at the same place of a block is rounded alike each time, and its error does not average out. t is first
+rounded to the nearest multiple of 2^-16, which brings no bias; from there on all is in integers. The hash mixes 32 bits by shifts
+and odd multipliers. |error| <= s, and coding what was decoded may give another payload. It is for where nothing feeds errors
+back; where something does, nearest loses less.
+
+A rotated block (int4): a spike is spread over its block, so that it no longer sets the scale of all the others alone.
+
+    y = H x / 128,  coded as int4,  decoded: H y          H: the Hadamard matrix of order 128, entries +-1, H H = 128
+
+In 7 steps of sums and differences, so every rank gets the same bits; a matrix product would not promise that. The scale follows
+the norm of the block and not its largest value; the mean error falls for spiked blocks and stays the same for normal ones. The
+worst case is wider: errors of at most s / 2 in each of the 128 y may add up, |error| <= 64 s, s = bf16(max |y| / 7). Single zeros
+do not stay zeros; all of them do. Coding what was decoded may give other codes.
 
 Two 4-bit codes a, b in -7..7 share the byte a + 16 b, a from the first half of the block and b from the second: b is then the
 byte / 16 rounded to nearest. All arithmetic is on small integers in float32, so it is exact.
 Zeros decode to zeros; a block whose scale is below 2^-120 too. A block with a nan or an inf decodes to nothing finite.
 
-Dettmers et al. 2022 (block-wise 8 bit), Wang et al. 2023 (ZeRO++: int4), Douillard et al. 2025 (Streaming DiLoCo: E3M0).
+Dettmers et al. 2022 (block-wise 8 bit), Wang et al. 2023 (ZeRO++: int4), Douillard et al. 2025 (Streaming DiLoCo: E3M0); Gupta et
+al. 2015 (stochastic rounding), Alistarh et al. 2017 (QSGD), Wellons 2018 (the constants of the hash); Ashkboos et al. 2024
+(QuaRot), Jia et al. 2024 (SDP4Bit: Hadamard-smoothed 4-bit gradients).
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from thinwire.compress.codecs.blocked import Fusable, Kernels
-from thinwire.compress.codecs.dither import round_stochastic
-from thinwire.compress.codecs.fused import SMALLEST, inverse, raise_bf16, round_bf16
-from thinwire.compress.codecs.hadamard import rotate
+from thinwire.compress.codecs.fused import SMALLEST, inverse, round_bf16
 from thinwire.errors import UserError
 
 INT8_BLOCK, INT4_BLOCK, HALF = 256, 128, 64
+BITS = 16
+"""Of the dither."""
+_FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
+_PLACE = 0x1E3779B9
 
 
 def _largest(rows: Tensor) -> Tensor:
@@ -60,97 +80,40 @@ def _nearest(rows: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 
 def _stochastic(rows: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """As `_nearest`."""
-    scales = raise_bf16(_largest(rows) * (1 / levels))
+    scales = round_bf16(_largest(rows) * (1 / levels), up=True)
     return scales, round_stochastic(rows, inverse(scales), levels)
 
 
-def _put_int8(coded: tuple[Tensor, Tensor], header: Tensor, codes: Tensor) -> None:
-    header.copy_(coded[0])
-    codes.copy_(coded[1])
+def _shifted(words: Tensor, by: int) -> Tensor:
+    """words >> by, zeros coming in from the left: on int32 `>>` brings in the sign."""
+    return (words >> by) & ((1 << (32 - by)) - 1)
 
 
-def _put_int4(coded: tuple[Tensor, Tensor], header: Tensor, codes: Tensor) -> None:
-    header.copy_(coded[0])
-    _pack(coded[1], codes)
+def dither(rows: Tensor) -> Tensor:
+    """[.., block] float32 -> [.., block] int32 in 0 .. 2^16 - 1. The product of int32 wraps, which is what is wanted."""
+    places = torch.arange(rows.shape[-1], dtype=torch.int32, device=rows.device) * _PLACE
+    words = (rows.view(torch.int32) & 0x7FFFFFFF) ^ places
+    words = (words ^ _shifted(words, 16)) * _FIRST
+    words = (words ^ _shifted(words, 15)) * _SECOND
+    return _shifted(words, 32 - BITS)
 
 
-def encode_int8(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """See the formula above."""
-    _put_int8(_nearest(rows, 127), header, codes)
+def round_stochastic(rows: Tensor, inverses: Tensor, levels: int) -> Tensor:
+    """[.., block] float32 and [.., 1] 1 / s -> q as float32, in -levels .. levels. Finite |x| / s must not pass 2^14."""
+    fixed = (rows.abs() * inverses * 2**BITS).round_().to(torch.int32)
+    return ((fixed + dither(rows)) >> BITS).clamp(max=levels).to(torch.float32).copysign(rows)
 
 
-def encode_int8_stochastic(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """See `dither`."""
-    _put_int8(_stochastic(rows, 127), header, codes)
-
-
-def lose_int8(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """encode_int8, and what it loses."""
-    coded = _nearest(rows, 127)
-    _put_int8(coded, header, codes)
-    rows.sub_(coded[1].mul_(coded[0]))
-
-
-def decode_int8(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """Code times scale."""
-    rows.copy_(codes)
-    rows.mul_(header.to(torch.float32))
-
-
-def encode_int4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """See the formula above."""
-    _put_int4(_nearest(rows, 7), header, codes)
-
-
-def encode_int4_stochastic(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """See `dither`."""
-    _put_int4(_stochastic(rows, 7), header, codes)
-
-
-def lose_int4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """encode_int4, and what it loses."""
-    coded = _nearest(rows, 7)
-    _put_int4(coded, header, codes)
-    rows.sub_(coded[1].mul_(coded[0]))
-
-
-def decode_int4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """Code times scale."""
-    rows.unflatten(-1, (2, HALF)).copy_(_unpack(codes).mul_(header.to(torch.float32).unsqueeze(-1)))
-
-
-def encode_rotated_int4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """See `hadamard`."""
-    encode_int4(rotate(rows * (1 / INT4_BLOCK)), header, codes)
-
-
-def encode_rotated_int4_stochastic(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """See `hadamard` and `dither`."""
-    encode_int4_stochastic(rotate(rows * (1 / INT4_BLOCK)), header, codes)
-
-
-def decode_rotated_int4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """See `hadamard`."""
-    numbers = _unpack(codes).mul_(header.to(torch.float32).unsqueeze(-1))
-    rows.copy_(rotate(numbers.flatten(-2)))
-
-
-def encode_float4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """The exponent of 4/3 |x| / s is that of the nearest power of two: between 2^k and 2^(k+1) the middle is 3/2 2^k."""
-    scales = round_bf16(_largest(rows))
-    header.copy_(scales)
-    parts = rows * inverse(scales)
-    sizes = parts.abs()
-    exponents = ((sizes * (4 / 3)).view(torch.int32) >> 23) - 120
-    numbers = torch.maximum(exponents, (sizes >= 2**-7).to(torch.int32)).clamp(max=7)
-    _pack(numbers.to(torch.float32) * parts.sign(), codes)
-
-
-def decode_float4(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """+-2^(|q| - 7) s, made from the bits of its exponent; 0 for q = 0."""
-    numbers = _unpack(codes)
-    powers = ((numbers.abs().to(torch.int32) + 120) << 23).view(torch.float32)
-    rows.unflatten(-1, (2, HALF)).copy_(numbers.sign_().mul_(powers).mul_(header.to(torch.float32).unsqueeze(-1)))
+def rotate(rows: Tensor) -> Tensor:
+    """[.., width] -> rows times the Hadamard matrix of order `width`, a power of two, without normalisation."""
+    shape, width = rows.shape, rows.shape[-1]
+    half = width // 2
+    while half:
+        pairs = rows.view(-1, width // (2 * half), 2, half)
+        first, second = pairs[:, :, 0], pairs[:, :, 1]
+        rows = torch.stack([first + second, first - second], 2).view(-1, width)
+        half //= 2
+    return rows.view(shape)
 
 
 @dataclass(frozen=True)
@@ -164,6 +127,27 @@ class _Integers(Fusable):
         if self.rounding not in ("nearest", "stochastic"):
             raise UserError(f"compress.rounding = {self.rounding!r}: values are rounded nearest or stochastic")
 
+    @staticmethod
+    def put(numbers: Tensor, codes: Tensor) -> None:
+        """Whole numbers in -levels .. levels [.., block] -> codes."""
+
+    def make_kernels(self) -> Kernels:
+        """The error comes for less than by decoding."""
+        quantised, levels, put = _nearest if self.rounding == "nearest" else _stochastic, self.levels, self.put
+
+        def encode(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+            scales, numbers = quantised(rows, levels)
+            header.copy_(scales)
+            put(numbers, codes)
+
+        def subtract(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+            scales, numbers = quantised(rows, levels)
+            header.copy_(scales)
+            put(numbers, codes)
+            rows.sub_(numbers.mul_(scales))
+
+        return Kernels.of(encode, self.decode_kernel, subtract)
+
     def error_bound(self, values: Tensor) -> Tensor:
         """Half a scale or a whole one; a scale may be 2^-8 or 2^-7 more than max / levels; plus what float32 rounds off."""
         largest = _largest(self.rows(values))
@@ -172,7 +156,6 @@ class _Integers(Fusable):
         return torch.where(tiny, largest, largest * (steps / self.levels)).view(-1).repeat_interleave(self.block)
 
 
-@dataclass(frozen=True)
 class Int8(_Integers):
     """8.0625 bits a value."""
 
@@ -181,12 +164,16 @@ class Int8(_Integers):
     code_bytes: ClassVar[int] = INT8_BLOCK
     levels: ClassVar[int] = 127
 
-    @cached_property
-    def kernels(self) -> Kernels:
-        """What nearest rounding loses comes for less than by decoding."""
-        if self.rounding == "nearest":
-            return Kernels.of(encode_int8, decode_int8, lose_int8)
-        return Kernels.of(encode_int8_stochastic, decode_int8)
+    @staticmethod
+    def put(numbers: Tensor, codes: Tensor) -> None:
+        """One in a byte."""
+        codes.copy_(numbers)
+
+    @staticmethod
+    def decode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+        """Code times scale."""
+        rows.copy_(codes)
+        rows.mul_(header.to(torch.float32))
 
 
 @dataclass(frozen=True)
@@ -201,13 +188,30 @@ class Int4(_Integers):
     hadamard: bool = False
     """Rotate each block before it is coded: for vectors with spikes."""
 
-    @cached_property
-    def kernels(self) -> Kernels:
-        """As those of Int8."""
-        nearest = self.rounding == "nearest"
-        if self.hadamard:
-            return Kernels.of(encode_rotated_int4 if nearest else encode_rotated_int4_stochastic, decode_rotated_int4)
-        return Kernels.of(encode_int4, decode_int4, lose_int4) if nearest else Kernels.of(encode_int4_stochastic, decode_int4)
+    @staticmethod
+    def put(numbers: Tensor, codes: Tensor) -> None:
+        """Two in a byte."""
+        _pack(numbers, codes)
+
+    @staticmethod
+    def decode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+        """Code times scale."""
+        rows.unflatten(-1, (2, HALF)).copy_(_unpack(codes).mul_(header.to(torch.float32).unsqueeze(-1)))
+
+    def make_kernels(self) -> Kernels:
+        """Those of integers, of blocks that are rotated there and back if asked for."""
+        plain = super().make_kernels()
+        if not self.hadamard:
+            return plain
+
+        def encode(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+            plain.encode(rotate(rows * (1 / INT4_BLOCK)), header, codes)
+
+        def decode(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+            numbers = _unpack(codes).mul_(header.to(torch.float32).unsqueeze(-1))
+            rows.copy_(rotate(numbers.flatten(-2)))
+
+        return Kernels.of(encode, decode)
 
     def error_bound(self, values: Tensor) -> Tensor:
         """That of integers; of a rotated block, all errors of the block added up."""
@@ -225,8 +229,24 @@ class Float4(Fusable):
     name: ClassVar[str] = "fp4"
     block: ClassVar[int] = INT4_BLOCK
     code_bytes: ClassVar[int] = HALF
-    encode_kernel = encode_float4
-    decode_kernel = decode_float4
+
+    @staticmethod
+    def encode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+        """The exponent of 4/3 |x| / s is that of the nearest power of two: between 2^k and 2^(k+1) the middle is 3/2 2^k."""
+        scales = round_bf16(_largest(rows))
+        header.copy_(scales)
+        parts = rows * inverse(scales)
+        sizes = parts.abs()
+        exponents = ((sizes * (4 / 3)).view(torch.int32) >> 23) - 120
+        numbers = torch.maximum(exponents, (sizes >= 2**-7).to(torch.int32)).clamp(max=7)
+        _pack(numbers.to(torch.float32) * parts.sign(), codes)
+
+    @staticmethod
+    def decode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+        """+-2^(|q| - 7) s, made from the bits of its exponent; 0 for q = 0."""
+        numbers = _unpack(codes)
+        powers = ((numbers.abs().to(torch.int32) + 120) << 23).view(torch.float32)
+        rows.unflatten(-1, (2, HALF)).copy_(numbers.sign_().mul_(powers).mul_(header.to(torch.float32).unsqueeze(-1)))
 
     def error_bound(self, values: Tensor) -> Tensor:
         """A third of the value, or half of the smallest power."""

@@ -13,13 +13,12 @@ means: 2.0156 bits a value. Jaghouar et al. 2024 (INTELLECT-1: bins over sigmas,
 (SparseLoCo: 2 bits).
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from thinwire.compress.codecs.blocked import Blocked
+from thinwire.compress.codecs.blocked import Blocked, bits_of, digits_packed
 from thinwire.compress.codecs.fused import SMALLEST, inverse, pairwise_sum, round_bf16
 
 BLOCK, BYTES, BINS = 4096, 1024, 4
@@ -32,32 +31,6 @@ def _normalised(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return parts, scales, pairwise_sum(parts * parts * (1 / BLOCK)).sqrt().unsqueeze(1)
 
 
-def encode_codebook2(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """See the formula above."""
-    parts, scales, root = _normalised(rows)
-    bins = (parts >= -root).to(torch.uint8) + (parts >= 0).to(torch.uint8) + (parts >= root).to(torch.uint8)
-    means = []
-    for index in range(BINS):
-        inside = (bins == index).to(torch.float32)
-        count = inside.sum(1)
-        means.append(pairwise_sum(parts * inside) / torch.where(count > 0, count, 1.0))
-    header.copy_(round_bf16((torch.stack(means, 1) * scales).contiguous()))
-    quarters = bins.view(-1, BINS, BYTES)
-    packed = quarters[:, 0]
-    for place in range(1, BINS):
-        packed = packed.add(quarters[:, place], alpha=4**place)
-    codes.view(torch.uint8).copy_(packed)
-
-
-def decode_codebook2(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """The mean of each value's bin."""
-    packed = codes.view(torch.uint8).unsqueeze(1)
-    shifts = torch.arange(0, 2 * BINS, 2, dtype=torch.uint8, device=codes.device).view(1, BINS, 1)
-    bins = ((packed >> shifts) & 3).view(-1, BLOCK)
-    rows.copy_(header.to(torch.float32).gather(1, bins.to(torch.int64)))
-
-
-@dataclass(frozen=True)
 class Codebook2(Blocked):
     """2.0156 bits a value."""
 
@@ -65,8 +38,25 @@ class Codebook2(Blocked):
     block: ClassVar[int] = BLOCK
     header_values: ClassVar[int] = BINS
     code_bytes: ClassVar[int] = BYTES
-    encode_kernel = encode_codebook2
-    decode_kernel = decode_codebook2
+
+    @staticmethod
+    def encode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+        """See the formula above."""
+        parts, scales, root = _normalised(rows)
+        bins = (parts >= -root).to(torch.uint8) + (parts >= 0).to(torch.uint8) + (parts >= root).to(torch.uint8)
+        means = []
+        for index in range(BINS):
+            inside = (bins == index).to(torch.float32)
+            count = inside.sum(1)
+            means.append(pairwise_sum(parts * inside) / torch.where(count > 0, count, 1.0))
+        header.copy_(round_bf16((torch.stack(means, 1) * scales).contiguous()))
+        codes.view(torch.uint8).copy_(digits_packed(bins.view(-1, BINS, BYTES), BINS))
+
+    @staticmethod
+    def decode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+        """The mean of each value's bin."""
+        bins = bits_of(codes.view(torch.uint8), 2).view(-1, BLOCK)
+        rows.copy_(header.to(torch.float32).gather(1, bins.to(torch.int64)))
 
     def error_bound(self, values: Tensor) -> Tensor:
         """The width of an inner bin, or of the widest outer one."""

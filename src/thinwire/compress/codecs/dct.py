@@ -19,13 +19,12 @@ sqrt(hw) times the largest value. Peng et al. 2024 (DeMo, arXiv 2411.19870): til
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from thinwire.compress.base import check_payload, check_tensor
+from thinwire.compress.base import TensorCodec, check_payload, check_tensor, matrix_shape
 from thinwire.errors import UserError
 
 SMALLEST_SIDE = 16
@@ -54,15 +53,13 @@ def basis(length: int, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Demo:
+class Demo(TensorCodec):
     """By default 8 of 64 x 64 values: 0.055 bits a value where sides are multiples of 64."""
 
     k: int = 8
     """Coefficients of each tile; all of them where a tile has no more."""
     tile: int = 64
     """The longest side of a tile."""
-
-    name: ClassVar[str] = "demo"
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -81,7 +78,6 @@ class Demo:
         return 2 * count + 2 * math.ceil(count * bits / 16)
 
     def encode(self, values: Tensor) -> Tensor:
-        """float32 of any shape -> [payload_bytes] uint8."""
         check_tensor(values)
         count, bits = self._sent(values.shape)
         if not count:
@@ -97,7 +93,6 @@ class Demo:
         return torch.cat([chosen.view(torch.uint8), functional.pad(packed, (0, packed.numel() % 2))])
 
     def decode(self, payload: Tensor, shape: Sequence[int]) -> Tensor:
-        """[payload_bytes] uint8 -> float32 of `shape`."""
         check_payload(payload, self.payload_bytes(shape))
         count, bits = self._sent(shape)
         if not count:
@@ -128,4 +123,4 @@ class Demo:
 
 def _sides(shape: Sequence[int]) -> tuple[int, int]:
     """Rows and columns; a single dim lies along the row."""
-    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+    return matrix_shape(shape) if len(shape) > 1 else (1, math.prod(shape))

@@ -12,29 +12,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from thinwire.compress.base import check_payload, check_values
+from thinwire.compress.base import Codec, check_payload, check_values
 
 
 @dataclass(frozen=True)
-class _Cast:
-    name: ClassVar[str]
-    wire_dtype: ClassVar[torch.dtype]
+class _Float(Codec):
     relative: ClassVar[float]
     absolute: ClassVar[float]
-    block: ClassVar[int] = 1
-    summable: ClassVar[bool] = True
 
     def payload_bytes(self, numel: int) -> int:
-        """Two bytes a value."""
-        return 2 * numel
+        return numel * self.wire_dtype.itemsize
 
     def encode(self, values: Tensor) -> Tensor:
-        """[numel] float32 -> [2 numel] uint8."""
         check_values(values, self.block)
         return values.to(self.wire_dtype).view(torch.uint8)
 
     def decode(self, payload: Tensor, numel: int) -> Tensor:
-        """[2 numel] uint8 -> [numel] float32."""
         check_payload(payload, self.payload_bytes(numel))
         return payload.view(self.wire_dtype).to(torch.float32)
 
@@ -44,8 +37,7 @@ class _Cast:
         return torch.where(values.abs() <= torch.finfo(self.wire_dtype).max, bound, torch.inf)
 
 
-@dataclass(frozen=True)
-class BFloat16(_Cast):
+class BFloat16(_Float):
     """float32 with the lower half of its bits rounded away."""
 
     name: ClassVar[str] = "bf16"
@@ -54,11 +46,19 @@ class BFloat16(_Cast):
     absolute: ClassVar[float] = 2**-134
 
 
-@dataclass(frozen=True)
-class Float16(_Cast):
+class Float16(_Float):
     """IEEE half precision."""
 
     name: ClassVar[str] = "fp16"
     wire_dtype: ClassVar[torch.dtype] = torch.float16
     relative: ClassVar[float] = 2**-11
     absolute: ClassVar[float] = 2**-25
+
+
+class Float32(_Float):
+    """As it is: for what may be coded or not. Its payloads begin where a float32 may."""
+
+    name: ClassVar[str] = "float32"
+    wire_dtype: ClassVar[torch.dtype] = torch.float32
+    relative: ClassVar[float] = 0.0
+    absolute: ClassVar[float] = 0.0

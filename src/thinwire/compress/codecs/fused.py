@@ -1,4 +1,4 @@
-"""One kernel, two ways to run it: operation by operation, or fused into one pass by torch.compile.
+"""One kernel, run in either of two modes: operation by operation, or fused into one pass by torch.compile.
 
 Both give the same bits. For that a kernel uses only what is exact or rounded once by IEEE rules in either: comparisons,
 minimum and maximum, multiplication, tensor-by-tensor division, rounding, casts of values that fit, sums in an order that is
@@ -48,15 +48,10 @@ def compiled(kernel: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def round_bf16(values: Tensor) -> Tensor:
-    """Float32 with bf16's bits, rounded to nearest, ties away from zero. inf and nan stay what they are."""
-    bits = (values.view(torch.int32) + 0x8000) & -0x10000
-    return torch.where(values.isfinite(), bits.view(torch.float32), values)
-
-
-def raise_bf16(values: Tensor) -> Tensor:
-    """The same for values that are not negative, but never down."""
-    bits = (values.view(torch.int32) + 0xFFFF) & -0x10000
+def round_bf16(values: Tensor, *, up: bool = False) -> Tensor:
+    """Float32 with bf16's bits, rounded to nearest, ties away from zero; or never down, where values are not negative. inf and
+    nan stay what they are."""
+    bits = (values.view(torch.int32) + (0xFFFF if up else 0x8000)) & -0x10000
     return torch.where(values.isfinite(), bits.view(torch.float32), values)
 
 

@@ -13,23 +13,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from thinwire.compress.base import check_payload, check_tensor
+from thinwire.compress.base import TensorCodec, check_payload, check_tensor
 from thinwire.errors import UserError
 
 
 @dataclass(frozen=True)
-class GlobalTopK:
+class GlobalTopK(TensorCodec):
     """Sparse; by default one of a hundred values, 0.48 bits a value."""
 
     fraction: float = 0.01
     """Of the values of each parameter, rounded up to a whole number."""
-
-    name: ClassVar[str] = "topk_global"
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
@@ -53,7 +50,6 @@ class GlobalTopK:
         return torch.cat([places.to(torch.int32).view(torch.uint8), chosen.view(torch.uint8)])
 
     def decode(self, payload: Tensor, shape: Sequence[int]) -> Tensor:
-        """[payload_bytes] uint8 -> float32 of `shape`."""
         check_payload(payload, self.payload_bytes(shape))
         border = 4 * self.kept(shape)
         places = payload[:border].clone().view(torch.int32)  # a payload need not begin where an int32 may

@@ -25,8 +25,7 @@ Hershcovitch et al. 2024 (ZipNN: exponents apart, Huffman codes alone), Deutsch 
 
 import struct
 import zlib
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,11 +41,8 @@ Words = NDArray[np.uint16]
 Plane = NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
 class Lossless:
     """Exact, of variable size; for flat float32 or bf16."""
-
-    name: ClassVar[str] = "lossless"
 
     def encode(self, values: Tensor) -> Tensor:
         """[numel] float32 or bf16, contiguous -> uint8, of an even length that depends on the values."""
@@ -57,12 +53,8 @@ class Lossless:
         planes = [_squeeze(plane) for plane in _split(words, values.element_size() // 2)]
         lengths = [len(plane) for plane in planes] + [0] * (3 - len(planes))
         header = _HEADER.pack(values.numel(), values.element_size(), *lengths)
-        payload = np.zeros(len(header) + sum(lengths) + sum(lengths) % 2, np.uint8)
-        first = 0
-        for part in (header, *planes):
-            payload[first : first + len(part)] = np.frombuffer(part, np.uint8)
-            first += len(part)
-        return torch.from_numpy(payload).to(values.device)
+        payload = bytearray().join((header, *planes, bytes(sum(lengths) % 2)))
+        return torch.frombuffer(payload, dtype=torch.uint8).to(values.device)
 
     def decode(self, payload: Tensor) -> Tensor:
         """What encode gave -> [numel] in the dtype that went in."""
@@ -72,11 +64,9 @@ class Lossless:
         numel, value_bytes, *lengths = _HEADER.unpack(code[: _HEADER.size].tobytes())
         end = _HEADER.size + sum(lengths)
         assert payload.numel() == end + end % 2, f"a payload of {payload.numel()} bytes where {end + end % 2} are due"
-        planes, first = [], _HEADER.size
+        parts = np.split(code[_HEADER.size : end], np.cumsum(lengths)[:-1])
         plain_lengths = (numel, numel, 2 * numel) if value_bytes == 4 else (numel, numel)
-        for length, plain_length in zip(lengths, plain_lengths, strict=False):
-            planes.append(_unsqueeze(code[first : first + length], plain_length))
-            first += length
+        planes = [_unsqueeze(part, length) for part, length in zip(parts, plain_lengths, strict=False)]
         words = _join(planes, numel)
         if value_bytes == 4:
             return torch.from_numpy(words.view(np.float32)).to(payload.device)

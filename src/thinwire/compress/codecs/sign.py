@@ -11,13 +11,12 @@ Byte j of a block holds the signs of x[j], x[j + 32], ... x[j + 224], bit 0 firs
 Seide et al. 2014 (1-bit SGD), Karimireddy et al. 2019 (error feedback fixes signSGD), Tang et al. 2021 (1-bit Adam).
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from thinwire.compress.codecs.blocked import Blocked
+from thinwire.compress.codecs.blocked import Blocked, bits_of, digits_packed
 from thinwire.compress.codecs.fused import pairwise_sum, round_bf16
 
 BLOCK, BYTES, BITS = 256, 32, 8
@@ -27,34 +26,25 @@ def _means(rows: Tensor) -> Tensor:
     return pairwise_sum(rows.abs() * (1 / BLOCK)).unsqueeze(1)
 
 
-def encode_sign(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """See the formula above."""
-    header.copy_(round_bf16(_means(rows)))
-    negative = (rows < 0).to(torch.uint8).view(-1, BITS, BYTES)
-    packed = negative[:, 0]
-    for bit in range(1, BITS):
-        packed = packed.add(negative[:, bit], alpha=1 << bit)
-    codes.view(torch.uint8).copy_(packed)
-
-
-def decode_sign(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """Scale times 1 - 2 bit."""
-    packed = codes.view(torch.uint8).unsqueeze(1)
-    shifts = torch.arange(BITS, dtype=torch.uint8, device=codes.device).view(1, BITS, 1)
-    bits = (packed >> shifts) & 1
-    scales = header.to(torch.float32).unsqueeze(2)
-    rows.view(-1, BITS, BYTES).copy_((1.0 - 2.0 * bits) * scales)
-
-
-@dataclass(frozen=True)
 class Sign(Blocked):
     """1.0625 bits a value."""
 
     name: ClassVar[str] = "sign"
     block: ClassVar[int] = BLOCK
     code_bytes: ClassVar[int] = BYTES
-    encode_kernel = encode_sign
-    decode_kernel = decode_sign
+
+    @staticmethod
+    def encode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+        """See the formula above."""
+        header.copy_(round_bf16(_means(rows)))
+        negative = (rows < 0).to(torch.uint8).view(-1, BITS, BYTES)
+        codes.view(torch.uint8).copy_(digits_packed(negative, 2))
+
+    @staticmethod
+    def decode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+        """Scale times 1 - 2 bit."""
+        scales = header.to(torch.float32).unsqueeze(2)
+        rows.view(-1, BITS, BYTES).copy_((1.0 - 2.0 * bits_of(codes.view(torch.uint8), 1)) * scales)
 
     def error_bound(self, values: Tensor) -> Tensor:
         """How far the size of the value is from the mean, and what bf16 moves the mean."""

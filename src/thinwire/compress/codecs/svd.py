@@ -12,15 +12,13 @@ the payload of one rank to the same bits on processors of one kind. Where a valu
 Eckart & Young 1936; Vogels et al. 2019 (PowerSGD).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from thinwire.compress.base import check_payload, check_tensor, finite
+from thinwire.compress.base import TensorCodec, check_payload, check_tensor, finite, matrix_shape
 from thinwire.errors import UserError
 
 
@@ -39,13 +37,11 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class TruncatedSVD:
+class TruncatedSVD(TensorCodec):
     """Low rank; 32 (rows + columns) rank bits for a matrix of rows x columns."""
 
     rank: int = 4
     """Or the smaller side of the matrix, where that is less."""
-
-    name: ClassVar[str] = "svd"
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -53,23 +49,18 @@ class TruncatedSVD:
 
     def payload_bytes(self, shape: Sequence[int]) -> int:
         """Two factors in float32."""
-        rows, columns = _sides(shape)
+        rows, columns = matrix_shape(shape)
         return 4 * (rows + columns) * min(self.rank, rows, columns)
 
     def encode(self, values: Tensor) -> Tensor:
         """float32 of any shape -> [payload_bytes] uint8: U S, then V, row by row."""
         check_tensor(values)
-        factors = truncated_svd(values.view(_sides(values.shape)), self.rank)
+        factors = truncated_svd(values.view(matrix_shape(values.shape)), self.rank)
         return torch.cat([factor.reshape(-1) for factor in factors]).view(torch.uint8)
 
     def decode(self, payload: Tensor, shape: Sequence[int]) -> Tensor:
-        """[payload_bytes] uint8 -> float32 of `shape`."""
         check_payload(payload, self.payload_bytes(shape))
-        rows, columns = _sides(shape)
+        rows, columns = matrix_shape(shape)
         kept = min(self.rank, rows, columns)
         left, right = payload.clone().view(torch.float32).split([rows * kept, columns * kept])  # clone: aligned for float32
         return (left.view(rows, kept) @ right.view(columns, kept).T).view(tuple(shape))
-
-
-def _sides(shape: Sequence[int]) -> tuple[int, int]:
-    return (shape[0], math.prod(shape[1:])) if len(shape) else (1, 1)

@@ -13,13 +13,12 @@ nearest, and so on down. Digit k of byte j is value j + 64 k of a block of 320: 
 weight networks), Wen et al. 2017 (TernGrad).
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from thinwire.compress.codecs.blocked import Blocked
+from thinwire.compress.codecs.blocked import Blocked, digits_packed
 from thinwire.compress.codecs.fused import SMALLEST, pairwise_sum, round_bf16
 
 BLOCK, BYTES, DIGITS = 320, 64, 5
@@ -32,40 +31,33 @@ def _thresholds(rows: Tensor) -> Tensor:
     return torch.where(sizes.amax(1) < SMALLEST, torch.inf, threshold).unsqueeze(1)
 
 
-def encode_ternary(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """See the formula above."""
-    sizes = rows.abs()
-    chosen = (sizes >= _thresholds(rows)).to(torch.float32)
-    share = chosen.sum(1) * (1 / BLOCK)
-    total = pairwise_sum(sizes * (1 / BLOCK) * chosen)
-    header.copy_(round_bf16(torch.where(share > 0, total / share, total)).unsqueeze(1))
-    digits = (chosen * rows.sign()).view(-1, DIGITS, BYTES)
-    packed = digits[:, 0]
-    for digit in range(1, DIGITS):
-        packed = packed.add(digits[:, digit], alpha=3**digit)
-    codes.copy_(packed)
-
-
-def decode_ternary(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-    """Digits times scale."""
-    scales = header.to(torch.float32).unsqueeze(2)
-    rest = codes.to(torch.float32)
-    digits = []
-    for digit in reversed(range(DIGITS)):
-        digits.append((rest * (1 / 3**digit)).round())
-        rest = rest - digits[-1] * 3**digit
-    rows.view(-1, DIGITS, BYTES).copy_(torch.stack(digits[::-1], 1) * scales)
-
-
-@dataclass(frozen=True)
 class Ternary(Blocked):
     """1.65 bits a value."""
 
     name: ClassVar[str] = "ternary"
     block: ClassVar[int] = BLOCK
     code_bytes: ClassVar[int] = BYTES
-    encode_kernel = encode_ternary
-    decode_kernel = decode_ternary
+
+    @staticmethod
+    def encode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+        """See the formula above."""
+        sizes = rows.abs()
+        chosen = (sizes >= _thresholds(rows)).to(torch.float32)
+        share = chosen.sum(1) * (1 / BLOCK)
+        total = pairwise_sum(sizes * (1 / BLOCK) * chosen)
+        header.copy_(round_bf16(torch.where(share > 0, total / share, total)).unsqueeze(1))
+        codes.copy_(digits_packed((chosen * rows.sign()).view(-1, DIGITS, BYTES), 3))
+
+    @staticmethod
+    def decode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
+        """Digits times scale."""
+        scales = header.to(torch.float32).unsqueeze(2)
+        rest = codes.to(torch.float32)
+        digits = []
+        for digit in reversed(range(DIGITS)):
+            digits.append((rest * (1 / 3**digit)).round())
+            rest = rest - digits[-1] * 3**digit
+        rows.view(-1, DIGITS, BYTES).copy_(torch.stack(digits[::-1], 1) * scales)
 
     def error_bound(self, values: Tensor) -> Tensor:
         """The threshold, or from there to the largest."""

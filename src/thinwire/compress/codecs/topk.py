@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from thinwire.compress.base import check_payload, check_values
+from thinwire.compress.base import Codec, check_payload, check_values
 from thinwire.compress.codecs.fused import SMALLEST, inverse, round_bf16
 from thinwire.errors import UserError
 
@@ -41,7 +41,7 @@ def unpack_places(packed: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(Codec):
     """Sparse; by default 64 of 4096 in bf16, 0.4375 bits a value."""
 
     k: int = 64
@@ -51,8 +51,6 @@ class TopK:
 
     name: ClassVar[str] = "topk"
     block: ClassVar[int] = CHUNK
-    summable: ClassVar[bool] = False
-    wire_dtype: ClassVar[torch.dtype] = torch.uint8
 
     def __post_init__(self) -> None:
         if not 4 <= self.k <= CHUNK or self.k % 4:
@@ -76,7 +74,6 @@ class TopK:
         return torch.cat([part.view(torch.uint8).view(-1) for part in parts])
 
     def decode(self, payload: Tensor, numel: int) -> Tensor:
-        """[payload_bytes] uint8 -> [numel] float32."""
         assert numel % CHUNK == 0, f"{numel} values are no multiple of the block {CHUNK}"
         check_payload(payload, self.payload_bytes(numel))
         chunks = numel // CHUNK

@@ -14,11 +14,12 @@ from typing import Any
 
 from torch import nn
 
+from thinwire.collectives.executor import Executor
 from thinwire.collectives.groups import private_copy, release
 from thinwire.collectives.ledger import Ledger, axis_of
 from thinwire.compress.base import Codec, make_codec
-from thinwire.compress.sharded.layout import UnitShape, Ways, sharded_transfers
-from thinwire.compress.sharded.memory import STORAGES, Owed, owed_to_average
+from thinwire.compress.sharded.layout import Coding, UnitShape, sharded_transfers
+from thinwire.compress.sharded.residual import STORAGES, Residual, mean_residuals
 from thinwire.compress.sharded.units import Unit, find_units, prefetch
 from thinwire.compress.sharded.wire import CodedAllGather, CodedReduceScatter, Lane
 from thinwire.config.compress import EXCLUDED
@@ -76,54 +77,47 @@ def compress_sharded(
                 "leave it out"
             )
     patterns = EXCLUDED if exclude is None else (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    ways = Ways(
+    coding = Coding(
         gradients=_codec(gradients, "gradients", GRADIENT_KINDS),
         weights=_codec(weights, "weights", WEIGHT_KINDS),
         stock_gradients=gradients is None,
         stock_weights=weights is None,
         exclude=patterns,
     )
-    compression = ShardedCompression(find_units(model), ways, feedback or FEEDBACK, ledger or Ledger())
-    compression.attach(PREFETCH if prefetch_units is None else prefetch_units)
-    return compression
+    depth = PREFETCH if prefetch_units is None else prefetch_units
+    return ShardedCompression(find_units(model), coding, feedback or FEEDBACK, depth, ledger or Ledger())
 
 
 class ShardedCompression:
-    """What `compress_sharded` has put in place: its predictions, its memory, and the way back."""
+    """What `compress_sharded` has put in place: its predictions, its residuals, and how to remove it."""
 
-    def __init__(self, units: list[Unit], ways: Ways, feedback: str, ledger: Ledger) -> None:
-        self._units, self._ways, self._ledger = units, ways, ledger
-        group = units[0].process_group
-        if any(unit.process_group != group for unit in units):
+    def __init__(self, units: list[Unit], coding: Coding, feedback: str, prefetch_units: int, ledger: Ledger) -> None:
+        """Makes a group and a thread for each kind of message. Collective over all ranks of the default group."""
+        self._units, self._coding, self._ledger = units, coding, ledger
+        self._group, self._storage = units[0].process_group, feedback
+        if any(unit.process_group != self._group for unit in units):
             raise UserError("the units of the model are sharded over different groups; compress_sharded wants one mesh for all")
-        self._group, self._storage = group, feedback
-        self._rank, self._world_size = group.rank(), group.size()
-        self._owed: dict[str, Owed] = {}
-        if feedback != NO_FEEDBACK and ways.gradients is not None and self._world_size > 1:
-            for unit in units:
-                row = ways.gradients_row(unit.shape, self._world_size)
-                if row.coded_values:
-                    self._owed[unit.name] = Owed(row, self._rank, feedback)
+        self._rank, self._world_size = self._group.rank(), self._group.size()
+        self._residuals: dict[str, Residual] = {}
         self._lanes: list[Lane] = []
         self._restore: list[Any] = []
-
-    def attach(self, prefetch_units: int) -> None:
-        """Makes a group and a thread for each kind of message. Collective over all ranks of the default group."""
-        ways, p = self._ways, self._world_size
-        weights = None if ways.stock_weights else self._lane("weights")
-        gradients = None if ways.stock_gradients else self._lane("gradients")
-        for unit in self._units:
+        weights = None if coding.stock_weights else self._lane("weights")
+        gradients = None if coding.stock_gradients else self._lane("gradients")
+        for unit in units:
             gather = reduce = None
             if weights is not None:
-                gather = CodedAllGather(unit, ways.weights_row(unit.shape, p), weights)
+                gather = CodedAllGather(unit, coding.weights_row(unit.shape, self._world_size), weights)
             if gradients is not None:
-                reduce = CodedReduceScatter(unit, ways.gradients_row(unit.shape, p), gradients, self._owed.get(unit.name))
+                row = coding.gradients_row(unit.shape, self._world_size)
+                if feedback != NO_FEEDBACK and row.codec is not None:
+                    self._residuals[unit.name] = Residual(row, self._rank, feedback)
+                reduce = CodedReduceScatter(unit, row, gradients, self._residuals.get(unit.name))
             self._restore.append(unit.install(gather, reduce))
-        if prefetch_units and not self._ways.stock_weights:
-            self._restore.append(prefetch(self._units, prefetch_units))
+        if prefetch_units and not coding.stock_weights:
+            self._restore.append(prefetch(units, prefetch_units))
 
     def detach(self) -> None:
-        """Puts FSDP2's own collectives back, after what is under way. What is owed stays in `state_dict`."""
+        """Puts FSDP2's own collectives back, after what is under way. Residuals stay in `state_dict`."""
         for lane in self._lanes:
             lane.executor.close()
             release(lane.group, self._ledger)
@@ -140,20 +134,20 @@ class ShardedCompression:
         """Exactly what a step of `micro_batches` sends, gradients being reduced in the last one. Evaluation is not in it."""
         if self._world_size == 1:
             return []
-        return sharded_transfers(self.units, self._world_size, self._ways, self._axis, micro_batches)
+        return sharded_transfers(self.units, self._world_size, self._coding, self._axis, micro_batches)
 
     @property
     def memory_bytes(self) -> int:
-        """What this rank keeps between steps for what is owed."""
-        return sum(owed.num_bytes for owed in self._owed.values())
+        """What this rank keeps between steps for its residuals."""
+        return sum(residual.num_bytes for residual in self._residuals.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """Of this rank: what it owes to the average, in the form in which it is stored. After `backward()`."""
+        """Of this rank: its residuals, in the form in which they are stored. After `backward()`."""
         return {
             "storage": self._storage,
             "world_size": self._world_size,
             "rank": self._rank,
-            "units": {name: owed.state_dict() for name, owed in self._owed.items()},
+            "units": {name: residual.state_dict() for name, residual in self._residuals.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -163,33 +157,33 @@ class ShardedCompression:
                 f"the checkpoint is of rank {state['rank']} of {state['world_size']}, this is rank {self._rank} of "
                 f"{self._world_size}; hand the states of all ranks to adopt()"
             )
-        if state["storage"] != self._storage or set(state["units"]) != set(self._owed):
+        if state["storage"] != self._storage or set(state["units"]) != set(self._residuals):
             raise UserError(
                 f"the checkpoint keeps feedback={state['storage']!r} for {len(state['units'])} units, this run "
-                f"{self._storage!r} for {len(self._owed)}; resume with the same options and units, or use adopt()"
+                f"{self._storage!r} for {len(self._residuals)}; resume with the same options and units, or use adopt()"
             )
-        for name, owed in self._owed.items():
-            owed.load_state_dict(name, state["units"][name])
+        for name, residual in self._residuals.items():
+            residual.load_state_dict(name, state["units"][name])
 
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
-        """The states of all ranks of an earlier run, however many: what was owed to the average stays owed to it.
+        """The states of all ranks of an earlier run, however many: what the average still lacks stays the same.
 
         Units and storage may differ; parameters may not. UserError for a parameter that is not coded any more.
         """
-        owed = owed_to_average(states)
-        for unit in self._owed.values():
-            unit.adopt(owed)
-        left = [name for name, vector in owed.items() if bool(vector.any())]
+        residuals = mean_residuals(states)
+        for residual in self._residuals.values():
+            residual.adopt(residuals)
+        left = [name for name, vector in residuals.items() if bool(vector.any())]
         if left:
             raise UserError(
-                f"the checkpoint owes gradients of {len(left)} parameters that this run does not code, first {left[0]}; keep the "
-                "options, or start without the state"
+                f"the checkpoint holds residuals of {len(left)} parameters that this run does not code, first {left[0]}; keep "
+                "the options, or start without the state"
             )
 
     def _lane(self, kind: str) -> Lane:
         group = private_copy(self._group, f"sharded {kind}")
         self._ledger.axes[group.group_name] = self._axis
-        self._lanes.append(Lane(group, self._ledger, f"thinwire-{kind}"))
+        self._lanes.append(Lane(group, self._ledger, Executor(f"thinwire-{kind}")))
         return self._lanes[-1]
 
     @property
@@ -202,5 +196,4 @@ def _codec(kind: str | None, what: str, kinds: Sequence[str]) -> Codec | None:
         return None
     if kind not in kinds:
         raise UserError(f"{what}={kind!r} does not exist; there are {', '.join(kinds)}, and None for FSDP2's own")
-    codec: Any = make_codec(SimpleNamespace(kind=kind))
-    return codec
+    return make_codec(SimpleNamespace(kind=kind))

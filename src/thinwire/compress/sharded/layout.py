@@ -12,21 +12,21 @@ Here a chunk travels as one row of bytes:   exact parts as they are | codes of t
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
 import torch
 from torch import Tensor
 
-from thinwire.compress.base import Codec
+from thinwire.compress.base import Codec, padded
 from thinwire.config.compress import EXCLUDED
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
 
 CODED_BLOCK = 256
 """Coded parameters are padded to a multiple of this, so that no block holds values of two. The blocks of the codecs divide it,
-and those of int8, which stores what is owed."""
+and those of int8, in which residuals are stored."""
 ALIGNMENT = 4
 """Bytes: rows begin where float32 may begin."""
 
@@ -45,36 +45,32 @@ class UnitShape:
 
 class Row:
     """How one chunk of a unit becomes a row of bytes. coded: one flag a parameter; without a codec, or on one rank, all
-    is exact."""
+    is exact, and `codec` None."""
 
     def __init__(self, parameters: Sequence[Parameter], coded: Sequence[bool], codec: Codec | None, world_size: int) -> None:
-        self.parameters = tuple(parameters)
-        self.coded = tuple(flag and codec is not None and world_size > 1 for flag in coded)
-        self.codec, self.world_size = codec, world_size
-        self.lengths = tuple(shard_length(parameter.shape, world_size) for parameter in parameters)
         assert codec is None or CODED_BLOCK % codec.block == 0, f"blocks of {codec} do not fill {CODED_BLOCK} values"
-        pairs = zip(self.lengths, self.coded, strict=True)
-        self.coded_values = sum(coded_length(length) for length, flag in pairs if flag)
-        """Of one chunk, with what fills up the last block of each parameter."""
-        self.exact_values = sum(length for length, flag in zip(self.lengths, self.coded, strict=True) if not flag)
-
-    @property
-    def chunk(self) -> int:
+        self.world_size = world_size
+        self.lengths = [shard_length(parameter.shape, world_size) for parameter in parameters]
+        self.flags = [flag and codec is not None and world_size > 1 for flag in coded]
+        self.coded = [parameter for parameter, flag in zip(parameters, self.flags, strict=True) if flag]
+        """The parameters that are, in the order of the buffer."""
+        self.chunk = sum(self.lengths)
         """Values of one chunk."""
-        return sum(self.lengths)
-
-    @property
-    def payload_bytes(self) -> int:
+        pairs = list(zip(self.lengths, self.flags, strict=True))
+        self.coded_values = sum(padded(length, CODED_BLOCK) for length, flag in pairs if flag)
+        """Of one chunk, with what fills up the last block of each parameter."""
+        self.exact_values = sum(length for length, flag in pairs if not flag)
+        self.codec = codec if self.coded_values else None
+        self.payload_bytes = self.codec.payload_bytes(self.coded_values) if self.codec else 0
         """Codes of one row."""
-        return self.codec.payload_bytes(self.coded_values) if self.codec is not None and self.coded_values else 0
 
     def exact_bytes(self, itemsize: int) -> int:
         """Where the codes of a row begin."""
-        return _aligned(self.exact_values * itemsize)
+        return padded(self.exact_values * itemsize, ALIGNMENT)
 
     def row_bytes(self, itemsize: int = 4) -> int:
         """itemsize: of the unit's buffer, 4 unless a mixed precision policy changes it."""
-        return self.exact_bytes(itemsize) + _aligned(self.payload_bytes)
+        return self.exact_bytes(itemsize) + padded(self.payload_bytes, ALIGNMENT)
 
     def take(self, chunks: Tensor, coded: bool) -> Tensor:
         """[k, chunk] -> the coded parts as float32 [k, coded_values], or the exact ones as they are [k, exact_values]."""
@@ -94,10 +90,10 @@ class Row:
     def _places(self, coded: bool) -> Iterator[tuple[slice, slice]]:
         """Where each coded (or exact) parameter lies in a chunk, and among its like."""
         there = here = 0
-        for length, flag in zip(self.lengths, self.coded, strict=True):
+        for length, flag in zip(self.lengths, self.flags, strict=True):
             if flag is coded:
                 yield slice(there, there + length), slice(here, here + length)
-                here += coded_length(length) if coded else length
+                here += padded(length, CODED_BLOCK) if coded else length
             there += length
 
 
@@ -106,29 +102,17 @@ def shard_length(shape: Sequence[int], world_size: int) -> int:
     return -(-shape[0] // world_size) * math.prod(shape[1:])
 
 
-def coded_length(values: int) -> int:
-    """What `values` of one parameter become among the coded ones: whole blocks."""
-    return -(-values // CODED_BLOCK) * CODED_BLOCK
-
-
-def coded_unless(exclude: Sequence[str]) -> Callable[[Parameter], bool]:
-    """The policy: matrices are coded, vectors and excluded names are not."""
-    return lambda parameter: len(parameter.shape) > 1 and not any(fnmatch(parameter.name, pattern) for pattern in exclude)
-
-
-def gradients_label(unit: str) -> str:
-    """In the ledger."""
-    return f"unit {unit or 'root'} gradients"
-
-
-def weights_label(unit: str) -> str:
-    """In the ledger."""
-    return f"unit {unit or 'root'} weights"
+def label_of(unit: str, what: str) -> str:
+    """In the ledger. what: "gradients" or "weights"."""
+    return f"unit {unit or 'root'} {what}"
 
 
 @dataclass(frozen=True)
-class Ways:
-    """How each kind of message travels: `stock` leaves it to FSDP2; no codec: as it is, but through our collectives."""
+class Coding:
+    """How each kind of message travels: `stock` leaves it to FSDP2; no codec: as it is, but through our collectives.
+
+    Matrices are coded, vectors and what `exclude` names are not.
+    """
 
     gradients: Codec | None
     weights: Codec | None
@@ -146,33 +130,30 @@ class Ways:
         return self._row(trained, self.gradients, world_size)
 
     def _row(self, parameters: Sequence[Parameter], codec: Codec | None, world_size: int) -> Row:
-        is_coded = coded_unless(self.exclude)
-        return Row(parameters, [is_coded(parameter) for parameter in parameters], codec, world_size)
+        coded = [len(one.shape) > 1 and not any(fnmatch(one.name, pattern) for pattern in self.exclude) for one in parameters]
+        return Row(parameters, coded, codec, world_size)
 
 
 def sharded_transfers(
-    units: Sequence[UnitShape], world_size: int, ways: Ways, axis: str = "world", micro_batches: int = 1
+    units: Sequence[UnitShape], world_size: int, coding: Coding, axis: str = "world", micro_batches: int = 1
 ) -> list[Transfer]:
     """Everything that a step of `micro_batches` sends, gradients once; buffers are float32."""
     found = []
     for unit in units:
-        weights = ways.weights_row(unit, world_size)
-        size = weights.chunk * 4 if ways.stock_weights else weights.row_bytes()
-        label = "" if ways.stock_weights else weights_label(unit.name)
-        calls, item = micro_batches * (2 if unit.reshards else 1), 4 if ways.stock_weights else 1
-        found.append(Transfer(label=label, axis=axis, op="all_gather", message_bytes=size, item_bytes=item, calls=calls))
-        gradients = ways.gradients_row(unit, world_size)
+        weights = coding.weights_row(unit, world_size)
+        calls = micro_batches * (2 if unit.reshards else 1)
+        if coding.stock_weights:
+            found.append(Transfer(label="", axis=axis, op="all_gather", message_bytes=4 * weights.chunk, calls=calls))
+        else:
+            label, size = label_of(unit.name, "weights"), weights.row_bytes()
+            found.append(Transfer(label=label, axis=axis, op="all_gather", message_bytes=size, item_bytes=1, calls=calls))
+        gradients = coding.gradients_row(unit, world_size)
         if not gradients.chunk:
             continue
-        if ways.stock_gradients:
+        if coding.stock_gradients:
             size = world_size * gradients.chunk * 4
             found.append(Transfer(label="", axis=axis, op="reduce_scatter", message_bytes=size))
         else:
-            size = world_size * gradients.row_bytes()
-            label = gradients_label(unit.name)
+            label, size = label_of(unit.name, "gradients"), world_size * gradients.row_bytes()
             found.append(Transfer(label=label, axis=axis, op="all_to_all", message_bytes=size, item_bytes=1))
     return found
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT

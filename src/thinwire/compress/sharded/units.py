@@ -1,11 +1,11 @@
 """What of FSDP2 (`fully_shard`) is private in PyTorch and needed here: all of it is in this file.
 
-The seams `set_custom_all_gather` and `set_custom_reduce_scatter` are public, and take any object that can be called as FSDP2's
+The hooks `set_custom_all_gather` and `set_custom_reduce_scatter` are public, and take any object that can be called as FSDP2's
 own are. Which parameters lie in a unit's flat buffer, and whether anybody reads a reduced gradient before the backward pass is
 over, only the unit's FSDPParamGroup knows. Written against torch 2.13; what a torch lacks is named in a UserError.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,7 @@ class Unit:
 
     @property
     def reshards(self) -> bool:
-        """Whether weights are gathered again for the backward pass. FSDP2 does not, for a root that was not told."""
+        """Whether weights are gathered again for the backward pass. FSDP2 does not, for a root that leaves it to FSDP2."""
         automatic = getattr(self.module._get_fsdp_state(), "_auto_reshard_after_forward", False)
         return self.param_group.post_forward_mesh_info is not None and not (self.is_root and automatic)
 
@@ -98,7 +98,7 @@ class Unit:
 
 
 def prefetch(units: list[Unit], depth: int) -> Callable[[], None]:
-    """Each unit asks for the weights of the next `depth` when its own are there; units whose user said so already keep that."""
+    """Each unit asks for the weights of the next `depth` when its own are there; a user's own setting for a unit stays."""
     changed = []
     for index, unit in enumerate(units):
         if not unit.module._get_fsdp_state()._states_to_forward_prefetch:
@@ -112,26 +112,27 @@ def prefetch(units: list[Unit], depth: int) -> Callable[[], None]:
     return restore
 
 
-def find_units(model: nn.Module) -> list[Unit]:
-    """In the order of registration, the root first. UserError for a model or a use of `fully_shard` that is not supported.
+def free_gathered(model: nn.Module) -> None:
+    """Free the weights that FSDP2 has gathered: only then are the model's parameters the shards, and the next forward pass sees
+    what was written to them.
 
-    FSDP2 keeps gathered weights after a forward pass that no backward pass follows; they are freed, for only then are the model's
-    parameters the shards.
+    FSDP2 keeps them after a forward pass that no backward pass follows, as in an evaluation, those of the root at least.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def find_units(model: nn.Module) -> list[Unit]:
+    """In the order of registration, the root first. UserError for a model or a use of `fully_shard` that is not supported."""
+    free_gathered(model)
     names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
     found: list[Unit] = []
     seen: set[int] = set()
     for path, module in model.named_modules():
-        if not hasattr(module, "set_requires_gradient_sync") or not hasattr(module, "reshard"):
+        if not isinstance(module, FSDPModule):
             continue
-        missing = [name for name in NEEDED if not hasattr(module, name)]
-        if missing:
-            raise UserError(
-                f"torch {torch.__version__} has no FSDPModule.{missing[0]}; compress_sharded wants torch 2.11 to 2.15"
-            )
+        _check_has(module, "FSDPModule", NEEDED)
         state: Any = module._get_fsdp_state()
         if len(getattr(state, "_fsdp_param_groups", ())) > 1:
             raise UserError(f"unit {path or 'root'} shards its parameters over several meshes; compress_sharded wants one mesh")
@@ -139,7 +140,9 @@ def find_units(model: nn.Module) -> list[Unit]:
         if group is None or id(group) in seen:
             continue
         seen.add(id(group))
-        _check(path or "root", group)
+        _check_has(group, "FSDPParamGroup", GROUP_NEEDED)
+        if reason := next(_reasons_against(group), None):
+            raise UserError(f"unit {path or 'root'} {reason}")
         listed = [names[id(parameter.sharded_param)] for parameter in group.fsdp_params]
         found.append(Unit(plain_name(f"{path}.").rstrip("."), module, listed, module is model))
     if not found:
@@ -147,40 +150,31 @@ def find_units(model: nn.Module) -> list[Unit]:
     return found
 
 
-def _check(name: str, group: Any) -> None:
-    missing = [attribute for attribute in GROUP_NEEDED if not hasattr(group, attribute)]
-    if missing:
-        raise UserError(
-            f"torch {torch.__version__} has no FSDPParamGroup.{missing[0]}; compress_sharded wants torch 2.11 to 2.15"
-        )
+def _check_has(thing: Any, kind: str, needed: tuple[str, ...]) -> None:
+    if missing := [name for name in needed if not hasattr(thing, name)]:
+        raise UserError(f"torch {torch.__version__} has no {kind}.{missing[0]}; compress_sharded wants torch 2.11 to 2.15")
+
+
+def _reasons_against(group: Any) -> Iterator[str]:
+    """Why a unit cannot be coded."""
     if not hasattr(group.mesh_info, "shard_process_group") or hasattr(group.mesh_info, "replicate_process_group"):
-        raise UserError(
-            f"unit {name} is replicated as well as sharded (a mesh of two axes); compress_sharded wants a mesh of one"
-        )
-    later = group.post_forward_mesh_info
-    if later is not None and later != group.mesh_info:
-        raise UserError(
-            f"unit {name} reshards to fewer ranks after forward; compress_sharded wants reshard_after_forward True or False"
-        )
+        yield "is replicated as well as sharded (a mesh of two axes); compress_sharded wants a mesh of one"
+    if group.post_forward_mesh_info not in (None, group.mesh_info):
+        yield "reshards to fewer ranks after forward; compress_sharded wants reshard_after_forward True or False"
     for parameter in group.fsdp_params:
-        if not parameter.sharded_param.dtype.is_floating_point:
-            raise UserError(
-                f"unit {name} has parameters of {parameter.sharded_param.dtype}; compress_sharded takes real numbers only"
-            )
-        if parameter.fsdp_placement.dim != 0:
-            raise UserError(
-                f"unit {name} shards a parameter along dim {parameter.fsdp_placement.dim}; compress_sharded wants dim 0"
-            )
-        if parameter.sharded_param.device.type != "cpu":
-            raise UserError(
-                f"unit {name} has parameters on {parameter.sharded_param.device}; compress_sharded is for CPUs only yet"
-            )
+        shard, dim = parameter.sharded_param, parameter.fsdp_placement.dim
+        if not shard.dtype.is_floating_point:
+            yield f"has parameters of {shard.dtype}; compress_sharded takes real numbers only"
+        if dim != 0:
+            yield f"shards a parameter along dim {dim}; compress_sharded wants dim 0"
+        if shard.device.type != "cpu":
+            yield f"has parameters on {shard.device}; compress_sharded is for CPUs only yet"
 
 
-def at_end_of_backward(callback: Callable[[], None]) -> bool:
+def at_end_of_backward(callback: Callable[[], object]) -> bool:
     """Have `callback` called when the backward pass under way is over, before `backward()` returns; False if none is."""
     try:
-        torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore
     except RuntimeError:
         return False
     return True

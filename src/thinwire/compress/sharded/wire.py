@@ -9,6 +9,7 @@ Sums are made in float32 in the order of ranks: same inputs, same bits. Wang et 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -19,19 +20,20 @@ from torch import Tensor
 from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.executor import Executor
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.base import finite
-from thinwire.compress.sharded.layout import Row, gradients_label, weights_label
-from thinwire.compress.sharded.memory import Owed
+from thinwire.compress.base import finite, sum_in_order
+from thinwire.compress.sharded.layout import Row, label_of
+from thinwire.compress.sharded.residual import Residual
 from thinwire.compress.sharded.units import Unit, at_end_of_backward
 from thinwire.errors import UserError
 
 
+@dataclass
 class Lane:
     """A process group that nobody else uses, and the thread that works on it."""
 
-    def __init__(self, group: dist.ProcessGroup, ledger: Ledger, name: str) -> None:
-        self.group, self.ledger = group, ledger
-        self.executor = Executor(name)
+    group: dist.ProcessGroup
+    ledger: Ledger
+    executor: Executor
 
 
 class _FutureWork(dist.Work):
@@ -102,14 +104,14 @@ class CodedAllGather(_Collective):
         row, size = self._row, own.element_size()
         chunk = own.view(1, -1)
         sent = self._rows(1, row.take(chunk, False))
-        if row.codec is not None and row.coded_values:
+        if row.codec is not None:
             self._codes(sent[0], size).copy_(row.codec.encode(row.take(chunk, True)[0]))
         received = torch.empty(row.world_size, row.row_bytes(size), dtype=torch.uint8)
-        with self._lane.ledger.label(weights_label(self._unit.name)):
+        with self._lane.ledger.label(label_of(self._unit.name, "weights")):
             ALL_GATHER(received.view(-1), sent.view(-1), group=self._lane.group)
         chunks = output.view(row.world_size, -1)
         row.put(chunks, self._exact(received, own.dtype), False)
-        if row.codec is not None and row.coded_values:
+        if row.codec is not None:
             for source in range(row.world_size):
                 values = row.codec.decode(self._codes(received[source], size), row.coded_values)
                 row.put(chunks[source : source + 1], values.view(1, -1), True)
@@ -117,11 +119,11 @@ class CodedAllGather(_Collective):
 
 
 class CodedReduceScatter(_Collective):
-    """Gradients: each rank codes the chunks of the others, and adds up what arrives for its own. owed: None without feedback."""
+    """Gradients: each rank codes the chunks of the others, and adds up what arrives for its own. residual: None: no feedback."""
 
-    def __init__(self, unit: Unit, row: Row, lane: Lane, owed: Owed | None) -> None:
+    def __init__(self, unit: Unit, row: Row, lane: Lane, residual: Residual | None) -> None:
         super().__init__(unit, row, lane)
-        self.owed = owed
+        self.residual = residual
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
@@ -131,7 +133,7 @@ class CodedReduceScatter(_Collective):
         factor = self._unit.factor(op)
         future = self._lane.executor.submit(lambda: self._reduce(output_tensor, input_tensor, factor))
         later = op != dist.ReduceOp.SUM and self._unit.may_wait_for_gradients()  # after a SUM FSDP2 divides the output itself
-        if not (later and at_end_of_backward(lambda: _wait(future))):
+        if not (later and at_end_of_backward(future.wait)):
             future.wait()
         return None
 
@@ -145,40 +147,28 @@ class CodedReduceScatter(_Collective):
             )
         sent = self._rows(row.world_size, row.take(chunks, False))
         values = row.take(chunks, True)
-        if self.owed is not None:
-            self.owed.add_to(values)
+        if self.residual is not None:
+            self.residual.add_to(values)
         others = [shard for shard in range(row.world_size) if shard != rank]
-        if row.codec is not None and row.coded_values:
+        if row.codec is not None:
             for shard in others:
                 self._codes(sent[shard], size).copy_(row.codec.encode(values[shard]))
         received = torch.empty_like(sent)
-        with self._lane.ledger.label(gradients_label(self._unit.name)):
+        with self._lane.ledger.label(label_of(self._unit.name, "gradients")):
             work = dist.all_to_all_single(received, sent, group=self._lane.group, async_op=True)
         own = values[rank]
-        if self.owed is not None and row.codec is not None and row.coded_values:  # while the codes are on the way
+        if self.residual is not None and row.codec is not None:  # while the codes travel
             for shard in others:
                 values[shard] -= row.codec.decode(self._codes(sent[shard], size), row.coded_values)
-            self.owed.keep(values)
+            self.residual.keep(values)
         work.wait()
 
         result = output.view(1, -1)
         exact = self._exact(received, gradients.dtype)
         exact = exact if exact.dtype == torch.float64 else exact.to(torch.float32)
-        row.put(result, _in_order(list(exact)).mul_(factor).view(1, -1), False)
-        if row.codec is not None and row.coded_values:
+        row.put(result, sum_in_order(list(exact)).mul_(factor).view(1, -1), False)
+        if row.codec is not None:
             decode, number = row.codec.decode, row.coded_values
             parts = [own if i == rank else decode(self._codes(received[i], size), number) for i in range(row.world_size)]
-            row.put(result, _in_order(parts).mul_(factor).view(1, -1), True)
+            row.put(result, sum_in_order(parts).mul_(factor).view(1, -1), True)
         return output
-
-
-def _wait(future: "torch.futures.Future[Tensor]") -> None:
-    future.wait()
-
-
-def _in_order(parts: list[Tensor]) -> Tensor:
-    """Their sum, first to last."""
-    total = torch.zeros_like(parts[0])
-    for part in parts:
-        total += part
-    return total

@@ -17,18 +17,15 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from thinwire.compress.activations.boundary import padded
-from thinwire.compress.base import finite
+from thinwire.compress.base import Flat, finite
 from thinwire.compress.codecs.blockwise import Int4, Int8
 from thinwire.errors import UserError
 
 FORMAT = "thinwire shrunk weights 1"
-BITS = 8
-_PLACES = 2 ** torch.arange(BITS, dtype=torch.uint8)
 
 Kind = Literal["plain", "factors", "sparse", "int8", "int4"]
 
@@ -48,9 +45,18 @@ class Stored:
 
     def dense(self) -> Tensor:
         """Float32, of `shape`."""
-        return _DENSE[self.kind](self).view(self.shape)
+        parts = self.parts
+        if self.kind in _CODECS:
+            return _CODECS[self.kind].decode(parts["payload"], self.shape)
+        if self.kind == "factors":
+            return (parts["left"] @ parts["right"]).view(self.shape)
+        if self.kind == "plain":
+            return parts["values"].view(self.shape)
+        mask = unpack_bits(parts["bits"], prod(self.shape))
+        return torch.zeros(mask.numel()).masked_scatter_(mask, parts["values"]).view(self.shape)
 
 
+_CODECS: Mapping[str, Flat] = {"int8": Flat(Int8()), "int4": Flat(Int4())}
 Method = Callable[[Tensor], Stored]
 """A float32 matrix (or tensor of more dims) -> what is kept of it."""
 
@@ -98,9 +104,7 @@ class Sparse:
         kept = flat.numel() - round(self.sparsity * flat.numel())
         places = flat.abs().topk(kept, sorted=False).indices
         mask = torch.zeros(flat.numel(), dtype=torch.bool).index_fill_(0, places, True)
-        stored = Stored("sparse", tuple(values.shape), {"bits": pack_bits(mask), "values": flat[mask]})
-        whole = plain(values)
-        return stored if stored.num_bytes < whole.num_bytes else whole
+        return smaller(Stored("sparse", tuple(values.shape), {"bits": pack_bits(mask), "values": flat[mask]}), values)
 
 
 @dataclass(frozen=True)
@@ -111,12 +115,13 @@ class Blocks:
 
     def __call__(self, values: Tensor) -> Stored:
         """A payload of the codec, zeros behind the end; as it is where a matrix is too small to gain."""
-        codec = _CODECS[self.kind]
-        flat = values.reshape(-1)
-        payload = codec.encode(pad(flat, (0, padded(flat.numel(), codec.block) - flat.numel())))
-        stored = Stored(self.kind, tuple(values.shape), {"payload": payload})
-        whole = plain(values)
-        return stored if stored.num_bytes < whole.num_bytes else whole
+        return smaller(Stored(self.kind, tuple(values.shape), {"payload": _CODECS[self.kind].encode(values)}), values)
+
+
+def smaller(stored: Stored, values: Tensor) -> Stored:
+    """`stored`, or the values as they are where it would not be smaller."""
+    whole = plain(values)
+    return stored if stored.num_bytes < whole.num_bytes else whole
 
 
 def shrink(weights: Mapping[str, Tensor], method: Method) -> dict[str, Stored]:
@@ -168,30 +173,9 @@ def load_shrunk(path: Path) -> dict[str, Tensor]:
 
 def pack_bits(mask: Tensor) -> Tensor:
     """[n] bool -> [n / 8, rounded up] uint8, the first place in the lowest bit."""
-    whole = pad(mask.to(torch.uint8), (0, padded(mask.numel(), BITS) - mask.numel()))
-    return (whole.view(-1, BITS) * _PLACES).sum(1, dtype=torch.uint8)
+    return torch.from_numpy(np.packbits(mask.numpy(), bitorder="little"))
 
 
 def unpack_bits(packed: Tensor, numel: int) -> Tensor:
     """What `pack_bits` packed."""
-    return (packed.unsqueeze(1) & _PLACES).ne(0).view(-1)[:numel]
-
-
-def _scatter(stored: Stored) -> Tensor:
-    mask = unpack_bits(stored.parts["bits"], prod(stored.shape))
-    return torch.zeros(mask.numel()).masked_scatter_(mask, stored.parts["values"])
-
-
-def _decode(stored: Stored) -> Tensor:
-    codec, numel = _CODECS[stored.kind], prod(stored.shape)
-    return codec.decode(stored.parts["payload"], padded(numel, codec.block))[:numel]
-
-
-_CODECS: Mapping[str, Int8 | Int4] = {"int8": Int8(), "int4": Int4()}
-_DENSE: Mapping[str, Callable[[Stored], Tensor]] = {
-    "plain": lambda stored: stored.parts["values"],
-    "factors": lambda stored: stored.parts["left"] @ stored.parts["right"],
-    "sparse": _scatter,
-    "int8": _decode,
-    "int4": _decode,
-}
+    return torch.from_numpy(np.unpackbits(packed.numpy(), count=numel, bitorder="little")).bool()

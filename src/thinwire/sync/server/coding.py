@@ -16,8 +16,7 @@ ledger. A step that pushes nothing may send a head "progress to server i", one i
 import torch
 from torch import Tensor
 
-from thinwire.compress.base import finite, make_codec
-from thinwire.compress.gather import Flat
+from thinwire.compress.base import Flat, finite, make_codec
 from thinwire.compress.memory import ErrorFeedback, Memory, NoMemory
 from thinwire.config.replicas import Code
 from thinwire.errors import UserError

@@ -35,8 +35,13 @@ def mean_gradient(name: str, step: int, world_size: int) -> torch.Tensor:
     return torch.stack([gradient(name, step, rank) for rank in range(world_size)]).double().mean(0)
 
 
-def averaged(context: Rank, options: dict[str, Any], steps: int, buckets: Buckets, resume_after: int = -1) -> dict[str, Any]:
-    """What every step gave, what is owed after it, and what was sent. resume_after: goes on with new objects from their state."""
+def averaged(
+    context: Rank, options: dict[str, Any], steps: int, buckets: Buckets, resume_after: int = -1, predicts: bool = False
+) -> dict[str, Any]:
+    """What every step gave, the residuals after it, and what was sent. resume_after: goes on with new objects from their state.
+
+    predicts: also what was predicted, which times the coding.
+    """
     config = Coded(**options)
 
     def make() -> tuple[Any, Any]:
@@ -46,7 +51,7 @@ def averaged(context: Rank, options: dict[str, Any], steps: int, buckets: Bucket
         return memory, averager
 
     memory, averager = make()
-    results, owed = [], []
+    results, residuals = [], []
     for step in range(steps):
         if step == resume_after:
             state = memory.state_dict(), averager.state_dict()
@@ -62,17 +67,17 @@ def averaged(context: Rank, options: dict[str, Any], steps: int, buckets: Bucket
             average(averager, buffer, pieces, f"bucket {index}")
             got |= {piece.name: piece.of(buffer).view(piece.shape).clone() for piece in pieces}
         results.append(got)
-        owed.append({name: values.view(SHAPES[name]).clone() for name, values in memory.owed().items()})
+        residuals.append({name: values.view(SHAPES[name]).clone() for name, values in memory.residuals().items()})
     predicted = [
         transfer
-        for index, bucket in enumerate(buckets)
+        for index, bucket in enumerate(buckets if predicts else ())
         for transfer in averager.transfers(
             f"bucket {index}", [Parameter(name, SHAPES[name]) for name in bucket], [], "world", context.world_size
         )
     ]
     return {
         "results": results,
-        "owed": owed,
+        "residuals": residuals,
         "sent": {(call.label, call.op, call.message_bytes): total.calls for call, total in context.recorded().items()},
         "predicted": {(t.label, t.op, t.message_bytes): steps for t in predicted},
         "work_s": [t.work_s for t in predicted],
@@ -85,26 +90,26 @@ def average(averager: Averager, buffer: torch.Tensor, pieces: Sequence[Piece], l
         pass
 
 
-def check_equal_on_all_ranks(told: list[dict[str, Any]]) -> None:
-    for other in told[1:]:
-        for ours, theirs in zip(told[0]["results"], other["results"], strict=True):
+def check_equal_on_all_ranks(reports: list[dict[str, Any]]) -> None:
+    for other in reports[1:]:
+        for ours, theirs in zip(reports[0]["results"], other["results"], strict=True):
             assert all(torch.equal(ours[name], theirs[name]) for name in SHAPES)
 
 
-def check_conserved(told: list[dict[str, Any]]) -> None:
-    """Mean of (gradient + owed before) = result + mean of owed after, at every step."""
-    for step, results in enumerate(told[0]["results"]):
+def check_conserved(reports: list[dict[str, Any]]) -> None:
+    """Mean of (gradient + residual before) = result + mean of residual after, at every step."""
+    for step, results in enumerate(reports[0]["results"]):
         for name in SHAPES:
-            wanted = mean_gradient(name, step, len(told))
+            wanted = mean_gradient(name, step, len(reports))
             if step:
-                wanted += torch.stack([rank["owed"][step - 1][name] for rank in told]).double().mean(0)
-            after = torch.stack([rank["owed"][step][name] for rank in told]).double().mean(0)
+                wanted += torch.stack([rank["residuals"][step - 1][name] for rank in reports]).double().mean(0)
+            after = torch.stack([rank["residuals"][step][name] for rank in reports]).double().mean(0)
             torch.testing.assert_close(results[name].double() + after, wanted, rtol=0, atol=1e-5)
 
 
 def check_resumed(uninterrupted: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> None:
     for whole, again in zip(uninterrupted, resumed, strict=True):
-        for part in ("results", "owed"):
+        for part in ("results", "residuals"):
             for ours, theirs in zip(whole[part], again[part], strict=True):
                 assert all(torch.equal(ours[name], theirs[name]) for name in SHAPES)
 
@@ -144,12 +149,12 @@ def train(context: Rank, options: dict[str, Any], steps: int) -> dict[str, Any]:
             (t.label, t.op, t.message_bytes): (steps, "data") for t in sync.traffic(workload, Layout(data=context.world_size))
         },
         "settled_after": sync.settled_after,
-        "owed": sorted(exchange.owed()),
+        "residuals": sorted(exchange.residuals()),
     }
 
 
-def check_trained(told: list[dict[str, Any]]) -> None:
-    first, *others = told
+def check_trained(reports: list[dict[str, Any]]) -> None:
+    first, *others = reports
     assert first["sent"] == first["predicted"] and len(first["predicted"]) >= 3
     assert first["losses"][-1] < 0.7 * first["losses"][0]
     for other in others:
