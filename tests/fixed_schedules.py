@@ -9,13 +9,13 @@ import torch.distributed as dist
 
 from thinwire.collectives.backend import ALL_GATHER, REDUCE_SCATTER
 from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.run.links import Inner, over_gloo
+from thinwire.collectives.run.transport import InnerFactory, over_gloo
 from thinwire.collectives.scheduled import register_scheduled
 from thinwire.collectives.schedules import direct, ring, rooted
 from thinwire.collectives.schedules.combine import pipelined
 from thinwire.collectives.tuned.advice import Advisor
+from thinwire.collectives.tuned.implementation import NATIVE, Implementation
 from thinwire.collectives.tuned.tuner import Tuner
-from thinwire.collectives.tuned.way import NATIVE, Way
 
 
 class Fixed(Advisor):
@@ -25,7 +25,7 @@ class Fixed(Advisor):
         super().__init__()
         self.reordered, self.asked = reordered, 0
 
-    def ways(self, op: str, message_bytes: int, ranks: Any, root: int) -> list[tuple[Way, float]]:
+    def implementations(self, op: str, message_bytes: int, ranks: Any, root: int) -> list[tuple[Implementation, float]]:
         self.asked += 1
         p = len(ranks)
         order = [(root + place) % p for place in range(p)]
@@ -38,8 +38,8 @@ class Fixed(Advisor):
             "all_to_all": lambda: direct.pairwise(p),
         }[op]()
         if self.reordered and op in ("all_reduce", "broadcast", "reduce"):
-            return [(Way("native reordered", None, tuple(reversed(range(p)))), 1.0)]
-        return [(Way(made.name, made), 1.0), (NATIVE, 2.0)]
+            return [(Implementation("native reordered", None, tuple(reversed(range(p)))), 1.0)]
+        return [(Implementation(made.name, made), 1.0), (NATIVE, 2.0)]
 
 
 def fixed(reordered: bool = False) -> Tuner:
@@ -47,13 +47,13 @@ def fixed(reordered: bool = False) -> Tuner:
 
 
 def group_of(
-    ledger: Ledger, tuner: Tuner, ranks: list[int] | None = None, timeout_s: float = 60, inner: Inner = over_gloo
+    ledger: Ledger, tuner: Tuner, ranks: list[int] | None = None, timeout_s: float = 60, inner: InnerFactory = over_gloo
 ) -> dist.ProcessGroup:
     name = f"scheduled{id(tuner)}"  # a backend of its own, made by the same line on every rank
-    told = [name]
-    dist.broadcast_object_list(told, 0)
-    register_scheduled(ledger, tuner, told[0], inner)
-    return dist.new_group(ranks, backend=told[0], timeout=timedelta(seconds=timeout_s))
+    names = [name]
+    dist.broadcast_object_list(names, 0)
+    register_scheduled(ledger, tuner, names[0], inner)
+    return dist.new_group(ranks, backend=names[0], timeout=timedelta(seconds=timeout_s))
 
 
 def given(rank: int, n: int, dtype: torch.dtype) -> torch.Tensor:

@@ -82,7 +82,7 @@ def test_small_changes_do_not_add_up(drifts: list[float]) -> None:
     """However it is probed again and again: what holds is always near what was measured."""
     cluster, cache = load_cluster("four-hosts-100mbit"), Cache(None)
     first = rate = cluster.links[0].bandwidth_bps.value
-    cache.keep("call", whole(cluster), {"way": "w", "seconds": 1.0, "native_s": 2.0})
+    cache.store("call", whole(cluster), {"way": "w", "seconds": 1.0, "native_s": 2.0})
     for drift in drifts:
         rate *= drift
         found = cache.find("call", whole(changed(cluster, 0, bandwidth_bps=rate)))
@@ -92,13 +92,13 @@ def test_small_changes_do_not_add_up(drifts: list[float]) -> None:
 def test_a_cache_keeps_what_was_measured_on_either_network(tmp_path: Path) -> None:
     path = tmp_path / "cluster.collectives.json"
     racks, hosts = whole(load_cluster("two-racks")), whole(load_cluster("eight-hosts-100mbit"))
-    Cache(path).keep("call", racks, {"way": "of racks", "seconds": 1.0, "native_s": 2.0})
+    Cache(path).store("call", racks, {"way": "of racks", "seconds": 1.0, "native_s": 2.0})
     cache = Cache(path)
     assert cache.find("call", hosts) is None and cache.elsewhere("call")
-    cache.keep("call", hosts, {"way": "of hosts", "seconds": 1.0, "native_s": 2.0})
+    cache.store("call", hosts, {"way": "of hosts", "seconds": 1.0, "native_s": 2.0})
     again = Cache(path)
     assert [again.find("call", one)["way"] for one in (racks, hosts)] == ["of racks", "of hosts"]  # type: ignore[index]
-    again.keep("call", hosts, {"way": "new", "seconds": 1.0, "native_s": 2.0})
+    again.store("call", hosts, {"way": "new", "seconds": 1.0, "native_s": 2.0})
     assert len(json.loads(path.read_text())["networks"]) == 2
     path.write_text(path.read_text().replace('"networks"', '"netwerk"'))
     assert not Cache(path).elsewhere("call")  # begun anew
@@ -117,7 +117,7 @@ def test_a_file_that_is_begun_anew_says_why(tmp_path: Path, content: Any, why: s
     path = tmp_path / "cluster.collectives.json"
     path.write_text(json.dumps(content))
     assert Cache(path).dropped.startswith(why)
-    Cache(path).keep("call", whole(load_cluster(NAMES[0])), {"way": "w", "bytes": 4, "seconds": 1.0, "native_s": 2.0})
+    Cache(path).store("call", whole(load_cluster(NAMES[0])), {"way": "w", "bytes": 4, "seconds": 1.0, "native_s": 2.0})
     assert Cache(path).dropped == "" and Cache(path).elsewhere("call")
 
 
@@ -125,7 +125,7 @@ def test_a_cache_does_not_grow_with_every_name_of_a_host(tmp_path: Path) -> None
     path = tmp_path / "cluster.collectives.json"
     networks = [network_of(None, [0], [f"pod-{number}"]) for number in range(3 * MOST_NETWORKS)]
     for one in networks:
-        Cache(path).keep("call", one, {"way": "w", "bytes": 4, "seconds": 1.0, "native_s": 2.0})
+        Cache(path).store("call", one, {"way": "w", "bytes": 4, "seconds": 1.0, "native_s": 2.0})
     held = [Cache(path).find("call", one) is not None for one in networks]
     assert held == [False] * 2 * MOST_NETWORKS + [True] * MOST_NETWORKS
     assert len(json.loads(path.read_text())["networks"]) == MOST_NETWORKS
@@ -139,7 +139,7 @@ def runs(context: Rank, folder: str, clusters: list[str], stale: float) -> list[
         said: list[str] = []
         advisor = Fixed()
         advisor.cluster = load_cluster(name) if name else None
-        tuner = Tuner(advisor, Cache(Path(folder) / "cluster.collectives.json"), say=said.append)
+        tuner = Tuner(advisor, Cache(Path(folder) / "cluster.collectives.json"), report=said.append)
         dist.all_reduce(torch.zeros(3000), group=group_of(Ledger(), tuner))
         found.append((said, next(iter(tuner.chosen.values())).name))
         dist.barrier()
@@ -187,7 +187,7 @@ def timed(context: Rank, folder: str) -> tuple[list[tuple[int, int]], list[str]]
     tuner_module.measure, tuner_module.STALE = noted, float("inf")
     try:
         for sizes in ([1100], [2000, 1500]):
-            tuner = Tuner(Fixed(), Cache(Path(folder) / "cluster.collectives.json"), say=said.append)
+            tuner = Tuner(Fixed(), Cache(Path(folder) / "cluster.collectives.json"), report=said.append)
             for n in sizes:
                 dist.all_reduce(torch.zeros(n), group=group_of(Ledger(), tuner))
             dist.barrier()
@@ -207,7 +207,7 @@ def by_price(context: Rank, folder: str) -> list[str]:
     said: list[str] = []
     advisor = Fixed()
     advisor.cluster = load_cluster("two-racks")
-    tuner = Tuner(advisor, Cache(Path(folder) / "cluster.collectives.json"), measures=False, say=said.append)
+    tuner = Tuner(advisor, Cache(Path(folder) / "cluster.collectives.json"), measures=False, report=said.append)
     dist.all_reduce(torch.zeros(3000), group=group_of(Ledger(), tuner))
     return said
 
@@ -219,7 +219,7 @@ def test_what_is_not_measured_is_not_said_to_be(ranks4: Pool, tmp_path: Path) ->
 
 def of_a_small_file(context: Rank, folder: str) -> str:
     cache = Cache(Path(folder) / "cluster.collectives.json")
-    tuner = Tuner(Advisor(equal_hosts(2, 100e6)), cache, say=lambda line: None)
+    tuner = Tuner(Advisor(equal_hosts(2, 100e6)), cache, report=lambda line: None)
     with pytest.raises(UserError) as refused:
         dist.all_reduce(torch.zeros(3000), group=group_of(Ledger(), tuner, timeout_s=20))
     return str(refused.value)

@@ -15,17 +15,17 @@ from pool import Pool, Rank, RankFailure
 from tagless import over_tagless
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.run import engine
-from thinwire.collectives.run.links import Inner, over_gloo
+from thinwire.collectives.run.transport import InnerFactory, over_gloo
 from thinwire.collectives.schedules import ring
 from thinwire.collectives.tuned import tuner as tuner_module
 from thinwire.collectives.tuned.cache import Cache
+from thinwire.collectives.tuned.implementation import Implementation
 from thinwire.collectives.tuned.tuner import Tuner
-from thinwire.collectives.tuned.way import Way
 
 CARRIERS = [over_gloo, over_tagless]
 
 
-def same_as_gloo(context: Rank, reordered: bool, inner: Inner) -> None:
+def same_as_gloo(context: Rank, reordered: bool, inner: InnerFactory) -> None:
     ours, native = group_of(Ledger(), fixed(reordered), inner=inner), dist.new_group(backend="gloo")
     for dtype in (torch.float32, torch.bfloat16, torch.int64):
         wanted = everything(native, dtype)
@@ -85,7 +85,7 @@ def mismatch(context: Rank, later: bool) -> None:
     if later:  # a size that only one rank has not used yet
         for n in (4, 8):
             dist.all_reduce(torch.zeros(n), group=group)
-    engine.LOOK_S = 0.5
+    engine.CHECK_AFTER_S = 0.5
     dist.all_reduce(torch.zeros((12 if later else 3) if dist.get_rank() == 1 else 8), group=group)
 
 
@@ -108,10 +108,10 @@ def absent(context: Rank) -> None:
 class Wrong(Fixed):
     """Its ring leaves out the last message."""
 
-    def ways(self, op: str, message_bytes: int, ranks: Any, root: int) -> list[tuple[Way, float]]:
+    def implementations(self, op: str, message_bytes: int, ranks: Any, root: int) -> list[tuple[Implementation, float]]:
         whole = ring.all_reduce(range(len(ranks)))
         cut = replace(whole, steps=(*whole.steps[:-1], whole.steps[-1][1:]))
-        return [(Way("cut ring", cut), 1.0)]
+        return [(Implementation("cut ring", cut), 1.0)]
 
 
 def wrong(context: Rank) -> None:
@@ -130,7 +130,7 @@ def mixed(context: Rank) -> bool:
     return all(torch.equal(one, torch.full((50 + n,), 6.0 + 4 * n)) for n, one in enumerate(tensors))
 
 
-def measured(context: Rank, folder: str, inner: Inner) -> tuple[list[str], list[Any], int]:
+def measured(context: Rank, folder: str, inner: InnerFactory) -> tuple[list[str], list[Any], int]:
     said: list[str] = []
     advisor = Fixed()
     from pathlib import Path
@@ -139,11 +139,11 @@ def measured(context: Rank, folder: str, inner: Inner) -> tuple[list[str], list[
     keys = ("all_reduce", "reduce_scatter")
     tuner_module.STALE = float("inf")  # whatever else the machine does meanwhile
     for _ in range(2):  # the second time from the file
-        tuner = Tuner(advisor, Cache(path), say=said.append)
+        tuner = Tuner(advisor, Cache(path), report=said.append)
         group = group_of(Ledger(), tuner, inner=inner)
         dist.all_reduce(torch.zeros(3000), group=group)
         dist.reduce_scatter_tensor(torch.zeros(1000), torch.zeros(4000), group=group)
-        chosen = [way.name for key, way in group._ways.items() if key[0] in keys]  # type: ignore[attr-defined]
+        chosen = [way.name for key, way in group._decided.items() if key[0] in keys]  # type: ignore[attr-defined]
         dist.barrier()
     tuner_module.STALE = 1.5
     return said, chosen, advisor.asked
@@ -151,7 +151,7 @@ def measured(context: Rank, folder: str, inner: Inner) -> tuple[list[str], list[
 
 @pytest.mark.parametrize("reordered", [False, True])
 @pytest.mark.parametrize("inner", CARRIERS)
-def test_every_call_gives_what_gloo_gives(ranks4: Pool, reordered: bool, inner: Inner) -> None:
+def test_every_call_gives_what_gloo_gives(ranks4: Pool, reordered: bool, inner: InnerFactory) -> None:
     ranks4.run(same_as_gloo, reordered, inner)
 
 
@@ -193,7 +193,7 @@ def test_calls_keep_their_order(ranks4: Pool) -> None:
 
 
 @pytest.mark.parametrize("inner", CARRIERS)
-def test_what_is_measured_is_kept_for_the_next_run(ranks4: Pool, tmp_path: Any, inner: Inner) -> None:
+def test_what_is_measured_is_kept_for_the_next_run(ranks4: Pool, tmp_path: Any, inner: InnerFactory) -> None:
     results = ranks4.run(measured, str(tmp_path), inner)
     assert len({tuple(chosen) for _, chosen, _ in results}) == 1, "the ranks chose differently"
     assert len(results[0][0]) == 2, "the second run has measured again"

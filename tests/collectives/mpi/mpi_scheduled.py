@@ -88,7 +88,7 @@ def case_what_is_measured_is_the_same_on_all_ranks(folder: Path) -> list[Any]:
     chosen = []
     tuner_module.STALE = float("inf")  # whatever else the machine does meanwhile
     for _ in range(2):  # the second time from the file
-        tuner = Tuner(advisor, Cache(folder / "cluster.collectives.json"), say=said.append)
+        tuner = Tuner(advisor, Cache(folder / "cluster.collectives.json"), report=said.append)
         dist.all_reduce(zeros(3000), group=scheduled(tuner))
         chosen.append([way.name for way in tuner.chosen.values()])
         dist.barrier()
@@ -97,7 +97,7 @@ def case_what_is_measured_is_the_same_on_all_ranks(folder: Path) -> list[Any]:
 
 def case_a_mismatch_of_schedules_is_named() -> list[str]:
     rank = dist.get_rank()
-    engine.LOOK_S, begun = 0.5, time.monotonic()
+    engine.CHECK_AFTER_S, begun = 0.5, time.monotonic()
     first = scheduled(fixed())
     said = [refused(lambda: dist.all_reduce(zeros(3 if rank == 1 else 8), group=first))]
     known = scheduled(fixed())

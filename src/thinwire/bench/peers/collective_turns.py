@@ -23,13 +23,13 @@ from thinwire.collectives.choose.call import collective_call
 from thinwire.collectives.choose.costs import Costs
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.run.engine import Engine
-from thinwire.collectives.run.links import Place
+from thinwire.collectives.run.transport import Place
 from thinwire.collectives.scheduled import register_scheduled
 from thinwire.collectives.schedules.orders import ring_order
 from thinwire.collectives.tuned.advice import Advisor
 from thinwire.collectives.tuned.carrier import predicted_s
+from thinwire.collectives.tuned.implementation import NATIVE, Call, Implementation, example, perform
 from thinwire.collectives.tuned.tuner import Tuner, size_class
-from thinwire.collectives.tuned.way import NATIVE, Call, Way, example, perform
 from thinwire.train.runtime import process_group, read_environment
 
 TIMEOUT_S = 300.0
@@ -80,7 +80,7 @@ def measure(case, told, groups, advisor):
     barrier = partial(dist.barrier, group=pause)  # of neither: its threads are awake afterwards
     contenders = {"native": partial(issue, call, native), "ours": partial(issue, call, ours)}
     if ordered:
-        way = Way("native reordered", None, order)
+        way = Implementation("native reordered", None, order)
         contenders["ordered"] = lambda: engine.ask("a reordered collective", partial(perform, way, call, engine))
     for run in contenders.values():
         run()
@@ -100,7 +100,7 @@ def measure(case, told, groups, advisor):
                 turn.append(mean_s(run, repeats, lambda: None))
             for name, seconds in zip(contenders, slowest(turn, native), strict=True):
                 found["back_to_back"][name].append(seconds)
-    way = ours._ways[op, size_class(call.message_bytes), 0]
+    way = ours._decided[op, size_class(call.message_bytes), 0]
     found["algorithm"] = way.name
     if dist.get_rank() == 0:
         asked = collective_call(advisor.cluster, op, call.message_bytes)
