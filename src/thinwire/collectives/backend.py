@@ -101,13 +101,12 @@ class MeteredGroup(dist.ProcessGroup):
     device_type = "cpu"
     """Of the tensors."""
 
-    def __init__(self, ledger: Ledger, inner: dist.ProcessGroupGloo | dist.ProcessGroup) -> None:
+    def __init__(self, ledger: Ledger, inner: Any) -> None:
         super().__init__(inner.rank(), inner.size())
-        self._ledger = ledger
-        self._inner: Any = inner  # torch's type stubs leave its collectives out
+        self._ledger, self._inner = ledger, inner
         self._desc = ""
         self._over_gloo = isinstance(inner, dist.ProcessGroupGloo)
-        native = None if isinstance(inner, dist.ProcessGroup) else inner  # a group written in Python is no Backend to torch
+        native = inner if self._over_gloo else None  # the others are no Backend to torch
         self._register_backend(torch.device(self.device_type), dist.ProcessGroup.BackendType.CUSTOM, native)
         self._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
         self._group = Group("", inner.rank(), inner.size())

@@ -86,14 +86,18 @@ class Exchange:
         if self.deadline is None:
             self.deadline = time.monotonic() + self.lane.timeout_s
         try:
-            if not self._complete():
-                if time.monotonic() > self.deadline:
-                    raise RuntimeError(f"timed out after {self.lane.timeout_s:g} s: another rank has not called it")
-                return None
-            self._pending = next(self._steps)
+            try:
+                self._pending = _incomplete(self._pending)
+            except Exception as error:  # one of MPI's, which the steps may know how to word
+                self._pending = self._steps.throw(error)
+            if not self._pending:
+                self._pending = next(self._steps)
+                return False
         except StopIteration:
             return True
-        return False
+        if time.monotonic() > self.deadline:
+            raise RuntimeError(f"timed out after {self.lane.timeout_s:g} s: another rank has not called it")
+        return None
 
     def give_up(self) -> None:
         """After a failure: receive nothing any more. MPI can cancel no sends and no collectives."""
@@ -105,14 +109,7 @@ class Exchange:
     def is_over(self) -> bool:
         """After a failure: whether MPI is through with it. The other ranks may have come too late."""
         with suppress(Exception):
-            self._pending = [request for request in self._pending if not request.Test()]
-        return not self._pending
-
-    def _complete(self) -> bool:
-        try:
-            self._pending = [request for request in self._pending if not request.Test()]
-        except Exception as error:  # one of MPI's, which the steps may know how to word
-            self._pending = self._steps.throw(error)
+            self._pending = _incomplete(self._pending)
         return not self._pending
 
 
@@ -120,7 +117,7 @@ class Engine:
     """One a process. `submit` and `call` may be used from any thread."""
 
     def __init__(self) -> None:
-        self._orders: queue.SimpleQueue[Exchange | Callable[[], None] | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._under_way: list[Exchange] = []
         self._failed: list[Exchange] = []
         self._last: Callable[[], None] = _nothing
@@ -129,7 +126,7 @@ class Engine:
 
     def submit(self, exchange: Exchange) -> MpiWork:
         """Returns at once."""
-        self._orders.put(exchange)
+        self._orders.put(partial(self._admit, exchange))
         return exchange.work
 
     def give_up(self, lane: Lane, why: str) -> None:
@@ -154,21 +151,18 @@ class Engine:
         idle, closing = 0, False
         while self._under_way or not closing:
             order = self._next(idle)
-            if isinstance(order, Exchange):
-                self._admit(order)
-                idle = 0
-            elif order is None:
+            if order is None:
                 closing = True
             else:
                 order()
             idle = 0 if self._advance() else idle + 1
         deadline = time.monotonic() + LAST_TESTS_S
-        while not all([exchange.is_over() for exchange in self._failed]) and time.monotonic() < deadline:
+        while not (over := all([exchange.is_over() for exchange in self._failed])) and time.monotonic() < deadline:
             time.sleep(LONGEST_PAUSE_S)
-        if all([exchange.is_over() for exchange in self._failed]):
+        if over:
             self._last()
 
-    def _next(self, idle: int) -> Exchange | Callable[[], None] | None:
+    def _next(self, idle: int) -> Callable[[], None] | None:
         """The next order; one to do nothing if there is none and something is under way. None: no more will come."""
         try:
             if not self._under_way:
@@ -181,15 +175,15 @@ class Engine:
         except queue.Empty:
             return _nothing
 
-    def _admit(self, order: Exchange) -> None:
-        lane = order.lane
+    def _admit(self, exchange: Exchange) -> None:
+        lane = exchange.lane
         if lane.broken:
-            order.work.fail(RuntimeError(lane.broken))
+            exchange.work.fail(RuntimeError(lane.broken))
             return
-        if not (order.ordered and lane.queue):
-            self._under_way.append(order)
-        if order.ordered:
-            lane.queue.append(order)
+        if not (exchange.ordered and lane.queue):
+            self._under_way.append(exchange)
+        if exchange.ordered:
+            lane.queue.append(exchange)
 
     def _advance(self) -> bool:
         """Test all that is under way; True if something moved."""
@@ -234,6 +228,10 @@ class Engine:
             for waiting in lane.queue:  # of these the first is this one
                 waiting.work.fail(RuntimeError(lane.broken))
             lane.queue.clear()
+
+
+def _incomplete(requests: list[Any]) -> list[Any]:
+    return [request for request in requests if not request.Test()]
 
 
 def _nothing() -> None:
