@@ -68,62 +68,46 @@ class ScheduledGroup(MeteredGroup):
         return wire_bytes(chosen, example(op, message_bytes, self._engine, root), self._engine)
 
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
-        native = partial(super().allreduce, tensors, opts)
-        reduction = _reduction(opts)
-        if reduction is None or not self._may_schedule("all_reduce", tensors):
-            return native()
-        flat, back = _flat(tensors[0])
-        return self._run(Call("all_reduce", flat, flat, reduction, back=back), tensors, native, opts)
+        return self._choose("all_reduce", tensors[0], tensors[0], partial(super().allreduce, tensors, opts), opts)
 
     def broadcast(self, tensors: Any, opts: Any) -> dist.Work:
-        native = partial(super().broadcast, tensors, opts)
-        if not self._may_schedule("broadcast", tensors, opts.rootRank):
-            return native()
-        flat, back = _flat(tensors[0])
-        return self._run(Call("broadcast", flat, flat, root=opts.rootRank, back=back), tensors, native, opts)
+        return self._choose("broadcast", tensors[0], tensors[0], partial(super().broadcast, tensors, opts), opts)
 
     def reduce(self, tensors: Any, opts: Any) -> dist.Work:
-        native = partial(super().reduce, tensors, opts)
-        reduction = _reduction(opts)
-        if reduction is None or not self._may_schedule("reduce", tensors, opts.rootRank):
-            return native()
-        flat, back = _flat(tensors[0])
-        mine = in_place("reduce", opts.rootRank, self._engine.place.rank)
-        call = Call("reduce", flat, flat if mine else flat[:0], reduction, opts.rootRank, back if mine else None)
-        return self._run(call, tensors, native, opts)
+        return self._choose("reduce", tensors[0], tensors[0], partial(super().reduce, tensors, opts), opts)
 
     def _allgather_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
-        native = partial(super()._allgather_base, output, input, opts)
-        if not self._may_schedule("all_gather", [input, output]) or output.numel() != self._engine.place.size * input.numel():
-            return native()
-        flat, back = _flat(output)
-        return self._run(Call("all_gather", _flat(input)[0], flat, back=back), [output], native, opts)
+        return self._choose("all_gather", input, output, partial(super()._allgather_base, output, input, opts), opts)
 
     all_gather_single = _allgather_base
 
     def _reduce_scatter_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
-        native = partial(super()._reduce_scatter_base, output, input, opts)
-        reduction = _reduction(opts)
-        if (
-            reduction is None
-            or not self._may_schedule("reduce_scatter", [input, output])
-            or input.numel() != self._engine.place.size * output.numel()
-        ):
-            return native()
-        flat, back = _flat(output)
-        return self._run(Call("reduce_scatter", _flat(input)[0], flat, reduction, back=back), [output], native, opts)
+        return self._choose("reduce_scatter", input, output, partial(super()._reduce_scatter_base, output, input, opts), opts)
 
     reduce_scatter_single = _reduce_scatter_base
 
     def alltoall_base(self, output: Any, input: Any, output_sizes: Any, input_sizes: Any, opts: Any = None) -> dist.Work:
         native = partial(super().alltoall_base, output, input, output_sizes, input_sizes, opts)
         even = not output_sizes and not input_sizes and input.numel() % self._engine.place.size == 0
-        if not even or not self._may_schedule("all_to_all", [input, output]) or input.numel() != output.numel():
-            return native()
-        flat, back = _flat(output)
-        return self._run(Call("all_to_all", _flat(input)[0], flat, back=back), [output], native, opts)
+        return self._choose("all_to_all", input, output, native, opts) if even else native()
 
     all_to_all_single = alltoall_base
+
+    def _choose(self, op: str, given: torch.Tensor, got: torch.Tensor, native: Callable[[], dist.Work], opts: Any) -> dist.Work:
+        """Run the call by what was chosen for such, or by `native`. given, got: one tensor for ops of one tensor."""
+        place, root, reduction = self._engine.place, getattr(opts, "rootRank", 0), _reduction(opts)
+        parts = {"all_gather": (place.size, 1), "reduce_scatter": (1, place.size)}.get(op, (1, 1))
+        fits = parts[0] * given.numel() == parts[1] * got.numel()
+        if reduction is None or not fits or not self._may_schedule(op, given, got, root):
+            return native()
+        flat, back = _flat(got)
+        if given is not got:
+            call = Call(op, _flat(given)[0], flat, reduction, root, back)
+        elif in_place(op, root, place.rank):
+            call = Call(op, flat, flat, reduction, root, back)
+        else:  # a reduce, elsewhere than at the root
+            call = Call(op, flat, flat[:0], reduction, root)
+        return self._run(call, [got], native, opts)
 
     def _run(self, call: Call, results: Any, native: Callable[[], dist.Work], opts: Any) -> dist.Work:
         chosen = self._implementation(call)
@@ -141,17 +125,13 @@ class ScheduledGroup(MeteredGroup):
     def _submit(self, what: str, job: Callable[[], None], tensors: list[torch.Tensor], blocking: bool) -> dist.Work:
         return self._engine.submit(what, job, tensors, blocking=blocking)
 
-    def _may_schedule(self, op: str, tensors: Any, root: int = 0) -> bool:
-        """Whether a schedule may run the call: schedules know such, and it is not decided that it stays with the inner group.
-
-        tensors[0]: what is handed in.
-        """
-        first = tensors[0]
-        chosen = self._decided.get((op, size_class(first.nbytes), root))
+    def _may_schedule(self, op: str, given: torch.Tensor, got: torch.Tensor, root: int) -> bool:
+        """Whether a schedule may run the call: schedules know such, and it is not decided that it stays with the inner group."""
+        chosen = self._decided.get((op, size_class(given.nbytes), root))
         if chosen is not None and chosen.native:
             return False
-        known = all(one.dtype in TYPES and one.dtype == first.dtype and one.layout == torch.strided for one in tensors)
-        return known and first.device.type == self.device_type and first.numel() > 0
+        known = given.dtype in TYPES and got.dtype == given.dtype and given.layout == got.layout == torch.strided
+        return known and given.device.type == self.device_type and given.numel() > 0
 
     def _implementation(self, call: Call) -> Implementation:
         """Decided upon when first asked for: collective, and waits for it."""
@@ -187,7 +167,7 @@ def _words(call: Call) -> str:
 
 def _reduction(opts: Any) -> str | None:
     """By name; None for one that schedules do not know."""
-    if opts is None:
+    if not hasattr(opts, "reduceOp"):
         return "sum"
     return next((name for name, op in REDUCTIONS.items() if opts.reduceOp == op), None)
 

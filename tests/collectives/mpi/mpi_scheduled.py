@@ -33,9 +33,17 @@ def zeros(n: int) -> torch.Tensor:
 
 
 def case_scheduled_ops_equal_a_reference() -> None:
+    equal_a_reference(torch.float32)
+
+
+def long_case_scheduled_ops_of_other_types_equal_a_reference() -> None:
+    equal_a_reference(torch.bfloat16, torch.int64)
+
+
+def equal_a_reference(*dtypes: torch.dtype) -> None:
     for reordered in (False, True):
         group = scheduled(fixed(reordered))
-        for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        for dtype in dtypes:
             expected = alone(dist.get_rank(), dist.get_world_size(), dtype)
             for name, found in everything(group, dtype).items():
                 assert torch.equal(found, expected[name]), (name, dtype, reordered, found, expected[name])
@@ -66,7 +74,7 @@ def case_scheduled_calls_keep_their_order_beside_native_ones() -> None:
     assert all((native == 6).all() for native in natives)
 
 
-def case_frameworks_train_on_schedules() -> None:
+def long_case_frameworks_train_on_schedules() -> None:
     rank, p = dist.get_rank(), dist.get_world_size()
     inputs = torch.randn(p, 8, generator=torch.Generator().manual_seed(1))
 
@@ -82,7 +90,7 @@ def case_frameworks_train_on_schedules() -> None:
         torch.testing.assert_close(own.grad, expected.grad)
 
 
-def case_what_is_measured_is_the_same_on_all_ranks(folder: Path) -> list[Any]:
+def long_case_what_is_measured_is_the_same_on_all_ranks(folder: Path) -> list[Any]:
     said: list[str] = []
     advisor = Fixed()
     chosen = []
@@ -136,7 +144,7 @@ def join_late(group: Any) -> None:
     mpi().engine.call(lambda: comm.Iallgather(table[0].copy(), table).Wait(), "joining late", 20)
 
 
-def case_a_rank_that_does_not_run_a_schedule_is_waited_for_in_vain() -> str:
+def long_case_a_rank_that_does_not_run_a_schedule_is_waited_for_in_vain() -> str:
     group = scheduled(fixed(), timeout_s=1)
     dist.all_reduce(zeros(8), group=group)
     said = ""

@@ -9,7 +9,6 @@ What MPI reads or writes is a local variable of the steps, and so lives until th
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -51,56 +50,45 @@ class MpiGroup:
 
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
         name = self._reduction(tensors, opts)
-        call = Call("all_reduce", tensors[0].dtype, _values(tensors), reduction=name)
-        return self._submit(tensors, (call, lambda: self._all_reduce(tensors, name)))
+
+        def steps() -> Steps:
+            flats = [tensor.contiguous() for tensor in tensors]
+            in_place = self._library.MPI.IN_PLACE
+            sources = [in_place if self._library.good_in_place else self._reductions.spec(flat.clone()) for flat in flats]
+            yield [
+                self._comm.Iallreduce(source, self._reductions.spec(flat), self._reductions.op(flat.dtype, name))
+                for source, flat in zip(sources, flats, strict=True)
+            ]
+            self._finish(tensors, flats, name)
+
+        return self._submit(tensors, (Call("all_reduce", tensors[0].dtype, _values(tensors), reduction=name), steps))
 
     allreduce_coalesced = allreduce
 
-    def _all_reduce(self, tensors: Sequence[torch.Tensor], name: str) -> Steps:
-        flats = [tensor.contiguous() for tensor in tensors]
-        in_place = self._library.MPI.IN_PLACE
-        sources = [in_place if self._library.good_in_place else self._reductions.spec(flat.clone()) for flat in flats]
-        yield [
-            self._comm.Iallreduce(source, self._reductions.spec(flat), self._reductions.op(flat.dtype, name))
-            for source, flat in zip(sources, flats, strict=True)
-        ]
-        self._finish(tensors, flats, name)
-
     def reduce(self, tensors: Any, opts: Any) -> dist.Work:
-        name = self._reduction(tensors, opts)
-        root = opts.rootRank
-        call = Call("reduce", tensors[0].dtype, _values(tensors), root, name)
-        return self._submit(tensors, (call, lambda: self._reduce(tensors[0], name, root)))
+        (tensor,), root, name = tensors, opts.rootRank, self._reduction(tensors, opts)
 
-    def _reduce(self, tensor: torch.Tensor, name: str, root: int) -> Steps:
-        flat, op = tensor.contiguous(), self._reductions.op(tensor.dtype, name)
-        spec = self._reductions.spec(flat)
-        if self.rank() == root:
-            yield [self._comm.Ireduce(self._library.MPI.IN_PLACE, spec, op, root)]
-            self._finish([tensor], [flat], name)
-        else:
-            yield [self._comm.Ireduce(spec, None, op, root)]
+        def steps() -> Steps:
+            flat, op = tensor.contiguous(), self._reductions.op(tensor.dtype, name)
+            spec = self._reductions.spec(flat)
+            if self.rank() == root:
+                yield [self._comm.Ireduce(self._library.MPI.IN_PLACE, spec, op, root)]
+                self._finish([tensor], [flat], name)
+            else:
+                yield [self._comm.Ireduce(spec, None, op, root)]
+
+        return self._submit(tensors, (Call("reduce", tensor.dtype, tensor.numel(), root, name), steps))
 
     def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         (output,), (parts,) = outputs, inputs
         self._check_list("reduce_scatter", parts, output)
-        return self._submit(outputs, self._scattered(output, lambda: torch.cat([part.reshape(-1) for part in parts]), opts))
+        return self._reduce_scatter(output, lambda: torch.cat([part.reshape(-1) for part in parts]), opts)
 
     def _reduce_scatter_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
-        return self.reduce_scatter_tensor_coalesced([output], [input], opts)
+        self._check_whole("reduce_scatter", input, output)
+        return self._reduce_scatter(output, lambda: _separate(input, output), opts)
 
-    reduce_scatter_single = _reduce_scatter_base
-
-    def reduce_scatter_tensor_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
-        for output, input in zip(outputs, inputs, strict=True):
-            self._check_whole("reduce_scatter", input, output)
-        return self._submit(
-            outputs, *(self._scattered(o, partial(_separate, i, o), opts) for o, i in zip(outputs, inputs, strict=True))
-        )
-
-    reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced
-
-    def _scattered(self, output: torch.Tensor, whole: Callable[[], torch.Tensor], opts: Any) -> Plan:
+    def _reduce_scatter(self, output: torch.Tensor, whole: Callable[[], torch.Tensor], opts: Any) -> dist.Work:
         name = self._reduction([output], opts)
 
         def steps() -> Steps:
@@ -108,7 +96,8 @@ class MpiGroup:
             yield [self._comm.Ireduce_scatter_block(self._reductions.spec(source), self._reductions.spec(flat), op)]
             self._finish([output], [flat], name)
 
-        return Call("reduce_scatter", output.dtype, output.numel() * self._p, reduction=name), steps
+        call = Call("reduce_scatter", output.dtype, output.numel() * self._p, reduction=name)
+        return self._submit([output], (call, steps))
 
     # -- moving -----------------------------------------------------------------------------------------------------------
 
@@ -144,16 +133,6 @@ class MpiGroup:
         return Call("all_gather", tensor.dtype, tensor.numel()), steps
 
     def _allgather_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
-        return self.allgather_into_tensor_coalesced([output], [input], opts)
-
-    all_gather_single = _allgather_base
-
-    def allgather_into_tensor_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
-        return self._submit(outputs, *(self._gathered_whole(o, i) for o, i in zip(outputs, inputs, strict=True)))
-
-    all_gather_single_coalesced = allgather_into_tensor_coalesced
-
-    def _gathered_whole(self, output: torch.Tensor, input: torch.Tensor) -> Plan:
         self._check_whole("all_gather", output, input)
 
         def steps() -> Steps:
@@ -161,7 +140,7 @@ class MpiGroup:
             yield [self._comm.Iallgather(self._bytes(own), self._bytes(flat))]
             _copy_out([output], [flat])
 
-        return Call("all_gather", input.dtype, input.numel()), steps
+        return self._submit([output], (Call("all_gather", input.dtype, input.numel()), steps))
 
     def alltoall_base(self, output: Any, input: Any, output_sizes: Any, input_sizes: Any, opts: Any = None) -> dist.Work:
         sent, received = _splits(input, input_sizes, self._p), _splits(output, output_sizes, self._p)
@@ -172,8 +151,6 @@ class MpiGroup:
             _copy_out([output], [flat])
 
         return self._submit([output], (Call("all_to_all", input.dtype, -1), steps))
-
-    all_to_all_single = alltoall_base
 
     def alltoall(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         self._check_count("all_to_all", inputs)
