@@ -1,9 +1,12 @@
 """Groups whose collectives are schedules fixed by a test, over gloo or MPI; each op once on them, and what one process gets."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -13,6 +16,7 @@ from thinwire.collectives.run.transport import InnerFactory, over_gloo
 from thinwire.collectives.scheduled import register_scheduled
 from thinwire.collectives.schedules import direct, ring, rooted
 from thinwire.collectives.schedules.combine import pipelined
+from thinwire.collectives.tuned import tuner as tuner_module
 from thinwire.collectives.tuned.advice import Advisor
 from thinwire.collectives.tuned.implementation import NATIVE, Implementation
 from thinwire.collectives.tuned.tuner import Tuner
@@ -44,6 +48,15 @@ class Fixed(Advisor):
 
 def fixed(reordered: bool = False) -> Tuner:
     return Tuner(Fixed(reordered), measures=False)
+
+
+@contextmanager
+def quick(stale: float = float("inf")) -> Iterator[None]:
+    """Tuners measure as little as they can. stale: the factor from which on a choice is; by default none, however busy the cores."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"STALE": stale, "MOST_TURNS": 1, "REPEATED": 1, "TURNS": 1}.items():
+            patch.setattr(tuner_module, name, value)
+        yield
 
 
 def group_of(

@@ -136,9 +136,8 @@ def test_schedules_give_the_bits_that_they_give_over_gloo(outcomes: Outcomes, ra
     assert all(found == by_rank[0] and found[:2] == found[2:] for found in by_rank)
 
 
-@pytest.mark.long
-def test_what_was_measured_is_chosen_by_all_and_kept(long_outcomes: Outcomes) -> None:
-    by_rank = long_outcomes("long_case_what_is_measured_is_the_same_on_all_ranks")
+def test_what_was_measured_is_chosen_by_all_and_kept(outcomes: Outcomes) -> None:
+    by_rank = outcomes("case_what_is_measured_is_the_same_on_all_ranks")
     assert all(chosen == by_rank[0][0] and chosen[0] == chosen[1] for chosen, _, _ in by_rank)
     assert [(said, asked) for _, said, asked in by_rank] == [(1, 1), (0, 0), (0, 0), (0, 0)]
 

@@ -140,7 +140,7 @@ class Tuner:
         """On the first rank: what was measured on this network; None if nothing was, or what is stored cannot be used."""
         cache, instead = self._cache, "measuring" if self._measures else "taking the best by price"
         if cache.dropped:
-            self._report(f"{cache.path} {cache.dropped}: it is begun anew")
+            self._report(f"{cache.path} {cache.dropped}: it is started anew")
             cache.dropped = ""
         found = cache.find(key, self._network(place))
         if found is None:
