@@ -1,21 +1,25 @@
 """Groups whose collectives are schedules fixed by a test, over gloo or MPI; each op once on them, and what one process gets."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from thinwire.collectives.backend import ALL_GATHER, REDUCE_SCATTER
 from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.run.links import Inner, over_gloo
+from thinwire.collectives.run.transport import InnerFactory, over_gloo
 from thinwire.collectives.scheduled import register_scheduled
 from thinwire.collectives.schedules import direct, ring, rooted
 from thinwire.collectives.schedules.combine import pipelined
+from thinwire.collectives.tuned import tuner as tuner_module
 from thinwire.collectives.tuned.advice import Advisor
+from thinwire.collectives.tuned.implementation import NATIVE, Implementation
 from thinwire.collectives.tuned.tuner import Tuner
-from thinwire.collectives.tuned.way import NATIVE, Way
 
 
 class Fixed(Advisor):
@@ -25,7 +29,7 @@ class Fixed(Advisor):
         super().__init__()
         self.reordered, self.asked = reordered, 0
 
-    def ways(self, op: str, message_bytes: int, ranks: Any, root: int) -> list[tuple[Way, float]]:
+    def implementations(self, op: str, message_bytes: int, ranks: Any, root: int) -> list[tuple[Implementation, float]]:
         self.asked += 1
         p = len(ranks)
         order = [(root + place) % p for place in range(p)]
@@ -38,22 +42,31 @@ class Fixed(Advisor):
             "all_to_all": lambda: direct.pairwise(p),
         }[op]()
         if self.reordered and op in ("all_reduce", "broadcast", "reduce"):
-            return [(Way("native reordered", None, tuple(reversed(range(p)))), 1.0)]
-        return [(Way(made.name, made), 1.0), (NATIVE, 2.0)]
+            return [(Implementation("native reordered", None, tuple(reversed(range(p)))), 1.0)]
+        return [(Implementation(made.name, made), 1.0), (NATIVE, 2.0)]
 
 
 def fixed(reordered: bool = False) -> Tuner:
     return Tuner(Fixed(reordered), measures=False)
 
 
+@contextmanager
+def quick(stale: float = float("inf")) -> Iterator[None]:
+    """Tuners measure as little as they can. stale: the factor from which on a choice is; by default none, on any machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"STALE": stale, "MOST_TURNS": 1, "REPEATED": 1, "TURNS": 1}.items():
+            patch.setattr(tuner_module, name, value)
+        yield
+
+
 def group_of(
-    ledger: Ledger, tuner: Tuner, ranks: list[int] | None = None, timeout_s: float = 60, inner: Inner = over_gloo
+    ledger: Ledger, tuner: Tuner, ranks: list[int] | None = None, timeout_s: float = 60, inner: InnerFactory = over_gloo
 ) -> dist.ProcessGroup:
     name = f"scheduled{id(tuner)}"  # a backend of its own, made by the same line on every rank
-    told = [name]
-    dist.broadcast_object_list(told, 0)
-    register_scheduled(ledger, tuner, told[0], inner)
-    return dist.new_group(ranks, backend=told[0], timeout=timedelta(seconds=timeout_s))
+    names = [name]
+    dist.broadcast_object_list(names, 0)
+    register_scheduled(ledger, tuner, names[0], inner)
+    return dist.new_group(ranks, backend=names[0], timeout=timedelta(seconds=timeout_s))
 
 
 def given(rank: int, n: int, dtype: torch.dtype) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from thinwire.collectives.run.links import GlooLinks, Place
+from thinwire.collectives.run.transport import GlooTransport, Place
 
 
 class AllOf:
@@ -47,19 +47,19 @@ class Tagless:
         return AllOf(begun)
 
 
-class TaglessLinks(GlooLinks):
-    """With a group of its own to talk in."""
+class TaglessTransport(GlooTransport):
+    """With a group of its own for agreements."""
 
     most_tag = 0
 
     def __init__(self, place: Place) -> None:
         super().__init__(place)
-        self.talk = super().join("talk", range(place.size))
+        self.control = super().new_group("control", range(place.size))
 
-    def join(self, name: str, order: Sequence[int]) -> Tagless:
-        return Tagless(super().join(name, order))
+    def new_group(self, name: str, order: Sequence[int]) -> Tagless:
+        return Tagless(super().new_group(name, order))
 
 
-def over_tagless(told: Any, place: Place) -> tuple[Any, TaglessLinks]:
-    """An `Inner`."""
-    return dist.ProcessGroupGloo(told.store, place.rank, place.size, place.timeout), TaglessLinks(place)
+def over_tagless(options: Any, place: Place) -> tuple[Any, TaglessTransport]:
+    """An `InnerFactory`."""
+    return dist.ProcessGroupGloo(options.store, place.rank, place.size, place.timeout), TaglessTransport(place)

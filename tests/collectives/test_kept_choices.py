@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fixed_schedules import Fixed, group_of
+from fixed_schedules import Fixed, group_of, quick
 from pool import Pool, Rank
 from thinwire.cluster import Cluster, dump_cluster, load_cluster
 from thinwire.cluster.equal import equal_hosts
@@ -27,6 +28,9 @@ from thinwire.errors import UserError
 from thinwire.lab.run import LabOptions, run
 
 NAMES = ["two-racks", "eight-hosts-100mbit", "four-hosts-100mbit", "one-slow-host"]
+
+
+known = cache(load_cluster)
 
 
 def whole(cluster: Cluster, hosts: str = "here") -> Any:
@@ -53,7 +57,7 @@ def test_a_file_that_says_the_same_is_the_same_network(tmp_path: Path, name: str
 
 @given(st.sampled_from(NAMES), st.integers(0, 7), st.floats(0.05, 20))
 def test_a_link_of_another_rate_is_another_network_and_noise_is_not(name: str, index: int, factor: float) -> None:
-    cluster = load_cluster(name)
+    cluster = known(name)
     rate = cluster.links[index].bandwidth_bps.value
     other = whole(changed(cluster, index, bandwidth_bps=rate * factor))
     assert whole(cluster).near(other) == other.near(whole(cluster)) == (1 / 1.2 <= factor <= 1.2)
@@ -61,7 +65,7 @@ def test_a_link_of_another_rate_is_another_network_and_noise_is_not(name: str, i
 
 @given(st.sampled_from(NAMES), st.integers(0, 7), st.floats(0, 0.01))
 def test_latencies_may_differ_by_more(name: str, index: int, latency_s: float) -> None:
-    cluster = load_cluster(name)
+    cluster = known(name)
     before = cluster.links[index].latency_s.value
     near = abs(before - latency_s) <= 50e-6 or max(before, latency_s) <= 2 * min(before, latency_s)
     assert whole(cluster).near(whole(changed(cluster, index, latency_s=latency_s))) == near
@@ -80,28 +84,28 @@ def test_other_hosts_places_and_switches_are_another_network() -> None:
 @given(st.lists(st.floats(0.9, 1.12), min_size=2, max_size=30))
 def test_small_changes_do_not_add_up(drifts: list[float]) -> None:
     """However it is probed again and again: what holds is always near what was measured."""
-    cluster, cache = load_cluster("four-hosts-100mbit"), Cache(None)
+    cluster, kept = known("four-hosts-100mbit"), Cache(None)
     first = rate = cluster.links[0].bandwidth_bps.value
-    cache.keep("call", whole(cluster), {"way": "w", "seconds": 1.0, "native_s": 2.0})
+    kept.store("call", whole(cluster), {"way": "w", "seconds": 1.0, "native_s": 2.0})
     for drift in drifts:
         rate *= drift
-        found = cache.find("call", whole(changed(cluster, 0, bandwidth_bps=rate)))
+        found = kept.find("call", whole(changed(cluster, 0, bandwidth_bps=rate)))
         assert (found is not None) == (max(rate, first) <= 1.2 * min(rate, first))
 
 
 def test_a_cache_keeps_what_was_measured_on_either_network(tmp_path: Path) -> None:
     path = tmp_path / "cluster.collectives.json"
     racks, hosts = whole(load_cluster("two-racks")), whole(load_cluster("eight-hosts-100mbit"))
-    Cache(path).keep("call", racks, {"way": "of racks", "seconds": 1.0, "native_s": 2.0})
+    Cache(path).store("call", racks, {"way": "of racks", "seconds": 1.0, "native_s": 2.0})
     cache = Cache(path)
     assert cache.find("call", hosts) is None and cache.elsewhere("call")
-    cache.keep("call", hosts, {"way": "of hosts", "seconds": 1.0, "native_s": 2.0})
+    cache.store("call", hosts, {"way": "of hosts", "seconds": 1.0, "native_s": 2.0})
     again = Cache(path)
     assert [again.find("call", one)["way"] for one in (racks, hosts)] == ["of racks", "of hosts"]  # type: ignore[index]
-    again.keep("call", hosts, {"way": "new", "seconds": 1.0, "native_s": 2.0})
+    again.store("call", hosts, {"way": "new", "seconds": 1.0, "native_s": 2.0})
     assert len(json.loads(path.read_text())["networks"]) == 2
     path.write_text(path.read_text().replace('"networks"', '"netwerk"'))
-    assert not Cache(path).elsewhere("call")  # begun anew
+    assert not Cache(path).elsewhere("call")  # started anew
 
 
 @pytest.mark.parametrize(
@@ -117,7 +121,7 @@ def test_a_file_that_is_begun_anew_says_why(tmp_path: Path, content: Any, why: s
     path = tmp_path / "cluster.collectives.json"
     path.write_text(json.dumps(content))
     assert Cache(path).dropped.startswith(why)
-    Cache(path).keep("call", whole(load_cluster(NAMES[0])), {"way": "w", "bytes": 4, "seconds": 1.0, "native_s": 2.0})
+    Cache(path).store("call", whole(load_cluster(NAMES[0])), {"way": "w", "bytes": 4, "seconds": 1.0, "native_s": 2.0})
     assert Cache(path).dropped == "" and Cache(path).elsewhere("call")
 
 
@@ -125,41 +129,40 @@ def test_a_cache_does_not_grow_with_every_name_of_a_host(tmp_path: Path) -> None
     path = tmp_path / "cluster.collectives.json"
     networks = [network_of(None, [0], [f"pod-{number}"]) for number in range(3 * MOST_NETWORKS)]
     for one in networks:
-        Cache(path).keep("call", one, {"way": "w", "bytes": 4, "seconds": 1.0, "native_s": 2.0})
+        Cache(path).store("call", one, {"way": "w", "bytes": 4, "seconds": 1.0, "native_s": 2.0})
     held = [Cache(path).find("call", one) is not None for one in networks]
     assert held == [False] * 2 * MOST_NETWORKS + [True] * MOST_NETWORKS
     assert len(json.loads(path.read_text())["networks"]) == MOST_NETWORKS
 
 
 def runs(context: Rank, folder: str, clusters: list[str], stale: float) -> list[tuple[list[str], str]]:
-    """One run after another with one cache: (what was said, what was chosen)."""
+    """One run after another with one cache: (what was reported, what was chosen)."""
     found = []
-    tuner_module.STALE = stale
-    for name in clusters:
-        said: list[str] = []
-        advisor = Fixed()
-        advisor.cluster = load_cluster(name) if name else None
-        tuner = Tuner(advisor, Cache(Path(folder) / "cluster.collectives.json"), say=said.append)
-        dist.all_reduce(torch.zeros(3000), group=group_of(Ledger(), tuner))
-        found.append((said, next(iter(tuner.chosen.values())).name))
-        dist.barrier()
-    tuner_module.STALE = 1.5
+    with quick(stale):
+        for name in clusters:
+            lines: list[str] = []
+            advisor = Fixed()
+            advisor.cluster = load_cluster(name) if name else None
+            tuner = Tuner(advisor, Cache(Path(folder) / "cluster.collectives.json"), report=lines.append)
+            dist.all_reduce(torch.zeros(3000), group=group_of(Ledger(), tuner))
+            found.append((lines, next(iter(tuner.chosen.values())).name))
+            dist.barrier()
     return found
 
 
 @pytest.mark.timeout(120)
-def test_a_choice_is_not_used_on_another_network_and_is_found_again(ranks4: Pool, tmp_path: Path) -> None:
+def test_a_choice_is_not_used_on_another_network_and_is_found_again(ranks2: Pool, tmp_path: Path) -> None:
     names = ["four-hosts-100mbit", "two-racks", "four-hosts-100mbit", "two-racks", ""]
-    told = ranks4.run(runs, str(tmp_path), names, float("inf"), timeout_s=100)
-    said = [lines for lines, _ in told[0]]
-    assert [len(lines) for lines in said] == [1, 2, 0, 0, 2]
-    assert all("was measured on another network; measuring" in lines[0] for lines in (said[1], said[4]))
-    assert all([name for _, name in one] == [name for _, name in told[0]] for one in told)
-    assert all(not lines for one in told[1:] for lines, _ in one)
+    found = ranks2.run(runs, str(tmp_path), names, float("inf"), timeout_s=100)
+    reported = [lines for lines, _ in found[0]]
+    assert [len(lines) for lines in reported] == [1, 2, 0, 0, 2]
+    assert all("was measured on another network; measuring" in lines[0] for lines in (reported[1], reported[4]))
+    assert all([name for _, name in one] == [name for _, name in found[0]] for one in found)
+    assert all(not lines for one in found[1:] for lines, _ in one)
 
 
-def test_a_choice_that_takes_half_as_long_again_is_measured_again(ranks4: Pool, tmp_path: Path) -> None:
-    ranks4.run(runs, str(tmp_path), ["two-racks"], float("inf"))
+def test_a_choice_that_takes_half_as_long_again_is_measured_again(ranks2: Pool, tmp_path: Path) -> None:
+    ranks2.run(runs, str(tmp_path), ["two-racks"], float("inf"))
     path = tmp_path / "cluster.collectives.json"
     for factor in (1e-3, 1e3):  # as if it had been so much faster, or slower
         stored = json.loads(path.read_text())
@@ -167,67 +170,68 @@ def test_a_choice_that_takes_half_as_long_again_is_measured_again(ranks4: Pool, 
             for entry in entries.values():
                 entry["seconds"] *= factor
         path.write_text(json.dumps(stored))
-        ((said, _),) = ranks4.run(runs, str(tmp_path), ["two-racks"], 1.5)[0]
-        assert len(said) == 2 and "when it was measured; measuring again" in said[0]
+        ((lines, _),) = ranks2.run(runs, str(tmp_path), ["two-racks"], 1.5)[0]
+        assert len(lines) == 2 and "when it was measured; measuring again" in lines[0]
         after = json.loads(path.read_text())
         kept = [entry["seconds"] for entries in after["entries"].values() for entry in entries.values()]
         assert 1e-6 < kept[0] < 10
-    ((said, _),) = ranks4.run(runs, str(tmp_path), ["two-racks"], float("inf"))[0]
-    assert said == []
+    ((lines, _),) = ranks2.run(runs, str(tmp_path), ["two-racks"], float("inf"))[0]
+    assert lines == []
 
 
 def timed(context: Rank, folder: str) -> tuple[list[tuple[int, int]], list[str]]:
-    """Sizes of one class in a first run, then in two groups of a second one: (ways, bytes) of each measurement, what was said."""
-    measured, said, real = list[tuple[int, int]](), list[str](), tuner_module.measure
+    """Sizes of one class in a first run, then in two groups of a second one.
 
-    def noted(engine: Any, ways: list[Any], call: Any) -> list[float]:
-        measured.append((len(ways), call.message_bytes))
-        return real(engine, ways, call)
+    (implementations, bytes) of each measurement; what was reported.
+    """
+    measured, lines, real = list[tuple[int, int]](), list[str](), tuner_module.measure
 
-    tuner_module.measure, tuner_module.STALE = noted, float("inf")
-    try:
+    def noted(engine: Any, implementations: list[Any], call: Any) -> list[float]:
+        measured.append((len(implementations), call.message_bytes))
+        return real(engine, implementations, call)
+
+    with quick(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuner_module, "measure", noted)
         for sizes in ([1100], [2000, 1500]):
-            tuner = Tuner(Fixed(), Cache(Path(folder) / "cluster.collectives.json"), say=said.append)
+            tuner = Tuner(Fixed(), Cache(Path(folder) / "cluster.collectives.json"), report=lines.append)
             for n in sizes:
                 dist.all_reduce(torch.zeros(n), group=group_of(Ledger(), tuner))
             dist.barrier()
-    finally:
-        tuner_module.measure, tuner_module.STALE = real, 1.5
-    return measured, said
+    return measured, lines
 
 
-def test_a_choice_is_timed_once_in_a_run_on_the_size_that_it_was_measured_on(ranks4: Pool, tmp_path: Path) -> None:
-    told = ranks4.run(timed, str(tmp_path))
-    assert [measured for measured, _ in told] == [[(2, 4400), (1, 4400)]] * 4
-    assert len(told[0][1]) == 1
+def test_a_choice_is_timed_once_in_a_run_on_the_size_that_it_was_measured_on(ranks2: Pool, tmp_path: Path) -> None:
+    found = ranks2.run(timed, str(tmp_path))
+    assert [measured for measured, _ in found] == [[(2, 4400), (1, 4400)]] * 2
+    assert len(found[0][1]) == 1
 
 
 def by_price(context: Rank, folder: str) -> list[str]:
     runs(context, folder, ["four-hosts-100mbit"], float("inf"))
-    said: list[str] = []
+    lines: list[str] = []
     advisor = Fixed()
     advisor.cluster = load_cluster("two-racks")
-    tuner = Tuner(advisor, Cache(Path(folder) / "cluster.collectives.json"), measures=False, say=said.append)
+    tuner = Tuner(advisor, Cache(Path(folder) / "cluster.collectives.json"), measures=False, report=lines.append)
     dist.all_reduce(torch.zeros(3000), group=group_of(Ledger(), tuner))
-    return said
+    return lines
 
 
-def test_what_is_not_measured_is_not_said_to_be(ranks4: Pool, tmp_path: Path) -> None:
-    (line,) = ranks4.run(by_price, str(tmp_path))[0]
+def test_what_is_not_measured_is_not_said_to_be(ranks2: Pool, tmp_path: Path) -> None:
+    (line,) = ranks2.run(by_price, str(tmp_path))[0]
     assert line.endswith("was measured on another network; taking the best by price")
 
 
 def of_a_small_file(context: Rank, folder: str) -> str:
     cache = Cache(Path(folder) / "cluster.collectives.json")
-    tuner = Tuner(Advisor(equal_hosts(2, 100e6)), cache, say=lambda line: None)
-    with pytest.raises(UserError) as refused:
+    tuner = Tuner(Advisor(equal_hosts(1, 100e6)), cache, report=lambda line: None)
+    with quick(), pytest.raises(UserError) as refused:
         dist.all_reduce(torch.zeros(3000), group=group_of(Ledger(), tuner, timeout_s=20))
     return str(refused.value)
 
 
-def test_ranks_that_the_file_lacks_are_refused_on_all_ranks(ranks4: Pool, tmp_path: Path) -> None:
-    wanted = "2-hosts has 2 ranks, but rank 3 runs; give the cluster file of these ranks"
-    assert ranks4.run(of_a_small_file, str(tmp_path)) == [wanted] * 4
+def test_ranks_that_the_file_lacks_are_refused_on_all_ranks(ranks2: Pool, tmp_path: Path) -> None:
+    wanted = "1-hosts has 1 ranks, but rank 1 runs; give the cluster file of these ranks"
+    assert ranks2.run(of_a_small_file, str(tmp_path)) == [wanted] * 2
 
 
 IN_THE_LAB = """
@@ -250,6 +254,7 @@ def racks(rate: str, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.long
 @pytest.mark.lab
 @pytest.mark.timeout(240)  # eight processes load torch
 def test_in_the_lab_a_file_that_was_written_anew_is_measured_anew(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

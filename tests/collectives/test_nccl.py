@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import thinwire
 from thinwire.collectives.nccl import on_one_host
-from thinwire.collectives.run.links import Place
+from thinwire.collectives.run.transport import Place
 from thinwire.errors import UserError
 
 

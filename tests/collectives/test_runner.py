@@ -10,7 +10,7 @@ import torch.distributed as dist
 from pool import Pool, Rank
 from tagless import Tagless
 from thinwire.collectives.run.compiler import in_place
-from thinwire.collectives.run.runner import Runner, Tensors
+from thinwire.collectives.run.runner import Runner
 from thinwire.collectives.schedules import bruck, direct, doubling, forest, hierarchy, ops, ring, rooted
 from thinwire.collectives.schedules.combine import pipelined
 from thinwire.collectives.schedules.schedule import Schedule
@@ -69,7 +69,7 @@ def check(runner: Runner, schedule: Schedule, n: int, dtype: torch.dtype, reduct
         given = got
     else:
         got = torch.zeros_like(wanted(schedule, rank, sizes, dtype, reduction))
-    runner.run(schedule, sizes, Tensors(given, got), reduction)
+    runner.run(schedule, sizes, given, got, reduction)
     torch.testing.assert_close(got, wanted(schedule, rank, sizes, dtype, reduction))
     return got
 
@@ -97,7 +97,7 @@ def bits(context: Rank, tags: bool) -> list[bytes]:
     for name in ("ring", "weighted direct", "hierarchy", "Rabenseifner", "recursive doubling"):
         for _ in range(2):
             tensor = torch.randn(10_001, generator=torch.Generator().manual_seed(dist.get_rank()))
-            runner.run(SCHEDULES[name], [10_001], Tensors(tensor, tensor), "avg")
+            runner.run(SCHEDULES[name], [10_001], tensor, tensor, "avg")
             result.append(tensor.numpy().tobytes())
     return result
 
@@ -105,7 +105,7 @@ def bits(context: Rank, tags: bool) -> list[bytes]:
 def wrong_length(context: Rank) -> str:
     tensor = torch.zeros(5)
     with pytest.raises(UserError) as error:
-        Runner(None, dist.get_rank()).run(SCHEDULES["ring"], [6], Tensors(tensor, tensor))
+        Runner(None, dist.get_rank()).run(SCHEDULES["ring"], [6], tensor, tensor)
     return str(error.value)
 
 

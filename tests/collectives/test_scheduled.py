@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,23 +11,22 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from fixed_schedules import Fixed, everything, fixed, group_of, sent_of_an_all_reduce
+from fixed_schedules import Fixed, everything, fixed, group_of, quick, sent_of_an_all_reduce
 from pool import Pool, Rank, RankFailure
 from tagless import over_tagless
 from thinwire.collectives.backend import REDUCE_SCATTER
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.run import engine
-from thinwire.collectives.run.links import Inner, over_gloo
+from thinwire.collectives.run.transport import InnerFactory, over_gloo
 from thinwire.collectives.schedules import ring
-from thinwire.collectives.tuned import tuner as tuner_module
 from thinwire.collectives.tuned.cache import Cache
+from thinwire.collectives.tuned.implementation import Implementation
 from thinwire.collectives.tuned.tuner import Tuner
-from thinwire.collectives.tuned.way import Way
 
 CARRIERS = [over_gloo, over_tagless]
 
 
-def same_as_gloo(context: Rank, reordered: bool, inner: Inner) -> None:
+def same_as_gloo(context: Rank, reordered: bool, inner: InnerFactory) -> None:
     ours, native = group_of(Ledger(), fixed(reordered), inner=inner), dist.new_group(backend="gloo")
     for dtype in (torch.float32, torch.bfloat16, torch.int64):
         wanted = everything(native, dtype)
@@ -86,7 +86,7 @@ def mismatch(context: Rank, later: bool) -> None:
     if later:  # a size that only one rank has not used yet
         for n in (4, 8):
             dist.all_reduce(torch.zeros(n), group=group)
-    engine.LOOK_S = 0.5
+    engine.CHECK_AFTER_S = 0.5
     dist.all_reduce(torch.zeros((12 if later else 3) if dist.get_rank() == 1 else 8), group=group)
 
 
@@ -99,20 +99,21 @@ def another_op(context: Rank) -> None:
 
 
 def absent(context: Rank) -> None:
-    group = group_of(Ledger(), fixed(), timeout_s=2)
+    """Rank 3 comes when the others have given up."""
+    group = group_of(Ledger(), fixed(), timeout_s=1)
     if dist.get_rank() != 3:
         dist.all_reduce(torch.zeros(8), group=group)
     else:
-        time.sleep(6)
+        time.sleep(3)
 
 
 class Wrong(Fixed):
     """Its ring leaves out the last message."""
 
-    def ways(self, op: str, message_bytes: int, ranks: Any, root: int) -> list[tuple[Way, float]]:
+    def implementations(self, op: str, message_bytes: int, ranks: Any, root: int) -> list[tuple[Implementation, float]]:
         whole = ring.all_reduce(range(len(ranks)))
         cut = replace(whole, steps=(*whole.steps[:-1], whole.steps[-1][1:]))
-        return [(Way("cut ring", cut), 1.0)]
+        return [(Implementation("cut ring", cut), 1.0)]
 
 
 def wrong(context: Rank) -> None:
@@ -131,28 +132,24 @@ def mixed(context: Rank) -> bool:
     return all(torch.equal(one, torch.full((50 + n,), 6.0 + 4 * n)) for n, one in enumerate(tensors))
 
 
-def measured(context: Rank, folder: str, inner: Inner) -> tuple[list[str], list[Any], int]:
-    said: list[str] = []
+def measured(context: Rank, folder: str, inner: InnerFactory) -> tuple[list[str], list[Any], int]:
+    lines: list[str] = []
     advisor = Fixed()
-    from pathlib import Path
-
-    path = Path(folder) / "cluster.collectives.json"
     keys = ("all_reduce", "reduce_scatter")
-    tuner_module.STALE = float("inf")  # whatever else the machine does meanwhile
-    for _ in range(2):  # the second time from the file
-        tuner = Tuner(advisor, Cache(path), say=said.append)
-        group = group_of(Ledger(), tuner, inner=inner)
-        dist.all_reduce(torch.zeros(3000), group=group)
-        dist.reduce_scatter_tensor(torch.zeros(1000), torch.zeros(4000), group=group)
-        chosen = [way.name for key, way in group._ways.items() if key[0] in keys]  # type: ignore[attr-defined]
-        dist.barrier()
-    tuner_module.STALE = 1.5
-    return said, chosen, advisor.asked
+    with quick():
+        for _ in range(2):  # the second time from the file
+            tuner = Tuner(advisor, Cache(Path(folder) / "cluster.collectives.json"), report=lines.append)
+            group = group_of(Ledger(), tuner, inner=inner)
+            dist.all_reduce(torch.zeros(3000), group=group)
+            dist.reduce_scatter_tensor(torch.zeros(1000), torch.zeros(4000), group=group)
+            chosen = [one.name for key, one in group._decided.items() if key[0] in keys]  # type: ignore[attr-defined]
+            dist.barrier()
+    return lines, chosen, advisor.asked
 
 
 @pytest.mark.parametrize("reordered", [False, True])
 @pytest.mark.parametrize("inner", CARRIERS)
-def test_every_call_gives_what_gloo_gives(ranks4: Pool, reordered: bool, inner: Inner) -> None:
+def test_every_call_gives_what_gloo_gives(ranks4: Pool, reordered: bool, inner: InnerFactory) -> None:
     ranks4.run(same_as_gloo, reordered, inner)
 
 
@@ -180,7 +177,7 @@ def test_what_differs_between_ranks_is_named_by_all(ranks4: Pool, function: Any,
 
 
 def test_a_rank_that_does_not_call_is_waited_for_until_the_time_out(ranks4: Pool) -> None:
-    with pytest.raises(RankFailure, match="failed after 2"):
+    with pytest.raises(RankFailure, match=r"failed after [1-9][0-9.]* s of at most 1:"):
         ranks4.run(absent)
 
 
@@ -194,7 +191,7 @@ def test_calls_keep_their_order(ranks4: Pool) -> None:
 
 
 @pytest.mark.parametrize("inner", CARRIERS)
-def test_what_is_measured_is_kept_for_the_next_run(ranks4: Pool, tmp_path: Any, inner: Inner) -> None:
+def test_what_is_measured_is_kept_for_the_next_run(ranks4: Pool, tmp_path: Any, inner: InnerFactory) -> None:
     results = ranks4.run(measured, str(tmp_path), inner)
     assert len({tuple(chosen) for _, chosen, _ in results}) == 1, "the ranks chose differently"
     assert len(results[0][0]) == 2, "the second run has measured again"

@@ -15,6 +15,7 @@ name that is missing would be served by the base class and not metered (see `sel
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -23,8 +24,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
-from thinwire.collectives.groups import inherited, timeout_of
+from thinwire.collectives.groups import timeout_of
 from thinwire.collectives.ledger import Group, Ledger, Total, axis_of
+from thinwire.collectives.run.transport import InnerFactory, Place, over_gloo
 from thinwire.collectives.wire import sent_bytes
 from thinwire.errors import UserError
 
@@ -35,9 +37,14 @@ ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def register(ledger: Ledger, name: str = NAME) -> None:
+def register(ledger: Ledger, name: str = NAME, inner: InnerFactory = over_gloo) -> None:
     """Make `init_process_group(name)` and its sub-groups write into `ledger`. Call before init_process_group."""
-    dist.Backend.register_backend(name, partial(_create, ledger), devices=["cpu"])
+
+    def create(options: Any, _backend_options: Any = None) -> MeteredGroup:
+        place = Place.from_options(options)
+        return MeteredGroup(ledger, inner(options, place)[0], place.store)
+
+    dist.Backend.register_backend(name, create, extended_api=True, devices=["cpu"])
 
 
 def self_test(group: dist.ProcessGroup, ledger: Ledger) -> None:
@@ -59,19 +66,14 @@ def self_test(group: dist.ProcessGroup, ledger: Ledger) -> None:
         )
 
 
-def _create(ledger: Ledger, store: dist.Store, rank: int, size: int, timeout: timedelta) -> "MeteredGroup":
-    return MeteredGroup(ledger, dist.ProcessGroupGloo(store, rank, size, inherited(timeout)), dist.PrefixStore("metered", store))
-
-
-def _completed(ledger: Ledger, total: Total, issued: float, _future: Any = None) -> None:
+def note_completion(ledger: Ledger, total: Total, issued: float, _future: Any = None) -> None:
+    """`Ledger.completed`, as a callback of a future."""
     ledger.completed(total, issued)
 
 
-def _bytes(tensors: Any) -> int:
-    """Bytes of a tensor or of a list of tensors, however nested."""
-    if isinstance(tensors, torch.Tensor):
-        return tensors.numel() * tensors.element_size()
-    return sum(_bytes(tensor) for tensor in tensors)
+def bytes_of(tensors: Any) -> int:
+    """Of a tensor or of a list of tensors, however nested."""
+    return tensors.nbytes if isinstance(tensors, torch.Tensor) else sum(map(bytes_of, tensors))
 
 
 class _WaitedWork(dist._Work):
@@ -117,15 +119,14 @@ class MeteredGroup(dist.ProcessGroup):
     device_type = "cpu"
     """Of the tensors."""
 
-    def __init__(self, ledger: Ledger, inner: dist.ProcessGroupGloo | dist.ProcessGroup, store: dist.Store | None = None) -> None:
+    def __init__(self, ledger: Ledger, inner: Any, store: dist.Store | None = None) -> None:
         """store: of this group alone, where ranks write down which barrier they have come to."""
         super().__init__(inner.rank(), inner.size())
+        self._ledger, self._inner = ledger, inner
         self._store, self._barriers = store, 0
-        self._ledger = ledger
-        self._inner: Any = inner  # torch's type stubs leave its collectives out
-        self._name, self._desc = "", ""
+        self._desc = ""
         self._over_gloo = isinstance(inner, dist.ProcessGroupGloo)
-        native = None if isinstance(inner, dist.ProcessGroup) else inner  # a group written in Python is no Backend to torch
+        native = inner if self._over_gloo else None  # the others are no Backend to torch
         self._register_backend(torch.device(self.device_type), dist.ProcessGroup.BackendType.CUSTOM, native)
         self._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
         self._group = Group("", inner.rank(), inner.size())
@@ -143,32 +144,34 @@ class MeteredGroup(dist.ProcessGroup):
         return NAME
 
     def _set_group_name(self, name: str) -> None:
-        self._name = name
-        self._group = Group(name, self._inner.rank(), self._inner.size(), self._group.axis)
+        self._group = replace(self._group, name=name)
 
     @property
     def group_name(self) -> str:  # type: ignore[override]
-        return self._name
+        return self._group.name
 
     def _set_group_desc(self, desc: str) -> None:
         self._desc = desc
-        self._group = Group(self._name, self._inner.rank(), self._inner.size(), axis_of(desc))
+        self._group = replace(self._group, axis=axis_of(desc))
 
     @property
     def group_desc(self) -> str:  # type: ignore[override]
         return self._desc
 
-    def _metered(self, op: str, message_bytes: int, issue: Callable[[], dist.Work], root: int = 0, opts: Any = None) -> dist.Work:
+    def _entered(
+        self, op: str, tensors: Any, issue: Callable[..., dist.Work], arguments: Sequence[Any], opts: Any, peer: int = 0
+    ) -> dist.Work:
+        """The Work of `issue`, which is called with `arguments` and `opts` (if any). tensors: what the message consists of."""
         issued = time.perf_counter()
-        total = self._ledger.enter(op, message_bytes, self._group, root)
-        work = issue()
+        total = self._ledger.enter(op, bytes_of(tensors), self._group, getattr(opts, "rootRank", peer))
+        work = issue(*arguments) if opts is None else issue(*arguments, opts)
         if not getattr(opts, "asyncOp", True):  # the caller will wait at once: here no other thread need wake up to note it
             work.wait()
             self._ledger.completed(total, issued)
             return work
         # Holds the ledger only: gloo's thread drops it, late, and as the last holder of a group would have to join itself.
-        done = partial(_completed, self._ledger, total, issued)
-        if op == "reduce_scatter" and self._over_gloo:  # which gives it no future, and takes its time to say so
+        done = partial(note_completion, self._ledger, total, issued)
+        if op in ("send", "recv") or (op == "reduce_scatter" and self._over_gloo):  # which gloo gives no future
             return _WaitedWork([work], done)
         try:
             work.get_future().add_done_callback(done)
@@ -179,32 +182,28 @@ class MeteredGroup(dist.ProcessGroup):
     # -- collectives: arguments as c10d passes them (lists of tensors, options) -----------------------------------------
 
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
-        opts = opts if opts is not None else dist.AllreduceOptions()
-        return self._metered("all_reduce", _bytes(tensors), lambda: self._inner.allreduce(tensors, opts), opts=opts)
+        return self._entered("all_reduce", tensors, self._inner.allreduce, (tensors,), opts or dist.AllreduceOptions())
 
     def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> dist.Work:
-        opts = opts if opts is not None else dist.AllreduceCoalescedOptions()
-        return self._metered("all_reduce", _bytes(tensors), lambda: self._inner.allreduce_coalesced(tensors, opts))
+        opts = opts or dist.AllreduceCoalescedOptions()
+        return self._entered("all_reduce", tensors, self._inner.allreduce_coalesced, (tensors,), opts)
 
     def broadcast(self, tensors: Any, opts: Any) -> dist.Work:
-        return self._metered("broadcast", _bytes(tensors), lambda: self._inner.broadcast(tensors, opts), opts.rootRank, opts)
+        return self._entered("broadcast", tensors, self._inner.broadcast, (tensors,), opts)
 
     def reduce(self, tensors: Any, opts: Any) -> dist.Work:
-        return self._metered("reduce", _bytes(tensors), lambda: self._inner.reduce(tensors, opts), opts.rootRank, opts)
+        return self._entered("reduce", tensors, self._inner.reduce, (tensors,), opts)
 
     def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
-        opts = opts if opts is not None else AllgatherOptions()
-        return self._metered("all_gather", _bytes(inputs), lambda: self._inner.allgather(outputs, inputs, opts), opts=opts)
+        return self._entered("all_gather", inputs, self._inner.allgather, (outputs, inputs), opts or AllgatherOptions())
 
     def _allgather_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
-        opts = opts if opts is not None else AllgatherOptions()
-        return self._metered("all_gather", _bytes(input), lambda: self._inner._allgather_base(output, input, opts), opts=opts)
+        return self._entered("all_gather", input, self._inner._allgather_base, (output, input), opts or AllgatherOptions())
 
     all_gather_single = _allgather_base
 
     def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
-        opts = opts if opts is not None else AllgatherOptions()
-        return self._metered("all_gather", _bytes(inputs), lambda: self._inner.allgather_coalesced(outputs, inputs, opts))
+        return self._entered("all_gather", inputs, self._inner.allgather_coalesced, (outputs, inputs), opts or AllgatherOptions())
 
     def allgather_into_tensor_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         return _WaitedWork([self._allgather_base(o, i, opts) for o, i in zip(outputs, inputs, strict=True)])
@@ -212,12 +211,12 @@ class MeteredGroup(dist.ProcessGroup):
     all_gather_single_coalesced = allgather_into_tensor_coalesced
 
     def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
-        opts = opts if opts is not None else dist.ReduceScatterOptions()
-        return self._metered("reduce_scatter", _bytes(inputs), lambda: self._inner.reduce_scatter(outputs, inputs, opts))
+        opts = opts or dist.ReduceScatterOptions()
+        return self._entered("reduce_scatter", inputs, self._inner.reduce_scatter, (outputs, inputs), opts)
 
     def _reduce_scatter_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
-        opts = opts if opts is not None else dist.ReduceScatterOptions()
-        return self._metered("reduce_scatter", _bytes(input), lambda: self._inner._reduce_scatter_base(output, input, opts))
+        opts = opts or dist.ReduceScatterOptions()
+        return self._entered("reduce_scatter", input, self._inner._reduce_scatter_base, (output, input), opts)
 
     reduce_scatter_single = _reduce_scatter_base
 
@@ -227,27 +226,21 @@ class MeteredGroup(dist.ProcessGroup):
     reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced
 
     def alltoall_base(self, output: Any, input: Any, output_sizes: Any, input_sizes: Any, opts: Any = None) -> dist.Work:
-        opts = opts if opts is not None else AllToAllOptions()
-        return self._metered(
-            "all_to_all",
-            _bytes(input),
-            lambda: self._inner.alltoall_base(output, input, output_sizes, input_sizes, opts),
-        )
+        arguments = output, input, output_sizes, input_sizes
+        return self._entered("all_to_all", input, self._inner.alltoall_base, arguments, opts or AllToAllOptions())
 
     all_to_all_single = alltoall_base
 
     def alltoall(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
-        opts = opts if opts is not None else AllToAllOptions()
-        return self._metered("all_to_all", _bytes(inputs), lambda: self._inner.alltoall(outputs, inputs, opts))
+        return self._entered("all_to_all", inputs, self._inner.alltoall, (outputs, inputs), opts or AllToAllOptions())
 
     def gather(self, outputs: Any, inputs: Any, opts: Any) -> dist.Work:
-        return self._metered("gather", _bytes(inputs), lambda: self._inner.gather(outputs, inputs, opts), opts.rootRank)
+        return self._entered("gather", inputs, self._inner.gather, (outputs, inputs), opts)
 
     def scatter(self, outputs: Any, inputs: Any, opts: Any) -> dist.Work:
-        return self._metered("scatter", _bytes(outputs), lambda: self._inner.scatter(outputs, inputs, opts), opts.rootRank)
+        return self._entered("scatter", outputs, self._inner.scatter, (outputs, inputs), opts)
 
     def barrier(self, opts: Any = None) -> dist.Work:
-        opts = opts if opts is not None else dist.BarrierOptions()
         self._barriers += 1
         number, begun_s = self._barriers, time.monotonic()
         if self._store is not None:
@@ -263,7 +256,10 @@ class MeteredGroup(dist.ProcessGroup):
                 f"{', '.join(f'rank {rank}' for rank in missing)}; are they alive, and does each call it?"
             )
 
-        return self._metered("barrier", 0, lambda: _Barrier(self._inner.barrier(opts), explained), opts=opts)
+        def issue(options: Any) -> dist.Work:
+            return _Barrier(self._inner.barrier(options), explained)
+
+        return self._entered("barrier", (), issue, (), opts or dist.BarrierOptions())
 
     def _not_come_to(self, barrier: int) -> list[int]:
         """Ranks of this group, as far as the store can be asked."""
@@ -282,15 +278,11 @@ class MeteredGroup(dist.ProcessGroup):
     # -- point to point --------------------------------------------------------------------------------------------------
 
     def send(self, tensors: Any, peer: int, tag: int) -> dist.Work:
-        issued = time.perf_counter()
-        total = self._ledger.enter("send", _bytes(tensors), self._group, peer)
-        return _WaitedWork([self._inner.send(tensors, peer, tag)], partial(_completed, self._ledger, total, issued))
+        return self._entered("send", tensors, self._inner.send, (tensors, peer, tag), None, peer)
 
     def recv(self, tensors: Any, peer: int, tag: int) -> dist.Work:
-        issued = time.perf_counter()
-        total = self._ledger.enter("recv", _bytes(tensors), self._group, peer)
-        return _WaitedWork([self._inner.recv(tensors, peer, tag)], partial(_completed, self._ledger, total, issued))
+        return self._entered("recv", tensors, self._inner.recv, (tensors, peer, tag), None, peer)
 
     def recv_anysource(self, tensors: Any, tag: int) -> dist.Work:
-        self._ledger.enter("recv", _bytes(tensors), self._group)  # no seconds: only gloo's own Work knows the source
+        self._ledger.enter("recv", bytes_of(tensors), self._group)  # no seconds: only gloo's own Work knows the source
         return self._inner.recv_anysource(tensors, tag)

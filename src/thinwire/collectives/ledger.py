@@ -1,4 +1,4 @@
-"""The ledger: what was really sent. It is written by whoever issues a collective and knows nothing of predictions.
+"""The ledger: what was really sent. Whoever issues a collective writes it; it knows nothing of predictions.
 
 Calls are summed by (label, axis, op, message bytes); two snapshots subtract, so any stretch of a run can be read.
 """
@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from thinwire.collectives.wire import sent_bytes
@@ -99,22 +99,7 @@ class Ledger:
 
     def entries(self, rank: int) -> list[dict[str, Any]]:
         """All totals as flat rows for the run folder."""
-        return [
-            {
-                "rank": rank,
-                "label": call.label,
-                "axis": call.axis,
-                "op": call.op,
-                "world_size": call.world_size,
-                "message_bytes": call.message_bytes,
-                "calls": total.calls,
-                "wire_bytes": total.wire_bytes,
-                "seconds": total.seconds,
-                "first_step": total.first_step,
-                "last_step": total.last_step,
-            }
-            for call, total in self.snapshot().items()
-        ]
+        return [{"rank": rank, **asdict(call), **asdict(total)} for call, total in self.snapshot().items()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,11 @@
 A group whose ranks are all on one host has NCCL's own collectives: in there NCCL knows the links better. In a group over several
 hosts they are chosen as on CPUs; NCCL's own are among what is measured, and stay unless a schedule is faster.
 
-The host only tells the device what to do. A schedule runs on a stream of the group's own, behind all that the caller's stream had
-been told before; whoever waits makes his own stream wait. Seconds in the ledger are those of telling. NCCL's messages have no
-tags (`run.together`); what the ranks say to each other goes over gloo.
+The host only enqueues work on the device. A schedule runs on a stream of the group's own, behind all that the caller's stream had
+been given before; whoever waits makes his own stream wait. Seconds in the ledger are those of enqueueing. NCCL's messages have no
+tags (`run.compiler`); agreements go over gloo.
 
-Ranks that part ways are found as on CPUs where they have not agreed yet, and else by NCCL's watchdog, after the group's time-out.
+Ranks whose calls differ are found as on CPUs where they have not agreed yet, and else by NCCL's watchdog, after the time-out.
 """
 # mypy: disable-error-code="override,attr-defined,no-untyped-call"
 
@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from thinwire.collectives.backend import NAME, MeteredGroup
 from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.run.links import Links, Place
+from thinwire.collectives.run.transport import Place, Transport
 from thinwire.collectives.scheduled import ScheduledGroup
 from thinwire.collectives.tuned.tuner import Tuner
 from thinwire.errors import UserError
@@ -37,12 +37,12 @@ def register_nccl(ledger: Ledger, tuner: Tuner | None, name: str = NAME) -> None
     if not (torch.cuda.is_available() and dist.is_nccl_available()):
         raise UserError(f"inner = 'nccl': torch {torch.__version__} has no CUDA device or no NCCL here; use inner = 'gloo'")
 
-    def create(told: Any, _options: Any = None) -> MeteredGroup:
-        place = Place.told(told)
-        inner = _group(told.store, place.rank, place.size, place.timeout)
+    def create(options: Any, _backend_options: Any = None) -> MeteredGroup:
+        place = Place.from_options(options)
+        inner = _group(options.store, place.rank, place)
         if tuner is None or on_one_host(place):
             return MeteredNccl(ledger, inner)
-        return ScheduledNccl(ledger, inner, place, NcclLinks(place, torch.device("cuda", torch.cuda.current_device())), tuner)
+        return ScheduledNccl(ledger, inner, NcclTransport(place), place, tuner)
 
     dist.Backend.register_backend(name, create, extended_api=True, devices=["cuda"])
 
@@ -53,31 +53,32 @@ def on_one_host(place: Place, host: str = "") -> bool:
     return len({place.store.get(f"host/{rank}") for rank in range(place.size)}) == 1
 
 
-class NcclLinks:
-    """`run.links.Links`."""
+class NcclTransport(Transport):
+    """On the current CUDA device."""
 
     most_tag = 0
 
-    def __init__(self, place: Place, device: torch.device) -> None:
-        self._place, self.device, self._made = place, device, list[Any]()
+    def __init__(self, place: Place) -> None:
+        self._place, self._made = place, list[Any]()
+        self.device = torch.device("cuda", torch.cuda.current_device())
         self.name = f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
-        self.talk = dist.ProcessGroupGloo(dist.PrefixStore("talk", place.store), place.rank, place.size, place.timeout)
+        self.control = dist.ProcessGroupGloo(dist.PrefixStore("control", place.store), place.rank, place.size, place.timeout)
 
-    def join(self, name: str, order: Sequence[int]) -> Any:
-        place = self._place
-        self._made.append(_group(dist.PrefixStore(name, place.store), order.index(place.rank), place.size, place.timeout))
+    def new_group(self, name: str, order: Sequence[int]) -> Any:
+        store = dist.PrefixStore(name, self._place.store)
+        self._made.append(_group(store, order.index(self._place.rank), self._place))
         return self._made[-1]
 
-    def cut(self) -> None:
+    def abort(self) -> None:
         for group in self._made:
             group.abort()
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
 
 
 class Launched(dist._Work):
-    """What the device has been told to do on `stream`. held: what must live until somebody waits."""
+    """What was enqueued on `stream`. held: what must live until somebody waits."""
 
     def __init__(self, stream: torch.cuda.Stream, tensors: list[torch.Tensor], held: Any) -> None:
         super().__init__()
@@ -109,27 +110,27 @@ class ScheduledNccl(ScheduledGroup):
 
     device_type = "cuda"
 
-    def __init__(self, ledger: Ledger, inner: Any, place: Place, links: Links, tuner: Tuner) -> None:
-        super().__init__(ledger, inner, place, links, tuner)
-        self._stream = torch.cuda.Stream(links.device)
+    def __init__(self, ledger: Ledger, inner: Any, transport: Transport, place: Place, tuner: Tuner) -> None:
+        super().__init__(ledger, inner, transport, place, tuner)
+        self._stream = torch.cuda.Stream(transport.device)
 
     def _submit(self, what: str, job: Callable[[], None], tensors: list[torch.Tensor], blocking: bool) -> dist.Work:
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(stream.device))
 
-        def tell() -> None:
+        def enqueue() -> None:
             with torch.cuda.stream(stream):
                 job()
 
-        self._engine.submit(what, tell, tensors, blocking=True).wait()
+        self._engine.submit(what, enqueue, tensors, blocking=True).wait()
         return Launched(stream, tensors, job)
 
 
-def _group(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
+def _group(store: dist.Store, rank: int, place: Place) -> Any:
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    group = dist.ProcessGroup(store, rank, size)
-    nccl = dist.ProcessGroupNCCL(store, rank, size, options)
+    options._timeout = place.timeout
+    group = dist.ProcessGroup(store, rank, place.size)
+    nccl = dist.ProcessGroupNCCL(store, rank, place.size, options)
     group._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, nccl)
     group._set_default_backend(dist.ProcessGroup.BackendType.NCCL)
     return group

@@ -19,19 +19,8 @@ from thinwire.errors import UserError
 Flow = tuple[int, int, int]
 """(source, target, payload bytes), positions in the group."""
 
-OPS = (
-    "all_reduce",
-    "reduce_scatter",
-    "all_gather",
-    "all_to_all",
-    "broadcast",
-    "reduce",
-    "gather",
-    "scatter",
-    "send",
-    "recv",
-    "barrier",
-)
+COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast", "reduce", "gather", "scatter")
+OPS = (*COLLECTIVES, "send", "recv", "barrier")
 
 
 @lru_cache(maxsize=4096)

@@ -8,13 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from command import TINY_RUN
 from thinwire.collectives.backend import ALL_GATHER, REDUCE_SCATTER
 from thinwire.collectives.ledger import Ledger, difference
-from thinwire.config.run import RunConfig
-from thinwire.record import RunFolder
-from thinwire.train.runtime import Environment, StopRequest
-from thinwire.train.worker import Rank, train_as
 
 
 def refused(call: Callable[[], object]) -> str:
@@ -56,6 +51,12 @@ def every_call(ledger: Ledger) -> dict[Any, tuple[int, int]]:
 
 def train(ledger: Ledger, folder: Path) -> tuple[list[float], list[float]]:
     """A small run to its end, with checkpoints. Its losses and its scores."""
+    from command import TINY_RUN
+    from thinwire.config.run import RunConfig
+    from thinwire.record import RunFolder
+    from thinwire.train.runtime import Environment, StopRequest
+    from thinwire.train.worker import Rank, train_as
+
     content = tomllib.loads(TINY_RUN)
     content["data"] = {"source": str(folder / "text.txt"), "cache": str(folder / "cache")}
     content["train"] |= {"steps": 12, "eval_every": 4, "checkpoint_every": 5, "dtype": "float32", "run": str(folder / "run")}

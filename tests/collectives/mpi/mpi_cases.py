@@ -1,9 +1,9 @@
 """What the ranks do that mpiexec starts for the tests: every case, one after another, on each rank; outcomes go to a file.
 
-    mpiexec -n 4 python mpi_cases.py FOLDER
+    mpiexec -n 4 python mpi_cases.py FOLDER case|long_case
 
-A case is a function whose name begins with `case_`; what it returns or raises is read by test_mpi_group.py. Those of
-mpi_scheduled.py come last.
+A case is a function whose name begins with `case_`, or `long_case_` if it belongs to the tests marked long; what it returns or
+raises is read by test_mpi_group.py. Those of mpi_scheduled.py come last.
 """
 
 import inspect
@@ -20,9 +20,7 @@ import mpi_scheduled
 import torch
 import torch.distributed as dist
 from mpi_calls import every_call, refused, train
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _coalescing_manager
-from torch.distributed.fsdp import fully_shard
 
 from thinwire.collectives.backend import ALL_GATHER, REDUCE_SCATTER
 from thinwire.collectives.ledger import Ledger
@@ -169,14 +167,21 @@ def case_a_group_is_made_while_a_collective_waits() -> None:
         assert (total == 2 * P).all()
 
 
-def case_reducing_ops_equal_a_reference() -> None:
+def case_ops_equal_a_reference() -> None:
+    group = groups()[-1]
+    for seed, dtype in enumerate((torch.float32, torch.bfloat16, torch.int64, torch.bool)):
+        reducing(Draw(seed, group), group, dtype)
+        moving(Draw(seed, group), group, dtype)
+
+
+def long_case_reducing_ops_equal_a_reference() -> None:
     for group in groups():
         for seed in range(3):
             for dtype in REDUCED:
                 reducing(Draw(seed, group), group, dtype)
 
 
-def case_moving_ops_equal_a_reference() -> None:
+def long_case_moving_ops_equal_a_reference() -> None:
     for group in groups():
         for seed in range(2):
             for dtype in MOVED:
@@ -336,7 +341,10 @@ def case_a_rank_that_does_not_come_is_waited_for_in_vain() -> list[str]:
     return said
 
 
-def case_frameworks_compute_what_one_process_computes() -> None:
+def long_case_frameworks_compute_what_one_process_computes() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     rank = dist.get_rank()
     inputs = torch.randn(P, 8, generator=torch.Generator().manual_seed(1))
 
@@ -356,16 +364,16 @@ def case_frameworks_compute_what_one_process_computes() -> None:
     sharded(inputs[rank : rank + 1]).square().mean().backward()
     for own, whole in zip(sharded.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(own.grad.full_tensor(), whole.grad)
-    told: list[Any] = [None] * P
-    dist.all_gather_object(told, {"rank": rank, "text": "x" * rank})
-    assert told == [{"rank": index, "text": "x" * index} for index in range(P)]
+    gathered: list[Any] = [None] * P
+    dist.all_gather_object(gathered, {"rank": rank, "text": "x" * rank})
+    assert gathered == [{"rank": index, "text": "x" * index} for index in range(P)]
 
 
 def case_the_ledger_enters_every_call() -> Any:
     return every_call(LEDGER)
 
 
-def case_a_training(folder: Path) -> Any:
+def long_case_a_training(folder: Path) -> Any:
     return train(LEDGER, folder)
 
 
@@ -376,9 +384,9 @@ def main() -> None:
     torch.set_num_threads(1)
     outcomes: dict[str, tuple[bool, Any]] = {}
     with process_group(LEDGER, timeout_s=20):
-        rank, folder = dist.get_rank(), Path(sys.argv[1])
+        rank, folder, prefix = dist.get_rank(), Path(sys.argv[1]), f"{sys.argv[2]}_"
         for name, case in [*globals().items(), *vars(mpi_scheduled).items()]:
-            if name.startswith("case_"):
+            if name.startswith(prefix):
                 begun = time.monotonic()
                 try:
                     outcomes[name] = (True, case(folder) if inspect.signature(case).parameters else case())

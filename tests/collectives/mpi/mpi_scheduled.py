@@ -9,11 +9,10 @@ import torch
 import torch.distributed as dist
 from mpi_calls import refused
 
-from fixed_schedules import Fixed, alone, digests, everything, fixed, group_of, sent_of_an_all_reduce
+from fixed_schedules import Fixed, alone, digests, everything, fixed, group_of, quick, sent_of_an_all_reduce
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.mpi.start import Mpi
 from thinwire.collectives.run import engine
-from thinwire.collectives.tuned import tuner as tuner_module
 from thinwire.collectives.tuned.cache import Cache
 from thinwire.collectives.tuned.tuner import Tuner
 
@@ -33,9 +32,17 @@ def zeros(n: int) -> torch.Tensor:
 
 
 def case_scheduled_ops_equal_a_reference() -> None:
+    equal_a_reference(torch.float32)
+
+
+def long_case_scheduled_ops_of_other_types_equal_a_reference() -> None:
+    equal_a_reference(torch.bfloat16, torch.int64)
+
+
+def equal_a_reference(*dtypes: torch.dtype) -> None:
     for reordered in (False, True):
         group = scheduled(fixed(reordered))
-        for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        for dtype in dtypes:
             expected = alone(dist.get_rank(), dist.get_world_size(), dtype)
             for name, found in everything(group, dtype).items():
                 assert torch.equal(found, expected[name]), (name, dtype, reordered, found, expected[name])
@@ -66,7 +73,7 @@ def case_scheduled_calls_keep_their_order_beside_native_ones() -> None:
     assert all((native == 6).all() for native in natives)
 
 
-def case_frameworks_train_on_schedules() -> None:
+def long_case_frameworks_train_on_schedules() -> None:
     rank, p = dist.get_rank(), dist.get_world_size()
     inputs = torch.randn(p, 8, generator=torch.Generator().manual_seed(1))
 
@@ -83,21 +90,21 @@ def case_frameworks_train_on_schedules() -> None:
 
 
 def case_what_is_measured_is_the_same_on_all_ranks(folder: Path) -> list[Any]:
-    said: list[str] = []
+    lines: list[str] = []
     advisor = Fixed()
     chosen = []
-    tuner_module.STALE = float("inf")  # whatever else the machine does meanwhile
-    for _ in range(2):  # the second time from the file
-        tuner = Tuner(advisor, Cache(folder / "cluster.collectives.json"), say=said.append)
-        dist.all_reduce(zeros(3000), group=scheduled(tuner))
-        chosen.append([way.name for way in tuner.chosen.values()])
-        dist.barrier()
-    return [chosen, len(said), advisor.asked]
+    with quick():
+        for _ in range(2):  # the second time from the file
+            tuner = Tuner(advisor, Cache(folder / "cluster.collectives.json"), report=lines.append)
+            dist.all_reduce(zeros(3000), group=scheduled(tuner))
+            chosen.append([one.name for one in tuner.chosen.values()])
+            dist.barrier()
+    return [chosen, len(lines), advisor.asked]
 
 
 def case_a_mismatch_of_schedules_is_named() -> list[str]:
     rank = dist.get_rank()
-    engine.LOOK_S, begun = 0.5, time.monotonic()
+    engine.CHECK_AFTER_S, begun = 0.5, time.monotonic()
     first = scheduled(fixed())
     said = [refused(lambda: dist.all_reduce(zeros(3 if rank == 1 else 8), group=first))]
     known = scheduled(fixed())
@@ -136,7 +143,7 @@ def join_late(group: Any) -> None:
     mpi().engine.call(lambda: comm.Iallgather(table[0].copy(), table).Wait(), "joining late", 20)
 
 
-def case_a_rank_that_does_not_run_a_schedule_is_waited_for_in_vain() -> str:
+def long_case_a_rank_that_does_not_run_a_schedule_is_waited_for_in_vain() -> str:
     group = scheduled(fixed(), timeout_s=1)
     dist.all_reduce(zeros(8), group=group)
     said = ""

@@ -15,6 +15,7 @@ from thinwire.errors import UserError
 PROGRAM = Path(__file__).with_name("mpi_init.py")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(bool(MISSING), reason=MISSING)
 @pytest.mark.timeout(120)
 def test_ranks_of_mpiexec_train_on_schedules_and_end(tmp_path: Path) -> None:
@@ -23,7 +24,7 @@ def test_ranks_of_mpiexec_train_on_schedules_and_end(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     found: list[dict[str, Any]] = [json.loads((tmp_path / f"found-{rank}").read_text()) for rank in range(2)]
     assert found[0] == found[1] and found[0]["size"] == 2
-    assert set(found[0]["ways"]) - {"native"} and found[0]["sent"] == 4 * 4160
+    assert set(found[0]["chosen"]) - {"native"} and found[0]["sent"] == 4 * 4160
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""torch.distributed over MPI, on four ranks that a real mpiexec has started: one launch makes every case of mpi_cases.py."""
+"""torch.distributed over MPI, on four ranks that a real mpiexec has started.
+
+One launch runs every short case of mpi_cases.py, another the long ones.
+"""
 
 import pickle
 import re
@@ -14,10 +17,12 @@ from fixed_schedules import digests, fixed, group_of
 from launched import MISSING, environment, mpiexec
 from pool import Pool, Rank
 
-pytestmark = [pytest.mark.skipif(bool(MISSING), reason=MISSING), pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.skipif(bool(MISSING), reason=MISSING), pytest.mark.timeout(300)]
 PROGRAM = Path(__file__).parent / "mpi_cases.py"
 SOURCES = [PROGRAM, PROGRAM.with_name("mpi_scheduled.py")]
-CASES = [name for source in SOURCES for name in re.findall(r"^def (case_\w+)", source.read_text(encoding="utf-8"), re.M)]
+FOUND = [name for source in SOURCES for name in re.findall(r"^def (\w+)", source.read_text(encoding="utf-8"), re.M)]
+CASES = [name for name in FOUND if name.startswith("case_")]
+LONG_CASES = [name for name in FOUND if name.startswith("long_case_")]
 
 Outcomes = Callable[[str], list[Any]]
 
@@ -25,9 +30,18 @@ Outcomes = Callable[[str], list[Any]]
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """A case's name -> what it returned on each rank; fails where it raised."""
-    folder = tmp_path_factory.mktemp("mpi")
-    command = [mpiexec(), "-n", "4", sys.executable, str(PROGRAM), str(folder)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    return launched(tmp_path_factory.mktemp("mpi"), "case", CASES)
+
+
+@pytest.fixture(scope="module")
+def long_outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """The same for long cases."""
+    return launched(tmp_path_factory.mktemp("mpi"), "long_case", LONG_CASES)
+
+
+def launched(folder: Path, kind: str, names: list[str]) -> Outcomes:
+    command = [mpiexec(), "-n", "4", sys.executable, str(PROGRAM), str(folder), kind]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=False)
     print(done.stdout)
     files = [folder / f"outcomes-{rank}" for rank in range(4)]
     assert all(file.exists() for file in files), done.stdout + done.stderr
@@ -39,7 +53,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
             assert good, f"rank {rank}: {value}"
         return [cases[case][1] for cases in by_rank]
 
-    of(CASES[-1])
+    of(names[-1])
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return of
@@ -48,6 +62,12 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 @pytest.mark.parametrize("case", CASES)
 def test_case(outcomes: Outcomes, case: str) -> None:
     outcomes(case)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", LONG_CASES)
+def test_long_case(long_outcomes: Outcomes, case: str) -> None:
+    long_outcomes(case)
 
 
 def test_all_ranks_say_who_differs(outcomes: Outcomes) -> None:
@@ -98,8 +118,9 @@ def test_the_ledger_is_that_of_gloo(outcomes: Outcomes, ranks4: Pool) -> None:
     assert all(len(entries) >= 9 for entries in over_mpi)
 
 
-def test_a_training_learns_what_it_learns_over_gloo(outcomes: Outcomes, ranks4: Pool, tmp_path: Path) -> None:
-    losses, scores = outcomes("case_a_training")[0]
+@pytest.mark.long
+def test_a_training_learns_what_it_learns_over_gloo(long_outcomes: Outcomes, ranks4: Pool, tmp_path: Path) -> None:
+    losses, scores = long_outcomes("long_case_a_training")[0]
     expected = ranks4.run(call_them, "train", tmp_path)[0]
     assert len(losses) == 12 and len(scores) == 3
     assert losses == pytest.approx(expected[0], abs=1e-5) and scores == pytest.approx(expected[1], abs=1e-5)
@@ -131,6 +152,7 @@ def test_ranks_that_part_ways_are_named_by_all(outcomes: Outcomes) -> None:
         assert "rank 2 broadcast of 8 float32 from rank 0 of the group, rank 3 broadcast of 4 float32" in moved_on
 
 
-def test_a_rank_that_runs_no_schedule_is_missed(outcomes: Outcomes) -> None:
-    for rank, line in enumerate(outcomes("case_a_rank_that_does_not_run_a_schedule_is_waited_for_in_vain")[:3]):
+@pytest.mark.long
+def test_a_rank_that_runs_no_schedule_is_missed(long_outcomes: Outcomes) -> None:
+    for rank, line in enumerate(long_outcomes("long_case_a_rank_that_does_not_run_a_schedule_is_waited_for_in_vain")[:3]):
         assert line.startswith(f"UserError: rank {rank}: all_reduce (sum) of 8 float32 failed after 1.") and "timed out" in line

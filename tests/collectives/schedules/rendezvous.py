@@ -14,9 +14,8 @@ from random import Random
 
 import numpy as np
 
-from thinwire.collectives.run.compiler import compile_for, in_place
-from thinwire.collectives.run.instructions import Add, Arrive, Copy, Expect, Leave, Piece, Send, Together
-from thinwire.collectives.run.together import compile_together
+from thinwire.collectives.run.compiler import compile_for, compile_without_tags, in_place
+from thinwire.collectives.run.instructions import Combine, Copy, Piece, StartBatch, StartReceive, StartSend, WaitReceive, WaitSend
 from thinwire.collectives.schedules import ops
 from thinwire.collectives.schedules.schedule import Schedule
 
@@ -26,7 +25,7 @@ Memory = tuple[np.ndarray, np.ndarray, np.ndarray]
 def run(schedule: Schedule, inputs: Sequence[np.ndarray], sizes: Sequence[int], seed: int, ahead: int) -> list[np.ndarray | None]:
     """The output of each rank, None where nothing is due at it. ahead = 0: where messages have no tags."""
     random = Random(seed)
-    compiled = partial(compile_for, ahead=ahead) if ahead else compile_together
+    compiled = partial(compile_for, ahead=ahead) if ahead else compile_without_tags
     programs = [compiled(schedule, rank, sizes) for rank in range(schedule.p)]
     memories: list[Memory] = []
     for rank, program in enumerate(programs):
@@ -55,17 +54,18 @@ def run(schedule: Schedule, inputs: Sequence[np.ndarray], sizes: Sequence[int], 
         return message in over
 
     def ready(rank: int) -> bool:
-        match programs[rank].instructions[at[rank]]:
-            case Arrive(message) | Leave(message):
+        instruction = programs[rank].instructions[at[rank]]
+        match instruction:
+            case WaitReceive(message) | WaitSend(message):
                 return all([goes(other) for other in group_of.get((rank, message), (message,))])
-            case Together():
+            case StartBatch():
                 return all([goes(other) for other in last.get(rank, ())])
         return True
 
-    def begin(rank: int, part: Send | Expect) -> None:
-        if isinstance(part, Send):
-            assert part.what.buffer != 2 or part.what.last <= programs[rank].lengths[2]
-            sent[part.message] = rank, part.what
+    def begin(rank: int, part: StartSend | StartReceive) -> None:
+        if isinstance(part, StartSend):
+            assert part.source.buffer != 2 or part.source.last <= programs[rank].lengths[2]
+            sent[part.message] = rank, part.source
         else:
             view(rank, part.into)[:] = 55
             expected[part.message] = rank, part.into
@@ -75,17 +75,17 @@ def run(schedule: Schedule, inputs: Sequence[np.ndarray], sizes: Sequence[int], 
         assert able, "the ranks wait for each other"
         rank = random.choice(able)
         match programs[rank].instructions[at[rank]]:
-            case Send() | Expect() as part:
+            case StartSend() | StartReceive() as part:
                 begin(rank, part)
-            case Together(parts):
+            case StartBatch(parts):
                 last[rank] = tuple(part.message for part in parts)
                 for part in parts:
                     group_of[rank, part.message] = last[rank]
                     begin(rank, part)
-            case Add(into, a, b):
+            case Combine(into, a, b):
                 view(rank, into)[:] = view(rank, a) + view(rank, b)
-            case Copy(into, what):
-                view(rank, into)[:] = view(rank, what)
+            case Copy(into, source):
+                view(rank, into)[:] = view(rank, source)
         at[rank] += 1
     assert all(message in over for message in sent)
     assert ahead or by_pair(schedule, sent) == by_pair(schedule, expected)

@@ -16,13 +16,13 @@ from thinwire.cluster import load_cluster
 from thinwire.collectives.choose.call import collective_call
 from thinwire.collectives.choose.costs import Costs
 from thinwire.collectives.run.engine import Engine
-from thinwire.collectives.run.links import Place
+from thinwire.collectives.run.transport import Place
 from thinwire.collectives.scheduled import register_scheduled
 from thinwire.collectives.schedules.orders import ring_order
 from thinwire.collectives.tuned.advice import Advisor
 from thinwire.collectives.tuned.carrier import predicted_s
+from thinwire.collectives.tuned.implementation import NATIVE, Call, Implementation, example, perform
 from thinwire.collectives.tuned.tuner import Tuner, size_class
-from thinwire.collectives.tuned.way import NATIVE, Call, Way, example, perform
 
 TIMEOUT_S = 300.0
 BACK_TO_BACK = 16
@@ -56,7 +56,7 @@ def measure_case(case, rank, native, pause, engine):
     barrier = partial(dist.barrier, group=pause)
     contenders = {"native": partial(issue, call, native), "ours": partial(issue, call, ours)}
     if ordered:
-        way = Way("native reordered", None, ring_order(rank.cluster))
+        way = Implementation("native reordered", None, ring_order(rank.cluster))
         contenders["ordered"] = lambda: engine.ask("a reordered collective", partial(perform, way, call, engine))
     for run in contenders.values():
         run()
@@ -73,7 +73,7 @@ def measure_case(case, rank, native, pause, engine):
 
     found = {"turns": take_turns(lambda run: mean_s(run, repeats, barrier))}
     found["back_to_back"] = take_turns(back_to_back_s) if short else {}
-    way = ours._ways[op, size_class(call.message_bytes), 0]
+    way = ours._decided[op, size_class(call.message_bytes), 0]
     found["algorithm"] = way.name
     if rank.place.rank == 0:
         asked = collective_call(rank.cluster, op, call.message_bytes)

@@ -136,7 +136,7 @@ def measure(rank):
         "card_bytes": {name: one.card_bytes for name, one in contenders.items()},
         "late": dict(zip(contenders, late.tolist(), strict=True)),
         "apart": apart,
-        "chosen": {f"{op} 2^{size} B": way.name for (op, size, _), way in getattr(world, "_ways", {}).items()},
+        "chosen": {f"{op} 2^{size} B": one.name for (op, size, _), one in getattr(world, "_decided", {}).items()},
         "memory_bytes": compression.memory_bytes if compression else 0,
     }
 

@@ -1,11 +1,10 @@
 """torch.distributed over MPI, with PyTorch as it comes from PyPI: a c10d process group written in Python over mpi4py.
 
     library    find MPI, start it, end it
-    engine     the thread that moves every exchange on, and the Work that a caller waits for
+    engine     the thread that makes every exchange progress, and the Work that a caller waits for
     buffers    tensors as MPI sees them: bytes, counts, datatypes, reduction operations
     agreement  before data moves the ranks of a group compare what they are about to do
     group      the process group: c10d's calls as MPI's
-    links      the private groups in which schedules run
     start      the whole of it for a program that mpiexec has started
 
     mpiexec -n 4 python program.py, where the program says:

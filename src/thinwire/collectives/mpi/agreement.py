@@ -2,8 +2,8 @@
 
 MPI takes for granted that all ranks make the same call with the same sizes; where they do not it may wait for ever, or take one
 tensor's bytes for another's. So each collective begins with an all-gather of (op, type, values, root, reduction), and every rank
-comes to the same judgement on the same table: go on, or refuse with a line that names two ranks and what they called. After a
-refusal the group can still be used. The cost is one exchange of small messages before each collective.
+decides alike on the same table: go on, or raise an error that names two ranks and what they called. After that error the group
+can still be used. The cost is one exchange of small messages before each collective.
 """
 
 from collections.abc import Sequence
@@ -15,19 +15,9 @@ import torch
 
 from thinwire.collectives.mpi.buffers import NAMES
 from thinwire.collectives.mpi.engine import Steps
+from thinwire.collectives.wire import OPS
 from thinwire.errors import UserError
 
-OPS = (
-    "all_reduce",
-    "broadcast",
-    "reduce",
-    "all_gather",
-    "reduce_scatter",
-    "all_to_all",
-    "gather",
-    "scatter",
-    "barrier",
-)
 _TYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 
 
@@ -52,11 +42,11 @@ def agreed(comm: Any, call: Call, name: str) -> Steps:
     own = np.array(call.row(), dtype=np.int64)
     table = np.empty((comm.Get_size(), own.size), dtype=np.int64)
     yield [comm.Iallgather(own, table)]
-    odd = np.flatnonzero((table != table[0]).any(axis=1))
-    if odd.size:
+    others = np.flatnonzero((table != table[0]).any(axis=1))
+    if others.size:
         raise UserError(
             f"the ranks of group {name!r} do not make the same call: its rank 0 calls {_words(table[0])}, "
-            f"its rank {odd[0]} calls {_words(table[odd[0]])}; each must make the same calls in the same order"
+            f"its rank {others[0]} calls {_words(table[others[0]])}; each must make the same calls in the same order"
         )
 
 
@@ -79,8 +69,7 @@ def agreed_parts(comm: Any, sent: Sequence[int], received: Sequence[int], name: 
 def _words(row: Any) -> str:
     op, dtype, values, root, reduction = (int(number) for number in row)
     text = OPS[op]
-    if OPS[op] != "barrier":
-        count = f"{values} values" if values >= 0 else "values"
-        text += f" of {count} of {str(_TYPES[dtype]).removeprefix('torch.')}"
+    if text != "barrier":
+        text += f" of {f'{values} ' if values >= 0 else ''}values of {str(_TYPES[dtype]).removeprefix('torch.')}"
     text += f" with {NAMES[reduction]}" if reduction >= 0 else ""
     return text + (f" with root {root}" if root >= 0 else "")

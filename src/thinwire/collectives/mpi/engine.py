@@ -1,13 +1,13 @@
-"""The thread that starts MPI, moves every exchange on and ends MPI; and the Work that a caller waits for.
+"""The thread that starts MPI, makes every exchange progress and ends MPI; and the Work that a caller waits for.
 
-An exchange is a generator that begins requests of MPI and yields them; it goes on when they are complete, and has finished when
-it returns. MPI moves data only while somebody calls it, so the thread asks again and again, and sleeps in between: briefly at
-first, then up to LONGEST_PAUSE_S, during which the kernel's socket buffers take what arrives. With nothing on its way it waits
+An exchange is a generator that starts requests of MPI and yields them; it is resumed when they are complete, and is complete when
+it returns. MPI moves data only while somebody calls it, so the thread tests again and again, and sleeps in between: briefly at
+first, then up to LONGEST_PAUSE_S, during which the kernel's socket buffers take what arrives. With nothing under way it waits
 for the next order and costs nothing.
 
-A lane is the order of one group: of its collectives one is on its way at a time, the others queue. Sends and receives have
-no lane. One that has failed breaks its lane, as with every backend: what the other ranks have done by then is unknown. Orders
-that all ranks refuse in agreement break nothing.
+A lane is the queue of one group: of its collectives one is under way at a time. Sends and receives have no lane. One that has
+failed breaks its lane, as with every backend: what the other ranks have done by then is unknown. Calls that all ranks refuse in
+agreement break nothing.
 """
 
 import queue
@@ -15,20 +15,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 
+from thinwire.collectives.mpi.library import wait_for
 from thinwire.collectives.run.pending import Pending
 from thinwire.errors import UserError
 
-EAGER_LOOKS = 10
+EAGER_TESTS = 10
 FIRST_PAUSE_S = 20e-6
 LONGEST_PAUSE_S = 400e-6
-LAST_LOOKS_S = 1.0
+LAST_TESTS_S = 1.0
 
 Steps = Generator[list[Any], None, None]
 """Yields lists of requests; each is resumed when all of its requests are complete."""
@@ -74,45 +74,42 @@ class Receive:
 
 
 class Exchange:
-    """One order: its steps, the requests under way, and whom to tell. what: for messages, "all_reduce of 4 B"."""
+    """One call: its steps, the requests under way, its Work. what: for messages, such as "all_reduce of 4 B"."""
 
     def __init__(self, what: str, steps: Steps, work: MpiWork, lane: Lane, ordered: bool) -> None:
         self.what, self.work, self.lane, self.ordered = what, work, lane, ordered
         self._steps, self._pending = steps, list[Any]()
         self.deadline: float | None = None
 
-    def go_on(self) -> bool | None:
-        """None: nothing new; False: a step further; True: finished. Raises what went wrong."""
+    def advance(self) -> bool | None:
+        """None: nothing new; False: a step further; True: complete. Raises what went wrong."""
         if self.deadline is None:
             self.deadline = time.monotonic() + self.lane.timeout_s
         try:
-            if not self._complete():
-                if time.monotonic() > self.deadline:
-                    raise RuntimeError(f"timed out after {self.lane.timeout_s:g} s: another rank has not called it")
-                return None
-            self._pending = next(self._steps)
+            try:
+                self._pending = _incomplete(self._pending)
+            except Exception as error:  # one of MPI's, which the steps may know how to word
+                self._pending = self._steps.throw(error)
+            if not self._pending:
+                self._pending = next(self._steps)
+                return False
         except StopIteration:
             return True
-        return False
+        if time.monotonic() > self.deadline:
+            raise RuntimeError(f"timed out after {self.lane.timeout_s:g} s: another rank has not called it")
+        return None
 
     def give_up(self) -> None:
-        """Of one that has failed: nothing is to be received any more. MPI can take back no sends and no collectives."""
+        """After a failure: receive nothing any more. MPI can cancel no sends and no collectives."""
         for request in self._pending:
             if isinstance(request, Receive):
                 with suppress(Exception):  # it may be what has failed
                     request.cancel()
 
     def is_over(self) -> bool:
-        """Of one that has failed: has MPI no more to do with it? The other ranks may have come too late."""
+        """After a failure: whether MPI is through with it. The other ranks may have come too late."""
         with suppress(Exception):
-            self._pending = [request for request in self._pending if not request.Test()]
-        return not self._pending
-
-    def _complete(self) -> bool:
-        try:
-            self._pending = [request for request in self._pending if not request.Test()]
-        except Exception as error:  # one of MPI's, which the steps may know how to word
-            self._pending = self._steps.throw(error)
+            self._pending = _incomplete(self._pending)
         return not self._pending
 
 
@@ -120,7 +117,7 @@ class Engine:
     """One a process. `submit` and `call` may be used from any thread."""
 
     def __init__(self) -> None:
-        self._orders: queue.SimpleQueue[Exchange | Callable[[], None] | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._under_way: list[Exchange] = []
         self._failed: list[Exchange] = []
         self._last: Callable[[], None] = _nothing
@@ -129,7 +126,7 @@ class Engine:
 
     def submit(self, exchange: Exchange) -> MpiWork:
         """Returns at once."""
-        self._orders.put(exchange)
+        self._orders.put(partial(self._admit, exchange))
         return exchange.work
 
     def give_up(self, lane: Lane, why: str) -> None:
@@ -137,25 +134,13 @@ class Engine:
         self._orders.put(partial(self._give_up, lane, why))
 
     def call(self, function: Callable[[], Any], what: str, timeout_s: float) -> Any:
-        """What `function` returns or raises, called by the thread. It may block: nothing else moves meanwhile."""
-        outcome: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                outcome.set_result(function())
-            except Exception as error:
-                outcome.set_exception(error)
-
-        self._orders.put(run)
-        try:
-            return outcome.result(timeout_s)
-        except TimeoutError:
-            raise RuntimeError(f"MPI: timed out after {timeout_s:g} s {what}: not all ranks have come") from None
+        """What `function` returns or raises, called by the thread. It may block: nothing else progresses meanwhile."""
+        return wait_for(function, what, timeout_s, self._orders.put)
 
     def close(self, last: Callable[[], None]) -> None:
-        """End the thread when all is done that was ordered, and then call `last`, which ends MPI.
+        """End the thread when all submitted is done, and then call `last`, which ends MPI.
 
-        Not if MPI still waits for another rank: it might then never end.
+        `last` is not called if MPI still waits for another rank: it might then never return.
         """
         self._last = last
         self._orders.put(None)
@@ -163,62 +148,56 @@ class Engine:
 
     @torch.no_grad()
     def _run(self) -> None:
-        idle = 0
-        closing = False
+        idle, closing = 0, False
         while self._under_way or not closing:
             order = self._next(idle)
-            if isinstance(order, Exchange):
-                self._admit(order)
-                idle = 0
-            elif order is None:
+            if order is None:
                 closing = True
             else:
                 order()
             idle = 0 if self._advance() else idle + 1
-        deadline = time.monotonic() + LAST_LOOKS_S
-        while not all([exchange.is_over() for exchange in self._failed]) and time.monotonic() < deadline:
+        deadline = time.monotonic() + LAST_TESTS_S
+        while not (over := all([exchange.is_over() for exchange in self._failed])) and time.monotonic() < deadline:
             time.sleep(LONGEST_PAUSE_S)
-        if all([exchange.is_over() for exchange in self._failed]):
+        if over:
             self._last()
 
-    def _next(self, idle: int) -> Exchange | Callable[[], None] | None:
-        """The next order, waited for as long as there is nothing else to do; then one to do nothing. None: there come no more."""
+    def _next(self, idle: int) -> Callable[[], None] | None:
+        """The next order; one to do nothing if there is none and something is under way. None: no more will come."""
         try:
             if not self._under_way:
                 return self._orders.get()
-            if idle < EAGER_LOOKS:
+            if idle < EAGER_TESTS:
                 time.sleep(0)
                 return self._orders.get_nowait()
-            pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(10, (idle - EAGER_LOOKS) // 4))
+            pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(10, (idle - EAGER_TESTS) // 4))
             return self._orders.get(timeout=pause_s)
         except queue.Empty:
             return _nothing
 
-    def _admit(self, order: Exchange) -> None:
-        lane = order.lane
+    def _admit(self, exchange: Exchange) -> None:
+        lane = exchange.lane
         if lane.broken:
-            order.work.fail(RuntimeError(lane.broken))
-        elif order.ordered and lane.queue:
-            lane.queue.append(order)
-        else:
-            if order.ordered:
-                lane.queue.append(order)
-            self._under_way.append(order)
+            exchange.work.fail(RuntimeError(lane.broken))
+            return
+        if not (exchange.ordered and lane.queue):
+            self._under_way.append(exchange)
+        if exchange.ordered:
+            lane.queue.append(exchange)
 
     def _advance(self) -> bool:
-        """Look at all that is under way; True if something moved."""
+        """Test all that is under way; True if something moved."""
         moved = False
         for exchange in list(self._under_way):
             try:
-                state = exchange.go_on()
+                complete = exchange.advance()
             except Exception as error:
                 self._fail(exchange, error)
-                moved = True
-                continue
-            moved = moved or state is not None
-            if state:
-                self._leave(exchange)
+                complete = False
+            if complete:
+                self._remove(exchange)
                 exchange.work.finish(exchange.work.result())
+            moved = moved or complete is not None
         return moved
 
     def _give_up(self, lane: Lane, why: str) -> None:
@@ -226,7 +205,7 @@ class Engine:
         for exchange in [one for one in self._under_way if one.lane is lane]:
             self._fail(exchange, RuntimeError(why))
 
-    def _leave(self, exchange: Exchange) -> None:
+    def _remove(self, exchange: Exchange) -> None:
         self._under_way.remove(exchange)
         if exchange.ordered:
             queued = exchange.lane.queue
@@ -237,20 +216,22 @@ class Engine:
     def _fail(self, exchange: Exchange, error: Exception) -> None:
         lane = exchange.lane
         if isinstance(error, UserError):
-            self._leave(exchange)
+            self._remove(exchange)
             exchange.work.fail(error)
             return
-        line = " ".join(f"{exchange.what} in group {lane.name!r} over MPI: {error}".split())
+        lane.broken = " ".join(f"{exchange.what} in group {lane.name!r} over MPI: {error}".split())
         exchange.give_up()
         self._failed.append(exchange)  # keeps its memory, into which MPI may still write
         self._under_way.remove(exchange)
-        lane.broken = line
-        exchange.work.fail(RuntimeError(line))
+        exchange.work.fail(RuntimeError(lane.broken))
         if exchange.ordered:
-            lane.queue.popleft()
-            for waiting in lane.queue:
-                waiting.work.fail(RuntimeError(line))
+            for waiting in lane.queue:  # of these the first is this one
+                waiting.work.fail(RuntimeError(lane.broken))
             lane.queue.clear()
+
+
+def _incomplete(requests: list[Any]) -> list[Any]:
+    return [request for request in requests if not request.Test()]
 
 
 def _nothing() -> None:

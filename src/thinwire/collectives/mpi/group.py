@@ -1,17 +1,14 @@
 """The process group: c10d's calls as MPI's non-blocking ones.
 
-Each method prepares its tensors in the caller's thread, orders an exchange (`engine`) and returns its Work. An exchange compares
-the ranks' calls (`agreement`), begins MPI's own collective on the group's communicator, and copies the result out where a tensor
-is not contiguous or is one of a list. Which algorithm MPI takes, and so which bytes go where, is MPI's affair.
+Each method prepares its tensors in the caller's thread, submits an exchange (`engine`) and returns its Work. An exchange compares
+the ranks' calls (`agreement`), starts MPI's own collective on the group's communicator, and copies the result out where a tensor
+is not contiguous or is one of a list. MPI chooses the algorithm, and so which bytes go where.
 
 What MPI reads or writes is a local variable of the steps, and so lives until they end: mpi4py's requests do not hold it.
 """
-# c10d calls a Python group with lists and options, torch's type stubs describe what users call:
-# mypy: disable-error-code="override,assignment,attr-defined,call-arg"
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,33 +24,18 @@ Plan = tuple[Call, Callable[[], Steps]]
 """What all ranks must do alike, and how this one does it."""
 
 
-class MpiGroup(dist.ProcessGroup):
-    """The ranks of one communicator. Of tensors on the CPU."""
+class MpiGroup:
+    """The ranks of one communicator. Of tensors on the CPU. It takes c10d's calls, from the `MeteredGroup` around it."""
 
     def __init__(self, library: Library, engine: Engine, reductions: Reductions, comm: Any, lane: Lane) -> None:
-        super().__init__(comm.Get_rank(), comm.Get_size())
         self._library, self._engine, self._reductions, self._comm, self._lane = library, engine, reductions, comm, lane
         self._p: int = comm.Get_size()
-        self._desc = ""
-        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, None)
-        self._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
 
-    def getBackendName(self) -> str:
-        return "mpi"
+    def rank(self) -> int:
+        return int(self._comm.Get_rank())
 
-    def _set_group_name(self, name: str) -> None:
-        self._lane.name = name
-
-    @property
-    def group_name(self) -> str:  # type: ignore[override]
-        return self._lane.name
-
-    def _set_group_desc(self, desc: str) -> None:
-        self._desc = desc
-
-    @property
-    def group_desc(self) -> str:  # type: ignore[override]
-        return self._desc
+    def size(self) -> int:
+        return self._p
 
     @property
     def timeout(self) -> timedelta:
@@ -68,64 +50,54 @@ class MpiGroup(dist.ProcessGroup):
 
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
         name = self._reduction(tensors, opts)
-        call = Call("all_reduce", tensors[0].dtype, _values(tensors), reduction=name)
-        return self._order(tensors, (call, lambda: self._all_reduce(tensors, name)))
+
+        def steps() -> Steps:
+            flats = [tensor.contiguous() for tensor in tensors]
+            in_place = self._library.MPI.IN_PLACE
+            sources = [in_place if self._library.good_in_place else self._reductions.spec(flat.clone()) for flat in flats]
+            yield [
+                self._comm.Iallreduce(source, self._reductions.spec(flat), self._reductions.op(flat.dtype, name))
+                for source, flat in zip(sources, flats, strict=True)
+            ]
+            self._finish(tensors, flats, name)
+
+        return self._submit(tensors, (Call("all_reduce", tensors[0].dtype, _values(tensors), reduction=name), steps))
 
     allreduce_coalesced = allreduce
 
-    def _all_reduce(self, tensors: Sequence[torch.Tensor], name: str) -> Steps:
-        flats = [tensor.contiguous() for tensor in tensors]
-        in_place = self._library.MPI.IN_PLACE
-        sources = [in_place if self._library.good_in_place else self._reductions.spec(flat.clone()) for flat in flats]
-        yield [
-            self._comm.Iallreduce(source, self._reductions.spec(flat), self._reductions.op(flat.dtype, name))
-            for source, flat in zip(sources, flats, strict=True)
-        ]
-        self._finish(tensors, flats, name)
-
     def reduce(self, tensors: Any, opts: Any) -> dist.Work:
-        name = self._reduction(tensors, opts)
-        root = opts.rootRank
-        call = Call("reduce", tensors[0].dtype, _values(tensors), root, name)
-        return self._order(tensors, (call, lambda: self._reduce(tensors[0], name, root)))
+        (tensor,), root, name = tensors, opts.rootRank, self._reduction(tensors, opts)
 
-    def _reduce(self, tensor: torch.Tensor, name: str, root: int) -> Steps:
-        flat, op = tensor.contiguous(), self._reductions.op(tensor.dtype, name)
-        spec = self._reductions.spec(flat)
-        if self.rank() == root:
-            yield [self._comm.Ireduce(self._library.MPI.IN_PLACE, spec, op, root)]
-            self._finish([tensor], [flat], name)
-        else:
-            yield [self._comm.Ireduce(spec, None, op, root)]
+        def steps() -> Steps:
+            flat, op = tensor.contiguous(), self._reductions.op(tensor.dtype, name)
+            spec = self._reductions.spec(flat)
+            if self.rank() == root:
+                yield [self._comm.Ireduce(self._library.MPI.IN_PLACE, spec, op, root)]
+                self._finish([tensor], [flat], name)
+            else:
+                yield [self._comm.Ireduce(spec, None, op, root)]
+
+        return self._submit(tensors, (Call("reduce", tensor.dtype, tensor.numel(), root, name), steps))
 
     def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         (output,), (parts,) = outputs, inputs
         self._check_list("reduce_scatter", parts, output)
-        return self._order(outputs, self._scattered(output, lambda: torch.cat([part.reshape(-1) for part in parts]), opts))
+        return self._reduce_scatter(output, lambda: torch.cat([part.reshape(-1) for part in parts]), opts)
 
     def _reduce_scatter_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
-        return self.reduce_scatter_tensor_coalesced([output], [input], opts)
+        self._check_whole("reduce_scatter", input, output)
+        return self._reduce_scatter(output, lambda: _separate(input, output), opts)
 
-    reduce_scatter_single = _reduce_scatter_base
-
-    def reduce_scatter_tensor_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
-        for output, input in zip(outputs, inputs, strict=True):
-            self._check_whole("reduce_scatter", input, output)
-        return self._order(
-            outputs, *(self._scattered(o, partial(_apart, i, o), opts) for o, i in zip(outputs, inputs, strict=True))
-        )
-
-    reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced
-
-    def _scattered(self, output: torch.Tensor, whole: Callable[[], torch.Tensor], opts: Any) -> Plan:
+    def _reduce_scatter(self, output: torch.Tensor, whole: Callable[[], torch.Tensor], opts: Any) -> dist.Work:
         name = self._reduction([output], opts)
 
         def steps() -> Steps:
-            flat, source, op = _room(output), whole(), self._reductions.op(output.dtype, name)
+            flat, source, op = _buffer_for(output), whole(), self._reductions.op(output.dtype, name)
             yield [self._comm.Ireduce_scatter_block(self._reductions.spec(source), self._reductions.spec(flat), op)]
             self._finish([output], [flat], name)
 
-        return Call("reduce_scatter", output.dtype, output.numel() * self._p, reduction=name), steps
+        call = Call("reduce_scatter", output.dtype, output.numel() * self._p, reduction=name)
+        return self._submit([output], (call, steps))
 
     # -- moving -----------------------------------------------------------------------------------------------------------
 
@@ -138,17 +110,17 @@ class MpiGroup(dist.ProcessGroup):
             yield [self._comm.Ibcast(self._bytes(flat), root)]
             _copy_out([tensor], [flat])
 
-        return self._order(tensors, (Call("broadcast", tensor.dtype, tensor.numel(), root), steps))
+        return self._submit(tensors, (Call("broadcast", tensor.dtype, tensor.numel(), root), steps))
 
     def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         (parts,), (tensor,) = outputs, inputs
-        return self._order(parts, self._gathered(parts, tensor))
+        return self._submit(parts, self._gathered(parts, tensor))
 
     def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         # outputs[rank][tensor], where the plain call has outputs[tensor][rank]
         columns = [[row[index] for row in outputs] for index in range(len(inputs))]
         plans = [self._gathered(column, tensor) for column, tensor in zip(columns, inputs, strict=True)]
-        return self._order([tensor for row in outputs for tensor in row], *plans)
+        return self._submit([tensor for row in outputs for tensor in row], *plans)
 
     def _gathered(self, parts: Sequence[torch.Tensor], tensor: torch.Tensor) -> Plan:
         self._check_list("all_gather", parts, tensor)
@@ -161,41 +133,29 @@ class MpiGroup(dist.ProcessGroup):
         return Call("all_gather", tensor.dtype, tensor.numel()), steps
 
     def _allgather_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
-        return self.allgather_into_tensor_coalesced([output], [input], opts)
-
-    all_gather_single = _allgather_base
-
-    def allgather_into_tensor_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
-        return self._order(outputs, *(self._gathered_whole(o, i) for o, i in zip(outputs, inputs, strict=True)))
-
-    all_gather_single_coalesced = allgather_into_tensor_coalesced
-
-    def _gathered_whole(self, output: torch.Tensor, input: torch.Tensor) -> Plan:
         self._check_whole("all_gather", output, input)
 
         def steps() -> Steps:
-            own, flat = _apart(input, output), _room(output)
+            own, flat = _separate(input, output), _buffer_for(output)
             yield [self._comm.Iallgather(self._bytes(own), self._bytes(flat))]
             _copy_out([output], [flat])
 
-        return Call("all_gather", input.dtype, input.numel()), steps
+        return self._submit([output], (Call("all_gather", input.dtype, input.numel()), steps))
 
     def alltoall_base(self, output: Any, input: Any, output_sizes: Any, input_sizes: Any, opts: Any = None) -> dist.Work:
         sent, received = _splits(input, input_sizes, self._p), _splits(output, output_sizes, self._p)
 
         def steps() -> Steps:
-            flat = _room(output)
-            yield from self._all_to_all(_apart(input, output), sent, flat, received)
+            flat = _buffer_for(output)
+            yield from self._all_to_all(_separate(input, output), sent, flat, received)
             _copy_out([output], [flat])
 
-        return self._order([output], (Call("all_to_all", input.dtype, -1), steps))
-
-    all_to_all_single = alltoall_base
+        return self._submit([output], (Call("all_to_all", input.dtype, -1), steps))
 
     def alltoall(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         self._check_count("all_to_all", inputs)
         self._check_count("all_to_all", outputs)
-        sent, received = ([part.numel() * part.element_size() for part in parts] for parts in (inputs, outputs))
+        sent, received = ([part.nbytes for part in parts] for parts in (inputs, outputs))
 
         def steps() -> Steps:
             source = torch.cat([part.reshape(-1) for part in inputs])
@@ -203,7 +163,7 @@ class MpiGroup(dist.ProcessGroup):
             yield from self._all_to_all(source, sent, flat, received)
             _copy_out(outputs, flat.split([part.numel() for part in outputs]))
 
-        return self._order(outputs, (Call("all_to_all", inputs[0].dtype, -1), steps))
+        return self._submit(outputs, (Call("all_to_all", inputs[0].dtype, -1), steps))
 
     def _all_to_all(self, source: torch.Tensor, sent: list[int], target: torch.Tensor, received: list[int]) -> Steps:
         byte = self._library.MPI.BYTE
@@ -221,7 +181,7 @@ class MpiGroup(dist.ProcessGroup):
             yield [self._comm.Igather(self._bytes(own), self._bytes(whole) if parts else None, root)]
             _copy_out(parts, whole.view(self._p, -1).unbind() if parts else [])
 
-        return self._order(parts, (Call("gather", tensor.dtype, tensor.numel(), root), steps))
+        return self._submit(parts, (Call("gather", tensor.dtype, tensor.numel(), root), steps))
 
     def scatter(self, outputs: Any, inputs: Any, opts: Any) -> dist.Work:
         (tensor,), root = outputs, opts.rootRank
@@ -230,15 +190,15 @@ class MpiGroup(dist.ProcessGroup):
             self._check_list("scatter", parts, tensor)
 
         def steps() -> Steps:
-            flat = _room(tensor)
+            flat = _buffer_for(tensor)
             source = self._bytes(torch.cat([part.reshape(-1) for part in parts])) if parts else None
             yield [self._comm.Iscatter(source, self._bytes(flat), root)]
             _copy_out([tensor], [flat])
 
-        return self._order(outputs, (Call("scatter", tensor.dtype, tensor.numel(), root), steps))
+        return self._submit(outputs, (Call("scatter", tensor.dtype, tensor.numel(), root), steps))
 
     def barrier(self, opts: Any = None) -> dist.Work:
-        return self._order([], (Call("barrier"), _nothing))  # that all have compared their calls is the barrier
+        return self._submit([], (Call("barrier"), _nothing))  # that all have compared their calls is the barrier
 
     # -- point to point ---------------------------------------------------------------------------------------------------
 
@@ -250,24 +210,25 @@ class MpiGroup(dist.ProcessGroup):
         def steps() -> Steps:
             yield [self._comm.Isend(self._bytes(flat), peer, tag)]
 
-        what = f"send of {_size(flat)} B to its rank {peer}"
+        what = f"send of {flat.nbytes} B to its rank {peer}"
         return self._engine.submit(Exchange(what, steps(), MpiWork([tensor]), self._lane, ordered=False))
 
     def recv(self, tensors: Any, peer: int, tag: int) -> dist.Work:
-        self._library.check_tag(tag)
         return self._receive(tensors[0], peer, tag, f"recv from its rank {peer}")
 
     def recv_anysource(self, tensors: Any, tag: int) -> dist.Work:
-        self._library.check_tag(tag)
         return self._receive(tensors[0], self._library.MPI.ANY_SOURCE, tag, "recv from any rank")
 
     def _receive(self, tensor: torch.Tensor, source: int, tag: int, what: str) -> dist.Work:
-        MPI = self._library.MPI
-        work = MpiWork([tensor])
-        expected = _size(tensor)
+        self._library.check_tag(tag)
+        MPI, work, expected = self._library.MPI, MpiWork([tensor]), tensor.nbytes
+
+        def unlike(came: str) -> UserError:
+            where = f"{what} in group {self._lane.name!r}"
+            return UserError(f"{where}: {came} came where {expected} B were expected; both sides must name one size")
 
         def steps() -> Steps:
-            flat = _room(tensor)
+            flat = _buffer_for(tensor)
             request = self._comm.Irecv(self._bytes(flat), source, tag)
             status = MPI.Status()
             try:
@@ -275,23 +236,18 @@ class MpiGroup(dist.ProcessGroup):
             except MPI.Exception as error:
                 if error.Get_error_class() != MPI.ERR_TRUNCATE:
                     raise
-                raise self._odd(what, "a larger message", expected) from None
+                raise unlike("a larger message") from None
             got = status.Get_count(MPI.BYTE)
             if got != expected:
-                raise self._odd(what, f"{got} B", expected)
+                raise unlike(f"{got} B")
             work.source = status.Get_source()
             _copy_out([tensor], [flat])
 
         return self._engine.submit(Exchange(f"{what} of {expected} B", steps(), work, self._lane, ordered=False))
 
-    def _odd(self, what: str, came: str, expected: int) -> UserError:
-        return UserError(
-            f"{what} in group {self._lane.name!r}: {came} came where {expected} B were expected; both sides must name one size"
-        )
-
     # -- common to all ----------------------------------------------------------------------------------------------------
 
-    def _order(self, outputs: Any, *plans: Plan) -> dist.Work:
+    def _submit(self, outputs: Any, *plans: Plan) -> dist.Work:
         """One Work for one or several collectives, which run one after another."""
 
         def whole() -> Steps:
@@ -338,12 +294,12 @@ class MpiGroup(dist.ProcessGroup):
                 )
 
 
-def _room(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself if MPI can write into it, else room of its size."""
+def _buffer_for(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if MPI can write into it, else one of its size."""
     return tensor if tensor.is_contiguous() else torch.empty(tensor.numel(), dtype=tensor.dtype)
 
 
-def _apart(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def _separate(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """`source` contiguous, and in memory of its own: MPI forbids that a call reads what it writes, FSDP2 gathers in place."""
     shared = source.untyped_storage().data_ptr() == target.untyped_storage().data_ptr()
     return source.clone(memory_format=torch.contiguous_format) if shared else source.contiguous()
@@ -353,10 +309,6 @@ def _copy_out(tensors: Sequence[torch.Tensor], flats: Sequence[torch.Tensor]) ->
     for tensor, flat in zip(tensors, flats, strict=True):
         if tensor.data_ptr() != flat.data_ptr() or not tensor.is_contiguous():
             tensor.copy_(flat.view(tensor.shape))
-
-
-def _size(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _values(tensors: Sequence[torch.Tensor]) -> int:
@@ -371,7 +323,7 @@ def _splits(tensor: torch.Tensor, rows: Sequence[int], p: int) -> list[int]:
         rows = [tensor.shape[0] // p] * p
     if len(rows) != p or sum(rows) != tensor.shape[0]:
         raise UserError(f"all_to_all: splits {list(rows)} for {p} ranks and {tensor.shape[0]} rows; one for each, and all rows")
-    row_bytes = _size(tensor) // tensor.shape[0] if tensor.shape[0] else 0
+    row_bytes = tensor.nbytes // tensor.shape[0] if tensor.shape[0] else 0
     return [count * row_bytes for count in rows]
 
 

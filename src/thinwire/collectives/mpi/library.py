@@ -1,6 +1,6 @@
 """Find MPI, start it, end it. The one file that imports mpi4py.
 
-MPI can be started once in the life of a process, and is ended by the thread that started it. We ask for MPI_THREAD_MULTIPLE:
+MPI can be started once in the life of a process, and is ended by the thread that started it. MPI_THREAD_MULTIPLE is needed:
 the engine's thread moves data while another one makes a communicator, which blocks until all its ranks have come.
 """
 
@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 from zlib import crc32
 
@@ -24,9 +25,7 @@ class Library:
         self.MPI = _import()
         self._ours = not self.MPI.Is_initialized()
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", RuntimeWarning
-            )  # that another MPI's mpiexec was used, is said once its ranks are counted
+            warnings.simplefilter("ignore", RuntimeWarning)  # of another MPI's mpiexec: `Mpi.check_place` reports it
             level = self.MPI.Init_thread(self.MPI.THREAD_MULTIPLE) if self._ours else self.MPI.Query_thread()
         if level < self.MPI.THREAD_MULTIPLE:
             raise UserError(
@@ -40,7 +39,7 @@ class Library:
 
     @property
     def good_in_place(self) -> bool:
-        """Does an all-reduce in place cost no more? Open MPI's non-blocking one then takes a tree, not the ring."""
+        """Whether an all-reduce in place costs no more: Open MPI's non-blocking one then takes a tree, not the ring."""
         return bool(self.MPI.get_vendor()[0] != "Open MPI")
 
     @property
@@ -50,14 +49,14 @@ class Library:
         return f"{name} {'.'.join(map(str, numbers))}"
 
     def check_tag(self, tag: int) -> None:
-        """MPI's tags are natural numbers up to a bound of its own."""
+        """UserError unless MPI takes `tag`."""
         if not 0 <= tag <= self.most_tag:
             raise UserError(f"tag {tag} is not between 0 and {self.most_tag}, which is what {self.version} allows")
 
     def communicator(self, ranks: Sequence[int], name: str, timeout_s: float) -> Any:
         """A communicator of `ranks` (of the world, in this order). Each of them calls, nobody else; `name` is the same on all."""
         tag = crc32(name.encode()) % self.most_tag
-        return patiently(
+        return wait_for(
             lambda: self.world.Create_group(self.world.Get_group().Incl(list(ranks)), tag),
             f"making group {name!r} of the ranks {', '.join(map(str, ranks))}",
             timeout_s,
@@ -76,29 +75,33 @@ def abandon(code: int) -> None:
     """
     MPI: Any = sys.modules.get("mpi4py.MPI")
     if MPI is not None and MPI.Is_initialized() and not MPI.Is_finalized() and MPI.get_vendor()[0] != "Open MPI":
-        time.sleep(FORWARDED_S)  # mpiexec passes on what ranks have said, but not once it has heard of the end
+        time.sleep(FORWARDED_S)  # mpiexec forwards what ranks have printed, but not after it knows of the end
         MPI.COMM_WORLD.Abort(code)
 
 
-def patiently(call: Callable[[], Any], what: str, timeout_s: float) -> Any:
-    """What `call` returns. It blocks in MPI, which knows no time-out, so it has a thread of its own, left behind if need be."""
-    outcome: list[Any] = []
+def wait_for(
+    call: Callable[[], Any], what: str, timeout_s: float, start: Callable[[Callable[[], None]], None] | None = None
+) -> Any:
+    """What `call` returns or raises. RuntimeError after `timeout_s`: it blocks in MPI, which knows no time-out.
+
+    start: has another thread run it; None: a new one, left behind if need be.
+    """
+    outcome: Future[Any] = Future()
 
     def run() -> None:
         try:
-            outcome.append((call(), None))
+            outcome.set_result(call())
         except Exception as error:
-            outcome.append((None, error))
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=run, name="mpi call", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if not outcome:
-        raise RuntimeError(f"MPI: timed out after {timeout_s:g} s {what}: not all of its ranks have come")
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result
+    if start is not None:
+        start(run)
+    else:
+        threading.Thread(target=run, name="mpi call", daemon=True).start()
+    try:
+        return outcome.result(timeout_s)
+    except TimeoutError:
+        raise RuntimeError(f"MPI: timed out after {timeout_s:g} s {what}: not all ranks have come") from None
 
 
 def _import() -> Any:

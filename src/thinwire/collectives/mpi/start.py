@@ -16,7 +16,7 @@ import atexit
 import socket
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -24,15 +24,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from thinwire.collectives.backend import NAME, MeteredGroup
-from thinwire.collectives.groups import inherited
+from thinwire.collectives.backend import NAME, register
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.mpi.buffers import Reductions
 from thinwire.collectives.mpi.engine import Engine, Lane
 from thinwire.collectives.mpi.group import MpiGroup
-from thinwire.collectives.mpi.library import Library, abandon, patiently
-from thinwire.collectives.mpi.links import MpiLinks
-from thinwire.collectives.run.links import Links, Place
+from thinwire.collectives.mpi.library import Library, abandon, wait_for
+from thinwire.collectives.run.transport import Place, Transport
 from thinwire.errors import UserError
 
 LOOPBACK = "127.0.0.1"
@@ -62,25 +60,15 @@ class Mpi:
                 f"{rank} of {world_size}: start the ranks with the mpiexec that belongs to {library.version}"
             )
 
-    def register(self, ledger: Ledger, name: str = NAME) -> None:
-        """Make `init_process_group(name)` and its sub-groups go over MPI and be entered in `ledger`."""
-
-        def create(options: Any, _backend_options: Any) -> MeteredGroup:
-            return MeteredGroup(ledger, self.group(options.global_ranks_in_group, options.group_id, inherited(options.timeout)))
-
-        dist.Backend.register_backend(name, create, extended_api=True, devices=["cpu"])
-
-    def group(self, ranks: list[int], name: str, timeout: timedelta) -> MpiGroup:
-        """A process group of `ranks` of the world; of all if there are none. Each of them calls, with the same name."""
-        ranks = list(ranks) or list(range(self.library.size))
+    def group(self, ranks: Sequence[int], name: str, timeout: timedelta) -> MpiGroup:
+        """A process group of `ranks` of the world. Each of them calls, with the same name."""
         timeout_s = timeout.total_seconds()
         comm = self.library.communicator(ranks, name, timeout_s)
         return MpiGroup(self.library, self.engine, self._reductions, comm, Lane(name, timeout_s))
 
-    def inner(self, told: Any, place: Place) -> tuple[Any, Links]:
-        """An `Inner`, for schedules over MPI."""
-        links = MpiLinks(self.library, self.group, place, told.group_id)
-        return self.group(list(place.ranks), told.group_id, place.timeout), links
+    def inner(self, options: Any, place: Place) -> tuple[Any, Transport]:
+        """An `InnerFactory`: groups and schedules over MPI."""
+        return self.group(place.ranks, options.group_id, place.timeout), MpiTransport(self, place, options.group_id)
 
     def meet(self, wanted: Meeting, timeout_s: float) -> Meeting:
         """Agree on an address and a port of rank 0, which is about to open the store there. Collective.
@@ -88,16 +76,38 @@ class Mpi:
         Where the ranks are on several hosts, loopback becomes the name of rank 0's host.
         """
         own = (socket.gethostname(), wanted if wanted.port else replace(wanted, port=_free_port()))
-        told = patiently(lambda: self.library.world.allgather(own), "agreeing on where to meet", timeout_s)
-        hosts, meeting = [host for host, _ in told], told[0][1]
+        everyone = wait_for(lambda: self.library.world.allgather(own), "agreeing on where to meet", timeout_s)
+        hosts, meeting = [host for host, _ in everyone], everyone[0][1]
         several = len(set(hosts)) > 1
         return replace(meeting, address=hosts[0]) if several and meeting.address == LOOPBACK else meeting
 
     def ranks(self, timeout: timedelta) -> dict[str, Any]:
-        """What init_process_group is to be told: who this rank is, and the store where all meet. Collective."""
+        """Arguments of init_process_group: who this rank is, and the store where all meet. Collective."""
         meeting, rank, size = self.meet(Meeting(), timeout.total_seconds()), self.library.rank, self.library.size
         store = dist.TCPStore(meeting.address, meeting.port, size, is_master=rank == 0, timeout=timeout)
         return {"store": store, "rank": rank, "world_size": size, "timeout": timeout}
+
+
+class MpiTransport(Transport):
+    """A private group is a communicator of its own. MPI cannot end a wait, but the engine, which tests now and then, gives up
+    what is under way in it. Other ranks do not notice, and give up when they look into the store (`run.engine`).
+
+    group: what c10d calls the group, the same on all its ranks.
+    """
+
+    def __init__(self, mpi: Mpi, place: Place, group: str) -> None:
+        self._mpi, self._place, self._group = mpi, place, group
+        self.name, self.most_tag = mpi.library.version, mpi.library.most_tag
+        self._made: list[MpiGroup] = []
+
+    def new_group(self, name: str, order: Sequence[int]) -> MpiGroup:
+        ranks = [self._place.ranks[at] for at in order]
+        self._made.append(self._mpi.group(ranks, f"{self._group} {name}", self._place.timeout))
+        return self._made[-1]
+
+    def abort(self) -> None:
+        for group in self._made:
+            group.give_up("the ranks differ in what they call")
 
 
 @contextmanager
@@ -130,7 +140,7 @@ def process_group(ledger: Ledger | None = None, timeout_s: float = 300.0) -> Ite
     ledger = ledger or Ledger()
     timeout = timedelta(seconds=timeout_s)
     with started(timeout_s) as mpi:
-        mpi.register(ledger)
+        register(ledger, inner=mpi.inner)
         dist.init_process_group(NAME, **mpi.ranks(timeout))
         try:
             yield ledger

@@ -1,12 +1,12 @@
 """What a rank does in one run of a schedule, as a list to be worked off strictly in order. Plain data, no torch.
 
 Memory is named by pieces: elements [first, last) of the rank's input, its output, or scratch memory (input and output are one
-where the op is in place). Only `Arrive` and `Leave` wait.
+where the op is in place). Only the two waits block.
 
-    Expect(r)   begin to receive message r into `into`          Arrive(r)   wait until it is there
-    Send(s)     begin to send `what` as message s               Leave(s)    wait until `what` may be overwritten
-    Add         into <- a + b  (or the maximum, ...)             Copy        into <- what
-    Together    begin several at once, where messages have no tags (`together`)
+    StartReceive   of message r into `into`             WaitReceive   until message r is there
+    StartSend      of `source` as message s             WaitSend      until the source of message s may be overwritten
+    Combine        into <- a + b  (or the maximum, ...) Copy          into <- source
+    StartBatch     of receives and sends that start as one, where messages have no tags (`compiler.compile_without_tags`)
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Expect:
+class StartReceive:
     """message: its number in the schedule."""
 
     message: int
@@ -40,30 +40,30 @@ class Expect:
 
 
 @dataclass(frozen=True, slots=True)
-class Arrive:
-    """Of an expected message."""
+class WaitReceive:
+    """Of a message whose receive has started."""
 
     message: int
 
 
 @dataclass(frozen=True, slots=True)
-class Send:
+class StartSend:
     """message: its number in the schedule."""
 
     message: int
     peer: int
-    what: Piece
+    source: Piece
 
 
 @dataclass(frozen=True, slots=True)
-class Leave:
-    """Of a message begun to be sent."""
+class WaitSend:
+    """Of a message whose send has started."""
 
     message: int
 
 
 @dataclass(frozen=True, slots=True)
-class Add:
+class Combine:
     """`into` may be `a`, or `b`, or neither."""
 
     into: Piece
@@ -76,22 +76,22 @@ class Copy:
     """They do not overlap."""
 
     into: Piece
-    what: Piece
+    source: Piece
 
 
 @dataclass(frozen=True, slots=True)
-class Together:
-    """Receives and sends that begin as one."""
+class StartBatch:
+    """Receives and sends that start as one."""
 
-    parts: tuple[Expect | Send, ...]
+    parts: tuple[StartReceive | StartSend, ...]
 
 
-Instruction = Expect | Arrive | Send | Leave | Add | Copy | Together
+Instruction = StartReceive | WaitReceive | StartSend | WaitSend | Combine | Copy | StartBatch
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """For one rank and one size. lengths: elements of input, output and scratch; sent: elements that leave."""
+    """For one rank and one size. lengths: elements of input, output and scratch; sent: elements that are sent."""
 
     instructions: tuple[Instruction, ...]
     lengths: tuple[int, int, int]

@@ -1,24 +1,32 @@
 """Schedules on real tensors, over the send and receive of a process group that nobody else uses.
 
-A message is known by its tag: its number in the schedule, and in the bits that are left (15 of gloo's, 13 of MPICH's) which call
-this is and of what (op, sizes, type). Ranks that do not agree on those do not take each other's messages for their own.
+The tag of a message is its number in the schedule, and in the bits that are left (15 of gloo's, 13 of MPICH's) which call this is
+and of what (op, sizes, type). Ranks that do not agree on those do not take each other's messages for their own.
 
-Where messages have no tags they match in order, and those of a step begin as one (`together`).
+Where messages have no tags they match in order, and those of a step start as one batch (`compiler`).
 """
 
 import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from thinwire.collectives.run.compiler import compile_for
-from thinwire.collectives.run.instructions import Add, Arrive, Compiled, Copy, Expect, Leave, Send, Together
-from thinwire.collectives.run.links import GlooLinks
-from thinwire.collectives.run.together import compile_together
+from thinwire.collectives.run.compiler import compile_for, compile_without_tags
+from thinwire.collectives.run.instructions import (
+    Combine,
+    Compiled,
+    Copy,
+    Piece,
+    StartBatch,
+    StartReceive,
+    StartSend,
+    WaitReceive,
+    WaitSend,
+)
+from thinwire.collectives.run.transport import GlooTransport
 from thinwire.collectives.schedules.schedule import Schedule
 from thinwire.errors import UserError
 
@@ -36,44 +44,38 @@ COMBINE: dict[str, Callable[..., torch.Tensor]] = {
 """Reductions by name. avg: the sum, divided by the number of ranks at the end."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tensors:
-    """Flat and contiguous; `given` and `got` are one tensor where the op is in place on this rank (see `compiler.in_place`)."""
-
-    given: torch.Tensor
-    got: torch.Tensor
-
-
 class Runner:
     """One per group and rank. `group`: a process group or backend with send(tensors, peer, tag) and recv(tensors, peer, tag).
 
     most_tag: 0 if it has no tags; it then has c10d's _start_coalescing(device) and _end_coalescing(device) too.
     """
 
-    def __init__(self, group: Any, rank: int, most_tag: int = GlooLinks.most_tag) -> None:
+    def __init__(self, group: Any, rank: int, most_tag: int = GlooTransport.most_tag) -> None:
         self._group, self._rank = group, rank
-        self._compile = compile_for if most_tag else compile_together
-        self._turns = max(1, (most_tag + 1) // MOST_MESSAGES)
+        self._compile = compile_for if most_tag else compile_without_tags
+        self._call_tags = max(1, (most_tag + 1) // MOST_MESSAGES)
         # By identity, since to hash a schedule takes as long as to run a short one; it is kept, so the number stays its own.
         self._compiled: OrderedDict[tuple[int, tuple[int, ...]], tuple[Schedule, Compiled]] = OrderedDict()
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._calls = 0
         self._lock = threading.Lock()
 
-    def run(self, schedule: Schedule, sizes: Sequence[int], tensors: Tensors, reduction: str = "sum") -> None:
+    def run(
+        self, schedule: Schedule, sizes: Sequence[int], given: torch.Tensor, got: torch.Tensor, reduction: str = "sum"
+    ) -> None:
         """Collective: every rank of the group, with the same schedule, sizes, type and reduction. Returns when all is done here.
 
-        sizes[b]: elements of block b. `schedule` has been verified.
+        sizes[b]: elements of block b. given, got: flat and contiguous, one tensor where the op is in place on this rank (see
+        `compiler.in_place`). `schedule` has been verified. UserError for tensors of other sizes.
         """
-        combine = COMBINE[reduction]
         compiled = self._program(schedule, tuple(sizes))
-        given, got = tensors.given, tensors.got
         if (given.numel(), got.numel()) != compiled.lengths[:2]:
             raise UserError(
                 f"{schedule.name}: rank {self._rank} of this {schedule.op} gives {given.numel()} elements, gets {got.numel()}; "
                 f"the sizes ask for {compiled.lengths[0]} and {compiled.lengths[1]}"
             )
-        self._work_off(compiled, self._tag(schedule, sizes, got.dtype), (given, got, self._memory(compiled, got)), combine)
+        tag = self._tag(schedule, sizes, got.dtype)
+        self._execute(compiled, tag, (given, got, self._memory(compiled, got)), COMBINE[reduction])
         self._calls += 1
         if reduction == "avg":
             got.div_(schedule.p)
@@ -100,7 +102,7 @@ class Runner:
 
     def _tag(self, schedule: Schedule, sizes: Sequence[int], dtype: torch.dtype) -> int:
         what = zlib.crc32(f"{schedule.op} {schedule.name} {list(sizes)} {dtype}".encode())
-        return (what + self._calls) % self._turns * MOST_MESSAGES
+        return (what + self._calls) % self._call_tags * MOST_MESSAGES
 
     def _memory(self, compiled: Compiled, like: torch.Tensor) -> torch.Tensor:
         needed = compiled.lengths[2] * like.itemsize
@@ -108,28 +110,31 @@ class Runner:
             self._scratch = torch.empty(needed, dtype=torch.uint8, device=like.device)
         return self._scratch[:needed].view(like.dtype)
 
-    def _work_off(
+    def _execute(
         self, compiled: Compiled, tag: int, memory: tuple[torch.Tensor, ...], combine: Callable[..., torch.Tensor]
     ) -> None:
         group, device, works = self._group, memory[1].device, {}
 
-        def begin(one: Send | Expect, tag: int) -> Any:
-            call, piece = (group.send, one.what) if isinstance(one, Send) else (group.recv, one.into)
-            return call([memory[piece.buffer][piece.first : piece.last]], one.peer, tag)
+        def view(piece: Piece) -> torch.Tensor:
+            return memory[piece.buffer][piece.first : piece.last]
 
-        for told in compiled.instructions:
-            match told:
-                case Send(message) | Expect(message):
-                    works[message] = begin(told, tag + message)
-                case Together(parts):
+        def start(one: StartSend | StartReceive, tag: int) -> Any:
+            if isinstance(one, StartSend):
+                return group.send([view(one.source)], one.peer, tag)
+            return group.recv([view(one.into)], one.peer, tag)
+
+        for instruction in compiled.instructions:
+            match instruction:
+                case StartSend(message) | StartReceive(message):
+                    works[message] = start(instruction, tag + message)
+                case StartBatch(parts):
                     group._start_coalescing(device)
                     for part in parts:
-                        begin(part, 0)
+                        start(part, 0)
                     works.update(dict.fromkeys((part.message for part in parts), group._end_coalescing(device)))
-                case Arrive(message) | Leave(message):
+                case WaitReceive(message) | WaitSend(message):
                     works.pop(message).wait()
-                case Add(into, a, b):
-                    one, other = memory[a.buffer][a.first : a.last], memory[b.buffer][b.first : b.last]
-                    combine(one, other, out=memory[into.buffer][into.first : into.last])
-                case Copy(into, what):
-                    memory[into.buffer][into.first : into.last].copy_(memory[what.buffer][what.first : what.last])
+                case Combine(into, a, b):
+                    combine(view(a), view(b), out=view(into))
+                case Copy(into, source):
+                    view(into).copy_(view(source))

@@ -1,4 +1,4 @@
-"""What may be faster than the backend's own collective: a few ways, by predicted seconds. Asked on the first rank only."""
+"""Implementations that may be faster than the backend's own, by predicted seconds. Asked on the first rank only."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from thinwire.collectives.choose.calibrate import calibrated
 from thinwire.collectives.choose.call import collective_call
 from thinwire.collectives.choose.costs import Costs
 from thinwire.collectives.choose.select import choose
-from thinwire.collectives.tuned.way import NATIVE, Way
+from thinwire.collectives.tuned.implementation import NATIVE, Implementation
 from thinwire.errors import UserError
 
 TRIED = 3
@@ -17,7 +17,7 @@ ASSUMED_BPS, ASSUMED_LATENCY_S = 1e9, 50e-6
 
 
 class Advisor:
-    """cluster: None if none is known. tried: how many ways are advised."""
+    """cluster: None if none is known. tried: how many implementations are advised."""
 
     def __init__(self, cluster: Cluster | None = None, *, tried: int = TRIED, costs: Costs | None = None) -> None:
         self.cluster, self.tried, self.costs = cluster, tried, costs or Costs()
@@ -35,14 +35,14 @@ class Advisor:
                 f"{cluster.name} has {cluster.world_size} ranks, but rank {max(ranks)} runs; give the cluster file of these ranks"
             )
 
-    def ways(self, op: str, message_bytes: int, ranks: Sequence[int], root: int) -> list[tuple[Way, float]]:
-        """(way, predicted seconds), the best first, the native one always among them. `ranks`: global, as in the cluster."""
+    def implementations(self, op: str, message_bytes: int, ranks: Sequence[int], root: int) -> list[tuple[Implementation, float]]:
+        """(implementation, predicted seconds), the best first, the native one among them. `ranks`: global, as in the cluster."""
         self.check(ranks)
         cluster = self.cluster
         if cluster is None:
             cluster, ranks = _assumed(len(ranks)), range(len(ranks))
         selection = choose(collective_call(cluster, op, message_bytes, ranks, root), self.costs)
-        found: list[tuple[Way, float]] = []
+        found: list[tuple[Implementation, float]] = []
         names: set[str] = set()
         for one in selection.promising:
             candidate = one.candidate
@@ -50,7 +50,7 @@ class Advisor:
                 found.append((NATIVE, one.seconds))
             elif len(names) < self.tried and candidate.name not in names:
                 names.add(candidate.name)
-                found.append((Way(candidate.title, candidate.schedule, candidate.order), one.seconds))
+                found.append((Implementation(candidate.title, candidate.schedule, candidate.order), one.seconds))
         return found
 
 

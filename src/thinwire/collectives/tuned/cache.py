@@ -1,15 +1,15 @@
-"""What was measured is kept beside the cluster file, so that the next run on this cluster need not measure again.
+"""What was measured is stored beside the cluster file, so that the next run on this cluster need not measure again.
 
 One JSON file: the version of the format, torch's version, the networks that were measured on (`network`), and for each carrier
-(gloo, or an MPI), group, op, root and class of sizes, for each network, the way that won, its seconds and those of the native
-collective, the bytes of the call that was timed, and the date. A choice belongs to the network that it was measured on: a file
-that describes another one since does not bring it back, and its own choices stand beside; of more than `MOST_NETWORKS` the one
-measured first goes. A file of another version of torch or of this format, or one that cannot be read, is begun anew: what it held
-is measured again.
+(gloo, or an MPI), group, op, root and class of sizes, for each network, the implementation that won ("way"), its seconds and
+those of the native collective, the bytes of the call that was timed, and the date. A choice holds for the network that it was
+measured on; those of other networks stand beside it, and of more than `MOST_NETWORKS` the one measured first is dropped. A file
+of another version of torch or of this format, or one that cannot be read, is started anew: what it held is measured again.
 """
 
 import json
 import os
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ MOST_NETWORKS = 8
 
 
 class Cache:
-    """Used by one rank of a job. path: None keeps nothing on the disk. dropped: why the file is begun anew, if it is."""
+    """Used by one rank of a job. path: None stores nothing on the disk. dropped: why the file is started anew, if it is."""
 
     def __init__(self, path: Path | None) -> None:
         self.path, self.dropped = path, ""
@@ -55,7 +55,7 @@ class Cache:
         """Whether there is a choice for the call on any network."""
         return bool(self._entries.get(key))
 
-    def keep(self, key: str, network: Network, found: dict[str, Any]) -> None:
+    def store(self, key: str, network: Network, found: dict[str, Any]) -> None:
         """found: as `find` gives it, less the date. In the place of one on a network near it. Written at once."""
         entries = self._entries.setdefault(key, {})
         if (near := self._near(key, network)) is not None:
@@ -72,7 +72,7 @@ class Cache:
             content = {
                 "thinwire_collectives": FORMAT,
                 "torch": torch.__version__,
-                "networks": {name: one.to_plain() for name, one in self._networks.items()},
+                "networks": {name: asdict(one) for name, one in self._networks.items()},
                 "entries": self._entries,
             }
             aside.write_text(json.dumps(content), encoding="utf-8")

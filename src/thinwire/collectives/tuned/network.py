@@ -1,6 +1,6 @@
 """What a choice was measured on: the links, and the hosts on which the ranks of the group ran.
 
-Two networks are one to a choice if
+Two networks count as the same if
 
     ranks lie on hosts of the same names, place by place in the group
     the same nodes are joined by the same links, and the ranks begin at the same ones
@@ -43,17 +43,13 @@ class Network:
 
     @property
     def key(self) -> str:
-        """Short, and its own."""
+        """Short, and different for each network."""
         return _digest([self.shape, self.rates, self.latencies_s])[:16]
 
-    def to_plain(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"shape": self.shape, "rates": list(self.rates), "latencies_s": list(self.latencies_s)}
-
     @staticmethod
-    def from_plain(told: dict[str, Any]) -> "Network":
-        """What `to_plain` made."""
-        return Network(str(told["shape"]), tuple(told["rates"]), tuple(told["latencies_s"]))
+    def from_plain(plain: dict[str, Any]) -> "Network":
+        """What `asdict` made of one, and JSON."""
+        return Network(str(plain["shape"]), tuple(plain["rates"]), tuple(plain["latencies_s"]))
 
 
 def network_of(cluster: Cluster | None, ranks: Sequence[int], hosts: Iterable[str]) -> Network:
