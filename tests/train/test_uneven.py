@@ -1,4 +1,4 @@
-"""Micro-batches dealt by speed, on real ranks: the mathematics of one global batch, resumed bit for bit, fewer for slow ranks."""
+"""Micro-batches assigned by speed, on real ranks: the mathematics of one global batch, resumed bit for bit."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from thinwire.record import RunFolder
 from thinwire.sync.every_step import EveryStepSync
 from thinwire.tomlfile import validate
 from thinwire.train import checkpoint
-from thinwire.train.deal import Deal
+from thinwire.train.assign import Assignment
 from thinwire.train.pace import Pacer
 from thinwire.train.runtime import Environment, Lab, StopRequest
 from thinwire.train.step import Stepper
@@ -31,7 +31,7 @@ from thinwire.workload import Workload
 ROWS, WIDTH = 6, 24
 LEARNING_RATE = 0.1
 LOG_EVERY = 3
-"""The deal follows the usual one of so many steps: that one of them is late changes nothing."""
+"""The assignment follows the usual one of so many steps: that one of them is late changes nothing."""
 
 
 def plain_model() -> nn.Module:
@@ -87,17 +87,17 @@ class Regression:
 
 
 class Notes:
-    """In place of a Reporter: the losses and deals that it is told."""
+    """In place of a Reporter: the losses and assignments that it is given."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
-        self.deals: list[Deal] = []
+        self.assignments: list[Assignment] = []
 
     def step(self, event: Any) -> None:
         self.losses.append(event.loss)
 
-    def dealt(self, step: int, counts: Deal) -> None:
-        self.deals.append(counts)
+    def assigned(self, step: int, counts: Assignment) -> None:
+        self.assignments.append(counts)
 
     def evaluation(self, *_: object) -> None: ...
 
@@ -106,9 +106,9 @@ class Notes:
     def end(self, *_: object) -> None: ...
 
 
-def train(context: Rank, folder: Path, counts: Deal, steps: int, passes_s: list[tuple[float, dict[int, float]]]) -> Any:
-    """(weights, losses, deals) of a run that begins with `counts`. passes_s: by rank, a micro-batch's seconds and Regression's
-    slow; where given, the deal follows the speed."""
+def train(context: Rank, folder: Path, counts: Assignment, steps: int, passes_s: list[tuple[float, dict[int, float]]]) -> Any:
+    """(weights, losses, assignments) of a run that begins with `counts`. passes_s: by rank, a micro-batch's seconds and
+    Regression's slow; where given, the assignment follows the speed."""
     seconds, slow = passes_s[context.rank] if passes_s else (0.0, {})
     pacer = Pacer(forward_s=seconds / 3, backward_s=2 * seconds / 3) if passes_s else None
     task, notes = Regression(pacer, slow), Notes()
@@ -140,7 +140,7 @@ def train(context: Rank, folder: Path, counts: Deal, steps: int, passes_s: list[
             stop=StopRequest(),
             checkpoints=folder,
             reporter=notes,  # type: ignore[arg-type]
-            deal=counts,
+            assignment=counts,
             by_speed=pacer is not None,
         )
         if pacer:
@@ -148,22 +148,22 @@ def train(context: Rank, folder: Path, counts: Deal, steps: int, passes_s: list[
                 trainer.run(0)
         else:
             trainer.run(0)
-    return [parameter.detach() for parameter in model.parameters()], notes.losses, notes.deals
+    return [parameter.detach() for parameter in model.parameters()], notes.losses, notes.assignments
 
 
 @pytest.mark.parametrize(("pool", "counts"), [("ranks2", (1, 3)), ("ranks4", (2, 1, 5, 3))])
-def test_any_deal_equals_one_process_on_the_global_batch(
-    request: pytest.FixtureRequest, tmp_path: Path, pool: str, counts: Deal
+def test_any_assignment_equals_one_process_on_the_global_batch(
+    request: pytest.FixtureRequest, tmp_path: Path, pool: str, counts: Assignment
 ) -> None:
     weights, losses = one_process(4, sum(counts))
     wrong, _ = one_process(4, sum(counts) - 1)
     ranks: Pool = request.getfixturevalue(pool)
-    for ours, told, deals in ranks.run(train, tmp_path, counts, 4, []):
-        assert told == pytest.approx(losses, abs=1e-6) and deals == []
+    for ours, reported, assignments in ranks.run(train, tmp_path, counts, 4, []):
+        assert reported == pytest.approx(losses, abs=1e-6) and assignments == []
         for mine, theirs in zip(ours, weights, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
         assert max(float((mine - other).abs().max()) for mine, other in zip(ours, wrong, strict=True)) > 1e-4
-    assert checkpoint.read_progress(checkpoint.latest(tmp_path)).deal == counts
+    assert checkpoint.read_progress(checkpoint.latest(tmp_path)).assignment == counts
 
 
 def test_a_rank_that_slows_down_gets_fewer_and_as_many_when_it_recovers(ranks4: Pool, tmp_path: Path) -> None:
@@ -172,13 +172,13 @@ def test_a_rank_that_slows_down_gets_fewer_and_as_many_when_it_recovers(ranks4: 
     last = (pass_s, {LOG_EVERY: 1.7, 3 * LOG_EVERY: 1 / 1.7})
     found = ranks4.run(train, tmp_path, (3, 3, 3, 3), steps, [(pass_s, {})] * 3 + [last])
     weights, losses = one_process(steps, 12)
-    reported = [sum(losses[first : first + LOG_EVERY]) / LOG_EVERY for first in range(0, steps, LOG_EVERY)]
+    expected = [sum(losses[first : first + LOG_EVERY]) / LOG_EVERY for first in range(0, steps, LOG_EVERY)]
     slow, *_, recovered = found[0][2]
     assert slow[3] == 2 and sorted(slow[:3]) == [3, 3, 4], "four passes at most, where three long ones took 5.1"
     assert recovered == (3, 3, 3, 3)
-    for ours, told, deals in found:
-        assert deals == found[0][2], "all ranks deal the same"
-        assert told == pytest.approx(reported, abs=1e-6)
+    for ours, reported, assignments in found:
+        assert assignments == found[0][2], "all ranks assign the same"
+        assert reported == pytest.approx(expected, abs=1e-6)
         for mine, theirs in zip(ours, weights, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
@@ -186,14 +186,14 @@ def test_a_rank_that_slows_down_gets_fewer_and_as_many_when_it_recovers(ranks4: 
 def uneven_config(folder: Path, kind: str) -> RunConfig:
     config = make_config(folder)
     coded = config if kind == "none" else config.model_copy(update={"compress": Coded(kind=kind)})  # type: ignore[arg-type]
-    sync = EveryStep(accumulate=2, bucket_bytes=4096, deal="by_speed")
+    sync = EveryStep(accumulate=2, bucket_bytes=4096, assign="by_speed")
     return coded.model_copy(update={"sync": sync, "train": config.train.model_copy(update={"log_every": LOG_EVERY})})
 
 
 def one_third_the_speed(folder: Path) -> Path:
     """A cluster file of two hosts: a micro-batch takes about 30 and 90 ms, so long that a busy machine keeps to it.
 
-    A run whose passes are late is dealt again, adds gradients up in another order, and no longer equals another run bit for bit.
+    Where passes are late, the run assigns anew, adds gradients up in another order and no longer equals another run bit for bit.
     """
     cluster = equal_hosts(2, 1e9)
     for device, rate in zip(cluster.devices, (1e8, 3.3e7), strict=True):
@@ -228,16 +228,16 @@ def run_paced(context: Rank, config: RunConfig, cluster: Path, resume: Path | No
 
 
 @pytest.mark.parametrize("kind", ["none", "int4"])
-def test_a_dealt_run_sends_what_was_predicted_and_resumes_bit_for_bit(ranks2: Pool, tmp_path: Path, kind: str) -> None:
+def test_an_uneven_run_sends_what_was_predicted_and_resumes_bit_for_bit(ranks2: Pool, tmp_path: Path, kind: str) -> None:
     cluster, runs = one_third_the_speed(tmp_path), {}
     for name, stop_after in (("whole", 10**9), ("cut", 6)):
         (tmp_path / name).mkdir()
         config = uneven_config(tmp_path / name, kind)
         runs[name] = ranks2.run(run_paced, config, cluster, None, stop_after)[0].folder
     progress = checkpoint.read_progress(checkpoint.latest(runs["cut"] / "checkpoints"))
-    assert (progress.step, progress.deal, progress.tokens) == (6, (3, 1), 6 * 4 * 2 * 16)
+    assert (progress.step, progress.assignment, progress.tokens) == (6, (3, 1), 6 * 4 * 2 * 16)
     assert ranks2.run(run_paced, config, cluster, runs["cut"], 10**9)[0].reason == "done"
-    assert checkpoint.read_progress(checkpoint.latest(runs["whole"] / "checkpoints")).deal == (3, 1), "no pass was late"
+    assert checkpoint.read_progress(checkpoint.latest(runs["whole"] / "checkpoints")).assignment == (3, 1), "no pass was late"
     whole, resumed = (
         [(event.step, event.tokens, event.loss) for event in RunFolder.open(runs[name]).steps()] for name in ("whole", "cut")
     )
@@ -255,12 +255,12 @@ def test_a_dealt_run_sends_what_was_predicted_and_resumes_bit_for_bit(ranks2: Po
 @pytest.mark.parametrize(
     ("sync", "told"),
     [
-        ({"deal": "by_speed"}, "sync: deal = 'by_speed' with accumulate = 1 leaves each rank its one micro-batch"),
-        ({"deal": "by_speed", "kind": "diloco"}, "deal = 'by_speed': only kind = 'every_step' deals micro-batches"),
-        ({"deal": "by_luck"}, "sync.deal = 'by_luck'"),
+        ({"assign": "by_speed"}, "sync: assign = 'by_speed' with accumulate = 1 leaves each rank its one micro-batch"),
+        ({"assign": "by_speed", "kind": "diloco"}, "assign = 'by_speed': only kind = 'every_step' assigns micro-batches"),
+        ({"assign": "by_luck"}, "sync.assign = 'by_luck'"),
     ],
 )
-def test_a_deal_that_cannot_be_is_refused_in_one_line(sync: dict[str, str], told: str) -> None:
+def test_an_assignment_that_cannot_be_is_refused_in_one_line(sync: dict[str, str], told: str) -> None:
     with pytest.raises(UserError, match=r"^run\.toml: ") as refused:
         validate(RunConfig, {"sync": sync}, "run.toml")
     assert told in str(refused.value) and "\n" not in str(refused.value)

@@ -1,20 +1,20 @@
-"""One worker of several is slow: how long is a step if micro-batches are dealt by speed?
+"""One worker of several is slow: how long is a step if micro-batches are assigned by speed?
 
 Compute is paced: a micro-batch takes `pass_s` on every rank, and `slow` times that on the last one. In one run, one after
-another, with the trainer as it is; medians over the later half of the reports, when the deal has settled:
+another, with the trainer as it is; medians over the later half of the reports, when the assignment has settled:
 
     equal workers          all at full speed                                         equal_s
-    one slow               dealt equally                                             stock_s
-    one slow               dealt by speed, beginning with equal hands                ours_s
-    slow during the run    full speed for a third of the steps, then dealt anew      ours_s
+    one slow               equal numbers                                             stock_s
+    one slow               assigned by speed, beginning with equal numbers           ours_s
+    slow during the run    full speed for a third of the steps, then by speed        ours_s
 
 ratio = ours_s / equal_s, and the bar is 1.20. Whole micro-batches leave a limit, ratio_limit: with 4 ranks and half the speed it
 is 8/7 = 1.143 for 28 micro-batches (accumulate 7, as here), 1.25 for 16, 1.2 for 20. The exchange, the same for all, is in all of
 them. late: the most by which a case's passes took longer than they should have, on rank 0, as a fraction.
 
-With a cluster also what dealing does for a slow link: the last host's card at `slow_link` of its rate and all workers at full
-speed, dealt equally (stock_s) and with what a worker of half the speed would get (ours_s). There is no bar: it is not done,
-because an all-reduce cannot begin before the others are ready.
+With a cluster also what fewer micro-batches do for a slow link: the last host's card at `slow_link` of its rate and all
+workers at full speed, with equal numbers (stock_s) and with what a worker of half the speed would get (ours_s). There is no bar:
+it is not done, because an all-reduce cannot begin before the others are ready.
 """
 
 import json
@@ -33,7 +33,7 @@ from thinwire.cluster import Cluster, Quantity, load_cluster
 from thinwire.errors import UserError
 from thinwire.lab.commands import processes_for
 from thinwire.lab.run import RESULTS, LabOptions, launch
-from thinwire.train.deal import deal, slowest_s
+from thinwire.train.assign import assign, slowest_s
 
 DEFAULTS: Mapping[str, Any] = {
     "ranks": 4,
@@ -52,11 +52,11 @@ DEFAULTS: Mapping[str, Any] = {
 BAR = 1.20
 TIMEOUT_S, PATIENCE_S = 300.0, 3600.0
 SCRIPT = "thinwire.bench.peers.uneven_workers"
-EQUAL, STOCK, OURS, LATER, FEWER = "equal workers", "one slow, dealt equally", "one slow", "slow during the run", "dealt fewer"
+EQUAL, STOCK, OURS, LATER, FEWER = "equal workers", "one slow, equal numbers", "one slow", "slow during the run", "fewer"
 
 
 def run(cluster_name: str | None = None, options: Mapping[str, Any] | None = None) -> Rows:
-    """Rows: case, deal (at the end), equal_s, stock_s, ours_s, ratio, ratio_limit, bar, held; in a lab the slow link's too."""
+    """Rows: case, assignment (the last), equal_s, stock_s, ours_s, ratio, ratio_limit, bar, held; in a lab a slow link's too."""
     told = take(options or {}, DEFAULTS)
     cluster = load_cluster(cluster_name) if cluster_name else None
     ranks = cluster.world_size if cluster else told["ranks"]
@@ -67,14 +67,14 @@ def run(cluster_name: str | None = None, options: Mapping[str, Any] | None = Non
     found = _measure(cluster, ranks, told, _cases(told))
     equal_s, stock_s = found[EQUAL]["median_s"], found[STOCK]["median_s"]
     seconds = [1.0] * (ranks - 1) + [told["slow"]]
-    limit = slowest_s(deal(ranks * told["accumulate"], seconds), seconds) / told["accumulate"]
+    limit = slowest_s(assign(ranks * told["accumulate"], seconds), seconds) / told["accumulate"]
     rows: Rows = []
     for name in (OURS, LATER):
         ours_s = found[name]["median_s"]
         rows.append(
             {
                 "case": f"{name}, {told['slow']:g} times as long",
-                "deal": " ".join(map(str, found[name]["deal"])),
+                "assignment": " ".join(map(str, found[name]["assignment"])),
                 "equal_s": equal_s,
                 "stock_s": stock_s,
                 "ours_s": ours_s,
@@ -89,7 +89,7 @@ def run(cluster_name: str | None = None, options: Mapping[str, Any] | None = Non
 
 
 def _cases(told: Mapping[str, Any]) -> list[dict[str, Any]]:
-    plain = {"slow": 1.0, "slow_from": 0, "deal": [], "by_speed": False}
+    plain = {"slow": 1.0, "slow_from": 0, "assignment": [], "by_speed": False}
     slow = plain | {"slow": told["slow"]}
     return [
         plain | {"name": EQUAL},
@@ -100,16 +100,16 @@ def _cases(told: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _link_row(cluster: Cluster, told: Mapping[str, Any]) -> dict[str, Any]:
-    """All workers at full speed, one behind a slow card: dealt equally, and fewer for that one."""
+    """All workers at full speed, one behind a slow card: equal numbers, and fewer for that one."""
     ranks, host = cluster.world_size, cluster.host_of(cluster.world_size - 1).name
-    fewer = deal(ranks * told["accumulate"], [1.0] * (ranks - 1) + [2.0])
+    fewer = assign(ranks * told["accumulate"], [1.0] * (ranks - 1) + [2.0])
     plain: dict[str, Any] = {"slow": 1.0, "slow_from": 0, "by_speed": False}
-    cases = [plain | {"name": EQUAL, "deal": []}, plain | {"name": FEWER, "deal": fewer}]
+    cases = [plain | {"name": EQUAL, "assignment": []}, plain | {"name": FEWER, "assignment": fewer}]
     found = _measure(_with_slow_card(cluster, host, told["slow_link"]), ranks, told, cases)
     stock_s, ours_s = found[EQUAL]["median_s"], found[FEWER]["median_s"]
     return {
-        "case": f"a card at {told['slow_link']:g} of its rate, its host dealt fewer",
-        "deal": " ".join(map(str, fewer)),
+        "case": f"a card at {told['slow_link']:g} of its rate, its host with fewer micro-batches",
+        "assignment": " ".join(map(str, fewer)),
         "stock_s": stock_s,
         "ours_s": ours_s,
         "ratio": ours_s / stock_s,
@@ -137,7 +137,7 @@ def _run_config(told: Mapping[str, Any]) -> dict[str, Any]:
 def _measure(
     cluster: Cluster | None, ranks: int, told: Mapping[str, Any], cases: list[dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """{case: {"median_s", "deal", ...}}, in the lab if there is a cluster, else over loopback."""
+    """{case: {"median_s", "assignment", ...}}, in the lab if there is a cluster, else over loopback."""
     settings = {"run": _run_config(told), "cases": cases, "pass_s": told["pass_s"], "timeout_s": TIMEOUT_S}
     with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
         progress = Path(folder) / "progress"

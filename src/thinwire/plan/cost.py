@@ -34,7 +34,7 @@ MEMORY_BYTES_PER_S = 4e9
 class Setting:
     """What a prediction is made for. flops_per_s: by rank, what a training step achieves there; rates_are: how they are known.
 
-    micro_batches: of a step and replica; where they differ that is their mean, and `deal` has those of each replica.
+    micro_batches: of a step and replica; where they differ that is their mean, and `assignment` has those of each replica.
     """
 
     cluster: Cluster
@@ -44,12 +44,12 @@ class Setting:
     flops_per_s: tuple[float, ...]
     rates_are: str = "declared"
     optimizer: str = "adamw"
-    deal: tuple[int, ...] = ()
+    assignment: tuple[int, ...] = ()
 
     @property
     def compute_s(self) -> tuple[float, ...]:
         """Of a step, by rank."""
-        counts = self.deal or (self.micro_batches,) * self.layout.replicas
+        counts = self.assignment or (self.micro_batches,) * self.layout.replicas
         flops = self.workload.flops_per_microbatch
         return tuple(counts[self.layout.replica(rank)] * flops / rate for rank, rate in enumerate(self.flops_per_s))
 

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from thinwire.collectives.ledger import Ledger
 from thinwire.errors import UserError
 from thinwire.sync.base import Synchroniser
-from thinwire.train.deal import Deal
+from thinwire.train.assign import Assignment
 
 _PROGRESS, _CHECKSUMS = "progress.json", "checksums.json"
 
@@ -38,7 +38,7 @@ class Progress:
     step: int
     tokens: int
     world_size: int
-    deal: Deal
+    assignment: Assignment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def save(folder: Path, parts: Parts, progress: Progress) -> Path:
 def load(path: Path, parts: Parts) -> Progress:
     """Load a checkpoint into `parts`, before the first backward pass. UserError on all ranks if it is damaged.
 
-    With another number of ranks than it was written by, what each rank carried is dealt out anew (`Synchroniser.adopt`), and
+    With another number of ranks than it was written by, what each rank carried is shared out anew (`Synchroniser.adopt`), and
     random states begin afresh; replicas that differed begin from the parameters that count, with the first one's optimizer.
     """
     # With gradients there, torch would take the optimizer for initialised and load none of its state.
@@ -136,8 +136,9 @@ def latest(folder: Path) -> Path:
 def read_progress(path: Path) -> Progress:
     """What `progress.json` of a checkpoint says."""
     try:
-        told = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
-        return Progress(**told | {"deal": tuple(told["deal"])})
+        content = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
+        assignment = content.pop("deal", None) or content["assignment"]  # older checkpoints say "deal"
+        return Progress(**content | {"assignment": tuple(assignment)})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{_damaged(path, f'{_PROGRESS} is not readable ({type(error).__name__})')}") from None
 

@@ -9,7 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from thinwire.record.folder import RunFolder
 from thinwire.record.schema import Checkpoint, End, Eval, Step
-from thinwire.train.deal import Deal, shown
+from thinwire.train.assign import Assignment, shown
 from thinwire.units import show
 
 
@@ -45,7 +45,7 @@ class Reporter:
         self._say(f"step {step}: held-out loss {loss:.4f} {self.unit}")
         self._scalars(step, {"loss/held_out": loss})
 
-    def dealt(self, step: int, counts: Deal) -> None:
+    def assigned(self, step: int, counts: Assignment) -> None:
         """From this step on, faster ranks have more micro-batches."""
         self._say(f"step {step}: {shown(counts)}")
 

@@ -15,8 +15,8 @@ from thinwire.config.run import RunConfig, dump_run
 from thinwire.layout import Layout
 from thinwire.plan.cost import Prediction
 from thinwire.record.folder import RunFolder
+from thinwire.train.assign import Assignment, shown
 from thinwire.train.checkpoint import Progress
-from thinwire.train.deal import Deal, shown
 from thinwire.train.pace import Pacer
 from thinwire.train.reporter import Reporter
 from thinwire.train.runtime import Lab
@@ -84,7 +84,7 @@ def write_beginning(
     )
 
 
-def write_resume(folder: RunFolder, reporter: Reporter, progress: Progress, world_size: int, deal: Deal) -> None:
+def write_resume(folder: RunFolder, reporter: Reporter, progress: Progress, world_size: int, assignment: Assignment) -> None:
     """Before the first step of a resumed run, on rank 0: later events go, the clock goes on."""
     kept = folder.resume_at(progress.step)
     reporter.started -= kept.time_s
@@ -92,8 +92,8 @@ def write_resume(folder: RunFolder, reporter: Reporter, progress: Progress, worl
     if progress.world_size != world_size:
         times = world_size / progress.world_size
         print(f"{world_size} ranks instead of {progress.world_size}: a step now counts {times:g} times the tokens", flush=True)
-    if progress.deal != deal and len({*progress.deal, *deal}) > 1:
-        print(f"dealt anew, {shown(deal)}; it was {' '.join(map(str, progress.deal))}", flush=True)
+    if progress.assignment != assignment and len({*progress.assignment, *assignment}) > 1:
+        print(f"assigned anew, {shown(assignment)}; it was {' '.join(map(str, progress.assignment))}", flush=True)
 
 
 def write_end(trainer: Trainer, folder: RunFolder, pacer: Pacer | None, results: Path | None) -> None:

@@ -16,7 +16,7 @@ from thinwire.config.run import TrainSection
 from thinwire.record.schema import Step
 from thinwire.traffic import Transfer
 from thinwire.train import checkpoint
-from thinwire.train.deal import Deal, place_of, redeal
+from thinwire.train.assign import Assignment, index_in_step, reassign
 from thinwire.train.reporter import Reporter
 from thinwire.train.runtime import StopRequest
 from thinwire.train.step import Stepper, StepTimes, learning_rate
@@ -65,10 +65,10 @@ class Trainer:
     stop: StopRequest
     checkpoints: Path
     reporter: Reporter | None
-    deal: Deal
+    assignment: Assignment
     """Micro-batches of a step by replica."""
     by_speed: bool = False
-    """Whether `deal` follows what the reports say."""
+    """Whether `assignment` follows what the reports say."""
     tokens: int = 0
     _interval: list[StepTimes] = field(default_factory=list)
     _interval_loss: float = 0.0
@@ -93,13 +93,13 @@ class Trainer:
         self._begin_interval()
         for step in range(first_step, train.steps):
             self.ledger.step = step
-            num_micro = self.deal[self.replica]
-            batches = (self.task.batch(step, place_of(self.deal, self.replica, micro)) for micro in range(num_micro))
+            num_micro = self.assignment[self.replica]
+            batches = (self.task.batch(step, index_in_step(self.assignment, self.replica, micro)) for micro in range(num_micro))
             with self.ledger.label("replica"):
-                loss, times = self.stepper.run(step, batches, num_micro, sum(self.deal) / len(self.deal))
+                loss, times = self.stepper.run(step, batches, num_micro, sum(self.assignment) / len(self.assignment))
             self._interval.append(times)
             self._interval_loss += loss
-            self.tokens += self.task.workload.tokens_per_microbatch * sum(self.deal)
+            self.tokens += self.task.workload.tokens_per_microbatch * sum(self.assignment)
             done = step + 1
             if (done % train.log_every == 0 or done == train.steps) and self._report(done):
                 reason = "interrupted"
@@ -134,7 +134,7 @@ class Trainer:
     def save(self, step: int) -> None:
         """Write a checkpoint of the state after `step` steps."""
         started = time.perf_counter()
-        progress = checkpoint.Progress(step=step, tokens=self.tokens, world_size=self.group.size(), deal=self.deal)
+        progress = checkpoint.Progress(step=step, tokens=self.tokens, world_size=self.group.size(), assignment=self.assignment)
         path = checkpoint.save(self.checkpoints, self.parts, progress)
         self._saved_step = step
         if self.reporter:
@@ -176,7 +176,7 @@ class Trainer:
         waiting = min(wait, max(0.0, float(vector[2:].max()) - usual))
         seconds = (time.perf_counter() - self._interval_started) / count
         if self.reporter:
-            tokens = self.task.workload.tokens_per_microbatch * sum(self.deal)
+            tokens = self.task.workload.tokens_per_microbatch * sum(self.assignment)
             self.reporter.step(
                 Step(
                     step=done,
@@ -199,16 +199,16 @@ class Trainer:
         elif count == self.train.log_every:
             self._last = mark
         if self.by_speed and done < self.train.steps:
-            self._redeal(done, vector[2:].tolist())
+            self._reassign(done, vector[2:].tolist())
         self._begin_interval()
         return float(vector[1]) > 0
 
-    def _redeal(self, done: int, compute_s: Sequence[float]) -> None:
-        """compute_s: of a usual step, by replica, the same numbers on all of them; so all come to the same deal."""
-        before = self.deal
-        self.deal = redeal(before, [seconds / count for seconds, count in zip(compute_s, before, strict=True)])
-        if self.reporter and self.deal != before:
-            self.reporter.dealt(done, self.deal)
+    def _reassign(self, done: int, compute_s: Sequence[float]) -> None:
+        """compute_s: of a usual step, by replica, the same numbers on all of them; so all come to the same assignment."""
+        before = self.assignment
+        self.assignment = reassign(before, [seconds / count for seconds, count in zip(compute_s, before, strict=True)])
+        if self.reporter and self.assignment != before:
+            self.reporter.assigned(done, self.assignment)
 
     def _begin_interval(self) -> None:
         self._interval, self._interval_loss = [], 0.0

@@ -26,8 +26,8 @@ from thinwire.plan.cost import Prediction, Setting, predict
 from thinwire.sync.make import make_synchroniser
 from thinwire.train import checkpoint, results
 from thinwire.train.agree import agree_on_dtype, agree_on_folder, make_task
+from thinwire.train.assign import Assignment, first_assignment
 from thinwire.train.collectives import carrier, set_collectives
-from thinwire.train.deal import Deal, opening
 from thinwire.train.forecast import find_cluster, timed_rates
 from thinwire.train.heartbeat import Heartbeat
 from thinwire.train.over_mpi import mpi_ranks, over_mpi
@@ -79,7 +79,7 @@ def work(config: RunConfig, environment: Environment, resume: Path | None) -> Ou
     ledger = Ledger()
     device, group_backend = _device(place)
     if config.sync.by_speed and device.type != "cpu":
-        raise UserError(f"sync.deal = 'by_speed' times the processor, not {device.type}; set it to 'equal'")
+        raise UserError(f"sync.assign = 'by_speed' times the processor, not {device.type}; set it to 'equal'")
     rank = Rank(config=config, environment=environment, layout=layout, ledger=ledger, device=device, stop=stop)
     timeout_s = config.train.timeout_s
     with ExitStack() as stack:
@@ -126,7 +126,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     sync = make_synchroniser(config.sync, config.compress, layout, ledger)
     optimizer = make_optimizer(model, config.train)
     parts = checkpoint.Parts(model=model, optimizer=optimizer, sync=sync, ledger=ledger, rank=rank.number)
-    progress = checkpoint.Progress(step=0, tokens=0, world_size=layout.world_size, deal=())
+    progress = checkpoint.Progress(step=0, tokens=0, world_size=layout.world_size, assignment=())
     if resume is not None:
         progress = checkpoint.load(checkpoint.latest(folder.path / "checkpoints"), parts)
     stepper = Stepper(
@@ -140,7 +140,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     with ledger.label("replica set-up"):
         stepper.rehearse(task.batch(0, group.rank()))
     groups = {name: mesh.get_group(name) for name in AXES} | {axis: group}
-    prediction, pacer, deal = _predict(rank, cluster, task, stepper, progress, groups)
+    prediction, pacer, assignment = _predict(rank, cluster, task, stepper, progress, groups)
     if pacer:
         stack.enter_context(pacer.attached(model, task.workload))
 
@@ -155,9 +155,9 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
             )
             results.write_beginning(folder, config, cluster, task, prediction, about)
         else:
-            results.write_resume(folder, reporter, progress, layout.world_size, deal)
+            results.write_resume(folder, reporter, progress, layout.world_size, assignment)
         if config.sync.by_speed:
-            reporter.dealt(progress.step, deal)
+            reporter.assigned(progress.step, assignment)
     trainer = Trainer(
         task=task,
         stepper=stepper,
@@ -168,7 +168,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         stop=rank.stop,
         checkpoints=folder.path / "checkpoints",
         reporter=reporter,
-        deal=deal,
+        assignment=assignment,
         by_speed=config.sync.by_speed,
         tokens=progress.tokens,
     )
@@ -201,7 +201,7 @@ def _predict(
     stepper: Stepper,
     progress: checkpoint.Progress,
     groups: Mapping[str, dist.ProcessGroup],
-) -> tuple[Prediction, Pacer | None, Deal]:
+) -> tuple[Prediction, Pacer | None, Assignment]:
     """What a step will cost; the pacer that holds this rank to the declared rate, if the lab asks for one; and who has how many
     micro-batches. Collective."""
     lab, layout, config = rank.environment.lab, rank.layout, rank.config
@@ -212,7 +212,7 @@ def _predict(
     else:
         rates, rates_are = timed_rates(task, stepper, layout, rank.ledger), "timed on this model before training"
         pacer = None
-    deal = _deal(config, layout, rates, progress.deal)
+    assignment = _assign(config, layout, rates, progress.assignment)
     setting = Setting(
         cluster=cluster,
         layout=layout,
@@ -221,16 +221,16 @@ def _predict(
         flops_per_s=rates,
         rates_are=rates_are,
         optimizer=config.train.optimizer.kind,
-        deal=deal,
+        assignment=assignment,
     )
     transfers = stepper.sync.traffic(task.workload, layout) + report_traffic(config.train, layout.replica_axis, layout.replicas)
-    return predict(setting, transfers, carrier=carrier(rank.tuner, cluster, groups, transfers)), pacer, deal
+    return predict(setting, transfers, carrier=carrier(rank.tuner, cluster, groups, transfers)), pacer, assignment
 
 
-def _deal(config: RunConfig, layout: Layout, rates: Sequence[float], saved: Deal) -> Deal:
+def _assign(config: RunConfig, layout: Layout, rates: Sequence[float], saved: Assignment) -> Assignment:
     """Micro-batches of a step by replica: as saved, if that fits this run, else by `rates`, which all ranks know."""
     equal = (config.sync.accumulate,) * layout.replicas
     if not config.sync.by_speed:
         return equal
     slowest = [min(rate for rank, rate in enumerate(rates) if layout.replica(rank) == replica) for replica in range(len(equal))]
-    return opening(equal, [1 / rate for rate in slowest], saved)
+    return first_assignment(equal, [1 / rate for rate in slowest], saved)

@@ -2,8 +2,8 @@
 
     python -m thinwire.bench.peers.uneven_workers RESULTS '{"run": {...}, "cases": [{"name": "half", "slow": 2.0, ...}], ...}'
 
-A case: `slow` is how many times as long as the others' the last rank's passes take, from step `slow_from` on; `deal` is what it
-begins with (empty: equal), `by_speed` whether it is dealt anew.
+A case: `slow` is how many times as long as the others' the last rank's passes take, from step `slow_from` on; `assignment`
+is what it begins with (empty: equal), `by_speed` whether that follows the speed.
 """
 
 import json
@@ -61,7 +61,7 @@ class Notes:
         self.step_s.append(event.step_s)
         self.tell_step(event)
 
-    def dealt(self, step, counts):
+    def assigned(self, step, counts):
         """Read from the trainer at the end."""
 
     def evaluation(self, step, tokens, score):
@@ -75,7 +75,7 @@ class Notes:
 
 
 def train(case, config, told, task, ledger, say):
-    """One case on this rank. Collective. step_s: of each report; deal: the last one; late: by how much passes were missed."""
+    """One case on this rank. Collective. step_s: by report; assignment: the last one; late: Pacer.missed_fraction."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=(AXIS,))
     pacer = Pacer(forward_s=told["pass_s"] / 3, backward_s=told["pass_s"] * 2 / 3)
@@ -104,11 +104,11 @@ def train(case, config, told, task, ledger, say):
             stop=StopRequest(),
             checkpoints=Path(told["checkpoints"]) / case["name"].replace(" ", "-"),
             reporter=notes if rank == 0 else None,
-            deal=tuple(case["deal"]) or (config.sync.accumulate,) * ranks,
+            assignment=tuple(case["assignment"]) or (config.sync.accumulate,) * ranks,
             by_speed=case["by_speed"],
         )
         trainer.run(0)
-    return {"step_s": notes.step_s, "deal": trainer.deal, "late": pacer.missed_fraction}
+    return {"step_s": notes.step_s, "assignment": trainer.assignment, "late": pacer.missed_fraction}
 
 
 def main(results, settings):
