@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from thinwire.config.run import SGD, AdamW, TrainSection
-from thinwire.train.step import learning_rate, make_optimizer
+from thinwire.train.optimizers import make_optimizer
+from thinwire.train.step import learning_rate
 
 
 @given(steps=st.integers(1, 500), warmup=st.integers(0, 100), peak=st.floats(1e-6, 1.0), final=st.floats(0.0, 1.0))

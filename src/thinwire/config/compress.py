@@ -110,8 +110,8 @@ SPARSELOCO = Coded(kind="topk", k=64, values="int8", feedback_decay=0.95, exclud
 """What sync.kind = "sparseloco" takes where [compress] is not given, as published (Sarfi et al. 2025)."""
 
 
-def by_kind(value: Any) -> Any:
-    """For a field that may be either: what the kind says."""
-    if not isinstance(value, dict):
-        return value
-    return (NoCompression if value.get("kind", "none") == "none" else Coded).model_validate(value)
+def _none_unless_named(value: Any) -> Any:
+    return {"kind": "none", **value} if isinstance(value, dict) else value
+
+
+Compress = Annotated[NoCompression | Coded, Field(discriminator="kind"), BeforeValidator(_none_unless_named)]

@@ -13,11 +13,12 @@ import torch.distributed as dist
 from thinwire.collectives.ledger import Ledger, Snapshot, difference
 from thinwire.collectives.metered_calls import all_reduce
 from thinwire.config.run import TrainSection
-from thinwire.record.schema import Step
+from thinwire.record import Step
 from thinwire.traffic import Transfer
 from thinwire.train import checkpoint
 from thinwire.train.assign import Assignment, index_in_step, reassign
-from thinwire.train.reporter import Reporter
+from thinwire.train.pace import Pacer
+from thinwire.train.results import Reporter
 from thinwire.train.runtime import StopRequest
 from thinwire.train.step import Stepper, StepTimes, learning_rate
 from thinwire.train.task import Task
@@ -28,28 +29,19 @@ NUMBER_BYTES = 8
 
 def report_traffic(train: TrainSection, axis: str, world_size: int) -> list[Transfer]:
     """What the loop itself sends: a summary per report (loss, stop, seconds by rank) and two numbers per evaluation."""
-    transfers = [
+    messages = (("summary", 2 + world_size, train.log_every), ("evaluation", 2, train.eval_every))
+    return [
         Transfer(
-            label="summary",
+            label=label,
             axis=axis,
             op="all_reduce",
-            message_bytes=(2 + world_size) * NUMBER_BYTES,
+            message_bytes=numbers * NUMBER_BYTES,
             item_bytes=NUMBER_BYTES,
-            every=train.log_every,
+            every=every,
         )
+        for label, numbers, every in messages
+        if every
     ]
-    if train.eval_every:
-        transfers.append(
-            Transfer(
-                label="evaluation",
-                axis=axis,
-                op="all_reduce",
-                message_bytes=2 * NUMBER_BYTES,
-                item_bytes=NUMBER_BYTES,
-                every=train.eval_every,
-            )
-        )
-    return transfers
 
 
 @dataclass(kw_only=True)
@@ -68,7 +60,7 @@ class Trainer:
     assignment: Assignment
     """Micro-batches of a step by replica."""
     by_speed: bool = False
-    """Whether `assignment` follows what the reports say."""
+    """Whether `assignment` follows the seconds in the reports."""
     tokens: int = 0
     _interval: list[StepTimes] = field(default_factory=list)
     _interval_loss: float = 0.0
@@ -145,33 +137,49 @@ class Trainer:
         if self._steady is None or self._last is None or self._last[0] <= self._steady[0]:
             return []
         steps = self._last[0] - self._steady[0]
-        rows = []
-        for call, total in difference(self._last[1], self._steady[1]).items():
-            every = max(1, round(steps / total.calls))
-            rows.append(
-                {
-                    "label": call.label,
-                    "axis": call.axis,
-                    "op": call.op,
-                    "message_bytes": call.message_bytes,
-                    "calls": max(1, round(total.calls / steps)),
-                    "every": every,
-                    "wire_bytes_per_step": total.wire_bytes / steps,
-                    "seconds": total.seconds / total.calls,
-                }
-            )
-        return rows
+        return [
+            {
+                "label": call.label,
+                "axis": call.axis,
+                "op": call.op,
+                "message_bytes": call.message_bytes,
+                "calls": max(1, round(total.calls / steps)),
+                "every": max(1, round(steps / total.calls)),
+                "wire_bytes_per_step": total.wire_bytes / steps,
+                "seconds": total.seconds / total.calls,
+            }
+            for call, total in difference(self._last[1], self._steady[1]).items()
+        ]
+
+    def write_end(self, pacer: Pacer | None, results: Path | None) -> None:
+        """After the last step: gather the ledgers of all ranks; rank 0 writes what was measured, and into `results` where."""
+        mine = {"entries": self.ledger.entries(self.replica), "missed": pacer.missed_fraction if pacer else None}
+        gathered: list[Any] = [None] * self.group.size()
+        with self.ledger.label("results"):
+            dist.gather_object(mine, gathered if self.reporter else None, dst=0)
+        if self.reporter is None:
+            return
+        self.reporter.folder.write("ledger.json", {"entries": [entry for rank in gathered for entry in rank["entries"]]})
+        medians, transfers = self.reporter.medians(), self.measured_transfers()
+        if medians:
+            measured = {
+                **medians,
+                "transfers": transfers,
+                "wire_bytes_per_step": sum(row["wire_bytes_per_step"] for row in transfers),
+                "missed_pace": max((rank["missed"] for rank in gathered if rank["missed"] is not None), default=None),
+            }
+            self.reporter.folder.write("measured.json", measured)
+        if results is not None:
+            (results / "run_folder").write_text(str(self.reporter.folder.path), encoding="utf-8")
 
     def _report(self, done: int) -> bool:
         """End an interval: all ranks exchange loss, stop requests and compute times. True if any rank was asked to stop."""
-        count, rank = len(self._interval), self.group.rank()
+        count = len(self._interval)
         compute = sum(times.compute_s for times in self._interval) / count
         wait = sum(times.wait_s for times in self._interval) / count
-        usual = median(
-            times.compute_s for times in self._interval
-        )  # one step that was disturbed says nothing about a rank's speed
+        usual = median(times.compute_s for times in self._interval)  # one disturbed step is no sign of a rank's speed
         vector = torch.zeros(2 + self.group.size(), dtype=torch.float64)
-        vector[0], vector[1], vector[2 + rank] = self._interval_loss / count, float(self.stop.requested), usual
+        vector[0], vector[1], vector[2 + self.replica] = self._interval_loss / count, float(self.stop.requested), usual
         vector = self._sum(vector, "summary")
         waiting = min(wait, max(0.0, float(vector[2:].max()) - usual))
         seconds = (time.perf_counter() - self._interval_started) / count

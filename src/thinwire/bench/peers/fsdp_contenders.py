@@ -26,9 +26,10 @@ from thinwire.config.model import ModelConfig
 from thinwire.config.run import RunConfig
 from thinwire.layout import Layout
 from thinwire.models.transformer import Transformer
+from thinwire.train.optimizers import make_optimizer
 from thinwire.train.pace import Pacer
 from thinwire.train.runtime import read_environment
-from thinwire.train.step import learning_rate, make_optimizer
+from thinwire.train.step import learning_rate
 from thinwire.train.task import LanguageModel
 from thinwire.workload import Workload
 

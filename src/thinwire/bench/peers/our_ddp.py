@@ -20,8 +20,9 @@ from thinwire.config.model import ModelConfig
 from thinwire.config.run import EveryStep, TrainSection
 from thinwire.models.transformer import Transformer
 from thinwire.sync.every_step import EveryStepSync
+from thinwire.train.optimizers import make_optimizer
 from thinwire.train.runtime import read_environment
-from thinwire.train.step import Stepper, make_optimizer
+from thinwire.train.step import Stepper
 
 
 def main(results: str, settings: str) -> None:

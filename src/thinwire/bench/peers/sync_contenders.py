@@ -33,11 +33,11 @@ from thinwire.collectives import backend
 from thinwire.collectives.ledger import Ledger
 from thinwire.layout import AXES, Layout
 from thinwire.sync.make import make_synchroniser
-from thinwire.train.agree import make_task
-from thinwire.train.collectives import set_collectives
+from thinwire.train.optimizers import make_optimizer
 from thinwire.train.pace import Pacer
 from thinwire.train.runtime import process_group, read_environment
-from thinwire.train.step import Stepper, make_optimizer
+from thinwire.train.setup import make_task, set_collectives
+from thinwire.train.step import Stepper
 
 WARM_STEPS, MOST_STEPS = 2, 20
 SLOW_STEP_S, SLOW_TURN_S = 10.0, 20.0

@@ -23,10 +23,11 @@ from thinwire.config.run import RunConfig
 from thinwire.layout import Layout
 from thinwire.sync.every_step import EveryStepSync
 from thinwire.train import checkpoint
-from thinwire.train.agree import make_task
+from thinwire.train.optimizers import make_optimizer
 from thinwire.train.pace import Pacer
 from thinwire.train.runtime import StopRequest, process_group, read_environment
-from thinwire.train.step import Stepper, make_optimizer
+from thinwire.train.setup import make_task
+from thinwire.train.step import Stepper
 from thinwire.train.trainer import Trainer
 
 AXIS = "data"
