@@ -51,7 +51,7 @@ def _one_line(error: ValidationError, schema: type[BaseModel], where: str) -> st
 
 
 def _without_tags(schema: type[BaseModel], loc: tuple[str | int, ...]) -> list[str | int]:
-    """`loc` as the file has it: without the kinds by which members of a union are told apart."""
+    """`loc` as the file has it: without the kinds that select members of a union."""
     kept: list[str | int] = []
     for index, part in enumerate(loc):
         owner = _schema_at(schema, loc[:index])
@@ -79,7 +79,7 @@ def _schema_at(schema: type[BaseModel], loc: tuple[str | int, ...]) -> type[Base
 
 
 def _is_kind(model: type[BaseModel], tag: str) -> bool:
-    """Whether `tag` tells this member of a union from the others."""
+    """Whether `tag` selects this member of a union."""
     return "kind" in model.model_fields and tag in get_args(model.model_fields["kind"].annotation)
 
 

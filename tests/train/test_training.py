@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -150,6 +151,9 @@ def test_predicted_transfers_equal_the_ledger_of_a_whole_run(ranks4: Pool, finis
     predicted = [row for row in facts["transfers"] if row["predicted_bytes"] is not None]
     assert len(predicted) >= 4
     assert all(row["equal"] for row in predicted), predicted
+    each_step = sum(row["predicted_bytes"] for row in predicted if row["every"] == 1)
+    reported = [event.wire_bytes for event in RunFolder.open(outcome.folder).steps()]
+    assert median(reported) == each_step, "and what a step reports has nothing of the steps before"
     others = labels - {row["label"] for row in predicted}
     assert others == {"checkpoint", "results"}, "checkpoints, and the ledgers themselves; nothing else"
 
@@ -177,6 +181,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     assert resumed.reason == "done"
     assert losses(resumed.folder) == losses(whole)
     assert scores(resumed.folder) == scores(whole)
+    times = [event.time_s for event in RunFolder.open(resumed.folder).steps()]
+    assert times == sorted(times), "the clock goes on"
 
 
 def test_resume_drops_what_came_after_the_checkpoint(ranks2: Pool, tmp_path: Path, config: RunConfig, finished: Finished) -> None:

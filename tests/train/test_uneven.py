@@ -62,7 +62,7 @@ class Declared(Stepper):
 
     def run(self, step: int, batches: Any, num_micro: int, mean_micro: float | None = None) -> tuple[float, StepTimes]:
         loss, times = super().run(step, batches, num_micro, mean_micro)
-        return loss, replace(times, compute_s=num_micro * self.seconds(step), wait_s=0.0)
+        return loss, replace(times, compute_s=num_micro * self.seconds(step), wait_s=10.0)
 
     def seconds(self, step: int) -> float:
         raise NotImplementedError
@@ -98,9 +98,11 @@ class Notes:
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.assignments: list[Assignment] = []
+        self.waiting_s: list[float] = []
 
     def step(self, event: Any) -> None:
         self.losses.append(event.loss)
+        self.waiting_s.append(event.waiting_s)
 
     def assigned(self, step: int, counts: Assignment) -> None:
         self.assignments.append(counts)
@@ -113,8 +115,8 @@ class Notes:
 
 
 def train(context: Rank, folder: Path, counts: Assignment, steps: int, slow: dict[int, float]) -> Any:
-    """(weights, losses, assignments) of a run that begins with `counts`. slow: from these steps on, a micro-batch of the last
-    rank takes so many times as long as the others'; where given, the assignment follows the speed."""
+    """(weights, losses, assignments, waiting_s) of a run that begins with `counts`. slow: from these steps on, a micro-batch of
+    the last rank takes so many times as long as the others'; where given, the assignment follows the speed."""
 
     class Slow(Declared):
         def seconds(self, step: int) -> float:
@@ -154,7 +156,7 @@ def train(context: Rank, folder: Path, counts: Assignment, steps: int, slow: dic
             by_speed=bool(slow),
         )
         trainer.run(0)
-    return [parameter.detach() for parameter in model.parameters()], notes.losses, notes.assignments
+    return [parameter.detach() for parameter in model.parameters()], notes.losses, notes.assignments, notes.waiting_s
 
 
 @pytest.mark.parametrize(("pool", "counts"), [("ranks2", (1, 3)), ("ranks4", (2, 1, 5, 3))])
@@ -164,7 +166,7 @@ def test_any_assignment_equals_one_process_on_the_global_batch(
     weights, losses = one_process(4, sum(counts))
     wrong, _ = one_process(4, sum(counts) - 1)
     ranks: Pool = request.getfixturevalue(pool)
-    for ours, reported, assignments in ranks.run(train, tmp_path, counts, 4, {}):
+    for ours, reported, assignments, _ in ranks.run(train, tmp_path, counts, 4, {}):
         assert reported == pytest.approx(losses, abs=1e-6) and assignments == []
         for mine, theirs in zip(ours, weights, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
@@ -179,7 +181,9 @@ def test_a_rank_that_slows_down_gets_fewer_and_as_many_when_it_recovers(ranks4: 
     weights, losses = one_process(steps, 12)
     expected = [sum(losses[first : first + LOG_EVERY]) / LOG_EVERY for first in range(0, steps, LOG_EVERY)]
     assert found[0][2] == [(4, 3, 3, 2), (3, 3, 3, 3)], "four passes at most, where three long ones took 5.1; then three"
-    for ours, reported, assignments in found:
+    assert found[0][3] == pytest.approx([0, 5.1 - 3, 0, 4 - 4, 0]), "of 10 s, what the slowest rank computed longer"
+    assert found[3][3] == pytest.approx([0, 0, 4 - 2 * 1.7, 4 - 2, 0])
+    for ours, reported, assignments, _ in found:
         assert assignments == found[0][2], "all ranks assign the same"
         assert reported == pytest.approx(expected, abs=1e-6)
         for mine, theirs in zip(ours, weights, strict=True):

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 SUMMABLE = frozenset({"bf16", "fp16"})
-"""Kinds that cast: an all-reduce adds them up on the way."""
+"""Kinds that cast: an all-reduce adds them up as they are sent."""
 
 EXCLUDED = ("*embed*", "*positions*")
-"""Parameters that travel as they are unless the user says otherwise, FSDP2's too; the casts, which hurt nothing, cast them."""
+"""Parameters that are sent uncoded unless the user chooses otherwise, FSDP2's too; casts, which lose little, cast them."""
 
 Patterns = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 

@@ -1,4 +1,4 @@
-"""The shape of a decoder-only transformer, and the presets that a planner speaks of by name.
+"""The shape of a decoder-only transformer, and named presets.
 
 Parameters (no biases; h width, F hidden, V vocabulary, g = kv_heads / heads, m = 2 matrices for gelu, 3 for swiglu):
 

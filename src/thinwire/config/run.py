@@ -1,6 +1,6 @@
 """run.toml: everything that decides a training run. `plan` writes what `train` reads, so two plans can be compared by diff.
 
-Each section is a floor; `kind` picks the dataclass. Quantities take a number in the base unit or a string with its unit.
+In a section with a `kind`, this selects the keys. Quantities take a number in the base unit or a string with its unit.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ModelSection(ModelConfig):
         return values
 
     def shape(self) -> ModelConfig:
-        """The shape alone, as the model wants it."""
+        """Without the preset's name."""
         return ModelConfig(**self.model_dump(exclude={"preset"}))
 
 

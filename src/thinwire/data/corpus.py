@@ -7,7 +7,7 @@ Files are split by their content: distinct contents, in the order of their sha25
 A cache folder is named by what it was made from (names, sizes and times of the files, tokenizer). It is written aside
 and renamed, so several processes may ask at once: one folder wins, the others' work is dropped, nobody reads half a file.
 
-What any model of the text has to beat is a table of pairs, whose counts come from the training tokens alone:
+The baseline for any model of the text is a table of pairs, whose counts come from the training tokens alone:
 
     p(b | a) = (count(a, b) + 1) / (count(a) + V),        loss = - mean of ln p over the held-out pairs
 """
@@ -53,7 +53,7 @@ class Corpus:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a run's record says of its data."""
+        """`data` of record.json."""
         return {"source": self.source, "files": self.files, "bytes": self.num_bytes, "sha256": self.sha256}
 
 

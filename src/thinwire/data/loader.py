@@ -6,7 +6,7 @@ is cut into micro-batches of b sequences each:
 
     row i of micro-batch j = sequence j * b + i of the global batch
 
-so a step trains on the same windows whoever takes which micro-batch, and a run resumes at a step by asking.
+so a step trains on the same windows however its micro-batches are assigned, and a run resumes at any step.
 
 The permutation needs no table: a Feistel network of four rounds permutes the next power of four; results outside the range are
 sent through again until they fall inside (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains"), fewer
@@ -43,7 +43,7 @@ class TrainBatches:
     def __post_init__(self) -> None:
         if self.global_batch > self.num_windows:
             raise UserError(
-                f"a batch of {self.global_batch} sequences of {self.sequence} tokens wants more text than there is: "
+                f"a batch of {self.global_batch} sequences of {self.sequence} tokens needs more text than there is: "
                 f"{len(self.tokens)} training tokens give {self.num_windows}; take more text or a smaller batch"
             )
 

@@ -85,7 +85,7 @@ def documents(path: Path) -> Iterator[bytes]:
         except json.JSONDecodeError as error:
             raise UserError(f"data file {path} line {number} is not JSON: {error.msg} at column {error.colno}") from None
         except (KeyError, TypeError, AttributeError, UnicodeEncodeError):
-            raise UserError(f'data file {path} line {number} wants an object with a string under "text"') from None
+            raise UserError(f'data file {path} line {number} needs an object with a string under "text"') from None
         if text:
             yield text
 
@@ -113,7 +113,7 @@ class FileTokenizer:
             import tokenizers
         except ImportError:
             raise UserError(
-                f"tokenizer {path} wants the tokenizers library; pip install 'thinwire[tokenizers]', or use {BYTES!r}"
+                f"tokenizer {path} needs the tokenizers library; pip install 'thinwire[tokenizers]', or use {BYTES!r}"
             ) from None
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))

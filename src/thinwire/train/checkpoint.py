@@ -82,8 +82,8 @@ def save(folder: Path, parts: Parts, progress: Progress) -> Path:
 def load(path: Path, parts: Parts) -> Progress:
     """Load a checkpoint into `parts`, before the first backward pass. UserError on all ranks if it is damaged.
 
-    With another number of ranks than it was written by, what each rank carried is shared out anew (`Synchroniser.adopt`), and
-    random states begin afresh; replicas that differed begin from the parameters that count, with the first one's optimizer.
+    With another number of ranks than it was written by, the ranks' residuals are shared out anew (`Synchroniser.adopt`), and
+    random states begin afresh; replicas that differed begin from their averaged parameters, with the first one's optimizer.
     """
     # With gradients there, torch would take the optimizer for initialised and load none of its state.
     assert all(parameter.grad is None for parameter in parts.model.parameters()), "load before the first backward pass"

@@ -1,6 +1,6 @@
 """One line for whatever goes wrong on a rank: who was silent, and the file in which a launcher looks for the line.
 
-gloo says that a wait was in vain, not for whom. So each rank has a heartbeat in the store where the ranks met:
+gloo reports that a wait was in vain, not for which rank. So each rank has a heartbeat in the store where the ranks met:
 
     heartbeat    each rank raises a counter of its own every b = min(1 s, timeout / 10), from a thread, whatever it waits for
     verdict      a rank whose wait fails reads all counters, reads them again 3 b later, and names the ranks that stood still. The
@@ -131,7 +131,7 @@ class Heartbeat:
         if not verdicts:
             why = f"lost the other ranks, and the store on {self._place.master_address} where they met; look at this host's link"
         elif not verdicts[0]:
-            why = f"an exchange failed ({text}), though all ranks live; a slow network wants more train.timeout_s"
+            why = f"an exchange failed ({text}), though all ranks live; a slow network needs more train.timeout_s"
         elif kind == "timeout":
             kind, why = "silent", f"gave up waiting for {verdicts[0]} after {self._timeout_s:g} s (train.timeout_s)"
         else:

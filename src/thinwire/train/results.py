@@ -103,7 +103,7 @@ class About:
 def write_beginning(
     folder: RunFolder, config: RunConfig, cluster: Cluster, task: Task, prediction: Prediction, about: About
 ) -> None:
-    """Before the first step, on rank 0: the files that say what runs, and the same in the terminal."""
+    """Before the first step, on rank 0: the files that describe the run, and the same in the terminal."""
     described = task.describe()
     delay = about.lab.delay if about.lab else "none"
     record = {

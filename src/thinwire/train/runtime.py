@@ -52,7 +52,7 @@ class Environment:
     error_file: Path | None
     cache_folder: Path
     results: Path | None
-    """Where whoever started the ranks wants to find `run_folder`, the path of the run folder."""
+    """The folder in which the launcher looks for `run_folder`, a file with the path of the run folder."""
 
 
 def read_environment() -> Environment:

@@ -17,7 +17,7 @@ Batch = Any
 
 
 class Task(Protocol):
-    """Made on every rank; methods are local unless they say otherwise."""
+    """Made on every rank; methods are local: no rank waits for another."""
 
     unit: str
     """Of the score: "nats per byte"."""
