@@ -17,8 +17,14 @@ timeout_s = "30 s"
 """
 
 
-@pytest.mark.parametrize("arguments", [("--version",), ("no-such-command",), ("report", "gone"), ("train", "gone.toml")])
-def test_warm_and_cold_say_the_same(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "gone.toml"),
+        *(pytest.param(each, marks=pytest.mark.long) for each in (("--version",), ("no-such-command",), ("report", "gone"))),
+    ],
+)
+def test_warm_and_cold_print_the_same(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     warm, cold = (thinwire(*arguments, cwd=tmp_path, cold=cold) for cold in (False, True))
     assert (warm.returncode, warm.stdout, warm.stderr) == (cold.returncode, cold.stdout, cold.stderr)
     assert nothing_left(tmp_path)

@@ -1,4 +1,4 @@
-"""A process that is told to end ends what it started: signals that would kill it at once become SystemExit."""
+"""A process that is asked to end by a signal ends its children first: SIGTERM and SIGHUP become SystemExit."""
 
 import signal
 import sys

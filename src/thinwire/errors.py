@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message is one line; the command line prints it and exits with 2."""
+    """A mistake that the user can correct. The message is one line; the command line prints it and exits with 2."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))

@@ -34,24 +34,24 @@ def validate(schema: type[Schema], content: dict[str, Any], where: str) -> Schem
 def _one_line(error: ValidationError, schema: type[BaseModel], where: str) -> str:
     problems = error.errors(include_url=False)
     first = problems[0]
-    key = ".".join(str(part) for part in _without_tags(schema, first["loc"])) or "(whole file)"
+    key = ".".join(str(part) for part in _without_tags(schema, first["loc"]))
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         owner = _schema_at(schema, first["loc"][:-1])
         allowed = f"; allowed: {', '.join(owner.model_fields)}" if owner else ""
         return f"{where}: unknown key {key}{allowed}{more}"
     if first["type"] == "union_tag_invalid":
-        told = first["ctx"]
-        return f"{where}: {key}.kind = {told['tag']!r}: there are {told['expected_tags']}{more}"
+        context = first["ctx"]
+        return f"{where}: {key}.kind = {context['tag']!r}: there are {context['expected_tags']}{more}"
     if first["type"] == "missing":
         return f"{where}: {key} is missing{more}"
     if first["type"] in ("value_error", "assertion_error"):
-        return f"{where}: {key}: {first['ctx']['error']}{more}"
+        return f"{where}: {f'{key}: ' if key else ''}{first['ctx']['error']}{more}"
     return f"{where}: {key} = {_short(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"
 
 
 def _without_tags(schema: type[BaseModel], loc: tuple[str | int, ...]) -> list[str | int]:
-    """`loc` as the file has it: without the kinds by which members of a union are told apart."""
+    """`loc` as the file has it: without the kinds that select members of a union."""
     kept: list[str | int] = []
     for index, part in enumerate(loc):
         owner = _schema_at(schema, loc[:index])
@@ -79,7 +79,7 @@ def _schema_at(schema: type[BaseModel], loc: tuple[str | int, ...]) -> type[Base
 
 
 def _is_kind(model: type[BaseModel], tag: str) -> bool:
-    """Whether `tag` tells this member of a union from the others."""
+    """Whether `tag` selects this member of a union."""
     return "kind" in model.model_fields and tag in get_args(model.model_fields["kind"].annotation)
 
 

@@ -1,6 +1,6 @@
-"""Transfer: the one noun that crosses every floor.
+"""Transfer: one kind of message of a training run.
 
-A strategy or a layout predicts Transfers; collectives turn them into wire bytes and seconds; the planner adds them up.
+Synchronisers predict Transfers; collectives turn them into wire bytes and seconds; the planner adds these up.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Transfer:
     every          optimizer steps between events (1: each step)
     event          the same for rare transfers that follow one another and hide under the same compute; "": alone
     window_flops   compute that is still to run when the message is ready and under which it may hide, in flops of one
-                   rank; 0: somebody waits at once
+                   rank; 0: a rank waits at once
     work_s         seconds of one rank's processor that belong to one call, before or after it: coding and decoding
     """
 

@@ -1,4 +1,4 @@
-"""What a model asks of a machine, from its shape alone: parameters, floating-point operations, bytes. No torch.
+"""What a model costs a machine, from its shape alone: parameters, floating-point operations, bytes. No torch.
 
 With N_m the parameters that enter a matrix product (a tied embedding counts, an embedding that is only looked up does not),
 L layers, h width, s sequence length, per token:
@@ -112,7 +112,7 @@ class Workload:
         """
         listed = [Parameter(name, tuple(shape)) for name, shape in parameters]
         if not listed:
-            raise UserError("a workload wants at least one parameter, but the list is empty")
+            raise UserError("a workload needs at least one parameter, but the list is empty")
         ends = list(accumulate(parameter.numel for parameter in listed))
         total = 6.0 * ends[-1] if flops_per_token is None else flops_per_token
         forward = total / (1.0 + BACKWARD_OVER_FORWARD)

@@ -1,5 +1,4 @@
 import math
-import multiprocessing
 import os
 import shutil
 from itertools import pairwise
@@ -7,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from thinwire.data.bigram import bigram_loss
-from thinwire.data.corpus import Corpus, load_corpus, sample, split_files
+from pool import start_server
+from thinwire.data.corpus import Corpus, bigram_loss, load_corpus, sample, split_files
 from thinwire.errors import UserError
 
 
@@ -67,7 +66,6 @@ def test_a_giant_beside_a_dwarf_is_parted_by_tokens(tmp_path: Path) -> None:
     assert len(corpus.held_out) / (len(corpus.train) + len(corpus.held_out)) == pytest.approx(0.05, rel=0.01)
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 10_000_000), st.text("abcdef", min_size=1, max_size=6)), min_size=1, max_size=60))
 def test_the_held_out_share_is_bounded(files: list[tuple[int, str]]) -> None:
     sizes, digests = zip(*files, strict=True)
@@ -77,7 +75,6 @@ def test_the_held_out_share_is_bounded(files: list[tuple[int, str]]) -> None:
     assert not chosen or wanted / 2 <= held <= 1.5 * wanted
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 6000), st.integers(1, 700))
 def test_a_sample_is_spread_evenly_and_takes_no_token_twice(length: int, most: int, chunk: int) -> None:
     taken = sample(np.arange(length), most, chunk)
@@ -97,7 +94,7 @@ def test_a_changed_file_makes_new_tokens(tmp_path: Path) -> None:
 
 def test_many_processes_at_once_read_the_same_tokens(tmp_path: Path) -> None:
     arguments = (str(folder_of(tmp_path / "text")), tmp_path / "cache")
-    with multiprocessing.get_context("forkserver").Pool(4) as pool:
+    with start_server().Pool(4) as pool:
         answers = pool.starmap_async(load_corpus, [arguments] * 12, chunksize=1).get(timeout=50)
     assert len({(corpus.sha256, corpus.train.tobytes(), corpus.held_out.tobytes()) for corpus in answers}) == 1
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")] == []

@@ -69,10 +69,10 @@ def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
     [
         (b'{"text": "\xff"}', "line 3 is not UTF-8 at byte 10"),
         (b'{"text": ', "line 3 is not JSON: .* at column"),
-        (b'{"body": "x"}', 'line 3 wants an object with a string under "text"'),
-        (b'{"text": 7}', "line 3 wants an object"),
-        (b"[1]", "line 3 wants an object"),
-        (json.dumps({"text": "\ud800"}).encode(), "line 3 wants an object"),
+        (b'{"body": "x"}', 'line 3 needs an object with a string under "text"'),
+        (b'{"text": 7}', "line 3 needs an object"),
+        (b"[1]", "line 3 needs an object"),
+        (json.dumps({"text": "\ud800"}).encode(), "line 3 needs an object"),
     ],
 )
 def test_a_broken_line_is_named_by_its_number(tmp_path: Path, line: bytes, message: str) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from thinwire.data.corpus import load_corpus
-from thinwire.data.tokenizer import make_tokenizer
+from thinwire.data.source import make_tokenizer
 from thinwire.errors import UserError
 
 needs_library = pytest.mark.skipif(importlib.util.find_spec("tokenizers") is None, reason="the tokenizers extra is absent")

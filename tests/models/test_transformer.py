@@ -1,9 +1,9 @@
+import builtins
 import importlib.util
 import math
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -126,18 +126,20 @@ def test_it_learns(shape: dict) -> None:
     assert loss.item() < 0.3
 
 
-def test_the_file_stands_alone() -> None:
-    script = (
-        "import sys, importlib.util as u; s = u.spec_from_file_location('alone', sys.argv[1]); m = u.module_from_spec(s);"
-        "s.loader.exec_module(m); assert not [n for n in sys.modules if n.startswith('thinwire')]"
-    )
-    subprocess.run([sys.executable, "-c", script, transformer.__file__], check=True, timeout=50)
+def test_the_file_stands_alone_and_any_object_with_the_fields_will_do_as_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported: list[str] = []
+    plain = builtins.__import__
 
+    def noted(name: str, *arguments: Any, **named: Any) -> Any:
+        imported.append(name)
+        return plain(name, *arguments, **named)
 
-def test_any_object_with_the_fields_will_do_as_config() -> None:
     spec = importlib.util.spec_from_file_location("alone", Path(transformer.__file__))
     assert spec is not None and spec.loader is not None
     alone = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(alone)
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "__import__", noted)
+        spec.loader.exec_module(alone)
+    assert "torch" in imported and not [name for name in imported if name.startswith("thinwire")]
     model = alone.Transformer(SimpleNamespace(**small().model_dump()))
     assert model(tokens()).shape == (3, 24, 61)

@@ -44,11 +44,11 @@ def test_without_transfers_a_step_is_compute_and_optimizer() -> None:
 
 def test_micro_batches_dealt_by_speed_leave_nobody_waiting() -> None:
     uneven = setting(rates=(10e9, 10e9, 10e9, 5e9), micro_batches=7)
-    dealt = replace(uneven, deal=(8, 8, 8, 4))
+    assigned = replace(uneven, assignment=(8, 8, 8, 4))
     one_s = WORKLOAD.flops_per_microbatch / 10e9
     assert predict(uneven, []).compute_s + predict(uneven, []).waiting_s == pytest.approx(14 * one_s)
     for rank in range(4):
-        found = predict(dealt, [], rank)
+        found = predict(assigned, [], rank)
         assert (found.compute_s, found.waiting_s) == (pytest.approx(8 * one_s), pytest.approx(0, abs=1e-12))
         assert found.tokens_per_step == predict(uneven, [], rank).tokens_per_step
 
@@ -56,8 +56,8 @@ def test_micro_batches_dealt_by_speed_leave_nobody_waiting() -> None:
 def test_a_bucket_is_ready_when_its_last_rank_is() -> None:
     """Rank 1 ends last, and rank 0, slower by half, has its gradients of the window earlier than that."""
     window = WORKLOAD.flops_per_microbatch / 2
-    dealt = replace(setting(ranks=2, rates=(5e9, 10e9), micro_batches=2), deal=(1, 3))
-    alone, beside = predict(dealt, [transfer(2**22)]), predict(dealt, [transfer(2**22, window)])
+    assigned = replace(setting(ranks=2, rates=(5e9, 10e9), micro_batches=2), assignment=(1, 3))
+    alone, beside = predict(assigned, [transfer(2**22)]), predict(assigned, [transfer(2**22, window)])
     assert alone.exposed_s - beside.exposed_s == pytest.approx(window / 10e9)
 
 

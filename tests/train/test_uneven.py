@@ -1,5 +1,6 @@
-"""Micro-batches dealt by speed, on real ranks: the mathematics of one global batch, resumed bit for bit, fewer for slow ranks."""
+"""Micro-batches assigned by speed, on real ranks: the mathematics of one global batch, resumed bit for bit."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,10 @@ from thinwire.errors import UserError
 from thinwire.record import RunFolder
 from thinwire.sync.every_step import EveryStepSync
 from thinwire.tomlfile import validate
-from thinwire.train import checkpoint
-from thinwire.train.deal import Deal
-from thinwire.train.pace import Pacer
+from thinwire.train import checkpoint, worker
+from thinwire.train.assign import Assignment
 from thinwire.train.runtime import Environment, Lab, StopRequest
-from thinwire.train.step import Stepper
+from thinwire.train.step import Stepper, StepTimes
 from thinwire.train.trainer import Trainer
 from thinwire.train.worker import Outcome, train_as
 from thinwire.train.worker import Rank as TrainingRank
@@ -31,7 +31,7 @@ from thinwire.workload import Workload
 ROWS, WIDTH = 6, 24
 LEARNING_RATE = 0.1
 LOG_EVERY = 3
-"""The deal follows the usual one of so many steps: that one of them is late changes nothing."""
+"""The assignment follows the usual one of so many steps."""
 
 
 def plain_model() -> nn.Module:
@@ -57,23 +57,29 @@ def one_process(steps: int, total: int) -> tuple[list[torch.Tensor], list[float]
     return [parameter.detach() for parameter in model.parameters()], losses
 
 
+class Declared(Stepper):
+    """A stepper whose micro-batches take as long as `seconds(step)` declares, whatever the machine does."""
+
+    def run(self, step: int, batches: Any, num_micro: int, mean_micro: float | None = None) -> tuple[float, StepTimes]:
+        loss, times = super().run(step, batches, num_micro, mean_micro)
+        return loss, replace(times, compute_s=num_micro * self.seconds(step), wait_s=10.0)
+
+    def seconds(self, step: int) -> float:
+        raise NotImplementedError
+
+
 class Regression:
-    """A Task. slow: {step: factor}: from that step on, this rank's passes take so much longer."""
+    """A Task."""
 
     unit = "squares"
 
-    def __init__(self, pacer: Pacer | None = None, slow: dict[int, float] | None = None) -> None:
+    def __init__(self) -> None:
         self.workload = Workload.of_parameters([(name, tuple(p.shape)) for name, p in plain_model().named_parameters()], ROWS)
-        self._pacer, self._slow, self._seen = pacer, slow or {}, -1
 
     def build_model(self) -> nn.Module:
         return plain_model()
 
     def batch(self, step: int, index: int) -> torch.Tensor:
-        if self._pacer and step != self._seen and step in self._slow:
-            self._pacer.forward_s *= self._slow[step]
-            self._pacer.backward_s *= self._slow[step]
-        self._seen = step
         return rows(step, index)
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
@@ -87,17 +93,19 @@ class Regression:
 
 
 class Notes:
-    """In place of a Reporter: the losses and deals that it is told."""
+    """In place of a Reporter: the losses and assignments that it is given."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
-        self.deals: list[Deal] = []
+        self.assignments: list[Assignment] = []
+        self.waiting_s: list[float] = []
 
     def step(self, event: Any) -> None:
         self.losses.append(event.loss)
+        self.waiting_s.append(event.waiting_s)
 
-    def dealt(self, step: int, counts: Deal) -> None:
-        self.deals.append(counts)
+    def assigned(self, step: int, counts: Assignment) -> None:
+        self.assignments.append(counts)
 
     def evaluation(self, *_: object) -> None: ...
 
@@ -106,12 +114,16 @@ class Notes:
     def end(self, *_: object) -> None: ...
 
 
-def train(context: Rank, folder: Path, counts: Deal, steps: int, passes_s: list[tuple[float, dict[int, float]]]) -> Any:
-    """(weights, losses, deals) of a run that begins with `counts`. passes_s: by rank, a micro-batch's seconds and Regression's
-    slow; where given, the deal follows the speed."""
-    seconds, slow = passes_s[context.rank] if passes_s else (0.0, {})
-    pacer = Pacer(forward_s=seconds / 3, backward_s=2 * seconds / 3) if passes_s else None
-    task, notes = Regression(pacer, slow), Notes()
+def train(context: Rank, folder: Path, counts: Assignment, steps: int, slow: dict[int, float]) -> Any:
+    """(weights, losses, assignments, waiting_s) of a run that begins with `counts`. slow: from these steps on, a micro-batch of
+    the last rank takes so many times as long as the others'; where given, the assignment follows the speed."""
+
+    class Slow(Declared):
+        def seconds(self, step: int) -> float:
+            begun = [factor for first, factor in slow.items() if step >= first]
+            return begun[-1] if begun and context.rank == context.world_size - 1 else 1.0
+
+    task, notes = Regression(), Notes()
     model = task.build_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
     sync = EveryStepSync(EveryStep(bucket_bytes=2048), "data", context.ledger)
@@ -122,11 +134,11 @@ def train(context: Rank, folder: Path, counts: Deal, steps: int, passes_s: list[
         final_learning_rate=1.0,
         warmup_steps=0,
         clip=0,
-        log_every=LOG_EVERY if passes_s else 1,
+        log_every=LOG_EVERY if slow else 1,
         eval_every=0,
     )
     with sync.attached(model, optimizer, mesh) as replica:
-        stepper = Stepper(
+        stepper = (Slow if slow else Stepper)(
             model=replica, optimizer=optimizer, sync=sync, loss=task.loss, precision=torch.enable_grad, train=settings
         )
         stepper.rehearse(task.batch(0, context.rank))
@@ -140,45 +152,40 @@ def train(context: Rank, folder: Path, counts: Deal, steps: int, passes_s: list[
             stop=StopRequest(),
             checkpoints=folder,
             reporter=notes,  # type: ignore[arg-type]
-            deal=counts,
-            by_speed=pacer is not None,
+            assignment=counts,
+            by_speed=bool(slow),
         )
-        if pacer:
-            with pacer.attached(model, task.workload):
-                trainer.run(0)
-        else:
-            trainer.run(0)
-    return [parameter.detach() for parameter in model.parameters()], notes.losses, notes.deals
+        trainer.run(0)
+    return [parameter.detach() for parameter in model.parameters()], notes.losses, notes.assignments, notes.waiting_s
 
 
 @pytest.mark.parametrize(("pool", "counts"), [("ranks2", (1, 3)), ("ranks4", (2, 1, 5, 3))])
-def test_any_deal_equals_one_process_on_the_global_batch(
-    request: pytest.FixtureRequest, tmp_path: Path, pool: str, counts: Deal
+def test_any_assignment_equals_one_process_on_the_global_batch(
+    request: pytest.FixtureRequest, tmp_path: Path, pool: str, counts: Assignment
 ) -> None:
     weights, losses = one_process(4, sum(counts))
     wrong, _ = one_process(4, sum(counts) - 1)
     ranks: Pool = request.getfixturevalue(pool)
-    for ours, told, deals in ranks.run(train, tmp_path, counts, 4, []):
-        assert told == pytest.approx(losses, abs=1e-6) and deals == []
+    for ours, reported, assignments, _ in ranks.run(train, tmp_path, counts, 4, {}):
+        assert reported == pytest.approx(losses, abs=1e-6) and assignments == []
         for mine, theirs in zip(ours, weights, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
         assert max(float((mine - other).abs().max()) for mine, other in zip(ours, wrong, strict=True)) > 1e-4
-    assert checkpoint.read_progress(checkpoint.latest(tmp_path)).deal == counts
+    assert checkpoint.read_progress(checkpoint.latest(tmp_path)).assignment == counts
 
 
 def test_a_rank_that_slows_down_gets_fewer_and_as_many_when_it_recovers(ranks4: Pool, tmp_path: Path) -> None:
-    """The last rank takes 1.7 times as long from the second report on, and is as fast as the others again from the fourth on."""
-    pass_s, steps = 0.06, 5 * LOG_EVERY
-    last = (pass_s, {LOG_EVERY: 1.7, 3 * LOG_EVERY: 1 / 1.7})
-    found = ranks4.run(train, tmp_path, (3, 3, 3, 3), steps, [(pass_s, {})] * 3 + [last])
+    """The last rank takes 1.7 times as long after the first report, and is as fast as the others again after the third."""
+    steps = 5 * LOG_EVERY
+    found = ranks4.run(train, tmp_path, (3, 3, 3, 3), steps, {LOG_EVERY: 1.7, 3 * LOG_EVERY: 1.0})
     weights, losses = one_process(steps, 12)
-    reported = [sum(losses[first : first + LOG_EVERY]) / LOG_EVERY for first in range(0, steps, LOG_EVERY)]
-    slow, *_, recovered = found[0][2]
-    assert slow[3] == 2 and sorted(slow[:3]) == [3, 3, 4], "four passes at most, where three long ones took 5.1"
-    assert recovered == (3, 3, 3, 3)
-    for ours, told, deals in found:
-        assert deals == found[0][2], "all ranks deal the same"
-        assert told == pytest.approx(reported, abs=1e-6)
+    expected = [sum(losses[first : first + LOG_EVERY]) / LOG_EVERY for first in range(0, steps, LOG_EVERY)]
+    assert found[0][2] == [(4, 3, 3, 2), (3, 3, 3, 3)], "four passes at most, where three long ones took 5.1; then three"
+    assert found[0][3] == pytest.approx([0, 5.1 - 3, 0, 4 - 4, 0]), "of 10 s, what the slowest rank computed longer"
+    assert found[3][3] == pytest.approx([0, 0, 4 - 2 * 1.7, 4 - 2, 0])
+    for ours, reported, assignments, _ in found:
+        assert assignments == found[0][2], "all ranks assign the same"
+        assert reported == pytest.approx(expected, abs=1e-6)
         for mine, theirs in zip(ours, weights, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
@@ -186,24 +193,22 @@ def test_a_rank_that_slows_down_gets_fewer_and_as_many_when_it_recovers(ranks4: 
 def uneven_config(folder: Path, kind: str) -> RunConfig:
     config = make_config(folder)
     coded = config if kind == "none" else config.model_copy(update={"compress": Coded(kind=kind)})  # type: ignore[arg-type]
-    sync = EveryStep(accumulate=2, bucket_bytes=4096, deal="by_speed")
+    sync = EveryStep(accumulate=2, bucket_bytes=4096, assign="by_speed")
     return coded.model_copy(update={"sync": sync, "train": config.train.model_copy(update={"log_every": LOG_EVERY})})
 
 
-def one_third_the_speed(folder: Path) -> Path:
-    """A cluster file of two hosts: a micro-batch takes about 30 and 90 ms, so long that a busy machine keeps to it.
-
-    A run whose passes are late is dealt again, adds gradients up in another order, and no longer equals another run bit for bit.
-    """
+def one_third_the_speed(folder: Path, scale: float) -> Path:
+    """A cluster file of two hosts: a micro-batch takes about 30 and 90 ms over `scale`."""
     cluster = equal_hosts(2, 1e9)
-    for device, rate in zip(cluster.devices, (1e8, 3.3e7), strict=True):
+    for device, rate in zip(cluster.devices, (1e8 * scale, 3.3e7 * scale), strict=True):
         object.__setattr__(device, "flops_per_s", Quantity(rate))
     path = folder / "cluster.toml"
     dump_cluster(cluster, path)
     return path
 
 
-def run_paced(context: Rank, config: RunConfig, cluster: Path, resume: Path | None, stop_after: int) -> Outcome:
+def run_paced(context: Rank, config: RunConfig, cluster: Path, resume: Path | None, stop_after: int, declared: bool) -> Outcome:
+    """declared: reports have the declared seconds, so that a pass which the machine made late changes no assignment."""
     ledger = context.ledger
     ledger.step = -1
 
@@ -224,20 +229,38 @@ def run_paced(context: Rank, config: RunConfig, cluster: Path, resume: Path | No
         device=torch.device("cpu"),
         stop=StopAfter(),
     )
-    return train_as(rank, resume)
+
+    class AtItsRate(Declared):
+        def seconds(self, step: int) -> float:
+            return (1.0, 1e8 / 3.3e7)[context.rank]
+
+    with pytest.MonkeyPatch.context() as patch:
+        if declared:
+            patch.setattr(worker, "Stepper", AtItsRate)
+        return train_as(rank, resume)
 
 
-@pytest.mark.parametrize("kind", ["none", "int4"])
-def test_a_dealt_run_sends_what_was_predicted_and_resumes_bit_for_bit(ranks2: Pool, tmp_path: Path, kind: str) -> None:
-    cluster, runs = one_third_the_speed(tmp_path), {}
+@pytest.mark.parametrize(
+    ("kind", "declared"),
+    [
+        ("int4", True),
+        *(pytest.param(kind, False, marks=[pytest.mark.long, pytest.mark.timed]) for kind in ("none", "int4")),
+    ],
+)
+def test_an_uneven_run_sends_what_was_predicted_and_resumes_bit_for_bit(
+    ranks2: Pool, tmp_path: Path, kind: str, declared: bool
+) -> None:
+    """Where passes are late and their real seconds are reported, the run assigns anew, adds gradients up in another order, and
+    another run no longer equals it bit for bit."""
+    cluster, runs = one_third_the_speed(tmp_path, 100.0 if declared else 1.0), {}
     for name, stop_after in (("whole", 10**9), ("cut", 6)):
         (tmp_path / name).mkdir()
         config = uneven_config(tmp_path / name, kind)
-        runs[name] = ranks2.run(run_paced, config, cluster, None, stop_after)[0].folder
+        runs[name] = ranks2.run(run_paced, config, cluster, None, stop_after, declared)[0].folder
     progress = checkpoint.read_progress(checkpoint.latest(runs["cut"] / "checkpoints"))
-    assert (progress.step, progress.deal, progress.tokens) == (6, (3, 1), 6 * 4 * 2 * 16)
-    assert ranks2.run(run_paced, config, cluster, runs["cut"], 10**9)[0].reason == "done"
-    assert checkpoint.read_progress(checkpoint.latest(runs["whole"] / "checkpoints")).deal == (3, 1), "no pass was late"
+    assert (progress.step, progress.assignment, progress.tokens) == (6, (3, 1), 6 * 4 * 2 * 16)
+    assert ranks2.run(run_paced, config, cluster, runs["cut"], 10**9, declared)[0].reason == "done"
+    assert checkpoint.read_progress(checkpoint.latest(runs["whole"] / "checkpoints")).assignment == (3, 1), "no pass was late"
     whole, resumed = (
         [(event.step, event.tokens, event.loss) for event in RunFolder.open(runs[name]).steps()] for name in ("whole", "cut")
     )
@@ -249,18 +272,19 @@ def test_a_dealt_run_sends_what_was_predicted_and_resumes_bit_for_bit(ranks2: Po
         for cost in (predicted, measured)
     )
     assert wanted == found and len(wanted) >= 4
-    assert predicted.compute_s == pytest.approx(measured.compute_s, rel=0.5) and predicted.waiting_s < 0.1 * predicted.compute_s
+    assert predicted.waiting_s < 0.1 * predicted.compute_s
+    assert declared or predicted.compute_s == pytest.approx(measured.compute_s, rel=0.5)
 
 
 @pytest.mark.parametrize(
     ("sync", "told"),
     [
-        ({"deal": "by_speed"}, "sync: deal = 'by_speed' with accumulate = 1 leaves each rank its one micro-batch"),
-        ({"deal": "by_speed", "kind": "diloco"}, "deal = 'by_speed': only kind = 'every_step' deals micro-batches"),
-        ({"deal": "by_luck"}, "sync.deal = 'by_luck'"),
+        ({"assign": "by_speed"}, "sync: assign = 'by_speed' with accumulate = 1 leaves each rank its one micro-batch"),
+        ({"assign": "by_speed", "kind": "diloco"}, "assign = 'by_speed': only kind = 'every_step' assigns micro-batches"),
+        ({"assign": "by_luck"}, "sync.assign = 'by_luck'"),
     ],
 )
-def test_a_deal_that_cannot_be_is_refused_in_one_line(sync: dict[str, str], told: str) -> None:
+def test_an_assignment_that_cannot_be_is_refused_in_one_line(sync: dict[str, str], told: str) -> None:
     with pytest.raises(UserError, match=r"^run\.toml: ") as refused:
         validate(RunConfig, {"sync": sync}, "run.toml")
     assert told in str(refused.value) and "\n" not in str(refused.value)

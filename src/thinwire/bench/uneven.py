@@ -1,4 +1,4 @@
-"""One worker of several is slow: how long is a step if micro-batches are dealt by speed?
+"""One worker of several is slow: how long is a step if micro-batches are assigned by speed?
 
 Compute is paced: a micro-batch takes `pass_s` on every rank, and `slow` times that on the last one. In one run, one after
 another, with the trainer as it is; medians over the later half of the reports, when the shares have settled:
@@ -26,7 +26,7 @@ from thinwire.bench.ranks import run_script
 from thinwire.bench.registry import Rows
 from thinwire.cluster import Cluster, load_cluster
 from thinwire.errors import UserError
-from thinwire.train.deal import deal, slowest_s
+from thinwire.train.assign import assign, slowest_s
 
 DEFAULTS: Mapping[str, Any] = {
     "ranks": 4,
@@ -45,12 +45,12 @@ DEFAULTS: Mapping[str, Any] = {
 BAR = 1.20
 TIMEOUT_S, RUN_TIMEOUT_S = 300.0, 3600.0
 EQUAL, STOCK, OURS, LATER, FEWER = "equal workers", "one slow, equal shares", "one slow", "slow during the run", "fewer"
-PLAIN: Mapping[str, Any] = {"slow": 1.0, "slow_from": 0, "deal": [], "by_speed": False}
+PLAIN: Mapping[str, Any] = {"slow": 1.0, "slow_from": 0, "assignment": [], "by_speed": False}
 """A case; see `peers/uneven_workers.py`."""
 
 
 def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
-    """Rows: case, deal (at the end), equal_s, stock_s, ours_s, ratio, ratio_limit, bar, held; in a lab the slow link's too."""
+    """Rows: case, assignment (the last), equal_s, stock_s, ours_s, ratio, ratio_limit, bar, held; in a lab a slow link too."""
     cluster = load_cluster(cluster_name) if cluster_name else None
     ranks, steps = cluster.world_size if cluster else options["ranks"], options["steps"]
     if ranks < 2 or options["accumulate"] < 2 or steps < 6 * options["log_every"]:
@@ -64,13 +64,13 @@ def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
     ]
     found = _measure(cluster or ranks, options, cases)
     seconds = [1.0] * (ranks - 1) + [options["slow"]]
-    limit = slowest_s(deal(ranks * options["accumulate"], seconds), seconds) / options["accumulate"]
+    limit = slowest_s(assign(ranks * options["accumulate"], seconds), seconds) / options["accumulate"]
     rows: Rows = []
     for name in (OURS, LATER):
         ratio = found[name]["median_s"] / found[EQUAL]["median_s"]
         row = {
             "case": f"{name}, {options['slow']:g} times as long",
-            "deal": " ".join(map(str, found[name]["deal"])),
+            "assignment": " ".join(map(str, found[name]["assignment"])),
             "equal_s": found[EQUAL]["median_s"],
             "stock_s": found[STOCK]["median_s"],
             "ours_s": found[name]["median_s"],
@@ -86,15 +86,18 @@ def _link_row(cluster: Cluster, options: Mapping[str, Any]) -> dict[str, Any]:
     """All workers at full speed, one behind a slow card: equal shares, and fewer micro-batches for that one."""
     ranks, host = cluster.world_size, cluster.host_of(cluster.world_size - 1).name
     slowed = scaled(cluster, host, options["slow_link"])
-    fewer = deal(ranks * options["accumulate"], [1.0] * (ranks - 1) + [2.0])
-    found = _measure(slowed, options, [{**PLAIN, "name": EQUAL}, {**PLAIN, "name": FEWER, "deal": fewer}])
+    fewer = assign(ranks * options["accumulate"], [1.0] * (ranks - 1) + [2.0])
+    found = _measure(slowed, options, [{**PLAIN, "name": EQUAL}, {**PLAIN, "name": FEWER, "assignment": fewer}])
     stock_s, ours_s = found[EQUAL]["median_s"], found[FEWER]["median_s"]
-    row = {"case": f"a card at {options['slow_link']:g} of its rate, its host dealt fewer", "deal": " ".join(map(str, fewer))}
+    row = {
+        "case": f"a card at {options['slow_link']:g} of its rate, its host assigned fewer",
+        "assignment": " ".join(map(str, fewer)),
+    }
     return row | {"stock_s": stock_s, "ours_s": ours_s, "ratio": ours_s / stock_s}
 
 
 def _measure(where: Cluster | int, options: Mapping[str, Any], cases: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{case: {"median_s", "deal", ...}}, in the lab if there is a cluster, else over loopback."""
+    """{case: {"median_s", "assignment", ...}}, in the lab if there is a cluster, else over loopback."""
     train = {key: options[key] for key in ("steps", "log_every", "sequence", "micro_batch")}
     config = {
         "model": {"preset": options["preset"], **options["model"]},

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 SUMMABLE = frozenset({"bf16", "fp16"})
-"""Kinds that cast: an all-reduce adds them up on the way."""
+"""Kinds that cast: an all-reduce adds them up as they are sent."""
 
 EXCLUDED = ("*embed*", "*positions*")
-"""Parameters that travel as they are unless the user says otherwise, FSDP2's too; the casts, which hurt nothing, cast them."""
+"""Parameters that are sent uncoded unless the user chooses otherwise, FSDP2's too; casts, which lose little, cast them."""
 
 Patterns = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
@@ -110,8 +110,8 @@ SPARSELOCO = Coded(kind="topk", k=64, values="int8", feedback_decay=0.95, exclud
 """What sync.kind = "sparseloco" takes where [compress] is not given, as published (Sarfi et al. 2025)."""
 
 
-def by_kind(value: Any) -> Any:
-    """For a field that may be either: what the kind says."""
-    if not isinstance(value, dict):
-        return value
-    return (NoCompression if value.get("kind", "none") == "none" else Coded).model_validate(value)
+def _none_unless_named(value: Any) -> Any:
+    return {"kind": "none", **value} if isinstance(value, dict) else value
+
+
+Compress = Annotated[NoCompression | Coded, Field(discriminator="kind"), BeforeValidator(_none_unless_named)]

@@ -1,4 +1,4 @@
-"""The shape of a decoder-only transformer, and the presets that a planner speaks of by name.
+"""The shape of a decoder-only transformer, and named presets.
 
 Parameters (no biases; h width, F hidden, V vocabulary, g = kv_heads / heads, m = 2 matrices for gelu, 3 for swiglu):
 
@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from thinwire.errors import UserError
+from thinwire.tomlfile import validate
 
 
 class ModelConfig(BaseModel):
@@ -109,19 +110,4 @@ def preset(name: str, changes: Mapping[str, Any] | None = None) -> ModelConfig:
     """The named shape, with single fields replaced by `changes`. UserError for an unknown name or a shape that cannot be."""
     if name not in PRESETS:
         raise UserError(f"model preset {name!r} does not exist; there are {', '.join(PRESETS)}")
-    try:
-        return ModelConfig.model_validate({**PRESETS[name], **(changes or {})})
-    except ValidationError as error:
-        raise UserError(f"model preset {name!r} with changes: {explain(error)}") from None
-
-
-def explain(error: ValidationError) -> str:
-    """All that pydantic found wrong, on one line: key = value: what is allowed."""
-    parts = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = "there is no such key"
-        parts.append(f"{key} = {item['input']!r}: {message}" if key else message)
-    return "; ".join(parts)
+    return validate(ModelConfig, {**PRESETS[name], **(changes or {})}, f"model preset {name!r} with changes")

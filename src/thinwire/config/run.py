@@ -1,6 +1,6 @@
 """run.toml: everything that decides a training run. `plan` writes what `train` reads, so two plans can be compared by diff.
 
-Each section is a floor; `kind` picks the dataclass. Quantities take a number in the base unit or a string with its unit.
+In a section with a `kind`, this selects the keys. Quantities take a number in the base unit or a string with its unit.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from thinwire.config.compress import SPARSELOCO, Coded, NoCompression, by_kind
-from thinwire.config.model import PRESETS, ModelConfig, preset
+from thinwire.config.compress import SPARSELOCO, Compress, NoCompression
+from thinwire.config.model import ModelConfig, preset
 from thinwire.config.sync import EveryStep, Sync
 from thinwire.errors import UserError
 from thinwire.layout import Layout
@@ -47,8 +47,6 @@ class ModelSection(ModelConfig):
             return values
         name = values.get("preset") or ("" if {"layers", "width", "heads"} <= set(values) else DEFAULT_PRESET)
         if name:
-            if name not in PRESETS:
-                raise ValueError(f"model preset {name!r} does not exist; there are {', '.join(PRESETS)}")
             changes = {key: value for key, value in values.items() if key in ModelConfig.model_fields}
             unknown = set(values) - set(ModelSection.model_fields)
             filled = {**preset(name, changes).model_dump(), "preset": name}
@@ -56,7 +54,7 @@ class ModelSection(ModelConfig):
         return values
 
     def shape(self) -> ModelConfig:
-        """The shape alone, as the model wants it."""
+        """Without the preset's name."""
         return ModelConfig(**self.model_dump(exclude={"preset"}))
 
 
@@ -72,12 +70,12 @@ class DataSection(_Section):
 
 
 class CollectivesSection(_Section):
-    """Who runs all-reduces and their like on CPUs."""
+    """What runs all-reduces and the other collectives on CPUs."""
 
     kind: Literal["native", "priced", "measured"] = "native"
-    """"native": gloo's own algorithms, or MPI's. "measured": when an op is first used in a class of sizes, the few ways that are
-    best by price on the cluster are tried on the ranks, and the fastest is kept, the native one included. "priced": the best by
-    price."""
+    """"native": gloo's own algorithms, or MPI's. "measured": when an op is first used in a class of sizes, the few algorithms
+    that are best by price on the cluster are tried on the ranks, and the fastest is kept, the native one included. "priced": the
+    best by price."""
 
 
 class LayoutSection(_Section):
@@ -164,9 +162,7 @@ class TrainSection(_Section):
     seed: int = Field(0, ge=0)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products; "auto": bfloat16 where the device is fast in it. Weights and their exchange stay float32."""
-    optimizer: Annotated[AdamW | SGD | SignSGD | Muon, Field(discriminator="kind"), BeforeValidator(_adamw_unless_named)] = (
-        AdamW()
-    )
+    optimizer: Optimizer = AdamW()
     learning_rate: float = Field(1e-3, gt=0)
     final_learning_rate: float = Field(0.1, ge=0, le=1)
     """End of the cosine, as a fraction of learning_rate."""
@@ -200,7 +196,7 @@ class RunConfig(_Section):
     data: DataSection = DataSection()
     layout: LayoutSection = LayoutSection()
     sync: Sync = EveryStep()
-    compress: Annotated[NoCompression | Coded, BeforeValidator(by_kind)] = NoCompression()
+    compress: Compress = NoCompression()
     train: TrainSection = TrainSection()
 
     @model_validator(mode="before")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -33,20 +34,20 @@ class EveryStep(_Sync):
     """Gradients are averaged in each optimizer step, once for `accumulate` micro-batches."""
 
     kind: Literal["every_step"] = "every_step"
-    deal: Literal["equal", "by_speed"] = "equal"
+    assign: Literal["equal", "by_speed"] = "equal"
     """Who computes how many of the step's micro-batches, which are `accumulate` times the ranks: all as many, or faster ranks
     more, by their measured speed, looked at in each report."""
 
     @property
     def by_speed(self) -> bool:
         """Whether faster ranks get more micro-batches."""
-        return self.deal == "by_speed"
+        return self.assign == "by_speed"
 
     @model_validator(mode="after")
     def _check(self) -> EveryStep:
         if self.by_speed and self.accumulate < 2:
             raise ValueError(
-                "deal = 'by_speed' with accumulate = 1 leaves each rank its one micro-batch; set accumulate to 4 or more, "
+                "assign = 'by_speed' with accumulate = 1 leaves each rank its one micro-batch; set accumulate to 4 or more, "
                 "and train.micro_batch to less"
             )
         return self
@@ -60,9 +61,9 @@ class _Rare(_Sync):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_deal(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "deal" in values:
-            raise ValueError(f"deal = {values['deal']!r}: only kind = 'every_step' deals micro-batches; leave it out")
+    def _no_assignment(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "assign" in values:
+            raise ValueError(f"assign = {values['assign']!r}: only kind = 'every_step' assigns micro-batches; leave it out")
         return values
 
 
@@ -146,7 +147,12 @@ class NoLoCo(_Rare):
 
 
 def _every_step_unless_named(value: Any) -> Any:
-    return {"kind": "every_step", **value} if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    if "deal" in value:
+        warnings.warn("sync.deal is now called sync.assign", FutureWarning, stacklevel=2)
+        value = {"assign" if key == "deal" else key: option for key, option in value.items()}
+    return {"kind": "every_step", **value}
 
 
 Sync = Annotated[

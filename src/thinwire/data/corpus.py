@@ -1,18 +1,21 @@
-"""Tokens on disk: a text tokenised once, parted into training and held-out tokens, and mapped into memory.
+"""Tokens on disk: a text tokenised once, split into training and held-out tokens, and mapped into memory.
 
-Files are parted by their content: distinct contents, in the order of their sha256, go to the held-out part until it has
+Files are split by their content: distinct contents, in the order of their sha256, go to the held-out part until it has
 5 % of the bytes (at most 4 MiB), so equal files never stand on both sides. Where whole files cannot give about that much
 (a single file, one giant), the last 5 % of all tokens are held out instead.
 
 A cache folder is named by what it was made from (names, sizes and times of the files, tokenizer). It is written aside
 and renamed, so several processes may ask at once: one folder wins, the others' work is dropped, nobody reads half a file.
+
+The baseline for any model of the text is a table of pairs, whose counts come from the training tokens alone:
+
+    p(b | a) = (count(a, b) + 1) / (count(a) + V),        loss = - mean of ln p over the held-out pairs
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -23,13 +26,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from thinwire.data.source import documents, find_files, read_bytes
-from thinwire.data.tokenizer import BYTES, Tokenizer, make_tokenizer
+from thinwire.data.source import BYTES, Tokenizer, documents, find_files, make_tokenizer, read_bytes
 from thinwire.errors import UserError
 
 HELD_OUT_FRACTION = 0.05
 HELD_OUT_MOST_BYTES = 4 << 20
+LARGEST_VOCABULARY = 4096
 _FORMAT = 1
+_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Corpus:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a run's record says of its data."""
+        """`data` of record.json."""
         return {"source": self.source, "files": self.files, "bytes": self.num_bytes, "sha256": self.sha256}
 
 
@@ -128,14 +132,8 @@ def _write(folder: Path, files: Sequence[Path], tokenizer: Tokenizer) -> None:
                 held_out_bytes += len(text) if digest in held_out else 0
     if not held_out:
         held_out_bytes = round(text_bytes * _move_tail(folder, dtype.itemsize))
-    meta = {
-        "dtype": dtype.name,
-        "files": len(files),
-        "bytes": sum(sizes),
-        "sha256": whole.hexdigest(),
-        "held_out_bytes": held_out_bytes,
-    }
-    (folder / "meta.json").write_text(json.dumps(meta))
+    meta = {"dtype": dtype.name, "files": len(files), "bytes": sum(sizes), "sha256": whole.hexdigest()}
+    (folder / "meta.json").write_text(json.dumps(meta | {"held_out_bytes": held_out_bytes}))
 
 
 def _move_tail(folder: Path, itemsize: int) -> float:
@@ -152,16 +150,15 @@ def _move_tail(folder: Path, itemsize: int) -> float:
 def _read(folder: Path, source: str, tokenizer: Tokenizer) -> Corpus:
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        parts = {}
-        for name in ("train", "held_out"):
-            if not os.path.getsize(folder / f"{name}.bin"):
-                raise UserError(f"data source {source!r} has {meta['bytes']} bytes, too few to hold 5 % of them out")
-            parts[name] = np.memmap(folder / f"{name}.bin", dtype=meta["dtype"], mode="r")
+        paths = [folder / f"{name}.bin" for name in ("train", "held_out")]
+        if not all(path.stat().st_size for path in paths):
+            raise UserError(f"data source {source!r} has {meta['bytes']} bytes, too few to hold 5 % of them out")
+        train, held_out = (np.memmap(path, dtype=meta["dtype"], mode="r") for path in paths)
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise UserError(f"token cache {folder} cannot be read ({error}); delete that folder to make it anew") from None
     return Corpus(
-        train=parts["train"],
-        held_out=parts["held_out"],
+        train=train,
+        held_out=held_out,
         vocabulary=tokenizer.vocabulary,
         unit=tokenizer.unit,
         source=source,
@@ -170,3 +167,23 @@ def _read(folder: Path, source: str, tokenizer: Tokenizer) -> Corpus:
         sha256=meta["sha256"],
         held_out_bytes=meta["held_out_bytes"],
     )
+
+
+def bigram_loss(train: NDArray[Any], held_out: NDArray[Any], vocabulary: int) -> float:
+    """Nats per token. UserError above 4,096 tokens of vocabulary, where the table of pairs is larger than it is worth."""
+    if vocabulary > LARGEST_VOCABULARY:
+        raise UserError(f"a table of pairs is kept up to {LARGEST_VOCABULARY} tokens of vocabulary, not {vocabulary}")
+    if len(held_out) < 2:
+        raise UserError(f"the held-out part has {len(held_out)} tokens; take more text")
+    counts = _pairs(train, vocabulary) + 1.0
+    loss = np.log(counts.sum(axis=1, keepdims=True)) - np.log(counts)
+    return float((_pairs(held_out, vocabulary) * loss).sum() / (len(held_out) - 1))
+
+
+def _pairs(tokens: NDArray[Any], vocabulary: int) -> NDArray[np.int64]:
+    """How often each token follows each other, [V, V]; in chunks, so that a large memory map stays on disk."""
+    counts = np.zeros(vocabulary * vocabulary, dtype=np.int64)
+    for first in range(0, len(tokens) - 1, _CHUNK):
+        chunk = tokens[first : first + _CHUNK + 1].astype(np.int64)
+        counts += np.bincount(chunk[:-1] * vocabulary + chunk[1:], minlength=vocabulary * vocabulary)
+    return counts.reshape(vocabulary, vocabulary)

@@ -8,7 +8,7 @@ Shazeer 2020 (arXiv 2002.05202). Weights start as in GPT-2 and Llama: normal wit
 init_std / sqrt(2 layers) where a matrix writes into the residual stream.
 
 Modules are registered in the order of the forward pass and the projections are fused, so that gradients become ready in
-exactly the reverse of `model.parameters()`, which is what an exchange overlapped with the backward pass wants. This file
+exactly the reverse of `model.parameters()`, as an exchange overlapped with the backward pass needs them. This file
 needs torch only and can be loaded by its path; `config` is anything with the fields of `ModelConfig`.
 
 Shapes: B batch, L sequence, M width, N heads of queries, K heads of keys and values, D head width, F hidden, V vocabulary.

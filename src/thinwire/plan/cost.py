@@ -34,7 +34,7 @@ MEMORY_BYTES_PER_S = 4e9
 class Setting:
     """What a prediction is made for. flops_per_s: by rank, what a training step achieves there; rates_are: how they are known.
 
-    micro_batches: of a step and replica; where they differ that is their mean, and `deal` has those of each replica.
+    micro_batches: of a step and replica; where they differ that is their mean, and `assignment` has those of each replica.
     """
 
     cluster: Cluster
@@ -44,14 +44,20 @@ class Setting:
     flops_per_s: tuple[float, ...]
     rates_are: str = "declared"
     optimizer: str = "adamw"
-    deal: tuple[int, ...] = ()
+    assignment: tuple[int, ...] = ()
 
     @property
     def compute_s(self) -> tuple[float, ...]:
         """Of a step, by rank."""
-        counts = self.deal or (self.micro_batches,) * self.layout.replicas
+        counts = self.assignment or (self.micro_batches,) * self.layout.replicas
         flops = self.workload.flops_per_microbatch
         return tuple(counts[self.layout.replica(rank)] * flops / rate for rank, rate in enumerate(self.flops_per_s))
+
+    @property
+    def optimizer_s(self) -> float:
+        """Gradients and weights are read, weights and state read and written."""
+        touched = 3 * self.workload.parameter_bytes() + 2 * self.workload.optimizer_bytes(self.optimizer)
+        return touched / MEMORY_BYTES_PER_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,35 +94,17 @@ class Prediction:
     def as_record(self) -> dict[str, Any]:
         """predicted.json of the run folder."""
         return {
-            "step_s": self.step_s,
-            "compute_s": self.compute_s,
-            "exposed_s": self.exposed_s,
-            "waiting_s": self.waiting_s,
-            "optimizer_s": self.optimizer_s,
+            **{name: getattr(self, name) for name in ("step_s", "compute_s", "exposed_s", "waiting_s", "optimizer_s")},
             "tokens_per_s": self.tokens_per_step / self.step_s,
             "wire_bytes_per_step": sum(priced.wire_bytes_per_step for priced in self.transfers),
             "assumptions": list(self.assumptions),
             "transfers": [
-                {
-                    "label": priced.transfer.label,
-                    "axis": priced.transfer.axis,
-                    "op": priced.transfer.op,
-                    "message_bytes": priced.transfer.message_bytes,
-                    "calls": priced.transfer.calls,
-                    "every": priced.transfer.every,
-                    "wire_bytes_per_step": priced.wire_bytes_per_step,
-                    "seconds": priced.seconds,
-                    "even": priced.even,
-                }
+                {key: getattr(priced.transfer, key) for key in ("label", "axis", "op", "message_bytes", "calls", "every")}
+                | {key: getattr(priced, key) for key in ("wire_bytes_per_step", "seconds", "even")}
                 for priced in self.transfers
             ],
             "links": [
-                {
-                    "source": link.source,
-                    "target": link.target,
-                    "bytes_per_step": payload,
-                    "busy_s": link_seconds(link, payload),
-                }
+                dict(source=link.source, target=link.target, bytes_per_step=payload, busy_s=link_seconds(link, payload))
                 for link, payload in self.links.items()
             ],
         }
@@ -166,30 +154,19 @@ def predict(
             placed = [(group[a], group[b], size) for a, b, size in carrier.flows(transfer, group)]
             for link, payload in routes.load(placed).items():
                 links[link] += payload * transfer.calls / transfer.every  # type: ignore[assignment]
+    sources = {link.bandwidth_bps.source for link in setting.cluster.links}
     return Prediction(
         rank=rank,
         compute_s=compute_s,
         waiting_s=slowest_s - compute_s,
         exposed_s=max(0.0, wire_end - slowest_s) + sum(max(0.0, one_s) / every for one_s, every in uncovered_s.values()),
-        optimizer_s=_optimizer_seconds(setting),
+        optimizer_s=setting.optimizer_s,
         tokens_per_step=setting.workload.tokens_per_microbatch * setting.micro_batches * layout.replicas,
         transfers=tuple(priced),
         links=dict(links),
-        assumptions=_assumptions(setting, carrier),
-    )
-
-
-def _optimizer_seconds(setting: Setting) -> float:
-    """Gradients and weights are read, weights and state read and written."""
-    workload = setting.workload
-    touched = 3 * workload.parameter_bytes() + 2 * workload.optimizer_bytes(setting.optimizer)
-    return touched / MEMORY_BYTES_PER_S
-
-
-def _assumptions(setting: Setting, carrier: Carrier) -> tuple[str, ...]:
-    links = {link.bandwidth_bps.source for link in setting.cluster.links}
-    return (
-        f"compute rate: {setting.rates_are}",
-        f"links: {' and '.join(sorted(links)) or 'none between the ranks, so the wire costs nothing'}",
-        f"{carrier.about()}; no other traffic on the links",
+        assumptions=(
+            f"compute rate: {setting.rates_are}",
+            f"links: {' and '.join(sorted(sources)) or 'none between the ranks, so the wire costs nothing'}",
+            f"{carrier.about()}; no other traffic on the links",
+        ),
     )

@@ -22,8 +22,8 @@ FAILED = 1
 USER_ERROR = 2
 RANK_DIED = 3
 RANK_SILENT = 4
-"""Exit codes: a rank failed (often because another one did), a mistake of the user, a rank died without a word, a rank that is
-named does not answer."""
+"""Exit codes: a rank failed (often because another one did), a mistake of the user, a rank died and left no report, a named rank
+does not answer."""
 CODES = {"user": USER_ERROR, "silent": RANK_SILENT}
 
 
@@ -40,7 +40,7 @@ class Nodes:
 def launch(nodes: Nodes, arguments: list[str], variables: dict[str, str]) -> int:
     """Run `thinwire train ARGUMENTS` as the ranks of this node; returns the exit code. Prints one line when it is not 0."""
     for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed"):  # each has a level of its own; what they say is said in one line below
+        if name.startswith("torch.distributed"):  # each has a level of its own; one line below replaces their output
             logging.getLogger(name).setLevel(logging.CRITICAL)
     several = nodes.num_nodes > 1
     config = LaunchConfig(
@@ -74,13 +74,13 @@ def _root_cause(failures: list[ProcessFailure], nodes: Nodes) -> tuple[str, int]
     """The failure that explains the others, and the exit code.
 
     In this order: a mistake of the user, an unexpected error, a rank that waited in vain (the one it waited for was then ended by
-    the agent), a rank that died without a word, a rank that lost another one.
+    the agent), a rank that died without an error file, a rank that lost another one.
     """
-    told = [failure for process in failures if (failure := read_error(process.error_file_data)) is not None]
-    silent = [process for process in failures if read_error(process.error_file_data) is None]
-    first = min(told, key=lambda failure: KINDS.index(failure.kind), default=None)
-    if first is None or (first.kind == "lost" and silent):
-        process = silent[0]
+    reports = [read_error(process.error_file_data) for process in failures]
+    without = [process for process, report in zip(failures, reports, strict=True) if report is None]
+    first = min((report for report in reports if report), key=lambda report: KINDS.index(report.kind), default=None)
+    if first is None or (first.kind == "lost" and without):
+        process = without[0]
         rank = nodes.node_rank * nodes.ranks_per_node + process.local_rank
         code = process.exitcode
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
@@ -91,19 +91,14 @@ def _root_cause(failures: list[ProcessFailure], nodes: Nodes) -> tuple[str, int]
 def main() -> int:
     """See the top of the file."""
     parser = argparse.ArgumentParser(prog="python -m thinwire.train.agent")
-    parser.add_argument("--nnodes", type=int, required=True)
+    parser.add_argument("--nnodes", dest="num_nodes", type=int, required=True)
     parser.add_argument("--node-rank", type=int, required=True)
-    parser.add_argument("--nproc-per-node", type=int, required=True)
-    parser.add_argument("--rdzv-endpoint", required=True)
+    parser.add_argument("--nproc-per-node", dest="ranks_per_node", type=int, required=True)
+    parser.add_argument("--rdzv-endpoint", dest="endpoint", required=True)
     parser.add_argument("arguments", nargs="*")
-    told = parser.parse_args()
-    nodes = Nodes(
-        num_nodes=told.nnodes,
-        node_rank=told.node_rank,
-        ranks_per_node=told.nproc_per_node,
-        endpoint=told.rdzv_endpoint,
-    )
-    return launch(nodes, told.arguments, {})
+    given = vars(parser.parse_args())
+    arguments = given.pop("arguments")
+    return launch(Nodes(**given), arguments, {})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from thinwire.collectives.ledger import Ledger
 from thinwire.errors import UserError
 from thinwire.sync.base import Synchroniser
-from thinwire.train.deal import Deal
+from thinwire.train.assign import Assignment
 
 _PROGRESS, _CHECKSUMS = "progress.json", "checksums.json"
 
@@ -38,7 +38,7 @@ class Progress:
     step: int
     tokens: int
     world_size: int
-    deal: Deal
+    assignment: Assignment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def save(folder: Path, parts: Parts, progress: Progress) -> Path:
     """Write a checkpoint below `folder` (on storage that all ranks see). Returns its path. UserError if it cannot be written."""
     final = folder / f"step-{progress.step:06d}"
     aside = folder / f".{final.name}.tmp"
-    with parts.ledger.label("checkpoint"), _said(f"checkpoint {final}", "written"):
+    with parts.ledger.label("checkpoint"), _one_line(f"checkpoint {final}", "written"):
         if parts.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
@@ -82,14 +82,14 @@ def save(folder: Path, parts: Parts, progress: Progress) -> Path:
 def load(path: Path, parts: Parts) -> Progress:
     """Load a checkpoint into `parts`, before the first backward pass. UserError on all ranks if it is damaged.
 
-    With another number of ranks than it was written by, what each rank carried is dealt out anew (`Synchroniser.adopt`), and
-    random states begin afresh; replicas that differed begin from the parameters that count, with the first one's optimizer.
+    With another number of ranks than it was written by, the ranks' residuals are shared out anew (`Synchroniser.adopt`), and
+    random states begin afresh; replicas that differed begin from their averaged parameters, with the first one's optimizer.
     """
     # With gradients there, torch would take the optimizer for initialised and load none of its state.
     assert all(parameter.grad is None for parameter in parts.model.parameters()), "load before the first backward pass"
     progress = read_progress(path)
     verdict = [_verify(path) if parts.rank == 0 else None]
-    with parts.ledger.label("checkpoint"), _said(f"checkpoint {path}", "read"):
+    with parts.ledger.label("checkpoint"), _one_line(f"checkpoint {path}", "read"):
         dist.broadcast_object_list(verdict, 0)
         if verdict[0]:
             raise UserError(verdict[0])
@@ -118,7 +118,7 @@ def load_weights(path: Path, model: torch.nn.Module) -> Progress:
     if damage := _verify(path):
         raise UserError(damage)
     state = {"model": model.state_dict()}
-    with _said(f"checkpoint {path}", "read"), warnings.catch_warnings():
+    with _one_line(f"checkpoint {path}", "read"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         dcp.load(state, checkpoint_id=path, no_dist=True)
     model.load_state_dict(state["model"])
@@ -134,12 +134,13 @@ def latest(folder: Path) -> Path:
 
 
 def read_progress(path: Path) -> Progress:
-    """What `progress.json` of a checkpoint says."""
+    """The content of a checkpoint's `progress.json`. UserError if it is not readable."""
     try:
-        told = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
-        return Progress(**told | {"deal": tuple(told["deal"])})
+        content = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
+        assignment = content.pop("deal", None) or content["assignment"]  # older checkpoints say "deal"
+        return Progress(**content | {"assignment": tuple(assignment)})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{_damaged(path, f'{_PROGRESS} is not readable ({type(error).__name__})')}") from None
+        raise UserError(_damaged(path, f"{_PROGRESS} is not readable ({type(error).__name__})")) from None
 
 
 def _finish(aside: Path, final: Path, progress: Progress) -> None:
@@ -190,7 +191,8 @@ def _rank_file(rank: int) -> str:
 
 
 @contextmanager
-def _said(what: str, done: str) -> Iterator[None]:
+def _one_line(what: str, done: str) -> Iterator[None]:
+    """Errors of the disk become a UserError."""
     try:
         yield
     except OSError as error:

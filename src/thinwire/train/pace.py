@@ -62,7 +62,7 @@ class Pacer:
         """Hooks on, at the end hooks off. UserError for a model in which no matrix product is a module."""
         stages = _stages(model, workload)
         if not stages:
-            raise UserError("paced compute wants a model made of linear layers, and this one has none; use --unpaced")
+            raise UserError("paced compute needs a model made of linear layers, and this one has none; use --unpaced")
         self._keep(model.register_forward_pre_hook, self._begin_pass)
         self._keep(model.register_forward_hook, self._end_pass)
         for stage in stages:

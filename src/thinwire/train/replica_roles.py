@@ -33,8 +33,9 @@ from thinwire.sync.server.server import Event, Server
 from thinwire.sync.server.snapshots import Snapshots, load, save
 from thinwire.sync.server.weights import load_optimizers
 from thinwire.sync.server.worker import AsyncDiLoCo, ParameterServerWorker
+from thinwire.train.optimizers import make_optimizer
 from thinwire.train.replica_serve import run_all
-from thinwire.train.step import learning_rate, make_optimizer
+from thinwire.train.step import learning_rate
 from thinwire.train.task import LanguageModel
 
 LOST, USER_ERROR = 1, 2

@@ -1,27 +1,91 @@
-"""What a run writes about itself besides its events: what it is, what was predicted, what was measured."""
+"""What a run writes about itself: what it is, what was predicted, its events while it runs, what was measured. Rank 0 writes."""
 
 import datetime
 import platform
-from dataclasses import dataclass
-from pathlib import Path
+import time
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
 
 from thinwire import __version__
 from thinwire.cluster import Cluster, dump_cluster
 from thinwire.config.run import RunConfig, dump_run
 from thinwire.layout import Layout
 from thinwire.plan.cost import Prediction
-from thinwire.record.folder import RunFolder
+from thinwire.record import Checkpoint, End, Eval, RunFolder, Step
+from thinwire.train.assign import Assignment, shown
 from thinwire.train.checkpoint import Progress
-from thinwire.train.deal import Deal, shown
-from thinwire.train.pace import Pacer
-from thinwire.train.reporter import Reporter
 from thinwire.train.runtime import Lab
 from thinwire.train.task import Task
-from thinwire.train.trainer import Trainer
+from thinwire.units import show
+
+TIMES = ("step_s", "compute_s", "exposed_s", "waiting_s", "optimizer_s", "tokens_per_s")
+
+
+@dataclass
+class Reporter:
+    """A line in the terminal, an event in the run folder, TensorBoard scalars. started: time.perf_counter() at which the run's
+    clock stands at 0."""
+
+    folder: RunFolder
+    num_steps: int
+    unit: str
+    started: float = field(default_factory=time.perf_counter)
+    _intervals: list[Step] = field(default_factory=list)
+    _board: SummaryWriter | None = None
+
+    def step(self, event: Step) -> None:
+        """After each interval of steps. time_s is filled in here."""
+        event = event.model_copy(update={"time_s": self.now_s})
+        self._intervals.append(event)
+        self.folder.append(event)
+        wait = (event.exposed_s + event.waiting_s) / event.step_s
+        print(
+            f"step {event.step:>{len(str(self.num_steps))}}/{self.num_steps}  loss {event.loss:.3f}  "
+            f"{event.tokens_per_s:,.0f} tokens/s  {show(event.step_s, 's')} a step  "
+            f"{show(event.wire_bytes, 'B')} a step on the wire  {wait:.0%} waiting for the wire",
+            flush=True,
+        )
+        self._scalars(event.step, {"loss/train": event.loss, "learning_rate": event.learning_rate})
+        self._scalars(event.step, {f"step/{name}": getattr(event, name) for name in (*TIMES, "wire_bytes")})
+
+    def evaluation(self, step: int, tokens: int, loss: float) -> None:
+        """After an evaluation on the held-out part."""
+        self.folder.append(Eval(step=step, time_s=self.now_s, tokens=tokens, loss=loss))
+        print(f"step {step}: held-out loss {loss:.4f} {self.unit}", flush=True)
+        self._scalars(step, {"loss/held_out": loss})
+
+    def assigned(self, step: int, counts: Assignment) -> None:
+        """From this step on, faster ranks have more micro-batches."""
+        print(f"step {step}: {shown(counts)}", flush=True)
+
+    def checkpoint(self, step: int, path: str, save_s: float) -> None:
+        """After a checkpoint is whole."""
+        self.folder.append(Checkpoint(step=step, time_s=self.now_s, path=path, save_s=save_s))
+        print(f"step {step}: checkpoint {path} ({show(save_s, 's')})", flush=True)
+
+    def end(self, step: int, reason: str) -> None:
+        """The last thing."""
+        self.folder.append(End(step=step, time_s=self.now_s, reason=reason))
+        if self._board is not None:
+            self._board.close()
+
+    def medians(self) -> dict[str, float]:
+        """Of the seconds of a step over the intervals, without the first, in which buffers are made and caches are cold."""
+        steady = self._intervals[1:] or self._intervals
+        return {name: median(getattr(event, name) for event in steady) for name in TIMES} if steady else {}
+
+    @property
+    def now_s(self) -> float:
+        return time.perf_counter() - self.started
+
+    def _scalars(self, step: int, values: dict[str, Any]) -> None:
+        self._board = self._board or SummaryWriter(str(self.folder.path / "tensorboard"))
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +99,13 @@ class About:
     lab: Lab | None
     layout: Layout
 
-    @property
-    def delay(self) -> str:
-        return self.lab.delay if self.lab else "none"
-
 
 def write_beginning(
     folder: RunFolder, config: RunConfig, cluster: Cluster, task: Task, prediction: Prediction, about: About
 ) -> None:
-    """Before the first step, on rank 0: the files that say what runs, and the same in the terminal."""
+    """Before the first step, on rank 0: the files that describe the run, and the same in the terminal."""
     described = task.describe()
+    delay = about.lab.delay if about.lab else "none"
     record = {
         "thinwire": __version__,
         "torch": torch.__version__,
@@ -56,7 +117,7 @@ def write_beginning(
         "dtype": about.dtype,
         "paced": about.paced,
         "lab": about.lab is not None,
-        "delay": about.delay,
+        "delay": delay,
         "num_parameters": task.workload.num_parameters,
         "unit": task.unit,
         **described,
@@ -67,12 +128,9 @@ def write_beginning(
         dump_cluster(cluster, folder.path / "cluster.toml")
     folder.write("predicted.json", prediction.as_record())
 
-    where = "no lab"
-    if about.lab:
-        where = f"in the lab, compute {'paced' if about.paced else 'not paced'}, delay: {about.delay}"
-    print(
-        f"{task.workload.num_parameters:,} parameters on {about.layout.world_size} ranks ({about.layout}), {about.dtype}, {where}"
-    )
+    where = f"in the lab, compute {'paced' if about.paced else 'not paced'}, delay: {delay}" if about.lab else "no lab"
+    ranks = f"{about.layout.world_size} ranks ({about.layout})"
+    print(f"{task.workload.num_parameters:,} parameters on {ranks}, {about.dtype}, {where}")
     data = described["data"]
     print(f"data: {data['source']}, {data['bytes'] / 1e6:.1f} MB in {data['files']} files")
     if "baseline" in described:
@@ -84,7 +142,7 @@ def write_beginning(
     )
 
 
-def write_resume(folder: RunFolder, reporter: Reporter, progress: Progress, world_size: int, deal: Deal) -> None:
+def write_resume(folder: RunFolder, reporter: Reporter, progress: Progress, world_size: int, assignment: Assignment) -> None:
     """Before the first step of a resumed run, on rank 0: later events go, the clock goes on."""
     kept = folder.resume_at(progress.step)
     reporter.started -= kept.time_s
@@ -92,27 +150,5 @@ def write_resume(folder: RunFolder, reporter: Reporter, progress: Progress, worl
     if progress.world_size != world_size:
         times = world_size / progress.world_size
         print(f"{world_size} ranks instead of {progress.world_size}: a step now counts {times:g} times the tokens", flush=True)
-    if progress.deal != deal and len({*progress.deal, *deal}) > 1:
-        print(f"dealt anew, {shown(deal)}; it was {' '.join(map(str, progress.deal))}", flush=True)
-
-
-def write_end(trainer: Trainer, folder: RunFolder, pacer: Pacer | None, results: Path | None) -> None:
-    """After the last step: gather the ledgers of all ranks; rank 0 writes what was measured. Collective."""
-    mine = {"entries": trainer.ledger.entries(trainer.group.rank()), "missed": pacer.missed_fraction if pacer else None}
-    everybody: list[Any] | None = [None] * trainer.group.size() if trainer.reporter else None
-    with trainer.ledger.label("results"):
-        dist.gather_object(mine, everybody, dst=0)
-    if trainer.reporter is None or everybody is None:
-        return
-    folder.write("ledger.json", {"entries": [entry for told in everybody for entry in told["entries"]]})
-    medians, transfers = trainer.reporter.medians(), trainer.measured_transfers()
-    if medians:
-        measured = {
-            **medians,
-            "transfers": transfers,
-            "wire_bytes_per_step": sum(row["wire_bytes_per_step"] for row in transfers),
-            "missed_pace": max((told["missed"] for told in everybody if told["missed"] is not None), default=None),
-        }
-        folder.write("measured.json", measured)
-    if results is not None:
-        (results / "run_folder").write_text(str(folder.path), encoding="utf-8")
+    if progress.assignment != assignment and len({*progress.assignment, *assignment}) > 1:
+        print(f"assigned anew, {shown(assignment)}; it was {' '.join(map(str, progress.assignment))}", flush=True)

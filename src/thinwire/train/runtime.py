@@ -1,9 +1,8 @@
-"""What the environment says to a rank: who started it, and its place among the ranks. No other file reads the environment.
+"""What the environment tells a rank: who started it, and its place among the ranks. No other file reads the environment.
 
 Known launchers: torchrun (and our own agent), Slurm's srun, MPICH / Open MPI mpiexec, and none.
 """
 
-import json
 import os
 import signal
 import socket
@@ -12,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 from thinwire.errors import UserError
 
@@ -31,9 +31,10 @@ class Place:
     by_mpiexec: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lab:
-    """What the lab tells its processes."""
+class Lab(BaseModel):
+    """The file that the lab writes for its processes."""
+
+    model_config = ConfigDict(frozen=True)
 
     cluster: Path
     host: str
@@ -44,29 +45,26 @@ class Lab:
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Everything the environment says, read once."""
+    """All that is read from the environment."""
 
     place: Place | None
     lab: Lab | None
     error_file: Path | None
     cache_folder: Path
     results: Path | None
-    """Where whoever started the ranks wants to find `run_folder`, the path of the run folder."""
+    """The folder in which the launcher looks for `run_folder`, a file with the path of the run folder."""
 
 
 def read_environment() -> Environment:
     """Read the environment. place is None when nobody has started several ranks."""
-    lab_file = os.environ.get("THINWIRE_LAB")
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    cache = os.environ.get("XDG_CACHE_HOME")
-    results = os.environ.get("THINWIRE_RESULTS")
-    lab = _lab(Path(lab_file)) if lab_file else None
+    lab_file, cache, results = _path("THINWIRE_LAB"), _path("XDG_CACHE_HOME"), _path("THINWIRE_RESULTS")
+    lab = _lab(lab_file) if lab_file else None
     return Environment(
         place=_place(),
         lab=lab,
-        results=Path(results) if results else lab.results if lab else None,
-        error_file=Path(error_file) if error_file else None,
-        cache_folder=(Path(cache) if cache else Path.home() / ".cache") / "thinwire",
+        results=results or (lab.results if lab else None),
+        error_file=_path("TORCHELASTIC_ERROR_FILE"),
+        cache_folder=(cache or Path.home() / ".cache") / "thinwire",
     )
 
 
@@ -111,6 +109,10 @@ def _place() -> Place | None:
     return None
 
 
+def _path(name: str) -> Path | None:
+    return Path(os.environ[name]) if os.environ.get(name) else None
+
+
 def _integer(name: str) -> int:
     try:
         return int(os.environ[name])
@@ -133,33 +135,21 @@ def _first_slurm_host() -> str | None:
 
 def _lab(path: Path) -> Lab:
     try:
-        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return Lab(
-            cluster=Path(told["cluster"]),
-            host=told["host"],
-            paced=told["paced"],
-            delay=told["delay"],
-            results=Path(told["results"]),
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"THINWIRE_LAB={path} is not readable ({error!r}); start the command through `thinwire lab run`"
-        ) from None
+        return Lab.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        why = str(error)[:200]
+        raise UserError(f"THINWIRE_LAB={path} is not readable ({why}); start the command through `thinwire lab run`") from None
 
 
 class StopRequest:
     """Ctrl-C or SIGTERM: remembered, and acted upon by all ranks together at the next report. A second one is ignored."""
 
-    def __init__(self) -> None:
-        self.requested = False
+    requested = False
 
     def listen(self) -> None:
         """Only from the main thread of a rank."""
-        signal.signal(signal.SIGINT, self._remember)
-        signal.signal(signal.SIGTERM, self._remember)
-
-    def _remember(self, number: int, frame: object) -> None:
-        self.requested = True
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: setattr(self, "requested", True))
 
 
 @contextmanager

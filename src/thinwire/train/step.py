@@ -9,10 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from thinwire.config.run import SGD, AdamW, Muon, SignSGD, TrainSection
+from thinwire.config.run import TrainSection
 from thinwire.sync.base import Synchroniser
-from thinwire.train.muon import OrthogonalMomentum, by_kind_of_matrix
-from thinwire.train.sign_descent import SignDescent
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,27 +25,6 @@ class StepTimes:
     @property
     def step_s(self) -> float:
         return self.compute_s + self.wait_s + self.optimizer_s
-
-
-def make_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
-    """AdamW, SGD with momentum or signs; weight decay on matrices only. Fused on the devices that have it."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    chosen = train.optimizer
-    groups = [
-        {"params": matrices, "weight_decay": chosen.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    match chosen:
-        case AdamW():
-            betas = (chosen.beta1, chosen.beta2)
-            return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=chosen.epsilon, fused=True)
-        case SGD():
-            return torch.optim.SGD(groups, lr=train.learning_rate, momentum=chosen.momentum, fused=True)
-        case SignSGD():
-            return SignDescent(groups, train.learning_rate)
-        case Muon():
-            return OrthogonalMomentum(by_kind_of_matrix(model, chosen.weight_decay), train.learning_rate, chosen)
 
 
 @contextmanager

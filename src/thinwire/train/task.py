@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from thinwire.config.run import RunConfig
-from thinwire.data.bigram import LARGEST_VOCABULARY, bigram_loss
-from thinwire.data.corpus import load_corpus, sample
+from thinwire.data.corpus import LARGEST_VOCABULARY, bigram_loss, load_corpus, sample
 from thinwire.data.loader import IGNORED, TrainBatches, held_out_batches
 from thinwire.layout import Layout
 from thinwire.models.transformer import Transformer
@@ -18,7 +17,7 @@ Batch = Any
 
 
 class Task(Protocol):
-    """Made on every rank; methods are local unless they say otherwise."""
+    """Made on every rank; methods are local: no rank waits for another."""
 
     unit: str
     """Of the score: "nats per byte"."""
@@ -50,24 +49,24 @@ class Task(Protocol):
 
 
 class LanguageModel:
-    """Next-token prediction by a decoder-only transformer on text."""
+    """Next-token prediction by a decoder-only transformer on text. cache_folder: for the tokens, unless data.cache names one."""
 
-    def __init__(self, config: RunConfig, layout: Layout, cache: Path) -> None:
+    def __init__(self, config: RunConfig, layout: Layout, cache_folder: Path) -> None:
         self._config, self._layout = config, layout
         train = config.train
-        self._corpus = load_corpus(config.data.source, cache, config.data.tokenizer)
+        cache = Path(config.data.cache).expanduser() if config.data.cache else cache_folder
+        self.corpus = load_corpus(config.data.source, cache, config.data.tokenizer)
         self._num_micro = config.sync.accumulate * layout.replicas
         self._batches = TrainBatches(
-            tokens=self._corpus.train,
+            tokens=self.corpus.train,
             sequence=train.sequence,
             global_batch=train.micro_batch * self._num_micro,
             seed=train.seed,
         )
-        self._held_out = sample(self._corpus.held_out, train.eval_tokens)
+        self._held_out = sample(self.corpus.held_out, train.eval_tokens)
         shape = config.model.shape()
-        vocabulary = max(shape.vocabulary, self._corpus.vocabulary)
-        self._shape = shape.model_copy(update={"vocabulary": vocabulary})
-        self.unit = self._corpus.unit
+        self._shape = shape.model_copy(update={"vocabulary": max(shape.vocabulary, self.corpus.vocabulary)})
+        self.unit = self.corpus.unit
         self.workload = Workload.of_transformer(self._shape, train.micro_batch, train.sequence)
 
     def build_model(self) -> Transformer:
@@ -84,21 +83,18 @@ class LanguageModel:
 
     @torch.no_grad()
     def score(self, model: nn.Module, replica: int) -> tuple[float, float]:
-        total, count, device = 0.0, 0, _device(model)
-        train = self._config.train
-        for inputs, targets in held_out_batches(
-            self._held_out, train.sequence, train.micro_batch, replica, self._layout.replicas
-        ):
-            scored = int((targets != IGNORED).sum())
-            if scored:
+        total, count, train, device = 0.0, 0, self._config.train, _device(model)
+        replicas = self._layout.replicas
+        for inputs, targets in held_out_batches(self._held_out, train.sequence, train.micro_batch, replica, replicas):
+            if scored := int((targets != IGNORED).sum()):
                 total += float(model(inputs.to(device), targets.to(device))) * scored
                 count += scored
         return total, float(count)
 
     def describe(self) -> dict[str, Any]:
-        described: dict[str, Any] = {"data": self._corpus.record}
-        if self._corpus.vocabulary <= LARGEST_VOCABULARY:
-            loss = bigram_loss(self._corpus.train, self._held_out, self._corpus.vocabulary)
+        described: dict[str, Any] = {"data": self.corpus.record}
+        if self.corpus.vocabulary <= LARGEST_VOCABULARY:
+            loss = bigram_loss(self.corpus.train, self._held_out, self.corpus.vocabulary)
             described["baseline"] = {"name": "bigram table", "loss": loss}
         return described
 

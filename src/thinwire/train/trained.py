@@ -6,10 +6,9 @@ from pathlib import Path
 from torch import nn
 
 from thinwire.config.run import load_run
-from thinwire.data.corpus import load_corpus
 from thinwire.errors import UserError
 from thinwire.layout import Layout
-from thinwire.record.folder import RunFolder
+from thinwire.record import RunFolder
 from thinwire.train.checkpoint import latest, load_weights
 from thinwire.train.task import LanguageModel
 
@@ -36,14 +35,12 @@ def open_trained(run: Path, cache_folder: Path) -> Trained:
     checkpoints = folder.path / "checkpoints"
     if not list(checkpoints.glob("step-*")):
         raise UserError(f"{checkpoints} holds no checkpoint, so there are no weights; a run writes one when it ends")
-    cache = Path(config.data.cache).expanduser() if config.data.cache else cache_folder
-    record, corpus = folder.record(), load_corpus(config.data.source, cache, config.data.tokenizer)
-    if record.data is not None and record.data.sha256 != corpus.sha256:
+    task, record = LanguageModel(config, Layout(), cache_folder), folder.record()
+    if record.data is not None and record.data.sha256 != task.corpus.sha256:
         raise UserError(
-            f"data source {config.data.source!r} has changed since {folder.path} was trained (sha256 {corpus.sha256[:12]}, then "
-            f"{str(record.data.sha256)[:12]}), so losses would not compare; bring the old text back"
+            f"data source {config.data.source!r} has changed since {folder.path} was trained (sha256 {task.corpus.sha256[:12]}, "
+            f"then {str(record.data.sha256)[:12]}), so losses would not compare; bring the old text back"
         )
-    task = LanguageModel(config, Layout(), cache)
     model = task.build_model()
     progress = load_weights(latest(checkpoints), model)
     recorded = next((event.loss for event in folder.evals() if event.step == progress.step), None)

@@ -13,11 +13,12 @@ import torch.distributed as dist
 from thinwire.collectives.ledger import Ledger, Snapshot, difference
 from thinwire.collectives.metered_calls import all_reduce
 from thinwire.config.run import TrainSection
-from thinwire.record.schema import Step
+from thinwire.record import Step
 from thinwire.traffic import Transfer
 from thinwire.train import checkpoint
-from thinwire.train.deal import Deal, place_of, redeal
-from thinwire.train.reporter import Reporter
+from thinwire.train.assign import Assignment, index_in_step, reassign
+from thinwire.train.pace import Pacer
+from thinwire.train.results import Reporter
 from thinwire.train.runtime import StopRequest
 from thinwire.train.step import Stepper, StepTimes, learning_rate
 from thinwire.train.task import Task
@@ -28,28 +29,19 @@ NUMBER_BYTES = 8
 
 def report_traffic(train: TrainSection, axis: str, world_size: int) -> list[Transfer]:
     """What the loop itself sends: a summary per report (loss, stop, seconds by rank) and two numbers per evaluation."""
-    transfers = [
+    messages = (("summary", 2 + world_size, train.log_every), ("evaluation", 2, train.eval_every))
+    return [
         Transfer(
-            label="summary",
+            label=label,
             axis=axis,
             op="all_reduce",
-            message_bytes=(2 + world_size) * NUMBER_BYTES,
+            message_bytes=numbers * NUMBER_BYTES,
             item_bytes=NUMBER_BYTES,
-            every=train.log_every,
+            every=every,
         )
+        for label, numbers, every in messages
+        if every
     ]
-    if train.eval_every:
-        transfers.append(
-            Transfer(
-                label="evaluation",
-                axis=axis,
-                op="all_reduce",
-                message_bytes=2 * NUMBER_BYTES,
-                item_bytes=NUMBER_BYTES,
-                every=train.eval_every,
-            )
-        )
-    return transfers
 
 
 @dataclass(kw_only=True)
@@ -65,10 +57,10 @@ class Trainer:
     stop: StopRequest
     checkpoints: Path
     reporter: Reporter | None
-    deal: Deal
+    assignment: Assignment
     """Micro-batches of a step by replica."""
     by_speed: bool = False
-    """Whether `deal` follows what the reports say."""
+    """Whether `assignment` follows the seconds in the reports."""
     tokens: int = 0
     _interval: list[StepTimes] = field(default_factory=list)
     _interval_loss: float = 0.0
@@ -93,13 +85,13 @@ class Trainer:
         self._begin_interval()
         for step in range(first_step, train.steps):
             self.ledger.step = step
-            num_micro = self.deal[self.replica]
-            batches = (self.task.batch(step, place_of(self.deal, self.replica, micro)) for micro in range(num_micro))
+            num_micro = self.assignment[self.replica]
+            batches = (self.task.batch(step, index_in_step(self.assignment, self.replica, micro)) for micro in range(num_micro))
             with self.ledger.label("replica"):
-                loss, times = self.stepper.run(step, batches, num_micro, sum(self.deal) / len(self.deal))
+                loss, times = self.stepper.run(step, batches, num_micro, sum(self.assignment) / len(self.assignment))
             self._interval.append(times)
             self._interval_loss += loss
-            self.tokens += self.task.workload.tokens_per_microbatch * sum(self.deal)
+            self.tokens += self.task.workload.tokens_per_microbatch * sum(self.assignment)
             done = step + 1
             if (done % train.log_every == 0 or done == train.steps) and self._report(done):
                 reason = "interrupted"
@@ -134,7 +126,7 @@ class Trainer:
     def save(self, step: int) -> None:
         """Write a checkpoint of the state after `step` steps."""
         started = time.perf_counter()
-        progress = checkpoint.Progress(step=step, tokens=self.tokens, world_size=self.group.size(), deal=self.deal)
+        progress = checkpoint.Progress(step=step, tokens=self.tokens, world_size=self.group.size(), assignment=self.assignment)
         path = checkpoint.save(self.checkpoints, self.parts, progress)
         self._saved_step = step
         if self.reporter:
@@ -145,38 +137,54 @@ class Trainer:
         if self._steady is None or self._last is None or self._last[0] <= self._steady[0]:
             return []
         steps = self._last[0] - self._steady[0]
-        rows = []
-        for call, total in difference(self._last[1], self._steady[1]).items():
-            every = max(1, round(steps / total.calls))
-            rows.append(
-                {
-                    "label": call.label,
-                    "axis": call.axis,
-                    "op": call.op,
-                    "message_bytes": call.message_bytes,
-                    "calls": max(1, round(total.calls / steps)),
-                    "every": every,
-                    "wire_bytes_per_step": total.wire_bytes / steps,
-                    "seconds": total.seconds / total.calls,
-                }
-            )
-        return rows
+        return [
+            {
+                "label": call.label,
+                "axis": call.axis,
+                "op": call.op,
+                "message_bytes": call.message_bytes,
+                "calls": max(1, round(total.calls / steps)),
+                "every": max(1, round(steps / total.calls)),
+                "wire_bytes_per_step": total.wire_bytes / steps,
+                "seconds": total.seconds / total.calls,
+            }
+            for call, total in difference(self._last[1], self._steady[1]).items()
+        ]
+
+    def write_end(self, pacer: Pacer | None, results: Path | None) -> None:
+        """After the last step: gather the ledgers of all ranks; rank 0 writes what was measured, and into `results` where."""
+        mine = {"entries": self.ledger.entries(self.replica), "missed": pacer.missed_fraction if pacer else None}
+        gathered: list[Any] = [None] * self.group.size()
+        with self.ledger.label("results"):
+            dist.gather_object(mine, gathered if self.reporter else None, dst=0)
+        if self.reporter is None:
+            return
+        self.reporter.folder.write("ledger.json", {"entries": [entry for rank in gathered for entry in rank["entries"]]})
+        medians, transfers = self.reporter.medians(), self.measured_transfers()
+        if medians:
+            measured = {
+                **medians,
+                "transfers": transfers,
+                "wire_bytes_per_step": sum(row["wire_bytes_per_step"] for row in transfers),
+                "missed_pace": max((rank["missed"] for rank in gathered if rank["missed"] is not None), default=None),
+            }
+            self.reporter.folder.write("measured.json", measured)
+        if results is not None:
+            (results / "run_folder").write_text(str(self.reporter.folder.path), encoding="utf-8")
 
     def _report(self, done: int) -> bool:
         """End an interval: all ranks exchange loss, stop requests and compute times. True if any rank was asked to stop."""
-        count, rank = len(self._interval), self.group.rank()
+        count = len(self._interval)
         compute = sum(times.compute_s for times in self._interval) / count
         wait = sum(times.wait_s for times in self._interval) / count
-        usual = median(
-            times.compute_s for times in self._interval
-        )  # one step that was disturbed says nothing about a rank's speed
+        usual = median(times.compute_s for times in self._interval)  # one disturbed step is no sign of a rank's speed
         vector = torch.zeros(2 + self.group.size(), dtype=torch.float64)
-        vector[0], vector[1], vector[2 + rank] = self._interval_loss / count, float(self.stop.requested), usual
+        vector[0], vector[1], vector[2 + self.replica] = self._interval_loss / count, float(self.stop.requested), usual
         vector = self._sum(vector, "summary")
         waiting = min(wait, max(0.0, float(vector[2:].max()) - usual))
         seconds = (time.perf_counter() - self._interval_started) / count
         if self.reporter:
-            tokens = self.task.workload.tokens_per_microbatch * sum(self.deal)
+            tokens = self.task.workload.tokens_per_microbatch * sum(self.assignment)
             self.reporter.step(
                 Step(
                     step=done,
@@ -199,16 +207,16 @@ class Trainer:
         elif count == self.train.log_every:
             self._last = mark
         if self.by_speed and done < self.train.steps:
-            self._redeal(done, vector[2:].tolist())
+            self._reassign(done, vector[2:].tolist())
         self._begin_interval()
         return float(vector[1]) > 0
 
-    def _redeal(self, done: int, compute_s: Sequence[float]) -> None:
-        """compute_s: of a usual step, by replica, the same numbers on all of them; so all come to the same deal."""
-        before = self.deal
-        self.deal = redeal(before, [seconds / count for seconds, count in zip(compute_s, before, strict=True)])
-        if self.reporter and self.deal != before:
-            self.reporter.dealt(done, self.deal)
+    def _reassign(self, done: int, compute_s: Sequence[float]) -> None:
+        """compute_s: of a usual step, by replica, the same numbers on all of them; so all come to the same assignment."""
+        before = self.assignment
+        self.assignment = reassign(before, [seconds / count for seconds, count in zip(compute_s, before, strict=True)])
+        if self.reporter and self.assignment != before:
+            self.reporter.assigned(done, self.assignment)
 
     def _begin_interval(self) -> None:
         self._interval, self._interval_loss = [], 0.0

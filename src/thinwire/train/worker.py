@@ -1,8 +1,8 @@
 """What one rank does from its start to its end: join the others, build everything, train, write down what happened."""
 
 import socket
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -24,17 +24,13 @@ from thinwire.lab.commands import TRAINING
 from thinwire.layout import AXES, REPLICAS, Layout
 from thinwire.plan.cost import Prediction, Setting, predict
 from thinwire.sync.make import make_synchroniser
-from thinwire.train import checkpoint, results
-from thinwire.train.agree import agree_on_dtype, agree_on_folder, make_task
-from thinwire.train.collectives import carrier, set_collectives
-from thinwire.train.deal import Deal, opening
-from thinwire.train.forecast import find_cluster, timed_rates
-from thinwire.train.heartbeat import Heartbeat
-from thinwire.train.over_mpi import mpi_ranks, over_mpi
+from thinwire.train import checkpoint, results, setup
+from thinwire.train.assign import Assignment, first_assignment
+from thinwire.train.failure import Heartbeat
+from thinwire.train.optimizers import make_optimizer
 from thinwire.train.pace import Pacer
-from thinwire.train.reporter import Reporter
 from thinwire.train.runtime import Environment, Place, StopRequest, process_group
-from thinwire.train.step import Stepper, make_optimizer
+from thinwire.train.step import Stepper
 from thinwire.train.task import LanguageModel
 from thinwire.train.trainer import Trainer, report_traffic
 
@@ -50,10 +46,6 @@ class Rank:
     device: torch.device
     stop: StopRequest
     tuner: Tuner | None = None
-
-    @property
-    def number(self) -> int:
-        return dist.get_rank()
 
     @property
     def host(self) -> str:
@@ -79,15 +71,15 @@ def work(config: RunConfig, environment: Environment, resume: Path | None) -> Ou
     ledger = Ledger()
     device, group_backend = _device(place)
     if config.sync.by_speed and device.type != "cpu":
-        raise UserError(f"sync.deal = 'by_speed' times the processor, not {device.type}; set it to 'equal'")
+        raise UserError(f"sync.assign = 'by_speed' times the processor, not {device.type}; set it to 'equal'")
     rank = Rank(config=config, environment=environment, layout=layout, ledger=ledger, device=device, stop=stop)
     timeout_s = config.train.timeout_s
     with ExitStack() as stack:
         mpi = None
-        if over_mpi(config.train.backend, place, device):
-            place, mpi = stack.enter_context(mpi_ranks(place, timeout_s))
+        if setup.uses_mpi(config.train.backend, place, device):
+            place, mpi = stack.enter_context(setup.mpi_ranks(place, timeout_s))
         if group_backend == backend.NAME:
-            rank = replace(rank, tuner=set_collectives(config, environment, ledger, mpi))
+            rank = replace(rank, tuner=setup.set_collectives(config, environment, ledger, mpi))
         elif config.collectives.kind != "native":
             raise UserError(f"collectives.kind = {config.collectives.kind!r} is for CPUs; set it to 'native'")
         stack.enter_context(process_group(place, group_backend, timeout_s))
@@ -106,27 +98,29 @@ def train_as(rank: Rank, resume: Path | None) -> Outcome:
 
 
 def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
-    config, ledger, layout = rank.config, rank.ledger, rank.layout
+    config, ledger, layout, number = rank.config, rank.ledger, rank.layout, dist.get_rank()
     mesh = init_device_mesh(rank.device.type, layout.degrees, mesh_dim_names=AXES)
-    for made in (mesh.get_group(name) for name in AXES):
+    groups = {name: mesh.get_group(name) for name in AXES}
+    for made in groups.values():
         if not isinstance(made, backend.MeteredGroup):  # the metered backend has done so itself
             give_timeout(made, timedelta(seconds=config.train.timeout_s))
     axis = layout.replica_axis
-    group = mesh["outer", "data"]._flatten(REPLICAS).get_group() if axis == REPLICAS else mesh.get_group(axis)
+    if axis == REPLICAS:
+        groups[REPLICAS] = mesh["outer", "data"]._flatten(REPLICAS).get_group()
+    group = groups[axis]
     ledger.axes[group.group_name] = axis  # an axis as large as the world uses the default group, which has no axis
     if isinstance(group, backend.MeteredGroup):
         backend.self_test(group, ledger)
-    lab = rank.environment.lab
-    cluster = find_cluster(config.cluster.file, lab.cluster if lab else None, layout.world_size)
-    folder = agree_on_folder(config, resume)
-    task = make_task(config, layout, rank.environment)
-    dtype = agree_on_dtype(config, rank.device, folder if resume else None, task)
+    cluster = setup.find_cluster(config, rank.environment, layout.world_size)
+    folder = setup.agree_on_folder(config, resume)
+    task = setup.make_task(config, layout, rank.environment)
+    dtype = setup.agree_on_dtype(config, rank.device, folder if resume else None, task)
 
     model = task.build_model().to(rank.device)
     sync = make_synchroniser(config.sync, config.compress, layout, ledger)
     optimizer = make_optimizer(model, config.train)
-    parts = checkpoint.Parts(model=model, optimizer=optimizer, sync=sync, ledger=ledger, rank=rank.number)
-    progress = checkpoint.Progress(step=0, tokens=0, world_size=layout.world_size, deal=())
+    parts = checkpoint.Parts(model=model, optimizer=optimizer, sync=sync, ledger=ledger, rank=number)
+    progress = checkpoint.Progress(step=0, tokens=0, world_size=layout.world_size, assignment=())
     if resume is not None:
         progress = checkpoint.load(checkpoint.latest(folder.path / "checkpoints"), parts)
     stepper = Stepper(
@@ -134,30 +128,36 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         optimizer=optimizer,
         sync=sync,
         loss=task.loss,
-        precision=_precision(rank.device, dtype),
+        precision=partial(torch.autocast, rank.device.type, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext,
         train=config.train,
     )
     with ledger.label("replica set-up"):
         stepper.rehearse(task.batch(0, group.rank()))
-    groups = {name: mesh.get_group(name) for name in AXES} | {axis: group}
-    prediction, pacer, deal = _predict(rank, cluster, task, stepper, progress, groups)
+    prediction, pacer, assignment = _predict(rank, cluster, task, stepper, progress, groups)
     if pacer:
         stack.enter_context(pacer.attached(model, task.workload))
 
     hosts: list[Any] = [None] * layout.world_size
     dist.all_gather_object(hosts, rank.host)
     reporter = None
-    if rank.number == 0:
-        reporter = Reporter(folder, config.train.steps, task.unit)
+    if number == 0:
+        reporter = results.Reporter(folder, config.train.steps, task.unit)
         if resume is None:
             about = results.About(
-                hosts=hosts, device=rank.device.type, dtype=dtype, paced=pacer is not None, lab=lab, layout=layout
+                hosts=hosts,
+                device=rank.device.type,
+                dtype=dtype,
+                paced=pacer is not None,
+                lab=rank.environment.lab,
+                layout=layout,
             )
             results.write_beginning(folder, config, cluster, task, prediction, about)
         else:
-            results.write_resume(folder, reporter, progress, layout.world_size, deal)
+            results.write_resume(folder, reporter, progress, layout.world_size, assignment)
         if config.sync.by_speed:
-            reporter.dealt(progress.step, deal)
+            reporter.assigned(progress.step, assignment)
+        if rank.environment.results is not None:
+            (rank.environment.results / TRAINING).touch()
     trainer = Trainer(
         task=task,
         stepper=stepper,
@@ -168,14 +168,12 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         stop=rank.stop,
         checkpoints=folder.path / "checkpoints",
         reporter=reporter,
-        deal=deal,
+        assignment=assignment,
         by_speed=config.sync.by_speed,
         tokens=progress.tokens,
     )
-    if rank.number == 0 and rank.environment.results is not None:
-        (rank.environment.results / TRAINING).touch()
     reason = trainer.run(progress.step)
-    results.write_end(trainer, folder, pacer, rank.environment.results)
+    trainer.write_end(pacer, rank.environment.results)
     return Outcome(reason=reason, folder=folder.path)
 
 
@@ -190,10 +188,6 @@ def _device(place: Place) -> tuple[torch.device, str]:
     return torch.device("cpu"), backend.NAME
 
 
-def _precision(device: torch.device, dtype: str) -> Callable[[], AbstractContextManager]:
-    return partial(torch.autocast, device.type, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext
-
-
 def _predict(
     rank: Rank,
     cluster: Cluster,
@@ -201,18 +195,17 @@ def _predict(
     stepper: Stepper,
     progress: checkpoint.Progress,
     groups: Mapping[str, dist.ProcessGroup],
-) -> tuple[Prediction, Pacer | None, Deal]:
+) -> tuple[Prediction, Pacer | None, Assignment]:
     """What a step will cost; the pacer that holds this rank to the declared rate, if the lab asks for one; and who has how many
     micro-batches. Collective."""
     lab, layout, config = rank.environment.lab, rank.layout, rank.config
-    declared = cluster.declared_rates
+    declared, pacer = cluster.declared_rates, None
     if lab and lab.paced and declared:
         rates, rates_are = declared, "declared, and kept by pacing"
-        pacer = Pacer.of(task.workload, declared[rank.number])
+        pacer = Pacer.of(task.workload, declared[dist.get_rank()])
     else:
-        rates, rates_are = timed_rates(task, stepper, layout, rank.ledger), "timed on this model before training"
-        pacer = None
-    deal = _deal(config, layout, rates, progress.deal)
+        rates, rates_are = setup.timed_rates(task, stepper, layout, rank.ledger), "timed on this model before training"
+    assignment = _assign(config, layout, rates, progress.assignment)
     setting = Setting(
         cluster=cluster,
         layout=layout,
@@ -221,16 +214,17 @@ def _predict(
         flops_per_s=rates,
         rates_are=rates_are,
         optimizer=config.train.optimizer.kind,
-        deal=deal,
+        assignment=assignment,
     )
     transfers = stepper.sync.traffic(task.workload, layout) + report_traffic(config.train, layout.replica_axis, layout.replicas)
-    return predict(setting, transfers, carrier=carrier(rank.tuner, cluster, groups, transfers)), pacer, deal
+    carrier = setup.choose_carrier(rank.tuner, cluster, groups, transfers)
+    return predict(setting, transfers, carrier=carrier), pacer, assignment
 
 
-def _deal(config: RunConfig, layout: Layout, rates: Sequence[float], saved: Deal) -> Deal:
+def _assign(config: RunConfig, layout: Layout, rates: Sequence[float], saved: Assignment) -> Assignment:
     """Micro-batches of a step by replica: as saved, if that fits this run, else by `rates`, which all ranks know."""
     equal = (config.sync.accumulate,) * layout.replicas
     if not config.sync.by_speed:
         return equal
     slowest = [min(rate for rank, rate in enumerate(rates) if layout.replica(rank) == replica) for replica in range(len(equal))]
-    return opening(equal, [1 / rate for rate in slowest], saved)
+    return first_assignment(equal, [1 / rate for rate in slowest], saved)

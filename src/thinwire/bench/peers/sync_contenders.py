@@ -28,9 +28,8 @@ from thinwire.bench.sync_methods import Method, keep, kept, make_method
 from thinwire.cluster import load_cluster
 from thinwire.layout import AXES, Layout
 from thinwire.sync.make import make_synchroniser
-from thinwire.train.agree import make_task
-from thinwire.train.collectives import set_collectives
 from thinwire.train.pace import Pacer
+from thinwire.train.setup import make_task, set_collectives
 from thinwire.train.step import Stepper
 
 WARM_STEPS, MOST_STEPS = 2, 20

@@ -1,6 +1,7 @@
 """`thinwire bench uneven`: case after case on the trainer itself, compute paced as the case asks.
 
-A case: `slow` is how many times as long as the others' the last rank's passes take, from step `slow_from` on; `deal` are the
+A case: `slow` is how many times as long as the others' the last rank's passes take, from step `slow_from` on;
+`assignment` are the
 micro-batches of each rank at first (empty: equal), `by_speed` whether they are shared out anew.
 """
 
@@ -17,9 +18,9 @@ from thinwire.config.run import RunConfig
 from thinwire.layout import Layout
 from thinwire.sync.every_step import EveryStepSync
 from thinwire.train import checkpoint
-from thinwire.train.agree import make_task
 from thinwire.train.pace import Pacer
 from thinwire.train.runtime import StopRequest
+from thinwire.train.setup import make_task
 from thinwire.train.trainer import Trainer
 
 AXIS = "data"
@@ -59,7 +60,7 @@ class Reports:
 
 
 def train(case, config, task, checkpoints, rank, report):
-    """One case on this rank. Collective. step_s: of each report; deal: the last one; late: by how much passes were missed."""
+    """One case on this rank. Collective. step_s: of each report; assignment: the last; late: by how much passes were missed."""
     number, ranks, pass_s = rank.place.rank, rank.place.world_size, rank.settings["pass_s"]
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=(AXIS,))
     pacer = Pacer(forward_s=pass_s / 3, backward_s=pass_s * 2 / 3)
@@ -81,11 +82,11 @@ def train(case, config, task, checkpoints, rank, report):
             stop=StopRequest(),
             checkpoints=Path(checkpoints) / case["name"].replace(" ", "-"),
             reporter=reports if number == 0 else None,
-            deal=tuple(case["deal"]) or (config.sync.accumulate,) * ranks,
+            assignment=tuple(case["assignment"]) or (config.sync.accumulate,) * ranks,
             by_speed=case["by_speed"],
         )
         trainer.run(0)
-    return {"step_s": reports.step_s, "deal": trainer.deal, "late": pacer.missed_fraction}
+    return {"step_s": reports.step_s, "assignment": trainer.assignment, "late": pacer.missed_fraction}
 
 
 def measure(rank):

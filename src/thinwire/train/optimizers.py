@@ -1,23 +1,60 @@
-"""Muon: momentum orthonormalised, for matrices; AdamW for embeddings, the head and vectors.
+"""The optimizers of `train.optimizer`: AdamW, SGD with momentum, and two of our own.
+
+Muon: momentum orthonormalised, for matrices; AdamW for embeddings, the head and vectors.
 
     m <- mu m + g,   n = g + mu m (Nesterov),   x <- (1 - lr d) x - 0.2 sqrt(max(rows, columns)) lr O(n)
 
 O(n) is near the nearest orthonormal matrix to n: five quintic Newton-Schulz steps y <- a y + (b S + c S^2) y with S = y y^T, on
 n / ||n||, which bring the singular values close to 1. The factor makes the step as large as AdamW's, so that one learning rate
 does for both. Jordan et al. 2024 (Muon; the coefficients), Liu et al. 2025 (arXiv 2502.16982: the factor, weight decay).
+
+Descent by signs: x <- x - lr (sign(g) + d x), with d the weight decay (Bernstein et al. 2018, signSGD). The gradient's size does
+not matter. Over the momentum that DeMo exchanges (Peng et al. 2024) this is its Signum form.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
-from thinwire.config.run import Muon
+from thinwire.config.run import SGD, AdamW, Muon, SignSGD, TrainSection
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
+
+
+def make_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
+    """As train.optimizer says; weight decay on matrices only. Fused where PyTorch has it so."""
+    chosen, rate = train.optimizer, train.learning_rate
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in model.parameters() if parameter.dim() >= 2], "weight_decay": chosen.weight_decay},
+        {"params": [parameter for parameter in model.parameters() if parameter.dim() < 2], "weight_decay": 0.0},
+    ]
+    match chosen:
+        case AdamW():
+            return torch.optim.AdamW(groups, rate, (chosen.beta1, chosen.beta2), chosen.epsilon, fused=True)
+        case SGD():
+            return torch.optim.SGD(groups, rate, chosen.momentum, fused=True)
+        case SignSGD():
+            return SignDescent(groups, rate)
+        case Muon():
+            return OrthogonalMomentum(by_kind_of_matrix(model, chosen.weight_decay), rate, chosen)
+
+
+class SignDescent(torch.optim.Optimizer):
+    """No state of its own. Groups: params, weight_decay (0 unless given)."""
+
+    def __init__(self, groups: Iterable[dict[str, Any]], lr: float) -> None:
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Move every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(parameter.grad.sign(), alpha=-group["lr"])
 
 
 def by_kind_of_matrix(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -61,14 +98,15 @@ class OrthogonalMomentum(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Move every parameter that has a gradient."""
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if group["orthogonal"]:
-                for parameter in parameters:
-                    self._turn(parameter, group)
-            elif parameters:
-                self._adamw(parameters, group)
+            for parameter in group["params"] if group["orthogonal"] else ():
+                if parameter.grad is not None:
+                    self._move(parameter, group)
+        # Of copies, since it adds keys of its own to the groups, which checkpoints have not.
+        adamw = torch.optim.AdamW([dict(group) for group in self.param_groups if not group["orthogonal"]])
+        adamw.state = self.state
+        adamw.step()
 
-    def _turn(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state, gradient = self.state[parameter], parameter.grad
         assert gradient is not None
         if not state:
@@ -78,28 +116,3 @@ class OrthogonalMomentum(torch.optim.Optimizer):
         rows, columns = parameter.flatten(1).shape
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update, alpha=-0.2 * max(rows, columns) ** 0.5 * group["lr"])
-
-    def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-        states = [self.state[parameter] for parameter in parameters]
-        adamw(
-            parameters,
-            [parameter.grad for parameter in parameters if parameter.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )

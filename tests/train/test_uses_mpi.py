@@ -7,7 +7,7 @@ import torch
 
 from thinwire.config.run import RunConfig
 from thinwire.errors import UserError
-from thinwire.train import over_mpi
+from thinwire.train import setup
 from thinwire.train.runtime import Place
 
 PLACE = Place(rank=0, world_size=2, local_rank=0, master_address="127.0.0.1", master_port=29577)
@@ -20,17 +20,17 @@ CPU = torch.device("cpu")
 def test_auto_is_mpi_where_mpiexec_started_the_ranks_and_it_is_installed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wanted: str, by_mpiexec: bool, installed: bool
 ) -> None:
-    monkeypatch.setattr(over_mpi, "find_spec", lambda name: object() if installed and name == "mpi4py" else None)
+    monkeypatch.setattr(setup, "find_spec", lambda name: object() if installed and name == "mpi4py" else None)
     expected = wanted == "mpi" or (wanted == "auto" and by_mpiexec and installed)
-    assert over_mpi.over_mpi(wanted, replace(PLACE, by_mpiexec=by_mpiexec), CPU) is expected
+    assert setup.uses_mpi(wanted, replace(PLACE, by_mpiexec=by_mpiexec), CPU) is expected
     said = capsys.readouterr().err
     assert ("mpi4py is not installed" in said) == (wanted == "auto" and by_mpiexec and not installed)
 
 
 def test_tensors_on_cuda_are_not_carried_by_either() -> None:
-    assert over_mpi.over_mpi("auto", replace(PLACE, by_mpiexec=True), torch.device("cuda")) is False
+    assert setup.uses_mpi("auto", replace(PLACE, by_mpiexec=True), torch.device("cuda")) is False
     with pytest.raises(UserError, match="'mpi' carries tensors of the CPU, not of cuda; set it to 'auto'"):
-        over_mpi.over_mpi("mpi", PLACE, torch.device("cuda"))
+        setup.uses_mpi("mpi", PLACE, torch.device("cuda"))
 
 
 def test_the_configuration_names_it() -> None:

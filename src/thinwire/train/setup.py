@@ -1,0 +1,153 @@
+"""What the ranks settle before they train: MPI or gloo, which collectives, cluster, run folder, data, dtype, compute rates.
+
+Rank 0 decides and broadcasts. All but `uses_mpi` and `find_cluster` are collective.
+"""
+
+import datetime
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from thinwire.cluster import Cluster, Device, Host, load_cluster
+from thinwire.collectives.carrier import Carrier, Native
+from thinwire.collectives.ledger import Ledger
+from thinwire.collectives.mpi.start import Meeting, Mpi, started
+from thinwire.collectives.scheduled import ScheduledGroup
+from thinwire.collectives.start import register
+from thinwire.collectives.synthesis.bounds import OPS
+from thinwire.collectives.tuned.carrier import Chosen
+from thinwire.collectives.tuned.tuner import Tuner, make_tuner
+from thinwire.config.run import RunConfig
+from thinwire.errors import UserError
+from thinwire.layout import Layout
+from thinwire.measure.compute import fast_dtype
+from thinwire.record import RunFolder
+from thinwire.traffic import Transfer
+from thinwire.train.runtime import DEFAULT_PORT, Environment, Place
+from thinwire.train.step import Stepper, without_trace
+from thinwire.train.task import LanguageModel, Task
+
+TIMED_PASSES = 3
+
+
+def uses_mpi(backend: str, place: Place, device: torch.device) -> bool:
+    """Do the exchanges of this run go over MPI? backend: train.backend."""
+    if backend != "auto" and device.type != "cpu":
+        raise UserError(f"train.backend = {backend!r} carries tensors of the CPU, not of {device.type}; set it to 'auto'")
+    if backend != "auto" or device.type != "cpu" or not place.by_mpiexec:
+        return backend == "mpi"
+    if find_spec("mpi4py") is not None:
+        return True
+    if place.rank == 0:
+        print("thinwire: the ranks talk over gloo: mpi4py is not installed (the extra `mpi`)", file=sys.stderr, flush=True)
+    return False
+
+
+@contextmanager
+def mpi_ranks(place: Place, timeout_s: float) -> Iterator[tuple[Place, Mpi]]:
+    """MPI, started; the place with the address where the ranks meet, the same on all."""
+    with started(timeout_s) as mpi:
+        mpi.check_place(place.rank, place.world_size)
+        wanted = Meeting(place.master_address, place.master_port if place.master_port != DEFAULT_PORT else 0)
+        meeting = mpi.meet(wanted, timeout_s)
+        if place.rank == 0:
+            print(f"{place.world_size} ranks over {mpi.library.version}", flush=True)
+        yield replace(place, master_address=meeting.address, master_port=meeting.port), mpi
+
+
+def find_cluster(config: RunConfig, environment: Environment, world_size: int) -> Cluster:
+    """The lab's cluster, else the named one, else `world_size` ranks with no wire between them. UserError if the size differs."""
+    lab, named = environment.lab, config.cluster.file
+    if lab is None and not named:
+        devices = tuple(Device(name=f"here/cpu{index}") for index in range(world_size))
+        return Cluster(name="here", hosts=(Host(name="here", devices=devices),))
+    cluster = load_cluster(lab.cluster if lab else named)
+    if cluster.world_size != world_size:
+        raise UserError(
+            f"cluster {cluster.name} has {cluster.world_size} ranks, but {world_size} were started; "
+            f"set cluster.file to the cluster you run on, or start {cluster.world_size} ranks"
+        )
+    return cluster
+
+
+def set_collectives(config: RunConfig, environment: Environment, ledger: Ledger, mpi: Mpi | None = None) -> Tuner | None:
+    """Register the metered backend, before the process group is made; None where it chooses all algorithms itself."""
+    kind, lab, named = config.collectives.kind, environment.lab, config.cluster.file
+    assert environment.place is not None, "a launcher has started this process"
+    tuner = None
+    if kind != "native":
+        cluster = find_cluster(config, environment, environment.place.world_size) if lab or named else None
+        tuner = make_tuner(cluster, "" if lab else named, measures=kind == "measured")
+    register(ledger, tuner, mpi)
+    return tuner
+
+
+def choose_carrier(
+    tuner: Tuner | None, cluster: Cluster, groups: Mapping[str, dist.ProcessGroup], transfers: Sequence[Transfer]
+) -> Carrier:
+    """Decides about all `transfers` now, by axis, so that they can be predicted. Every rank gives the same transfers."""
+    if tuner is None:
+        return Native()
+    for transfer in transfers:
+        group = groups.get(transfer.axis)
+        if isinstance(group, ScheduledGroup) and transfer.op in OPS:
+            group.prepare(transfer.op, transfer.message_bytes)
+    return Chosen(tuner, cluster)
+
+
+def agree_on_folder(config: RunConfig, resume: Path | None) -> RunFolder:
+    """Rank 0 makes the run folder, or opens the one to resume."""
+    path: list[Any] = [None]
+    if dist.get_rank() == 0:
+        wanted = resume or Path(config.train.run or datetime.datetime.now().strftime("runs/%Y%m%d-%H%M%S"))
+        path = [str(RunFolder.create(wanted, resume=resume is not None).path.resolve())]
+    dist.broadcast_object_list(path, 0)
+    return RunFolder(Path(path[0]))
+
+
+def make_task(config: RunConfig, layout: Layout, environment: Environment) -> LanguageModel:
+    """Rank 0 first, so that the tokens are written once where ranks share a disk."""
+    task = LanguageModel(config, layout, environment.cache_folder) if dist.get_rank() == 0 else None
+    dist.barrier()
+    return task or LanguageModel(config, layout, environment.cache_folder)
+
+
+def agree_on_dtype(config: RunConfig, device: torch.device, resumed: RunFolder | None, task: LanguageModel) -> str:
+    """Of the matrix products. A resumed run keeps what it had; "auto" is tried out on rank 0, on the model's largest matrix."""
+    chosen: list[Any] = [config.train.dtype]
+    if dist.get_rank() == 0 and chosen[0] == "auto":
+        matrices = [parameter for parameter in task.workload.parameters if len(parameter.shape) == 2]
+        outputs, inputs = max(matrices, key=lambda parameter: parameter.numel).shape
+        had = resumed.record().dtype if resumed else None
+        chosen = [had or fast_dtype(device, (task.workload.tokens_per_microbatch, inputs, outputs))]
+    dist.broadcast_object_list(chosen, 0)
+    return chosen[0]
+
+
+def timed_rates(task: Task, stepper: Stepper, layout: Layout, ledger: Ledger) -> tuple[float, ...]:
+    """Flop/s of each rank on one micro-batch, all computing at once, nothing exchanged."""
+    batch = task.batch(0, layout.replica(dist.get_rank()))
+    seconds = []
+    with ledger.label("calibration"), without_trace(stepper.model):
+        dist.barrier()
+        for _ in range(TIMED_PASSES):
+            begun = time.perf_counter()
+            with stepper.sync.microbatch(last=False):
+                with stepper.precision():
+                    loss = stepper.loss(stepper.model, batch)
+                loss.backward()
+            if loss.is_cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begun)
+        stepper.optimizer.zero_grad(set_to_none=False)
+        gathered: list[float] = [0.0] * layout.world_size
+        dist.all_gather_object(gathered, task.workload.flops_per_microbatch / min(seconds[1:]))
+    return tuple(gathered)
