@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from thinwire.lab.check import available
+from thinwire.lab.kernel import examine
 
 pytestmark = pytest.mark.lab
 
 CHECK = [sys.executable, "-c", "from thinwire.cli.lab import app; app()", "check", "--json"]
-RUN = [sys.executable, "-c", "from thinwire.lab.check import available; print(available())"]
+RUN = [sys.executable, "-c", "from thinwire.lab.kernel import examine; print(examine().reason)"]
 
 
 def say(*before: str, argv: list[str]) -> subprocess.CompletedProcess[str]:
@@ -20,7 +20,7 @@ def say(*before: str, argv: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_lab_can_be_built_here() -> None:
-    assert available() is None
+    assert examine().reason is None
 
 
 def test_check_lists_every_ability() -> None:

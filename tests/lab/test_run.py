@@ -16,6 +16,7 @@ from thinwire.errors import UserError
 from thinwire.lab.commands import processes_for
 from thinwire.lab.run import RESULTS, LabOptions, launch, run
 from thinwire.lab.wiring import imitated
+from thinwire.record import RunFolder
 
 pytestmark = pytest.mark.lab
 
@@ -94,8 +95,9 @@ def test_two_pairs_share_the_uplink_between_two_switches(build: Callable[..., Cl
 
 
 def test_cards_json_is_written_into_the_run_folder(build: Callable[..., Cluster], tmp_path: Path) -> None:
-    ledger = {"entries": [{"rank": rank, "wire_bytes": 10 * (rank + 1)} for rank in (0, 1, 1)]}
-    (tmp_path / "ledger.json").write_text(json.dumps(ledger))
+    call = {"label": "gradients", "axis": "data", "op": "all_reduce", "calls": 1, "message_bytes": 5}
+    entries = [{**call, "rank": rank, "wire_bytes": 10 * (rank + 1)} for rank in (0, 1, 1)]
+    RunFolder(tmp_path).write("ledger.json", {"entries": entries})
     result = run(build(), {"host0": shell(f"echo {tmp_path} > {RESULTS}/run_folder")})
     content = json.loads((tmp_path / "cards.json").read_text())
     assert result.run_folder == tmp_path

@@ -11,9 +11,8 @@ from rich.console import Console
 
 from thinwire.cluster import dump_cluster, load_cluster
 from thinwire.cluster.graph import Routes
-from thinwire.measure.findings import Findings, HostFound, RackFound, to_cluster, unique_names
+from thinwire.measure.findings import Findings, HostFound, RackFound, sentences, table, to_cluster, unique_names
 from thinwire.measure.fit import Estimate
-from thinwire.measure.show import sentences, table
 
 
 def around(value: float) -> Estimate:

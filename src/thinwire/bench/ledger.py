@@ -1,7 +1,8 @@
 """The ledger against the network cards' own counters: all-reduces at 2, 4 and 8 hosts in the lab.
 
-The cards count what the ledger does not: frame headers (4.7 % on full segments), acknowledgements, the rendezvous. Bar: on every
-host the card has sent at most 8 % more than the ledger, and not less.
+The cards count what the ledger does not: frame headers (4.7 % on full segments), acknowledgements, the rendezvous, and what TCP
+sends once more, which on busy cores may be a tenth. The kernel counts those segments, and each is taken as a full frame. Bar: on
+every host the card has sent at most 8 % more than the ledger without them, and with them not less.
 """
 
 import json
@@ -18,10 +19,11 @@ from thinwire.lab.run import RESULTS, LabOptions, launch
 
 DEFAULTS = {"hosts": [2, 4, 8], "message_bytes": 4 * 2**20, "calls": 5, "link_bps": 100e6}
 BAR = 0.08
+FRAME_BYTES = 1514
 
 
 def run(cluster_name: str | None = None, options: Mapping[str, Any] | None = None) -> Rows:
-    """Rows: case, host, ledger_bytes, card_bytes, ratio, bar, held. With a cluster: that one instead of equal hosts."""
+    """Rows: case, host, ledger_bytes, card_bytes, retransmitted_bytes, ratio, bar, held. With a cluster: that one instead of equal hosts."""
     told = take(options or {}, DEFAULTS)
     clusters = [load_cluster(cluster_name)] if cluster_name else [equal_hosts(count, told["link_bps"]) for count in told["hosts"]]
     return [row for cluster in clusters for row in measure(cluster, told["message_bytes"], told["calls"])]
@@ -41,15 +43,17 @@ def measure(cluster: Cluster, message_bytes: int, calls: int) -> Rows:
     rows = []
     for host, ledger in ledger_bytes.items():
         card = sum(count.sent_bytes for count in lab.cards if count.host == host)
+        again = FRAME_BYTES * lab.retransmitted[host]
         rows.append(
             {
                 "case": f"all_reduce, {len(cluster.hosts)} hosts",
                 "host": host,
                 "ledger_bytes": ledger,
                 "card_bytes": card,
-                "ratio": card / ledger,
+                "retransmitted_bytes": again,
+                "ratio": (card - again) / ledger,
                 "bar": 1 + BAR,
-                "held": 1 <= card / ledger <= 1 + BAR,
+                "held": ledger <= card <= again + ledger * (1 + BAR),
             }
         )
     return rows

@@ -1,4 +1,4 @@
-"""`thinwire collectives`: which algorithm a collective should take on a network, and why; what NCCL should be told."""
+"""`thinwire collectives`: which algorithm a collective should take on a network, and why; the settings for NCCL."""
 
 import re
 from pathlib import Path
@@ -31,6 +31,7 @@ def explain(  # noqa: PLR0913 - each is an option of the command line
     cpu_gbytes_per_s: Annotated[float | None, typer.Option(help="Between the CPUs of an NCCL topology.")] = None,
 ) -> None:
     """Say which algorithm fits a network: what it sends over which link, predicted seconds, the bound, and the next best."""
+    from thinwire.cli.files import check_folders, write_json
     from thinwire.errors import UserError
 
     if (cluster is None) == (topology is None):
@@ -40,31 +41,29 @@ def explain(  # noqa: PLR0913 - each is an option of the command line
         asked = {"--ranks": ranks, "--draw": draw, "--json": json_path, "--table": table}
         given = [name for name, value in asked.items() if value]
         if given:
-            raise UserError(f"{given[0]} is for a --cluster; of a --topology the optimum and its trees are told")
+            raise UserError(f"{given[0]} is for a --cluster; of a --topology the optimum and its trees are shown")
         _explain_topology(topology, (op, message_bytes, root), cpu_gbytes_per_s)
         return
-    for path in (draw, json_path):
-        if path and not path.resolve().parent.is_dir():
-            raise UserError(f"{path} cannot be written: there is no folder {path.resolve().parent}")
+    check_folders(draw, json_path)
 
     from thinwire.cluster import load_cluster
     from thinwire.collectives.choose.costs import Costs
-    from thinwire.collectives.choose.explain import explain
+    from thinwire.collectives.choose.explain import explain, schedule_of
     from thinwire.collectives.choose.question import question
     from thinwire.collectives.choose.select import choose
+    from thinwire.collectives.schedules.table import to_text
 
     assert cluster is not None
     group = question(load_cluster(cluster), op, message_bytes, _ranks(ranks), root)
     explained = explain(choose(group, Costs(cores_shared=cores_shared)))
     _show(explained)
     if table:
-        _print_table(explained)
+        schedule = schedule_of(explained.selection.best, explained.selection)
+        typer.echo("the schedule has too many messages to print" if schedule is None else to_text(schedule))
     if draw:
         _draw(explained, draw)
     if json_path:
-        import json
-
-        _write(json_path, json.dumps(explained.as_dict(), indent=1) + "\n")
+        write_json(json_path, explained.as_dict())
 
 
 @app.command("nccl-csv")
@@ -73,6 +72,7 @@ def nccl_csv(
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
 ) -> None:
     """Write the file of NCCL's example tuner plugin from measurements: the fastest setting of each size that was measured."""
+    from thinwire.cli.files import write_text
     from thinwire.collectives.nccl_csv import ranges, read_measured, to_csv
     from thinwire.errors import UserError
 
@@ -84,7 +84,7 @@ def nccl_csv(
         lines = ranges(read_measured(text))
     except UserError as error:
         raise UserError(f"{measured}: {error}") from None
-    _write(output, to_csv(lines))
+    write_text(output, to_csv(lines))
     typer.echo(f"wrote {output}: {len(lines)} ranges")
 
 
@@ -107,12 +107,10 @@ def _ranks(text: str | None) -> list[int] | None:
     found: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,7})(?:-(\d{1,7}))?\s*", part)
-        if match is None:
+        own = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if not own:
             raise UserError(f"--ranks {text!r}: {part!r} is no rank; e.g. 0,2,4-7")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise UserError(f"--ranks {text!r}: {part!r} is no rank; e.g. 0,2,4-7")
-        found += range(first, last + 1)
+        found += own
     return found
 
 
@@ -150,15 +148,8 @@ def _print_lines(title: str, lines: list[tuple[str, str]]) -> None:
         typer.echo(f"  {name:<{width}}  {words}")
 
 
-def _print_table(explained: "Explained") -> None:
-    from thinwire.collectives.choose.explain import schedule_of
-    from thinwire.collectives.schedules.table import to_text
-
-    schedule = schedule_of(explained.selection.best, explained.selection)
-    typer.echo("the schedule has too many messages to print" if schedule is None else to_text(schedule))
-
-
 def _draw(explained: "Explained", path: Path) -> None:
+    from thinwire.cli.files import write_text
     from thinwire.errors import UserError
     from thinwire.report.schedule import schedule_svg
     from thinwire.units import show
@@ -167,7 +158,7 @@ def _draw(explained: "Explained", path: Path) -> None:
     if best.run is None:
         raise UserError(f"--draw: {asked.p} ranks exchange too many messages to draw; give fewer --ranks")
     title = f"{asked.op}, {show(asked.message_bytes, 'B')}: {best.candidate.title}, {show(best.seconds, 's')}"
-    _write(path, schedule_svg(asked.cluster, title, best.run))
+    write_text(path, schedule_svg(asked.cluster, title, best.run))
     typer.echo(f"wrote {path}")
 
 
@@ -181,12 +172,3 @@ def _explain_topology(path: Path, asked: tuple[str, int, int], cpu_gbytes_per_s:
     if not 0 <= root < graph.world_size:
         raise UserError(f"root = {root}, but {path} has ranks 0 to {graph.world_size - 1}")
     _print_lines(f"{op} on {path}", summary(graph, op, message_bytes, root))
-
-
-def _write(path: Path, text: str) -> None:
-    from thinwire.errors import UserError
-
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None

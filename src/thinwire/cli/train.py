@@ -30,7 +30,7 @@ def train(
 
         outcome = work(config, environment, resume)
         if environment.results is None and place.rank == 0:  # nobody else waits for the run folder
-            from thinwire.cli.conclude import conclude
+            from thinwire.cli.report import conclude
 
             conclude(outcome.folder)
 
@@ -51,7 +51,7 @@ def _configure(run: Path | None, changes: list[str], resume: Path | None) -> "Ru
 
 def _launch(run: Path | None, changes: list[str], resume: Path | None) -> int:
     """Start the ranks on this machine, then print the table and write the report."""
-    from thinwire.cli.conclude import conclude
+    from thinwire.cli.report import conclude
     from thinwire.cluster import load_cluster
     from thinwire.errors import UserError
 

@@ -36,9 +36,8 @@ from typing import Any
 
 import tomli_w
 
-from thinwire.cluster.expand import expand
 from thinwire.cluster.model import Cluster, Device, Host, Quantity
-from thinwire.cluster.spec import ClusterSpec
+from thinwire.cluster.spec import ClusterSpec, expand
 from thinwire.errors import UserError
 from thinwire.tomlfile import read_toml, validate
 

@@ -59,8 +59,8 @@ def run(orders: dict[str, Any]) -> dict[str, Any]:
     watch = Watch(processes, control=0, notice_s=orders["notice_s"], grace_s=orders["grace_s"])
     if orders["begins"]:
         watch.clock_from = RESULTS / orders["begins"]
-    for turn in orders["turns"]:
-        watch.at(turn["at_s"], partial(_turn, turn, orders["tools"]))
+    for step in orders["stalls"]:
+        watch.at(step["at_s"], partial(_stall, step, orders["tools"]))
     seconds = watch.run()
     after = {name: spaces.counters(host["netns"]) for name, host in hosts.items()}
     return {
@@ -72,6 +72,7 @@ def run(orders: dict[str, Any]) -> dict[str, Any]:
             name: {card: [now - then for now, then in zip(after[name][card], before[name][card], strict=True)] for card in cards}
             for name, cards in before.items()
         },
+        "retransmitted": {name: spaces.retransmitted(host["netns"]) for name, host in hosts.items()},
         "results": {
             path.name: path.read_text(encoding="utf-8", errors="replace") for path in sorted(RESULTS.iterdir()) if path.is_file()
         },
@@ -95,9 +96,9 @@ def apply(step: dict[str, Any], tools: dict[str, str]) -> None:
         raise OSError(f"{step['tool']} {netns or 'core'}: {' '.join(done.stderr.split())}")
 
 
-def _turn(turn: dict[str, Any], tools: dict[str, str]) -> None:
-    apply({"tool": "ip", "netns": None, "lines": turn["lines"]}, tools)
-    os.write(2, f"thinwire: lab: {turn['said']}\n".encode())
+def _stall(step: dict[str, Any], tools: dict[str, str]) -> None:
+    apply({"tool": "ip", "netns": None, "lines": step["lines"]}, tools)
+    os.write(2, f"thinwire: lab: {step['message']}\n".encode())
 
 
 def _settle(name: str, host: dict[str, Any]) -> spaces.Space:
@@ -119,8 +120,7 @@ def _wait_for_carrier(netns: str, interfaces: list[str]) -> None:
 
 
 def _orders() -> dict[str, Any]:
-    length = int(_read(10))
-    return json.loads(_read(length))  # type: ignore[no-any-return]
+    return json.loads(_read(int(_read(10))))  # type: ignore[no-any-return]
 
 
 def _read(count: int) -> bytes:

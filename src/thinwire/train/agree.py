@@ -10,7 +10,7 @@ import torch.distributed as dist
 from thinwire.config.run import RunConfig
 from thinwire.layout import Layout
 from thinwire.measure.compute import fast_dtype
-from thinwire.record.folder import RunFolder
+from thinwire.record import RunFolder
 from thinwire.train.runtime import Environment
 from thinwire.train.task import LanguageModel
 

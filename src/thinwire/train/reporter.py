@@ -7,8 +7,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from thinwire.record.folder import RunFolder
-from thinwire.record.schema import Checkpoint, End, Eval, Step
+from thinwire.record import Checkpoint, End, Eval, RunFolder, Step
 from thinwire.train.deal import Deal, shown
 from thinwire.units import show
 

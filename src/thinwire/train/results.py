@@ -14,7 +14,7 @@ from thinwire.cluster import Cluster, dump_cluster
 from thinwire.config.run import RunConfig, dump_run
 from thinwire.layout import Layout
 from thinwire.plan.cost import Prediction
-from thinwire.record.folder import RunFolder
+from thinwire.record import RunFolder
 from thinwire.train.checkpoint import Progress
 from thinwire.train.deal import Deal, shown
 from thinwire.train.pace import Pacer

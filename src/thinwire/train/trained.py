@@ -9,7 +9,7 @@ from thinwire.config.run import load_run
 from thinwire.data.corpus import load_corpus
 from thinwire.errors import UserError
 from thinwire.layout import Layout
-from thinwire.record.folder import RunFolder
+from thinwire.record import RunFolder
 from thinwire.train.checkpoint import latest, load_weights
 from thinwire.train.task import LanguageModel
 

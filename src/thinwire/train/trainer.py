@@ -13,7 +13,7 @@ import torch.distributed as dist
 from thinwire.collectives.ledger import Ledger, Snapshot, difference
 from thinwire.collectives.metered_calls import all_reduce
 from thinwire.config.run import TrainSection
-from thinwire.record.schema import Step
+from thinwire.record import Step
 from thinwire.traffic import Transfer
 from thinwire.train import checkpoint
 from thinwire.train.deal import Deal, place_of, redeal
