@@ -147,7 +147,7 @@ class Card(Entry):
 
 
 class Cards(Entry):
-    """cards.json: each card's own counters over the whole command, and what the ledger says each host sent."""
+    """cards.json: each card's own counters over the whole command, and the bytes that each host sent by the ledger."""
 
     cards: tuple[Card, ...]
     ledger_sent_bytes: dict[str, float] = Field(default_factory=dict)

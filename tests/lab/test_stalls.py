@@ -68,6 +68,7 @@ def test_steps_are_in_order_and_what_is_wrong_is_refused() -> None:
     assert [(step.at_s, len(step.lines)) for step in found] == [(5, 2), (6, 2), (20, 2), (80, 2)]
     assert found[2].lines == ("link set h1eth0 nomaster", "link set h1eth1 nomaster")
     assert found[3].lines == ("link set h1eth0 master b0", "link set h1eth1 master b1")
+    assert len(steps_of([Stall("host1", 1, 5), Stall("host1", 6, 1)], cluster, wiring)) == 4  # one begins as the other ends
     for wrong, words in (
         (["host7:1:1"], "no host 'host7'; known: host0, host1"),
         (["host1:1"], "write HOST:AT:FOR"),

@@ -23,14 +23,14 @@ FRAME_BYTES = 1514
 
 
 def run(cluster_name: str | None = None, options: Mapping[str, Any] | None = None) -> Rows:
-    """Rows: case, host, ledger_bytes, card_bytes, retransmitted_bytes, ratio, bar, held. With a cluster: that one instead of equal hosts."""
+    """Rows as of `measure`. With a cluster: that one instead of equal hosts."""
     told = take(options or {}, DEFAULTS)
     clusters = [load_cluster(cluster_name)] if cluster_name else [equal_hosts(count, told["link_bps"]) for count in told["hosts"]]
     return [row for cluster in clusters for row in measure(cluster, told["message_bytes"], told["calls"])]
 
 
 def measure(cluster: Cluster, message_bytes: int, calls: int) -> Rows:
-    """A row for each host of one lab. UserError if the all-reduces failed."""
+    """A row a host: case, host, ledger_bytes, card_bytes, retransmitted_bytes, ratio, bar, held. UserError if a rank failed."""
     command = [sys.executable, "-m", "thinwire.bench.peers.all_reduces", RESULTS, str(message_bytes), str(calls)]
     lab = launch(cluster, processes_for(cluster, command), LabOptions(delay=False, paced=False))
     if lab.failure:

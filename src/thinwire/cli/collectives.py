@@ -38,8 +38,8 @@ def explain(  # noqa: PLR0913 - each is an option of the command line
         raise UserError("give one of --cluster and --topology")
     message_bytes = _bytes(size)
     if topology is not None:
-        asked = {"--ranks": ranks, "--draw": draw, "--json": json_path, "--table": table}
-        given = [name for name, value in asked.items() if value]
+        others = {"--ranks": ranks, "--draw": draw, "--json": json_path, "--table": table}
+        given = [name for name, value in others.items() if value]
         if given:
             raise UserError(f"{given[0]} is for a --cluster; of a --topology the optimum and its trees are shown")
         _explain_topology(topology, (op, message_bytes, root), cpu_gbytes_per_s)
@@ -122,9 +122,9 @@ def _show(explained: "Explained") -> None:
     from thinwire.collectives.price import link_seconds
     from thinwire.units import show
 
-    asked, best = explained.selection.asked, explained.selection.best
-    what = f"{asked.op} of {show(asked.message_bytes, 'B')} among {asked.p} ranks of {asked.cluster.name}"
-    rooted = f", root {asked.root}" if asked.op in ("broadcast", "reduce") else ""
+    call, best = explained.selection.asked, explained.selection.best
+    what = f"{call.op} of {show(call.message_bytes, 'B')} among {call.p} ranks of {call.cluster.name}"
+    rooted = f", root {call.root}" if call.op in ("broadcast", "reduce") else ""
     _print_lines(what + rooted, explained.lines)
     links = fullest(best)
     if not links:
@@ -154,21 +154,21 @@ def _draw(explained: "Explained", path: Path) -> None:
     from thinwire.report.schedule import schedule_svg
     from thinwire.units import show
 
-    asked, best = explained.selection.asked, explained.selection.best
+    call, best = explained.selection.asked, explained.selection.best
     if best.run is None:
-        raise UserError(f"--draw: {asked.p} ranks exchange too many messages to draw; give fewer --ranks")
-    title = f"{asked.op}, {show(asked.message_bytes, 'B')}: {best.candidate.title}, {show(best.seconds, 's')}"
-    write_text(path, schedule_svg(asked.cluster, title, best.run))
+        raise UserError(f"--draw: {call.p} ranks exchange too many messages to draw; give fewer --ranks")
+    title = f"{call.op}, {show(call.message_bytes, 'B')}: {best.candidate.title}, {show(best.seconds, 's')}"
+    write_text(path, schedule_svg(call.cluster, title, best.run))
     typer.echo(f"wrote {path}")
 
 
-def _explain_topology(path: Path, asked: tuple[str, int, int], cpu_gbytes_per_s: float | None) -> None:
+def _explain_topology(path: Path, call: tuple[str, int, int], cpu_gbytes_per_s: float | None) -> None:
     from thinwire.collectives.synthesis.file import read_topology
     from thinwire.collectives.synthesis.summary import summary
     from thinwire.errors import UserError
 
     graph = read_topology(path, cpu_gbytes_per_s)
-    op, message_bytes, root = asked
+    op, message_bytes, root = call
     if not 0 <= root < graph.world_size:
         raise UserError(f"root = {root}, but {path} has ranks 0 to {graph.world_size - 1}")
     _print_lines(f"{op} on {path}", summary(graph, op, message_bytes, root))

@@ -8,7 +8,7 @@ from thinwire.errors import UserError
 
 
 def check_folders(*paths: Path | None) -> None:
-    """UserError for a file whose folder is not there. None stands for a file that is not asked for."""
+    """UserError for a file whose folder is not there. None: no file."""
     for path in paths:
         if path and not path.resolve().parent.is_dir():
             raise UserError(f"{path} cannot be written: there is no folder {path.resolve().parent}")

@@ -34,7 +34,7 @@ def train(
 
             conclude(outcome.folder)
 
-    with environment_variables({"TORCH_CPP_LOG_LEVEL": "ERROR"}):  # what is wrong is said in one line
+    with environment_variables({"TORCH_CPP_LOG_LEVEL": "ERROR"}):  # an error is one line
         be_rank(environment, train_as_rank)
 
 
@@ -72,7 +72,7 @@ def _launch(run: Path | None, changes: list[str], resume: Path | None) -> int:
     typer.echo(f"starting {ranks} ranks on this machine")
     with tempfile.TemporaryDirectory(prefix="thinwire-") as results:
         code = launch(Nodes(ranks_per_node=ranks), arguments, loopback_environment() | {"THINWIRE_RESULTS": results})
-        told = Path(results) / "run_folder"
-        if told.is_file():
-            conclude(Path(told.read_text(encoding="utf-8")))
+        run_folder = Path(results) / "run_folder"
+        if run_folder.is_file():
+            conclude(Path(run_folder.read_text(encoding="utf-8")))
     return code

@@ -63,7 +63,7 @@ class DeviceSpec(_Spec):
 
 
 class Cable(_Spec):
-    """Two links, one each way; the way back is equal unless said otherwise. burst_bytes: of both."""
+    """Two links, one for each direction; the one back is equal unless given. burst_bytes: of both."""
 
     bandwidth_bps: Bandwidth
     latency_s: Latency = Quantity(0.0)
@@ -176,7 +176,7 @@ def _check_joined(cluster: Cluster) -> None:
     for node in nodes:
         for known, source, target in ((reached, nodes[0], node), (reaching, node, nodes[0])):
             if node not in known:
-                raise UserError(f"{cluster.name}: no way from {source!r} to {target!r}; add the missing link or card")
+                raise UserError(f"{cluster.name}: no route from {source!r} to {target!r}; add the missing link or card")
 
 
 def _reached(start: str, neighbours: dict[str, list[str]]) -> set[str]:

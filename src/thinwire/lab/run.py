@@ -13,13 +13,13 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
 
 from thinwire.cluster import Cluster, dump_cluster
@@ -68,7 +68,6 @@ class LabResult:
     cards: tuple[Card, ...]
     retransmitted: dict[str, int]
     delay: str
-    paced: bool
     results: dict[str, str] = field(default_factory=dict)
     run_folder: Path | None = None
 
@@ -105,9 +104,7 @@ def launch(
     if not processes:
         raise UserError("no command was given to run in the lab")
     kernel, wiring = prepared or prepare(cluster, options)
-    paced = options.paced and any(device.flops_per_s for device in cluster.devices)
-    answer = _talk(kernel, _orders(cluster, processes, kernel, wiring, options))
-    return _result(cluster, wiring, answer, paced=paced)
+    return _result(cluster, wiring, _talk(kernel, _orders(cluster, processes, kernel, wiring, options)))
 
 
 def _orders(
@@ -129,7 +126,7 @@ def _orders(
             "hosts_file": _hosts_file(wiring),
             "lab": lab,
         }
-    with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
+    with TemporaryDirectory(prefix="thinwire-") as folder:
         dump_cluster(imitated(cluster, wiring.delay), Path(folder) / "cluster.toml")
         text = (Path(folder) / "cluster.toml").read_text(encoding="utf-8")
     specs = []
@@ -161,25 +158,20 @@ def _hosts_file(wiring: Wiring) -> str:
 
 def _talk(kernel: Kernel, orders: dict[str, Any]) -> dict[str, Any]:
     """Start process 1, give it its orders, pass signals on, and return its answer."""
-    content = json.dumps(orders).encode()
-    answer_end, report_end = os.pipe()
     command = [*(kernel.tools["setpriv"], "--pdeathsig", "KILL", *kernel.unshare), sys.executable, "-m", "thinwire.lab.inside"]
+    answer_end, report_end = os.pipe()
     with ExitStack() as stack:
         stream = stack.enter_context(open(answer_end, encoding="utf-8"))
-        with _held():
-            try:
-                lab = subprocess.Popen(
-                    [*command, str(report_end)],
-                    bufsize=0,
-                    stdin=subprocess.PIPE,
-                    pass_fds=(report_end,),
-                    start_new_session=True,
-                )
-            finally:
-                os.close(report_end)
-            stack.callback(_end, lab)
-            _write_all(lab, b"%010d" % len(content) + content)
-            stack.enter_context(_forwarded(lab))
+        try:
+            file = stack.enter_context(NamedTemporaryFile("w", prefix="thinwire-", suffix=".json", encoding="utf-8"))
+            json.dump(orders, file)
+            file.flush()
+            command += [file.name, str(report_end)]
+            lab = subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, pass_fds=(report_end,), start_new_session=True)
+        finally:
+            os.close(report_end)
+        stack.callback(_end, lab)
+        stack.enter_context(_forwarded(lab))
         text = stream.read()
     if not text:
         raise UserError(f"the lab was ended from outside (exit code {lab.returncode}); nothing of it is left")
@@ -199,20 +191,20 @@ def _end(lab: subprocess.Popen[bytes]) -> None:
         lab.wait()
 
 
-def _write_all(lab: subprocess.Popen[bytes], content: bytes) -> None:
-    assert lab.stdin is not None
-    with suppress(BrokenPipeError):
-        while content:
-            content = content[os.write(lab.stdin.fileno(), content) :]
-
-
 @contextmanager
 def _forwarded(lab: subprocess.Popen[bytes]) -> Iterator[None]:
     """While the lab runs, signals to this process are passed on to it (only possible in the main thread)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, lambda got, _: _write_all(lab, bytes([got]))) for number in FORWARDED}
+    assert lab.stdin is not None
+    line = lab.stdin
+
+    def pass_on(number: int, _: object) -> None:
+        with suppress(BrokenPipeError):
+            line.write(bytes([number]))
+
+    before = {number: signal.signal(number, pass_on) for number in FORWARDED}
     try:
         yield
     finally:
@@ -220,17 +212,7 @@ def _forwarded(lab: subprocess.Popen[bytes]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def _held() -> Iterator[None]:
-    """Hold signals back, so that none is passed on in the middle of the orders."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _result(cluster: Cluster, wiring: Wiring, answer: dict[str, Any], *, paced: bool) -> LabResult:
+def _result(cluster: Cluster, wiring: Wiring, answer: dict[str, Any]) -> LabResult:
     codes: dict[str, int] = {}
     for process in answer["processes"]:
         codes[process["host"]] = codes.get(process["host"]) or process["code"]
@@ -260,7 +242,6 @@ def _result(cluster: Cluster, wiring: Wiring, answer: dict[str, Any], *, paced: 
         cards=tuple(counts),
         retransmitted=answer["retransmitted"],
         delay=wiring.delay,
-        paced=paced,
         results=answer["results"],
         run_folder=Path(folder) if folder else None,
     )
@@ -280,14 +261,14 @@ def _ledger_sent_bytes(cluster: Cluster, folder: RunFolder) -> dict[str, float]:
 
 
 def _failed(answer: dict[str, Any]) -> dict[str, Any] | None:
-    """The process that tells most of why: exit code 1 may be the echo of another host's end, other codes are specific."""
+    """The process whose end explains most: exit code 1 may be the echo of another host's end, other codes are specific."""
     processes = answer["processes"]
     failed = [processes[index] for index in answer["failures"]] or [process for process in processes if process["code"] != 0]
     return min(failed, key=lambda process: process["code"] == 1, default=None)
 
 
 def _failure(answer: dict[str, Any], failed: dict[str, Any] | None) -> str | None:
-    """One line that names the host, how it ended, and its last words."""
+    """One line that names the host, how it ended, and its last line."""
     if failed is None:
         return None
     code = failed["code"]

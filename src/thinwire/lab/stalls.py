@@ -1,11 +1,11 @@
-"""Links of a host that fall silent for a while, as a pulled plug, a switch that restarts or a lost radio makes them.
+"""Links of a host that fall silent for a while, like a pulled plug, a switch that restarts or a lost radio.
 
     HOST:AT:FOR    from AT on, for so long, no frame passes from or to any card of HOST
 
 AT counts from the start of the commands, and for `thinwire train` from its first step, however long torch takes to load.
 
 The other ends of the host's cards are taken off their bridges: the cards stay up and send, and every frame is lost there. TCP
-survives that, but it asks less and less often, so what it carries goes on up to FOR later than the link does:
+survives that, but it tries less and less often, so what it carries goes on up to FOR later than the link does:
 
     tries at r, 3 r, 7 r, ... (2^k - 1) r after the first loss        r: TCP's time-out, 0.2 s or a little more
 

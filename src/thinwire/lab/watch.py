@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ class Running:
         def enter() -> None:
             space.enter()
             os.chdir(cwd)
-            signal.pthread_sigmask(signal.SIG_SETMASK, [])
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
 
@@ -91,15 +90,15 @@ class Watch:
         self._deadline, self._ending = float("inf"), False
         self._selector = selectors.DefaultSelector()
         self._timed: deque[tuple[float, Callable[[], None]]] = deque()
-        self.clock_from: Path | None = None
+        self._clock_from: Path | None = None
         self._clock = 0.0
 
-    def at(self, time_s: float, act: Callable[[], None]) -> None:
-        """Call `act` so long after `run` was called, or after `clock_from` was there, if a process still runs then. In order."""
-        self._timed.append((time_s, act))
+    def run(self, timed: Sequence[tuple[float, Callable[[], None]]] = (), clock_from: Path | None = None) -> float:
+        """Seconds from now until the last process ended. Ends this process if the pipe from outside closes.
 
-    def run(self) -> float:
-        """Seconds from now until the last process ended. Ends this process if the pipe from outside closes."""
+        timed: in order, what to call so many seconds from now, or after the file `clock_from` is there, if a process still runs.
+        """
+        self._timed, self._clock_from = deque(timed), clock_from
         started = self._clock = time.monotonic()
         self._selector.register(self._control, selectors.EVENT_READ, "control")
         for process in self.processes:
@@ -122,10 +121,10 @@ class Watch:
 
     def _act(self) -> float:
         """Do what is due; returns when to look again."""
-        if self.clock_from is not None:
-            if not self.clock_from.exists():
+        if self._clock_from is not None:
+            if not self._clock_from.exists():
                 return time.monotonic() + LOOK_S
-            self._clock, self.clock_from = time.monotonic(), None
+            self._clock, self._clock_from = time.monotonic(), None
         while self._timed and time.monotonic() >= self._clock + self._timed[0][0]:
             self._timed.popleft()[1]()
         return self._clock + self._timed[0][0] if self._timed else self._deadline

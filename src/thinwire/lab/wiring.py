@@ -84,7 +84,7 @@ class _Cable:
 
 
 def wire(cluster: Cluster, *, netem: bool, delay: bool = True) -> Wiring:
-    """Plan the network of `cluster`. UserError where it cannot be imitated: no cards, loops, one-way links, latency."""
+    """Plan the network of `cluster`. UserError where it cannot be imitated: no cards, loops, a missing direction, latency."""
     if len(cluster.hosts) > MAX_HOSTS:
         raise UserError(f"{cluster.name} has {len(cluster.hosts)} hosts; a lab holds at most {MAX_HOSTS}")
     cables, notes = _cables(cluster)
@@ -145,7 +145,7 @@ def shape(interface: str, link: Link, *, with_netem: bool) -> list[str]:
 
 
 def _cables(cluster: Cluster) -> tuple[list[_Cable], list[str]]:
-    """Pair the two directions of every cable between hosts and network switches; say what is left out."""
+    """Pair the two directions of every cable between hosts and network switches; and a note about what is left out."""
     place = {switch.name: switch.name for switch in cluster.switches if switch.kind == "network"}
     for host in cluster.hosts:
         place |= {host.name: host.name} | {device.name: host.name for device in host.devices}

@@ -24,7 +24,7 @@ SLOW_BELOW = 1 / 1.5
 class HostFound:
     """Rates are line rates: payload times FRAME_OVERHEAD. None where there was no other host to measure against.
 
-    latency_s: of the cable to the switch, one way. flops_per_s: of a training step on one device, all ranks computing at once.
+    latency_s: of the cable to the switch, in one direction. flops_per_s: of a training step on a device, while all ranks compute.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Findings:
 
 
 def unique_names(names: Sequence[str], taken: Sequence[str]) -> list[str]:
-    """The names, told apart where machines share one: node, node-2, node-3."""
+    """The names, numbered where machines share one: node, node-2, node-3."""
     used, result = Counter(taken), []
     for name in names:
         candidate, number = name, 1
@@ -144,39 +144,39 @@ def table(findings: Findings) -> Group:
         network.add_column(column, justify="right", no_wrap=True)
     network.add_column("rack")
     for host in findings.hosts:
-        ways = (_with_interval(rate, factor) for rate in (host.send_bps, host.receive_bps))
+        rates = (_with_interval(rate, factor) for rate in (host.send_bps, host.receive_bps))
         latency = show(host.latency_s.value, "s") if host.latency_s else "-"
-        network.add_row(names[host.name], _spans(host.ranks), *ways, latency, host.rack or "-")
+        network.add_row(names[host.name], _spans(host.ranks), *rates, latency, host.rack or "-")
     return Group(network, devices)
 
 
 def sentences(findings: Findings) -> list[str]:
     """What stands out: slow hosts, shared uplinks, or that nothing is shared; and what the compute rate means."""
-    told = [
+    lines = [
         f"slow host: {host.name}, {show(rate, 'bit/s')}, {times:.1f} times slower than the median"
         for host, rate, times in findings.slow_hosts()
     ]
     for rack in findings.racks:
         up, down = rack.up_bps.value, rack.down_bps.value
         short = [
-            f"{show(rate, 'bit/s')} {way} for {show(cards, 'bit/s')} of cards ({cards / rate:.1f} times)"
-            for rate, cards, way in ((up, rack.cards_bps[0], "out"), (down, rack.cards_bps[1], "in"))
+            f"{show(rate, 'bit/s')} {direction} for {show(cards, 'bit/s')} of cards ({cards / rate:.1f} times)"
+            for rate, cards, direction in ((up, rack.cards_bps[0], "out"), (down, rack.cards_bps[1], "in"))
             if rate < SHARED_BELOW * cards
         ]
-        told.append(f"shared uplink: {', '.join(rack.hosts)} ({rack.name}) share one: {', '.join(short)}")
+        lines.append(f"shared uplink: {', '.join(rack.hosts)} ({rack.name}) share one: {', '.join(short)}")
     if not findings.racks and len(findings.hosts) > 3:
         if findings.together < TOGETHER_BELOW:
-            told.append(
+            lines.append(
                 f"all hosts at once get only {findings.together:.0%} of what they get alone, whoever sends to whom: "
-                "they share a hub, a radio cell or a processor, which a cluster file cannot say; "
+                "they share a hub, a radio cell or a processor, which a cluster file cannot express; "
                 "the rates written are those of one flow alone"
             )
         else:
-            told.append("no shared uplink: all hosts stand on one switch")
+            lines.append("no shared uplink: all hosts stand on one switch")
     if len(findings.hosts) == 1:
-        told.append("all ranks are on one host: there are no links to measure")
-    told.append(f"compute: a small transformer's training step in {findings.dtype}, all ranks at once")
-    return told
+        lines.append("all ranks are on one host: there are no links to measure")
+    lines.append(f"compute: a small transformer's training step in {findings.dtype}, all ranks at once")
+    return lines
 
 
 def _with_interval(found: Estimate | None, factor: float) -> str:

@@ -90,7 +90,7 @@ def measure_network(links: Streams, names: Sequence[str], phase: Phases) -> Netw
         groups, share = _racks(links, num_hosts, alone, together, max(TOGETHER_S, least_s))
         phase("together", f"all {num_hosts} hosts at once, {len(together)} flows")
 
-    # Hosts that stand alone have no uplink that could be told from their card.
+    # Hosts that stand alone have no uplink that could be distinguished from their card.
     lonely = [host for group in groups if len(group) == 1 for host in group]
     groups = [group for group in groups if len(group) > 1]
     inside = links.stream(rounds.inside([*groups, lonely], REPETITIONS), max(CARDS_S, least_s))
@@ -155,7 +155,7 @@ def _place(links: Streams, found: Partition, speed: Mapping[int, float], seconds
         homes = [own for own, rate_bps in enumerate(lost) if rate_bps > 0.5 * speed[host]]
         if len(homes) == 1:
             racks[homes[0]] = sorted([*racks[homes[0]], host])
-        else:  # It takes from nobody, or on the way into a rack, whoever sends there: it stands in none of them.
+        else:  # It takes from nobody, or from whoever sends into its rack: it stands in none of them.
             racks.append([host])
     return sorted(racks)
 
