@@ -38,7 +38,7 @@ PRELOAD = [
     "thinwire.bench.peers.rank",
     "thinwire.bench.peers.sync_contenders",
     "thinwire.bench.sync",
-    "thinwire.cli.conclude",
+    "thinwire.cli.report",
     "thinwire.cli.main",
     "thinwire.measure.probe",
     "thinwire.report",

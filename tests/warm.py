@@ -6,12 +6,15 @@ command starts in turn, ranks above all, is forked from the same server. Three t
 imported already, all processes share one seed of str hashes, and static C++ objects are not destroyed at the end. A few tests
 therefore start cold.
 
+A caller in other namespaces, so one on a host of a lab, gets its process there: see `warm_labs`.
+
 A request is a JSON object and the three standard streams on a Unix socket; the answers are the process id and, at the end, the
 exit code.
 """
 
 import atexit
 import contextlib
+import ctypes
 import fcntl
 import functools
 import inspect
@@ -23,14 +26,16 @@ import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest.mock import patch
 
 from pool import start_server
 
@@ -40,7 +45,8 @@ SOCKET = "THINWIRE_TEST_WARM"
 MOST_DESCRIPTORS = 8
 """That may be handed over beside the standard streams."""
 
-COMMAND = [sys.executable, "-m", "thinwire"]
+PYTHON = sys.executable
+COMMAND = [PYTHON, "-m", "thinwire"]
 
 
 def program(argv: list[str], environment: Mapping[str, str]) -> tuple[list[str], Mapping[str, str]] | None:
@@ -48,7 +54,7 @@ def program(argv: list[str], environment: Mapping[str, str]) -> tuple[list[str],
     if argv[0] == "env":
         end = 1 + next((index for index, word in enumerate(argv[1:]) if "=" not in word), len(argv) - 1)
         environment, argv = {**environment, **dict(word.split("=", 1) for word in argv[1:end])}, argv[end:]
-    if argv[:1] != [sys.executable]:
+    if argv[:1] != [PYTHON]:
         return None
     words = [*argv[2 if argv[1:2] == ["-u"] else 1 :], "", ""]
     script = Path(words[0])
@@ -70,6 +76,16 @@ def server() -> str:
     process.start()
     listener.close()
     return path
+
+
+@contextlib.contextmanager
+def warm_labs() -> Iterator[None]:
+    """Meanwhile what is a `program` on the hosts of labs is forked from the server. What is not starts as usual."""
+    path = Path(server()).parent / "python"
+    path.write_text(f'#!/bin/sh\nexec "{PYTHON}" -E -S "{__file__}" "$@"\n')
+    path.chmod(0o755)
+    with patch.dict(os.environ, {SOCKET: server()}), patch.object(sys, "executable", str(path)):
+        yield
 
 
 class Warm(subprocess.Popen[str]):
@@ -153,15 +169,30 @@ def _serve(listener: socket.socket) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         header, streams, *_ = socket.recv_fds(line, 4, 3 + MOST_DESCRIPTORS)
         request = json.loads(line.recv(int.from_bytes(header, "little"), socket.MSG_WAITALL))
+        if sys.platform == "linux":
+            _enter_namespaces(*struct.unpack("i8x", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)))
         pid = os.fork()
         if pid == 0:
+            _send_integer(line, os.getpid())  # as its own namespace counts
             line.close()
             _become(request, streams)
         for stream in streams:
             os.close(stream)
-        _send_integer(line, pid)
         _send_integer(line, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         os._exit(0)
+
+
+def _enter_namespaces(pid: int) -> None:
+    """Those of the caller that are not this process's own: the next child of this process is where the caller is."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    kinds = ("user", "ipc", "uts", "net", "pid", "mnt")
+    theirs = {kind: os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY) for kind in kinds}
+    ours = {kind: os.stat(f"/proc/self/ns/{kind}") for kind in kinds}
+    for kind, descriptor in theirs.items():
+        if os.path.samestat(os.fstat(descriptor), ours[kind]):
+            continue
+        if libc.setns(descriptor, 0) != 0:
+            raise OSError(ctypes.get_errno(), f"setns: {os.strerror(ctypes.get_errno())}")
 
 
 def _become(request: Mapping[str, Any], streams: list[int]) -> NoReturn:
@@ -224,3 +255,25 @@ def _settle() -> None:
     handler.Popen = subprocess.Popen = Warm  # type: ignore[misc, assignment]
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def _main() -> None:
+    """The `python` of `warm_labs`. Signals are passed on; the exit code is that of the program."""
+    argv = [PYTHON, *sys.argv[1:]]
+    if program(argv, os.environ) is None or SOCKET not in os.environ or argv[1:3] == ["-m", "thinwire.lab.inside"]:
+        os.execv(PYTHON, argv)
+    handed = [int(os.environ["PMI_FD"])] if "PMI_FD" in os.environ else []  # over which mpiexec speaks to its ranks
+    process = Warm(argv, pass_fds=handed, start_new_session=True)
+    forwarded = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in forwarded:
+        signal.signal(number, lambda received, _: os.kill(process.pid, received))
+    code = process.wait()
+    if code < 0:
+        for number in forwarded:
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    _main()

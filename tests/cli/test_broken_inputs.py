@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from command import nothing_left, one_line, thinwire
+from thinwire.cli.main import app
+from thinwire.errors import UserError
 
 TOML = '[train]\nsteps = 4\nrun = "run"\n'
 
@@ -25,11 +27,12 @@ TOML = '[train]\nsteps = 4\nrun = "run"\n'
         ('[cluster]\nfile = "nowhere"', r"there is no cluster 'nowhere'; give a .toml file or one of: "),
     ],
 )
-def test_configuration(tmp_path: Path, text: str, expected: str) -> None:
+def test_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: str) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.toml").write_text(text)
-    done = thinwire("train", "bad.toml", cwd=tmp_path)
-    assert done.returncode == 2
-    assert expected in one_line(done.stderr)
+    with pytest.raises(UserError) as error:
+        app(["train", "bad.toml"], standalone_mode=False)
+    assert expected in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_files(tmp_path: Path) -> None:

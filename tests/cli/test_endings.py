@@ -8,6 +8,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from command import TINY_RUN, nothing_left, one_line, ranks_of, started, thinwire
 
 RUN = (
@@ -72,10 +74,11 @@ def test_a_rank_that_stands_still(tmp_path: Path) -> None:
     assert nothing_left(tmp_path) and checkpoints(tmp_path)
 
 
-def test_control_c_saves_and_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cold", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_control_c_saves_and_ends(tmp_path: Path, cold: bool) -> None:
     """Cold: command and ranks are new interpreters from their first line to their last."""
     prepare(tmp_path)
-    with started("train", "run.toml", cwd=tmp_path, cold=True) as process:
+    with started("train", "run.toml", cwd=tmp_path, cold=cold) as process:
         wait_for_checkpoint(process, tmp_path)
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=45)

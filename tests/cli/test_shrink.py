@@ -132,8 +132,8 @@ def newest(run: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "no way to shrink is given; give one of --svd R, --sparsity F, --int8, --int4"),
-        (["--svd", "4", "--int8"], "--svd and --int8 are 2 ways; give one of"),
+        ([], "no method to shrink is given; give one of --svd R, --sparsity F, --int8, --int4"),
+        (["--svd", "4", "--int8"], "--svd and --int8 are 2 methods; give one of"),
         (["--svd", "-3"], "rank -3: give a whole number"),
         (["--sparsity", "1.5"], "sparsity 1.5: give the fraction of zeros"),
         (["--int8", "--out", "gone/s.pt"], "gone/s.pt cannot be written: there is no folder"),

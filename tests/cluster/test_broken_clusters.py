@@ -97,14 +97,14 @@ def test_the_file_that_is_broken_above_is_good(tmp_path: Path) -> None:
 def test_an_island_is_refused(tmp_path: Path) -> None:
     text = 'name = "islands"\n[[host]]\nname = "h{i}"\ncount = 2\ncard = { bandwidth_bps = 1, to = "s{i}" }'
     (tmp_path / "cluster.toml").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match="islands: no way from 'h0' to 'h1'; add the missing link or card"):
+    with pytest.raises(UserError, match="islands: no route from 'h0' to 'h1'; add the missing link or card"):
         load_cluster(tmp_path / "cluster.toml")
 
 
-def test_a_street_with_one_way_only_is_refused(tmp_path: Path) -> None:
+def test_a_link_in_one_direction_only_is_refused(tmp_path: Path) -> None:
     link = '[[link]]\nsource = "b"\ntarget = "a"\nbandwidth_bps = 1\none_way = true'
     (tmp_path / "cluster.toml").write_text(f'name = "x"\n[[host]]\nname = "a"\n[[host]]\nname = "b"\n{link}', encoding="utf-8")
-    with pytest.raises(UserError, match="no way from 'a' to 'b'"):
+    with pytest.raises(UserError, match="no route from 'a' to 'b'"):
         load_cluster(tmp_path / "cluster.toml")
 
 

@@ -70,6 +70,15 @@ def test_home_connections_are_slower_upwards() -> None:
     assert {link.bandwidth_bps.value for link in links if link.source == "switch"} == {100e6}
 
 
+def test_each_direction_of_a_cable_may_have_its_own_rate_and_latency(tmp_path) -> None:
+    back = 'back_bandwidth_bps = "2 Mbit/s", back_latency_s = 0'
+    card = f'card = {{ bandwidth_bps = "1 Mbit/s", latency_s = "1 ms", {back}, burst_bytes = 9000 }}'
+    there, other = from_text(f'name = "c"\n[[host]]\nname = "a"\n{card}', tmp_path).links
+    assert (there.source, there.bandwidth_bps.value, there.latency_s.value) == ("a", 1e6, 1e-3)
+    assert (other.target, other.bandwidth_bps.value, other.latency_s.value) == ("a", 2e6, 0.0)
+    assert there.burst_bytes == other.burst_bytes == Quantity(9000)
+
+
 def test_a_big_cluster_is_few_lines_and_every_gpu_has_its_rail() -> None:
     cluster = load_cluster("dgx-h100-x128")
     assert len(cluster.hosts) == 128 and len(cluster.devices) == 1024
@@ -116,8 +125,8 @@ def test_templates_count_hosts_racks_devices_and_links(tmp_path) -> None:
     assert cluster.ranks == ("n0/gpu0", "n0/gpu1", "n1/gpu0", "n1/gpu1")
     assert [switch.name for switch in cluster.switches] == ["rack0", "rack1", "spine"]
     assert len(cluster.links) == 4 + 4 + 8
-    way = [(link.target, link.bandwidth_bps.value) for link in Routes(cluster).between(0, 3)]
-    assert way == [("n0", 64e9), ("rack0", 1e9), ("spine", 10e9), ("rack1", 10e9), ("n1", 1e9), ("n1/gpu1", 32e9)]
+    route = [(link.target, link.bandwidth_bps.value) for link in Routes(cluster).between(0, 3)]
+    assert route == [("n0", 64e9), ("rack0", 1e9), ("spine", 10e9), ("rack1", 10e9), ("n1", 1e9), ("n1/gpu1", 32e9)]
 
 
 def test_devices_of_a_host_may_differ(tmp_path) -> None:

@@ -46,7 +46,7 @@ def test_interleaved_ranks_drive_every_hop_of_a_ring_over_the_uplinks() -> None:
     assert all(by_name[host.name, host.rack] == by_name[host.rack, host.name] == each for host in cluster.hosts)
 
 
-def test_of_equal_ways_the_first_in_the_file_is_taken() -> None:
+def test_of_equal_routes_the_first_in_the_file_is_taken() -> None:
     def cluster(order: list[str]) -> Cluster:
         links = [
             Link(source=a, target=b, bandwidth_bps=Quantity(1.0), latency_s=Quantity(0.0))

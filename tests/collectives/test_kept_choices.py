@@ -26,6 +26,7 @@ from thinwire.collectives.tuned.network import network_of
 from thinwire.collectives.tuned.tuner import Tuner
 from thinwire.errors import UserError
 from thinwire.lab.run import LabOptions, run
+from warm import warm_labs
 
 NAMES = ["two-racks", "eight-hosts-100mbit", "four-hosts-100mbit", "one-slow-host"]
 
@@ -263,10 +264,10 @@ def test_in_the_lab_a_file_that_was_written_anew_is_measured_anew(tmp_path: Path
     for rate in ("25 Mbit/s", "100 Mbit/s"):
         path = racks(rate, tmp_path)
         cluster = load_cluster(path)
-        commands = {
-            f"host{rank}": [sys.executable, str(tmp_path / "call.py"), str(rank), str(path), "host0", "eth0"] for rank in range(4)
-        }
-        result = run(cluster, commands, LabOptions())
+        with warm_labs():
+            call = [sys.executable, str(tmp_path / "call.py")]
+            commands = {f"host{rank}": [*call, str(rank), str(path), "host0", "eth0"] for rank in range(4)}
+            result = run(cluster, commands, LabOptions())
         assert result.exit_code == 0
         said.append([line for line in capfd.readouterr().err.splitlines() if "all_reduce of" in line])
     assert [len(lines) for lines in said] == [1, 2] and "another network" in said[1][0]

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -12,6 +12,7 @@ import pytest
 from small_cluster import build_cluster
 
 from thinwire.cluster import Cluster, dump_cluster
+from warm import warm_labs
 
 SUPERVISOR = """
 import sys
@@ -31,6 +32,12 @@ def build() -> Callable[..., Cluster]:
     return build_cluster
 
 
+@pytest.fixture
+def warm() -> Iterator[None]:
+    with warm_labs():
+        yield
+
+
 @pytest.fixture(scope="session")
 def under_way(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -39,7 +46,10 @@ def under_way(
     modules = {item.module for item in request.session.items if hasattr(getattr(item, "module", None), "AT_ONCE")}
     functions = [function for module in sorted(modules, key=lambda module: module.__name__) for function in module.AT_ONCE]
     with ThreadPoolExecutor(len(functions)) as pool:
-        yield {function: pool.submit(function, tmp_path_factory.mktemp(function.__name__)) for function in functions}
+        with warm_labs():
+            started = {function: pool.submit(function, tmp_path_factory.mktemp(function.__name__)) for function in functions}
+            wait(started.values())
+        yield started
 
 
 class Supervisor:

@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.lab
 
 HANG = "trap '' INT TERM HUP; while true; do sleep 0.05; done"
-HEAR = "trap 'echo heard' INT TERM; while true; do sleep 0.05; done"
+ANSWER = "trap 'echo received' INT TERM; while true; do sleep 0.05; done"
 FINISH = "trap 'echo finished; exit 0' INT TERM; while true; do sleep 0.05; done"
 
 
@@ -119,10 +119,10 @@ def test_commands_that_end_by_the_signal_are_no_further_news(supervise) -> None:
 
 
 def test_a_second_signal_does_not_wait_for_the_grace(supervise) -> None:
-    lab = supervise(HEAR, HANG, grace_s=60)
+    lab = supervise(ANSWER, HANG, grace_s=60)
     networks, cards = started(lab)
     lab.process.send_signal(signal.SIGINT)
-    assert lab.process.stdout.readline() == "heard\n"  # or two at once may arrive as one
+    assert lab.process.stdout.readline() == "received\n"  # or two at once may arrive as one
     lab.process.send_signal(signal.SIGINT)
     lab.process.communicate(timeout=30)
     assert lab.process.returncode == 128 + signal.SIGINT

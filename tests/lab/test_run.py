@@ -14,8 +14,9 @@ from thinwire.bench.lab import SCRIPT, measure, transfer
 from thinwire.cluster import Cluster, Quantity, load_cluster
 from thinwire.errors import UserError
 from thinwire.lab.commands import processes_for
-from thinwire.lab.run import RESULTS, LabOptions, launch, run
-from thinwire.lab.wiring import imitated
+from thinwire.lab.run import RESULTS, LabOptions, _result, launch, run
+from thinwire.lab.wiring import imitated, wire
+from thinwire.record import RunFolder
 
 pytestmark = pytest.mark.lab
 
@@ -60,7 +61,6 @@ def test_paced_is_asked_for_where_a_rate_is_declared(build: Callable[..., Cluste
     for paced in (True, False):
         commands = {name: shell(f"cat $THINWIRE_LAB > {RESULTS}/{name}") for name in ("host0", "host1")}
         result = run(cluster, commands, LabOptions(paced=paced))
-        assert result.paced is paced
         assert json.loads(result.results["host0"])["paced"] is paced
         assert json.loads(result.results["host1"])["paced"] is False
 
@@ -94,13 +94,24 @@ def test_two_pairs_share_the_uplink_between_two_switches(build: Callable[..., Cl
 
 
 def test_cards_json_is_written_into_the_run_folder(build: Callable[..., Cluster], tmp_path: Path) -> None:
-    ledger = {"entries": [{"rank": rank, "wire_bytes": 10 * (rank + 1)} for rank in (0, 1, 1)]}
-    (tmp_path / "ledger.json").write_text(json.dumps(ledger))
+    call = {"label": "gradients", "axis": "data", "op": "all_reduce", "calls": 1, "message_bytes": 5}
+    entries = [{**call, "rank": rank, "wire_bytes": 10 * (rank + 1)} for rank in (0, 1, 1)]
+    RunFolder(tmp_path).write("ledger.json", {"entries": entries})
     result = run(build(), {"host0": shell(f"echo {tmp_path} > {RESULTS}/run_folder")})
     content = json.loads((tmp_path / "cards.json").read_text())
     assert result.run_folder == tmp_path
     assert content["ledger_sent_bytes"] == {"host0": 10, "host1": 40}
     assert [(card["host"], card["interface"]) for card in content["cards"]] == [("host0", "eth0"), ("host1", "eth0")]
+
+
+def test_shares_are_of_the_rate_of_their_own_direction(build: Callable[..., Cluster]) -> None:
+    cluster = build()
+    out, *others = cluster.links
+    cluster = replace(cluster, links=(replace(out, bandwidth_bps=Quantity(50e6)), *others))
+    answer = {"processes": [], "failures": [], "signal": None, "seconds": 2.0, "results": {}, "retransmitted": {}}
+    answer["counters"] = {"host0": {"eth0": [1_000_000, 3_000_000]}, "host1": {"eth0": [0, 0]}}
+    card, _ = _result(cluster, wire(cluster, netem=False), answer).cards
+    assert (card.host, card.sent_share, card.received_share) == ("host0", 8e6 / (50e6 * 2), 24e6 / (100e6 * 2))
 
 
 def test_a_failure_names_host_code_and_last_words_and_ends_the_others(build: Callable[..., Cluster]) -> None:
@@ -112,7 +123,7 @@ def test_a_failure_names_host_code_and_last_words_and_ends_the_others(build: Cal
     assert result.exit_codes == {"host0": -15, "host1": 9}
 
 
-def test_a_mistake_of_the_user_is_named_rather_than_its_echo_and_said_once(build: Callable[..., Cluster]) -> None:
+def test_a_mistake_of_the_user_is_named_rather_than_its_echo_and_printed_once(build: Callable[..., Cluster]) -> None:
     commands = {"host0": shell("echo thinwire: error: port 1 is taken >&2; sleep 0.3; exit 2"), "host1": shell("exit 1")}
     result = run(build(), commands)
     assert (result.failure, result.exit_code) == ("host0: exit code 2: port 1 is taken", 2)

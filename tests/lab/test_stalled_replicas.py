@@ -38,7 +38,7 @@ Path("{RESULTS}/" + name).write_text(hashlib.sha256(weights).hexdigest())
 """
 SERVE = f"""
 touch {RESULTS}/served
-{sys.executable} -m thinwire serve --listen host0:29700 --secret-file "$3" --keep "$2" --service timeout_s=$1 \\
+$4 -m thinwire serve --listen host0:29700 --secret-file "$3" --keep "$2" --service timeout_s=$1 \\
     --service heartbeat_s=0.2 --service first_workers={REPLICAS} --service total_tokens={REPLICAS * STEPS} \\
     --service merge.every={EVERY} \\
     > {RESULTS}/served &
@@ -51,10 +51,12 @@ def result_of(kept: Path, timeout_s: float, *stalls: Stall) -> LabResult:
     cluster = build_cluster(*((f"host{index}", "switch") for index in range(REPLICAS + 1)))
     secret = kept / "secret"
     secret.write_text("known to these hosts alone")
-    served = ("sh", "-c", SERVE, "serve", str(timeout_s), str(kept), str(secret))
+    loop = kept / "loop.py"
+    loop.write_text(LOOP)
+    served = ("sh", "-c", SERVE, "serve", str(timeout_s), str(kept), str(secret), sys.executable)
     processes = [Process("host0", served, FIRST_CARD, begins="begun")]
     for index in range(REPLICAS):
-        processes.append(Process(f"host{index + 1}", (sys.executable, "-c", LOOP, "ab"[index], str(secret)), FIRST_CARD))
+        processes.append(Process(f"host{index + 1}", (sys.executable, str(loop), "ab"[index], str(secret)), FIRST_CARD))
     return launch(cluster, processes, LabOptions(stalls=stalls, notice_s=30))
 
 

@@ -33,7 +33,7 @@ def test_every_directed_link_of_a_tree_is_shaped_once_at_its_own_rate(data: st.D
 
 
 @given(st.floats(1e5, 1e8))
-def test_the_bucket_lets_at_most_a_tenth_of_256_kib_ride_free(bps: float) -> None:
+def test_the_bucket_lets_at_most_a_tenth_of_256_kib_pass_at_once(bps: float) -> None:
     (line,) = shape("eth0", Link(source="a", target="b", bandwidth_bps=Quantity(bps), latency_s=Quantity(0)), with_netem=False)
     assert int(re.findall(r"burst (\d+)", line)[0]) <= 0.1 * 256 * 1024
 
@@ -52,7 +52,7 @@ def test_more_links_are_more_cards() -> None:
     ]
 
 
-def test_links_inside_hosts_are_left_out_and_it_is_said() -> None:
+def test_links_inside_hosts_are_left_out_with_a_note() -> None:
     cluster = build_cluster(("host0", "switch"), ("host1", "switch"))
     inner = Link(source="host0/cpu0", target="nv", bandwidth_bps=Quantity(1e12), latency_s=Quantity(0))
     cluster = replace(cluster, switches=(*cluster.switches, Switch(name="nv", kind="nvswitch")), links=(*cluster.links, inner))
@@ -69,16 +69,16 @@ def test_latency_becomes_netem_before_the_bucket() -> None:
     assert lines[1].startswith("qdisc add dev eth0 parent 1:1 handle 10: tbf rate 100000000bit burst 25000 ")
 
 
-def test_a_declared_bucket_is_built_and_any_is_told() -> None:
-    """Inside the lab the cluster file says what is there: the buckets, and no latency that nothing imitates."""
+def test_a_declared_bucket_is_built_and_every_bucket_is_in_the_cluster_file() -> None:
+    """Inside the lab the cluster file has what is there: the buckets, and no latency that nothing imitates."""
     cluster = build_cluster(latency_s=50e-6)
     own, *others = cluster.links
     own = replace(own, burst_bytes=Quantity(4000.0))
     cluster = replace(cluster, links=(own, *others))
     assert " burst 4000 " in shape("eth0", own, with_netem=False)[0]
-    told = imitated(cluster, "none")
-    assert [link.burst_bytes.value for link in told.links] == [4000, *(burst_bytes(link) for link in others)]
-    assert {link.latency_s.value for link in told.links} == {0.0}
+    inside = imitated(cluster, "none")
+    assert [link.burst_bytes.value for link in inside.links] == [4000, *(burst_bytes(link) for link in others)]
+    assert {link.latency_s.value for link in inside.links} == {0.0}
     assert {link.latency_s.value for link in imitated(cluster, "applied").links} == {50e-6}
     with pytest.raises(UserError, match=r"burst_bytes = 900 B of .* -> .*; a lab's bucket must hold a frame: 1600 B or more"):
         wire(replace(cluster, links=(replace(own, burst_bytes=Quantity(900.0)), *others)), netem=False)
@@ -89,7 +89,7 @@ def test_short_latencies_need_no_netem(latency_s: float, said: str) -> None:
     assert wire(build_cluster(latency_s=latency_s), netem=False).delay == said
 
 
-def test_no_delay_goes_on_and_says_so() -> None:
+def test_no_delay_goes_on_with_a_note() -> None:
     for netem in (False, True):
         wiring = wire(build_cluster(latency_s=0.02), netem=netem, delay=False)
         assert wiring.delay.startswith("refused: --no-delay, latencies up to 20 ms")
@@ -120,7 +120,7 @@ def test_what_cannot_be_imitated_is_refused_in_one_line(cluster: Cluster, part: 
 
 
 @pytest.mark.parametrize("name", list(shipped_clusters()))
-def test_shipped_clusters_can_be_wired_or_say_why_not(name: str) -> None:
+def test_shipped_clusters_can_be_wired_or_are_refused(name: str) -> None:
     cluster = load_cluster(name)
     try:
         wiring = wire(cluster, netem=True)

@@ -11,9 +11,8 @@ from rich.console import Console
 
 from thinwire.cluster import dump_cluster, load_cluster
 from thinwire.cluster.graph import Routes
-from thinwire.measure.findings import Findings, HostFound, RackFound, to_cluster, unique_names
+from thinwire.measure.findings import Findings, HostFound, RackFound, sentences, table, to_cluster, unique_names
 from thinwire.measure.fit import Estimate
-from thinwire.measure.show import sentences, table
 
 
 def around(value: float) -> Estimate:
@@ -21,7 +20,7 @@ def around(value: float) -> Estimate:
 
 
 def make(racks: list[int | None], rates: list[float], devices: int = 1, together: float = 1.0) -> Findings:
-    """Hosts with cards of these rates; ranks dealt out in turns, so that those of a host do not stand together."""
+    """Hosts with cards of these rates; ranks assigned in turns, so that those of a host do not stand together."""
     hosts = tuple(
         HostFound(
             name=f"node{index}",
@@ -71,8 +70,8 @@ def test_the_cluster_file_reads_back_equal_and_joins_all_ranks(
             assert cluster.host_of(rank).name == host.name
     for a in range(len(racks)):
         for b in range(len(racks)):
-            way = routes.between(a, b)
-            assert len(way) == (0 if a == b else 2 + (racks[a] != racks[b]) * ((racks[a] is not None) + (racks[b] is not None)))
+            route = routes.between(a, b)
+            assert len(route) == (0 if a == b else 2 + (racks[a] != racks[b]) * ((racks[a] is not None) + (racks[b] is not None)))
 
 
 def test_each_direction_keeps_its_rate_interval_and_date() -> None:
@@ -87,10 +86,10 @@ def test_each_direction_keeps_its_rate_interval_and_date() -> None:
     assert (rate.source, rate.low, rate.high, rate.date) == ("measured", 0.99 * 4e8, 1.01 * 4e8, "2026-01-31")
 
 
-def test_what_stands_out_is_said() -> None:
-    told = sentences(make([0, 0, 1, 1], [1e8, 1e8, 1e8, 0.25e8]))
-    assert told[0] == "slow host: node3, 12.5 Mbit/s, 4.0 times slower than the median"
-    assert told[1] == "shared uplink: node0, node1 (rack0) share one: 100 Mbit/s out for 400 Mbit/s of cards (4.0 times)"
+def test_what_stands_out_is_a_sentence() -> None:
+    lines = sentences(make([0, 0, 1, 1], [1e8, 1e8, 1e8, 0.25e8]))
+    assert lines[0] == "slow host: node3, 12.5 Mbit/s, 4.0 times slower than the median"
+    assert lines[1] == "shared uplink: node0, node1 (rack0) share one: 100 Mbit/s out for 400 Mbit/s of cards (4.0 times)"
     assert "one switch" in sentences(make([None] * 4, [1e8] * 4))[0]
     assert "only 20% of what they get alone" in sentences(make([None] * 4, [1e8] * 4, together=0.2))[0]
 

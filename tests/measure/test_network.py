@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from simulated import SimulatedLinks
 
 from thinwire.errors import UserError
+from thinwire.measure.findings import RackFound
 from thinwire.measure.network import Network, Phases, measure_network
 
 CARD = 100.0e6
@@ -15,6 +16,10 @@ CARD = 100.0e6
 
 def probe(links: SimulatedLinks) -> Network:
     return measure_network(links, [f"host{index}" for index in range(len(links.send))], Phases(lambda _: None))
+
+
+def members(rack: RackFound) -> tuple[int, ...]:
+    return tuple(int(name.removeprefix("host")) for name in rack.hosts)
 
 
 @settings(max_examples=30)
@@ -32,11 +37,11 @@ def test_any_partition_into_racks_is_found_with_its_uplinks(sizes: list[int], sh
     uplinks = [share * CARD * min(sizes) * draw.uniform(0.95, 1.05) for _ in sizes]
     links = SimulatedLinks([CARD] * len(rack), [CARD] * len(rack), rack, uplinks, uplinks, broken=broken, seed=seed)
     found = probe(links)
-    assert {uplink.hosts for uplink in found.uplinks} == {
+    assert {members(rack_found) for rack_found in found.racks} == {
         tuple(host for host, own in enumerate(rack) if own == index) for index in range(len(sizes))
     }
-    for uplink in found.uplinks:
-        assert uplink.up_bps.value == pytest.approx(uplinks[rack[uplink.hosts[0]]], rel=0.12)
+    for rack_found in found.racks:
+        assert rack_found.up_bps.value == pytest.approx(uplinks[rack[members(rack_found)[0]]], rel=0.12)
     for estimate in (*found.send_bps, *found.receive_bps):
         assert estimate.value == pytest.approx(CARD, rel=0.05)
 
@@ -48,7 +53,7 @@ def test_any_partition_into_racks_is_found_with_its_uplinks(sizes: list[int], sh
 def test_no_racks_are_seen_on_one_switch_whatever_the_cards(cards: list[float], seed: int) -> None:
     cards = [max(cards), *cards]  # that the fastest card is not alone: it would only be known as the second fastest
     found = probe(SimulatedLinks(cards, cards, [None] * len(cards), broken=0.02, seed=seed))
-    assert found.uplinks == ()
+    assert found.racks == ()
     for host, card in enumerate(cards):
         assert found.send_bps[host].value == pytest.approx(card, rel=0.05)
         assert found.receive_bps[host].value == pytest.approx(card, rel=0.05)
@@ -65,16 +70,16 @@ def test_an_uplink_with_unequal_directions() -> None:
     """With two groups, what leaves one enters the other: whose uplink it is cannot be seen, so both get it."""
     rack = [0, 0, 0, None, None, None, None, None]
     found = probe(SimulatedLinks([CARD] * 8, [CARD] * 8, rack, up=[0.4 * CARD], down=[1.2 * CARD]))
-    assert [uplink.hosts for uplink in found.uplinks] == [(0, 1, 2), (3, 4, 5, 6, 7)]
-    for own, other in (found.uplinks, found.uplinks[::-1]):
+    assert [members(rack_found) for rack_found in found.racks] == [(0, 1, 2), (3, 4, 5, 6, 7)]
+    for own, other in (found.racks, found.racks[::-1]):
         assert own.up_bps.value == pytest.approx(other.down_bps.value, rel=0.05)
-    assert found.uplinks[0].up_bps.value == pytest.approx(0.4 * CARD, rel=0.05)
-    assert found.uplinks[0].down_bps.value == pytest.approx(1.2 * CARD, rel=0.05)
+    assert found.racks[0].up_bps.value == pytest.approx(0.4 * CARD, rel=0.05)
+    assert found.racks[0].down_bps.value == pytest.approx(1.2 * CARD, rel=0.05)
 
 
 def test_an_uplink_as_wide_as_its_cards_is_none() -> None:
     found = probe(SimulatedLinks([CARD] * 8, [CARD] * 8, [0, 1] * 4, up=[4 * CARD] * 2, down=[4 * CARD] * 2))
-    assert found.uplinks == ()
+    assert found.racks == ()
 
 
 @settings(max_examples=25)
@@ -84,16 +89,16 @@ def test_a_slow_host_is_put_into_its_rack(slow: int, share: float, seed: int) ->
     rack: list[int | None] = [0, 1, 0, 1, 0, 1, 0, 1, None]
     cards = [share * CARD if host == slow else CARD for host in range(9)]
     found = probe(SimulatedLinks(cards, cards, rack, up=[CARD] * 2, down=[CARD] * 2, seed=seed))
-    assert [uplink.hosts for uplink in found.uplinks] == [(0, 2, 4, 6), (1, 3, 5, 7)]
-    for uplink in found.uplinks:
-        assert uplink.up_bps.value == pytest.approx(CARD, rel=0.05)
+    assert [members(rack_found) for rack_found in found.racks] == [(0, 2, 4, 6), (1, 3, 5, 7)]
+    for rack_found in found.racks:
+        assert rack_found.up_bps.value == pytest.approx(CARD, rel=0.05)
     assert [estimate.value for estimate in found.send_bps] == pytest.approx(cards, rel=0.05)
 
 
 def test_one_wire_for_all_is_not_called_racks() -> None:
     """A hub: every host behind an uplink of its own would look the same, so nothing is claimed but the loss is known."""
     found = probe(SimulatedLinks([CARD] * 6, [CARD] * 6, [None] * 6, hub=CARD))
-    assert found.uplinks == ()
+    assert found.racks == ()
     assert found.together == pytest.approx(1 / 6, rel=0.1)
 
 

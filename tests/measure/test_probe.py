@@ -15,8 +15,8 @@ from thinwire.cluster import Cluster, Device, Host, Link, Quantity, Switch, load
 from thinwire.lab.commands import processes_for
 from thinwire.lab.kernel import examine
 from thinwire.lab.run import RESULTS, launch
+from warm import warm_labs
 
-PROBE = (sys.executable, "-m", "thinwire", "probe")
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
@@ -101,7 +101,9 @@ def test_in_the_lab_it_recovers_the_links(tmp_path: Path) -> None:
             Link(source=a, target=b, bandwidth_bps=Quantity(rate), latency_s=Quantity(0.0)) for (a, b), rate in rates.items()
         ),
     )
-    result = launch(cluster, processes_for(cluster, [*PROBE, "-o", f"{RESULTS}/found.toml"]))
+    with warm_labs():
+        probe = [sys.executable, "-m", "thinwire", "probe", "-o", f"{RESULTS}/found.toml"]
+        result = launch(cluster, processes_for(cluster, probe))
     assert result.failure is None
     path = tmp_path / "found.toml"
     path.write_text(result.results["found.toml"], encoding="utf-8")

@@ -163,4 +163,5 @@ def _ledger(world_size: int, sizes: list[int], wire: list[int], steps: int) -> l
 
 def _card(host: str, sent_bytes: int, random_: random.Random) -> dict[str, Any]:
     received = round(sent_bytes * random_.uniform(0.998, 1.002))
-    return {"host": host, "interface": "eth0", "sent_bytes": sent_bytes, "received_bytes": received}
+    counts = {"sent_bytes": sent_bytes, "received_bytes": received, "sent_share": 0.5, "received_share": 0.5}
+    return {"host": host, "interface": "eth0", **counts}

@@ -1,7 +1,8 @@
 """The ledger against the network cards' own counters: all-reduces at 2, 4 and 8 hosts in the lab.
 
-The cards count what the ledger does not: frame headers (4.7 % on full segments), acknowledgements, the rendezvous. Bar: on every
-host the card has sent at most 8 % more than the ledger, and not less.
+The cards count what the ledger does not: frame headers (4.7 % on full segments), acknowledgements, the rendezvous, and what TCP
+sends once more, which on busy cores may be a tenth. The kernel counts those segments, and each is taken as a full frame. Bar: on
+every host the card has sent at most 8 % more than the ledger without them, and with them not less.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from thinwire.lab.run import LabOptions
 
 DEFAULTS = {"hosts": [2, 4, 8], "message_bytes": 4 * 2**20, "calls": 5, "link_bps": 100e6}
 BAR = 0.08
+FRAME_BYTES = 1514
 
 
 def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
@@ -25,19 +27,27 @@ def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
 
 
 def measure(cluster: Cluster, message_bytes: int, calls: int) -> Rows:
-    """A row for each host of one lab. UserError if the all-reduces failed."""
+    """A row a host: case, host, ledger_bytes, card_bytes, retransmitted_bytes, ratio, bar, held. UserError if a rank failed."""
     settings = {"message_bytes": message_bytes, "calls": calls}
     lab = run_script(cluster, "all_reduces", settings, LabOptions(delay=False, paced=False))
-    cards: dict[str, int] = {}
-    for count in lab.cards:
-        cards[count.host] = cards.get(count.host, 0) + count.sent_bytes
     ledgers: dict[str, int] = {}
     for rank in range(cluster.world_size):
         host = cluster.host_of(rank).name
         ledgers[host] = ledgers.get(host, 0) + lab.results[f"ledger-{rank}"]
     rows = []
-    for host, ledger_bytes in ledgers.items():
-        ratio = cards[host] / ledger_bytes
-        row = {"case": f"all_reduce, {len(cluster.hosts)} hosts", "host": host, "ledger_bytes": ledger_bytes}
-        rows.append({**row, "card_bytes": cards[host], "ratio": ratio, "bar": 1 + BAR, "held": 1 <= ratio <= 1 + BAR})
+    for host, ledger in ledgers.items():
+        card = sum(count.sent_bytes for count in lab.cards if count.host == host)
+        again = FRAME_BYTES * lab.retransmitted[host]
+        rows.append(
+            {
+                "case": f"all_reduce, {len(cluster.hosts)} hosts",
+                "host": host,
+                "ledger_bytes": ledger,
+                "card_bytes": card,
+                "retransmitted_bytes": again,
+                "ratio": (card - again) / ledger,
+                "bar": 1 + BAR,
+                "held": ledger <= card <= again + ledger * (1 + BAR),
+            }
+        )
     return rows

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,12 @@ POLL_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """results: what the ranks wrote, by the name of the file without .json; delay and cards: as the lab reports them."""
+    """results: what the ranks wrote, by the name of the file without .json; the others: as the lab reports them."""
 
     results: dict[str, Any]
     delay: str = "none"
     cards: tuple[CardCount, ...] = ()
+    retransmitted: Mapping[str, int] = field(default_factory=dict)
 
 
 def run_script(
@@ -80,7 +81,7 @@ def run_commands(
     if done.failure:
         raise UserError(f"{where.name}: {done.failure}")
     left = {name.removesuffix(".json"): json.loads(text) for name, text in done.results.items() if name.endswith(".json")}
-    return Outcome(left, done.delay, done.cards)
+    return Outcome(left, done.delay, done.cards, done.retransmitted)
 
 
 def run_local(commands: Sequence[Sequence[str]], world_size: int, timeout_s: float = TIMEOUT_S) -> None:

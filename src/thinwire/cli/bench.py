@@ -21,12 +21,11 @@ def bench(  # noqa: PLR0913 - each is an option of the command line
     links: Annotated[str | None, typer.Option(metavar="A,B", help="Option `links`, e.g. '1 Mbit/s,unshaped'.")] = None,
 ) -> None:
     """Measure on this machine and compare. Takes minutes."""
-    import json
-
     from rich.console import Console
 
     from thinwire.bench import registry
     from thinwire.bench.table import tables
+    from thinwire.cli.files import write_json
 
     if name == "list":
         for known, about in registry.describe().items():
@@ -35,12 +34,9 @@ def bench(  # noqa: PLR0913 - each is an option of the command line
     options: dict[str, Any] = registry.parse_options(changes or [])
     listed = {"methods": methods, "links": links}
     options |= {key: [part.strip() for part in text.split(",")] for key, text in listed.items() if text is not None}
+    options |= {key: value for key, value in {"target": target, "seeds": seeds}.items() if value is not None}
     if unshaped:
         options.setdefault("links", []).append("unshaped")
-    if target is not None:
-        options["target"] = target
-    if seeds is not None:
-        options["seeds"] = seeds
     rows = registry.find(name)(cluster, options)
     console = Console()
     if not console.is_terminal:
@@ -48,5 +44,4 @@ def bench(  # noqa: PLR0913 - each is an option of the command line
     for table in tables(name, rows):
         console.print(table)
     if json_path is not None:
-        content = {"bench": name, "machine": registry.machine(), "rows": rows}
-        json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(json_path, {"bench": name, "machine": registry.machine(), "rows": rows})

@@ -1,4 +1,4 @@
-"""`thinwire collectives`: which algorithm a collective should take on a network, and why; what NCCL should be told."""
+"""`thinwire collectives`: which algorithm a collective should take on a network, and why; the settings for NCCL."""
 
 import re
 from pathlib import Path
@@ -31,40 +31,39 @@ def explain(  # noqa: PLR0913 - each is an option of the command line
     cpu_gbytes_per_s: Annotated[float | None, typer.Option(help="Between the CPUs of an NCCL topology.")] = None,
 ) -> None:
     """Say which algorithm fits a network: what it sends over which link, predicted seconds, the bound, and the next best."""
+    from thinwire.cli.files import check_folders, write_json
     from thinwire.errors import UserError
 
     if (cluster is None) == (topology is None):
         raise UserError("give one of --cluster and --topology")
     message_bytes = _bytes(size)
     if topology is not None:
-        asked = {"--ranks": ranks, "--draw": draw, "--json": json_path, "--table": table}
-        given = [name for name, value in asked.items() if value]
+        others = {"--ranks": ranks, "--draw": draw, "--json": json_path, "--table": table}
+        given = [name for name, value in others.items() if value]
         if given:
-            raise UserError(f"{given[0]} is for a --cluster; of a --topology the optimum and its trees are told")
+            raise UserError(f"{given[0]} is for a --cluster; of a --topology the optimum and its trees are shown")
         _explain_topology(topology, (op, message_bytes, root), cpu_gbytes_per_s)
         return
-    for path in (draw, json_path):
-        if path and not path.resolve().parent.is_dir():
-            raise UserError(f"{path} cannot be written: there is no folder {path.resolve().parent}")
+    check_folders(draw, json_path)
 
     from thinwire.cluster import load_cluster
     from thinwire.collectives.choose.call import collective_call
     from thinwire.collectives.choose.costs import Costs
-    from thinwire.collectives.choose.explain import explain
+    from thinwire.collectives.choose.explain import explain, schedule_of
     from thinwire.collectives.choose.select import choose
+    from thinwire.collectives.schedules.table import to_text
 
     assert cluster is not None
     group = collective_call(load_cluster(cluster), op, message_bytes, _ranks(ranks), root)
     explained = explain(choose(group, Costs(cores_shared=cores_shared)))
     _show(explained)
     if table:
-        _print_table(explained)
+        schedule = schedule_of(explained.selection.best, explained.selection)
+        typer.echo("the schedule has too many messages to print" if schedule is None else to_text(schedule))
     if draw:
         _draw(explained, draw)
     if json_path:
-        import json
-
-        _write(json_path, json.dumps(explained.as_dict(), indent=1) + "\n")
+        write_json(json_path, explained.as_dict())
 
 
 @app.command("nccl-csv")
@@ -73,6 +72,7 @@ def nccl_csv(
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
 ) -> None:
     """Write the file of NCCL's example tuner plugin from measurements: the fastest setting of each size that was measured."""
+    from thinwire.cli.files import write_text
     from thinwire.collectives.nccl_csv import ranges, read_measured, to_csv
     from thinwire.errors import UserError
 
@@ -84,7 +84,7 @@ def nccl_csv(
         lines = ranges(read_measured(text))
     except UserError as error:
         raise UserError(f"{measured}: {error}") from None
-    _write(output, to_csv(lines))
+    write_text(output, to_csv(lines))
     typer.echo(f"wrote {output}: {len(lines)} ranges")
 
 
@@ -107,12 +107,10 @@ def _ranks(text: str | None) -> list[int] | None:
     found: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,7})(?:-(\d{1,7}))?\s*", part)
-        if match is None:
+        own = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if not own:
             raise UserError(f"--ranks {text!r}: {part!r} is no rank; e.g. 0,2,4-7")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise UserError(f"--ranks {text!r}: {part!r} is no rank; e.g. 0,2,4-7")
-        found += range(first, last + 1)
+        found += own
     return found
 
 
@@ -124,9 +122,9 @@ def _show(explained: "Explained") -> None:
     from thinwire.collectives.price import link_seconds
     from thinwire.units import show
 
-    asked, best = explained.selection.call, explained.selection.best
-    what = f"{asked.op} of {show(asked.message_bytes, 'B')} among {asked.p} ranks of {asked.cluster.name}"
-    rooted = f", root {asked.root}" if asked.op in ("broadcast", "reduce") else ""
+    call, best = explained.selection.call, explained.selection.best
+    what = f"{call.op} of {show(call.message_bytes, 'B')} among {call.p} ranks of {call.cluster.name}"
+    rooted = f", root {call.root}" if call.op in ("broadcast", "reduce") else ""
     _print_lines(what + rooted, explained.lines)
     links = fullest(best)
     if not links:
@@ -150,43 +148,27 @@ def _print_lines(title: str, lines: list[tuple[str, str]]) -> None:
         typer.echo(f"  {name:<{width}}  {words}")
 
 
-def _print_table(explained: "Explained") -> None:
-    from thinwire.collectives.choose.explain import schedule_of
-    from thinwire.collectives.schedules.table import to_text
-
-    schedule = schedule_of(explained.selection.best, explained.selection)
-    typer.echo("the schedule has too many messages to print" if schedule is None else to_text(schedule))
-
-
 def _draw(explained: "Explained", path: Path) -> None:
+    from thinwire.cli.files import write_text
     from thinwire.errors import UserError
     from thinwire.report.schedule import schedule_svg
     from thinwire.units import show
 
-    asked, best = explained.selection.call, explained.selection.best
+    call, best = explained.selection.call, explained.selection.best
     if best.run is None:
-        raise UserError(f"--draw: {asked.p} ranks exchange too many messages to draw; give fewer --ranks")
-    title = f"{asked.op}, {show(asked.message_bytes, 'B')}: {best.candidate.title}, {show(best.seconds, 's')}"
-    _write(path, schedule_svg(asked.cluster, title, best.run))
+        raise UserError(f"--draw: {call.p} ranks exchange too many messages to draw; give fewer --ranks")
+    title = f"{call.op}, {show(call.message_bytes, 'B')}: {best.candidate.title}, {show(best.seconds, 's')}"
+    write_text(path, schedule_svg(call.cluster, title, best.run))
     typer.echo(f"wrote {path}")
 
 
-def _explain_topology(path: Path, asked: tuple[str, int, int], cpu_gbytes_per_s: float | None) -> None:
+def _explain_topology(path: Path, call: tuple[str, int, int], cpu_gbytes_per_s: float | None) -> None:
     from thinwire.collectives.synthesis.file import read_topology
     from thinwire.collectives.synthesis.summary import summary
     from thinwire.errors import UserError
 
     graph = read_topology(path, cpu_gbytes_per_s)
-    op, message_bytes, root = asked
+    op, message_bytes, root = call
     if not 0 <= root < graph.world_size:
         raise UserError(f"root = {root}, but {path} has ranks 0 to {graph.world_size - 1}")
     _print_lines(f"{op} on {path}", summary(graph, op, message_bytes, root))
-
-
-def _write(path: Path, text: str) -> None:
-    from thinwire.errors import UserError
-
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None

@@ -1,9 +1,12 @@
 """`thinwire lab`: a cluster in a box, made of network namespaces with shaped links."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from thinwire.lab.run import LabResult
 
 app = typer.Typer(help="A cluster in a box: namespaces with shaped links.", no_args_is_help=True)
 
@@ -25,14 +28,13 @@ def run(
 
     Ends with each network card's own byte counters. Nothing is left behind, whatever ends it.
     """
-    from rich.console import Console
-
-    from thinwire.cli.conclude import conclude
+    from thinwire.cli.files import write_text
+    from thinwire.cli.report import conclude
     from thinwire.cluster import load_cluster
-    from thinwire.lab import cards
     from thinwire.lab.commands import processes_for
     from thinwire.lab.run import LabOptions, launch, prepare
     from thinwire.lab.stalls import Stall
+    from thinwire.record import Cards
 
     network = load_cluster(cluster)
     stalls = tuple(Stall.read(text) for text in stall or [])
@@ -46,14 +48,29 @@ def run(
     size = f"{len(network.hosts)} hosts, {len(network.links)} links"
     typer.echo(f"lab: {network.name}, {size}; starting {len(processes)} processes (torch takes some seconds to load)")
     result = launch(network, processes, options, prepared)
-    Console().print(cards.table(result.cards, result.seconds))
+    _show_cards(result)
     if result.run_folder and result.failure is None:
         conclude(result.run_folder)
     if json_path:
-        cards.write(json_path, result.cards, {})
+        write_text(json_path, Cards(cards=result.cards).model_dump_json(indent=1) + "\n")
     if result.failure:
         typer.echo(f"thinwire: error: {result.failure}", err=True)
     raise typer.Exit(result.exit_code)
+
+
+def _show_cards(result: "LabResult") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from thinwire.units import show
+
+    table = Table("card", title=f"network cards, {show(result.seconds, 's')}", title_justify="left")
+    for name in ("sent", "of its rate", "received", "of its rate"):
+        table.add_column(name, justify="right")
+    for card in result.cards:
+        sent = show(card.sent_bytes, "B"), f"{card.sent_share:.1%}"
+        table.add_row(f"{card.host} {card.interface}", *sent, show(card.received_bytes, "B"), f"{card.received_share:.1%}")
+    Console().print(table)
 
 
 @app.command()
@@ -64,11 +81,10 @@ def check(
     import json
     from dataclasses import asdict
 
-    from thinwire.lab.check import check as examine_all
-    from thinwire.lab.kernel import examine
+    from thinwire.lab import kernel as lab_kernel
 
-    kernel = examine()
-    abilities = examine_all(kernel)
+    kernel = lab_kernel.examine()
+    abilities = lab_kernel.check(kernel)
     if json_output:
         typer.echo(json.dumps({"reason": kernel.reason, "abilities": [asdict(ability) for ability in abilities]}))
         raise typer.Exit(1 if kernel.reason else 0)

@@ -23,19 +23,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command("train")(train.train)
-app.command("replicas")(replicas)
-app.command("serve")(serve)
-app.command("probe")(probe)
-app.command("report")(report)
-app.command("shrink")(shrink)
-app.command("bench")(bench)
+for command in (train.train, replicas, serve, probe, report, shrink, bench):
+    app.command()(command)
 app.add_typer(lab.app, name="lab")
 app.add_typer(collectives.app, name="collectives")
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(wanted: bool) -> None:
+    if wanted:
         print(f"thinwire {__version__}")
         raise typer.Exit
 

@@ -1,6 +1,5 @@
 """`thinwire probe`: measure the network and the machines that it is started on, and write a cluster file."""
 
-import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,7 +56,7 @@ def probe(
 def _work(environment: "Environment", files: tuple[Path, Path | None], name: str, how: tuple[str, float]) -> None:
     from thinwire.cli.rank import USER_ERROR, leave
     from thinwire.errors import UserError
-    from thinwire.measure.probe import Seat, gather, measure
+    from thinwire.measure.probe import gather, measure
     from thinwire.train.runtime import process_group
 
     place = environment.place
@@ -69,15 +68,8 @@ def _work(environment: "Environment", files: tuple[Path, Path | None], name: str
             raise UserError(problem)
         if problem:
             leave(USER_ERROR)
-        seat = Seat(
-            rank=place.rank,
-            world_size=place.world_size,
-            local_rank=place.local_rank,
-            host=socket.gethostname(),
-            master_address=place.master_address,
-            master_port=place.master_port,
-        )
-        findings = measure(seat, dtype, lambda line: print(line, flush=True))
+        master = place.master_address, place.master_port
+        findings = measure(place.local_rank, master, dtype, lambda line: print(line, flush=True))
         if place.rank == 0:
             _conclude(findings, files, name, paced=bool(environment.lab and environment.lab.paced))
 
@@ -90,8 +82,7 @@ def _conclude(findings: "Findings", files: tuple[Path, Path | None], name: str, 
     from rich.console import Console
 
     from thinwire.cluster import dump_cluster
-    from thinwire.measure.findings import to_cluster
-    from thinwire.measure.show import sentences, table
+    from thinwire.measure.findings import sentences, table, to_cluster
 
     output, json_path = files
     dump_cluster(to_cluster(findings, name), output)
@@ -107,7 +98,7 @@ def _conclude(findings: "Findings", files: tuple[Path, Path | None], name: str, 
 
 
 def _not_writable(files: tuple[Path, Path | None]) -> str | None:
-    """Told before anything is measured."""
+    """What is wrong with the files, known before anything is measured."""
     for path in files:
         if path is None:
             continue

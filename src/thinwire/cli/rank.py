@@ -1,4 +1,4 @@
-"""Being one of several ranks: whatever goes wrong becomes one line, for the launcher if it listens, and the process ends."""
+"""Being one of several ranks: whatever goes wrong becomes one line (in the launcher's error file), and the process ends."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ FAILED, USER_ERROR, RANK_SILENT = 1, 2, 4
 
 
 def be_rank(environment: "Environment", work: Callable[[], None], reword: "Callable[[Failure], Failure] | None" = None) -> None:
-    """Run `work`; on an exception tell why and leave. reword: what this command says instead."""
+    """Run `work`; on an exception print or record one line and leave. reword: this command's own line instead."""
     from thinwire.collectives.mpi.library import abandon
     from thinwire.train.failure import explain, write_error_file
 

@@ -33,7 +33,11 @@ def replicas(
             raise UserError(f"--resume {resume}: no run of replicas was made there; there is no replicas-spec.json in it")
         if run or number or servers or service or changes:
             raise UserError(f"--resume {resume} goes on as that run was begun; give --restart only")
-        raise typer.Exit(_resume(resume, restart))
+        from thinwire.train.replica_launch import launch
+        from thinwire.train.replica_roles import Spec
+
+        spec = Spec.model_validate_json((resume / "replicas-spec.json").read_text(encoding="utf-8"))
+        raise typer.Exit(launch(spec.run, spec.service, spec.replicas, restart, (resume.absolute(), spec.cache)))
     config, number = _configure(run, changes or []), number or 4
     tokens = number * config.train.steps * config.train.micro_batch * config.train.sequence * config.sync.accumulate
     given = {"servers": servers or 1, "first_workers": number, "total_tokens": tokens}
@@ -49,14 +53,6 @@ def replicas(
     raise typer.Exit(launch(config, agreed, number, restart, (folder.absolute(), read_environment().cache_folder)))
 
 
-def _resume(folder: Path, restart: int) -> int:
-    from thinwire.train.replica_launch import launch
-    from thinwire.train.replica_roles import Spec
-
-    spec = Spec.model_validate_json((folder / "replicas-spec.json").read_text(encoding="utf-8"))
-    return launch(spec.run, spec.service, spec.replicas, restart, (folder.absolute(), spec.cache))
-
-
 UNUSED = (
     ("cluster", "file"),
     ("layout", "data"),
@@ -65,7 +61,7 @@ UNUSED = (
     ("train", "checkpoint_every"),
     ("train", "ranks"),
 )
-"""What a run may ask of ranks and replicas do not do."""
+"""Keys of a run that replicas do not use."""
 
 
 def _configure(run: Path | None, changes: list[str]) -> "RunConfig":
@@ -86,7 +82,7 @@ def _configure(run: Path | None, changes: list[str]) -> "RunConfig":
         if value != getattr(getattr(usual, section), key):
             unused.append(f"{section}.{key} = {value!r}")
     if unused:
-        typer.echo(f"not used by replicas: {', '.join(unused)}; --replicas says how many, and they are scored at the end")
+        typer.echo(f"not used by replicas: {', '.join(unused)}; --replicas sets how many, and they are scored at the end")
     return config
 
 
@@ -100,16 +96,16 @@ def _agreed(config: "RunConfig", given: dict[str, Any], settings: list[str]) -> 
 
     content = "\n".join(_as_toml(setting) for setting in settings)
     try:
-        told = tomllib.loads(content)
+        chosen = tomllib.loads(content)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"--service {' '.join(settings)}: {error}; write key=value, each key once") from None
-    merge = told.setdefault("merge", {})
+    merge = chosen.setdefault("merge", {})
     if isinstance(merge, dict):
         merge.setdefault("kind", "diloco")
         if merge["kind"] == "gradients":
             merge.setdefault("learning_rate", config.train.learning_rate)
             merge.setdefault("optimizer", config.train.optimizer.model_dump())
-    return validate(Service, given | told, "--service")
+    return validate(Service, given | chosen, "--service")
 
 
 def _as_toml(setting: str) -> str:

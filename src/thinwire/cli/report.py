@@ -1,4 +1,4 @@
-"""`thinwire report RUN`: the table on the terminal, the page in the run folder."""
+"""`thinwire report RUN`, and the end of a training command: the table on the terminal, the page in the run folder."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +12,17 @@ def report(
     browse: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
     """Print predicted against measured, and write RUN/report.html."""
+    path = _report(run, as_json=as_json)
+    if browse:
+        typer.launch(path.resolve().as_uri())
+
+
+def conclude(run_folder: Path) -> None:
+    """Print predicted beside measured, and write the report."""
+    _report(run_folder, more=f"run folder: {run_folder}\n")
+
+
+def _report(run: Path, more: str = "", as_json: bool = False) -> Path:
     import json
 
     from rich.console import Console
@@ -28,6 +39,5 @@ def report(
     else:
         console = Console()
         console.print(table(facts))
-        console.print(f"report: {path}", soft_wrap=True, markup=False, highlight=False)
-    if browse:
-        typer.launch(path.resolve().as_uri())
+        console.print(f"{more}report: {path}", soft_wrap=True, markup=False, highlight=False)
+    return path

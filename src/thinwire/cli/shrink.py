@@ -19,20 +19,17 @@ def shrink(
     out: Annotated[Path | None, typer.Option(help="Write the shrunk weights here.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers here.")] = None,
 ) -> None:
-    """Shrink the matrices of a trained model one way, and print bytes and held-out loss before and after."""
-    import json
-
+    """Shrink the matrices of a trained model by one method, and print bytes and held-out loss before and after."""
+    from thinwire.cli.files import check_folders, write_json
     from thinwire.errors import UserError
     from thinwire.record import RunFolder
 
-    ways: dict[str, Any] = {"--svd": svd, "--sparsity": sparsity, "--int8": int8 or None, "--int4": int4 or None}
-    asked = [way for way, value in ways.items() if value is not None]
-    if len(asked) != 1:
-        given = f"{' and '.join(asked)} are {len(asked)} ways" if asked else "no way to shrink is given"
-        raise UserError(f"{given}; give one of --svd R, --sparsity F, --int8, --int4")
-    for path in (out, json_path):
-        if path and not path.resolve().parent.is_dir():
-            raise UserError(f"{path} cannot be written: there is no folder {path.resolve().parent}")
+    methods = {"--svd": svd is not None, "--sparsity": sparsity is not None, "--int8": int8, "--int4": int4}
+    chosen = [option for option, given in methods.items() if given]
+    if len(chosen) != 1:
+        problem = f"{' and '.join(chosen)} are {len(chosen)} methods" if chosen else "no method to shrink is given"
+        raise UserError(f"{problem}; give one of --svd R, --sparsity F, --int8, --int4")
+    check_folders(out, json_path)
     RunFolder.open(run)
 
     from thinwire.compress.weights.shrink import save_shrunk, shrink
@@ -49,10 +46,7 @@ def shrink(
         save_shrunk(out, stored, f"{what} of {run.resolve().name}, step {trained.step}")
         numbers |= {"file": str(out), "file_bytes": out.stat().st_size}
     if json_path:
-        try:
-            json_path.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{json_path} cannot be written: {error.strerror}") from None
+        write_json(json_path, numbers)
     _show(numbers)
 
 

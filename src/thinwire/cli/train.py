@@ -30,11 +30,11 @@ def train(
 
         outcome = work(config, environment, resume)
         if environment.results is None and place.rank == 0:  # nobody else waits for the run folder
-            from thinwire.cli.conclude import conclude
+            from thinwire.cli.report import conclude
 
             conclude(outcome.folder)
 
-    with environment_variables({"TORCH_CPP_LOG_LEVEL": "ERROR"}):  # what is wrong is said in one line
+    with environment_variables({"TORCH_CPP_LOG_LEVEL": "ERROR"}):  # an error is one line
         be_rank(environment, train_as_rank)
 
 
@@ -51,7 +51,7 @@ def _configure(run: Path | None, changes: list[str], resume: Path | None) -> "Ru
 
 def _launch(run: Path | None, changes: list[str], resume: Path | None) -> int:
     """Start the ranks on this machine, then print the table and write the report."""
-    from thinwire.cli.conclude import conclude
+    from thinwire.cli.report import conclude
     from thinwire.cluster import load_cluster
     from thinwire.errors import UserError
 
@@ -72,7 +72,7 @@ def _launch(run: Path | None, changes: list[str], resume: Path | None) -> int:
     typer.echo(f"starting {ranks} ranks on this machine")
     with tempfile.TemporaryDirectory(prefix="thinwire-") as results:
         code = launch(Nodes(ranks_per_node=ranks), arguments, loopback_environment() | {"THINWIRE_RESULTS": results})
-        told = Path(results) / "run_folder"
-        if told.is_file():
-            conclude(Path(told.read_text(encoding="utf-8")))
+        run_folder = Path(results) / "run_folder"
+        if run_folder.is_file():
+            conclude(Path(run_folder.read_text(encoding="utf-8")))
     return code

@@ -18,14 +18,14 @@
     kind = "nvswitch"
     count = 16
 
-    [[link]]                        # any other cable; both ways unless one_way
+    [[link]]                        # any other cable; both directions unless one_way
     source = "dgx{i}/gpu{j}"
     target = "dgx{i}/nvswitch"
     bandwidth_bps = "3.6 Tbit/s"
     each = { i = 16, j = 8 }        # one for each i and j
 
 A quantity is a number in the base unit, a string with its unit, or, when measured, a table {value, source, low, high, date}.
-The other direction of a cable differs where back_bandwidth_bps or back_latency_s says so. burst_bytes = "16 KiB" on a cable whose
+The other direction of a cable may have its own back_bandwidth_bps and back_latency_s. burst_bytes = "16 KiB" on a cable whose
 rate is kept by a token bucket (labs, many clouds): so much passes at once after a silence.
 """
 
@@ -36,9 +36,8 @@ from typing import Any
 
 import tomli_w
 
-from thinwire.cluster.expand import expand
-from thinwire.cluster.model import Cluster, Device, Host, Quantity
-from thinwire.cluster.spec import ClusterSpec
+from thinwire.cluster.model import Cluster, Host, Quantity
+from thinwire.cluster.spec import ClusterSpec, expand
 from thinwire.errors import UserError
 from thinwire.tomlfile import read_toml, validate
 
@@ -70,22 +69,11 @@ def dump_cluster(cluster: Cluster, path: Path) -> None:
     content = {
         "name": cluster.name,
         "ranks": list(cluster.ranks),
-        "host": [
-            _without_none({"name": host.name, "rack": host.rack, "address": host.address, "device": _devices(host)})
-            for host in cluster.hosts
-        ],
-        "switch": [{"name": switch.name, "kind": switch.kind} for switch in cluster.switches],
+        "host": [_table(host, ("name", "rack", "address")) | {"device": _devices(host)} for host in cluster.hosts],
+        "switch": [_table(switch, ("name", "kind")) for switch in cluster.switches],
         "link": [
-            _without_none(
-                {
-                    "source": link.source,
-                    "target": link.target,
-                    "one_way": True,
-                    "bandwidth_bps": _write(link.bandwidth_bps),
-                    "latency_s": _write(link.latency_s),
-                    "burst_bytes": _write(link.burst_bytes) or None,
-                }
-            )
+            _table(link, ("source", "target", "bandwidth_bps", "latency_s") + ("burst_bytes",) * bool(link.burst_bytes.value))
+            | {"one_way": True}
             for link in cluster.links
         ],
     }
@@ -95,28 +83,19 @@ def dump_cluster(cluster: Cluster, path: Path) -> None:
 def _devices(host: Host) -> dict[str, Any] | list[dict[str, Any]]:
     """One table with a count where the devices are equal and numbered from 0, else a table each."""
     names = [device.name.removeprefix(f"{host.name}/") for device in host.devices]
-    first = _device(names[0], host.devices[0])
+    tables = [_table(device, ("kind", "flops_per_s", "memory_bytes")) for device in host.devices]
     stem = re.sub(r"0$", "", names[0])
-    alike = all(_device(names[0], device) == first for device in host.devices)
-    if alike and names == [f"{stem}{j}" for j in range(len(names))]:
-        return first | {"name": stem + "{j}", "count": len(names)}
-    tables = [_device(name, device) for name, device in zip(names, host.devices, strict=True)]
-    return tables[0] if len(tables) == 1 else tables
+    if all(table == tables[0] for table in tables) and names == [f"{stem}{j}" for j in range(len(names))]:
+        return tables[0] | {"name": stem + "{j}", "count": len(names)}
+    named = [{"name": name} | table for name, table in zip(names, tables, strict=True)]
+    return named[0] if len(named) == 1 else named
 
 
-def _device(name: str, device: Device) -> dict[str, Any]:
-    values = {"flops_per_s": _write(device.flops_per_s), "memory_bytes": _write(device.memory_bytes)}
-    return {"name": name, "kind": device.kind} | _without_none(values)
-
-
-def _write(quantity: Quantity | None) -> Any:
-    if quantity is None:
-        return None
-    if quantity == Quantity(quantity.value):
-        return quantity.value
-    fields = ("value", "source", "low", "high", "date")
-    return _without_none({name: getattr(quantity, name) for name in fields})
-
-
-def _without_none(table: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in table.items() if value is not None}
+def _table(thing: object, fields: tuple[str, ...]) -> dict[str, Any]:
+    """These fields, without those that are None; a quantity that is only declared is its number."""
+    values = {name: getattr(thing, name) for name in fields}
+    for name, value in values.items():
+        if isinstance(value, Quantity):
+            is_plain = value == Quantity(value.value)
+            values[name] = value.value if is_plain else _table(value, ("value", "source", "low", "high", "date"))
+    return {name: value for name, value in values.items() if value is not None}

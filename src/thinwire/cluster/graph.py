@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import pairwise
 
 import networkx
 
@@ -28,7 +29,7 @@ class Routes:
         self._nodes = [cluster.node_of(rank) for rank in range(cluster.world_size)]
         self._name = cluster.name
         self._route = lru_cache(maxsize=None)(self._find)
-        self._before = lru_cache(maxsize=None)(self._search)
+        self._paths = lru_cache(maxsize=None)(lambda source: networkx.single_source_shortest_path(self._graph, source))
 
     def between(self, source_rank: int, target_rank: int) -> tuple[Link, ...]:
         """The links from one rank to another; empty when both sit on one node (memory is not modelled as a link)."""
@@ -42,16 +43,8 @@ class Routes:
                 loads[link] += payload_bytes  # type: ignore[assignment]
         return loads
 
-    def _search(self, source: str) -> dict[str, str]:
-        """For each node that can be reached, the node before it on the way from `source`."""
-        return dict(networkx.bfs_predecessors(self._graph, source))
-
     def _find(self, source: str, target: str) -> tuple[Link, ...]:
-        links: list[Link] = []
-        before = self._before(source)
-        while target != source:
-            if target not in before:
-                raise UserError(f"{self._name}: no way from {source!r} to {target!r}; add the missing link")
-            links.append(self._graph.edges[before[target], target]["link"])
-            target = before[target]
-        return tuple(reversed(links))
+        path = self._paths(source).get(target)
+        if path is None:
+            raise UserError(f"{self._name}: no route from {source!r} to {target!r}; add the missing link")
+        return tuple(self._graph.edges[ends]["link"] for ends in pairwise(path))

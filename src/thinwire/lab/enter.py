@@ -16,7 +16,7 @@ SPACES = "spaces.json"
 
 def write_spaces(folder: Path, spaces: dict[str, Space]) -> None:
     """Note the namespaces of all hosts, which this process holds open; and make `enter`, a program that gets there."""
-    (folder / SPACES).write_text(json.dumps({name: space.descriptors for name, space in spaces.items()}), encoding="utf-8")
+    (folder / SPACES).write_text(json.dumps(spaces), encoding="utf-8")
     program = folder / "enter"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {__name__} "{folder}" "$@"\n', encoding="utf-8")
     program.chmod(0o755)

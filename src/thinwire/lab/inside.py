@@ -1,8 +1,8 @@
-"""Process 1 of a lab: builds the network, runs the commands, counts the cards. `python -m thinwire.lab.inside FD`.
+"""Process 1 of a lab: builds the network, runs the commands, counts the cards. `python -m thinwire.lab.inside ORDERS FD`.
 
 It is the first process of its PID namespace, so when it ends, for whatever reason, the kernel ends all the others and
-frees every namespace, card and mount. It reads its orders from stdin (10 digits of length, JSON, then one byte a
-signal; end of file: end at once) and writes one JSON object to the descriptor FD.
+frees every namespace, card and mount. It reads its orders from the JSON file ORDERS and signals from stdin (one byte each;
+end of file: end at once), and writes one JSON object to the descriptor FD.
 """
 
 import json
@@ -26,11 +26,11 @@ CARRIER_TIMEOUT_S = 5.0
 
 
 def main() -> None:
-    """Process 1 of the lab: read the orders, build, run, answer."""
-    report = int(sys.argv[1])
+    """Read the orders, build, run, answer."""
+    orders, report = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), int(sys.argv[2])
     os.set_inheritable(report, False)
     try:
-        answer = run(_orders())
+        answer = run(orders)
     except (OSError, subprocess.SubprocessError) as error:
         answer = {"error": f"the lab could not be built: {error}"}
     with os.fdopen(report, "w", encoding="utf-8") as stream:
@@ -57,11 +57,8 @@ def run(orders: dict[str, Any]) -> dict[str, Any]:
     before = {name: spaces.counters(host["netns"]) for name, host in hosts.items()}
     processes = [Running(spec, homes[spec["host"]], orders["cwd"]) for spec in orders["processes"]]
     watch = Watch(processes, control=0, notice_s=orders["notice_s"], grace_s=orders["grace_s"])
-    if orders["begins"]:
-        watch.clock_from = RESULTS / orders["begins"]
-    for turn in orders["turns"]:
-        watch.at(turn["at_s"], partial(_turn, turn, orders["tools"]))
-    seconds = watch.run()
+    stalls = [(step["at_s"], partial(_stall, step, orders["tools"])) for step in orders["stalls"]]
+    seconds = watch.run(stalls, RESULTS / orders["begins"] if orders["begins"] else None)
     after = {name: spaces.counters(host["netns"]) for name, host in hosts.items()}
     return {
         "seconds": seconds,
@@ -72,6 +69,7 @@ def run(orders: dict[str, Any]) -> dict[str, Any]:
             name: {card: [now - then for now, then in zip(after[name][card], before[name][card], strict=True)] for card in cards}
             for name, cards in before.items()
         },
+        "retransmitted": {name: spaces.retransmitted(host["netns"]) for name, host in hosts.items()},
         "results": {
             path.name: path.read_text(encoding="utf-8", errors="replace") for path in sorted(RESULTS.iterdir()) if path.is_file()
         },
@@ -79,7 +77,7 @@ def run(orders: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply(step: dict[str, Any], tools: dict[str, str]) -> None:
-    """Run one step of the wiring with a single process. OSError with what the tool said."""
+    """Run one step of the wiring with a single process. OSError with the tool's message."""
     netns, lines = step["netns"], step["lines"]
     if step["tool"] == "sysctl":
         with spaces.network(netns):
@@ -95,9 +93,9 @@ def apply(step: dict[str, Any], tools: dict[str, str]) -> None:
         raise OSError(f"{step['tool']} {netns or 'core'}: {' '.join(done.stderr.split())}")
 
 
-def _turn(turn: dict[str, Any], tools: dict[str, str]) -> None:
-    apply({"tool": "ip", "netns": None, "lines": turn["lines"]}, tools)
-    os.write(2, f"thinwire: lab: {turn['said']}\n".encode())
+def _stall(step: dict[str, Any], tools: dict[str, str]) -> None:
+    apply({"tool": "ip", "netns": None, "lines": step["lines"]}, tools)
+    os.write(2, f"thinwire: lab: {step['message']}\n".encode())
 
 
 def _settle(name: str, host: dict[str, Any]) -> spaces.Space:
@@ -116,21 +114,6 @@ def _wait_for_carrier(netns: str, interfaces: list[str]) -> None:
             if time.monotonic() > deadline:
                 raise OSError(f"the cards of {netns} did not come up within {CARRIER_TIMEOUT_S:g} s")
             time.sleep(0.005)
-
-
-def _orders() -> dict[str, Any]:
-    length = int(_read(10))
-    return json.loads(_read(length))  # type: ignore[no-any-return]
-
-
-def _read(count: int) -> bytes:
-    parts = b""
-    while len(parts) < count:
-        part = os.read(0, count - len(parts))
-        if not part:
-            os._exit(1)
-        parts += part
-    return parts
 
 
 if __name__ == "__main__":

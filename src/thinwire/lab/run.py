@@ -13,27 +13,26 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
 
 from thinwire.cluster import Cluster, dump_cluster
 from thinwire.errors import UserError
-from thinwire.lab import cards
-from thinwire.lab.cards import CardCount
-from thinwire.lab.commands import ROOT, Process, ranks_by_host
+from thinwire.lab.commands import ROOT, Process, host_files
 from thinwire.lab.kernel import Kernel, examine
-from thinwire.lab.mpi import host_files
-from thinwire.lab.stalls import Stall, turns
+from thinwire.lab.stalls import Stall, steps_of
 from thinwire.lab.wiring import Wiring, imitated, wire
+from thinwire.record import Card, Cards, RunFolder
 
 RESULTS = f"{ROOT}/results"
-TOLD = f"{ROOT}/host/lab.json"
-"""What the lab tells the processes of a host: on each host its own file, at one path."""
+HOST_FILE = f"{ROOT}/host/lab.json"
+"""On each host a file of its own at this path; its processes find the path in THINWIRE_LAB."""
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LEAVE_S = 5.0
 
@@ -58,6 +57,7 @@ class LabResult:
     """What came of it. `failure` is one line, None where every command succeeded; `results` are texts that they left.
 
     `exit_code` is 0 only if all succeeded: else that of the host in `failure`, or 128 + signal where one ended them.
+    `retransmitted`: by host, the TCP segments that it sent once more.
     """
 
     exit_codes: dict[str, int]
@@ -65,9 +65,9 @@ class LabResult:
     failure: str | None
     signal: int | None
     seconds: float
-    cards: tuple[CardCount, ...]
+    cards: tuple[Card, ...]
+    retransmitted: dict[str, int]
     delay: str
-    paced: bool
     results: dict[str, str] = field(default_factory=dict)
     run_folder: Path | None = None
 
@@ -77,7 +77,7 @@ def prepare(cluster: Cluster, options: LabOptions) -> tuple[Kernel, Wiring]:
     kernel = examine()
     if kernel.reason:
         raise UserError(kernel.reason)
-    return kernel, wire(cluster, netem=kernel.has("netem"), delay=options.delay)
+    return kernel, wire(cluster, netem="netem" in kernel.abilities, delay=options.delay)
 
 
 def run(cluster: Cluster, commands: Mapping[str, Sequence[str]], options: LabOptions | None = None) -> LabResult:
@@ -104,9 +104,7 @@ def launch(
     if not processes:
         raise UserError("no command was given to run in the lab")
     kernel, wiring = prepared or prepare(cluster, options)
-    paced = options.paced and any(device.flops_per_s for device in cluster.devices)
-    answer = _talk(kernel, _orders(cluster, processes, kernel, wiring, options))
-    return _result(cluster, wiring, answer, paced=paced)
+    return _result(cluster, wiring, _talk(kernel, _orders(cluster, processes, kernel, wiring, options)))
 
 
 def _orders(
@@ -128,23 +126,22 @@ def _orders(
             "hosts_file": _hosts_file(wiring),
             "lab": lab,
         }
-    with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
+    with TemporaryDirectory(prefix="thinwire-") as folder:
         dump_cluster(imitated(cluster, wiring.delay), Path(folder) / "cluster.toml")
         text = (Path(folder) / "cluster.toml").read_text(encoding="utf-8")
     specs = []
     for index, process in enumerate(processes):
-        variables = {**process.variables, "THINWIRE_LAB": TOLD}
-        pairs = [f"{name}={value}" for name, value in variables.items()]
-        argv = [kernel.tools["env"], *pairs, *process.argv]
+        variables = {**process.variables, "THINWIRE_LAB": HOST_FILE}
+        argv = [kernel.tools["env"], *(f"{name}={value}" for name, value in variables.items()), *process.argv]
         specs.append({"host": process.host, "argv": argv, "streams": index == 0})
     return {
-        "files": {"cluster.toml": text, **host_files(ranks_by_host(cluster))},
+        "files": {"cluster.toml": text, **host_files(cluster)},
         "tools": kernel.tools,
         "steps": [asdict(step) for step in wiring.steps],
         "hosts": hosts,
         "processes": specs,
         "begins": next((process.begins for process in processes if process.begins), ""),
-        "turns": [asdict(turn) for turn in turns(options.stalls, cluster, wiring)],
+        "stalls": [asdict(step) for step in steps_of(options.stalls, cluster, wiring)],
         "cwd": os.getcwd(),
         "notice_s": options.notice_s,
         "grace_s": options.grace_s,
@@ -161,62 +158,53 @@ def _hosts_file(wiring: Wiring) -> str:
 
 def _talk(kernel: Kernel, orders: dict[str, Any]) -> dict[str, Any]:
     """Start process 1, give it its orders, pass signals on, and return its answer."""
-    text = json.dumps(orders).encode()
-    heard, report = os.pipe()
-    control, orders_end = os.pipe()
-    lab = None
-    try:
-        with _forwarded(orders_end):
-            with _held():
-                lab = subprocess.Popen(
-                    [
-                        *(kernel.tools["setpriv"], "--pdeathsig", "KILL", *kernel.unshare),
-                        *(sys.executable, "-m", "thinwire.lab.inside", str(report)),
-                    ],
-                    stdin=control,
-                    pass_fds=(report,),
-                    start_new_session=True,
-                )
-                os.close(report)
-                os.close(control)
-                report = control = -1
-                _write_all(orders_end, b"%010d" % len(text) + text)
-            with os.fdopen(heard, "r", encoding="utf-8") as stream:
-                heard = -1
-                said = stream.read()
-    finally:
-        for descriptor in (heard, report, control, orders_end):
-            if descriptor >= 0:
-                os.close(descriptor)
-        if lab is not None:
-            try:
-                lab.wait(LEAVE_S)
-            except subprocess.TimeoutExpired:
-                lab.kill()
-                lab.wait()
-    if not said:
+    command = [*(kernel.tools["setpriv"], "--pdeathsig", "KILL", *kernel.unshare), sys.executable, "-m", "thinwire.lab.inside"]
+    answer_end, report_end = os.pipe()
+    with ExitStack() as stack:
+        stream = stack.enter_context(open(answer_end, encoding="utf-8"))
+        try:
+            file = stack.enter_context(NamedTemporaryFile("w", prefix="thinwire-", suffix=".json", encoding="utf-8"))
+            json.dump(orders, file)
+            file.flush()
+            command += [file.name, str(report_end)]
+            lab = subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, pass_fds=(report_end,), start_new_session=True)
+        finally:
+            os.close(report_end)
+        stack.callback(_end, lab)
+        stack.enter_context(_forwarded(lab))
+        text = stream.read()
+    if not text:
         raise UserError(f"the lab was ended from outside (exit code {lab.returncode}); nothing of it is left")
-    answer: dict[str, Any] = json.loads(said)
+    answer: dict[str, Any] = json.loads(text)
     if "error" in answer:
         raise UserError(answer["error"])
     return answer
 
 
-def _write_all(descriptor: int, content: bytes) -> None:
+def _end(lab: subprocess.Popen[bytes]) -> None:
+    assert lab.stdin is not None
+    lab.stdin.close()
     try:
-        while content:
-            content = content[os.write(descriptor, content) :]
-    except BrokenPipeError:
-        return
+        lab.wait(LEAVE_S)
+    except subprocess.TimeoutExpired:
+        lab.kill()
+        lab.wait()
 
 
 @contextmanager
-def _forwarded(orders_end: int) -> Iterator[None]:
+def _forwarded(lab: subprocess.Popen[bytes]) -> Iterator[None]:
     """While the lab runs, signals to this process are passed on to it (only possible in the main thread)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, lambda got, _: _write_all(orders_end, bytes([got]))) for number in FORWARDED}
+    assert lab.stdin is not None
+    line = lab.stdin
+
+    def pass_on(number: int, _: object) -> None:
+        with suppress(BrokenPipeError):
+            line.write(bytes([number]))
+
+    before = {number: signal.signal(number, pass_on) for number in FORWARDED}
     try:
         yield
     finally:
@@ -224,17 +212,7 @@ def _forwarded(orders_end: int) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def _held() -> Iterator[None]:
-    """Hold signals back, so that none is passed on in the middle of the orders."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _result(cluster: Cluster, wiring: Wiring, answer: dict[str, Any], *, paced: bool) -> LabResult:
+def _result(cluster: Cluster, wiring: Wiring, answer: dict[str, Any]) -> LabResult:
     codes: dict[str, int] = {}
     for process in answer["processes"]:
         codes[process["host"]] = codes.get(process["host"]) or process["code"]
@@ -242,8 +220,17 @@ def _result(cluster: Cluster, wiring: Wiring, answer: dict[str, Any], *, paced: 
     counts = []
     for card in wiring.cards:
         sent, received = answer["counters"][card.host][card.interface]
-        shares = (8 * count / (link.bandwidth_bps.value * seconds) for count, link in ((sent, card.out), (received, card.back)))
-        counts.append(CardCount(card.host, card.interface, sent, received, *shares))
+        out_bps, back_bps = card.out.bandwidth_bps.value, card.back.bandwidth_bps.value
+        counts.append(
+            Card(
+                host=card.host,
+                interface=card.interface,
+                sent_bytes=sent,
+                received_bytes=received,
+                sent_share=8 * sent / (out_bps * seconds),
+                received_share=8 * received / (back_bps * seconds),
+            )
+        )
     failed = _failed(answer)
     folder = answer["results"].get("run_folder", "").strip()
     result = LabResult(
@@ -253,26 +240,35 @@ def _result(cluster: Cluster, wiring: Wiring, answer: dict[str, Any], *, paced: 
         signal=answer["signal"],
         seconds=seconds,
         cards=tuple(counts),
+        retransmitted=answer["retransmitted"],
         delay=wiring.delay,
-        paced=paced,
         results=answer["results"],
         run_folder=Path(folder) if folder else None,
     )
     if result.run_folder and result.run_folder.is_dir():
-        sent_bytes = cards.ledger_sent_bytes(cluster, result.run_folder)
-        cards.write(result.run_folder / "cards.json", result.cards, sent_bytes)
+        run_folder = RunFolder(result.run_folder)
+        run_folder.write("cards.json", Cards(cards=result.cards, ledger_sent_bytes=_ledger_sent_bytes(cluster, run_folder)))
     return result
 
 
+def _ledger_sent_bytes(cluster: Cluster, folder: RunFolder) -> dict[str, float]:
+    """Bytes that each host sent by the ledger of a run; empty where the run left no ledger."""
+    sent: Counter[str] = Counter()
+    ledger = folder.ledger()
+    for entry in ledger.entries if ledger else ():
+        sent[cluster.host_of(entry.rank).name] += entry.wire_bytes  # type: ignore[assignment]
+    return dict(sent)
+
+
 def _failed(answer: dict[str, Any]) -> dict[str, Any] | None:
-    """The process that tells most of why: exit code 1 may be the echo of another host's end, other codes are specific."""
+    """The process whose end explains most: exit code 1 may be the echo of another host's end, other codes are specific."""
     processes = answer["processes"]
     failed = [processes[index] for index in answer["failures"]] or [process for process in processes if process["code"] != 0]
     return min(failed, key=lambda process: process["code"] == 1, default=None)
 
 
 def _failure(answer: dict[str, Any], failed: dict[str, Any] | None) -> str | None:
-    """One line that names the host, how it ended, and its last words."""
+    """One line that names the host, how it ended, and its last line."""
     if failed is None:
         return None
     code = failed["code"]

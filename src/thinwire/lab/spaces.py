@@ -8,8 +8,8 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000
@@ -22,28 +22,17 @@ IFF_RUNNING = 0x40
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Space:
-    """The open namespaces of one host. Any process that enters them is on that host."""
+class Space(NamedTuple):
+    """Descriptors of the open namespaces of one host. Any process that enters them is on that host."""
 
     net: int
     mount: int
     uts: int
     ipc: int
 
-    @property
-    def descriptors(self) -> tuple[int, int, int, int]:
-        """What `Space` is made of."""
-        return self.net, self.mount, self.uts, self.ipc
-
     def enter(self) -> None:
         """Move the calling (single-threaded) process onto the host. Its working directory is then `/`."""
-        for descriptor, kind in (
-            (self.net, CLONE_NEWNET),
-            (self.uts, CLONE_NEWUTS),
-            (self.ipc, CLONE_NEWIPC),
-            (self.mount, CLONE_NEWNS),
-        ):
+        for descriptor, kind in zip(self, (CLONE_NEWNET, CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC), strict=True):
             _call("setns", descriptor, kind)
 
 
@@ -61,7 +50,7 @@ def make_space(netns: str, hostname: str, folder: str, here: str) -> Space:
     A short-lived child makes them, since a process cannot leave a mount namespace that it has changed for another host.
     """
     net = os.open(f"/run/netns/{netns}", os.O_RDONLY | os.O_CLOEXEC)
-    ready, said = os.pipe()
+    ready, reply = os.pipe()
     child = os.fork()
     if child == 0:
         try:
@@ -71,12 +60,12 @@ def make_space(netns: str, hostname: str, folder: str, here: str) -> Space:
             mount("tmpfs", "/dev/shm", "tmpfs")
             mount(f"{folder}/hosts", "/etc/hosts", "", MS_BIND)
             mount(folder, here, "", MS_BIND)
-            os.write(said, b"+")
+            os.write(reply, b"+")
             signal.pause()
         except OSError as error:
-            os.write(said, str(error).encode())
+            os.write(reply, str(error).encode())
         os._exit(1)
-    os.close(said)
+    os.close(reply)
     try:
         answer = os.read(ready, 4096)
         if answer != b"+":
@@ -112,6 +101,14 @@ def counters(netns: str) -> dict[str, tuple[int, int]]:
         lines = Path("/proc/thread-self/net/dev").read_text().splitlines()[2:]
     fields = {name.strip(): values.split() for name, values in (line.split(":", 1) for line in lines)}
     return {name: (int(values[8]), int(values[0])) for name, values in fields.items() if name != "lo"}
+
+
+def retransmitted(netns: str) -> int:
+    """TCP segments that a host has sent once more since its network was made (RFC 4022, tcpRetransSegs)."""
+    with network(netns):
+        lines = Path("/proc/thread-self/net/snmp").read_text().splitlines()
+    names, values = (line.split() for line in lines if line.startswith("Tcp:"))
+    return int(values[names.index("RetransSegs")])
 
 
 def announce(netns: str, interfaces: list[str]) -> None:

@@ -1,11 +1,11 @@
-"""Links of a host that fall silent for a while, as a pulled plug, a switch that restarts or a lost radio makes them.
+"""Links of a host that fall silent for a while, like a pulled plug, a switch that restarts or a lost radio.
 
     HOST:AT:FOR    from AT on, for so long, no frame passes from or to any card of HOST
 
 AT counts from the start of the commands, and for `thinwire train` from its first step, however long torch takes to load.
 
 The other ends of the host's cards are taken off their bridges: the cards stay up and send, and every frame is lost there. TCP
-survives that, but it asks less and less often, so what it carries goes on up to FOR later than the link does:
+survives that, but it tries less and less often, so what it carries goes on up to FOR later than the link does:
 
     tries at r, 3 r, 7 r, ... (2^k - 1) r after the first loss        r: TCP's time-out, 0.2 s or a little more
 
@@ -43,15 +43,15 @@ class Stall:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """At `at_s`: the lines for `ip` that take a host's cards off their bridges, or put them back, and what is said of it."""
+class StallStep:
+    """At `at_s`: the lines for `ip` that take a host's cards off their bridges or put them back, and the message about it."""
 
     at_s: float
     lines: tuple[str, ...]
-    said: str
+    message: str
 
 
-def turns(stalls: Sequence[Stall], cluster: Cluster, wiring: Wiring) -> list[Turn]:
+def steps_of(stalls: Sequence[Stall], cluster: Cluster, wiring: Wiring) -> list[StallStep]:
     """What is to be done when, in order. UserError for a host that is not there, or two stalls of one at a time."""
     found = []
     for host in dict.fromkeys(stall.host for stall in stalls):
@@ -62,9 +62,9 @@ def turns(stalls: Sequence[Stall], cluster: Cluster, wiring: Wiring) -> list[Tur
         for before, after in pairwise(own):
             if after.at_s < before.at_s + before.for_s:
                 raise UserError(f"--stall: {host} is to fall silent at {after.at_s:g} s, and is silent then already")
+        off = tuple(f"link set {card.core_interface} nomaster" for card in cards)
+        back = tuple(f"link set {card.core_interface} master {wiring.bridges[card.switch]}" for card in cards)
         for stall in own:
-            off = tuple(f"link set {card.core_interface} nomaster" for card in cards)
-            back = tuple(f"link set {card.core_interface} master {wiring.bridges[card.switch]}" for card in cards)
-            found.append(Turn(stall.at_s, off, f"{host} is silent from {stall.at_s:g} s on, for {stall.for_s:g} s"))
-            found.append(Turn(stall.at_s + stall.for_s, back, f"{host} is heard again"))
-    return sorted(found, key=lambda turn: turn.at_s)
+            found.append(StallStep(stall.at_s, off, f"{host} is silent from {stall.at_s:g} s on, for {stall.for_s:g} s"))
+            found.append(StallStep(stall.at_s + stall.for_s, back, f"{host} is heard again"))
+    return sorted(found, key=lambda step: step.at_s)

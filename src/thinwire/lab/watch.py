@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,6 @@ class Running:
         def enter() -> None:
             space.enter()
             os.chdir(cwd)
-            signal.pthread_sigmask(signal.SIG_SETMASK, [])
-            signal.set_wakeup_fd(-1)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
 
@@ -49,8 +47,8 @@ class Running:
             preexec_fn=enter,
         )
 
-    def hear(self, name: str, chunk: bytes) -> None:
-        """Keep the last lines; stderr of the first process goes on to the terminal, less what the lab says in the end."""
+    def keep(self, name: str, chunk: bytes) -> None:
+        """Keep the last lines; stderr of the first process goes on to the terminal, less the error that the lab prints last."""
         if self.streams:
             shown = b"".join(line for line in chunk.splitlines(keepends=True) if not line.startswith(OWN_ERROR))
             try:
@@ -62,7 +60,7 @@ class Running:
         self.lines[name].extend(others)
 
     def last_line(self) -> str:
-        """The last words; or, since a launcher and the ranks that it ends have more to say, the first line of ours."""
+        """Our own first error, since a launcher and the ranks that it ends print more after it; without one the last line."""
         for line in self.lines["stderr"]:
             if line.startswith(OWN_ERROR):
                 return line.decode(errors="replace").strip()
@@ -92,54 +90,50 @@ class Watch:
         self._deadline, self._ending = float("inf"), False
         self._selector = selectors.DefaultSelector()
         self._timed: deque[tuple[float, Callable[[], None]]] = deque()
-        self.clock_from: Path | None = None
+        self._clock_from: Path | None = None
         self._clock = 0.0
 
-    def at(self, time_s: float, act: Callable[[], None]) -> None:
-        """Call `act` so long after `run` was called, or after `clock_from` was there, if a process still runs then. In order."""
-        self._timed.append((time_s, act))
+    def run(self, timed: Sequence[tuple[float, Callable[[], None]]] = (), clock_from: Path | None = None) -> float:
+        """Seconds from now until the last process ended. Ends this process if the pipe from outside closes.
 
-    def run(self) -> float:
-        """Seconds from now until the last process ended. Ends this process if the pipe from outside closes."""
+        timed: in order, what to call so many seconds from now, or after the file `clock_from` is there, if a process still runs.
+        """
+        self._timed, self._clock_from = deque(timed), clock_from
         started = self._clock = time.monotonic()
-        woken, wake = os.pipe()
-        os.set_blocking(wake, False)
-        os.set_blocking(woken, False)
-        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        self._selector.register(woken, selectors.EVENT_READ, "child")
         self._selector.register(self._control, selectors.EVENT_READ, "control")
         for process in self.processes:
+            self._selector.register(os.pidfd_open(process.popen.pid), selectors.EVENT_READ, process)
             for name in ("stderr", "stdout"):
                 if stream := getattr(process.popen, name):
                     os.set_blocking(stream.fileno(), False)
                     self._selector.register(stream, selectors.EVENT_READ, (process, name))
-        self._reap()
         while any(process.code is None for process in self.processes):
             due = min(self._deadline, self._act() if self._timed else self._deadline)
             for key, _ in self._selector.select(min(1.0, max(0.0, due - time.monotonic()))):
                 self._on(key)
-            self._reap()
             if time.monotonic() >= self._deadline:
                 self._end()
         seconds = time.monotonic() - started
-        while heard := [key for key, _ in self._selector.select(0) if isinstance(key.data, tuple)]:
-            for key in heard:
+        while unread := [key for key, _ in self._selector.select(0) if isinstance(key.data, tuple)]:
+            for key in unread:
                 self._on(key)
         return seconds
 
     def _act(self) -> float:
         """Do what is due; returns when to look again."""
-        if self.clock_from is not None:
-            if not self.clock_from.exists():
+        if self._clock_from is not None:
+            if not self._clock_from.exists():
                 return time.monotonic() + LOOK_S
-            self._clock, self.clock_from = time.monotonic(), None
+            self._clock, self._clock_from = time.monotonic(), None
         while self._timed and time.monotonic() >= self._clock + self._timed[0][0]:
             self._timed.popleft()[1]()
         return self._clock + self._timed[0][0] if self._timed else self._deadline
 
     def _on(self, key: selectors.SelectorKey) -> None:
-        chunk = b""
+        if isinstance(key.data, Running):
+            self._selector.unregister(key.fileobj)
+            self._on_end(key.data)
+            return
         try:
             chunk = os.read(key.fd, 65536)
         except BlockingIOError:
@@ -149,12 +143,11 @@ class Watch:
                 os._exit(1)
             for number in chunk:
                 self._on_signal(number)
-        elif key.data != "child":
+        elif chunk:
             process, name = key.data
-            if chunk:
-                process.hear(name, chunk)
-            else:
-                self._selector.unregister(key.fileobj)
+            process.keep(name, chunk)
+        else:
+            self._selector.unregister(key.fileobj)
 
     def _on_signal(self, number: int) -> None:
         again = self.signal is not None
@@ -164,21 +157,8 @@ class Watch:
         for process in self.processes:
             process.send(signal.SIGKILL if again else number)
 
-    def _reap(self) -> None:
-        """Collect every child that has ended; orphans of the hosts end up here too."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            for process in self.processes:
-                if process.popen.pid == pid:
-                    process.code = process.popen.returncode = os.waitstatus_to_exitcode(status)
-                    self._after(process)
-
-    def _after(self, process: Running) -> None:
+    def _on_end(self, process: Running) -> None:
+        process.code = process.popen.wait()
         if process.code != 0 and not self._ending:
             if not self.failures:
                 self._deadline = time.monotonic() + self._notice_s

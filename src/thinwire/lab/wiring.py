@@ -3,9 +3,9 @@
 A host becomes a network namespace h<i> whose k-th card is eth<k>; a network switch becomes a bridge; a cable becomes a
 veth pair. Each *directed* link is a token bucket (tbf) at the end where it starts, so both ends of a pair are shaped.
 
-The bucket: after a silence a message gets `burst` bytes for free and then flows at the line rate, so a message of n
+The bucket: after a silence `burst` bytes of a message pass at once, and the rest flows at the line rate, so a message of n
 bytes may be early by burst / n. With 16 KiB (or 2 ms of the rate if that is more) that is at most 10 % at 256 KiB up to
-100 Mbit/s; a cluster file may say its own `burst_bytes`. tbf counts whole frames: a payload cannot be faster than
+100 Mbit/s; a cluster file may give its own `burst_bytes`. tbf counts whole frames: a payload cannot be faster than
 bandwidth_bps / FRAME_OVERHEAD.
 """
 
@@ -84,26 +84,26 @@ class _Cable:
 
 
 def wire(cluster: Cluster, *, netem: bool, delay: bool = True) -> Wiring:
-    """Plan the network of `cluster`. UserError where it cannot be imitated: no cards, loops, one-way links, latency."""
+    """Plan the network of `cluster`. UserError where it cannot be imitated: no cards, loops, a missing direction, latency."""
     if len(cluster.hosts) > MAX_HOSTS:
         raise UserError(f"{cluster.name} has {len(cluster.hosts)} hosts; a lab holds at most {MAX_HOSTS}")
     cables, notes = _cables(cluster)
     switches, cards, uplinks = _plug(cluster, cables)
     _check_reach(cluster, cards, uplinks)
     links = [link for cable in cables for link in (cable.forward, cable.back)]
-    said, with_netem = _delay(cluster, links, netem=netem, delay=delay)
+    fate = _delay(cluster, links, netem=netem, delay=delay)
     notes += _rate_notes(cluster, links)
-    if said.startswith("refused"):
-        notes.append(f"delay {said}")
+    if fate.startswith("refused"):
+        notes.append(f"delay {fate}")
     netns = {host.name: f"h{index}" for index, host in enumerate(cluster.hosts)}
     bridges = {switch: f"b{index}" for index, switch in enumerate(switches)}
     return Wiring(
-        steps=_steps(bridges, cards, uplinks, netns, with_netem),
+        steps=_steps(bridges, cards, uplinks, netns, fate == "applied"),
         cards=tuple(cards),
         netns=netns,
         bridges=bridges,
         addresses={card.host: card.address for card in cards if card.interface == "eth0"},
-        delay=said,
+        delay=fate,
         notes=tuple(notes),
     )
 
@@ -120,7 +120,7 @@ def imitated(cluster: Cluster, delay: str) -> Cluster:
 
 
 def burst_bytes(link: Link) -> int:
-    """Of the bucket that shapes `link`: what its cluster file says, else see the top of the file."""
+    """Of the bucket that shapes `link`: what its cluster file gives, else see the top of the file."""
     declared = round(link.burst_bytes.value)
     if 0 < declared < LEAST_BURST_BYTES:
         raise UserError(
@@ -145,30 +145,27 @@ def shape(interface: str, link: Link, *, with_netem: bool) -> list[str]:
 
 
 def _cables(cluster: Cluster) -> tuple[list[_Cable], list[str]]:
-    """Pair the two directions of every cable between hosts and network switches; say what is left out."""
+    """Pair the two directions of every cable between hosts and network switches; and a note about what is left out."""
     place = {switch.name: switch.name for switch in cluster.switches if switch.kind == "network"}
     for host in cluster.hosts:
         place |= {host.name: host.name} | {device.name: host.name for device in host.devices}
-    directed: dict[tuple[str, str], list[Link]] = {}
+    directed: dict[tuple[str, str], Link] = {}
     inner = 0
     for link in cluster.links:
         a, b = place.get(link.source), place.get(link.target)
         if a is None or b is None or a == b:
             inner += 1
         else:
-            directed.setdefault((link.source, link.target), []).append(link)
-    cables: dict[tuple[str, str], list[_Cable]] = {}
+            directed[link.source, link.target] = link
+    cables: dict[tuple[str, str], _Cable] = {}
     for (source, target), forward in directed.items():
-        back = directed.get((target, source), [])
-        if len(back) != len(forward):
-            raise UserError(
-                f"{cluster.name}: {len(forward)} link(s) {source} -> {target} but {len(back)} back; a cable needs both"
-            )
+        back = directed.get((target, source))
+        if back is None:
+            raise UserError(f"{cluster.name}: there is a link {source} -> {target} but none back; a cable needs both")
         if (target, source) not in cables:
-            ends = place[source], place[target]
-            cables[source, target] = [_Cable(*ends, *pair) for pair in zip(forward, back, strict=True)]
+            cables[source, target] = _Cable(place[source], place[target], forward, back)
     notes = [f"{inner} links inside hosts are not imitated (memory, NVLink, optical)"] if inner else []
-    return [cable for cables_between in cables.values() for cable in cables_between], notes
+    return list(cables.values()), notes
 
 
 def _plug(cluster: Cluster, cables: list[_Cable]) -> tuple[list[str], list[Card], list[_Cable]]:
@@ -225,23 +222,23 @@ def _check_reach(cluster: Cluster, cards: list[Card], uplinks: list[_Cable]) -> 
         raise UserError(f"{cluster.name}: the first cards of {one} and {other} are not joined by any switch")
 
 
-def _delay(cluster: Cluster, links: list[Link], *, netem: bool, delay: bool) -> tuple[str, bool]:
-    """What happens to the declared latencies: the word for the records, and whether netem is to be used."""
+def _delay(cluster: Cluster, links: list[Link], *, netem: bool, delay: bool) -> str:
+    """What happens to the declared latencies: "applied" (by netem), "none" or "refused: why"."""
     longest = max(links, key=lambda link: link.latency_s.value)
     latency = longest.latency_s.value
     if latency <= NEGLIGIBLE_DELAY_S:
-        return "none", False
+        return "none"
     if delay and netem:
-        return "applied", True
+        return "applied"
     if latency <= REFUSED_DELAY_S and delay:
-        return "none", False
+        return "none"
     what = f"{show(latency, 's')} of {longest.source} -> {longest.target}"
     if delay:
         raise UserError(
             f"{cluster.name}: this kernel has no netem, so the latency of {what} cannot be imitated; "
             "--no-delay goes on without latencies"
         )
-    return f"refused: --no-delay, latencies up to {what} are not imitated", False
+    return f"refused: --no-delay, latencies up to {what} are not imitated"
 
 
 def _rate_notes(cluster: Cluster, links: list[Link]) -> list[str]:

@@ -5,6 +5,7 @@ optimizer and without any exchange, while every rank of the probe does the same:
 cores and its memory. A large matrix product is timed as well; it is the ceiling, not what training achieves.
 """
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import Timer
 
 from thinwire.config.model import preset
 from thinwire.models.transformer import Transformer
@@ -50,14 +52,7 @@ def memory_bytes(device: torch.device, ranks_on_host: int) -> float:
     """The card's, or an even share of the host's, limited by its control group."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    total = 0.0
-    if Path("/proc/meminfo").exists():
-        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
-        total = 1024.0 * float(line.split()[1])
-    else:
-        import os
-
-        total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         total = min(total, float(text))
@@ -110,14 +105,8 @@ def compute(device: torch.device, dtype: str, barrier: Callable[[], None]) -> Co
 
 def _matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     a = torch.randn(_side(device), _side(device), device=device).to(dtype)
-    a @ a
-    _wait(device)
-    count, started = 0, time.perf_counter()
-    while time.perf_counter() - started < MATMUL_S:
-        a @ a
-        _wait(device)
-        count += 1
-    return 2.0 * _side(device) ** 3 * count / (time.perf_counter() - started)
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    return 2.0 * _side(device) ** 3 / timer.blocked_autorange(min_run_time=MATMUL_S).mean
 
 
 def _side(device: torch.device) -> int:

@@ -1,13 +1,20 @@
-"""What the probe found, as plain data, and the cluster that it describes. No torch."""
+"""What the probe found, as plain data, the cluster that it describes, and its words for a person. No torch."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from rich.console import Group
+from rich.table import Table
+
 from thinwire.cluster import Cluster, Device, Host, Link, Quantity, Switch
 from thinwire.measure.fit import Estimate
+from thinwire.measure.racks import SHARED_BELOW
+from thinwire.units import show
 
+TOGETHER_BELOW = 0.75
+_PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 CORE = "switch"
 SLOW_BELOW = 1 / 1.5
 """A card below two thirds of the median is called slow."""
@@ -17,7 +24,7 @@ SLOW_BELOW = 1 / 1.5
 class HostFound:
     """Rates are line rates: payload times FRAME_OVERHEAD. None where there was no other host to measure against.
 
-    latency_s: of the cable to the switch, one way. flops_per_s: of a training step on one device, all ranks computing at once.
+    latency_s: of the cable to the switch, in one direction. flops_per_s: of a training step on a device, while all ranks compute.
     """
 
     name: str
@@ -76,7 +83,7 @@ class Findings:
 
 
 def unique_names(names: Sequence[str], taken: Sequence[str]) -> list[str]:
-    """The names, told apart where machines share one: node, node-2, node-3."""
+    """The names, numbered where machines share one: node, node-2, node-3."""
     used, result = Counter(taken), []
     for name in names:
         candidate, number = name, 1
@@ -114,3 +121,78 @@ def to_cluster(findings: Findings, name: str) -> Cluster:
     if links:
         switches.append(Switch(name=CORE))
     return Cluster(name=name, hosts=tuple(hosts), switches=tuple(switches), links=tuple(links), ranks=tuple(devices))
+
+
+def table(findings: Findings) -> Group:
+    """A row a host, first of its network (line rates, in brackets the interval), then of its devices."""
+    hosts = f"{len(findings.hosts)} host{'s' * (len(findings.hosts) > 1)}"
+    title = f"{hosts}, {findings.world_size} ranks, probed in {findings.seconds:.1f} s"
+    slow = {host.name for host, _, _ in findings.slow_hosts()}
+    names = {host.name: f"[red]{host.name}[/]" if host.name in slow else host.name for host in findings.hosts}
+    devices = Table("host", "devices", title=None if len(findings.hosts) > 1 else title, title_justify="left")
+    for column in ("training step", "matmul", "memory"):
+        devices.add_column(f"{column}, each", justify="right")
+    for host in findings.hosts:
+        rates = (show(rate, "flop/s") for rate in (host.flops_per_s.value, host.matmul_flops_per_s))
+        devices.add_row(names[host.name], f"{len(host.ranks)} x {host.kind}", *rates, show(host.memory_bytes, "B"))
+    if len(findings.hosts) == 1:
+        return Group(devices)
+    rated = [rate.value for host in findings.hosts for rate in (host.send_bps, host.receive_bps) if rate]
+    unit, factor = next(((name, size) for name, size in _PREFIXES if median(rated) >= size), ("", 1.0))
+    network = Table("host", "ranks", title=title, title_justify="left")
+    for column in (f"send {unit}bit/s", f"receive {unit}bit/s", "latency"):
+        network.add_column(column, justify="right", no_wrap=True)
+    network.add_column("rack")
+    for host in findings.hosts:
+        rates = (_with_interval(rate, factor) for rate in (host.send_bps, host.receive_bps))
+        latency = show(host.latency_s.value, "s") if host.latency_s else "-"
+        network.add_row(names[host.name], _spans(host.ranks), *rates, latency, host.rack or "-")
+    return Group(network, devices)
+
+
+def sentences(findings: Findings) -> list[str]:
+    """What stands out: slow hosts, shared uplinks, or that nothing is shared; and what the compute rate means."""
+    lines = [
+        f"slow host: {host.name}, {show(rate, 'bit/s')}, {times:.1f} times slower than the median"
+        for host, rate, times in findings.slow_hosts()
+    ]
+    for rack in findings.racks:
+        up, down = rack.up_bps.value, rack.down_bps.value
+        short = [
+            f"{show(rate, 'bit/s')} {direction} for {show(cards, 'bit/s')} of cards ({cards / rate:.1f} times)"
+            for rate, cards, direction in ((up, rack.cards_bps[0], "out"), (down, rack.cards_bps[1], "in"))
+            if rate < SHARED_BELOW * cards
+        ]
+        lines.append(f"shared uplink: {', '.join(rack.hosts)} ({rack.name}) share one: {', '.join(short)}")
+    if not findings.racks and len(findings.hosts) > 3:
+        if findings.together < TOGETHER_BELOW:
+            lines.append(
+                f"all hosts at once get only {findings.together:.0%} of what they get alone, whoever sends to whom: "
+                "they share a hub, a radio cell or a processor, which a cluster file cannot express; "
+                "the rates written are those of one flow alone"
+            )
+        else:
+            lines.append("no shared uplink: all hosts stand on one switch")
+    if len(findings.hosts) == 1:
+        lines.append("all ranks are on one host: there are no links to measure")
+    lines.append(f"compute: a small transformer's training step in {findings.dtype}, all ranks at once")
+    return lines
+
+
+def _with_interval(found: Estimate | None, factor: float) -> str:
+    """100.1 [99.8, 100.1]"""
+    if found is None:
+        return "-"
+    value, low, high = (f"{rate / factor:.4g}" for rate in (found.value, found.low, found.high))
+    return f"{value} [{low}, {high}]"
+
+
+def _spans(ranks: Sequence[int]) -> str:
+    """0, 1, 2, 5 -> "0-2, 5"."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

@@ -1,6 +1,6 @@
 """From noisy timings to rates and latencies. No torch, no sockets.
 
-A stream delivers bytes B(t). After the first moments (slow start; a token bucket that lets its first bytes ride free)
+A stream delivers bytes B(t). After the first moments (slow start; a token bucket that lets its first bytes pass at once)
 B grows along a line, so its rate is the slope of seconds over bytes. Theil 1950 and Sen 1968: the median of the slopes
 between all pairs of points withstands up to 29 % of outliers. Where flows share a link one of them may pause while the
 others go on; there the mean over a window that all have in common is what adds up to the link's rate.
@@ -9,12 +9,15 @@ No clocks are compared: a rate is timed where the bytes arrive, a latency is hal
 """
 
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 
 import numpy
 from scipy.optimize import nnls
+
+from thinwire.measure.rounds import Flow
 
 CONFIDENCE = 0.9
 MAX_POINTS = 48
@@ -24,6 +27,8 @@ RIDGE = 1e-3
 
 Arrivals = Sequence[tuple[float, int]]
 """(seconds, bytes received until then) at one receiver."""
+Rates = Sequence[tuple[Flow, float]]
+"""Of flows, in any unit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +38,6 @@ class Estimate:
     value: float
     low: float
     high: float
-
-    def scaled(self, factor: float) -> "Estimate":
-        return Estimate(self.value * factor, self.low * factor, self.high * factor)
 
 
 def estimate(samples: Sequence[float]) -> Estimate:
@@ -95,7 +97,7 @@ def card_rates(preferred: Mapping[int, Sequence[float]], others: Mapping[int, Se
     rates = {}
     for host in preferred.keys() | others.keys():
         good, seen = list(preferred.get(host, ())), list(others.get(host, ()))
-        top = max([*good, _second_best(seen)])
+        top = max([*good, second_best(seen)])
         if top <= 0:
             continue
         near = [rate for rate in good if rate >= NEAR_TOP * top] or [rate for rate in seen if rate >= NEAR_TOP * top]
@@ -103,7 +105,15 @@ def card_rates(preferred: Mapping[int, Sequence[float]], others: Mapping[int, Se
     return rates
 
 
-def _second_best(rates: Sequence[float]) -> float:
+def by_end(rates: Rates, end: int) -> dict[int, list[float]]:
+    """Rates of the flows that each host sends (end 0) or receives (end 1)."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for flow, rate in rates:
+        found[flow[end]].append(rate)
+    return found
+
+
+def second_best(rates: Sequence[float]) -> float:
     """The largest may be a fluke, if there are several."""
     ordered = sorted(rates)
     return ordered[-2] if len(ordered) > 3 else ordered[-1] if ordered else 0.0

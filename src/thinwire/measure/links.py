@@ -1,25 +1,168 @@
-"""Rounds of flows and of round trips among hosts: every host calls the same methods with the same rounds. No torch."""
+"""Flows and round trips between hosts over plain TCP sockets, in rounds: every host calls the same methods with the same rounds.
 
+A flow lasts for a time, not for a number of bytes, so that slow and fast links take equally long. The receiver notes
+when how much had arrived. Its reads empty the socket, so a receiver that was kept from its core for a moment sees the
+true amount when it comes back. One thread a host. No torch.
+"""
+
+import select
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from thinwire.cluster import FRAME_OVERHEAD
 from thinwire.errors import UserError
 from thinwire.measure.fit import mean_bps, steady_bps
 from thinwire.measure.rounds import Flow, Round
-from thinwire.measure.wire import Peer, flow, round_trips
+
+CHUNK_BYTES = 256 * 1024
+UNSENT_BYTES = 128 * 1024
+"""Kept in the sender's socket beyond what is on its way: what lies there when a flow ends delays the next round."""
+CONNECT_S = 10.0
+PATIENCE_S = 15.0
+FIRST_TRIPS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Where a host listens."""
+
+    host: str
+    address: str
+    port: int
+
+
+def listen(master_address: str) -> socket.socket:
+    """A listening socket on a free port of all interfaces, of the family in which the master is reached."""
+    family, _ = _resolve(master_address, 0)
+    return socket.create_server(("", 0), family=family, backlog=16)
+
+
+def address_towards(address: str, port: int) -> str:
+    """This machine's own address on the route to another one. Sends nothing."""
+    family, where = _resolve(address, port)
+    with socket.socket(family, socket.SOCK_DGRAM) as line:
+        try:
+            line.connect(where)
+        except OSError as error:
+            raise UserError(f"{socket.gethostname()} has no route to {address}:{port}: {error}") from None
+        return str(line.getsockname()[0])
+
+
+def _resolve(address: str, port: int) -> tuple[socket.AddressFamily, tuple]:
+    """IPv4 where there is one, so that all hosts choose alike."""
+    try:
+        known = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)
+    except OSError as error:
+        raise UserError(f"{socket.gethostname()} does not know the host {address!r}: {error}") from None
+    family, _, _, _, where = min(known, key=lambda entry: entry[0] != socket.AF_INET)
+    return family, where
+
+
+def round_trips(listener: socket.socket, to: Peer | None, count: int, limit_s: float) -> list[float]:
+    """Seconds of up to `count` round trips of one byte to `to`; without `to`, answer one caller until it has done.
+
+    After `limit_s` no new trip begins, but at least three are made.
+    """
+    if to is None:
+        with _accept(listener) as caller:
+            while byte := caller.recv(1):
+                caller.sendall(byte)
+        return []
+    seconds: list[float] = []
+    with _connect(to) as line:
+        begun = time.perf_counter()
+        for trip in range(FIRST_TRIPS + count):
+            started = time.perf_counter()
+            line.sendall(b"?")
+            if not line.recv(1):
+                raise UserError(f"{to.host} closed the connection in the middle of the probe")
+            if trip >= FIRST_TRIPS:
+                seconds.append(time.perf_counter() - started)
+            if len(seconds) >= 3 and time.perf_counter() - begun > limit_s:
+                break
+    return seconds
+
+
+def flow(listener: socket.socket, to: Peer | None, expects: bool, seconds: float) -> list[tuple[float, int]]:
+    """Send to `to` for `seconds` and receive from one caller until it ends, both at once, either optional.
+
+    Returns (seconds since the call, bytes until then) for each read.
+    """
+    sender = _connect(to) if to else None
+    receiver: socket.socket | None = None
+    arrivals: list[tuple[float, int]] = []
+    data, buffer, received = memoryview(bytes(CHUNK_BYTES)), bytearray(4 * CHUNK_BYTES), 0
+    started = time.perf_counter()
+    try:
+        if sender:
+            sender.setblocking(False)
+        listener.settimeout(PATIENCE_S)
+        while sender or expects:
+            now = time.perf_counter() - started
+            if sender and now >= seconds:
+                sender.close()
+                sender = None
+                continue
+            wait_s = seconds - now if sender else seconds + PATIENCE_S - now
+            source = receiver or listener
+            readable, writable, _ = select.select([source] if expects else [], [sender] if sender else [], [], max(0.0, wait_s))
+            if not readable and not writable and not sender:
+                raise UserError(f"{socket.gethostname()} waited {PATIENCE_S:g} s for a flow of the probe that never ended")
+            if readable and receiver is None:
+                receiver = _accept(listener)
+            elif readable and receiver is not None:
+                count = receiver.recv_into(buffer)
+                received += count
+                arrivals.append((time.perf_counter() - started, received))
+                expects = count > 0
+            if writable and sender:
+                sender.send(data)
+    finally:
+        for line in (sender, receiver):
+            if line:
+                line.close()
+    return arrivals
+
+
+def _connect(to: Peer) -> socket.socket:
+    try:
+        line = socket.create_connection((to.address, to.port), timeout=CONNECT_S)
+    except OSError as error:
+        raise UserError(
+            f"{socket.gethostname()} cannot reach {to.host} at {to.address}:{to.port}: {error}; "
+            "the probe needs TCP between all hosts, on any port"
+        ) from None
+    line.settimeout(PATIENCE_S)
+    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+    return line
+
+
+def _accept(listener: socket.socket) -> socket.socket:
+    listener.settimeout(PATIENCE_S)
+    try:
+        line, _ = listener.accept()
+    except TimeoutError:
+        raise UserError(f"{socket.gethostname()} waited {PATIENCE_S:g} s for another host of the probe to call") from None
+    line.settimeout(PATIENCE_S)
+    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return line
+
 
 SKIP = 0.35
-"""Of a flow's time: slow start and the bytes that ride free."""
+"""Of a flow's time: slow start, and the bytes that a token bucket lets pass at once."""
 TRIPS = 24
 TRIPS_LIMIT_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one flow of one round achieved, as payload."""
+    """Line rates of one flow of one round: payload times FRAME_OVERHEAD."""
 
     round: int
     flow: Flow
@@ -28,7 +171,8 @@ class Sample:
 
 
 class Links:
-    """The lines between hosts, seen from one process. me: index of its host; None for one that only waits along.
+    """The connections between hosts, seen from one process. me: index of its host; None for a process that only takes part in
+    the barriers.
 
     gather(value) -> the values of all processes, on all of them; barrier() -> when all have called it.
     """
@@ -52,12 +196,12 @@ class Links:
             self._barrier()
             if to is None and caller is None:
                 continue
-            with self._lines(to, caller):
-                arrivals = flow(self._listener, self._peers[to] if to is not None else None, caller is not None, seconds)
+            with self._named(to, caller) as peer:
+                arrivals = flow(self._listener, peer, caller is not None, seconds)
             if caller is not None and self._me is not None:
                 mean = mean_bps(arrivals, SKIP * seconds, seconds)
                 steady = steady_bps(arrivals, SKIP * seconds, seconds)
-                mine.append(Sample(index, (caller, self._me), steady or mean, mean))
+                mine.append(Sample(index, (caller, self._me), (steady or mean) * FRAME_OVERHEAD, mean * FRAME_OVERHEAD))
         return [sample for samples in self._gather(mine) for sample in samples]
 
     def trips(self, rounds: Sequence[Round]) -> dict[Flow, list[float]]:
@@ -67,21 +211,21 @@ class Links:
             to, caller = self._part(flows)
             self._barrier()
             if to is not None or caller is not None:
-                with self._lines(to, caller):
-                    seconds = round_trips(self._listener, self._peers[to] if to is not None else None, TRIPS, TRIPS_LIMIT_S)
+                with self._named(to, caller) as peer:
+                    seconds = round_trips(self._listener, peer, TRIPS, TRIPS_LIMIT_S)
                 if to is not None and self._me is not None:
                     mine.append(((self._me, to), [0.5 * trip for trip in seconds]))
-        return {pair: halves for told in self._gather(mine) for pair, halves in told}
+        return {pair: halves for found in self._gather(mine) for pair, halves in found}
 
     @contextmanager
-    def _lines(self, to: int | None, caller: int | None) -> Iterator[None]:
+    def _named(self, to: int | None, caller: int | None) -> Iterator[Peer | None]:
+        """The peer to send to; an error meanwhile names the other hosts."""
         try:
-            yield
+            yield None if to is None else self._peers[to]
         except OSError as error:
             others = " or ".join(self._peers[host].host for host in (to, caller) if host is not None)
-            raise UserError(
-                f"the line to {others} broke in the middle of the probe: {error}; is its process still there?"
-            ) from None
+            problem = f"the line to {others} broke in the middle of the probe: {error}; is its process still there?"
+            raise UserError(problem) from None
 
     def _part(self, flows: Round) -> tuple[int | None, int | None]:
         """(to whom this host sends, who sends to it)"""

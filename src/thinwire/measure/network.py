@@ -3,7 +3,7 @@
     latency   round trips of one byte, all pairs, in rounds of disjoint pairs
     alone     each card once as sender and once as receiver with nothing else under way
     together  all hosts send and receive at once, in many pairings: who slows whom -> racks (four hosts or more)
-    cards     disjoint pairs inside the racks, one way at a time: the rates of the cards
+    cards     disjoint pairs inside the racks, one direction at a time: the rates of the cards
     uplinks   as many flows as possible out of and into each rack: the rates of the uplinks, or that there is none
 
 Rounds grow with the number of hosts, not with its square. What cannot be seen: a card faster than every other card (it
@@ -12,15 +12,15 @@ send, and which of two racks is the short one where there are just two: both get
 """
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Protocol
 
 from thinwire.errors import UserError
 from thinwire.measure import rounds
-from thinwire.measure.fit import Estimate, card_rates, estimate, split_latencies
+from thinwire.measure.findings import CORE, RackFound, unique_names
+from thinwire.measure.fit import Estimate, by_end, card_rates, estimate, split_latencies
 from thinwire.measure.links import Sample
 from thinwire.measure.racks import SHARED_BELOW, Partition, card_limits, find_racks, together_share
 from thinwire.measure.rounds import Flow, Round
@@ -37,7 +37,7 @@ FIRST_PASSES, FIRST_PASSES_UP_TO, MOST_PASSES = 2, 16, 4
 CERTAIN = 1.0
 """Passes of pairings: two at first (one where there are many hosts), more while a host's place hangs on less than a flow."""
 SHARING_FROM = 4
-"""With fewer hosts no two flows without a common end can go the same way over one link."""
+"""With fewer hosts no two flows without a common end can share one direction of a link."""
 
 
 class Streams(Protocol):
@@ -49,40 +49,25 @@ class Streams(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uplink:
-    """Of a rack: hosts by index, payload rates. cards_bps: what the flows could be, out and in, if only cards limited them."""
-
-    hosts: tuple[int, ...]
-    up_bps: Estimate
-    down_bps: Estimate
-    cards_bps: tuple[float, float]
-    latency_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class Network:
-    """By index of the host; payload rates. latency_s: of each host's cable. together: see `Findings`."""
+    """By index of the host; line rates. latency_s: of each host's cable. together: see `Findings`."""
 
     send_bps: tuple[Estimate, ...]
     receive_bps: tuple[Estimate, ...]
     latency_s: tuple[Estimate, ...]
-    uplinks: tuple[Uplink, ...]
+    racks: tuple[RackFound, ...]
     together: float
-
-    def rack_of(self, host: int) -> int | None:
-        """Index of the uplink behind which the host stands."""
-        return next((index for index, uplink in enumerate(self.uplinks) if host in uplink.hosts), None)
 
 
 class Phases:
-    """Says a line for each phase, with its seconds."""
+    """Prints a line for each phase, with its seconds."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say, self._since = say, time.perf_counter()
+    def __init__(self, print_line: Callable[[str], None]) -> None:
+        self._print_line, self._since = print_line, time.perf_counter()
 
     def __call__(self, name: str, what: str) -> None:
         now = time.perf_counter()
-        self._say(f"{name:<9} {now - self._since:5.1f} s   {what}")
+        self._print_line(f"{name:<9} {now - self._since:5.1f} s   {what}")
         self._since = now
 
 
@@ -105,27 +90,24 @@ def measure_network(links: Streams, names: Sequence[str], phase: Phases) -> Netw
         groups, share = _racks(links, num_hosts, alone, together, max(TOGETHER_S, least_s))
         phase("together", f"all {num_hosts} hosts at once, {len(together)} flows")
 
-    # Hosts that stand alone have no uplink that could be told from their card.
+    # Hosts that stand alone have no uplink that could be distinguished from their card.
     lonely = [host for group in groups if len(group) == 1 for host in group]
     groups = [group for group in groups if len(group) > 1]
     inside = links.stream(rounds.inside([*groups, lonely], REPETITIONS), max(CARDS_S, least_s))
-    cards_send = card_rates(_by_end([*alone, *inside], 0), _by_end(together, 0))
-    cards_receive = card_rates(_by_end([*alone, *inside], 1), _by_end(together, 1))
-    phase("cards", "pairs that share no uplink, one way at a time")
+    undisturbed, disturbed = ([(sample.flow, sample.steady_bps) for sample in kept] for kept in ([*alone, *inside], together))
+    cards_send, cards_receive = (card_rates(by_end(undisturbed, end), by_end(disturbed, end)) for end in (0, 1))
+    phase("cards", "pairs that share no uplink, one direction at a time")
 
-    found: list[Uplink] = []
+    racks: list[RackFound] = []
     if len(groups) > 1 or (groups and lonely):
-        found = _uplinks(links, groups, lonely, (cards_send, cards_receive), max(UPLINKS_S, least_s))
-        phase("uplinks", f"{len(found)} shared" if found else "none is shared")
-    latencies, up_latencies = _latencies(halves, num_hosts, found)
+        racks = _uplinks(links, names, (groups, lonely), (cards_send, cards_receive), max(UPLINKS_S, least_s))
+        phase("uplinks", f"{len(racks)} shared" if racks else "none is shared")
+    latencies, up_latencies = _latencies(halves, names, racks)
     return Network(
         send_bps=tuple(cards_send[host] for host in range(num_hosts)),
         receive_bps=tuple(cards_receive[host] for host in range(num_hosts)),
         latency_s=latencies,
-        uplinks=tuple(
-            Uplink(hosts=u.hosts, up_bps=u.up_bps, down_bps=u.down_bps, cards_bps=u.cards_bps, latency_s=latency)
-            for u, latency in zip(found, up_latencies, strict=True)
-        ),
+        racks=tuple(replace(rack, latency_s=up_latencies[index]) for index, rack in enumerate(racks)),
         together=share,
     )
 
@@ -173,48 +155,53 @@ def _place(links: Streams, found: Partition, speed: Mapping[int, float], seconds
         homes = [own for own, rate_bps in enumerate(lost) if rate_bps > 0.5 * speed[host]]
         if len(homes) == 1:
             racks[homes[0]] = sorted([*racks[homes[0]], host])
-        else:  # It takes from nobody, or on the way into a rack, whoever sends there: it stands in none of them.
+        else:  # It takes from nobody, or from whoever sends into its rack: it stands in none of them.
             racks.append([host])
     return sorted(racks)
 
 
 def _uplinks(
     links: Streams,
-    groups: Sequence[Sequence[int]],
-    lonely: Sequence[int],
+    names: Sequence[str],
+    placed: tuple[Sequence[Sequence[int]], Sequence[int]],
     cards: tuple[Mapping[int, Estimate], Mapping[int, Estimate]],
     seconds: float,
-) -> list[Uplink]:
-    """Load each group's way out and its way in. A group that gets what its cards allow both ways has no uplink of its own."""
-    send, receive = cards
+) -> list[RackFound]:
+    """Load each group's uplink in both directions. placed: the groups, and the hosts that stand alone; latencies follow later.
+
+    A group that gets what its cards allow in both directions has no uplink of its own.
+    """
+    (groups, lonely), (send, receive) = placed, cards
     speed = {host: min(send[host].value, receive[host].value) for host in send}
     others = [*groups, *([lonely] if lonely else [])]
-    ways = [way for own in range(len(groups)) for way in rounds.across(others, own, speed)]
+    loads = [load for own in range(len(groups)) for load in rounds.across(others, own, speed)]
     repetitions = REPETITIONS if len(groups) <= MANY_UPLINKS else REPETITIONS - 1
-    sums = [0.0] * (len(ways) * repetitions)
-    for sample in links.stream(ways * repetitions, seconds):
+    sums = [0.0] * (len(loads) * repetitions)
+    for sample in links.stream(loads * repetitions, seconds):
         sums[sample.round] += sample.mean_bps
-    found = []
+    rack_names = unique_names([f"rack{index}" for index in range(len(groups))], [CORE, *names])
+    found: list[RackFound] = []
     for own, group in enumerate(groups):
-        out, back = ways[2 * own : 2 * own + 2]
-        up, down = (estimate(sums[index :: len(ways)]) for index in (2 * own, 2 * own + 1))
-        allowed = tuple(sum(min(send[a].value, receive[b].value) for a, b in way) for way in (out, back))
-        if len(out) > 1 and (up.value < SHARED_BELOW * allowed[0] or down.value < SHARED_BELOW * allowed[1]):
-            found.append(Uplink(hosts=tuple(group), up_bps=up, down_bps=down, cards_bps=(allowed[0], allowed[1]), latency_s=0.0))
+        up, down = (estimate(sums[index :: len(loads)]) for index in (2 * own, 2 * own + 1))
+        out, back = loads[2 * own : 2 * own + 2]
+        out_bps, in_bps = (sum(min(send[a].value, receive[b].value) for a, b in load) for load in (out, back))
+        if len(out) > 1 and (up.value < SHARED_BELOW * out_bps or down.value < SHARED_BELOW * in_bps):
+            hosts, cards_bps = tuple(names[host] for host in group), (out_bps, in_bps)
+            name = rack_names[len(found)]
+            found.append(RackFound(name=name, hosts=hosts, up_bps=up, down_bps=down, latency_s=0.0, cards_bps=cards_bps))
     return found
 
 
 def _latencies(
-    halves: Mapping[Flow, Sequence[float]], num_hosts: int, found: Sequence[Uplink]
-) -> tuple[tuple[Estimate, ...], list[float]]:
-    """Of each host's cable, and of each uplink."""
-    rack_of = {host: index for index, uplink in enumerate(found) for host in uplink.hosts}
+    halves: Mapping[Flow, Sequence[float]], names: Sequence[str], racks: Sequence[RackFound]
+) -> tuple[tuple[Estimate, ...], dict[int, float]]:
+    """Of each host's cable, and of each rack's uplink by its index."""
+    rack_of = {names.index(host): index for index, rack in enumerate(racks) for host in rack.hosts}
     pairs = {pair: estimate(samples) for pair, samples in halves.items()}
-    value, up = split_latencies({pair: half.value for pair, half in pairs.items()}, num_hosts, rack_of)
-    low, _ = split_latencies({pair: half.low for pair, half in pairs.items()}, num_hosts, rack_of)
-    high, _ = split_latencies({pair: half.high for pair, half in pairs.items()}, num_hosts, rack_of)
-    cables = tuple(Estimate(v, min(v, a), max(v, b)) for v, a, b in zip(value, low, high, strict=True))
-    return cables, [up[index] for index in range(len(found))]
+    value, up = split_latencies({pair: half.value for pair, half in pairs.items()}, len(names), rack_of)
+    low, _ = split_latencies({pair: half.low for pair, half in pairs.items()}, len(names), rack_of)
+    high, _ = split_latencies({pair: half.high for pair, half in pairs.items()}, len(names), rack_of)
+    return tuple(Estimate(v, min(v, a), max(v, b)) for v, a, b in zip(value, low, high, strict=True)), up
 
 
 def _refuse_dead_lines(alone: Sequence[Sample], names: Sequence[str]) -> None:
@@ -222,11 +209,3 @@ def _refuse_dead_lines(alone: Sequence[Sample], names: Sequence[str]) -> None:
         if sample.mean_bps <= 0:
             source, target = (names[host] for host in sample.flow)
             raise UserError(f"nothing that {source} sent arrived at {target}; the probe needs TCP between all hosts, on any port")
-
-
-def _by_end(samples: Sequence[Sample], end: int) -> dict[int, list[float]]:
-    """Rates of the flows that each host sends (end 0) or receives (end 1)."""
-    rates: dict[int, list[float]] = defaultdict(list)
-    for sample in samples:
-        rates[sample.flow[end]].append(sample.steady_bps)
-    return dict(rates)

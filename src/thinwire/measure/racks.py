@@ -11,12 +11,13 @@ hosts into racks minimises
 """
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import numpy
 
+from thinwire.measure.fit import Rates, by_end, second_best
 from thinwire.measure.rounds import Flow
 
 SLOWED_BELOW = 0.8
@@ -28,25 +29,15 @@ SHARED_BELOW = 0.85
 RESTARTS = 8
 TINY = 1e-9
 
-Rates = Iterable[tuple[Flow, float]]
-
 
 def card_limits(alone: Rates, together: Rates) -> tuple[dict[int, float], dict[int, float]]:
     """The best that each host has sent and received, alone or among others; of several results among others the second best."""
-    best: tuple[dict[int, list[float]], dict[int, list[float]]] = ({}, {})
-    sure: tuple[dict[int, float], dict[int, float]] = ({}, {})
-    for flow, rate in alone:
-        for way, host in enumerate(flow):
-            sure[way][host] = max(rate, sure[way].get(host, 0.0))
-    for flow, rate in together:
-        for way, host in enumerate(flow):
-            best[way].setdefault(host, []).append(rate)
-    for way in (0, 1):
-        for host, rates in best[way].items():
-            ordered = sorted(rates)
-            seen = ordered[-2] if len(ordered) > 2 else ordered[-1]
-            sure[way][host] = max(seen, sure[way].get(host, 0.0))
-    return sure
+
+    def limits(end: int) -> dict[int, float]:
+        sure, seen = by_end(alone, end), by_end(together, end)
+        return {host: max([*sure.get(host, ()), second_best(seen.get(host, ()))]) for host in sure.keys() | seen.keys()}
+
+    return limits(0), limits(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +58,7 @@ def find_racks(
 ) -> Partition:
     """The best partition that moving hosts and merging racks leads to, from several starts. together: rates, round by round."""
     cost = numpy.zeros((num_hosts, num_hosts))
-    told, silent = numpy.zeros(num_hosts), numpy.zeros(num_hosts)
+    counted, silent = numpy.zeros(num_hosts), numpy.zeros(num_hosts)
     for flows in together:
         limits = {flow: min(send[flow[0]], receive[flow[1]]) for flow, _ in flows}
         slowed = {flow: rate for flow, rate in flows if rate < SLOWED_BELOW * limits[flow]}
@@ -77,9 +68,9 @@ def find_racks(
             if flow not in slowed and SLOWED_BELOW * limits[flow] < usual:
                 silent[[host for host in ends if min(send[host], receive[host]) < usual / SLOWED_BELOW]] += 1
                 continue
-            told[ends] += 1
+            counted[ends] += 1
             cost[ends, ends[::-1]] += float(flow in slowed) - TOLERANCE
-    unplaced = [host for host in range(num_hosts) if silent[host] > told[host]]
+    unplaced = [host for host in range(num_hosts) if silent[host] > counted[host]]
     kept = [host for host in range(num_hosts) if host not in unplaced]
     cost = cost[numpy.ix_(kept, kept)]
     shuffle = random.Random(0)

@@ -3,6 +3,7 @@ flow and receives at most one. No torch."""
 
 import random
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 Flow = tuple[int, int]
 Round = list[Flow]
@@ -39,8 +40,8 @@ def everybody(num_hosts: int, seed: int = 0) -> list[Round]:
 
 
 def inside(groups: Sequence[Sequence[int]], repetitions: int) -> list[Round]:
-    """Rounds of disjoint pairs inside each group, one way at a time: everyone sends and receives at least `repetitions` times."""
-    ways: list[list[Round]] = []
+    """Rounds of disjoint pairs inside each group, one direction at a time: all send and receive `repetitions` times or more."""
+    plans: list[list[Round]] = []
     for group in groups:
         if len(group) < 2:
             continue
@@ -53,9 +54,8 @@ def inside(groups: Sequence[Sequence[int]], repetitions: int) -> list[Round]:
                 counts[member] += 1
             chosen.append([(group[a], group[b]) for a, b in pairs])
             chosen.append([(group[b], group[a]) for a, b in pairs])
-        ways.append(chosen)
-    length = max((len(way) for way in ways), default=0)
-    return [[flow for way in ways if index < len(way) for flow in way[index]] for index in range(length)]
+        plans.append(chosen)
+    return [[flow for flows in together for flow in flows] for together in zip_longest(*plans, fillvalue=[])]
 
 
 def across(groups: Sequence[Sequence[int]], own: int, speed: Mapping[int, float]) -> tuple[Round, Round]:
