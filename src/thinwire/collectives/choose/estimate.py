@@ -42,6 +42,7 @@ class Profile:
 
 
 def profile(schedule: Schedule, call: CollectiveCall, costs: Costs) -> Profile:
+    """Of `schedule`, which is in one segment."""
     lengths = chunk_bytes(schedule, call.message_bytes)
     cores = costs.cores(schedule.p) or schedule.p
     total: Counter[Link] = Counter()

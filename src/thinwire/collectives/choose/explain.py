@@ -67,6 +67,7 @@ class Explained:
 
 
 def explain(selection: Selection) -> Explained:
+    """The choice with the bound of its call."""
     call = selection.call
     return Explained(selection, bound(call.cluster, call.op, call.message_bytes, call.root))
 

@@ -55,6 +55,7 @@ def simulate_native(call: CollectiveCall, order: Sequence[int] | None, costs: Co
 
 
 def closed_form_s(call: CollectiveCall, order: Sequence[int] | None) -> float:
+    """For groups that are too large to simulate."""
     ranks = tuple(range(call.p)) if order is None else tuple(order)
     return price(call.routes, call.op, call.message_bytes, ranks, ranks.index(call.root)).seconds
 

@@ -92,6 +92,7 @@ def _effort(one: Priced) -> tuple[int, int]:
 
 
 def choose(call: CollectiveCall, costs: Costs | None = None) -> Selection:
+    """All candidates for `call`, ranked; default: the costs that were measured on loopback."""
     costs = costs or Costs()
     offered = candidates_for(call)
     priced = []

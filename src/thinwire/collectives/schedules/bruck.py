@@ -15,6 +15,7 @@ from thinwire.collectives.schedules.schedule import Message, Schedule, whole_blo
 
 
 def all_gather(p: int) -> Schedule:
+    """Blocks of one message may lie apart and wrap around."""
     steps = []
     for k in range((p - 1).bit_length()):
         some = range(min(1 << k, p - (1 << k)))
@@ -23,10 +24,12 @@ def all_gather(p: int) -> Schedule:
 
 
 def reduce_scatter(p: int) -> Schedule:
+    """The all-gather backwards."""
     return reverse(all_gather(p), "Bruck")
 
 
 def all_to_all(p: int) -> Schedule:
+    """Ranks in between store blocks that are not for them."""
     steps = []
     for k in range((p - 1).bit_length()):
         moves = []

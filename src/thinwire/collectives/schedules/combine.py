@@ -38,6 +38,7 @@ def reverse(schedule: Schedule, name: str) -> Schedule:
 
 
 def reversed_steps(steps: Sequence[Step], reduce: bool) -> tuple[Step, ...]:
+    """The steps backwards, every message from its target to its source."""
     return tuple(tuple(Message(m.target, m.source, m.chunks, reduce) for m in step) for step in reversed(steps))
 
 

@@ -29,11 +29,13 @@ from thinwire.errors import UserError
 
 
 def all_gather(p: int) -> Schedule:
+    """Each rank sends its block to all others."""
     step = tuple(Message(i, (i + k) % p, (i,)) for k in range(1, p) for i in range(p))
     return Schedule(op="all_gather", p=p, chunks=whole_blocks(p), steps=(step,) if step else (), name="direct")
 
 
 def reduce_scatter(p: int) -> Schedule:
+    """Each rank sends every other its contribution."""
     return reverse(all_gather(p), "direct")
 
 

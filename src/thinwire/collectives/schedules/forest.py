@@ -32,6 +32,7 @@ def all_gather(trees: Sequence[Weighted], name: str = "forest") -> Schedule:
 
 
 def reduce_scatter(trees: Sequence[Weighted], name: str = "forest") -> Schedule:
+    """Up the trees: a rank sends to its parent."""
     return reverse(all_gather(trees, name), name)
 
 
@@ -45,6 +46,7 @@ def broadcast(trees: Sequence[Weighted], name: str = "forest") -> Schedule:
 
 
 def reduce(trees: Sequence[Weighted], name: str = "forest") -> Schedule:
+    """Up the trees, all with one root."""
     return reverse(broadcast(trees, name), name)
 
 

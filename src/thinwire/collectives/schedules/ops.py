@@ -44,22 +44,27 @@ def known(op: str) -> str:
 
 
 def rooted(op: str) -> bool:
+    """Whether one rank is special."""
     return "root" in _OPS[op]
 
 
 def reduces(op: str) -> bool:
+    """Whether contributions of several ranks become one."""
     return _OPS[op][1] == "all"
 
 
 def num_blocks(op: str, p: int) -> int:
+    """Blocks of `op` among p ranks."""
     return int(p ** _OPS[op][0])
 
 
 def sources(op: str, p: int, root: int | None, block: int) -> tuple[int, ...]:
+    """The ranks that contribute to `block`."""
     return _ranks(_OPS[op][1], p, root, block)
 
 
 def targets(op: str, p: int, root: int | None, block: int) -> tuple[int, ...]:
+    """The ranks at which `block` is due."""
     return _ranks(_OPS[op][2], p, root, block)
 
 

@@ -35,6 +35,7 @@ Program = tuple[Action, ...]
 
 
 def programs(schedule: Schedule) -> tuple[Program, ...]:
+    """The program of each rank."""
     ranks = [_Rank() for _ in range(schedule.p)]
     first = 0
     for number, step in enumerate(schedule.steps):

@@ -17,6 +17,7 @@ from thinwire.collectives.schedules.schedule import Message, Schedule, Step, che
 
 
 def all_gather(order: Sequence[int]) -> Schedule:
+    """Copies only."""
     steps = copied_around(check_order(order), [(rank,) for rank in order])
     return Schedule(op="all_gather", p=len(order), chunks=whole_blocks(len(order)), steps=steps, name="ring")
 
@@ -28,6 +29,7 @@ def reduce_scatter(order: Sequence[int]) -> Schedule:
 
 
 def all_reduce(order: Sequence[int]) -> Schedule:
+    """Reduce-scatter, then all-gather, both from order[i] to order[i + 1]."""
     return then(reduce_scatter(order), all_gather(order), "ring")
 
 

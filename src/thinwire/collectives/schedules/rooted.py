@@ -39,11 +39,13 @@ def chain(order: Sequence[int]) -> Parents:
 
 
 def star(p: int, root: int = 0) -> Parents:
+    """The root sends to each."""
     check_root(root, p)
     return tuple(-1 if rank == root else root for rank in range(p))
 
 
 def two_binary(p: int) -> tuple[Parents, Parents]:
+    """The trees of `double_tree`; see the top of the file."""
     first, second = [-1] * p, [-1] * p
     place = [p - 1 - rank if p % 2 == 0 else (rank + 1) % p for rank in range(p)]
     for rank in range(1, p):
@@ -55,15 +57,18 @@ def two_binary(p: int) -> tuple[Parents, Parents]:
 
 
 def broadcast(parents: Sequence[int], name: str = "tree") -> Schedule:
+    """From the root down."""
     steps = down(parents, lambda _: (0,))
     return Schedule(op="broadcast", p=len(parents), root=root_of(parents), chunks=(Chunk(0),), steps=steps, name=name)
 
 
 def reduce(parents: Sequence[int], name: str = "tree") -> Schedule:
+    """Up to the root."""
     return reverse(broadcast(parents), name)
 
 
 def all_reduce(parents: Sequence[int], name: str = "tree") -> Schedule:
+    """Up, and down again."""
     return then(reduce(parents), broadcast(parents), name)
 
 
@@ -85,6 +90,7 @@ def scatter(parents: Sequence[int], name: str = "tree") -> Schedule:
 
 
 def gather(parents: Sequence[int], name: str = "tree") -> Schedule:
+    """The scatter backwards."""
     return reverse(scatter(parents), name)
 
 

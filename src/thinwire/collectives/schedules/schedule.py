@@ -137,6 +137,7 @@ def whole_blocks(count: int) -> tuple[Chunk, ...]:
 
 
 def check_root(root: int, p: int) -> None:
+    """UserError unless `root` is one of p ranks."""
     if not 0 <= root < p:
         raise UserError(f"root = {root}, but ranks are 0 to {p - 1}")
 

@@ -33,6 +33,7 @@ def to_text(schedule: Schedule) -> str:
 
 
 def to_json(schedule: Schedule) -> str:
+    """One line."""
     steps = [[[m.source, m.target, "reduce" if m.reduce else "copy", m.chunks] for m in step] for step in schedule.steps]
     head = {"thinwire_schedule": 1, "name": schedule.name, "op": schedule.op, "p": schedule.p, "root": schedule.root}
     chunks = [[chunk.block, chunk.weight] for chunk in schedule.chunks]

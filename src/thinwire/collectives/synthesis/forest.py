@@ -80,6 +80,7 @@ def all_gather_forest(graph: Graph, k: int | None = None) -> Forest:
 
 
 def reduce_scatter_forest(graph: Graph, k: int | None = None) -> Forest:
+    """The all-gather backwards."""
     return all_gather_forest(graph.reversed(), k).reversed()
 
 
@@ -91,6 +92,7 @@ def broadcast_forest(graph: Graph, root: int) -> Forest:
 
 
 def reduce_forest(graph: Graph, root: int) -> Forest:
+    """The broadcast backwards."""
     return broadcast_forest(graph.reversed(), root).reversed()
 
 
