@@ -52,7 +52,7 @@ def fixed(reordered: bool = False) -> Tuner:
 
 @contextmanager
 def quick(stale: float = float("inf")) -> Iterator[None]:
-    """Tuners measure as little as they can. stale: the factor from which on a choice is; by default none, on any machine."""
+    """Tuners measure as little as they can. stale: from which factor on a choice is; by default never."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"STALE": stale, "MOST_TURNS": 1, "REPEATED": 1, "TURNS": 1}.items():
             patch.setattr(tuner_module, name, value)

@@ -309,6 +309,22 @@ def test_calls_in_flight_together_are_each_entered(ranks4: Pool) -> None:
     assert ranks4.run(many_at_once) == [(True, 50)] * 4
 
 
+def waited_for_twice(context: Rank) -> tuple[float, float]:
+    """Seconds in the ledger after a call was waited for, and after it was waited for once more, later."""
+    work = SINGLE_SCATTER(torch.zeros(N // 2), torch.ones(N), async_op=True)
+    seconds = []
+    for _ in range(2):
+        work.wait()
+        seconds.append(sum(total.seconds for total in context.recorded().values()))
+        time.sleep(0.01)
+    return seconds[0], seconds[1]
+
+
+def test_a_call_ends_once_however_often_it_is_waited_for(ranks2: Pool) -> None:
+    for first, second in ranks2.run(waited_for_twice):
+        assert first == second > 0
+
+
 def functional_coalesced(context: Rank) -> Any:
     from torch.distributed import _functional_collectives as functional
 
