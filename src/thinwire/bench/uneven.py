@@ -1,4 +1,4 @@
-"""One worker of several is slow: how long is a step if micro-batches are dealt by speed?
+"""One worker of several is slow: how long is a step if micro-batches are shared out by speed?
 
 Compute is paced: a micro-batch takes `pass_s` on every rank, and `slow` times that on the last one. In one run, one after
 another, with the trainer as it is; medians over the later half of the reports, when the shares have settled:
@@ -89,7 +89,10 @@ def _link_row(cluster: Cluster, options: Mapping[str, Any]) -> dict[str, Any]:
     fewer = deal(ranks * options["accumulate"], [1.0] * (ranks - 1) + [2.0])
     found = _measure(slowed, options, [{**PLAIN, "name": EQUAL}, {**PLAIN, "name": FEWER, "deal": fewer}])
     stock_s, ours_s = found[EQUAL]["median_s"], found[FEWER]["median_s"]
-    row = {"case": f"a card at {options['slow_link']:g} of its rate, its host dealt fewer", "deal": " ".join(map(str, fewer))}
+    row = {
+        "case": f"a card at {options['slow_link']:g} of its rate, fewer micro-batches for its host",
+        "deal": " ".join(map(str, fewer)),
+    }
     return row | {"stock_s": stock_s, "ours_s": ours_s, "ratio": ours_s / stock_s}
 
 
