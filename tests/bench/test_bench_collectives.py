@@ -55,13 +55,14 @@ def test_predictions_are_judged_by_the_median_and_the_worst() -> None:
     assert not _predictions([{"error": error} for error in (0.01, 0.11, 0.19)])["held"]
 
 
+@pytest.mark.long
 @pytest.mark.lab
 @pytest.mark.timeout(120)
 def test_a_small_network_is_measured() -> None:
     cases = Case("broadcast", 256 * 1024, 0.1), Case("all_reduce", 64, 0.01, back_to_back=0.01)
-    told = {**DEFAULTS, "turns": 2, "repeats": 3, "tried": 1, "short_s": 1.0}
+    options = {**DEFAULTS, "turns": 2, "repeats": 3, "tried": 1, "short_s": 1.0}
     with warm_labs():
-        rows = measure(equal_hosts(3, 100e6), cases, told)
+        rows = measure(equal_hosts(3, 100e6), cases, options)
     assert [row["case"] for row in rows] == ["3-hosts, after a barrier", "3-hosts, back to back"] * 2
     for row in rows:
         assert row["held"] and row["predicted_s"] > 0 and row["native_predicted_s"] > 0 and row["hosts"] == 3

@@ -55,7 +55,7 @@ def test_our_names() -> None:
 
 
 @pytest.mark.parametrize(
-    "name, says",
+    "name, message",
     [
         ("int5", "method 'int5'.*compress.*'int5'"),
         ("ddp-bf16", "method 'ddp-bf16'"),
@@ -63,15 +63,15 @@ def test_our_names() -> None:
         ("none-all", "method 'none-all'"),
     ],
 )
-def test_unknown_names_are_refused_in_one_line(name: str, says: str) -> None:
-    with pytest.raises(UserError, match=says) as refused:
+def test_unknown_names_are_refused_in_one_line(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as refused:
         make_method(name, {})
     assert "\n" not in str(refused.value)
 
 
 def test_a_benchmark_says_what_is_wrong_before_it_starts_anything() -> None:
     run = find("sync")
-    for options, says in (
+    for options, message in (
         ({"methods": ["ddp", "ddp"]}, "each once"),
         ({"methods": ["int5"]}, "int5"),
         ({"seeds": 0}, "seeds = 0"),
@@ -79,7 +79,7 @@ def test_a_benchmark_says_what_is_wrong_before_it_starts_anything() -> None:
         ({"sequence": 10_000}, "longer than model.context"),
         ({"method": ["ddp"]}, "this benchmark has the options methods, seeds"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             run(None, options)
 
 
@@ -133,8 +133,8 @@ def test_progress_is_shown_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixtu
     with progress_shown(tmp_path / "progress", "learning"):
         for part in (1, 2):
             report_progress(tmp_path / "progress", part, 2, f"part {part}")
-    said = capsys.readouterr()
-    assert said.err.splitlines() == ["learning: 1 of 2: part 1", "learning: 2 of 2: part 2"] and not said.out
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == ["learning: 1 of 2: part 1", "learning: 2 of 2: part 2"] and not printed.out
 
 
 def _stock_bytes(context: Rank, hook: str, approximation: int) -> tuple[int, bool]:
@@ -185,7 +185,7 @@ def _checked(context: Rank, apart: bool) -> str:
 
 def test_replicas_that_differ_are_found(ranks2: Pool) -> None:
     assert ranks2.run(_checked, False) == ["equal"] * 2
-    assert all(said.startswith("int4, seed 0: after training the replicas differ") for said in ranks2.run(_checked, True))
+    assert all(line.startswith("int4, seed 0: after training the replicas differ") for line in ranks2.run(_checked, True))
 
 
 def test_a_small_comparison_is_whole(tmp_path: Path) -> None:

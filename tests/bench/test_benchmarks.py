@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from command import thinwire
+from thinwire.bench.ddp import _row
 from thinwire.bench.ranks import run_local
 from thinwire.bench.registry import BENCHMARKS, describe, find, parse_options
 from thinwire.bench.table import table
@@ -64,12 +65,26 @@ def test_a_local_rank_that_fails_ends_the_others() -> None:
         run_local([["sh", "-c", '[ "$RANK" = 1 ] && exit 3; sleep 50']], 2)
 
 
+def test_ratios_are_of_the_same_turn_and_the_bar_is_the_noise_where_links_are_shaped() -> None:
+    """A machine that is half as fast for some turns changes no ratio; the noise is what lies between native's quartiles."""
+    plain = {"exchange": [1.0, 1.0, 2.0, 2.0, 4.0], "no_exchange": [0.5] * 5, "processor": [0.25] * 5}
+    ours = {"exchange": [1.1, 1.2, 2.2, 2.2, 4.4], "processor": [0.5] * 5}
+    results = {"plain_ddp": plain, "our_ddp": ours}
+    shaped, unshaped = _row("x", 2, results, None), _row("x", 2, results, 1.02)
+    assert shaped["ratio"] == pytest.approx(1.1) and shaped["quartile_low"] == pytest.approx(1.1)
+    assert (shaped["native_s"], shaped["ours_s"], shaped["no_exchange_s"]) == (2.0, 2.2, 0.5)
+    assert (shaped["native_cpu_s"], shaped["ours_cpu_s"]) == (0.25, 0.5)
+    assert shaped["noise"] == 0.5 and shaped["bar"] == 1.5 and shaped["held"]
+    assert unshaped["bar"] == 1.02 and not unshaped["held"]
+
+
+@pytest.mark.long
 def test_ours_against_plain_ddp_gives_a_whole_row(tmp_path: Path) -> None:
     small = ["turns=1", "steps=1", "context=16", "layers=1", "width=16"]
     options = [part for change in small for part in ("--set", change)]
     done = thinwire("bench", "ddp", "--json", "rows.json", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    told = json.loads((tmp_path / "rows.json").read_text())
-    assert told["bench"] == "ddp" and told["machine"]["cores"]
-    (row,) = told["rows"]
+    content = json.loads((tmp_path / "rows.json").read_text())
+    assert content["bench"] == "ddp" and content["machine"]["cores"]
+    (row,) = content["rows"]
     assert row["native_s"] > 0 and row["ours_s"] > 0 and row["no_exchange_s"] > 0 and row["ratio"] > 0

@@ -34,6 +34,6 @@ def test_a_signal_that_ends_the_benchmark_ends_its_ranks(tmp_path: Path, number:
         assert time.monotonic() < deadline, "the ranks did not start"
         time.sleep(0.02)
     process.send_signal(number)
-    _, told = process.communicate(timeout=20)
-    assert process.returncode == 128 + number, told
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 128 + number, errors
     assert not any(alive(int(rank.read_text())) for rank in ranks)

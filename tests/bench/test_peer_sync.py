@@ -105,13 +105,13 @@ def test_a_wait_that_does_not_end_ends_the_process_with_its_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "fails, says",
+    "fails, message",
     [("raise ValueError('a\\nb')", "hivemind-u8: ValueError: a"), ("raise SystemExit('exchange 2 failed')", "exchange 2 failed")],
 )
-def test_a_rank_ends_with_one_line_whatever_its_threads_do(fails: str, says: str) -> None:
+def test_a_rank_ends_with_one_line_whatever_its_threads_do(fails: str, message: str) -> None:
     stuck = "import threading, time\nthreading.Thread(target=time.sleep, args=(40,)).start()\ndef main():\n    "
     done = program(f"{stuck}{fails}\nalone(main, 'hivemind-u8')")
-    assert (done.returncode, done.stderr) == (1, f"thinwire: error: {says}\n")
+    assert (done.returncode, done.stderr) == (1, f"thinwire: error: {message}\n")
     assert program(f"{stuck}print('trained')\nalone(main, 'x')").stdout == "trained\n"
 
 

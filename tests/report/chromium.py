@@ -1,10 +1,13 @@
 """Headless Chromium for the tests of the page: pictures, and what a page measures of itself."""
 
 import html
+import json
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 FLAGS = [
     "--headless",
@@ -32,35 +35,33 @@ def screenshot(page: Path, picture: Path, width: int, height: int) -> None:
     _run(page, picture.parent, f"--window-size={width},{height}", f"--screenshot={picture}")
 
 
-def framed(page_text: str, width: int, folder: Path) -> Path:
-    """A page that shows `page_text` in a frame of `width` CSS pixels and notes what does not fit in there.
+def framed(page_text: str, widths: Sequence[int], folder: Path) -> list[dict[str, Any]]:
+    """What `page_text` measures of itself in frames of those widths (CSS pixels): one dict each.
 
     A headless window is at least 500 pixels wide; a frame can be as narrow as a phone.
     """
     measure = """
-      const seen = document.querySelector("iframe").contentDocument;
-      const errors = [...seen.querySelectorAll("main *")].filter((e) => !e.closest("svg, .scroll, pre")
-        && e.getBoundingClientRect().right > seen.documentElement.clientWidth + 1).map((e) => e.tagName);
-      const texts = [...seen.querySelectorAll("svg text")].map((e) => e.getBoundingClientRect().height);
-      const chart = seen.querySelector("svg[data-hover]"), box = chart.getBoundingClientRect();
-      chart.dispatchEvent(new seen.defaultView.PointerEvent("pointermove", {clientX: box.right}));
-      const readout = chart.closest("figure").querySelector(".readout").textContent;
-      document.body.dataset.measured = JSON.stringify({client: seen.documentElement.clientWidth,
-        scroll: seen.documentElement.scrollWidth, outside: errors, readout, text: texts.length ? Math.min(...texts) : null});
+      document.body.dataset.measured = JSON.stringify([...document.querySelectorAll("iframe")].map((frame) => {
+        const seen = frame.contentDocument;
+        const errors = [...seen.querySelectorAll("main *")].filter((e) => !e.closest("svg, .scroll, pre")
+          && e.getBoundingClientRect().right > seen.documentElement.clientWidth + 1).map((e) => e.tagName);
+        const texts = [...seen.querySelectorAll("svg text")].map((e) => e.getBoundingClientRect().height);
+        const chart = seen.querySelector("svg[data-hover]"), box = chart.getBoundingClientRect();
+        chart.dispatchEvent(new seen.defaultView.PointerEvent("pointermove", {clientX: box.right}));
+        const readout = chart.closest("figure").querySelector(".readout").textContent;
+        return {client: seen.documentElement.clientWidth, scroll: seen.documentElement.scrollWidth, outside: errors, readout,
+          text: texts.length ? Math.min(...texts) : null};
+      }));
     """
-    path = folder / f"framed-{width}.html"
-    frame = f'<iframe style="width:{width}px;height:4000px;border:0" srcdoc="{html.escape(page_text)}"></iframe>'
+    path, content = folder / "framed.html", html.escape(page_text)
+    frames = "".join(f'<iframe style="width:{width}px;height:4000px;border:0" srcdoc="{content}"></iframe>' for width in widths)
     script = f"<script>addEventListener('load', () => {{{measure}}})</script>"
-    path.write_text(f"<!doctype html><body style='margin:0'>{frame}{script}</body>", encoding="utf-8")
-    return path
-
-
-def measured(page: Path) -> str:
-    """What a page made by `framed` noted, as JSON text."""
-    dom = _run(page, page.parent, "--dump-dom")
+    path.write_text(f"<!doctype html><body style='margin:0'>{frames}{script}</body>", encoding="utf-8")
+    dom = _run(path, folder, "--dump-dom")
     found = re.search(r'data-measured="([^"]*)"', dom)
-    assert found, f"{page} noted nothing: {dom[-2000:]}"
-    return html.unescape(found.group(1))
+    assert found, f"{path} noted nothing: {dom[-2000:]}"
+    measured: list[dict[str, Any]] = json.loads(html.unescape(found.group(1)))
+    return measured
 
 
 def _run(page: Path, folder: Path, *options: str) -> str:

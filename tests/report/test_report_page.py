@@ -1,4 +1,4 @@
-"""The page: what it prints is in the folder, it asks nobody for anything, every gap is said, and it fits the window."""
+"""The page: what it prints is in the folder, it asks nobody for anything, every gap is named, and it fits the window."""
 
 import itertools
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from chromium import framed, measured, screenshot
+from chromium import framed, screenshot
 from PIL import Image
 from run_folders import RUN_TOML, make_run
 
@@ -107,7 +107,7 @@ def test_text_is_escaped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_whatever_is_missing_is_said(tmp_path: Path, seed: int) -> None:
+def test_whatever_is_missing_is_named(tmp_path: Path, seed: int) -> None:
     random_ = random.Random(seed)
     without = tuple(random_.sample(OPTIONAL, random_.randrange(1, len(OPTIONAL) + 1)))
     end = random_.choice(["done", "interrupted", "failed: rank 2 died", None])
@@ -142,7 +142,7 @@ def test_medians_stand_in_for_a_measurement_and_are_called_so(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("steps", "nan_from"), [(30, 11), (30, 1), (1, 1), (1, None)])
-def test_a_loss_that_is_not_finite_is_a_gap_and_is_said(tmp_path: Path, steps: int, nan_from: int | None) -> None:
+def test_a_loss_that_is_not_finite_is_a_gap_and_is_named(tmp_path: Path, steps: int, nan_from: int | None) -> None:
     folder = make_run(tmp_path / "run", load_cluster("laptop"), steps=steps, nan_from=nan_from)
     words = check_form(page(gather(folder)))
     assert ("not a finite number" in words) == (nan_from is not None)
@@ -210,7 +210,7 @@ def test_cards_add_up_by_host(tmp_path: Path) -> None:
     assert math.isclose(row.difference, 0.04) and row.interfaces == "eth0, eth1"
 
 
-@pytest.mark.parametrize("name", ["two-racks", "32-nodes-25gbe"])
+@pytest.mark.parametrize("name", ["two-racks", pytest.param("32-nodes-25gbe", marks=pytest.mark.long)])
 def test_it_looks_like_something_and_fits_desktop_and_phone(tmp_path: Path, name: str) -> None:
     folder = make_run(tmp_path / "run", load_cluster(name))
     path = write_report(folder)
@@ -221,8 +221,7 @@ def test_it_looks_like_something_and_fits_desktop_and_phone(tmp_path: Path, name
     assert 0.01 < ink < 0.5, f"{ink:.1%} of the picture is dark"
     bands = [band.std() for band in picture.reshape(8, 200, 1200, 3)]
     assert min(bands) > 0.01, f"a band of the picture is blank: {bands}"
-    for width in (1200, 375):
-        seen = json.loads(measured(framed(path.read_text(), width, tmp_path)))
+    for width, seen in zip((1200, 375), framed(path.read_text(), (1200, 375), tmp_path), strict=True):
         assert seen["client"] == width and seen["scroll"] <= width and seen["outside"] == []
         assert seen["readout"].startswith("step 300 · ")
         assert seen["text"] > 9, "the text of a chart is too small to read"

@@ -1,4 +1,4 @@
-"""`thinwire bench lab`: is a link of the lab as slow as it says?
+"""`thinwire bench lab`: is a link of the lab as slow as declared?
 
 A message after one second of silence, over plain TCP sockets between two hosts on one switch, against the bound
 bytes * 8 * FRAME_OVERHEAD / rate. The bucket of a shaped link lets the first bytes of a message through unshaped, so it may be

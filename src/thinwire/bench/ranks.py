@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from thinwire.cluster import Cluster
 from thinwire.endings import signals_unwind
 from thinwire.errors import UserError
-from thinwire.lab.cards import CardCount
+from  import CardCount
 from thinwire.lab.commands import processes_for
 from thinwire.lab.run import RESULTS, LabOptions, launch
 

@@ -1,4 +1,4 @@
-"""Ways to synchronise gradients, PyTorch's own and ours, on one model in one run: seconds of a step, bytes, held-out loss.
+"""Methods to synchronise gradients, PyTorch's own and ours, on one model in one run: seconds of a step, bytes, held-out loss.
 
 Time: in the lab, compute paced by what the cluster declares, all methods in turns in the same processes; medians over the turns.
 Each turn lasts about `turn_s`, one step at least. `no_exchange_step_s` is the step under no_sync, which takes turns too.
@@ -20,8 +20,8 @@ too, and unpaced.
 
 `collectives` is that of run.toml; it is for ours only, stock peers stay on stock gloo.
 
-With three links or more a table says which rate each method needs; with `target`, a part of data parallelism's tokens, each row
-says how long the loss that it has then takes (`sync_rows`). `learned` names a file that keeps what was learned for later runs.
+With three links or more a table has the rate that each method needs; with `target`, a part of data parallelism's tokens, each row
+has the time to the loss that it has then (`sync_rows`). `learned` names a file that keeps what was learned for later runs.
 """
 
 import tempfile
@@ -79,7 +79,7 @@ POINTS = 20
 """Of the curve of a whole run, where a target is wanted."""
 NO_EXCHANGE = "no exchange"
 QUIET = ("env", "HIVEMIND_LOGLEVEL=CRITICAL", "RUST_LOG=error", "PYTHONWARNINGS=ignore")
-"""hivemind reports the end of its helpers as errors, torchft each exchange; both would hide the line that says what failed."""
+"""hivemind reports the end of its helpers as errors, torchft each exchange; both would hide the line about what failed."""
 Timed = dict[str, dict[str, Any]]
 """{method: lists over the turns}."""
 
@@ -202,7 +202,7 @@ def _base(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _methods(options: Mapping[str, Any]) -> list[Method]:
-    """Checked here, so that what is wrong is said before anything is started."""
+    """Checked here, so that what is wrong is reported before anything is started."""
     names = list(options["methods"])
     if not names or len(set(names)) < len(names):
         raise UserError(f"methods = {names}: name one or more, each once")

@@ -165,7 +165,7 @@ def launches(methods: Sequence[Method]) -> list[list[Method]]:
 def key_of(method: Method, seed: int, ranks: int, curve: Sequence[int]) -> str:
     """What was learned is kept under this: the method's configuration, the seed, the number of ranks and the steps of the curve.
 
-    Links and turns are not in it, because results do not depend on the wire. seed: whatever the configuration says.
+    Links and turns are not in it, because results do not depend on the wire. seed: in place of the configuration's.
     """
     config = method.config.model_dump(mode="json")
     made_from = [method.name, config | {"train": config["train"] | {"seed": seed}}, ranks, list(curve)]

@@ -1,6 +1,6 @@
 """Contenders that take turns in one run, so that a machine whose speed drifts is fair to all.
 
-All contenders' ranks are started at once. A number in a file says whose turn it is; while it is not theirs, the ranks of a
+All contenders' ranks are started at once. A number in a file is whose turn it is; while it is not theirs, the ranks of a
 contender wait in a barrier of their own group, and its rank 0 looks at the file. This module is imported by peers that must not
 import the rest of thinwire, so it uses the standard library only, and can be loaded by its path.
 """

@@ -1,4 +1,4 @@
-"""The report: a run folder in, a page and a table out. What it knows of a run is what the folder says."""
+"""The report: a run folder in, a page and a table out. All it knows of a run is in the folder."""
 
 from thinwire.report.facts import Facts, gather
 from thinwire.report.page import page, write_report

@@ -1,6 +1,6 @@
 """Line charts and stacked bars as inline SVG, 560 units wide: they scale with the page and need no library.
 
-Colours are told apart by colour-blind readers too (Okabe and Ito, 2008).
+Colour-blind readers can tell the colours apart too (Okabe and Ito, 2008).
 """
 
 import json

@@ -1,7 +1,7 @@
-"""What a run folder says, gathered once: the step predicted beside measured, bytes by ledger beside cards, and gaps.
+"""What a run folder holds, gathered once: the step predicted beside measured, bytes by ledger beside cards, and gaps.
 
 Nothing here is estimated. Where measured.json is absent (the run was cut off), the medians over the recorded steps
-stand in for it, and `measured_from` says so. Differences are (predicted - measured) / measured.
+stand in for it, and `measured_from` names them. Differences are (predicted - measured) / measured.
 """
 
 import math

@@ -14,14 +14,14 @@ class Markup(str):
 
 def tag(name: str, /, *children: str | None, **attributes: str | float | bool | None) -> Markup:
     """An element. `class_` is class, other underscores are hyphens; None and False leave an attribute or child out."""
-    said = "".join(
+    written = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(_plain(value))}"'
         for key, value in attributes.items()
         if value is not None and value is not False
     )
     if name in _VOID:
-        return Markup(f"<{name}{said}>")
-    return Markup(f"<{name}{said}>{join(children)}</{name}>")
+        return Markup(f"<{name}{written}>")
+    return Markup(f"<{name}{written}>{join(children)}</{name}>")
 
 
 def join(children: Iterable[str | None], between: str = "") -> Markup:

@@ -1,4 +1,4 @@
-// Hovering a chart: a line at the nearest point, and what it says below the chart.
+// Hovering a chart: a line at the nearest point, and its label below the chart.
 for (const svg of document.querySelectorAll("svg[data-hover]")) {
   const points = JSON.parse(svg.dataset.hover);
   const cursor = svg.querySelector(".cursor");

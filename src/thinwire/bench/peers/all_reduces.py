@@ -1,4 +1,4 @@
-"""A few all-reduces through the metered backend; each rank leaves what its ledger says it sent. For `thinwire bench ledger`."""
+"""A few all-reduces through the metered backend; each rank leaves what it sent by its ledger. For `thinwire bench ledger`."""
 
 import json
 

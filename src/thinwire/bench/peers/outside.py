@@ -1,7 +1,7 @@
 """What the ranks of other people's systems have in common: waits that end, an end without loose threads, the work of helpers.
 
 Their background threads and processes outlive a failed rank and keep the interpreter from ending; so a rank that is over, well or
-not, says one line and leaves at once. Whoever started it ends what it left.
+not, prints one line and leaves at once. Whoever started it ends what it left.
 """
 
 import os
@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def leave(code: int, said: str = "") -> None:
+def leave(code: int, message: str = "") -> None:
     """End this process here and now."""
-    if said:
-        print(f"thinwire: error: {said}", file=sys.stderr)
+    if message:
+        print(f"thinwire: error: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -44,7 +44,7 @@ def alone(main: Callable[[], None], who: str) -> None:
 
 
 def helpers_s() -> float:
-    """Processor seconds of all processes that this one has started, and theirs; 0 where the system does not say."""
+    """Processor seconds of all processes that this one has started, and theirs; 0 where the system has no such numbers."""
     parents, used = {}, {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:

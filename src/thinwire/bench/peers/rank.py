@@ -54,7 +54,7 @@ def make_stepper(stack, model, sync, mesh, train, loss):
 
 
 def card_bytes():
-    """Sent by all cards of this host but loopback; 0 where the system does not say."""
+    """Sent by all cards of this host but loopback; 0 where the system has no such numbers."""
     counters = Path("/proc/net/dev")
     lines = counters.read_text().splitlines()[2:] if counters.is_file() else []
     cards = dict(line.split(":") for line in lines)
