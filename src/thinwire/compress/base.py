@@ -192,5 +192,5 @@ def check_tensor(values: Tensor) -> None:
 def check_payload(payload: Tensor, size: int) -> None:
     """What every decode demands of its caller."""
     assert payload.dtype == torch.uint8 and payload.dim() == 1 and payload.is_contiguous(), "a payload is flat contiguous uint8"
-    assert payload.numel() == size, f"a payload of {payload.numel()} bytes where {size} are due"
+    assert payload.numel() == size, f"a payload of {payload.numel()} bytes instead of {size}"
     assert payload.storage_offset() % 2 == 0, "a payload begins at an even byte of its storage"

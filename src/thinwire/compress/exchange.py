@@ -142,7 +142,7 @@ def check_options(config: Coded) -> None:
         raise UserError(f"compress.{option} = {getattr(config, option)!r}: {why}; leave it out")
 
     if config.exchange != "auto" and kind not in CODECS.keys() - SUMMABLE:
-        refuse("exchange", f"{kind} is averaged in one way only")
+        refuse("exchange", f"{kind} is averaged by one method only")
     if config.vectors and kind == "powersgd":
         refuse("vectors", "powersgd takes matrices only")
     given = [option for option in FEEDBACK if getattr(config, option) is not None]

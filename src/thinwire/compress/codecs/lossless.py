@@ -63,7 +63,7 @@ class Lossless:
         code = payload.cpu().numpy()
         numel, value_bytes, *lengths = _HEADER.unpack(code[: _HEADER.size].tobytes())
         end = _HEADER.size + sum(lengths)
-        assert payload.numel() == end + end % 2, f"a payload of {payload.numel()} bytes where {end + end % 2} are due"
+        assert payload.numel() == end + end % 2, f"a payload of {payload.numel()} bytes instead of {end + end % 2}"
         parts = np.split(code[_HEADER.size : end], np.cumsum(lengths)[:-1])
         plain_lengths = (numel, numel, 2 * numel) if value_bytes == 4 else (numel, numel)
         planes = [_unsqueeze(part, length) for part, length in zip(parts, plain_lengths, strict=False)]
@@ -127,5 +127,5 @@ def _unsqueeze(code: Plane, length: int) -> Plane:
     if len(code) == length:
         return code
     plane = np.frombuffer(zlib.decompress(code.data, -15, max(1, length)), np.uint8)
-    assert len(plane) == length, f"a plane of {len(plane)} bytes where {length} are due"
+    assert len(plane) == length, f"a plane of {len(plane)} bytes instead of {length}"
     return plane
