@@ -24,9 +24,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from thinwire.cluster import Cluster
 from thinwire.endings import signals_unwind
 from thinwire.errors import UserError
-from  import CardCount
 from thinwire.lab.commands import processes_for
 from thinwire.lab.run import RESULTS, LabOptions, launch
+from thinwire.record import Card
 
 TIMEOUT_S = 900.0
 POLL_S = 0.5
@@ -38,7 +38,7 @@ class Outcome:
 
     results: dict[str, Any]
     delay: str = "none"
-    cards: tuple[CardCount, ...] = ()
+    cards: tuple[Card, ...] = ()
     retransmitted: Mapping[str, int] = field(default_factory=dict)
 
 
