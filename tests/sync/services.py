@@ -24,7 +24,7 @@ from thinwire.sync.server.snapshots import Snapshots
 
 @dataclass
 class Running:
-    """address: where workers find it. weights(): of all servers. failures: what a server or the door died of."""
+    """address: where workers find it. weights(): of all servers. failures: what a server or the listener died of."""
 
     address: str
     servers: list[Server]
@@ -47,7 +47,7 @@ def serving(
         server.load_state_dict(saved)
     end, listener = threading.Event(), listen("127.0.0.1:0", "--bind")
     running = Running(shown(listener), servers, ledgers)
-    door = Listener(listener, read_secret(secret), service, dict(enumerate(servers)))
+    accepting = Listener(listener, read_secret(secret), service, dict(enumerate(servers)))
 
     def run(function: Callable[[threading.Event], None]) -> None:
         try:
@@ -55,7 +55,7 @@ def serving(
         except BaseException as error:
             running.failures.append(error)
 
-    functions = [door.run, *(server.run for server in servers)]
+    functions = [accepting.run, *(server.run for server in servers)]
     threads = [threading.Thread(target=run, args=(function,), daemon=True) for function in functions]
     for thread in threads:
         thread.start()
@@ -103,8 +103,8 @@ def any_answer(head: Head) -> range:
 def greeted(address: str, name: str, numel: int, secret: Path | None = None, **others: Any) -> Connection:
     """A worker by hand, which has said HELLO and heard the answer; its user closes it. numel: of its range."""
     link = Dialer(address, secret).connect(0, Ledger())
-    told = {"server": 0, "incarnation": 0, "host": "by-hand", "every": 0, "tokens_per_step": 1.0} | others
-    link.send(Head(kind=Kind.HELLO), Hello(name=name, numel=numel, **told).packed())
+    fields = {"server": 0, "incarnation": 0, "host": "by-hand", "every": 0, "tokens_per_step": 1.0} | others
+    link.send(Head(kind=Kind.HELLO), Hello(name=name, numel=numel, **fields).packed())
     head, payload = link.receive(any_answer)
     if head.kind != Kind.STATE:
         link.close()

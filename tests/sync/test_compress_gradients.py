@@ -48,15 +48,15 @@ def loop(context: Rank, kind: str, steps: int, group_size: int) -> dict:
         losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
-    owed = compression.residuals() if isinstance(compression, CodedExchange) else {}
+    residuals = compression.residuals() if isinstance(compression, CodedExchange) else {}
     if compression:
         compression.detach()
-    return {"weights": [p.detach() for p in model.parameters()], "losses": losses, "owed": sorted(owed)}
+    return {"weights": [p.detach() for p in model.parameters()], "losses": losses, "residuals": sorted(residuals)}
 
 
 @pytest.fixture(scope="module")
 def plain_ddp() -> Callable[[Pool, int], list[dict]]:
-    """(pool, group size) -> what the loop tells without compression. Each is made once."""
+    """(pool, group size) -> what the loop returns without compression. Each is made once."""
     return cache(lambda ranks, group_size: ranks.run(loop, "none", 25, group_size))
 
 
@@ -75,12 +75,12 @@ def test_it_learns_like_plain_ddp_and_replicas_stay_equal(
     ranks: Pool = request.getfixturevalue(pool)
     coded = ranks.run(loop, kind, 25, group_size)
     plain = plain_ddp(ranks, group_size)
-    for rank, told in enumerate(coded):
+    for rank, result in enumerate(coded):
         first = coded[rank // group_size * group_size]
-        assert all(torch.equal(a, b) for a, b in zip(told["weights"], first["weights"], strict=True))
-        assert told["losses"][-1] == pytest.approx(plain[rank]["losses"][-1], rel=0.05)
-        assert told["losses"][-1] < 0.6 * told["losses"][0]
-    assert coded[0]["owed"] == ([] if kind == "bf16" else [f"layers.{index}.weight" for index in range(5)])
+        assert all(torch.equal(a, b) for a, b in zip(result["weights"], first["weights"], strict=True))
+        assert result["losses"][-1] == pytest.approx(plain[rank]["losses"][-1], rel=0.05)
+        assert result["losses"][-1] < 0.6 * result["losses"][0]
+    assert coded[0]["residuals"] == ([] if kind == "bf16" else [f"layers.{index}.weight" for index in range(5)])
 
 
 def refused(context: Rank, kind: str, options: dict) -> str:

@@ -69,8 +69,8 @@ class Life:
         self.replica = mesh["outer"].get_local_rank()
         self.model = sharded(mesh, seed=self.replica if saved is None else 9)  # the first replica's must win
         self.optimizer = adamw(self.model)
-        ways = INSIDE[inside]
-        self.inside = thinwire.compress_sharded(self.model, *ways) if ways else None
+        codes = INSIDE[inside]
+        self.inside = thinwire.compress_sharded(self.model, *codes) if codes else None
         self.outer = thinwire.DiLoCo(self.model, self.optimizer, group=mesh["outer"], **options)
         if saved is not None:
             state = torch.load(io.BytesIO(saved), weights_only=True)
@@ -124,25 +124,25 @@ def run(context: Rank, kind: str, inside: str = "plain", cut: int = 0) -> dict[s
         "back": back,
         "final": final,
         "rows": {row: total.calls for row, total in rows.items()},
-        "said": {(t.label, t.axis, t.op, t.message_bytes): t.every for t in outer.traffic(workload)},
+        "predicted": {(t.label, t.axis, t.op, t.message_bytes): t.every for t in outer.traffic(workload)},
         "held": sum(p.to_local().numel() for p in model.parameters()),
     }
 
 
-Told = Callable[..., list[dict[str, Any]]]
+Results = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def told_by(ranks4: Pool) -> Told:
-    """(kind, inside) -> what each rank tells of a run in one life. Each is made once."""
+def results_of(ranks4: Pool) -> Results:
+    """(kind, inside) -> what each rank returns of a run in one life. Each is made once."""
     return cache(lambda kind, inside="plain": ranks4.run(run, kind, inside))
 
 
 @pytest.mark.parametrize("inside", ["plain", long("uncoded")])
 @pytest.mark.parametrize("kind", ["diloco", "streaming", long("local_sgd"), long("muloco")])
-def test_equals_the_reference_in_one_process(told_by: Told, kind: str, inside: str) -> None:
+def test_equals_the_reference_in_one_process(results_of: Results, kind: str, inside: str) -> None:
     local, anchor = reference(kind, 2, ranks_of_each=2)
-    for rank, one in enumerate(told_by(kind, inside)):
+    for rank, one in enumerate(results_of(kind, inside)):
         torch.testing.assert_close(one["own"], local[rank // 2], rtol=0, atol=2e-6)
         torch.testing.assert_close(one["final"], anchor, rtol=0, atol=2e-6)
 
@@ -159,38 +159,38 @@ def inside_ddp(context: Rank, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["noloco", long("streaming"), long("noloco fp16")])
-def test_is_the_same_as_around_ddp(ranks4: Pool, told_by: Told, kind: str) -> None:
-    for one, (own, final) in zip(told_by(kind), ranks4.run(inside_ddp, kind), strict=True):
+def test_is_the_same_as_around_ddp(ranks4: Pool, results_of: Results, kind: str) -> None:
+    for one, (own, final) in zip(results_of(kind), ranks4.run(inside_ddp, kind), strict=True):
         torch.testing.assert_close(one["own"], own, rtol=0, atol=2e-6)
         torch.testing.assert_close(one["final"], final, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", [kind if kind in SHORT else long(kind) for kind in OPTIONS])
-def test_shards_are_sent_as_predicted_and_replicas_end_bit_equal(told_by: Told, kind: str) -> None:
-    told = told_by(kind)
-    for one in told:
-        assert torch.equal(one["final"], told[0]["final"]) and one["back"]
+def test_shards_are_sent_as_predicted_and_replicas_end_bit_equal(results_of: Results, kind: str) -> None:
+    results = results_of(kind)
+    for one in results:
+        assert torch.equal(one["final"], results[0]["final"]) and one["back"]
         seen = {row: calls for row, calls in one["rows"].items() if row[2] != "recv" and "final" not in row[0]}
-        assert one["said"] and set(seen) == set(one["said"])
-        assert all(STEPS // every <= seen[row] <= -(-STEPS // every) for row, every in one["said"].items())
-    assert not torch.equal(told[0]["own"], told[2]["own"])
+        assert one["predicted"] and set(seen) == set(one["predicted"])
+        assert all(STEPS // every <= seen[row] <= -(-STEPS // every) for row, every in one["predicted"].items())
+    assert not torch.equal(results[0]["own"], results[2]["own"])
     if "noloco" not in kind:
-        assert torch.equal(told[0]["averaged"], told[2]["averaged"])
-        assert torch.equal(told[0]["averaged_score"], told[2]["averaged_score"])
-    first, second = told[0]["held"], told[1]["held"]
+        assert torch.equal(results[0]["averaged"], results[2]["averaged"])
+        assert torch.equal(results[0]["averaged_score"], results[2]["averaged_score"])
+    first, second = results[0]["held"], results[1]["held"]
     assert second < first and first + second == sum(p.numel() for p in Net().parameters())
     if kind == "streaming":  # of the last block the second rank holds nothing
-        assert {row[0] for row in told[0]["said"]} - {row[0] for row in told[1]["said"]} == {"fragment 3"}
-        assert sum(row[3] for one in told[:2] for row in one["said"]) == 4 * (first + second)
+        assert {row[0] for row in results[0]["predicted"]} - {row[0] for row in results[1]["predicted"]} == {"fragment 3"}
+        assert sum(row[3] for one in results[:2] for row in one["predicted"]) == 4 * (first + second)
 
 
 @pytest.mark.parametrize(
     ("kind", "inside"),
     [("streaming int4", "coded"), long("streaming int4", "plain"), long("diloco int4", "coded"), long("noloco", "plain")],
 )
-def test_a_second_life_equals_one_bit_for_bit(ranks4: Pool, told_by: Told, kind: str, inside: str) -> None:
-    """After 5 steps fragments are under way, and errors are owed outside and inside."""
-    once = told_by(kind, inside)
+def test_a_second_life_equals_one_bit_for_bit(ranks4: Pool, results_of: Results, kind: str, inside: str) -> None:
+    """After 5 steps fragments are under way, and there are residuals outside and inside."""
+    once = results_of(kind, inside)
     for one, other in zip(once, ranks4.run(run, kind, inside, 5), strict=True):
         assert all(torch.equal(one[key], other[key]) for key in ("own", "averaged", "final"))
     assert all(torch.equal(one["final"], once[0]["final"]) for one in once)
@@ -211,9 +211,9 @@ def one_row(context: Rank, options: dict[str, Any]) -> tuple[torch.Tensor, list[
 
 @pytest.mark.parametrize("kind", ["noloco", "diloco int4", long("local_sgd bf16")])
 def test_a_rank_that_holds_nothing_sends_nothing(ranks4: Pool, kind: str) -> None:
-    told = ranks4.run(one_row, OPTIONS[kind])
-    assert all(torch.equal(final, told[0][0]) for final, _ in told)
-    assert [bool(sum(sent)) for _, sent in told] == [True, False] * 2
+    results = ranks4.run(one_row, OPTIONS[kind])
+    assert all(torch.equal(final, results[0][0]) for final, _ in results)
+    assert [bool(sum(sent)) for _, sent in results] == [True, False] * 2
 
 
 def refused(context: Rank) -> list[str]:
@@ -229,11 +229,11 @@ def refused(context: Rank) -> list[str]:
         lambda: thinwire.DiLoCo(model, optimizer, group=crossed).__enter__(),
         lambda: fitting.traffic(other),
     ]
-    said = []
+    messages = []
     for one in wrong:
         with pytest.raises(UserError) as caught:
             one()
-        said.append(str(caught.value))
+        messages.append(str(caught.value))
     with fitting:
         inner_step(model, optimizer, batch(0, 0))
         state = fitting.state_dict()
@@ -242,7 +242,7 @@ def refused(context: Rank) -> list[str]:
     again.load_state_dict(state)
     with pytest.raises(UserError) as caught:
         again.__enter__()
-    return [*said, str(caught.value)]
+    return [*messages, str(caught.value)]
 
 
 def test_groups_that_would_mix_shards_are_refused(ranks4: Pool) -> None:
@@ -260,9 +260,9 @@ def example(context: Rank) -> str:
 
 @pytest.mark.long
 def test_the_example_learns_and_sends_little(ranks4: Pool) -> None:
-    told = ranks4.run(example)
-    losses = [one.split()[2] for one in told]
+    results = ranks4.run(example)
+    losses = [one.split()[2] for one in results]
     assert float(losses[0]) < 3.3 and losses == [losses[0]] * 4
-    for one in told:
+    for one in results:
         sent, averaging = (float(part.split()[-2]) for part in one.splitlines()[1].split(";"))
         assert 0 < sent < averaging / 20

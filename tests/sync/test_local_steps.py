@@ -34,12 +34,12 @@ CODES = {"none": NoCompression(), "int4": Coded(kind="int4", exclude=(), vectors
 @pytest.mark.parametrize("pool", ["ranks3", long("ranks2")])
 def test_equals_the_reference_in_one_process(request: pytest.FixtureRequest, pool: str, kind: str) -> None:
     ranks: Pool = request.getfixturevalue(pool)
-    told = ranks.run(run, KINDS[kind], CODES["none"], 1, 0, STEPS, None)
-    local, anchor = reference(kind, len(told))
-    for rank, one in enumerate(told):
+    results = ranks.run(run, KINDS[kind], CODES["none"], 1, 0, STEPS, None)
+    local, anchor = reference(kind, len(results))
+    for rank, one in enumerate(results):
         torch.testing.assert_close(one["local"], local[rank], rtol=0, atol=2e-6)
         torch.testing.assert_close(one["final"], anchor, rtol=0, atol=2e-6)
-        assert torch.equal(one["final"], told[0]["final"])
+        assert torch.equal(one["final"], results[0]["final"])
 
 
 @pytest.mark.parametrize(
@@ -53,19 +53,19 @@ def test_equals_the_reference_in_one_process(request: pytest.FixtureRequest, poo
     ],
 )
 def test_sends_what_was_predicted_and_ends_bit_equal(ranks4: Pool, kind: str, code: str, data: int) -> None:
-    told = ranks4.run(run, KINDS[kind], CODES[code], data, 0, STEPS, None)
+    results = ranks4.run(run, KINDS[kind], CODES[code], data, 0, STEPS, None)
     every = KINDS[kind].every
-    rare = {row for row in told[0]["predicted"] if row[3] == "outer"}
+    rare = {row for row in results[0]["predicted"] if row[3] == "outer"}
     assert {row[4] for row in rare} == {every}
-    measured = {row: calls for row, (calls, _) in told[0]["sent"].items() if row[3] == "outer"}
+    measured = {row: calls for row, (calls, _) in results[0]["sent"].items() if row[3] == "outer"}
     assert set(measured) == {row[:4] for row in rare}
     assert all(STEPS // every <= calls <= STEPS // every + 1 for calls in measured.values())
-    each_step = {row[:4] for row in told[0]["predicted"] if row[3] == "data"}
-    assert {row for row in told[0]["sent"] if row[3] == "data"} == each_step and bool(each_step) == (data > 1)
-    for one in told:
-        assert torch.equal(one["final"], told[0]["final"])
+    each_step = {row[:4] for row in results[0]["predicted"] if row[3] == "data"}
+    assert {row for row in results[0]["sent"] if row[3] == "data"} == each_step and bool(each_step) == (data > 1)
+    for one in results:
+        assert torch.equal(one["final"], results[0]["final"])
     if data == 2:
-        assert torch.equal(told[0]["local"], told[1]["local"])
+        assert torch.equal(results[0]["local"], results[1]["local"])
 
 
 @pytest.mark.parametrize("kind", ["streaming", "sparseloco"])
@@ -82,8 +82,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(ranks2: Pool, kind: str, stop:
 
 
 def test_hierarchical_averages_near_ranks_more_often(ranks4: Pool) -> None:
-    told = ranks4.run(hierarchical)
-    for rank, spreads in enumerate(told):
+    results = ranks4.run(hierarchical)
+    for rank, spreads in enumerate(results):
         near, far = spreads["near"], spreads["far"]
         assert [spread == 0 for spread in near] == [step % 2 == 1 for step in range(8)], rank
         assert [spread == 0 for spread in far] == [step % 4 == 3 for step in range(8)], rank

@@ -31,7 +31,7 @@ def compression(kind: str) -> NoCompression | Coded:
 
 
 def train(ranks: Pool, kind: str, data: int, first: int, last: int, states: list[dict] | None = None) -> list[dict[str, Any]]:
-    """What each rank tells of steps `first` to `last`."""
+    """What each rank returns of steps `first` to `last`."""
     return ranks.run(run, NoLoCo(every=EVERY), compression(kind), data, first, last, states)
 
 
@@ -68,15 +68,15 @@ def reference(replicas: int) -> tuple[list[torch.Tensor], list[torch.Tensor], to
 @pytest.mark.parametrize("pool", ["ranks3", long("ranks2"), long("ranks4")])
 def test_equals_the_reference_in_one_process(request: pytest.FixtureRequest, pool: str) -> None:
     ranks: Pool = request.getfixturevalue(pool)
-    told = train(ranks, "none", 1, 0, STEPS)
-    fast, slow, mean = reference(len(told))
-    for rank, one in enumerate(told):
+    results = train(ranks, "none", 1, 0, STEPS)
+    fast, slow, mean = reference(len(results))
+    for rank, one in enumerate(results):
         torch.testing.assert_close(one["local"], fast[rank], rtol=0, atol=2e-6)
         torch.testing.assert_close(one["averaged"], slow[rank], rtol=0, atol=2e-6)
         torch.testing.assert_close(one["final"], mean, rtol=0, atol=2e-6)
-        assert torch.equal(one["final"], told[0]["final"]) and one["back"]
-    if len(told) > 2:
-        assert any(not torch.equal(told[0]["averaged"], one["averaged"]) for one in told)
+        assert torch.equal(one["final"], results[0]["final"]) and one["back"]
+    if len(results) > 2:
+        assert any(not torch.equal(results[0]["averaged"], one["averaged"]) for one in results)
 
 
 @pytest.mark.parametrize(
@@ -84,21 +84,23 @@ def test_equals_the_reference_in_one_process(request: pytest.FixtureRequest, poo
     [("none", 4, 1), ("bf16", 2, 2), long("none", 4, 2), long("bf16", 2, 1), long("fp16", 2, 1), long("fp16", 2, 2)],
 )
 def test_sends_what_was_predicted(ranks4: Pool, kind: str, width: int, data: int) -> None:
-    told = train(ranks4, kind, data, 0, STEPS)
-    numel = told[0]["local"].numel()
-    assert [row for row in told[0]["predicted"] if row[3] == "outer"] == [("pair", "send", width * numel, "outer", EVERY)]
-    for one in told:
+    results = train(ranks4, kind, data, 0, STEPS)
+    numel = results[0]["local"].numel()
+    assert [row for row in results[0]["predicted"] if row[3] == "outer"] == [("pair", "send", width * numel, "outer", EVERY)]
+    for one in results:
         mine = {row: seen for row, seen in one["sent"].items() if row[3] == "outer"}
         assert mine.pop(("pair", "recv", width * numel, "outer")) == (EVENTS, 0)
         assert mine == {("pair", "send", width * numel, "outer"): (EVENTS, EVENTS * width * numel)}
-        assert torch.equal(one["final"], told[0]["final"])
+        assert torch.equal(one["final"], results[0]["final"])
     if data == 2:
-        assert torch.equal(told[0]["averaged"], told[1]["averaged"]) and torch.equal(told[2]["averaged"], told[3]["averaged"])
+        assert torch.equal(results[0]["averaged"], results[1]["averaged"]) and torch.equal(
+            results[2]["averaged"], results[3]["averaged"]
+        )
 
 
 def test_of_three_one_is_alone_in_each_exchange(ranks3: Pool) -> None:
-    told = train(ranks3, "none", 1, 0, STEPS)
-    calls = [sum(calls for row, (calls, _) in one["sent"].items() if row[1] == "send") for one in told]
+    results = train(ranks3, "none", 1, 0, STEPS)
+    calls = [sum(calls for row, (calls, _) in one["sent"].items() if row[1] == "send") for one in results]
     paired = Counter(rank for event in range(1, EVENTS + 1) for pair in pairs(3, event) if len(pair) == 2 for rank in pair)
     assert calls == [paired[rank] for rank in range(3)] and sum(calls) == 2 * EVENTS
 
@@ -149,9 +151,9 @@ def drift(context: Rank, kind: str, exchanges: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["none", "bf16"])
 def test_without_gradients_replicas_come_together_and_their_mean_stays(ranks4: Pool, kind: str) -> None:
-    told = ranks4.run(drift, kind, 30)
+    results = ranks4.run(drift, kind, 30)
     means, spreads = [], []
-    for stacked in map(torch.stack, zip(*told, strict=True)):
+    for stacked in map(torch.stack, zip(*results, strict=True)):
         means.append(stacked.mean(0))
         spreads.append(float(stacked.std(0).norm()))
     for mean in means[1:]:

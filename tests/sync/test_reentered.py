@@ -81,10 +81,10 @@ def epochs(context: Rank, options: dict[str, Any], resumed: bool) -> dict[str, A
 @pytest.mark.parametrize("number", [2, long(1), long(4)])
 def test_a_block_without_a_step_moves_nothing(request: pytest.FixtureRequest, kind: str, number: int, resumed: bool) -> None:
     ranks: Pool = request.getfixturevalue(f"ranks{number}")
-    for one in (told := ranks.run(epochs, KINDS[kind], resumed)):
+    for one in (results := ranks.run(epochs, KINDS[kind], resumed)):
         assert torch.equal(one["ends"][-1], one["ends"][-2])
         assert all(not torch.equal(before, after) for before, after in zip(one["ends"][:-2], one["ends"][1:-1], strict=True))
-        assert all(torch.equal(ours, first) for ours, first in zip(one["ends"][1:], told[0]["ends"][1:], strict=True))
+        assert all(torch.equal(ours, first) for ours, first in zip(one["ends"][1:], results[0]["ends"][1:], strict=True))
         assert one["steps"] == (4 if resumed else 3) * EVERY
 
 
@@ -205,26 +205,26 @@ def adapters(context: Rank, options: dict[str, Any]) -> dict[str, Any]:
         kept = outer.state_dict()["sync"]
     calls = outer.ledger.snapshot().items()
     sent = sum(call.message_bytes * total.calls for call, total in calls if call.op == "all_reduce" and total.last_step > 0)
-    said = None
+    messages = None
     with outer:
         model.frozen.requires_grad_(True)
         try:
             for _ in range(2):
                 optimizer.step()
         except UserError as error:
-            said = str(error)
+            messages = str(error)
         model.frozen.requires_grad_(False)
-    return {"sent": sent, "kept": kept, "said": said}
+    return {"sent": sent, "kept": kept, "message": messages}
 
 
 def test_frozen_parameters_are_neither_kept_nor_sent(ranks2: Pool) -> None:
     for one in ranks2.run(adapters, {}):
         assert one["sent"] <= 4 * 256 * 3
         assert sum(fragment["anchor"].numel() for fragment in one["kept"]["fragments"]) == 256
-        assert "frozen.weight was frozen, or is trained, since" in one["said"]
+        assert "frozen.weight was frozen, or is trained, since" in one["message"]
     for one in ranks2.run(adapters, {"kind": "noloco"}):
         assert one["kept"]["slow"].numel() == 256
-        assert "frozen.weight was frozen, or is trained, since" in one["said"]
+        assert "frozen.weight was frozen, or is trained, since" in one["message"]
 
 
 class Expanded(nn.Module):
@@ -260,15 +260,15 @@ def test_what_a_collective_is_handed_is_contiguous_and_its_own(ranks2: Pool) -> 
 
 
 def states(context: Rank) -> dict[str, str]:
-    """What is said of states that would not be used."""
+    """The messages about states that would not be used."""
     model = net()
     half = dist.new_group([context.rank])
-    said = {}
+    messages = {}
 
     def refused(name: str, call: Any) -> None:
         with pytest.raises(UserError) as caught:
             call()
-        said[name] = str(caught.value)
+        messages[name] = str(caught.value)
 
     def make(group: Any = None, **options: Any) -> Any:
         return thinwire.DiLoCo(model, sgd(model), every=2, group=group, **options)
@@ -283,21 +283,21 @@ def states(context: Rank) -> dict[str, str]:
     refused("adopt", lambda: make(compress="int4").adopt([state]))
     refused("code", lambda: make(compress="int8").load_state_dict(state))
     refused("plain", lambda: make().load_state_dict(state))
-    return said
+    return messages
 
 
 def test_states_that_would_not_be_used_are_refused(ranks2: Pool) -> None:
-    said = ranks2.run(states)[0]
-    assert "before the with block, not inside" in said["inside"]
-    assert "one of 2 replicas, and there are 1" in said["replicas"] and "adopt()" in said["replicas"]
-    assert "of kind = 'diloco', and this one is 'noloco'" in said["kind"]
-    assert "adopt() wants the states of all replicas of a run, and has 1" in said["adopt"]
-    assert "compress.kind = 'int4', not 'int8'" in said["code"]
-    assert "compress.kind = 'int4', not 'none'" in said["plain"]
+    messages = ranks2.run(states)[0]
+    assert "before the with block, not inside" in messages["inside"]
+    assert "one of 2 replicas, and there are 1" in messages["replicas"] and "adopt()" in messages["replicas"]
+    assert "of kind = 'diloco', and this one is 'noloco'" in messages["kind"]
+    assert "adopt() wants the states of all replicas of a run, and has 1" in messages["adopt"]
+    assert "compress.kind = 'int4', not 'int8'" in messages["code"]
+    assert "compress.kind = 'int4', not 'none'" in messages["plain"]
 
 
 def adopted(context: Rank, options: dict[str, Any]) -> dict[str, Any]:
-    """Two replicas of two ranks' worth become four: what was owed to the average stays owed to it, and all begin alike."""
+    """Two replicas of two ranks' worth become four: residuals stay in the sum, and all begin alike."""
     half = [dist.new_group([0, 1]), dist.new_group([2, 3])][context.rank // 2]
     model = net()
     optimizer = sgd(model)
@@ -318,9 +318,9 @@ def adopted(context: Rank, options: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["diloco", "coded", "noloco"])
 def test_other_numbers_of_replicas_adopt_the_states_of_all(ranks4: Pool, kind: str) -> None:
-    told = ranks4.run(adopted, KINDS[kind])
-    for one in told:
-        assert torch.equal(one["first"], told[0]["first"]) and torch.equal(one["end"], told[0]["end"])
+    results = ranks4.run(adopted, KINDS[kind])
+    for one in results:
+        assert torch.equal(one["first"], results[0]["first"]) and torch.equal(one["end"], results[0]["end"])
         assert one["steps"] == 9
 
 

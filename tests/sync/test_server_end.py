@@ -24,7 +24,7 @@ EVERY, REPLICAS = 4, 3
 
 
 def replica(address: str, number: int, before: Callable[[int], object] = bool) -> None:
-    """before: what happens ahead of each step, of which it is told the number."""
+    """before: what happens ahead of each step; it is given the number."""
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     with AsyncDiLoCo(model, optimizer, store=address, name=f"r{number}") as diloco:

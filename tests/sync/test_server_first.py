@@ -35,15 +35,15 @@ class Dies(Exception):
 
 
 def starts(address: str, value: float, dies_at: int) -> None:
-    """A worker that dies once it has said so many first weights; never if that is SERVERS."""
+    """A worker that dies once it has sent so many ranges of first weights; never if that is SERVERS."""
     worker = ParameterServerWorker(model_of(value), store=address, name=f"w{value:g}")
-    said, make = 0, worker.client._start
+    sent, make = 0, worker.client._start
 
     def start(*arguments):
-        nonlocal said
-        if said == dies_at:
+        nonlocal sent
+        if sent == dies_at:
             raise Dies
-        said += 1
+        sent += 1
         return make(*arguments)
 
     worker.client._start = start
@@ -56,7 +56,7 @@ def starts(address: str, value: float, dies_at: int) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_racing_first_workers_that_die_in_between_never_mix_two_models(seed) -> None:
-    """Of five, two or three die after 0 to SERVERS - 1 ranges; whoever holds the right last gives all ranges."""
+    """Of five, two or three die after 0 to SERVERS - 1 ranges; whoever holds the lease last gives all ranges."""
     chance = random.Random(seed)
     with serving(SERVICE) as running:
         dies_at = [*(chance.randrange(SERVERS) for _ in range(3)), SERVERS, SERVERS]
@@ -68,7 +68,7 @@ def test_racing_first_workers_that_die_in_between_never_mix_two_models(seed) -> 
         assert len(models) == 1 and not running.failures
 
 
-def test_others_wait_while_one_holds_the_right_and_take_it_over_when_it_is_lost() -> None:
+def test_others_wait_while_one_holds_the_lease_and_take_it_over_when_it_is_lost() -> None:
     service = SERVICE.model_copy(update={"servers": 1})
     with serving(service) as running:
         links = [greeted(running.address, name, NUMEL) for name in "ab"]
@@ -96,7 +96,7 @@ def test_others_wait_while_one_holds_the_right_and_take_it_over_when_it_is_lost(
 
 
 def test_one_that_was_given_up_meanwhile_overwrites_nobody() -> None:
-    """Its weights are under way to server 1 while another, with the right after it, gives its own."""
+    """Its weights are under way to server 1 while another, with the lease after it, gives its own."""
     with serving(SERVICE.model_copy(update={"servers": 2})) as running:
         slow = ParameterServerWorker(model_of(1.0), store=running.address, name="slow")
         comes, make = threading.Event(), slow.client._start
@@ -141,22 +141,22 @@ def test_a_model_of_another_size_is_refused_wherever_it_comes() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=30))
-def test_one_live_worker_at_a_time_holds_the_right_and_its_number_grows(what: list[tuple[int, bool]]) -> None:
+def test_one_live_worker_at_a_time_holds_the_lease_and_its_number_grows(what: list[tuple[int, bool]]) -> None:
     """Workers ask (True) or are lost, in any order."""
-    right, holder, numbers = Lease(), None, []
+    lease, holder, numbers = Lease(), None, []
     for number, asks in what:
         member = Member(f"w{number}", 1)
         if not asks:
-            right.lost(member)
+            lease.lost(member)
             holder = None if holder == member else holder
             continue
-        found = right.acquire(member, 0.0)
+        found = lease.acquire(member, 0.0)
         assert (found is not None) == (holder in (None, member))
         if found is not None:
             if holder is None:
                 numbers.append(found)
             holder = member
-        assert all(right.is_held_by(Member(f"w{other}", 1)) == (holder == Member(f"w{other}", 1)) for other in range(4))
+        assert all(lease.is_held_by(Member(f"w{other}", 1)) == (holder == Member(f"w{other}", 1)) for other in range(4))
     assert numbers == sorted(set(numbers))
-    right.end()
-    assert right.acquire(Member("late", 1), 0.0) == 0 and not right.accept(10**6)
+    lease.end()
+    assert lease.acquire(Member("late", 1), 0.0) == 0 and not lease.accept(10**6)

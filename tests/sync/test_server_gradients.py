@@ -61,7 +61,7 @@ def one_process(optimizer_of) -> torch.Tensor:
 
 
 def train(address: str, worker: int, steps: int = STEPS, before: Callable[[int], object] = bool) -> torch.Tensor:
-    """before: what happens ahead of each step, of which it is told the number."""
+    """before: what happens ahead of each step; it is given the number."""
     model = make_model()
     with ParameterServerWorker(model, store=address, name=f"w{worker}") as server:
         for step in range(server.first_step, steps):
@@ -249,8 +249,8 @@ def test_a_resumed_server_goes_on_as_the_uninterrupted_one(tmp_path) -> None:
         steps(running.address, STEPS, None)
         expected = running.weights()
     with serving(service, keep=tmp_path, every=100) as running:
-        owed = steps(running.address, 3, None)
-    save(owed, tmp_path / "worker.pt")
+        kept = steps(running.address, 3, None)
+    save(kept, tmp_path / "worker.pt")
     with serving(service, [load(tmp_path / "server-0.pt")]) as running:
         steps(running.address, STEPS, load(tmp_path / "worker.pt"))
         assert torch.equal(running.weights(), expected)

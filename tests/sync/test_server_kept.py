@@ -32,9 +32,9 @@ def state(version: int, model: int = 1) -> dict:
 
 
 def fill(folder: Path, versions: list[list[int]], servers: int | None = None, model: int = 1) -> None:
-    for index, told in enumerate(versions):
+    for index, numbers in enumerate(versions):
         kept = Snapshots(folder, index, Service(servers=servers or len(versions)), 1)
-        for version in told:
+        for version in numbers:
             kept.write(state(version, model))
 
 
@@ -50,8 +50,8 @@ def test_the_last_few_are_kept_the_newest_under_the_plain_name(tmp_path) -> None
 
 def test_first_weights_that_replace_others_replace_their_file(tmp_path) -> None:
     kept = Snapshots(tmp_path, 0, Service(), 1)
-    for told in (state(0, 1), state(0, 2), state(0, 2)):
-        kept.write(told)
+    for one in (state(0, 1), state(0, 2), state(0, 2)):
+        kept.write(one)
     assert [load(path)["model"] for path in files(tmp_path, 0)] == [2]
 
 

@@ -50,9 +50,9 @@ def test_a_killed_replica_comes_back_and_the_other_does_not_stop(tmp_path) -> No
     with started(*arguments(tmp_path, 150), cwd=tmp_path, **variables) as process:
         read_until(process.stdout, "replica 1  step 20 ")
         os.kill(pids(tmp_path, "replica", 1)[0], signal.SIGKILL)
-        said, errors = process.communicate(timeout=50)
+        output, errors = process.communicate(timeout=50)
     assert process.returncode == 0, errors
-    assert "was ended by SIGKILL; started again, 1 of 1" in said and "held-out loss of the servers' weights" in said
+    assert "was ended by SIGKILL; started again, 1 of 1" in output and "held-out loss of the servers' weights" in output
     found = json.loads((tmp_path / "run" / "replicas.json").read_text())
     assert found["restarts"] == {"r0": 0, "r1": 1} and sum(found["steps"].values()) in (300, 301)
     assert found["servers"][0]["merged_tokens"] == 2 * 16 * sum(found["steps"].values())
@@ -73,9 +73,9 @@ def test_a_replica_that_dies_for_good_before_it_joins_is_not_waited_for(tmp_path
     with started(*command, "--restart", "0", cwd=tmp_path, **variables) as process:
         wait_for(lambda: pids(tmp_path, "replica", 1))
         os.kill(pids(tmp_path, "replica", 1)[0], signal.SIGKILL)  # it loads the text, and has not dialed yet
-        said, errors = process.communicate(timeout=50)
+        output, errors = process.communicate(timeout=50)
     assert process.returncode == 0, errors
-    assert "replica 1 (process" in said and "was ended by SIGKILL; the others go on" in said
+    assert "replica 1 (process" in output and "was ended by SIGKILL; the others go on" in output
     found = json.loads((tmp_path / "run" / "replicas.json").read_text())
     assert found["steps"]["r0"] >= 80 and found["steps"]["r1"] == 0  # the one does the work of both
     assert not [event for event in found["servers"][0]["events"] if event["worker"] == "r0" and event["what"] == "lost"]
@@ -119,8 +119,8 @@ def test_nothing_is_left_when_the_launcher_or_a_server_is_killed_and_the_run_can
     done = load(tmp_path / "run" / "server-0.pt")["steps"]["r0"]
     assert done >= 10
     with started("replicas", "--resume", str(tmp_path / "run"), cwd=tmp_path, **variables) as process:
-        told = read_until(process.stdout, "replica 0  step ")[-1]
-        assert done < int(told.split("step ")[1].split()[0]) <= done + 10
+        line = read_until(process.stdout, "replica 0  step ")[-1]
+        assert done < int(line.split("step ")[1].split()[0]) <= done + 10
         os.kill(pids(tmp_path, "server", 0)[0], signal.SIGKILL)
         _, errors = process.communicate(timeout=45)
     assert process.returncode == 3

@@ -26,8 +26,8 @@ MERGES = {
 
 
 def push(name: str, values: torch.Tensor | None = None, life: int = 1, **others: float | None) -> Push:
-    told = {"version": 0, "weight": 1.0, "local_steps": 1, "learning_rate": None} | others
-    return Push(member=Member(name, life), values=torch.ones(NUMEL) if values is None else values, **told)
+    fields = {"version": 0, "weight": 1.0, "local_steps": 1, "learning_rate": None} | others
+    return Push(member=Member(name, life), values=torch.ones(NUMEL) if values is None else values, **fields)
 
 
 def merger_of(merge: Gradients | DiLoCo, names: str, **service: object) -> Merger:

@@ -1,4 +1,4 @@
-"""The service's door: it listens where it is told, asks who comes, and a stranger's bytes cost him his connection alone."""
+"""The listener: it is where it was asked to be, authenticates who comes, and a stranger's bytes cost that connection alone."""
 
 import os
 import random
@@ -56,7 +56,7 @@ def listening(pid: int) -> list[str]:
     return found
 
 
-def said(process) -> str:
+def address_of(process) -> str:
     """Where it serves."""
     return process.stdout.readline().removeprefix("serving at ").strip()
 
@@ -71,13 +71,13 @@ def secret_in(folder: Path, text: str = "a secret of many letters") -> Path:
     ("option", "bind", "host"),
     [("--bind", "127.0.0.1:0", "127.0.0.1"), ("--listen", "127.0.1.1:0", "127.0.1.1"), ("--bind", "0.0.0.0:0", "0.0.0.0")],
 )
-def test_serve_listens_where_it_is_told_and_nowhere_else_and_is_found_there(tmp_path, option, bind, host) -> None:
-    """A name that is 127.0.1.1 here, and all addresses, told no worker a place of which it does not know."""
+def test_serve_listens_where_it_is_asked_to_and_nowhere_else_and_is_found_there(tmp_path, option, bind, host) -> None:
+    """A name that is 127.0.1.1 here, and all addresses, gave no worker a place that it does not know."""
     secret = ["--secret-file", str(secret_in(tmp_path))] if host == "0.0.0.0" else []
     with started("serve", option, bind, *secret, "--service", "servers=2", cwd=tmp_path) as process:
-        address = said(process)
+        address = address_of(process)
         assert listening(process.pid) == [address] and address.startswith(host + ":")
-        dialed = address.replace("0.0.0.0", "127.0.0.2")  # an address of this machine that nobody was told
+        dialed = address.replace("0.0.0.0", "127.0.0.2")  # an address of this machine that nobody was given
         model = make_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         file = tmp_path / "secret" if secret else None
@@ -96,7 +96,7 @@ def test_ipv6_is_an_address_like_any_other(tmp_path) -> None:
         assert "--bind [::1]:0" in one_line(thinwire("serve", "--bind", "[::1]:0", cwd=tmp_path).stderr)
         return
     with started("serve", "--bind", "[::1]:0", cwd=tmp_path) as process:
-        address = said(process)
+        address = address_of(process)
         assert address.startswith("[::1]:") and listening(process.pid) == [address.replace("[", "").replace("]", "")]
         greeted(address, "a", NUMEL).close()
 
@@ -171,7 +171,7 @@ def test_the_time_for_a_challenge_is_for_all_of_it_together() -> None:
     theirs.close()
 
 
-def test_a_name_that_is_loopback_here_is_served_as_that_and_said_to_be(tmp_path) -> None:
+def test_a_name_that_is_loopback_here_is_served_as_that_and_printed_as_that(tmp_path) -> None:
     """As a machine's own name often is, 127.0.1.1; this is a name that is so everywhere, and not the one that everybody knows."""
     with started("serve", "--bind", "LOCALHOST:0", cwd=tmp_path) as process:
         line = process.stdout.readline()
@@ -184,7 +184,7 @@ def test_a_server_that_dies_of_its_own_ends_serve_with_one_line(tmp_path) -> Non
     keep = tmp_path / "kept"
     (keep / "server-1.part.part").mkdir(parents=True)
     with started("serve", "--bind", "127.0.0.1:0", "--keep", str(keep), "--service", "servers=2", cwd=tmp_path) as process:
-        address = said(process)
+        address = address_of(process)
         model = make_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with pytest.raises(PeerLost, match=r"server \d on \S+ (is gone|has given this worker up: the service ends)"):
@@ -323,7 +323,7 @@ def test_thousands_of_messages_of_strangers_cost_nobody_else_anything(messages: 
     assert sum(sent.values()) >= messages
 
 
-def test_a_crowd_at_the_door_is_bounded_and_lets_honest_ones_in() -> None:
+def test_a_crowd_of_strangers_is_bounded_and_lets_honest_ones_in() -> None:
     with serving(service_of()) as running:
         before = threading.active_count()
         crowd = [dialed(running.address) for _ in range(3 * STRANGERS)]

@@ -28,8 +28,8 @@ TIMEOUT_S = 2.0
 
 
 def service_of(workers: int, **changes) -> Service:
-    told = {"merge": DiLoCo(every=4), "first_workers": workers, "heartbeat_s": 0.1, "timeout_s": TIMEOUT_S} | changes
-    return Service(**told)
+    fields = {"merge": DiLoCo(every=4), "first_workers": workers, "heartbeat_s": 0.1, "timeout_s": TIMEOUT_S} | changes
+    return Service(**fields)
 
 
 def lost(running) -> dict[str, str]:
@@ -54,8 +54,10 @@ def test_a_worker_whose_loop_hangs_is_lost_after_the_time_out_and_told_so() -> N
         wakes = threading.Event()
 
         def hangs(address: str) -> None:
-            told = pytest.raises(PeerLost, match=r"server 0 on .* has given this worker up: it made no step .* 2 s; .*alive\(\)")
-            with told:
+            given_up = pytest.raises(
+                PeerLost, match=r"server 0 on .* has given this worker up: it made no step .* 2 s; .*alive\(\)"
+            )
+            with given_up:
                 loop(address, "b", 12, at=5, pause=lambda replica: wakes.wait(30))
 
         def goes_on(address: str) -> None:
@@ -213,7 +215,7 @@ def test_two_processes_of_one_name_are_two_lives_and_the_older_is_told_so() -> N
 
 
 def test_a_server_that_is_silent_is_named_while_the_link_stands() -> None:
-    """The other way round: a peer that never answers."""
+    """In the other direction: a peer that never answers."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     link = Connection(ours, ("server 0", "nowhere"), Ledger(), 0.3, "raise timeout_s")

@@ -124,31 +124,31 @@ def reference(replicas: int) -> tuple[list[torch.Tensor], torch.Tensor]:
 @pytest.mark.parametrize("pool", ["ranks2", "ranks3"])
 def test_equals_the_reference_in_one_process(request: pytest.FixtureRequest, pool: str) -> None:
     ranks: Pool = request.getfixturevalue(pool)
-    told = ranks.run(loop, OPTIONS["diloco"])
-    own, anchor = reference(len(told))
-    for rank, one in enumerate(told):
+    results = ranks.run(loop, OPTIONS["diloco"])
+    own, anchor = reference(len(results))
+    for rank, one in enumerate(results):
         torch.testing.assert_close(one["own"], own[rank], rtol=0, atol=5e-6)
         torch.testing.assert_close(one["final"], anchor, rtol=0, atol=5e-6)
-        assert torch.equal(one["final"], told[0]["final"])
+        assert torch.equal(one["final"], results[0]["final"])
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_every_kind_sends_what_it_said_and_ends_in_one_model(ranks2: Pool, kind: str) -> None:
-    told = ranks2.run(loop, OPTIONS[kind])
-    for one in told:
-        assert torch.equal(one["final"], told[0]["final"]) and one["back"]
+    results = ranks2.run(loop, OPTIONS[kind])
+    for one in results:
+        assert torch.equal(one["final"], results[0]["final"]) and one["back"]
         assert one["steps"] == STEPS and one["hooks"] == 0
         assert one["sent_bytes"] == one["by_row"] and one["users"] == 0
         seen = {row: calls for row, calls in one["rows"].items() if row[2] != "recv" and "final" not in row[0]}
         events = sorted({t.event for t in one["predicted"]})
         assert len(events) == (4 if kind == "streaming" else 1)
-        said = {
+        predicted = {
             (t.label, t.axis, t.op, t.message_bytes): sends(events.index(t.event), len(events), t.every) for t in one["predicted"]
         }
-        assert seen == said
+        assert seen == predicted
     if kind != "noloco":
-        assert torch.equal(told[0]["averaged"], told[1]["averaged"])
-    assert not torch.equal(told[0]["own"], told[1]["own"])
+        assert torch.equal(results[0]["averaged"], results[1]["averaged"])
+    assert not torch.equal(results[0]["own"], results[1]["own"])
 
 
 @pytest.mark.parametrize("kind", ["diloco", "streaming", "sparseloco", "noloco"])
@@ -173,10 +173,10 @@ def inside_ddp(context: Rank) -> tuple[torch.Tensor, torch.Tensor, int]:
 
 
 def test_replicas_may_be_several_ranks(ranks4: Pool) -> None:
-    told = ranks4.run(inside_ddp)
-    assert torch.equal(told[0][0], told[1][0]) and torch.equal(told[2][0], told[3][0])
-    assert not torch.equal(told[0][0], told[2][0])
-    assert all(torch.equal(final, told[0][1]) for _, final, _ in told)
+    results = ranks4.run(inside_ddp)
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[2][0], results[3][0])
+    assert not torch.equal(results[0][0], results[2][0])
+    assert all(torch.equal(final, results[0][1]) for _, final, _ in results)
 
 
 def refused(context: Rank) -> list[str]:
@@ -191,14 +191,14 @@ def refused(context: Rank) -> list[str]:
         lambda: thinwire.DiLoCo(model, optimizer, kind="noloco", compress="int4"),
         lambda: thinwire.DiLoCo(net().bfloat16(), optimizer),
     ]
-    said = []
+    messages = []
     for one in wrong:
         with pytest.raises(UserError) as caught:
             one()
-        said.append(str(caught.value))
+        messages.append(str(caught.value))
     with thinwire.DiLoCo(model, optimizer), pytest.raises(UserError) as caught:
         thinwire.DiLoCo(model, optimizer).__enter__()
-    said.append(str(caught.value))
+    messages.append(str(caught.value))
     with pytest.raises(ZeroDivisionError), thinwire.DiLoCo(model, optimizer, every=3, kind="streaming", overlap=2):
         train(model, optimizer, context.rank, range(4))  # something is under way
         before = flat(model)
@@ -206,7 +206,7 @@ def refused(context: Rank) -> list[str]:
     assert torch.equal(flat(model), before)
     with thinwire.DiLoCo(model, optimizer, every=3):  # and a new one works
         train(model, optimizer, context.rank, range(3))
-    return said
+    return messages
 
 
 def test_what_is_wrong_is_said_and_leaves_nothing_behind(ranks2: Pool) -> None:
@@ -235,11 +235,11 @@ def start(*arguments: str) -> "subprocess.Popen[str]":
 def ended(processes: list["subprocess.Popen[str]"]) -> list[tuple[int, str, str]]:
     """(exit code, output, errors) of each; none is left running."""
     try:
-        told = [process.communicate(timeout=45) for process in processes]
+        results = [process.communicate(timeout=45) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [(process.returncode, out, errors) for process, (out, errors) in zip(processes, told, strict=True)]
+    return [(process.returncode, out, errors) for process, (out, errors) in zip(processes, results, strict=True)]
 
 
 @pytest.mark.long
