@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.averager import Share
-from thinwire.compress.base import Codec
+from thinwire.compress.base import Codec, finite
+from thinwire.compress.precision import widened
 from thinwire.compress.stateless import Stateless
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
@@ -53,11 +54,13 @@ class Cast(Stateless):
         assert self._group is not None and not share.exact, "attach() comes first, and a cast carries nothing else"
         parts = [piece.of(share.buffer) for piece in share.pieces]
         p = self._group.size()
-        cast = torch.cat([part.div(p).to(self._codec.wire_dtype) for part in parts])
+        cast = torch.cat([widened(part).div(p).to(self._codec.wire_dtype) for part in parts])
         with self._ledger.label(share.label):
             sent = dist.all_reduce(cast, group=self._group, async_op=True)
         yield
 
         sent.wait()
+        if not finite(cast):
+            share.spoil()
         for part, mean in zip(parts, cast.split([len(part) for part in parts]), strict=True):
             part.copy_(mean)

@@ -37,7 +37,9 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.compress.averager import Piece, Share
 from thinwire.compress.codecs.largest import GlobalTopK
 from thinwire.compress.gather import Gather
-from thinwire.compress.memory import Memory, Store
+from thinwire.compress.memory import Memory
+from thinwire.compress.precision import Rest, widened
+from thinwire.compress.store import Store
 from thinwire.config.compress import Coded
 from thinwire.errors import UserError
 from thinwire.traffic import Transfer
@@ -55,10 +57,31 @@ class MomentumCorrection:
         self._momentum = momentum
         self._speeds, self._sums = Store(storage), Store(storage)
         self._wanted: dict[str, tuple[Tensor, Tensor]] = {}
+        self._rest = Rest()
+
+    def stage(self) -> None:
+        """See `thinwire.compress.memory.Memory`."""
+        self._speeds.staged, self._sums.staged = {}, {}
+
+    def commit(self) -> None:
+        """See `thinwire.compress.memory.Memory`."""
+        self._speeds.commit()
+        self._sums.commit()
+
+    def rollback(self) -> None:
+        """See `thinwire.compress.memory.Memory`."""
+        self._speeds.rollback()
+        self._sums.rollback()
 
     def corrected(self, name: str, gradient: Tensor) -> Tensor:
         """v, with this step's u."""
-        before, waiting = self._speeds.get(name), self._sums.get(name)
+        narrow = self._rest.narrowed(name, self.exact(name, gradient))
+        self._wanted[name] = self._wanted[name][0], narrow
+        return narrow
+
+    def exact(self, name: str, gradient: Tensor) -> Tensor:
+        """As `corrected`."""
+        before, waiting, gradient = self._speeds.get(name), self._sums.get(name), widened(gradient)
         speed = gradient.clone() if before is None else gradient.add(before, alpha=self._momentum)
         wanted = speed.clone() if waiting is None else speed + waiting
         self._wanted[name] = speed, wanted
@@ -68,7 +91,7 @@ class MomentumCorrection:
         """v is what was lost; u is zero where that is not all of it."""
         speed, wanted = self._wanted.pop(name)
         self._speeds.put(name, speed.masked_fill_(lost != wanted, 0.0))
-        self._sums.put(name, lost)
+        self._sums.put(name, self._rest.with_rest(name, lost))
 
     def settle(self, name: str) -> None:
         """All of v has arrived exactly; u goes on, as SGD's does."""
@@ -167,16 +190,18 @@ class DGC:
             self._counts[piece.name] = count + 1
             stages[min(count // self._warmup_steps, len(stages) - 1) if self._warmup_steps else -1].append(piece)
         exact = share.exact
-        under_way = []
+        under_way, parts = [], []
         for stage, pieces in zip(self._stages, stages, strict=True):
             if pieces:
-                under_way.append(stage.average(share.of(pieces, exact)))
+                parts.append(share.of(pieces, exact))
+                under_way.append(stage.average(parts[-1]))
                 exact = ()
         for average in under_way:
             next(average)
         yield
-        for average in under_way:
+        for average, part in zip(under_way, parts, strict=True):
             yield from average
+            share.nonfinite |= part.nonfinite
 
     def state_dict(self) -> dict[str, Any]:
         """How often each parameter was sent."""

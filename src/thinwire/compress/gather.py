@@ -17,10 +17,9 @@ import torch.distributed as dist
 
 from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import RIDE_BYTES, Share, check_finite
+from thinwire.compress.averager import RIDE_BYTES, Share, exact_bytes, flags_of
 from thinwire.compress.base import Codec, TensorCodec
 from thinwire.compress.memory import Memory
-from thinwire.compress.plain import GRADIENT_BYTES
 from thinwire.compress.speed import seconds_of_tensor
 from thinwire.compress.stateless import Stateless
 from thinwire.traffic import Transfer
@@ -70,14 +69,14 @@ class Gather(Stateless):
 
     def carries(self, numel: int, world_size: int) -> bool:
         """For two ranks gathering is as cheap as an all-reduce; for more, what is so little that a collective would cost more."""
-        return world_size == 2 or GRADIENT_BYTES * numel * (world_size - 1) <= RIDE_BYTES
+        return world_size == 2 or 4 * numel * (world_size - 1) <= RIDE_BYTES
 
     def transfers(
         self, label: str, parameters: Sequence[Parameter], exact: Sequence[Parameter], axis: str, world_size: int
     ) -> list[Transfer]:
         """One all-gather. Times the codec."""
         size = sum(self._codec.payload_bytes(parameter.shape) for parameter in parameters)
-        size += GRADIENT_BYTES * sum(parameter.numel for parameter in exact)
+        size += exact_bytes([*exact, flags_of([*parameters, *exact], 1)])
         seconds = [seconds_of_tensor(self._codec, parameter.shape) for parameter in parameters]
         work = sum(encode_s + world_size * decode_s for encode_s, decode_s in seconds)
         return [Transfer(label=f"{label} gathered", axis=axis, op="all_gather", message_bytes=size, item_bytes=1, work_s=work)]
@@ -92,10 +91,10 @@ class Gather(Stateless):
         p, rank, pieces = self._group.size(), self._group.rank(), share.pieces
         wanted = []
         for piece in pieces:
-            wanted.append(self._memory.corrected(piece.name, piece.of(share.buffer)))
-            check_finite(wanted[-1], piece.name)
+            values = self._memory.corrected(piece.name, piece.of(share.buffer))
+            wanted.append(values if share.found_finite(values) else torch.zeros_like(values))
         codes = [self._codec.encode(values.view(piece.shape)) for values, piece in zip(wanted, pieces, strict=True)]
-        code = torch.cat([*codes, share.riding().view(torch.uint8)])
+        code = torch.cat([*codes, share.riding(flagged=True).view(torch.uint8)])
         received = torch.empty(p, code.numel(), dtype=torch.uint8)
         with self._ledger.label(f"{share.label} gathered"):
             sent = ALL_GATHER(received.view(-1), code, group=self._group, async_op=True)
@@ -103,7 +102,7 @@ class Gather(Stateless):
 
         sent.wait()
         start = sum(self._codec.payload_bytes(piece.shape) for piece in pieces)
-        share.arrived(_mean([received[source, start:].clone().view(torch.float32) for source in range(p)]))
+        share.arrived(_mean([received[source, start:].clone().view(share.dtype) for source in range(p)]), flagged=True)
         start = 0
         for values, piece in zip(wanted, pieces, strict=True):
             end = start + self._codec.payload_bytes(piece.shape)

@@ -13,9 +13,13 @@ DeMo (Peng et al. 2024) keeps a momentum instead, of which what was sent is take
 
     w = d e + g,   e <- w - r (w - l)     d = 0.999, r = 0.2
 
-The memory belongs to a parameter by its name, never to a bucket. It is float32, or block int8, whose own loss is at most half a
-step of each block of 256. When the number of ranks changes, each new rank takes the mean of the old ranks' memories, so that what
-is still owed to the average, 1/p sum_i e_i, stays the same.
+The memory belongs to a parameter by its name, never to a bucket. It is float32, also of gradients in 16 bits, or block int8,
+whose own loss is at most half a step of each block of 256. Of gradients in float64 it is float64: codes take float32, and what w
+loses when it becomes float32 is lost like all else, and kept. When the number of ranks changes, each new rank takes the mean of
+the old ranks' memories, so that what is still owed to the average, 1/p sum_i e_i, stays the same.
+
+A step may be given up, because some gradient in it is not finite and a GradScaler will leave it out. Where that can happen the
+memory is staged: what a step has changed counts from `commit` on, and `rollback` forgets it.
 """
 
 from collections.abc import Sequence
@@ -24,10 +28,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from thinwire.compress.codecs.blockwise import INT8_BLOCK, Int8
+from thinwire.compress.precision import Rest, widened
 from thinwire.compress.stateless import Stateless
+from thinwire.compress.store import Store, flattened
 from thinwire.errors import UserError
 
 
@@ -40,7 +44,11 @@ class Memory(Protocol):
         ...
 
     def corrected(self, name: str, gradient: Tensor) -> Tensor:
-        """[numel] float32 -> [numel]: what should be sent. Does not change `gradient`; may return it."""
+        """[numel] of any real dtype -> [numel] float32: what should be coded. Does not change `gradient`; may return it."""
+        ...
+
+    def exact(self, name: str, gradient: Tensor) -> Tensor:
+        """As `corrected`, for what is not narrowed before it is sent: [numel] float64 of a gradient in float64."""
         ...
 
     def keep(self, name: str, lost: Tensor) -> None:
@@ -51,8 +59,20 @@ class Memory(Protocol):
         """All of the latest `corrected` has arrived, exactly: nothing of it is owed."""
         ...
 
+    def stage(self) -> None:
+        """From now on every step ends with `commit` or `rollback`."""
+        ...
+
+    def commit(self) -> None:
+        """What was kept and settled since the last one counts."""
+        ...
+
+    def rollback(self) -> None:
+        """What was kept and settled since the last `commit` does not count: all is as it was."""
+        ...
+
     def owed(self) -> dict[str, Tensor]:
-        """What is kept of each parameter, by name, [numel] float32."""
+        """What is kept of each parameter, by name, [numel] float32, or float64 of gradients in float64."""
         ...
 
     def memory_bytes(self, numel: int, *, coded: bool = True) -> int:
@@ -77,7 +97,7 @@ class ShardMemory(Memory, Protocol):
     """A memory that can also take parameters cut into the shards of a two-shot average, padded at the end."""
 
     def place(self, name: str, gradient: Tensor, out: Tensor) -> None:
-        """[numel] float32 -> `out` [p, shard]: what should be sent, zeros behind its end."""
+        """[numel] of any real dtype -> `out` [p, shard] float32: what should be sent, zeros behind its end."""
         ...
 
     def keep_placed(self, name: str, lost: Tensor, numel: int) -> None:
@@ -92,7 +112,20 @@ class NoMemory(Stateless):
 
     def corrected(self, name: str, gradient: Tensor) -> Tensor:
         """The gradient."""
-        return gradient
+        return gradient.float()
+
+    def exact(self, name: str, gradient: Tensor) -> Tensor:
+        """The gradient."""
+        return widened(gradient)
+
+    def stage(self) -> None:
+        """Nothing."""
+
+    def commit(self) -> None:
+        """Nothing."""
+
+    def rollback(self) -> None:
+        """Nothing."""
 
     def keep(self, name: str, lost: Tensor) -> None:
         """Nothing."""
@@ -117,69 +150,6 @@ class NoMemory(Stateless):
 
 
 @dataclass
-class Store:
-    """Flat float32 vectors by name, as they are or as block int8."""
-
-    storage: Literal["float32", "int8"] = "float32"
-    kept: dict[str, Tensor] = field(default_factory=dict)
-    """As stored: float32 of any shape, or the codes of a flat vector; only the first `numels` values count."""
-    numels: dict[str, int] = field(default_factory=dict)
-
-    def put(self, name: str, values: Tensor, numel: int | None = None) -> None:
-        """Keeps `values` themselves, or codes of them; the first `numel` of them, all by default."""
-        self.numels[name] = values.numel() if numel is None else numel
-        if self.storage == "float32":
-            self.kept[name] = values
-        else:
-            flat = flattened(values, self.numels[name])
-            self.kept[name] = Int8().encode(pad(flat, (0, -flat.numel() % INT8_BLOCK)))
-
-    def get(self, name: str) -> Tensor | None:
-        """None if there is nothing under this name."""
-        if name not in self.kept:
-            return None
-        if self.storage == "float32":
-            return flattened(self.kept[name], self.numels[name])
-        padded = -(-self.numels[name] // INT8_BLOCK) * INT8_BLOCK
-        return Int8().decode(self.kept[name], padded)[: self.numels[name]]
-
-    def drop(self, name: str) -> None:
-        """Nothing is kept under this name any more."""
-        self.kept.pop(name, None)
-        self.numels.pop(name, None)
-
-    def stored_bytes(self, numel: int) -> int:
-        """Of one vector."""
-        return 4 * numel if self.storage == "float32" else Int8().payload_bytes(-(-numel // INT8_BLOCK) * INT8_BLOCK)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Codes are saved as codes, so that a resumed run goes on bit for bit."""
-        kept = dict(self.kept) if self.storage == "int8" else {name: self.get(name) for name in self.kept}
-        return {"storage": self.storage, "kept": kept, "numels": dict(self.numels)}
-
-    @classmethod
-    def of(cls, state: dict[str, Any]) -> "Store":
-        """From a state_dict."""
-        return cls(state["storage"], dict(state["kept"]), dict(state["numels"]))
-
-    def take(self, other: "Store") -> None:
-        """All of `other`, in this one's storage; as it is where that is the same."""
-        if other.storage == self.storage:
-            self.kept, self.numels = other.kept, other.numels
-            return
-        for name in other.kept:
-            values = other.get(name)
-            assert values is not None
-            self.put(name, values)
-
-    def take_mean(self, others: Sequence["Store"]) -> None:
-        """For each name the mean over `others`, where absent counts as zero."""
-        for name in dict.fromkeys(name for other in others for name in other.kept):
-            found = [values for other in others if (values := other.get(name)) is not None]
-            self.put(name, torch.stack(found).sum(0).div_(len(others)))
-
-
-@dataclass
 class ErrorFeedback:
     """See the top of the file: d, a, T, r."""
 
@@ -193,17 +163,40 @@ class ErrorFeedback:
     store: Store = field(init=False)
     steps: dict[str, int] = field(default_factory=dict)
     _sent: dict[str, Tensor] = field(default_factory=dict)
+    _rest: Rest = field(default_factory=Rest)
+    _counted: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.store = Store(self.storage)
 
+    def stage(self) -> None:
+        """Two of e are held from where a parameter is sent to the end of the step."""
+        self.store.staged = {}
+
+    def commit(self) -> None:
+        """See `Memory`."""
+        self.store.commit()
+        self._counted.clear()
+
+    def rollback(self) -> None:
+        """See `Memory`."""
+        self.store.rollback()
+        for name in self._counted:
+            self.steps[name] -= 1
+        self._counted.clear()
+        self._sent.clear()
+
     def owed(self) -> dict[str, Tensor]:
-        """By name, [numel] float32; nothing before the first step."""
+        """By name, [numel]; nothing before the first step."""
         return {name: values for name in self.store.kept if (values := self.store.get(name)) is not None}
 
     def corrected(self, name: str, gradient: Tensor) -> Tensor:
         """g + d e"""
-        owed = self.store.get(name)
+        return self._rest.narrowed(name, self.exact(name, gradient))
+
+    def exact(self, name: str, gradient: Tensor) -> Tensor:
+        """g + d e"""
+        owed, gradient = self.store.get(name), widened(gradient)
         wanted = gradient if owed is None else gradient.add(owed, alpha=self.decay)
         if self.removal != 1.0:
             self._sent[name] = wanted.clone()
@@ -217,7 +210,8 @@ class ErrorFeedback:
     def place(self, name: str, gradient: Tensor, out: Tensor) -> None:
         """g + d e, in one pass where e lies as `out` does."""
         owed = self.store.kept.get(name)
-        if owed is None or owed.shape != out.shape or self.storage != "float32" or self.removal != 1.0:
+        direct = owed is not None and owed.shape == out.shape and self.storage == "float32" and self.removal == 1.0
+        if owed is None or not direct or torch.float64 in (owed.dtype, gradient.dtype):
             spread(self.corrected(name, gradient), out)
             return
         for (values, kept), (_, sent) in zip(laid(gradient, owed), laid(gradient, out), strict=True):
@@ -226,15 +220,16 @@ class ErrorFeedback:
 
     def keep_placed(self, name: str, lost: Tensor, numel: int) -> None:
         """As `keep`."""
-        if self.reset_steps or self.removal != 1.0 or self.average != 1.0:
+        if self.reset_steps or self.removal != 1.0 or self.average != 1.0 or self._rest.of(name):
             self.keep(name, flattened(lost, numel))
             return
-        self.steps[name] = self.steps.get(name, 0) + 1
+        self._count(name)
         self.store.put(name, lost, numel)
 
     def keep(self, name: str, lost: Tensor) -> None:
         """(1 - a) e + a l, or nothing in every T-th step."""
-        self.steps[name] = self.steps.get(name, 0) + 1
+        self._count(name)
+        lost = self._rest.with_rest(name, lost)
         if self.reset_steps and self.steps[name] % self.reset_steps == 0:
             lost = torch.zeros_like(lost)
         elif self.removal != 1.0:
@@ -243,6 +238,11 @@ class ErrorFeedback:
             before = self.store.get(name)
             lost = self.average * lost if before is None else torch.lerp(before, lost, self.average)
         self.store.put(name, lost)
+
+    def _count(self, name: str) -> None:
+        self.steps[name] = self.steps.get(name, 0) + 1
+        if self.store.staged is not None:
+            self._counted.append(name)
 
     def memory_bytes(self, numel: int, *, coded: bool = True) -> int:
         """4 bytes a value in float32, about 1 in int8, of what is coded."""
@@ -290,13 +290,6 @@ def spread(values: Tensor, out: Tensor) -> None:
     for part, place in laid(values, out):
         place.copy_(part)
     blank(out, values.numel())
-
-
-def flattened(values: Tensor, numel: int) -> Tensor:
-    """The first `numel` values, row behind row; a copy unless they are all there is of `values`, in one piece."""
-    if values.dim() == 1 and values.numel() == numel:
-        return values
-    return values.reshape(-1)[:numel].clone()
 
 
 def check_owed(states: Sequence[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Gradients averaged as they are: divided by the number of ranks and all-reduced in float32.
+"""Gradients averaged as they are: divided by the number of ranks and all-reduced.
 
 As a whole exchange without compression, or as the averager of what a compressed exchange leaves alone.
 """
@@ -12,13 +12,11 @@ import torch.distributed as dist
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.metered_calls import all_reduce
-from thinwire.compress.averager import Piece, Share
+from thinwire.compress.averager import Piece, Share, exact_bytes
+from thinwire.compress.sparse import average_sparse
 from thinwire.compress.stateless import Stateless
 from thinwire.traffic import Transfer
-from thinwire.workload import Parameter
-
-GRADIENT_BYTES = 4
-"""Gradients are float32."""
+from thinwire.workload import ITEM_BYTES, Parameter
 
 
 class PlainExchange(Stateless):
@@ -27,14 +25,14 @@ class PlainExchange(Stateless):
     settled_after = 0
 
     def __init__(self, ledger: Ledger) -> None:
-        self.failure: Exception | None = None
         self._ledger = ledger
         self._group: dist.ProcessGroup | None = None
 
     def transfers(self, label: str, parameters: Sequence[Parameter], axis: str, world_size: int) -> list[Transfer]:
         """One all-reduce."""
-        message_bytes = sum(parameter.numel for parameter in parameters) * GRADIENT_BYTES
-        return [Transfer(label=label, axis=axis, op="all_reduce", message_bytes=message_bytes)]
+        message_bytes = sum(parameter.stored_bytes for parameter in parameters)
+        item_bytes = ITEM_BYTES[parameters[0].dtype]
+        return [Transfer(label=label, axis=axis, op="all_reduce", message_bytes=message_bytes, item_bytes=item_bytes)]
 
     def attach(
         self, group: dist.ProcessGroup, axis: str, known: Mapping[str, Sequence[int]], *, tracks_use: bool = False
@@ -59,6 +57,16 @@ class PlainExchange(Stateless):
         work = all_reduce(buffer.div_(self._group.size()), self._group, self._ledger, label)
         return work.get_future().then(_first_tensor)
 
+    def start_sparse(self, gradient: torch.Tensor, name: str, label: str, *, last: bool) -> torch.futures.Future[torch.Tensor]:
+        """Waits for it."""
+        assert self._group is not None
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        done.set_result(average_sparse(gradient, self._group, self._ledger, label))
+        return done
+
+    def settle(self) -> None:
+        """DistributedDataParallel itself waits, and raises what has gone wrong."""
+
 
 def _first_tensor(future: torch.futures.Future[Any]) -> torch.Tensor:
     return future.value()[0]
@@ -75,7 +83,7 @@ class Plain(Stateless):
 
     def sent_bytes(self, shape: Sequence[int], world_size: int) -> float:
         """A ring's 2 (p-1)/p of the parameter."""
-        return 2 * (world_size - 1) / world_size * GRADIENT_BYTES * prod(shape)
+        return 2 * (world_size - 1) / world_size * 4 * prod(shape)
 
     def carries(self, numel: int, world_size: int) -> bool:
         """It carries nothing else."""
@@ -85,8 +93,10 @@ class Plain(Stateless):
         self, label: str, parameters: Sequence[Parameter], exact: Sequence[Parameter], axis: str, world_size: int
     ) -> list[Transfer]:
         """One all-reduce."""
-        message_bytes = sum(parameter.numel for parameter in (*parameters, *exact)) * GRADIENT_BYTES
-        return [Transfer(label=f"{label} plain", axis=axis, op="all_reduce", message_bytes=message_bytes)]
+        together = [*parameters, *exact]
+        item_bytes = exact_bytes(together) // sum(parameter.numel for parameter in together)
+        size = exact_bytes(together)
+        return [Transfer(label=f"{label} plain", axis=axis, op="all_reduce", message_bytes=size, item_bytes=item_bytes)]
 
     def attach(self, first: dist.ProcessGroup, second: dist.ProcessGroup) -> None:
         """There is one stage."""

@@ -28,7 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import Share, check_finite
+from thinwire.compress.averager import Share, exact_bytes, flags_of
+from thinwire.compress.base import finite
 from thinwire.compress.memory import Memory
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
@@ -70,7 +71,7 @@ class RandomK:
         self, label: str, parameters: Sequence[Parameter], exact: Sequence[Parameter], axis: str, world_size: int
     ) -> list[Transfer]:
         """One all-reduce. Times the choice."""
-        size = 4 * (sum(self._chosen(parameter.numel) for parameter in parameters) + sum(one.numel for one in exact))
+        size = exact_bytes([*exact, flags_of([*parameters, *exact], 1 + sum(self._chosen(one.numel) for one in parameters))])
         work = self._work_s() * sum(parameter.numel for parameter in parameters)
         return [Transfer(label=f"{label} chosen", axis=axis, op="all_reduce", message_bytes=size, work_s=work)]
 
@@ -84,23 +85,23 @@ class RandomK:
         wanted: list[Tensor] = []
         chosen: list[Tensor] = []
         for piece in share.pieces:
-            wanted.append(self._memory.corrected(piece.name, piece.of(share.buffer)))
-            check_finite(wanted[-1], piece.name)
+            all_of = self._memory.exact(piece.name, piece.of(share.buffer))
+            wanted.append(all_of if share.found_finite(all_of) else torch.zeros_like(all_of))
             count = self._counts.get(piece.name, 0)
             self._counts[piece.name] = count + 1
             chosen.append(places(piece.name, count, piece.numel, self._chosen(piece.numel)))
         values = [all_of[where] for all_of, where in zip(wanted, chosen, strict=True)]
-        mean = torch.cat([*values, share.riding()]).div_(self._group.size())
+        mean = torch.cat([*values, share.riding(flagged=True)]).div_(self._group.size())
         with self._ledger.label(f"{share.label} chosen"):
             dist.all_reduce(mean, group=self._group)
         lengths = [len(where) for where in chosen]
-        share.arrived(mean[sum(lengths) :])
+        share.arrived(mean[sum(lengths) :], flagged=True)
         arrived = mean[: sum(lengths)].split(lengths)
         for piece, all_of, where, part in zip(share.pieces, wanted, chosen, arrived, strict=True):
             if share.counts(piece):
                 if self._memory.keeps:
                     self._memory.keep(piece.name, all_of.index_fill(0, where, 0.0))
-                piece.of(share.buffer).zero_()[where] = part
+                piece.of(share.buffer).zero_()[where] = part.to(share.buffer.dtype)
         yield
 
     def state_dict(self) -> dict[str, Any]:
@@ -126,7 +127,7 @@ class RandomK:
             for count in range(TRIES):
                 started = time.perf_counter()
                 wanted = values + values if self._memory.keeps else values
-                check_finite(wanted, "")
+                finite(wanted)
                 where = places("", count, wanted.numel(), self._chosen(wanted.numel()))
                 sent = wanted[where]
                 if self._memory.keeps:

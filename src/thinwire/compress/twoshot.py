@@ -15,7 +15,8 @@ it enters the next average with weight 1/p):
 so that with e <- l what is owed to the average is conserved:  1/p sum_i e_i = 1/p sum_i w_i - result.
 
 Each parameter is padded to a multiple of p blocks and cut by itself, so results do not depend on which bucket it travels in. What
-is averaged exactly goes along in the same two messages, as float32.
+is averaged exactly goes along in the same two messages, as it is. Codes hand on what is not finite, so the owner of a shard finds
+it in the average, a p-th of what there would be to look at, and says so in a flag behind its part of the second message.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,10 +28,9 @@ import torch.distributed as dist
 
 from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import Piece, Share, check_finite
+from thinwire.compress.averager import Piece, Share, exact_bytes, flags_of
 from thinwire.compress.base import Codec, finite
 from thinwire.compress.memory import ShardMemory, laid
-from thinwire.compress.plain import GRADIENT_BYTES
 from thinwire.compress.rows import add_rows, decode_rows, encode_rows
 from thinwire.compress.speed import seconds_per_value
 from thinwire.compress.stateless import Stateless
@@ -66,7 +66,8 @@ class TwoShot(Stateless):
     ) -> list[Transfer]:
         """An all-to-all of codes and an all-gather of the averages' codes. Times the codec."""
         length = sum(shard_length(parameter.shape, world_size, self._codec.block) for parameter in parameters)
-        size = self._codec.payload_bytes(length) + GRADIENT_BYTES * -(-sum(one.numel for one in exact) // world_size)
+        flag_bytes = exact_bytes([flags_of([*parameters, *exact], 1)])
+        size = self._codec.payload_bytes(length) + -(-exact_bytes(exact) // (flag_bytes * world_size)) * flag_bytes
         encode_s, decode_s = seconds_per_value(self._codec)
         others = (world_size - 1) * length
         if self._memory.keeps:
@@ -76,7 +77,14 @@ class TwoShot(Stateless):
         whole = world_size * size
         return [
             Transfer(label=f"{label} codes", axis=axis, op="all_to_all", message_bytes=whole, item_bytes=1, work_s=first),
-            Transfer(label=f"{label} averages", axis=axis, op="all_gather", message_bytes=size, item_bytes=1, work_s=second),
+            Transfer(
+                label=f"{label} averages",
+                axis=axis,
+                op="all_gather",
+                message_bytes=size + flag_bytes,
+                item_bytes=1,
+                work_s=second,
+            ),
         ]
 
     def attach(self, first: dist.ProcessGroup, second: dist.ProcessGroup) -> None:
@@ -95,7 +103,7 @@ class TwoShot(Stateless):
         size = self._codec.payload_bytes(length)
         riding = share.riding()
         riding = torch.nn.functional.pad(riding, (0, -riding.numel() % p)).view(p, -1)
-        codes = torch.empty(p, size + GRADIENT_BYTES * riding.shape[1], dtype=torch.uint8)
+        codes = torch.empty(p, size + riding.element_size() * riding.shape[1], dtype=torch.uint8)
         codes[:, size:] = riding.view(torch.uint8)
         others = [run for run in (slice(0, rank), slice(rank + 1, p)) if run.start < run.stop]
         for run in others:
@@ -109,16 +117,19 @@ class TwoShot(Stateless):
         mean = work[rank]
         for run in others:
             add_rows(self._codec, received[run], mean)
-        self._check(mean, pieces, parts)
+        spoiled = not finite(mean)
+        if spoiled:
+            mean.zero_()
         mean /= p
-        exact_mean = torch.zeros(riding.shape[1])
-        for part in received[:, size:].reshape(-1).clone().view(torch.float32).view_as(riding):
-            exact_mean += part
+        exact_mean = torch.zeros(riding.shape[1] + 1, dtype=share.dtype)
+        for part in received[:, size:].reshape(-1).clone().view(share.dtype).view_as(riding):
+            exact_mean[:-1] += part
         exact_mean /= p
-        code = torch.empty_like(codes[0])
+        exact_mean[-1] = float(spoiled)
+        code = torch.empty(size + exact_mean.element_size() * exact_mean.numel(), dtype=torch.uint8)
         encode_rows(self._codec, work[rank : rank + 1], code.view(1, -1), lose=self._memory.keeps)
         code[size:] = exact_mean.view(torch.uint8)
-        averages = torch.empty_like(codes)
+        averages = torch.empty(p, code.numel(), dtype=torch.uint8)
         with self._ledger.label(f"{share.label} averages"):
             sent = ALL_GATHER(averages.view(-1), code, group=self._second, async_op=True)
         mean *= p
@@ -127,7 +138,8 @@ class TwoShot(Stateless):
         yield
 
         sent.wait()
-        share.arrived(averages[:, size:].reshape(-1).clone().view(torch.float32))
+        behind = averages[:, size:].reshape(-1).clone().view(share.dtype).view(p, -1)
+        share.arrived(behind[:, :-1].reshape(-1), spoiled=bool(behind[:, -1].any()))
         results = torch.empty_like(work)
         decode_rows(self._codec, averages, results)
         for piece, part in zip(pieces, parts, strict=True):
@@ -147,9 +159,3 @@ class TwoShot(Stateless):
         """Of a row, for each piece."""
         ends = [0, *accumulate(shard_length(piece.shape, p, self._codec.block) for piece in pieces)]
         return [slice(first, last) for first, last in pairwise(ends)]
-
-    def _check(self, mean: torch.Tensor, pieces: Sequence[Piece], parts: Sequence[slice]) -> None:
-        """What is not finite on any rank is not finite in the owner's mean, which is a p-th of what there would be to look at."""
-        if not finite(mean):
-            for piece, part in zip(pieces, parts, strict=True):
-                check_finite(mean[part], piece.name)
