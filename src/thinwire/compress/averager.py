@@ -137,11 +137,17 @@ class Share:
         # Where nobody has found a gradient, a sum or what was owed has grown too large: then all may be spoiled.
         self.nonfinite = self.census(own) or {part.name: [] for part in self.parts}
 
-    def mark(self) -> None:
-        """Not finite is not finite, on all ranks alike. After all results are in the buffer."""
-        for piece in self.pieces:
-            if piece.name in self.nonfinite:
-                piece.of(self.buffer).fill_(nan)
+    def mark(self, *, coded: bool) -> None:
+        """Not finite is not finite, on all ranks alike to the bit. After all results are in the buffer.
+
+        coded: what codes have made of a piece that is not finite says nothing; else sums have handed it on, value by value.
+        """
+        for part in self.parts if self.nonfinite else ():
+            values = part.of(self.buffer)
+            if coded and part in self.pieces and part.name in self.nonfinite:
+                values.fill_(nan)
+            else:
+                values.masked_fill_(values.isnan(), nan)  # there are many nans
 
     def counts(self, piece: Piece) -> bool:
         """Whether any rank has used it, and so whether its result is delivered. After `arrived`."""

@@ -28,7 +28,7 @@ def not_finite(found: Mapping[str, list[int]], step: int) -> str:
 
 
 class Meeting:
-    """Of the ranks of `group`, in the store of the default group."""
+    """Of the ranks of `group`, which nobody else uses, in the store of the default group."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         default = dist.distributed_c10d._get_default_store()

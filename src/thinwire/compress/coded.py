@@ -119,11 +119,12 @@ class CodedExchange:
         """Makes two process groups and three threads. Collective over all ranks. UserError on CUDA."""
         refuse_off_cpu(group, self._config.kind)
         self._group, self._world_size, self._tracks_use = group, group.size(), tracks_use
-        self.failure, self._latest, self._meeting = None, None, Meeting(group)
+        self.failure, self._latest = None, None
         self._known = {name: tuple(shape) for name, shape in known.items()}
         self._check_loaded()
         self._dealt = {}
         self._private = [private_copy(group, f"{axis} exchange {stage}") for stage in ("first", "second")]
+        self._meeting = Meeting(self._private[0])
         for one in self._private:
             self._ledger.axes[one.group_name] = axis
         for averager in self._averagers:
@@ -165,8 +166,7 @@ class CodedExchange:
             nonfinite = {name: ranks for share in shares for name, ranks in share.nonfinite.items()}
             self._conclude(nonfinite, step, last=last)
             for averager, share in zip(averagers, shares, strict=True):
-                if not isinstance(averager, Cast):  # whose sums have handed it on, value by value
-                    share.mark()
+                share.mark(coded=not isinstance(averager, Cast))
             return buffer
 
         step = self._begun(last)

@@ -85,10 +85,8 @@ def _check(replica: Any, nonfinite: str) -> None:
         )
     if nonfinite not in get_args(NonFinite):
         raise UserError(f"compress_gradients: nonfinite = {nonfinite!r}; there are {', '.join(map(repr, get_args(NonFinite)))}")
-    if replica.num_iterations:
-        raise UserError(
-            f"compress_gradients: the model has gone through {replica.num_iterations} forward passes; call it before the first"
-        )
+    if passes := replica._get_ddp_logging_data().get("iteration", 0):
+        raise UserError(f"compress_gradients: {passes} forward passes are over; call it before the first")
 
 
 def _note(reached: set[int], parameter: torch.Tensor) -> None:
