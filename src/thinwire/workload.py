@@ -32,17 +32,29 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+
+
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor of the model. `forward_flops_before`: per token, all that runs before its first use."""
+    """One tensor of the model. `forward_flops_before`: per token, all that runs before its first use.
+
+    dtype: of its gradient as a bucket holds it: of a complex parameter that of its real numbers.
+    """
 
     name: str
     shape: tuple[int, ...]
     forward_flops_before: float = 0.0
+    dtype: str = "float32"
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of its gradient."""
+        return ITEM_BYTES[self.dtype] * self.numel
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,16 @@ Three kinds of a parameter could break it, and each has its rule:
                   away: then nothing of it counts as sent, e_i and the buffer stay as they are. Each rank's flag, 1 or 0, travels
                   behind the exact values; their mean is 0 where nobody has used it. Flags are sent only where use is tracked
     one rank      everything is exact, and nothing is sent
+
+What is not finite on any rank arrives as not finite on all, bit-equal. That there is something must be known to all ranks: sums
+carry it, and where codes would hide it a flag travels along. Which parameter it is, and on which ranks, they then tell each other
+through the store of the group (`Share.census`), which happens in so few steps that it may take its time.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from math import nan, prod
 from typing import Any
 
 import torch
@@ -27,7 +31,6 @@ import torch.distributed as dist
 
 from thinwire.compress.base import finite
 from thinwire.compress.memory import Memory, Stateless
-from thinwire.errors import UserError
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
 
@@ -56,9 +59,13 @@ class Piece:
 
 @dataclass(kw_only=True)
 class Share:
-    """What one averager does of one bucket: `pieces` through its codes, `exact` as they are, all in the flat float32 `buffer`.
+    """What one averager does of one bucket: `pieces` through its codes, `exact` as they are, all in the flat `buffer`.
+
+    The buffer holds real numbers of any dtype; averages are float32, or float64 if it is, and become its dtype when they arrive.
 
     used: by name, whether this rank's backward pass has reached the parameter; None where use is not tracked, and all are.
+    census: of what this rank has found not to be finite, by name: by name the ranks that have. Collective, in any order of shares
+        of different buckets.
     """
 
     buffer: torch.Tensor
@@ -67,31 +74,77 @@ class Share:
     label: str
     memory: Memory
     used: Mapping[str, bool] | None = None
+    census: Callable[[Sequence[str]], dict[str, list[int]]] = lambda found: {name: [] for name in found}
+    finite: bool = True
+    """Whether this rank has found all of its `pieces` to be; said to the others by `riding`."""
+    nonfinite: dict[str, list[int]] = field(default_factory=dict)
+    """What is not, by name, and the ranks that it came from; the same on all ranks, after `arrived`."""
     _nowhere: set[str] = field(default_factory=set)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what travels as it is."""
+        return torch.float64 if self.buffer.dtype == torch.float64 else torch.float32
 
     @property
     def parts(self) -> list[Piece]:
         """All of it, in the order of the flags."""
         return [*self.pieces, *self.exact]
 
-    def riding(self) -> torch.Tensor:
-        """What every rank adds to the average as it is, a new flat vector: exact values with their residuals, then the flags."""
-        values = [self.memory.corrected(piece.name, piece.of(self.buffer)) for piece in self.exact]
-        if self.used is not None:
-            values.append(torch.tensor([float(self.used[part.name]) for part in self.parts], device=self.buffer.device))
-        return torch.cat(values) if values else self.buffer[:0]
+    def found_finite(self, values: torch.Tensor) -> bool:
+        """Whether they are; if not, `riding` will say so."""
+        found = finite(values)
+        self.finite &= found
+        return found
 
-    def arrived(self, mean: torch.Tensor) -> None:
-        """mean: of what `riding` gave, over all ranks, and perhaps more behind it. Exact values go to their places."""
+    def riding(self, *, flagged: bool = False) -> torch.Tensor:
+        """What every rank adds to the average as it is, a new flat vector: exact values with their residuals, then the flags.
+
+        flagged: the last one says whether this rank has found its pieces to be finite.
+        """
+        values = [self.memory.exact(piece.name, piece.of(self.buffer)) for piece in self.exact]
+        flags = [] if self.used is None else [float(self.used[part.name]) for part in self.parts]
+        if flagged:
+            flags.append(float(not self.finite))
+        if flags:
+            values.append(torch.tensor(flags, dtype=self.dtype, device=self.buffer.device))
+        return torch.cat(values) if values else self.buffer[:0].to(self.dtype)
+
+    def arrived(self, mean: torch.Tensor, *, flagged: bool = False, spoiled: bool = False) -> None:
+        """mean: of what `riding` gave, over all ranks, and perhaps more behind it. Exact values go to their places.
+
+        spoiled: all ranks know by other means that some piece is not finite.
+        """
         sizes = [piece.numel for piece in self.exact]
         *values, flags = mean.split([*sizes, mean.numel() - sum(sizes)])
+        number = len(self.parts) if self.used is not None else 0
         if self.used is not None:
-            parts = self.parts
-            self._nowhere = {part.name for part, flag in zip(parts, flags[: len(parts)].tolist(), strict=True) if not flag}
+            arrived = zip(self.parts, flags[:number].tolist(), strict=True)
+            self._nowhere = {part.name for part, flag in arrived if not flag}
+        if spoiled or (flagged and float(flags[number]) != 0.0) or not all(map(finite, values)):
+            self.spoil()
         for piece, value in zip(self.exact, values, strict=True):
             if self.counts(piece):
                 piece.of(self.buffer).copy_(value)
                 self.memory.clear(piece.name)
+
+    def spoil(self) -> None:
+        """Something is not finite: find out what. Called by all ranks, before any result is in the buffer."""
+        own = [part.name for part in self.parts if not finite(part.of(self.buffer))]
+        # Where nobody has found a gradient, a sum or a residual has grown too large: then all may be spoiled.
+        self.nonfinite = self.census(own) or {part.name: [] for part in self.parts}
+
+    def mark(self, *, coded: bool) -> None:
+        """Not finite is not finite, on all ranks alike to the bit. After all results are in the buffer.
+
+        coded: what codes have made of a piece that is not finite says nothing; else sums have handed it on, value by value.
+        """
+        for part in self.parts if self.nonfinite else ():
+            values = part.of(self.buffer)
+            if coded and part in self.pieces and part.name in self.nonfinite:
+                values.fill_(nan)
+            else:
+                values.masked_fill_(values.isnan(), nan)  # there are many nans
 
     def counts(self, piece: Piece) -> bool:
         """Whether any rank has used it, and so whether its result is delivered. After `arrived`."""
@@ -110,6 +163,8 @@ class Averager(Stateless, ABC):
     """Steps of its own after which it sends what `transfers` says."""
     flags_use = True
     """Whether flags of use travel with it."""
+    codes = True
+    """Whether it sends codes, which say nothing of what is not finite; else sums."""
     _first: dist.ProcessGroup
     _second: dist.ProcessGroup
 
@@ -131,9 +186,9 @@ class Averager(Stateless, ABC):
 
     @abstractmethod
     def average(self, share: Share) -> Iterator[None]:
-        """Replace the pieces of the share by their average, bit-equal on all ranks; `exact` ones in float32.
+        """Replace the pieces of the share by their average, bit-equal on all ranks.
 
-        Yields between its stages. UserError names a parameter that is not finite.
+        Yields between its stages. Calls `share.arrived`, or `share.spoil` where something is not finite.
         """
 
 
@@ -159,7 +214,11 @@ def ring_bytes(numel: int, world_size: int, item_bytes: int = 4) -> float:
     return 2 * (world_size - 1) / world_size * item_bytes * numel
 
 
-def check_finite(values: torch.Tensor, name: str) -> None:
-    """UserError if a gradient holds nan or inf, which coding would spread or hide."""
-    if not finite(values):
-        raise UserError(f"the gradient of {name} is not finite; lower the learning rate, or look at the data of this step")
+def flags_of(parameters: Parameters, number: int) -> Parameter:
+    """`number` flags as they ride along with `parameters`."""
+    return Parameter("flags", (number,), dtype=parameters[0].dtype)
+
+
+def exact_bytes(parameters: Parameters) -> int:
+    """Of what travels as it is: float32, or float64 of gradients in float64."""
+    return sum((8 if parameter.dtype == "float64" else 4) * parameter.numel for parameter in parameters)

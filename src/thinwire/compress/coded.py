@@ -7,23 +7,32 @@ exact. The residual of a parameter that is not coded any more goes along exactly
 
 What is not coded rides along where it can, and so does the little of a bucket that would need collectives of its own to be coded.
 All of it runs on three threads, a stage of the averages on each and in the order of the buffers, while the backward pass goes on.
+
+Buffers hold real numbers of any dtype (`averager.Share`). A gradient that is not finite arrives so on all ranks, and what the
+memory has kept in that backward pass is taken back, for whoever scales losses (GradScaler) leaves such a step out; or, if asked
+for, all ranks raise one error that names it.
 """
 
+import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
+from itertools import count
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from thinwire.collectives.executor import Executor
-from thinwire.collectives.groups import backend_of, private_copy, release
+from thinwire.collectives.groups import backend_of, private_copy, release, timeout_of
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import RIDE_BYTES, Averager, Piece, Shapes, Share
+from thinwire.compress.averager import RIDE_BYTES, Averager, Piece, Shapes, Share, flags_of
+from thinwire.compress.base import finite
+from thinwire.compress.census import Meeting, not_finite
 from thinwire.compress.memory import Memory, Stateless
 from thinwire.compress.plain import Plain
+from thinwire.compress.sparse import average_sparse
 from thinwire.config.compress import SUMMABLE, Coded
 from thinwire.errors import UserError
 from thinwire.traffic import Transfer
@@ -34,14 +43,36 @@ _Assigned = tuple[Averager, list[_Part], list[_Part]]
 """What an averager codes, and what rides along with it."""
 
 
+NonFinite = Literal["average", "raise"]
+
+LOST = ("Connection", "closed", "Timed out", "gloo", "Broken pipe")
+"""Words of errors by which a rank sees that another one has gone."""
+
+
 class CodedExchange(Stateless):
     """The exchange by the cheapest of `averagers`, or plainly; see `thinwire.compress.exchange.Exchange`."""
 
-    def __init__(self, averagers: Sequence[Averager], memory: Memory, config: Coded, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        averagers: Sequence[Averager],
+        memory: Memory,
+        config: Coded,
+        ledger: Ledger,
+        nonfinite: NonFinite = "raise",
+    ) -> None:
+        """nonfinite: what becomes of a step in which a gradient is not: an error on all ranks, or the average is not either."""
         self._averagers: list[Averager] = [*averagers, Plain(ledger)]
         self._plain = len(averagers)
         self._memory, self._config, self._ledger = memory, config, ledger
         self.failure: Exception | None = None
+        """Why buffers could not be averaged."""
+        self._nonfinite: NonFinite = nonfinite
+        if nonfinite == "average":
+            memory.stage()
+        self._passes, self._spoiled = 0, False
+        """Backward passes so far, and whether something in the one that is under way is not finite."""
+        self._meeting: Meeting | None = None
+        self._latest: torch.futures.Future[torch.Tensor] | None = None
         self._group: dist.ProcessGroup | None = None
         self._world_size = 1
         self._known: dict[str, tuple[int, ...]] = {}
@@ -69,12 +100,12 @@ class CodedExchange(Stateless):
         found = []
         for averager, coded, exact in self._assign(parameters, world_size):
             if self._tracks_use and averager.flags_use:
-                exact = [*exact, Parameter("flags of use", (len(coded) + len(exact),))]
+                exact = [*exact, flags_of([*coded, *exact], len(coded) + len(exact))]
             found += averager.transfers(label, coded, exact, axis, world_size)
         return found
 
     def residuals(self) -> dict[str, torch.Tensor]:
-        """What coding has left out on this rank so far, by parameter name, flat float32."""
+        """What coding has left out on this rank so far, by parameter name, flat; float32, or float64 of gradients in float64."""
         return self._memory.residuals()
 
     def owed(self) -> dict[str, torch.Tensor]:
@@ -96,11 +127,12 @@ class CodedExchange(Stateless):
                 f"compress.kind = {self._config.kind!r}: only on CPUs yet, and this group serves {served}; set it to none"
             )
         self._group, self._world_size, self._tracks_use = group, group.size(), tracks_use
-        self.failure = None
+        self.failure, self._latest = None, None
         self._known = {name: tuple(shape) for name, shape in known.items()}
         self._check_loaded()
         self._assigned = {}
         self._private = [private_copy(group, f"{axis} exchange {stage}") for stage in ("first", "second")]
+        self._meeting = Meeting(self._private[0])
         for one in self._private:
             self._ledger.axes[one.group_name] = axis
         for averager in self._averagers:
@@ -122,24 +154,91 @@ class CodedExchange(Stateless):
         assert (used is not None) == self._tracks_use, "use is tracked, or not"
         if buffer.device.type != "cpu":
             raise UserError(f"{label} is on {buffer.device}, and {self._config.kind} is for CPUs only yet; set it to none")
-        if buffer.dtype != torch.float32 and self._config.kind not in SUMMABLE:
-            raise UserError(
-                f"{label} is {str(buffer.dtype).removeprefix('torch.')}, and {self._config.kind} takes float32 only yet; keep "
-                f"the parameters in float32, or take one of {', '.join(sorted(SUMMABLE))}"
-            )
         if self._step < self._config.after_steps:
             assigned: list[_Assigned[Piece]] = [(self._averagers[-1], [], list(pieces))]
         else:
             assigned = self._assigned.get(key := tuple(pieces)) or self._assign(pieces, self._world_size)
             self._assigned[key] = assigned
-        self._step += last
-        stages = []
-        for averager, coded, exact in assigned:
-            share = Share(buffer=buffer, pieces=coded, exact=exact, label=label, memory=self._memory, used=used)
-            stages.append(averager.average(share))
+        shares: list[Share] = []
+        for number, (_, coded, exact) in enumerate(assigned):
+            census = self._census(f"{label} {number}")
+            shares.append(
+                Share(buffer=buffer, pieces=coded, exact=exact, label=label, memory=self._memory, census=census, used=used)
+            )
+        averagers = [averager for averager, _, _ in assigned]
+        stages = [averager.average(share) for averager, share in zip(averagers, shares, strict=True)]
+
+        def finished() -> torch.Tensor:
+            _next_stages(stages, gone_on.wait())
+            nonfinite = {name: ranks for share in shares for name, ranks in share.nonfinite.items()}
+            self._conclude(nonfinite, step, last=last)
+            for averager, share in zip(averagers, shares, strict=True):
+                share.mark(coded=averager.codes)
+            return buffer
+
+        step = self._begun(last)
         begun = self._threads[0].submit(lambda: _next_stages(stages, buffer))
         gone_on = self._threads[1].submit(lambda: _next_stages(stages, begun.wait()))
-        return self._threads[2].submit(lambda: _next_stages(stages, gone_on.wait()), self._fail)
+        self._latest = self._threads[2].submit(finished, self._fail)
+        return self._latest
+
+    def start_sparse(self, gradient: torch.Tensor, name: str, label: str, *, last: bool) -> torch.futures.Future[torch.Tensor]:
+        """On the first thread, without codes."""
+        assert self._threads, "attach() comes first"
+        census = self._census(label)
+
+        def finished() -> torch.Tensor:
+            mean, nonfinite = passed_on.wait(), dict[str, list[int]]()
+            if not finite(mean.values()):
+                nonfinite = census([] if finite(gradient.coalesce().values()) else [name]) or {name: []}
+            self._conclude(nonfinite, step, last=last)
+            return mean
+
+        step = self._begun(last)
+        begun = self._threads[0].submit(lambda: average_sparse(gradient, self._private[0], self._ledger, label))
+        passed_on = self._threads[1].submit(begun.wait)
+        self._latest = self._threads[2].submit(finished, self._fail)
+        return self._latest
+
+    def _begun(self, last: bool) -> int:
+        """The number of the step that a buffer belongs to, from 1 on."""
+        step = self._step + 1
+        self._step += last
+        self._passes += last
+        return step
+
+    def settle(self) -> None:
+        """Wait for the buffers that were started. UserError, on all ranks, if one could not be averaged."""
+        if self._latest is not None:
+            over = threading.Event()
+            self._latest.add_done_callback(lambda _: over.set())
+            over.wait()
+        if self.failure is not None:
+            raise self.failure
+
+    def _census(self, about: str) -> Callable[[Sequence[str]], dict[str, list[int]]]:
+        """Of one share, which may be asked more than once."""
+        numbers, passes = count(), self._passes
+
+        def ask(found: Sequence[str]) -> dict[str, list[int]]:
+            assert self._meeting is not None and self._group is not None
+            return self._meeting.census(f"pass {passes} {about} {next(numbers)}", found, timeout_of(self._group))
+
+        return ask
+
+    def _conclude(self, nonfinite: Mapping[str, list[int]], step: int, *, last: bool) -> None:
+        """After all results of a bucket: on the third thread, in the order of the buckets."""
+        if self._nonfinite == "raise":
+            if nonfinite:
+                raise UserError(not_finite(nonfinite, step))
+            return
+        self._spoiled |= bool(nonfinite)
+        if last:
+            if self._spoiled:
+                self._memory.rollback()
+            else:
+                self._memory.commit()
+            self._spoiled = False
 
     def state_dict(self) -> dict[str, Any]:
         """The residuals of this rank, and what its averagers carry."""
@@ -231,7 +330,20 @@ class CodedExchange(Stateless):
         return min((size, index) for index, size in enumerate(sizes) if size is not None)[1]
 
     def _fail(self, error: Exception) -> None:
-        self.failure = self.failure or error
+        """Of this rank, or of another one that has left its reason and its connections."""
+        if self.failure is not None:
+            return
+        if isinstance(error, UserError):  # which all ranks have
+            self.failure = error
+            return
+        assert self._meeting is not None
+        lost = isinstance(error, RuntimeError) and any(word in str(error) for word in LOST)
+        cause = self._meeting.cause() if lost else None
+        if cause is None:
+            self._meeting.leave(error)
+            cause = f"rank {dist.get_rank()}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        self.failure = UserError(f"compress.kind = {self._config.kind!r}: {cause}")
+        self.failure.__cause__ = error
 
 
 def _with_plain_names(state: Any) -> Any:

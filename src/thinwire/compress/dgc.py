@@ -38,6 +38,7 @@ from thinwire.compress.base import TensorCodec
 from thinwire.compress.codecs.largest import GlobalTopK
 from thinwire.compress.gather import Gather
 from thinwire.compress.memory import Memory, Storage, Store
+from thinwire.compress.precision import Rest, widened
 from thinwire.errors import UserError
 
 FIRST_FRACTION, STAGE_FACTOR = 0.25, 0.25
@@ -52,10 +53,26 @@ class MomentumCorrection(Memory):
         self._momentum = momentum
         self._speeds, self._sums = Store(storage), Store(storage)
         self._wanted: dict[str, tuple[Tensor, Tensor]] = {}
+        self._rest = Rest()
+
+    def stage(self) -> None:
+        self._speeds.staged, self._sums.staged = {}, {}
+
+    def commit(self) -> None:
+        self._speeds.commit()
+        self._sums.commit()
+
+    rollback = stage
 
     def corrected(self, name: str, gradient: Tensor) -> Tensor:
         """v, with this step's u."""
-        before, waiting = self._speeds.get(name), self._sums.get(name)
+        narrow = self._rest.narrowed(name, self.exact(name, gradient))
+        self._wanted[name] = self._wanted[name][0], narrow
+        return narrow
+
+    def exact(self, name: str, gradient: Tensor) -> Tensor:
+        """v, with this step's u."""
+        before, waiting, gradient = self._speeds.get(name), self._sums.get(name), widened(gradient)
         speed = gradient.clone() if before is None else gradient.add(before, alpha=self._momentum)
         wanted = speed.clone() if waiting is None else speed + waiting
         self._wanted[name] = speed, wanted
@@ -65,7 +82,7 @@ class MomentumCorrection(Memory):
         """v is what did not arrive; u is zero where that is not all of it."""
         speed, wanted = self._wanted.pop(name)
         self._speeds.put(name, speed.masked_fill_(error != wanted, 0.0))
-        self._sums.put(name, error)
+        self._sums.put(name, self._rest.with_rest(name, error))
 
     def clear(self, name: str) -> None:
         """u goes on, as SGD's does."""

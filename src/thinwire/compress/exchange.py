@@ -19,7 +19,7 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.compress.averager import Averager, Piece, Shapes
 from thinwire.compress.base import CODECS, TENSOR_CODECS, Flat, build, make_codec
 from thinwire.compress.codecs.fused import fused_or_reason
-from thinwire.compress.coded import CodedExchange
+from thinwire.compress.coded import CodedExchange, NonFinite
 from thinwire.compress.dgc import MomentumCorrection
 from thinwire.compress.gather import Gather
 from thinwire.compress.memory import DEMO, ErrorFeedback, Memory, NoMemory
@@ -33,9 +33,6 @@ from thinwire.workload import Parameter
 
 class Exchange(Protocol):
     """One per rank. Calls come in the same order on every rank."""
-
-    failure: Exception | None
-    """What went wrong on this rank; the backward pass that waited for it only says that there was something."""
 
     @property
     def settled_after(self) -> int:
@@ -61,11 +58,21 @@ class Exchange(Protocol):
     def start(
         self, buffer: torch.Tensor, pieces: Sequence[Piece], label: str, *, last: bool, used: Mapping[str, bool] | None = None
     ) -> "torch.futures.Future[torch.Tensor]":
-        """Begin to average the flat float32 `buffer` in place; the future holds it. last: the step ends with this one.
+        """Begin to average the flat `buffer` in place; the future holds it. last: the step ends with this one.
+
+        The buffer is of float32, bfloat16, float16 or float64.
 
         used: by parameter, whether this rank's backward pass has reached it, if use is tracked: what no rank has used is left as
         it is. Called by one thread of each rank, with the same pieces in the same order.
         """
+        ...
+
+    def start_sparse(self, gradient: torch.Tensor, name: str, label: str, *, last: bool) -> "torch.futures.Future[torch.Tensor]":
+        """As `start`, for a gradient in sparse COO form (`sparse`): the future holds a new one, coalesced, the exact average."""
+        ...
+
+    def settle(self) -> None:
+        """At the end of the backward pass: wait for what it has started. UserError if it could not be averaged."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -90,15 +97,18 @@ AVERAGERS: Mapping[str, str] = {
 FEEDBACK = ("feedback_decay", "feedback_average", "feedback_reset", "feedback_removal", "feedback_storage")
 
 
-def make_exchange(config: NoCompression | Coded, ledger: Ledger) -> Exchange:
-    """The exchange that [compress] asks for. UserError for options that do not fit its kind."""
+def make_exchange(config: NoCompression | Coded, ledger: Ledger, nonfinite: NonFinite = "raise") -> Exchange:
+    """The exchange that [compress] asks for. UserError for options that do not fit its kind.
+
+    nonfinite: whether a gradient that is not finite ends the run, on all ranks, or arrives so, as without compression.
+    """
     if isinstance(config, NoCompression):
         return PlainExchange(ledger)
     if config.fused and (reason := fused_or_reason()):
         raise UserError(f"compress.fused = true: {reason}; leave it out, the bits are the same")
     check_options(config)
     memory = make_memory(config)
-    return CodedExchange(make_averagers(config, memory, ledger), memory, config, ledger)
+    return CodedExchange(make_averagers(config, memory, ledger), memory, config, ledger, nonfinite)
 
 
 def make_averagers(config: Coded, memory: Memory, ledger: Ledger) -> list[Averager]:

@@ -14,10 +14,9 @@ import torch
 
 from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import RIDE_BYTES, Averager, Parameters, Share, check_finite
+from thinwire.compress.averager import RIDE_BYTES, Averager, Parameters, Share, exact_bytes, flags_of
 from thinwire.compress.base import TensorCodec, sum_in_order
 from thinwire.compress.memory import Memory
-from thinwire.compress.plain import GRADIENT_BYTES
 from thinwire.compress.speed import seconds_of_tensor
 from thinwire.traffic import Transfer
 
@@ -34,12 +33,12 @@ class Gather(Averager):
 
     def carries(self, numel: int, world_size: int) -> bool:
         """For two ranks gathering is as cheap as an all-reduce; for more, what is so little that a collective would cost more."""
-        return world_size == 2 or GRADIENT_BYTES * numel * (world_size - 1) <= RIDE_BYTES
+        return world_size == 2 or 4 * numel * (world_size - 1) <= RIDE_BYTES
 
     def transfers(self, label: str, parameters: Parameters, exact: Parameters, axis: str, world_size: int) -> list[Transfer]:
         """One all-gather. Times the codec."""
         size = sum(self._codec.payload_bytes(parameter.shape) for parameter in parameters)
-        size += GRADIENT_BYTES * sum(parameter.numel for parameter in exact)
+        size += exact_bytes([*exact, flags_of([*parameters, *exact], 1)])
         seconds = [seconds_of_tensor(self._codec, parameter.shape) for parameter in parameters]
         work = sum(encode_s + world_size * decode_s for encode_s, decode_s in seconds)
         return [Transfer(label=f"{label} gathered", axis=axis, op="all_gather", message_bytes=size, item_bytes=1, work_s=work)]
@@ -54,10 +53,10 @@ class Gather(Averager):
         codecs = [self.codec_for(piece.name) for piece in pieces]
         wanted = []
         for piece in pieces:
-            wanted.append(self._memory.corrected(piece.name, piece.of(share.buffer)))
-            check_finite(wanted[-1], piece.name)
+            values = self._memory.corrected(piece.name, piece.of(share.buffer))
+            wanted.append(values if share.found_finite(values) else torch.zeros_like(values))
         codes = [codec.encode(values.view(piece.shape)) for codec, values, piece in zip(codecs, wanted, pieces, strict=True)]
-        code = torch.cat([*codes, share.riding().view(torch.uint8)])
+        code = torch.cat([*codes, share.riding(flagged=True).view(torch.uint8)])
         received = torch.empty(p, code.numel(), dtype=torch.uint8)
         with self._ledger.label(f"{share.label} gathered"):
             sent = ALL_GATHER(received.view(-1), code, group=self._first, async_op=True)
@@ -65,7 +64,7 @@ class Gather(Averager):
 
         sent.wait()
         *parts, riding = received.split([*map(len, codes), received.shape[1] - sum(map(len, codes))], dim=1)
-        share.arrived(sum_in_order([one.clone().view(torch.float32) for one in riding]) / p)
+        share.arrived(sum_in_order([one.clone().view(share.dtype) for one in riding]) / p, flagged=True)
         for codec, values, piece, part in zip(codecs, wanted, pieces, parts, strict=True):
             if share.counts(piece):
                 decoded = [codec.decode(one, piece.shape).view(-1) for one in part]

@@ -13,9 +13,13 @@ DeMo (Peng et al. 2024) keeps a momentum instead, of which what was sent is take
 
     w = d e + g,   e <- w - r (w - l)     d = 0.999, r = 0.2
 
-The residual belongs to a parameter by its name, never to a bucket. It is float32, or block int8, whose own error is at most half
-a step of each block of 256. When the number of ranks changes, each new rank takes the mean of the old ranks' residuals, so that
-what the average still lacks, 1/p sum_i e_i, stays the same.
+The residual belongs to a parameter by its name, never to a bucket. It is float32, also of gradients in 16 bits, or block int8,
+whose own error is at most half a step of each block of 256. Of gradients in float64 it is float64: codes take float32, and what w
+loses when it becomes float32 is part of its error. When the number of ranks changes, each new rank takes the mean of the old
+ranks' residuals, so that what the average still lacks, 1/p sum_i e_i, stays the same.
+
+A step may be given up, because some gradient in it is not finite and a GradScaler will leave it out. Where that can happen the
+memory is staged: what a step has changed counts from `commit` on, and `rollback` forgets it.
 """
 
 from collections.abc import Sequence
@@ -27,6 +31,7 @@ from torch import Tensor
 
 from thinwire.compress.base import Flat
 from thinwire.compress.codecs.blockwise import Int8
+from thinwire.compress.precision import Rest, widened
 from thinwire.errors import UserError
 
 Storage = Literal["float32", "int8"]
@@ -64,8 +69,21 @@ class Memory(Stateless):
     """Whether `keep` wants to be called."""
 
     def corrected(self, name: str, gradient: Tensor) -> Tensor:
-        """[numel] float32 -> [numel]: what should be sent. Does not change `gradient`; may return it."""
-        return gradient
+        """[numel] of any real dtype -> [numel] float32: what should be coded. Does not change `gradient`; may return it."""
+        return gradient.float()
+
+    def exact(self, name: str, gradient: Tensor) -> Tensor:
+        """As `corrected`, for what is not narrowed before it is sent: [numel] float64 of a gradient in float64."""
+        return widened(gradient)
+
+    def stage(self) -> None:
+        """From now on every step ends with `commit` or `rollback`."""
+
+    def commit(self) -> None:
+        """What was kept and cleared since the last one counts."""
+
+    def rollback(self) -> None:
+        """What was kept and cleared since the last `commit` does not count: all is as it was."""
 
     def keep(self, name: str, error: Tensor) -> None:
         """[numel] float32: what did not arrive of the latest `corrected`; now the memory's own."""
@@ -82,7 +100,7 @@ class Memory(Stateless):
         self.keep(name, flattened(error, numel))
 
     def residuals(self) -> dict[str, Tensor]:
-        """What is kept of each parameter, by name, [numel] float32; nothing before the first step."""
+        """What is kept of each parameter, by name, [numel] float32 or float64; nothing before the first step."""
         return {}
 
     def memory_bytes(self, numel: int, *, coded: bool = True) -> int:
@@ -96,17 +114,24 @@ class NoMemory(Memory):
 
 @dataclass
 class Store:
-    """Flat float32 vectors by name, as they are or as block int8."""
+    """Flat vectors by name, as they are (float32, or float64) or as block int8."""
 
     storage: Storage = "float32"
     kept: dict[str, Tensor] = field(default_factory=dict)
-    """As stored: float32 of any shape, or the codes of a flat vector; only the first `numels` values count."""
+    """As stored: values of any shape, or the codes of a flat vector; only the first `numels` values count."""
     numels: dict[str, int] = field(default_factory=dict)
+    staged: dict[str, tuple[Tensor, int] | None] | None = None
+    """What `commit` will keep, or drop where it is None; None: `put` and `drop` count at once."""
 
     def put(self, name: str, values: Tensor, numel: int | None = None) -> None:
         """Keeps `values` themselves, or codes of them; the first `numel` of them, all by default."""
-        self.numels[name] = values.numel() if numel is None else numel
-        self.kept[name] = values if self.storage == "float32" else BLOCKS.encode(flattened(values, self.numels[name]))
+        numel = values.numel() if numel is None else numel
+        if self.storage == "int8":
+            values = BLOCKS.encode(flattened(values, numel).float())
+        if self.staged is not None:
+            self.staged[name] = values, numel
+        else:
+            self.put_stored(name, values, numel)
 
     def get(self, name: str) -> Tensor | None:
         """None if there is nothing under this name."""
@@ -121,8 +146,22 @@ class Store:
 
     def drop(self, name: str) -> None:
         """Nothing is kept under this name any more."""
+        if self.staged is not None:
+            self.staged[name] = None
+            return
         self.kept.pop(name, None)
         self.numels.pop(name, None)
+
+    def commit(self) -> None:
+        """What is staged counts."""
+        staged, self.staged = self.staged or {}, None
+        for name, entry in staged.items():
+            self.drop(name) if entry is None else self.put_stored(name, *entry)
+        self.staged = {}
+
+    def put_stored(self, name: str, values: Tensor, numel: int) -> None:
+        """As it is stored."""
+        self.kept[name], self.numels[name] = values, numel
 
     def stored_bytes(self, numel: int) -> int:
         """Of one vector."""
@@ -158,16 +197,36 @@ class ErrorFeedback(Memory):
     store: Store = field(init=False)
     steps: dict[str, int] = field(default_factory=dict)
     _sent: dict[str, Tensor] = field(default_factory=dict)
+    _rest: Rest = field(default_factory=Rest)
+    _counted: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.store = Store(self.storage)
+
+    def stage(self) -> None:
+        """Two of e are held from where a parameter is sent to the end of the step."""
+        self.store.staged = {}
+
+    def commit(self) -> None:
+        self.store.commit()
+        self._counted.clear()
+
+    def rollback(self) -> None:
+        self.store.staged = {}
+        for name in self._counted:
+            self.steps[name] -= 1
+        self._counted.clear()
 
     def residuals(self) -> dict[str, Tensor]:
         return self.store.all()
 
     def corrected(self, name: str, gradient: Tensor) -> Tensor:
         """g + d e"""
-        residual = self.store.get(name)
+        return self._rest.narrowed(name, self.exact(name, gradient))
+
+    def exact(self, name: str, gradient: Tensor) -> Tensor:
+        """g + d e"""
+        residual, gradient = self.store.get(name), widened(gradient)
         wanted = gradient if residual is None else gradient.add(residual, alpha=self.decay)
         if self.removal != 1.0:
             self._sent[name] = wanted.clone()
@@ -181,7 +240,8 @@ class ErrorFeedback(Memory):
     def corrected_rows(self, name: str, gradient: Tensor, out: Tensor) -> None:
         """g + d e, in one pass where e lies as `out` does."""
         residual = self.store.kept.get(name)
-        if residual is None or residual.shape != out.shape or self.storage != "float32" or self.removal != 1.0:
+        one_pass = residual is not None and residual.shape == out.shape and self.storage == "float32" and self.removal == 1.0
+        if residual is None or not one_pass or torch.float64 in (residual.dtype, gradient.dtype):
             super().corrected_rows(name, gradient, out)
             return
         for (values, kept), (_, sent) in zip(beside(gradient, residual), beside(gradient, out), strict=True):
@@ -190,15 +250,16 @@ class ErrorFeedback(Memory):
 
     def keep_rows(self, name: str, error: Tensor, numel: int) -> None:
         """As `keep`; as it lies where it is kept whole."""
-        if self.reset_steps or self.removal != 1.0 or self.average != 1.0:
+        if self.reset_steps or self.removal != 1.0 or self.average != 1.0 or self._rest.of(name):
             super().keep_rows(name, error, numel)
             return
-        self.steps[name] = self.steps.get(name, 0) + 1
+        self._count(name)
         self.store.put(name, error, numel)
 
     def keep(self, name: str, error: Tensor) -> None:
         """(1 - a) e + a l, or nothing in every T-th step."""
-        self.steps[name] = self.steps.get(name, 0) + 1
+        self._count(name)
+        error = self._rest.with_rest(name, error)
         if self.reset_steps and self.steps[name] % self.reset_steps == 0:
             error = torch.zeros_like(error)
         elif self.removal != 1.0:
@@ -207,6 +268,11 @@ class ErrorFeedback(Memory):
             before = self.store.get(name)
             error = self.average * error if before is None else torch.lerp(before, error, self.average)
         self.store.put(name, error)
+
+    def _count(self, name: str) -> None:
+        self.steps[name] = self.steps.get(name, 0) + 1
+        if self.store.staged is not None:
+            self._counted.append(name)
 
     def memory_bytes(self, numel: int, *, coded: bool = True) -> int:
         """4 bytes a value in float32, about 1 in int8, of what is coded."""

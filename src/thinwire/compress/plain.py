@@ -2,7 +2,8 @@
 
     result  = sum_i C(g_i / p)        C: the cast, or nothing; summed in its own precision by the all-reduce
 
-What the cast and the sums lose is not known to anybody, so it is not fed back. What is not finite arrives as it is.
+What the cast and the sums lose is not known to anybody, so it is not fed back. What is not finite arrives as it is: sums hand it
+on, value by value.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,14 +15,13 @@ import torch.distributed as dist
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.metered_calls import all_reduce
-from thinwire.compress.averager import Averager, Parameters, Piece, Shapes, Share, ring_bytes
-from thinwire.compress.base import Codec
+from thinwire.compress.averager import Averager, Parameters, Piece, Shapes, Share, exact_bytes, ring_bytes
+from thinwire.compress.base import Codec, finite
 from thinwire.compress.memory import Stateless
+from thinwire.compress.precision import widened
+from thinwire.compress.sparse import average_sparse
 from thinwire.traffic import Transfer
-from thinwire.workload import Parameter
-
-GRADIENT_BYTES = 4
-"""Gradients are float32."""
+from thinwire.workload import ITEM_BYTES, Parameter
 
 
 class PlainExchange(Stateless):
@@ -31,12 +31,11 @@ class PlainExchange(Stateless):
     _group: dist.ProcessGroup
 
     def __init__(self, ledger: Ledger) -> None:
-        self.failure: Exception | None = None
         self._ledger = ledger
 
     def transfers(self, label: str, parameters: Sequence[Parameter], axis: str, world_size: int) -> list[Transfer]:
-        message_bytes = sum(parameter.numel for parameter in parameters) * GRADIENT_BYTES
-        return [Transfer(label=label, axis=axis, op="all_reduce", message_bytes=message_bytes)]
+        size, item_bytes = sum(parameter.stored_bytes for parameter in parameters), ITEM_BYTES[parameters[0].dtype]
+        return [Transfer(label=label, axis=axis, op="all_reduce", message_bytes=size, item_bytes=item_bytes)]
 
     def attach(self, group: dist.ProcessGroup, axis: str, known: Shapes, *, tracks_use: bool = False) -> None:
         """An axis as large as the world uses the default group, which does not know its axis."""
@@ -58,6 +57,15 @@ class PlainExchange(Stateless):
         work = all_reduce(buffer.div_(self._group.size()), self._group, self._ledger, label)
         return work.get_future().then(lambda future: future.value()[0])
 
+    def start_sparse(self, gradient: torch.Tensor, name: str, label: str, *, last: bool) -> torch.futures.Future[torch.Tensor]:
+        """Waits for it."""
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        done.set_result(average_sparse(gradient, self._group, self._ledger, label))
+        return done
+
+    def settle(self) -> None:
+        """DistributedDataParallel itself waits, and raises what has gone wrong."""
+
 
 class Plain(Averager):
     """All as it is, exactly, which is all of a share."""
@@ -69,8 +77,9 @@ class Plain(Averager):
         return ring_bytes(prod(shape), world_size)
 
     def transfers(self, label: str, parameters: Parameters, exact: Parameters, axis: str, world_size: int) -> list[Transfer]:
-        message_bytes = sum(parameter.numel for parameter in (*parameters, *exact)) * GRADIENT_BYTES
-        return [Transfer(label=f"{label} plain", axis=axis, op="all_reduce", message_bytes=message_bytes)]
+        together = [*parameters, *exact]
+        size, item_bytes = exact_bytes(together), exact_bytes(together) // sum(one.numel for one in together)
+        return [Transfer(label=f"{label} plain", axis=axis, op="all_reduce", message_bytes=size, item_bytes=item_bytes)]
 
     def average(self, share: Share) -> Iterator[None]:
         assert not share.pieces, "nothing is coded here"
@@ -86,7 +95,7 @@ class Plain(Averager):
 class Cast(Averager):
     """All cast; nothing rides along, because the message has another type."""
 
-    flags_use = False
+    flags_use, codes = False, False
 
     def __init__(self, codec: Codec, ledger: Ledger) -> None:
         self._dtype, self._ledger = codec.wire_dtype, ledger
@@ -104,11 +113,13 @@ class Cast(Averager):
     def average(self, share: Share) -> Iterator[None]:
         assert not share.exact, "a cast carries nothing else"
         parts = [piece.of(share.buffer) for piece in share.pieces]
-        cast = torch.cat([part.div(self._first.size()).to(self._dtype) for part in parts])
+        cast = torch.cat([widened(part).div(self._first.size()).to(self._dtype) for part in parts])
         with self._ledger.label(share.label):
             sent = dist.all_reduce(cast, group=self._first, async_op=True)
         yield
 
         sent.wait()
+        if not finite(cast):
+            share.spoil()
         for part, mean in zip(parts, cast.split([len(part) for part in parts]), strict=True):
             part.copy_(mean)

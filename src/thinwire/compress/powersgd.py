@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import Averager, Parameters, Share, check_finite, ring_bytes
+from thinwire.compress.averager import Averager, Parameters, Share, exact_bytes, flags_of, ring_bytes
 from thinwire.compress.base import finite, matrix_shape
 from thinwire.compress.memory import Memory
 from thinwire.compress.speed import seconds_of_stages
@@ -84,8 +84,9 @@ class PowerSGD(Averager):
         shapes = [matrix_shape(parameter.shape) for parameter in parameters]
         first = sum(self._work_s(shape)[0] for shape in shapes)
         second = sum(self._work_s(shape)[1] for shape in shapes)
-        left = 4 * (self._rank * sum(rows for rows, _ in shapes) + sum(parameter.numel for parameter in exact))
-        right = 4 * self._rank * sum(columns for _, columns in shapes)
+        p_values, q_values = (self._rank * sum(sizes) for sizes in zip(*shapes, strict=True))
+        left = exact_bytes([*exact, flags_of(parameters, p_values)])
+        right = exact_bytes([flags_of(parameters, q_values)])
         return [
             Transfer(label=f"{label} P", axis=axis, op="all_reduce", message_bytes=left, work_s=first),
             Transfer(label=f"{label} Q", axis=axis, op="all_reduce", message_bytes=right, work_s=second),
@@ -96,27 +97,24 @@ class PowerSGD(Averager):
         buffer, pieces = share.buffer, sorted(share.pieces, key=lambda piece: matrix_shape(piece.shape))
         shapes = [matrix_shape(piece.shape) for piece in pieces]
         rows = [height for height, _ in shapes]
-        wanted = [self._memory.corrected(piece.name, piece.of(buffer)) for piece in pieces]
+        wanted = [self._memory.exact(piece.name, piece.of(buffer)) for piece in pieces]
         matrices = [values.view(shape) for values, shape in zip(wanted, shapes, strict=True)]
 
         riding = share.riding().div_(self._first.size())
-        message = torch.empty(self._rank * sum(rows) + riding.numel())
+        message = torch.empty(self._rank * sum(rows) + riding.numel(), dtype=share.dtype)
         left, behind = message.split([self._rank * sum(rows), riding.numel()])
         behind.copy_(riding)
         for matrix, piece, part in zip(matrices, pieces, left.split([self._rank * height for height in rows]), strict=True):
-            torch.mm(matrix, self._right(piece.name, matrix.shape[1]).t(), out=part.view(-1, self._rank))
+            torch.mm(matrix, self._right(piece.name, matrix).t(), out=part.view(-1, self._rank))
         with self._ledger.label(f"{share.label} P"):
             sent = dist.all_reduce(message, group=self._first, async_op=True)
         yield
 
         sent.wait()
-        if not finite(left):  # the sum over ranks is not finite where any rank's gradient is not
-            for piece, part in zip(pieces, left.split([self._rank * height for height in rows]), strict=True):
-                check_finite(part, piece.name)
-        share.arrived(behind)
+        share.arrived(behind, spoiled=not finite(left))  # as the sum over ranks is where any rank's gradient is not finite
         basis = bases(left, rows, self._rank)
         widths = [self._rank * columns for _, columns in shapes]
-        own = torch.empty(sum(widths))
+        own = torch.empty(sum(widths), dtype=share.dtype)
         for matrix, base, part in zip(matrices, basis, own.split(widths), strict=True):
             torch.mm(base.t(), matrix, out=part.view(self._rank, -1))
         mean = own / self._second.size()
@@ -131,8 +129,13 @@ class PowerSGD(Averager):
                 continue
             if self._memory.keeps:  # before the result, which may lie where `matrix` does
                 self._memory.keep(piece.name, torch.addmm(matrix, base, mine.view(self._rank, -1), alpha=-1).view(-1))
-            right = self._rights[piece.name] = all_of_us.view(self._rank, -1)
-            torch.mm(base, right, out=piece.of(buffer).view(matrix.shape))
+            right = all_of_us.view(self._rank, -1)
+            if not share.nonfinite:
+                self._rights[piece.name] = right
+            if buffer.dtype == right.dtype:
+                torch.mm(base, right, out=piece.of(buffer).view(matrix.shape))
+            else:
+                piece.of(buffer).view(matrix.shape).copy_(base @ right)
 
     def state_dict(self) -> dict[str, Any]:
         """Q of every parameter."""
@@ -149,10 +152,10 @@ class PowerSGD(Averager):
                 )
         self._rights = {name: right.clone() for name, right in rights.items()}
 
-    def _right(self, name: str, columns: int) -> Tensor:
+    def _right(self, name: str, matrix: Tensor) -> Tensor:
         if name not in self._rights:
-            self._rights[name] = first_right(name, self._rank, columns)
-        return self._rights[name]
+            self._rights[name] = first_right(name, self._rank, matrix.shape[1])
+        return self._rights[name].to(matrix.dtype)
 
     def _work_s(self, shape: tuple[int, int]) -> tuple[float, float]:
         """Before P and after it, measured here on a bucket full of such matrices or of their rows."""

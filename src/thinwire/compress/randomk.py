@@ -27,7 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import Counting, Parameters, Share, check_finite, ring_bytes
+from thinwire.compress.averager import Counting, Parameters, Share, exact_bytes, flags_of, ring_bytes
+from thinwire.compress.base import finite
 from thinwire.compress.memory import Memory
 from thinwire.compress.speed import seconds_of_stages
 from thinwire.traffic import Transfer
@@ -59,7 +60,8 @@ class RandomK(Counting):
 
     def transfers(self, label: str, parameters: Parameters, exact: Parameters, axis: str, world_size: int) -> list[Transfer]:
         """One all-reduce. Times the choice."""
-        size = 4 * (sum(self._chosen(parameter.numel) for parameter in parameters) + sum(one.numel for one in exact))
+        chosen = sum(self._chosen(parameter.numel) for parameter in parameters)
+        size = exact_bytes([*exact, flags_of([*parameters, *exact], chosen + 1)])
         work = self._seconds_per_value * sum(parameter.numel for parameter in parameters)
         return [Transfer(label=f"{label} chosen", axis=axis, op="all_reduce", message_bytes=size, work_s=work)]
 
@@ -68,21 +70,21 @@ class RandomK(Counting):
         wanted: list[Tensor] = []
         chosen: list[Tensor] = []
         for piece in share.pieces:
-            wanted.append(self._memory.corrected(piece.name, piece.of(share.buffer)))
-            check_finite(wanted[-1], piece.name)
+            all_of = self._memory.exact(piece.name, piece.of(share.buffer))
+            wanted.append(all_of if share.found_finite(all_of) else torch.zeros_like(all_of))
             chosen.append(places(piece.name, self.count(piece.name), piece.numel, self._chosen(piece.numel)))
         values = [all_of[where] for all_of, where in zip(wanted, chosen, strict=True)]
-        mean = torch.cat([*values, share.riding()]).div_(self._first.size())
+        mean = torch.cat([*values, share.riding(flagged=True)]).div_(self._first.size())
         with self._ledger.label(f"{share.label} chosen"):
             dist.all_reduce(mean, group=self._first)
         lengths = [len(where) for where in chosen]
-        share.arrived(mean[sum(lengths) :])
+        share.arrived(mean[sum(lengths) :], flagged=True)
         arrived = mean[: sum(lengths)].split(lengths)
         for piece, all_of, where, part in zip(share.pieces, wanted, chosen, arrived, strict=True):
             if share.counts(piece):
                 if self._memory.keeps:
                     self._memory.keep(piece.name, all_of.index_fill(0, where, 0.0))
-                piece.of(share.buffer).zero_()[where] = part
+                piece.of(share.buffer).zero_()[where] = part.to(share.buffer.dtype)
         yield
 
     def _chosen(self, numel: int) -> int:
@@ -95,7 +97,7 @@ class RandomK(Counting):
 
         def run() -> Iterator[None]:
             wanted = values + values if self._memory.keeps else values
-            check_finite(wanted, "")
+            finite(wanted)
             where = places("", 0, TRIED_VALUES, self._chosen(TRIED_VALUES))
             sent = wanted[where]
             if self._memory.keeps:

@@ -15,7 +15,8 @@ it enters the next average with weight 1/p):
 so that with e <- l nothing is lost to the average:  1/p sum_i e_i = 1/p sum_i w_i - result.
 
 Each parameter is padded to a multiple of p blocks and cut by itself, so results do not depend on which bucket it travels in. What
-is averaged exactly goes along in the same two messages, as float32.
+is averaged exactly goes along in the same two messages, as it is. Codes hand on what is not finite, so the owner of a shard finds
+it in the average, a p-th of what there would be to look at, and says so in a flag behind its part of the second message.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,10 +28,9 @@ import torch.distributed as dist
 
 from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import Averager, Parameters, Share, check_finite
+from thinwire.compress.averager import Averager, Parameters, Share, exact_bytes, flags_of
 from thinwire.compress.base import Codec, finite, padded, sum_in_order
 from thinwire.compress.memory import Memory, beside
-from thinwire.compress.plain import GRADIENT_BYTES
 from thinwire.compress.speed import seconds_per_value
 from thinwire.traffic import Transfer
 
@@ -53,18 +53,26 @@ class TwoShot(Averager):
     def transfers(self, label: str, parameters: Parameters, exact: Parameters, axis: str, world_size: int) -> list[Transfer]:
         """An all-to-all of codes and an all-gather of the averages' codes. Times the codec."""
         length = sum(shard_length(parameter.shape, world_size, self._codec.block) for parameter in parameters)
-        size = self._codec.payload_bytes(length) + GRADIENT_BYTES * -(-sum(one.numel for one in exact) // world_size)
+        flag_bytes = exact_bytes([flags_of([*parameters, *exact], 1)])
+        size = self._codec.payload_bytes(length) + -(-exact_bytes(exact) // (flag_bytes * world_size)) * flag_bytes
         encode_s, decode_s = seconds_per_value(self._codec)
         others = (world_size - 1) * length
         if self._memory.keeps:
             encode_s += decode_s  # at most: what is lost is known after decoding
         first = others * encode_s
         second = length * encode_s + (others + world_size * length) * decode_s
-        whole = world_size * size
-        return [
-            Transfer(label=f"{label} codes", axis=axis, op="all_to_all", message_bytes=whole, item_bytes=1, work_s=first),
-            Transfer(label=f"{label} averages", axis=axis, op="all_gather", message_bytes=size, item_bytes=1, work_s=second),
-        ]
+        codes = Transfer(
+            label=f"{label} codes", axis=axis, op="all_to_all", message_bytes=world_size * size, item_bytes=1, work_s=first
+        )
+        averages = Transfer(
+            label=f"{label} averages",
+            axis=axis,
+            op="all_gather",
+            message_bytes=size + flag_bytes,
+            item_bytes=1,
+            work_s=second,
+        )
+        return [codes, averages]
 
     def average(self, share: Share) -> Iterator[None]:
         """Two collectives, see the top of the file. A row is the codes of a shard, and behind them its part of what is exact."""
@@ -78,7 +86,7 @@ class TwoShot(Averager):
         size = self._codec.payload_bytes(length)
         riding = share.riding()
         riding = torch.nn.functional.pad(riding, (0, -riding.numel() % p)).view(p, -1)
-        codes = torch.empty(p, size + GRADIENT_BYTES * riding.shape[1], dtype=torch.uint8)
+        codes = torch.empty(p, size + riding.element_size() * riding.shape[1], dtype=torch.uint8)
         codes[:, size:] = riding.view(torch.uint8)
         others = [run for run in (slice(0, rank), slice(rank + 1, p)) if run.start < run.stop]
         for run in others:
@@ -92,15 +100,16 @@ class TwoShot(Averager):
         mean = work[rank]
         for run in others:
             self._codec.add_rows(received[run], mean)
-        if not finite(mean):  # as it is where any rank's values are not; a p-th of what there would be to look at
-            for piece, part in zip(pieces, parts, strict=True):
-                check_finite(mean[part], piece.name)
+        spoiled = not finite(mean)  # as it is where any rank's values are; a p-th of what there would be to look at
+        if spoiled:
+            mean.zero_()
         mean /= p
-        exact_mean = sum_in_order(list(received[:, size:].reshape(-1).clone().view(torch.float32).view_as(riding))) / p
-        code = torch.empty_like(codes[0])
+        exact_mean = sum_in_order(list(received[:, size:].reshape(-1).clone().view(share.dtype).view_as(riding))) / p
+        exact_mean = torch.cat([exact_mean, exact_mean.new_tensor([float(spoiled)])])
+        code = torch.empty(size + exact_mean.nbytes, dtype=torch.uint8)
         self._codec.encode_rows(work[rank : rank + 1], code.view(1, -1), subtract=self._memory.keeps)
         code[size:] = exact_mean.view(torch.uint8)
-        averages = torch.empty_like(codes)
+        averages = torch.empty(p, code.numel(), dtype=torch.uint8)
         with self._ledger.label(f"{share.label} averages"):
             sent = ALL_GATHER(averages.view(-1), code, group=self._second, async_op=True)
         mean *= p
@@ -109,7 +118,8 @@ class TwoShot(Averager):
         yield
 
         sent.wait()
-        share.arrived(averages[:, size:].reshape(-1).clone().view(torch.float32))
+        behind = averages[:, size:].reshape(-1).clone().view(share.dtype).view(p, -1)
+        share.arrived(behind[:, :-1].reshape(-1), spoiled=bool(behind[:, -1].any()))
         results = torch.empty_like(work)
         self._codec.decode_rows(averages, results)
         for piece, part in zip(pieces, parts, strict=True):

@@ -3,8 +3,9 @@
 Gradients go out in buckets while the backward pass goes on (Li et al. 2020, PyTorch Distributed, VLDB, section 4.2): parameters
 are taken in reverse order of registration, and a bucket is closed when it holds `bucket_bytes` or more.
 
-A bucket is a flat vector of real numbers: of a complex parameter [..] it holds pairs, as `torch.view_as_real` gives them. The
-pieces of a bucket cover it without a gap, whatever is in it; what they would not cover, nobody would average.
+A bucket is a flat vector of real numbers of one dtype: of a complex parameter [..] it holds pairs, as `torch.view_as_real` gives
+them. The pieces of a bucket cover it without a gap, whatever is in it; what they would not cover, nobody would average. A sparse
+gradient is a bucket of its own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,6 @@ import torch.distributed as dist
 
 from thinwire.compress.averager import Piece
 from thinwire.compress.exchange import Exchange
-from thinwire.compress.plain import GRADIENT_BYTES
 from thinwire.errors import UserError
 from thinwire.workload import Parameter, plain_name
 
@@ -23,17 +23,23 @@ PYTORCH_BUCKETS = (2**20, 25 * 2**20)
 
 
 def assign_buckets(parameters: Sequence[Parameter], bucket_bytes: int) -> list[list[Parameter]]:
-    """The buckets in the order in which they are sent, as DistributedDataParallel forms them. 0: its own sizes."""
-    first, others = (bucket_bytes, bucket_bytes) if bucket_bytes else PYTORCH_BUCKETS
-    buckets: list[list[Parameter]] = [[]]
-    size = 0
+    """The buckets in the order in which they are sent, as DistributedDataParallel forms them. 0: its own sizes.
+
+    Each dtype has buckets of its own, and a first one among them. Those that are not full are sent last; of several such
+    DistributedDataParallel leaves the order open.
+    """
+    sizes = (bucket_bytes, bucket_bytes) if bucket_bytes else PYTORCH_BUCKETS
+    full: list[list[Parameter]] = []
+    open_: dict[str, list[Parameter]] = {}
+    closed: dict[str, int] = {}
     for parameter in reversed(parameters):
-        buckets[-1].append(parameter)
-        size += parameter.numel * GRADIENT_BYTES
-        if size >= (first if len(buckets) == 1 else others):
-            buckets.append([])
-            size = 0
-    return [bucket for bucket in buckets if bucket]
+        bucket = open_.setdefault(parameter.dtype, [])
+        bucket.append(parameter)
+        number = closed.get(parameter.dtype, 0)
+        if sum(one.stored_bytes for one in bucket) >= sizes[min(number, 1)]:
+            full.append(open_.pop(parameter.dtype))
+            closed[parameter.dtype] = number + 1
+    return [*full, *open_.values()]
 
 
 def real_shape(parameter: torch.Tensor) -> tuple[int, ...]:
@@ -67,15 +73,41 @@ def exchange_bucket(
 ) -> "torch.futures.Future[torch.Tensor]":
     """Hand a full bucket to `exchange`; what a communication hook returns. UserError for a bucket that it cannot average.
 
+    An error of the exchange ends the backward pass, as it is, when all buckets are over: what a future holds would reach the
+    caller as an object that is no tensor.
+
     used: by name, whether this rank's backward pass has reached the parameter, if use is tracked.
     """
     pieces, first, buffer = [], 0, bucket.buffer()
+    if buffer.layout == torch.sparse_coo:
+        name = names.of(bucket.parameters()[0])
+        future = exchange.start_sparse(buffer, name, f"bucket {bucket.index()}", last=bucket.is_last())
+        return _handed_over(exchange, future, bucket)
     for parameter in bucket.parameters():
         pieces.append(Piece(names.of(parameter), first, real_shape(parameter)))
         first += pieces[-1].numel
-    if buffer.layout != torch.strided or first != buffer.numel():
+    if first != buffer.numel():
         raise UserError(
             f"a bucket of {buffer.numel()} values ({buffer.layout}) belongs to parameters of {first} values, first "
-            f"{pieces[0].name}: an exchange takes dense gradients only; make them dense, or train without this hook"
+            f"{pieces[0].name}: what of it is whose is not known; train without this hook"
         )
-    return exchange.start(buffer, pieces, f"bucket {bucket.index()}", last=bucket.is_last(), used=used)
+    future = exchange.start(buffer, pieces, f"bucket {bucket.index()}", last=bucket.is_last(), used=used)
+    return _handed_over(exchange, future, bucket)
+
+
+def _handed_over(
+    exchange: Exchange, future: "torch.futures.Future[torch.Tensor]", bucket: dist.GradBucket
+) -> "torch.futures.Future[torch.Tensor]":
+    """A future that always holds a tensor; the backward pass ends with `exchange.settle`."""
+    if bucket.is_last():
+        torch.autograd.Variable._execution_engine.queue_callback(exchange.settle)
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+
+    def end(over: "torch.futures.Future[torch.Tensor]") -> None:
+        try:
+            done.set_result(over.value())
+        except Exception:  # which `settle` raises
+            done.set_result(bucket.buffer())
+
+    future.add_done_callback(end)
+    return done

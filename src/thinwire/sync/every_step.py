@@ -90,13 +90,8 @@ class EveryStepSync(Synchroniser):
     def microbatch(self, last: bool) -> Iterator[None]:
         """Only the last micro-batch of a step exchanges; the others add to the gradients."""
         assert self._replica is not None, "attached() comes first"
-        try:
-            with nullcontext() if last else self._replica.no_sync():
-                yield
-        except RuntimeError:
-            if self._exchange.failure is None:
-                raise
-            raise self._exchange.failure from None
+        with nullcontext() if last else self._replica.no_sync():
+            yield
 
     def state_dict(self) -> dict[str, Any]:
         """What the exchange carries from step to step; nothing without compression."""

@@ -11,7 +11,7 @@ sent (`compress.averager`).
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -19,13 +19,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.collectives.ledger import Ledger
+from thinwire.compress.coded import NonFinite
 from thinwire.compress.exchange import Exchange, make_exchange
-from thinwire.config.compress import SUMMABLE, Coded
+from thinwire.config.compress import Coded
 from thinwire.errors import UserError
 from thinwire.sync.buckets import Names, exchange_bucket
 from thinwire.tomlfile import validate
-
-CODED_TYPES = (torch.float32, torch.complex64)
 
 
 class Use:
@@ -45,16 +44,26 @@ class Use:
         return found
 
 
-def compress_gradients(replica: DistributedDataParallel, kind: str, **options: Any) -> Exchange:
+def compress_gradients(
+    replica: DistributedDataParallel, kind: str, *, nonfinite: NonFinite = "average", **options: Any
+) -> Exchange:
     """Average the gradients of `replica` through the codec `kind` ("bf16", "int8", "int4", ...) from now on.
 
-    options: as in the section [compress] of run.toml: feedback, exclude, vectors, fused. Call once, before the first forward
-    pass, on all ranks of the default group, also where replicas form sub-groups. UserError for an unknown kind, an option that
-    does not exist or would have no effect, and parameters that cannot be coded.
+    Gradients may be float32, bfloat16, float16, float64 and complex, mixed as they come, and sparse ones, which are averaged
+    exactly. Call once, before the first forward pass, on all ranks of the default group, also where replicas form sub-groups.
+
+    nonfinite: "average": a gradient that is not finite on some rank arrives so on all, as without compression, and what the step
+    has changed of what is owed is taken back: a GradScaler leaves the step out on all ranks. This holds two memories from where a
+    bucket is sent to the end of the backward pass. "raise": every rank raises a UserError that names parameter, rank and step.
+    options: as in the section [compress] of run.toml: feedback, exclude, vectors, fused.
+
+    UserError for what is no DistributedDataParallel, a second call, one after the first forward pass, an unknown kind, and an
+    option that does not exist or would have no effect. What goes wrong later, on any rank, backward() raises on each, as
+    UserError.
     """
     config = validate(Coded, {"kind": kind, **options}, "compress_gradients")
-    exchange = make_exchange(config, Ledger())
-    _check(replica, kind)
+    _check(replica, nonfinite)
+    exchange = make_exchange(config, Ledger(), nonfinite)
     names = Names(replica.module)
     use = Use(replica.module.parameters()) if replica.find_unused_parameters or replica.static_graph else None
     exchange.attach(replica.process_group, "data", names.shapes, tracks_use=use is not None)
@@ -68,16 +77,16 @@ def compress_gradients(replica: DistributedDataParallel, kind: str, **options: A
     return exchange
 
 
-def _check(replica: DistributedDataParallel, kind: str) -> None:
-    for name, parameter in replica.module.named_parameters():
-        if parameter.requires_grad and parameter.dtype not in CODED_TYPES and kind not in SUMMABLE:
-            raise UserError(
-                f"compress_gradients: {name} is {str(parameter.dtype).removeprefix('torch.')}, and {kind} takes float32 and "
-                f"complex64 only yet; keep the parameters in float32 under autocast, or take one of {', '.join(sorted(SUMMABLE))}"
-            )
-    for name, module in replica.module.named_modules():
-        if getattr(module, "sparse", False) and isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            raise UserError(f"compress_gradients: {name or 'the model'} has sparse gradients; make it with sparse=False")
+def _check(replica: Any, nonfinite: str) -> None:
+    if not isinstance(replica, DistributedDataParallel):
+        raise UserError(
+            f"compress_gradients takes a DistributedDataParallel, not {type(replica).__name__}; "
+            "for FSDP2 there is compress_sharded"
+        )
+    if nonfinite not in get_args(NonFinite):
+        raise UserError(f"compress_gradients: nonfinite = {nonfinite!r}; there are {', '.join(map(repr, get_args(NonFinite)))}")
+    if passes := replica._get_ddp_logging_data().get("iteration", 0):
+        raise UserError(f"compress_gradients: {passes} forward passes are over; call it before the first")
 
 
 def _note(reached: set[int], parameter: torch.Tensor) -> None:

@@ -187,10 +187,9 @@ class LocalStepsSync(NestedSynchroniser):
         assert fragment.under_way is not None
         try:
             return fragment.under_way.wait()
-        except RuntimeError:
-            if self._exchange.failure is None:
-                raise
-            raise self._exchange.failure from None
+        except Exception:
+            self._exchange.settle()
+            raise
 
     def _saved(self, fragment: _Fragment) -> dict[str, Any]:
         return {

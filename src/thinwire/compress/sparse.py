@@ -1,0 +1,63 @@
+"""Sparse gradients (COO: rows of an embedding, say) averaged exactly: each rank gets the rows of all, and adds them up.
+
+    n_i     rows that rank i has                             all-gather, 8 bytes
+    rows    their places and values, filled up to max n_i    all-gather of bytes
+    result  1/p sum over i, in the order of ranks, in float32 or float64, at the places that any rank has
+
+A rank sends (p-1) times its padded rows, so this pays while the ranks' rows are few beside the whole. How many they are depends
+on the batch: the traffic is in the ledger, and is not predicted.
+"""
+
+from math import prod
+
+import torch
+import torch.distributed as dist
+
+from thinwire.collectives.backend import ALL_GATHER
+from thinwire.collectives.ledger import Ledger
+from thinwire.compress.precision import widened
+
+
+def average_sparse(gradient: torch.Tensor, group: dist.ProcessGroup, ledger: Ledger, label: str) -> torch.Tensor:
+    """[...] sparse COO -> the mean over the ranks of `group`, coalesced, bit-equal on all of them. Collective, and waits."""
+    p, gradient = group.size(), gradient.coalesce()
+    count = torch.tensor([gradient._nnz()], device=gradient.device)
+    counts = count.new_empty(p)
+    with ledger.label(f"{label} counts"):
+        ALL_GATHER(counts, count, group=group)
+    rows, whole = int(counts.max()), gradient.shape[: gradient.sparse_dim()]
+    indices = gradient.indices().to(torch.int32 if max(whole) < 2**31 else torch.int64)
+    values = gradient.values().reshape(gradient._nnz(), -1)
+    width = values.shape[1]
+    packed = torch.cat([_filled(indices.t(), rows), _filled(values, rows)])
+    received = packed.new_empty(p, packed.numel())
+    with ledger.label(f"{label} rows"):
+        ALL_GATHER(received.view(-1), packed, group=group)
+
+    border = rows * indices.shape[0] * indices.element_size()
+    places, parts = [], []
+    for row, size in zip(received, counts.tolist(), strict=True):
+        places.append(row[:border].clone().view(indices.dtype).view(rows, -1)[:size].long())
+        parts.append(widened(row[border:].clone().view(values.dtype).view(rows, width)[:size]))
+    flat, where = torch.unique(_flattened(torch.cat(places), whole), return_inverse=True)
+    total = parts[0].new_zeros(len(flat), width)
+    for part, own in zip(parts, where.split(counts.tolist()), strict=True):
+        total.index_add_(0, own, part)  # no place twice: the order of additions is that of the ranks on every device
+    mean = (total / p).to(values.dtype).view(-1, *gradient.shape[len(whole) :])
+    found = torch.stack(torch.unravel_index(flat, whole)) if len(flat) else flat.new_zeros(len(whole), 0)
+    return torch.sparse_coo_tensor(found, mean, gradient.shape, is_coalesced=True)
+
+
+def _filled(values: torch.Tensor, rows: int) -> torch.Tensor:
+    """[n, ...] -> bytes of [rows, ...], zeros behind the first n."""
+    filled = values.new_zeros(rows, prod(values.shape[1:]))
+    filled[: len(values)] = values
+    return filled.view(-1).view(torch.uint8)
+
+
+def _flattened(places: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """[n, dimensions] -> [n], as values lie in memory."""
+    flat = places.new_zeros(len(places))
+    for column, size in zip(places.unbind(1), shape, strict=True):
+        flat = flat * size + column
+    return flat
