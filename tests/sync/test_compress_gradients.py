@@ -64,7 +64,7 @@ def plain_ddp() -> Callable[[Pool, int], list[dict]]:
     ("pool", "group_size", "kind"),
     [
         ("ranks2", 2, "int4"),
-        ("ranks2", 2, "bf16"),
+        long("ranks2", 2, "bf16"),
         ("ranks4", 2, "int8"),
         *(long("ranks4", size, kind) for size, kind in [(4, "int4"), (4, "int8"), (4, "bf16"), (2, "int4"), (2, "bf16")]),
     ],

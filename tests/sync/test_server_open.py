@@ -69,7 +69,7 @@ def secret_in(folder: Path, text: str = "a secret of many letters") -> Path:
 
 @pytest.mark.parametrize(
     ("option", "bind", "host"),
-    [("--bind", "127.0.0.1:0", "127.0.0.1"), ("--listen", "127.0.1.1:0", "127.0.1.1"), ("--bind", "0.0.0.0:0", "0.0.0.0")],
+    [("--bind", "127.0.0.1:0", "127.0.0.1"), long("--listen", "127.0.1.1:0", "127.0.1.1"), ("--bind", "0.0.0.0:0", "0.0.0.0")],
 )
 def test_serve_listens_where_it_is_asked_to_and_nowhere_else_and_is_found_there(tmp_path, option, bind, host) -> None:
     """A name that is 127.0.1.1 here, and all addresses, gave no worker a place that it does not know."""

@@ -277,6 +277,7 @@ def test_a_refused_push_is_told_to_its_sender_alone() -> None:
         assert not running.failures
 
 
+@pytest.mark.long  # in short: a worker that waits for one server is not lost to the other
 def test_answers_of_several_servers_are_read_as_they_come() -> None:
     """Server 0's takes twice timeout_s; server 1, whose answer fills every buffer, is read at once, and hears of the worker."""
     service = service_of(1, servers=2)

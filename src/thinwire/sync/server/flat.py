@@ -9,8 +9,8 @@ part of it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from thinwire.errors import UserError
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Values [first, end) that belong to one parameter, or to several alike; decays: weight decay acts on them."""
 
     first: int

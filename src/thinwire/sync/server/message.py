@@ -159,7 +159,7 @@ def as_text(payload: Tensor) -> str:
 
 def pack_start(values: Tensor, spans: Sequence[Span]) -> Tensor:
     """Spans and weights as one payload."""
-    table = torch.tensor([(span.first, span.end, span.decays) for span in spans], dtype=torch.int64)
+    table = torch.tensor(spans, dtype=torch.int64)
     return torch.cat([table.view(torch.uint8).reshape(-1), values.contiguous().view(torch.uint8)])
 
 

@@ -23,13 +23,9 @@ class Weights:
     def __init__(self, config: Gradients | DiLoCo, values: Tensor, spans: Sequence[Span]) -> None:
         self.values = values.clone()
         self.spans = list(spans)
-        self.base_rate = config.learning_rate
-        parameters = []
-        for span in self.spans:  # views of one vector: the optimizer moves the vector, all workers are sent the vector
-            part = self.values[span.first : span.end].detach()
-            parameters.append((torch.nn.Parameter(part), span.decays))
-        self._parameters = [parameter for parameter, _ in parameters]
-        self._optimizer = _optimizer(config, parameters)
+        # views of one vector: the optimizer moves the vector, all workers are sent the vector
+        self._parameters = [torch.nn.Parameter(self.values[span.first : span.end].detach()) for span in self.spans]
+        self._optimizer = _optimizer(config, [(one, span.decays) for one, span in zip(self._parameters, self.spans, strict=True)])
 
     def step(self, gradient: Tensor, learning_rate: float) -> None:
         """One step of the optimizer. gradient: [numel] of the range."""
@@ -41,7 +37,7 @@ class Weights:
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of weights, spans, and the optimizer's moments, which later steps do not reach."""
-        spans = [(span.first, span.end, span.decays) for span in self.spans]
+        spans = [tuple(span) for span in self.spans]
         moments = copy.deepcopy(self._optimizer.state_dict())
         return {"values": self.values.clone(), "spans": spans, "optimizer": moments}
 
@@ -60,8 +56,8 @@ def load_optimizers() -> None:
 
 def _optimizer(config: Gradients | DiLoCo, parameters: list[tuple[torch.nn.Parameter, bool]]) -> torch.optim.Optimizer:
     if isinstance(config, DiLoCo):
-        every = [parameter for parameter, _ in parameters]
-        return torch.optim.SGD(every, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0)
+        together = [parameter for parameter, _ in parameters]
+        return torch.optim.SGD(together, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0)
     chosen = config.optimizer
     groups = [
         {"params": [parameter for parameter, decays in parameters if decays == wanted], "weight_decay": weight_decay}
