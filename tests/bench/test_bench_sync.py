@@ -18,13 +18,24 @@ from thinwire.bench.peers.sync_contenders import check_equal
 from thinwire.bench.ranks import progress_shown, report_progress
 from thinwire.bench.registry import find
 from thinwire.bench.stock_sync import SILENT, StockSync
-from thinwire.bench.sync import DEFAULTS, Link, find_links, shaped
+from thinwire.bench.sync import DEFAULTS, Link, _curve, find_links, shaped
 from thinwire.bench.sync_methods import compress_section, keep, kept, key_of, make_method
-from thinwire.bench.sync_rows import Bar, add_targets, bar_rows, loss_at, rate_needed, rate_predicted, steps_to, target_rows
+from thinwire.bench.sync_rows import (
+    Bar,
+    add_targets,
+    bar_rows,
+    loss_at,
+    rate_needed,
+    rate_predicted,
+    rate_rows,
+    steps_to,
+    target_rows,
+)
 from thinwire.cli.main import app
 from thinwire.cluster import load_cluster
 from thinwire.config.sync import Streaming
 from thinwire.errors import UserError
+from thinwire.units import show
 
 WIDTH, BIAS = 64, 48
 
@@ -285,6 +296,22 @@ def test_what_was_learned_is_found_by_what_it_was_made_from(tmp_path: Path) -> N
     with path.open("a") as file:
         file.write('{"key": "cut o')
     assert kept(path) == {key: {"heldout_loss": loss} for loss, key in enumerate(keys)}
+
+
+def test_the_curve_for_a_target_begins_at_half_of_its_steps() -> None:
+    """Every 20th part of the run from there on, unless `curve_every` is given."""
+    assert _curve({**DEFAULTS, "steps": 40, "target": 0.8}) == list(range(16, 41, 2))
+    assert _curve({**DEFAULTS, "steps": 40, "target": 0.8, "curve_every": 20}) == [20, 40]
+    assert _curve({**DEFAULTS, "steps": 40}) == []
+
+
+def test_the_rate_of_a_method_is_from_the_median_of_its_seeds() -> None:
+    found = {1e6: (0.1, 0.2, 0.9), 1e8: (0.5, 0.6, 0.99)}
+    rows = [{"method": "int4", "link_bps": link, "utilisation": one} for link, seeds in found.items() for one in seeds]
+    measured, predicted = rate_rows(rows, {"int4": lambda rate_bps: rate_bps / (rate_bps + 1e6)})
+    assert (measured["by"], predicted["by"]) == ("measured", "predicted")
+    assert measured["50%"] == show(1e6 * 100**0.75, "bit/s") and measured["80%"] is None
+    assert predicted["50%"] == "1 Mbit/s" and predicted["99%"] == "99 Mbit/s"
 
 
 def test_the_rate_that_a_level_needs() -> None:

@@ -16,9 +16,12 @@ from PIL import Image
 from run_folders import RUN_TOML, make_run
 
 from thinwire.cluster import load_cluster, shipped_clusters
-from thinwire.record import RunFolder
+from thinwire.record import LinkLoad, RunFolder
 from thinwire.report import gather, page, write_report
-from thinwire.report.facts import card_rows, step_rows, transfer_rows
+from thinwire.report.charts import MAX_POINTS, Series, _thinned
+from thinwire.report.diagram import diagram
+from thinwire.report.facts import card_rows, setup_bytes, step_rows, transfer_rows
+from thinwire.report.network import picture
 from thinwire.report.text import percent, whole
 
 SECTIONS = ["loss", "step", "bytes", "network", "assumptions", "settings"]
@@ -199,6 +202,32 @@ def test_one_more_event_may_end_the_run(tmp_path: Path, steps: int, calls: int, 
     content["entries"] += [{**transfer, **span, "rank": rank} for rank in range(4)]
     folder.write("ledger.json", content)
     assert transfer_rows(gather(folder))[0].equal is equal
+
+
+def test_what_was_sent_before_the_first_step_is_not_counted_with_it(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", load_cluster("laptop"), steps=1)
+    entries = json.loads((folder.path / "ledger.json").read_text())["entries"]
+    assert setup_bytes(gather(folder)) == sum(entry["wire_bytes"] for entry in entries if entry["label"] == "set-up") > 0
+
+
+@pytest.mark.parametrize("count", [3, MAX_POINTS, MAX_POINTS + 1, 12345])
+def test_of_a_long_line_some_points_are_drawn_from_the_first_to_the_last(count: int) -> None:
+    line = Series("x", "#000", [(float(k), 2.0 * k) for k in range(count)], [str(k) for k in range(count)])
+    drawn = _thinned(line)
+    places = [int(x) for x, _ in drawn.points]
+    assert (places[0], places[-1], len(places)) == (0, count - 1, min(count, MAX_POINTS))
+    assert places == sorted(set(places)) and list(drawn.labels) == [str(k) for k in places]
+    assert [y for _, y in drawn.points] == [2.0 * k for k in places]
+
+
+@pytest.mark.parametrize(("name", "slow"), [("home-internet", 0), ("two-racks", 0), ("one-slow-host", 1)])
+def test_a_host_is_called_slow_beside_the_others_not_for_its_slower_direction(name: str, slow: int) -> None:
+    cluster = load_cluster(name)
+    loads = [
+        LinkLoad(source=link.source, target=link.target, bytes_per_step=1, busy_s=1 / link.bandwidth_bps.value)
+        for link in cluster.links
+    ]
+    assert diagram(picture(cluster, loads), 1.0).count(" slow</text>") == slow
 
 
 def test_cards_add_up_by_host(tmp_path: Path) -> None:

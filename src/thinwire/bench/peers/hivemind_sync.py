@@ -5,10 +5,9 @@ reduces a part of the vector and sends back by how much each value is off (Ryabi
 
     fp32 fp16 u8 q8      what goes over the wire: float32, float16, 8-bit uniform codes, 8-bit quantiles
 
-This is hivemind.optim.GradientAverager, the part of hivemind.Optimizer that exchanges. The Optimizer itself decides which
-batches belong to a step, by what it reads of the others' progress in the DHT, so it would train on other batches than its rivals.
-Left out with it is its averaging of parameters: replicas get what their group averaged with errors that differ, and drift apart
-a little.
+This is hivemind.optim.GradientAverager, the part of hivemind.Optimizer that exchanges. The Optimizer itself decides which batches
+belong to a step, by the others' progress in the DHT, so it would train on other batches than its rivals. Left out with it is its
+averaging of parameters: replicas get what their group averaged with errors that differ, and drift apart a little.
 
 A group is looked for from the beginning of the step, as the Optimizer does when it knows when the step will end; so that costs
 seconds only where it takes longer than the computation. A group that is complete does not wait for `MATCHMAKING_S`.
@@ -124,7 +123,7 @@ class HivemindSync(SingleRank):
             soon, number = get_dht_time() + MATCHMAKING_S, self._exchanges + 1
             self._control = self._averager.schedule_step(soon, timeout=GROUP_S, gather=number, allow_retries=False)
         yield
-        self._ready_at = time.perf_counter()
+        self.ready_at = time.perf_counter()
         if last:
             self._exchanges += 1
             if alone:
