@@ -1,12 +1,14 @@
 """Assigning micro-batches: the best split of all, each micro-batch to one rank, and no change for noise."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from thinwire.train.assign import GAIN, assign, first_assignment, index_in_step, reassign, slowest_s
+from thinwire.train.checkpoint import Progress, read_progress
 
 SECONDS = st.floats(1e-4, 1e3)
 
@@ -82,3 +84,8 @@ def test_a_saved_assignment_goes_on_where_it_fits() -> None:
     assert first_assignment((2, 2), [1, 3], saved=()) == (3, 1)
     assert first_assignment((2, 2, 2), [1, 1, 1], saved=(3, 1)) == (2, 2, 2), "other ranks"
     assert first_assignment((4, 4), [1, 1], saved=(3, 1)) == (4, 4), "other micro-batches"
+
+
+def test_checkpoints_of_the_old_name_are_read(tmp_path: Path) -> None:
+    (tmp_path / "progress.json").write_text('{"step": 6, "tokens": 96, "world_size": 2, "deal": [3, 1]}')
+    assert read_progress(tmp_path) == Progress(step=6, tokens=96, world_size=2, assignment=(3, 1))
