@@ -28,7 +28,6 @@ from pool import Pool, Rank, RankFailure
 from thinwire.compress.averager import Piece
 from thinwire.compress.memory import ErrorFeedback, NoMemory
 from thinwire.compress.powersgd import PowerSGD, bases
-from thinwire.errors import UserError
 
 LONGER = [pytest.param(pool, marks=pytest.mark.long) for pool in ("ranks2", "ranks4")]
 OPTIONS = {"kind": "powersgd", "rank": 2}
@@ -158,20 +157,6 @@ def test_a_matrix_that_was_zero_is_found_again(ranks2: Pool) -> None:
     results = torch.stack(ranks2.run(zero_for_a_while)[0])
     assert not results[:3].any()
     torch.testing.assert_close(results.sum(0), torch.full((400,), 3.0))
-
-
-def not_finite(context: Rank) -> None:
-    buffer = torch.ones(800)
-    if context.rank == 1:
-        buffer[700] = float("inf")
-    averager = PowerSGD(ErrorFeedback(), context.ledger, rank=2)
-    averager.attach(dist.group.WORLD, dist.group.WORLD)
-    with pytest.raises(UserError, match=r"the gradient of second is not finite"):
-        average(averager, buffer, [Piece("first", 0, (20, 20)), Piece("second", 400, (20, 20))], "bucket 0")
-
-
-def test_nan_is_reported_on_all_ranks_with_the_name_of_the_parameter(ranks2: Pool) -> None:
-    ranks2.run(not_finite)
 
 
 def of_another_rank(context: Rank) -> None:
