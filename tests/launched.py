@@ -20,5 +20,5 @@ MISSING = MISSING or ("" if mpiexec() else "there is no mpiexec; pip install mpi
 def environment() -> dict[str, str]:
     """Open MPI wants to be told that tests may run as root, and more ranks than there are cores."""
     variables = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
-    variables["PYTHONPATH"] = str(Path(__file__).parent)
+    variables["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     return {**os.environ, **variables, "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
