@@ -73,7 +73,9 @@ def note_completion(ledger: Ledger, total: Total, issued: float, _future: Any = 
 
 def bytes_of(tensors: Any) -> int:
     """Of a tensor or of a list of tensors, however nested."""
-    return tensors.nbytes if isinstance(tensors, torch.Tensor) else sum(map(bytes_of, tensors))
+    if not isinstance(tensors, torch.Tensor):
+        return sum(map(bytes_of, tensors))
+    return tensors._indices().nbytes + tensors._values().nbytes if tensors.is_sparse else tensors.nbytes
 
 
 class _WaitedWork(dist._Work):
@@ -182,7 +184,8 @@ class MeteredGroup(dist.ProcessGroup):
     # -- collectives: arguments as c10d passes them (lists of tensors, options) -----------------------------------------
 
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
-        return self._entered("all_reduce", tensors, self._inner.allreduce, (tensors,), opts or dist.AllreduceOptions())
+        op = "all_gather" if tensors[0].is_sparse else "all_reduce"  # gloo sends every rank's indices and values to all
+        return self._entered(op, tensors, self._inner.allreduce, (tensors,), opts or dist.AllreduceOptions())
 
     def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> dist.Work:
         opts = opts or dist.AllreduceCoalescedOptions()

@@ -45,7 +45,7 @@ def average_sparse(gradient: torch.Tensor, group: dist.ProcessGroup, ledger: Led
         total.index_add_(0, own, part)  # no place twice: the order of additions is that of the ranks on every device
     mean = (total / p).to(values.dtype).view(-1, *gradient.shape[len(whole) :])
     found = torch.stack(torch.unravel_index(flat, whole)) if len(flat) else flat.new_zeros(len(whole), 0)
-    return torch.sparse_coo_tensor(found, mean, gradient.shape, is_coalesced=True)
+    return torch.sparse_coo_tensor(found, mean, gradient.shape, is_coalesced=True, check_invariants=False)
 
 
 def _filled(values: torch.Tensor, rows: int) -> torch.Tensor:
