@@ -93,6 +93,7 @@ def test_a_broken_rank_is_reported_and_the_pool_is_built_anew(ranks2: Pool, brok
     assert ranks2.run(add_ranks, 0.0) == [1.0, 1.0]
 
 
+@pytest.mark.long
 def test_no_rank_outlives_a_killed_parent() -> None:
     """A pool of one, whose server loads nothing beforehand: what one rank needs is less than what all tests do."""
     program = """

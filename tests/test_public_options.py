@@ -225,4 +225,4 @@ def test_the_tables_have_every_argument_of_workers() -> None:
         "secret_file",
     }
     assert inspect.signature(thinwire.ParameterServerWorker.step).parameters.keys() == {"self", "samples", "learning_rate"}
-    assert inspect.signature(thinwire.compress_gradients).parameters.keys() == {"replica", "kind", "options"}
+    assert inspect.signature(thinwire.compress_gradients).parameters.keys() == {"replica", "kind", "nonfinite", "options"}

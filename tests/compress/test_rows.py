@@ -51,6 +51,7 @@ def test_rows_longer_than_a_piece(codec: Any) -> None:
     check(codec, vector(2 * (PIECE + codec.block), 3).view(2, -1))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_fused_rows() -> None:
     """Also of one block each, which is not fused, and more than are added up at a time."""

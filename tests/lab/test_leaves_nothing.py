@@ -53,13 +53,19 @@ def started(lab) -> tuple[set[str], set[str]]:
 def assert_gone(lab, networks: set[str], cards: set[str], timeout_s: float = 20.0) -> None:
     wait_until(lambda: not lab.processes(), "processes remain", timeout_s)
     assert set(os.listdir("/sys/class/net")) == cards
+    wait_until(lambda: not held(networks), "a network is still held, by a process or a mount", timeout_s)
+
+
+def held(networks: set[str]) -> bool:
+    """Whether a process is in one of them, or has it mounted: for a moment one may that was copied while the lab ended."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            assert str((folder / "ns" / "net").readlink()) not in networks
             mounts = (folder / "mountinfo").read_text()
+            if str((folder / "ns" / "net").readlink()) in networks or any(network in mounts for network in networks):
+                return True
         except OSError:
             continue
-        assert not any(network in mounts for network in networks), "a network is still held by a mount"
+    return False
 
 
 def waiting(folder: Path) -> str:

@@ -45,6 +45,7 @@ def read_until(stream, words: str) -> list[str]:
     raise AssertionError("".join(lines))
 
 
+@pytest.mark.long
 def test_a_killed_replica_comes_back_and_the_other_does_not_stop(tmp_path) -> None:
     variables = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     with started(*arguments(tmp_path, 150), cwd=tmp_path, **variables) as process:

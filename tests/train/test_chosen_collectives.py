@@ -83,6 +83,7 @@ def test_measured_collectives_learn_as_gloo_does_and_send_what_was_predicted(ran
     assert run["losses"] == pytest.approx(losses, rel=1e-4) and CHOOSING not in labels
 
 
+@pytest.mark.long
 def test_codes_are_cut_where_it_was_predicted(tmp_path: Path) -> None:
     run = ran(tmp_path / "int4", "priced", '[compress]\nkind = "int4"\n')
     assert {"all_to_all", "all_gather", "all_reduce"} == {transfer["op"] for transfer in run["predicted"]["transfers"]}
