@@ -52,6 +52,8 @@ LOST = ("Connection", "closed", "Timed out", "gloo", "Broken pipe")
 class CodedExchange(Stateless):
     """The exchange by the cheapest of `averagers`, or plainly; see `thinwire.compress.exchange.Exchange`."""
 
+    settles = True
+
     def __init__(
         self,
         averagers: Sequence[Averager],

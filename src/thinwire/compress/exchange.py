@@ -34,6 +34,9 @@ from thinwire.workload import Parameter
 class Exchange(Protocol):
     """One per rank. Calls come in the same order on every rank."""
 
+    settles: bool
+    """Whether `settle` raises what goes wrong; else futures do."""
+
     @property
     def settled_after(self) -> int:
         """Steps after which it sends what `transfers` says; before, it exchanges plainly."""
@@ -72,7 +75,7 @@ class Exchange(Protocol):
         ...
 
     def settle(self) -> None:
-        """At the end of the backward pass: wait for what it has started. UserError if it could not be averaged."""
+        """At the end of the backward pass, if it `settles`: wait for what it has started. UserError if that went wrong."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class PlainExchange(Stateless):
     """The exchange without compression; see `thinwire.compress.exchange.Exchange`. No state of its own."""
 
     settled_after = 0
+    settles = False
     _group: dist.ProcessGroup
 
     def __init__(self, ledger: Ledger) -> None:
@@ -64,7 +65,7 @@ class PlainExchange(Stateless):
         return done
 
     def settle(self) -> None:
-        """DistributedDataParallel itself waits, and raises what has gone wrong."""
+        """Nothing: DistributedDataParallel itself waits, and raises what has gone wrong."""
 
 
 class Plain(Averager):

@@ -99,8 +99,13 @@ def _handed_over(
     exchange: Exchange, future: "torch.futures.Future[torch.Tensor]", bucket: dist.GradBucket
 ) -> "torch.futures.Future[torch.Tensor]":
     """A future that always holds a tensor; the backward pass ends with `exchange.settle`."""
+    if not exchange.settles:
+        return future
     if bucket.is_last():
-        torch.autograd.Variable._execution_engine.queue_callback(exchange.settle)
+        try:
+            torch.autograd.Variable._execution_engine.queue_callback(exchange.settle)
+        except RuntimeError:  # no backward pass: a rank that is out of data stands in for itself (`join`)
+            return future
     done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
 
     def end(over: "torch.futures.Future[torch.Tensor]") -> None:
