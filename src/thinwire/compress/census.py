@@ -12,8 +12,8 @@ from datetime import timedelta
 import torch.distributed as dist
 
 LEFT = "failure"
-LOOK_S, PAUSE_S = 3.0, 0.05
-"""How long a rank looks for the reason why a connection ended, and how often."""
+LOOK_S, PAUSE_S, POLL_S = 3.0, 0.05, 0.002
+"""How long a rank looks for the reason why a connection ended, and how often; and how often for what others have found."""
 
 
 def not_finite(found: Mapping[str, list[int]], step: int) -> str:
@@ -41,10 +41,19 @@ class Meeting:
         by_name: dict[str, list[int]] = {}
         for rank in self._ranks:
             key = f"{about}/{rank}"
-            self._store.wait([key], timeout)
+            self._wait(key, timeout.total_seconds())
             for name in json.loads(self._store.get(key)):
                 by_name.setdefault(name, []).append(rank)
         return by_name
+
+    def _wait(self, key: str, timeout_s: float) -> None:
+        """Asking again and again: whoever waits in a store keeps it from all other threads of this process, which may be about to
+        say what others wait for."""
+        end_s = time.monotonic() + timeout_s
+        while not self._store.check([key]):
+            if time.monotonic() > end_s:
+                raise RuntimeError(f"Timed out after {timeout_s:g} s waiting for {key}")
+            time.sleep(POLL_S)
 
     def leave(self, error: Exception) -> None:
         """Why this rank cannot go on; the first reason stays."""
