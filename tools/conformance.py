@@ -26,7 +26,6 @@ os.environ.setdefault("INIT_METHOD", f"file://{os.environ['TEMP_DIR']}/meet")
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
-from torch.testing._internal import common_utils
 from torch.testing._internal.distributed import distributed_test as suite
 
 from thinwire.collectives.backend import NAME
@@ -112,7 +111,6 @@ def main(arguments: list[str]) -> int:
     """See the top of the file."""
     modes = [mode for mode in MODES if mode in arguments] or list(MODES)
     names = [argument for argument in arguments if argument not in MODES]
-    common_utils.TEST_SKIP_FAST = False
     logging.getLogger("torch.testing._internal.common_distributed").setLevel(logging.WARNING)
     return 0 if all([run(mode, names) for mode in modes]) else 1
 

@@ -217,3 +217,14 @@ def events_of_calls(context: Rank, asynchronous: bool) -> list[tuple[str, bool, 
 def test_calls_that_schedules_run_are_events_of_the_profiler(ranks3: Pool, asynchronous: bool) -> None:
     expected = [("thinwire:all_reduce", True, [[6, 4]], True), ("thinwire:reduce_scatter", True, [[24]], True)]
     assert [sorted(found) for found in ranks3.run(events_of_calls, asynchronous)] == [expected] * 3
+
+
+def sparse_sum(context: Rank) -> list[float]:
+    group = group_of(context.ledger, fixed())
+    own = torch.sparse_coo_tensor([[context.rank]], [1.0], (4,), check_invariants=False)
+    dist.all_reduce(own, group=group)
+    return own.to_dense().tolist()
+
+
+def test_a_sparse_all_reduce_stays_with_the_inner_group(ranks3: Pool) -> None:
+    assert ranks3.run(sparse_sum) == [[1.0, 1.0, 1.0, 0.0]] * 3

@@ -251,3 +251,24 @@ def test_what_goes_wrong_on_one_rank_is_the_same_line_on_all(ranks2: Pool) -> No
     said = ranks2.run(fails_on_one)
     assert said == ["compress.kind = 'int4': rank 1: no room for codes"] * 2
     ranks2.close()  # whose collectives have timed out
+
+
+def adopted(context: Rank) -> bool:
+    """Whether a hook that may give up steps takes over the mean of other ranks' residuals at once."""
+    states = []
+    for scale in (1.0, 3.0):
+        replica = DistributedDataParallel(nn.Linear(32, 48))
+        exchange = thinwire.compress_gradients(replica, "int4")
+        replica(scale * torch.arange(32.0).view(1, 32)).square().sum().backward()
+        states.append(exchange.state_dict())
+        exchange.detach()
+    exchange = thinwire.compress_gradients(DistributedDataParallel(nn.Linear(32, 48)), "int4")
+    exchange.adopt(states)
+    first, second = (state["memory"]["owed"]["kept"]["weight"] for state in states)
+    found = exchange.residuals()["weight"]
+    exchange.detach()
+    return bool(first.any()) and torch.equal(found, (first + second) / 2)
+
+
+def test_residuals_of_other_ranks_count_at_once(ranks2: Pool) -> None:
+    assert ranks2.run(adopted) == [True, True]

@@ -117,8 +117,7 @@ class ScheduledGroup(MeteredGroup):
             return native()
         engine, ledger, issued = self._engine, self._ledger, time.perf_counter()
         total = ledger.enter(call.op, call.message_bytes, self._group, call.root, wire_bytes(chosen, call, engine))
-
-        end_of_event = traced(call.op, [given])
+        end_of_event = traced(f"{NAME}:{call.op}", [given])
 
         def job() -> None:  # knows nothing of `self`: a group must not end on the thread that ends with it
             try:
@@ -137,11 +136,11 @@ class ScheduledGroup(MeteredGroup):
 
     def _may_schedule(self, op: str, given: torch.Tensor, got: torch.Tensor, root: int) -> bool:
         """Whether a schedule may run the call: schedules know such, and it is not decided that it stays with the inner group."""
-        chosen = self._decided.get((op, size_class(given.nbytes), root))
-        if chosen is not None and chosen.native:
-            return False
         known = given.dtype in TYPES and got.dtype == given.dtype and given.layout == got.layout == torch.strided
-        return known and given.device.type == self.device_type and given.numel() > 0
+        if not known or given.device.type != self.device_type or given.numel() == 0:
+            return False
+        chosen = self._decided.get((op, size_class(given.nbytes), root))
+        return chosen is None or not chosen.native
 
     def _implementation(self, call: Call) -> Implementation:
         """Decided upon when first asked for: collective, and waits for it."""

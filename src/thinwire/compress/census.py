@@ -41,19 +41,11 @@ class Meeting:
         by_name: dict[str, list[int]] = {}
         for rank in self._ranks:
             key = f"{about}/{rank}"
-            self._wait(key, timeout.total_seconds())
+            if not self._comes(key, timeout.total_seconds(), POLL_S):
+                raise RuntimeError(f"Timed out after {timeout.total_seconds():g} s waiting for {key}")
             for name in json.loads(self._store.get(key)):
                 by_name.setdefault(name, []).append(rank)
         return by_name
-
-    def _wait(self, key: str, timeout_s: float) -> None:
-        """Asking again and again: whoever waits in a store keeps it from all other threads of this process, which may be about to
-        say what others wait for."""
-        end_s = time.monotonic() + timeout_s
-        while not self._store.check([key]):
-            if time.monotonic() > end_s:
-                raise RuntimeError(f"Timed out after {timeout_s:g} s waiting for {key}")
-            time.sleep(POLL_S)
 
     def leave(self, error: Exception) -> None:
         """Why this rank cannot go on; the first reason stays."""
@@ -62,12 +54,17 @@ class Meeting:
 
     def cause(self, look_s: float = LOOK_S) -> str | None:
         """What a rank has left, if any does within `look_s` seconds and the store still answers."""
-        end_s = time.monotonic() + look_s
         try:
-            while not self._store.check([LEFT]):
-                if time.monotonic() > end_s:
-                    return None
-                time.sleep(PAUSE_S)
-            return self._store.get(LEFT).decode()
+            return self._store.get(LEFT).decode() if self._comes(LEFT, look_s, PAUSE_S) else None
         except RuntimeError:
             return None
+
+    def _comes(self, key: str, within_s: float, pause_s: float) -> bool:
+        """Asking again and again: whoever waits in a store keeps it from all other threads of this process, which may be about to
+        say what others wait for."""
+        end_s = time.monotonic() + within_s
+        while not self._store.check([key]):
+            if time.monotonic() > end_s:
+                return False
+            time.sleep(pause_s)
+        return True

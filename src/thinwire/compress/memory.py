@@ -126,12 +126,10 @@ class Store:
     def put(self, name: str, values: Tensor, numel: int | None = None) -> None:
         """Keeps `values` themselves, or codes of them; the first `numel` of them, all by default."""
         numel = values.numel() if numel is None else numel
-        if self.storage == "int8":
-            values = BLOCKS.encode(flattened(values, numel).float())
-        if self.staged is not None:
-            self.staged[name] = values, numel
+        if self.staged is None:
+            self._count(name, self._stored(values, numel))
         else:
-            self.put_stored(name, values, numel)
+            self.staged[name] = self._stored(values, numel)
 
     def get(self, name: str) -> Tensor | None:
         """None if there is nothing under this name."""
@@ -146,22 +144,27 @@ class Store:
 
     def drop(self, name: str) -> None:
         """Nothing is kept under this name any more."""
-        if self.staged is not None:
+        if self.staged is None:
+            self._count(name, None)
+        else:
             self.staged[name] = None
-            return
-        self.kept.pop(name, None)
-        self.numels.pop(name, None)
 
     def commit(self) -> None:
         """What is staged counts."""
-        staged, self.staged = self.staged or {}, None
-        for name, entry in staged.items():
-            self.drop(name) if entry is None else self.put_stored(name, *entry)
+        for name, entry in (self.staged or {}).items():
+            self._count(name, entry)
         self.staged = {}
 
-    def put_stored(self, name: str, values: Tensor, numel: int) -> None:
-        """As it is stored."""
-        self.kept[name], self.numels[name] = values, numel
+    def _stored(self, values: Tensor, numel: int) -> tuple[Tensor, int]:
+        return (values if self.storage == "float32" else BLOCKS.encode(flattened(values, numel).float())), numel
+
+    def _count(self, name: str, entry: tuple[Tensor, int] | None) -> None:
+        """From now on; None: there is nothing."""
+        if entry is None:
+            self.kept.pop(name, None)
+            self.numels.pop(name, None)
+        else:
+            self.kept[name], self.numels[name] = entry
 
     def stored_bytes(self, numel: int) -> int:
         """Of one vector."""
@@ -173,14 +176,18 @@ class Store:
         return {"storage": self.storage, "kept": kept, "numels": dict(self.numels)}
 
     def take_mean(self, states: Sequence[dict[str, Any]]) -> None:
-        """For each name the mean over states of stores, absent ones counting as zero; one state of this storage to the bit."""
+        """For each name the mean over states of stores, absent ones counting as zero; one state of this storage to the bit.
+
+        It counts at once, also where steps are staged.
+        """
         others = [Store(state["storage"], dict(state["kept"]), dict(state["numels"])) for state in states]
         if len(others) == 1 and others[0].storage == self.storage:
             self.kept, self.numels = others[0].kept, others[0].numels
             return
         for name in dict.fromkeys(name for other in others for name in other.kept):
             found = [values for other in others if (values := other.get(name)) is not None]
-            self.put(name, torch.stack(found).sum(0).div_(len(others)))
+            mean = torch.stack(found).sum(0).div_(len(others))
+            self._count(name, self._stored(mean, mean.numel()))
 
 
 @dataclass

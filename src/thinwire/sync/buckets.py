@@ -8,6 +8,7 @@ them. The pieces of a bucket cover it without a gap, whatever is in it; what the
 gradient is a bucket of its own.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -31,14 +32,15 @@ def assign_buckets(parameters: Sequence[Parameter], bucket_bytes: int) -> list[l
     sizes = (bucket_bytes, bucket_bytes) if bucket_bytes else PYTORCH_BUCKETS
     full: list[list[Parameter]] = []
     open_: dict[str, list[Parameter]] = {}
-    closed: dict[str, int] = {}
+    held_bytes, closed = Counter[str](), Counter[str]()
     for parameter in reversed(parameters):
-        bucket = open_.setdefault(parameter.dtype, [])
-        bucket.append(parameter)
-        number = closed.get(parameter.dtype, 0)
-        if sum(one.stored_bytes for one in bucket) >= sizes[min(number, 1)]:
-            full.append(open_.pop(parameter.dtype))
-            closed[parameter.dtype] = number + 1
+        dtype = parameter.dtype
+        open_.setdefault(dtype, []).append(parameter)
+        held_bytes[dtype] += parameter.stored_bytes
+        if held_bytes[dtype] >= sizes[min(closed[dtype], 1)]:
+            full.append(open_.pop(dtype))
+            held_bytes[dtype] = 0
+            closed[dtype] += 1
     return [*full, *open_.values()]
 
 

@@ -53,8 +53,9 @@ def compress_gradients(
     exactly. Call once, before the first forward pass, on all ranks of the default group, also where replicas form sub-groups.
 
     nonfinite: "average": a gradient that is not finite on some rank arrives so on all, as without compression, and what the step
-    has changed of what is owed is taken back: a GradScaler leaves the step out on all ranks. This holds two memories from where a
-    bucket is sent to the end of the backward pass. "raise": every rank raises a UserError that names parameter, rank and step.
+    has changed of the residuals is taken back: a GradScaler leaves the step out on all ranks. This holds two memories from
+    where a bucket is sent to the end of the backward pass. "raise": every rank raises a UserError that names parameter, rank and
+    step.
     options: as in the section [compress] of run.toml: feedback, exclude, vectors, fused.
 
     UserError for what is no DistributedDataParallel, a second call, one after the first forward pass, an unknown kind, and an

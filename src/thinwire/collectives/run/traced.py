@@ -8,12 +8,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-NAME = "thinwire"
 
-
-def traced(op: str, tensors: Sequence[torch.Tensor]) -> Callable[[], None] | None:
+def traced(name: str, tensors: Sequence[torch.Tensor]) -> Callable[[], None] | None:
     """Begin an event on this thread; what ends it, on any thread, once. None while nobody profiles."""
     if not torch.autograd._profiler_enabled():
         return None
-    event = torch.autograd._record_function_with_args_enter(f"{NAME}:{op}", *tensors)
+    event = torch.autograd._record_function_with_args_enter(name, *tensors)
     return lambda: torch.autograd._record_function_with_args_exit(event)
