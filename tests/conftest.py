@@ -31,13 +31,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Spent(), "budget")
 
 
+def queued(item: pytest.Item) -> bool:
+    """Whether it belongs to the queue of the lab."""
+    return any(item.get_closest_marker(name) for name in ("lab", "timed"))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The queue of the lab first, and each file as a whole."""
-
-    def queued(item: pytest.Item) -> bool:
-        return any(item.get_closest_marker(name) for name in ("lab", "timed"))
-
     for item in items:
         item.add_marker(pytest.mark.xdist_group("lab" if queued(item) else item.path.stem))
     items.sort(key=lambda item: not queued(item))
@@ -45,6 +46,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Let the server load torch while the first tests run."""
+    if getattr(session.config.option, "loadgroup", False) and not all("@" in item.nodeid for item in session.items):
+        raise pytest.UsageError(
+            "pytest-xdist has not grouped the tests: several labs would run at once; take the pytest of constraints.txt"
+        )
 
     def needs_server(item: pytest.Item) -> bool:
         return bool(_RANK_FIXTURES & set(getattr(item, "fixturenames", ()))) or hasattr(getattr(item, "module", None), "thinwire")
