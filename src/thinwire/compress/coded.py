@@ -156,8 +156,10 @@ class CodedExchange(Stateless):
         assert (used is not None) == self._tracks_use, "use is tracked, or not"
         if buffer.device.type != "cpu":
             raise UserError(f"{label} is on {buffer.device}, and {self._config.kind} is for CPUs only yet; set it to none")
-        if self._step < self._config.after_steps:
-            assigned: list[_Assigned[Piece]] = [(self._averagers[-1], [], list(pieces))]
+        if not pieces:
+            assigned: list[_Assigned[Piece]] = []
+        elif self._step < self._config.after_steps:
+            assigned = [(self._averagers[-1], [], list(pieces))]
         else:
             assigned = self._assigned.get(key := tuple(pieces)) or self._assign(pieces, self._world_size)
             self._assigned[key] = assigned

@@ -63,7 +63,7 @@ class Exchange(Protocol):
     ) -> "torch.futures.Future[torch.Tensor]":
         """Begin to average the flat `buffer` in place; the future holds it. last: the step ends with this one.
 
-        The buffer is of float32, bfloat16, float16 or float64.
+        The buffer is of float32, bfloat16, float16 or float64. One without pieces only ends the step, if the exchange `settles`.
 
         used: by parameter, whether this rank's backward pass has reached it, if use is tracked: what no rank has used is left as
         it is. Called by one thread of each rank, with the same pieces in the same order.

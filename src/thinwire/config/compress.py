@@ -106,6 +106,17 @@ class Coded(BaseModel):
         return self.kind in SUMMABLE if self.vectors is None else self.vectors
 
 
+class ShardedOptions(BaseModel):
+    """What `compress_sharded` takes beside the codecs; it says what each does."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    feedback: Literal["int8", "float32", "none"] | None = None
+    exclude: Patterns | None = None
+    prefetch_units: int | None = Field(None, ge=0)
+    nonfinite: Literal["average", "raise"] = "average"
+
+
 SPARSELOCO = Coded(kind="topk", k=64, values="int8", feedback_decay=0.95, exclude=(), vectors=True)
 """What sync.kind = "sparseloco" takes where [compress] is not given, as published (Sarfi et al. 2025)."""
 
