@@ -51,8 +51,7 @@ class Replicas:
 
     def transfers(self, unit: UnitShape) -> list[Transfer]:
         """What the chunk of a unit sends."""
-        dtype = "float64" if unit.item_bytes(unit.gradients_dtype) == 8 else "float32"
-        chunk = [Parameter(piece.name, piece.shape, dtype=dtype) for piece in pieces(unit, self._shards)]
+        chunk = chunk_of(unit, self._shards)
         return self.exchange.transfers(label_of(unit.name, "replicas"), chunk, self._axis, self.number) if chunk else []
 
     def average(self, unit: str, chunk: Tensor) -> "torch.futures.Future[Tensor]":
@@ -64,8 +63,7 @@ class Replicas:
         """Of residuals on this rank."""
         if not isinstance(self.exchange, CodedExchange):
             return 0
-        chunks = [Parameter(piece.name, piece.shape) for unit in units for piece in pieces(unit, self._shards)]
-        return self.exchange.memory_bytes(chunks, self.number)
+        return self.exchange.memory_bytes([one for unit in units for one in chunk_of(unit, self._shards)], self.number)
 
     def residuals(self) -> dict[str, Tensor]:
         """By parameter name, of this rank's chunk, flat."""
@@ -103,6 +101,12 @@ class Replicas:
             self.exchange.start(torch.empty(0), [], "end", last=True)
             self.exchange.settle()
         self._started = False
+
+
+def chunk_of(unit: UnitShape, shards: int) -> list[Parameter]:
+    """What a rank averages over the replicas of a unit."""
+    dtype = "float64" if unit.item_bytes(unit.gradients_dtype) == 8 else "float32"
+    return [Parameter(piece.name, piece.shape, dtype=dtype) for piece in pieces(unit, shards)]
 
 
 def pieces(unit: UnitShape, shards: int) -> list[Piece]:
