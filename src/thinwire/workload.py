@@ -56,6 +56,11 @@ class Parameter:
         """Of its gradient."""
         return ITEM_BYTES[self.dtype] * self.numel
 
+    @property
+    def wide_dtype(self) -> str:
+        """In which what is kept of it, such as an anchor, is: float64 of float64, else float32."""
+        return "float64" if self.dtype == "float64" else "float32"
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -197,6 +202,13 @@ class Workload:
         block = width / (tensor if sequence_parallel else 1) if recompute else whole + split / tensor
         ends = 2 * width * size / (tensor if sequence_parallel else 1) + 4 * config.vocabulary / tensor
         return self.tokens_per_microbatch * (config.layers * block * size + ends)
+
+
+def by_wide_dtype(parameters: Iterable[Parameter]) -> list[list[Parameter]]:
+    """Those that have values, in their wide dtype: a list of float32, then one of float64; none that is empty."""
+    wide = [replace(parameter, dtype=parameter.wide_dtype) for parameter in parameters if parameter.numel]
+    lists = ([parameter for parameter in wide if parameter.dtype == dtype] for dtype in ("float32", "float64"))
+    return [found for found in lists if found]
 
 
 def _product_flops(shape: tuple[int, ...]) -> float:
