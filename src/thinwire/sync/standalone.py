@@ -96,12 +96,12 @@ class DiLoCo:
         for option in OF_THE_LOOP:
             if option in options:
                 raise UserError(f"DiLoCo: {option} is about what happens within a replica, which is your own loop; leave it out")
-        _check_parameters(model)
         self.ledger = Ledger()
         self._kind = kind
         self._model, self._optimizer = model, optimizer
         self._group = _process_group(group)
-        Shards(model).check_group(self._group)
+        _check_parameters(model, shards := Shards(model))
+        shards.check_group(self._group)
         self._layout = Layout(outer=self._group.size())
         self._sync = make_synchroniser(
             validate(KINDS[kind], {"every": every, **options}, "DiLoCo"),  # type: ignore[arg-type]
@@ -251,7 +251,9 @@ def _process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.Process
     return chosen
 
 
-def _check_parameters(model: nn.Module) -> None:
+def _check_parameters(model: nn.Module, shards: Shards) -> None:
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu":
             raise UserError(f"DiLoCo: {name} is on {parameter.device.type}; only CPUs yet, so move the model there")
+    for name in shards.trained():
+        shards.described(name)
