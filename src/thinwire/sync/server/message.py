@@ -21,7 +21,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from enum import IntEnum
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -106,7 +106,8 @@ class Head:
 class Hello(BaseModel):
     """With what a worker begins: which server it wants, who and where it is, how many values its model has in that range.
 
-    wide: how many of them are float64. incarnation: as server 0 has given it; 0 to server 0 itself. every, tokens_per_step: its pace.
+    wide: how many of these are float64. incarnation: as server 0 has given it; 0 to server 0 itself. every, tokens_per_step: its
+    pace.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -168,7 +169,6 @@ def pack_start(values: Tensor, spans: Sequence[Span]) -> Tensor:
 def unpack_start(payload: Tensor, num_spans: int, extent: Extent) -> tuple[Tensor, list[Span]]:
     """The inverse of `pack_start`, for weights of this extent."""
     size = num_spans * SPAN_BYTES
-    table: Any = payload[:size].clone().view(torch.int64).view(num_spans, 3).tolist()
-    return extent.unpack(payload[size:].clone()), [
-        Span(first, end, bool(flags & 1), bool(flags & 2)) for first, end, flags in table
-    ]
+    table = payload[:size].clone().view(torch.int64).view(num_spans, 3).tolist()
+    spans = [Span(first, end, bool(flags & 1), bool(flags & 2)) for first, end, flags in table]
+    return extent.unpack(payload[size:].clone()), spans
