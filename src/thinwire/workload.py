@@ -22,17 +22,14 @@ from itertools import accumulate
 from thinwire.config.model import ModelConfig
 from thinwire.errors import UserError
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-OPTIMIZER_BYTES_PER_PARAMETER = {"adamw": 8, "sgd": 4, "muon": 4, "signsgd": 0}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+OPTIMIZER_VALUES_PER_PARAMETER = {"adamw": 2, "sgd": 1, "muon": 1, "signsgd": 0}
 BACKWARD_OVER_FORWARD = 2.0
 
 
 def plain_name(name: str) -> str:
     """A parameter's name without what torch.compile puts in between, so that compiled or not it is the same parameter."""
     return name.replace("_orig_mod.", "")
-
-
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 
 @dataclass(frozen=True)
@@ -96,17 +93,18 @@ class Workload:
         ]
         block_flops = sum(_product_flops(shape) + extra for _, shape, extra in inner)
 
-        parameters = [Parameter("embed.weight", (config.vocabulary, width))]
+        dtype = config.dtype
+        parameters = [Parameter("embed.weight", (config.vocabulary, width), dtype=dtype)]
         if config.positions == "learned":
-            parameters.append(Parameter("positions.weight", (config.context, width)))
+            parameters.append(Parameter("positions.weight", (config.context, width), dtype=dtype))
         done = 0.0
         for block in blocks:
             for name, shape, extra in inner:
-                parameters.append(Parameter(f"{block}.{name}", shape, done))
+                parameters.append(Parameter(f"{block}.{name}", shape, done, dtype))
                 done += _product_flops(shape) + extra
-        parameters.append(Parameter("norm.weight", (width,), done))
+        parameters.append(Parameter("norm.weight", (width,), done, dtype))
         if not config.tied:
-            parameters.append(Parameter("head.weight", (config.vocabulary, width), done))
+            parameters.append(Parameter("head.weight", (config.vocabulary, width), done, dtype))
         return cls(
             parameters=tuple(parameters),
             forward_flops_per_token=done + _product_flops((config.vocabulary, width)),
@@ -166,6 +164,11 @@ class Workload:
         """Per token: what the backward pass still has to do when this parameter's gradient is ready."""
         return BACKWARD_OVER_FORWARD * self.parameter(name).forward_flops_before
 
+    @property
+    def stored_bytes(self) -> int:
+        """Of the parameters in their dtypes, and of their gradients."""
+        return sum(parameter.stored_bytes for parameter in self.parameters)
+
     def parameter_bytes(self, dtype: str = "float32") -> int:
         return self.num_parameters * _dtype_bytes(dtype)
 
@@ -173,11 +176,11 @@ class Workload:
         return self.num_parameters * _dtype_bytes(dtype)
 
     def optimizer_bytes(self, optimizer: str = "adamw") -> int:
-        """State beside parameters and gradients, kept in float32: two moments for adamw, one momentum for sgd and muon, none for
+        """State beside parameters and gradients, of their dtypes: two moments for adamw, one momentum for sgd and muon, none for
         signsgd."""
-        if optimizer not in OPTIMIZER_BYTES_PER_PARAMETER:
-            raise UserError(f"optimizer {optimizer!r} is not known; there are {', '.join(OPTIMIZER_BYTES_PER_PARAMETER)}")
-        return self.num_parameters * OPTIMIZER_BYTES_PER_PARAMETER[optimizer]
+        if optimizer not in OPTIMIZER_VALUES_PER_PARAMETER:
+            raise UserError(f"optimizer {optimizer!r} is not known; there are {', '.join(OPTIMIZER_VALUES_PER_PARAMETER)}")
+        return self.stored_bytes * OPTIMIZER_VALUES_PER_PARAMETER[optimizer]
 
     def activation_bytes(
         self, dtype: str = "float32", *, tensor: int = 1, sequence_parallel: bool = False, recompute: bool = False
@@ -217,6 +220,6 @@ def _product_flops(shape: tuple[int, ...]) -> float:
 
 
 def _dtype_bytes(dtype: str) -> int:
-    if dtype not in DTYPE_BYTES:
-        raise UserError(f"dtype {dtype!r} is not known; there are {', '.join(DTYPE_BYTES)}")
-    return DTYPE_BYTES[dtype]
+    if dtype not in ITEM_BYTES:
+        raise UserError(f"dtype {dtype!r} is not known; there are {', '.join(ITEM_BYTES)}")
+    return ITEM_BYTES[dtype]

@@ -200,7 +200,7 @@ def test_codes_are_smaller_and_with_feedback_learn_as_float32_does() -> None:
     assert losses["none"] < 0.8 * start
     assert losses["int8"] == pytest.approx(losses["none"], rel=0.02)
     assert losses["int4"] == pytest.approx(losses["none"], rel=0.1)
-    assert [coded_bytes(make_flat(Code(kind=kind)), 1024) for kind in ("none", "int8", "int4")] == [4096, 1032, 528]
+    assert [coded_bytes(make_flat(Code(kind=kind)), Extent(1024)) for kind in ("none", "int8", "int4")] == [4096, 1032, 528]
 
 
 def test_a_worker_that_breaks_off_is_not_waited_for_and_may_come_back() -> None:
