@@ -88,7 +88,7 @@ def test_every_optimizer_steps_in_every_dtype(tmp_path: Path, optimizer: str, dt
     """And its state has the bytes that are said of it."""
     chosen = {"kind": optimizer} | ({"epsilon": 1e-3} if optimizer in ("adamw", "muon") else {})
     content = config_of(tmp_path, dtype).model_dump()
-    content["train"] |= {"optimizer": chosen, "learning_rate": 0.5 if optimizer == "sgd" else 1e-3}  # less is rounded off
+    content["train"] |= {"optimizer": chosen, "learning_rate": 0.05 if optimizer == "sgd" else 1e-3}  # less is rounded off
     config = validate(RunConfig, content, "the test")
     torch.manual_seed(0)
     model = Transformer(config.model.shape()).to(getattr(torch, dtype))
