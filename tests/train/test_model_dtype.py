@@ -14,7 +14,6 @@ from thinwire.config.run import RunConfig
 from thinwire.errors import UserError
 from thinwire.models.transformer import Transformer
 from thinwire.record import RunFolder
-from thinwire.report import as_json, gather
 from thinwire.tomlfile import validate
 from thinwire.train.optimizers import make_optimizer
 from thinwire.train.trained import open_trained
@@ -67,8 +66,8 @@ def test_it_sends_what_was_predicted_and_resumes_bit_for_bit(
         pytest.skip("noloco sends weights")
     (tmp_path / "whole").mkdir()
     whole, sent = ranks2.run(run_and_sent, config_of(tmp_path / "whole", dtype, sync, kind))[0]
-    rows = [row for row in as_json(gather(RunFolder.open(whole)))["transfers"] if row["predicted_bytes"] is not None]
-    predicted = {(row["label"], row["axis"], row["op"]): row["predicted_bytes"] for row in rows}
+    rows = RunFolder.open(whole).predicted().transfers
+    predicted = {(row.label, row.axis, row.op): pytest.approx(12 * row.wire_bytes_per_step, abs=0.5) for row in rows}
     assert len(rows) >= 3 and predicted == {key: sent.get(key) for key in predicted}
     config = config_of(tmp_path, dtype, sync, kind)
     cut = ranks2.run(run_training, config, None, 5)[0]
