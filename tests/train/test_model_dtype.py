@@ -124,3 +124,19 @@ def test_what_float16_cannot_do_is_refused_in_one_line(tmp_path: Path, change: d
     with pytest.raises(UserError) as caught:
         validate(RunConfig, content | {"train": content["train"] | change}, "run.toml")
     assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sync"),
+    [("bfloat16", {"kind": "diloco", "every": 2}), ("float64", {"kind": "local_sgd", "every": 4, "every_inside": 2})],
+)
+def test_replicas_of_several_ranks_send_what_was_predicted(
+    ranks4: Pool, tmp_path: Path, dtype: str, sync: dict[str, Any]
+) -> None:
+    """Inside in 2 bytes a value of bfloat16, outside in 4."""
+    content = config_of(tmp_path, dtype).model_dump() | {"sync": sync, "layout": {"data": 2, "outer": 2}}
+    whole, sent = ranks4.run(run_and_sent, validate(RunConfig, content, "the test"))[0]
+    rows = [row for row in RunFolder.open(whole).predicted().transfers if row.axis in ("data", "outer")]
+    assert {row.axis for row in rows} == {"data", "outer"}
+    for row in rows:
+        assert sent[row.label, row.axis, row.op] == pytest.approx(12 * row.wire_bytes_per_step, abs=0.5)
