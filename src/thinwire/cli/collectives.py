@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from thinwire.collectives.choose.explain import Explained
+    from thinwire.collectives.choose.select import Selection
 
 app = typer.Typer(help="Collectives that fit the network: which one, and why.", no_args_is_help=True)
 
@@ -49,21 +49,21 @@ def explain(  # noqa: PLR0913 - each is an option of the command line
     from thinwire.cluster import load_cluster
     from thinwire.collectives.choose.call import collective_call
     from thinwire.collectives.choose.costs import Costs
-    from thinwire.collectives.choose.explain import explain, schedule_of
+    from thinwire.collectives.choose.explain import as_dict, schedule_of
     from thinwire.collectives.choose.select import choose
     from thinwire.collectives.schedules.table import to_text
 
     assert cluster is not None
     group = collective_call(load_cluster(cluster), op, message_bytes, _ranks(ranks), root)
-    explained = explain(choose(group, Costs(cores_shared=cores_shared)))
-    _show(explained)
+    selection = choose(group, Costs(cores_shared=cores_shared))
+    _show(selection)
     if table:
-        schedule = schedule_of(explained.selection.best, explained.selection)
+        schedule = schedule_of(selection)
         typer.echo("the schedule has too many messages to print" if schedule is None else to_text(schedule))
     if draw:
-        _draw(explained, draw)
+        _draw(selection, draw)
     if json_path:
-        write_json(json_path, explained.as_dict())
+        write_json(json_path, as_dict(selection))
 
 
 @app.command("nccl-csv")
@@ -114,18 +114,18 @@ def _ranks(text: str | None) -> list[int] | None:
     return found
 
 
-def _show(explained: "Explained") -> None:
+def _show(selection: "Selection") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from thinwire.collectives.choose.explain import fullest
+    from thinwire.collectives.choose.explain import fullest, lines
     from thinwire.collectives.price import link_seconds
     from thinwire.units import show
 
-    call, best = explained.selection.call, explained.selection.best
+    call, best = selection.call, selection.best
     what = f"{call.op} of {show(call.message_bytes, 'B')} among {call.p} ranks of {call.cluster.name}"
     rooted = f", root {call.root}" if call.op in ("broadcast", "reduce") else ""
-    _print_lines(what + rooted, explained.lines)
+    _print_lines(what + rooted, lines(selection))
     links = fullest(best)
     if not links:
         return
@@ -148,13 +148,13 @@ def _print_lines(title: str, lines: list[tuple[str, str]]) -> None:
         typer.echo(f"  {name:<{width}}  {words}")
 
 
-def _draw(explained: "Explained", path: Path) -> None:
+def _draw(selection: "Selection", path: Path) -> None:
     from thinwire.cli.files import write_text
     from thinwire.errors import UserError
     from thinwire.report.schedule import schedule_svg
     from thinwire.units import show
 
-    call, best = explained.selection.call, explained.selection.best
+    call, best = selection.call, selection.best
     if best.run is None:
         raise UserError(f"--draw: {call.p} ranks exchange too many messages to draw; give fewer --ranks")
     title = f"{call.op}, {show(call.message_bytes, 'B')}: {best.candidate.title}, {show(best.seconds, 's')}"

@@ -3,7 +3,9 @@
 all_reduce, reduce, broadcast, all_gather and reduce_scatter of one tensor, and all_to_all in equal parts, of numbers on the
 group's device. Everything else is the inner group's, over gloo, MPI or NCCL. The first call of an op in a class of sizes decides
 for the class (`tuned.tuner`); each size is agreed upon by all ranks when it is first used, and from then on a call costs no
-agreement. Calls that schedules run are events of torch.profiler (`run.traced`).
+agreement. Calls that schedules run are events of torch.profiler, as gloo and NCCL enter
+theirs themselves: "thinwire:OP", with the shapes of its tensors where the profiler asks for them, from the call until its results
+are there. They are entered only while somebody profiles, so that they cost nothing otherwise.
 """
 # mypy: disable-error-code="override,assignment,attr-defined,call-arg"
 
@@ -20,7 +22,6 @@ from thinwire.collectives.backend import NAME, MeteredGroup
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.run.compiler import in_place
 from thinwire.collectives.run.engine import Engine
-from thinwire.collectives.run.traced import traced
 from thinwire.collectives.run.transport import InnerFactory, Place, Transport, over_gloo
 from thinwire.collectives.tuned.implementation import REDUCTIONS, Call, Implementation, example, perform, wire_bytes
 from thinwire.collectives.tuned.tuner import Tuner, size_class
@@ -117,7 +118,7 @@ class ScheduledGroup(MeteredGroup):
             return native()
         engine, ledger, issued = self._engine, self._ledger, time.perf_counter()
         total = ledger.enter(call.op, call.message_bytes, self._group, call.root, wire_bytes(chosen, call, engine))
-        end_of_event = traced(f"{NAME}:{call.op}", [given])
+        end_of_event = _traced(f"{NAME}:{call.op}", given)
 
         def job() -> None:  # knows nothing of `self`: a group must not end on the thread that ends with it
             try:
@@ -172,6 +173,14 @@ def _words(call: Call) -> str:
     direction = {"broadcast": "from", "reduce": "to"}.get(call.op)
     root = f" {direction} rank {call.root} of the group" if direction else ""
     return f"{call.op}{reduction} of {call.elements} {str(call.given.dtype).removeprefix('torch.')}{root}"
+
+
+def _traced(name: str, tensor: torch.Tensor) -> Callable[[], None] | None:
+    """Begin an event on this thread; what ends it, on any thread, once. None while nobody profiles."""
+    if not torch.autograd._profiler_enabled():
+        return None
+    event = torch.autograd._record_function_with_args_enter(name, tensor)
+    return lambda: torch.autograd._record_function_with_args_exit(event)
 
 
 def _reduction(opts: Any) -> str | None:

@@ -12,7 +12,7 @@ from thinwire.collectives.choose.call import collective_call
 from thinwire.collectives.choose.candidates import Candidate
 from thinwire.collectives.choose.costs import Costs
 from thinwire.collectives.choose.estimate import profile
-from thinwire.collectives.choose.explain import explain, fullest, loses
+from thinwire.collectives.choose.explain import as_dict, fullest, lines, loses
 from thinwire.collectives.choose.native import simulate_native
 from thinwire.collectives.choose.select import NEAR, TIE, Priced, Selection, choose
 from thinwire.collectives.choose.simulate import simulate
@@ -161,14 +161,14 @@ def test_estimates_are_exact_for_rings_and_chains() -> None:
 
 
 def test_the_words() -> None:
-    explained = explain(one_slow_host())
-    lines = dict(explained.lines)
-    assert "h3 -> s0 is busy" in lines["predicted"]
-    assert "h3 -> s0" in lines["bound"] and lines["native"].startswith("2.15 s (1.")
-    found = explained.as_dict()
+    selection = one_slow_host()
+    said = dict(lines(selection))
+    assert "h3 -> s0 is busy" in said["predicted"]
+    assert "h3 -> s0" in said["bound"] and said["native"].startswith("2.15 s (1.")
+    found = as_dict(selection)
     assert found["bound_s"] <= found["predicted_s"] < found["native_s"]
     assert {found["links"][0]["source"], found["links"][0]["target"]} == {"h3", "s0"}
-    best, native = explained.selection.best, explained.selection.native
+    best, native = selection.best, selection.native
     assert fullest(best)[0][0] == best.run.fullest  # type: ignore[union-attr]
     assert loses(best, native) in [f"{link} carries 6 MiB (4 MiB)" for link in ("s0 -> h3", "h3 -> s0")]
 

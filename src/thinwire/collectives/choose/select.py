@@ -21,6 +21,7 @@ from thinwire.collectives.choose.costs import Costs
 from thinwire.collectives.choose.estimate import profile
 from thinwire.collectives.choose.native import closed_form_s, simulate_native
 from thinwire.collectives.choose.simulate import Simulated, simulate
+from thinwire.collectives.synthesis.bounds import Bound, bound
 
 SIMULATED = 12
 FAR = 1.5
@@ -75,6 +76,11 @@ class Selection:
             order.remove(plain)
             order.insert(1, plain)
         return tuple(self.ranking[place] for place in order)
+
+    @cached_property
+    def bound(self) -> Bound:
+        """Below which no schedule can be."""
+        return bound(self.call.cluster, self.call.op, self.call.message_bytes, self.call.root)
 
     @property
     def native(self) -> Priced:

@@ -35,11 +35,9 @@ from thinwire.collectives.run.instructions import (
     Copy,
     Instruction,
     Piece,
+    Start,
     StartBatch,
-    StartReceive,
-    StartSend,
-    WaitReceive,
-    WaitSend,
+    Wait,
 )
 from thinwire.collectives.schedules import ops
 from thinwire.collectives.schedules.program import Action, programs
@@ -76,14 +74,6 @@ class _Region:
     readers: list[int] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class _Receive:
-    """A receive that has started: where to, and in which scratch memory (None: it is the final place)."""
-
-    into: Piece
-    region: _Region | None
-
-
 class _Compiler:
     """See the top of the file."""
 
@@ -113,7 +103,8 @@ class _Compiler:
         self._home: dict[int, _Region] = {}
         self._regions: list[_Region] = []
         self._scratch = 0
-        self._receiving: dict[int, _Receive] = {}
+        self._receiving: dict[int, tuple[Piece, _Region | None]] = {}
+        """Where to, and in which scratch memory (None: it is the final place)."""
         self._next = 0
         self._sending: dict[int, Piece] = {}
         self._sent: set[int] = set()
@@ -138,7 +129,7 @@ class _Compiler:
         self._deliver(self._due)
         for message in list(self._sending):
             self._wait_send(message)
-        sent = sum(len(one.source) for one in self._out if isinstance(one, StartSend))
+        sent = sum(len(one.piece) for one in self._out if isinstance(one, Start) and one.sends)
         return Compiled(tuple(self._out), (*self._lengths, self._scratch), sent)
 
     def _deliver(self, chunks: Iterable[int]) -> None:
@@ -164,26 +155,26 @@ class _Compiler:
         else:
             for region in {id(self._home[c]): self._home[c] for c in action.chunks if c in self._home}.values():
                 region.readers.append(action.message)
-        self._out.append(StartSend(action.message, action.peer, source))
+        self._out.append(Start(action.message, action.peer, source, sends=True))
         self._sending[action.message] = source
 
     def _receive(self, at: int, action: Action) -> None:
         self._start_receives(at)
-        self._out.append(WaitReceive(action.message))
-        receive = self._receiving.pop(action.message)
-        parts = self._parts(receive.into, action.chunks)
+        self._out.append(Wait(action.message, sends=False))
+        received, region = self._receiving.pop(action.message)
+        parts = self._parts(received, action.chunks)
         if action.kind == "reduce":
-            self._apply(action.chunks, parts, receive)
+            self._apply(action.chunks, parts, region)
         else:
-            moves = [(self._due[c], parts[c]) for c in action.chunks if c in self._due and receive.region is not None]
+            moves = [(self._due[c], parts[c]) for c in action.chunks if c in self._due and region is not None]
             for into, source in _merged(moves):
                 self._copy(into, source)
             for c in action.chunks:
-                self._move(c, *((self._due[c], None) if c in self._due else (parts[c], receive.region)))
-        if receive.region is not None:
-            receive.region.users -= 1
+                self._move(c, *((self._due[c], None) if c in self._due else (parts[c], region)))
+        if region is not None:
+            region.users -= 1
 
-    def _apply(self, chunks: Sequence[int], parts: dict[int, Piece], receive: _Receive) -> None:
+    def _apply(self, chunks: Sequence[int], parts: dict[int, Piece], region: _Region | None) -> None:
         sums: list[tuple[Piece, Piece, Piece]] = []
         for c in chunks:
             own = self._slot[c]
@@ -194,7 +185,7 @@ class _Compiler:
             self._out.append(Combine(into, own, part))
         for c, (into, _, _) in zip(chunks, sums, strict=True):
             if into == parts[c]:
-                self._move(c, into, receive.region)
+                self._move(c, into, region)
             elif into != self._slot[c]:
                 self._move(c, into, None)
 
@@ -215,8 +206,8 @@ class _Compiler:
                 region = self._region(sum(len(self._ranges[c]) for c in action.chunks))
                 region.users += 1
                 into = region.piece
-            self._receiving[action.message] = _Receive(into, region)
-            self._out.append(StartReceive(action.message, action.peer, into))
+            self._receiving[action.message] = into, region
+            self._out.append(Start(action.message, action.peer, into, sends=False))
 
     def _is_free(self, action: Action, into: Piece) -> bool:
         """Whether `into` may be overwritten now: all that the program wants done before has been done."""
@@ -281,7 +272,7 @@ class _Compiler:
     def _wait_send(self, message: int) -> None:
         if self._sending.pop(message, None) is not None:
             self._sent.add(message)
-            self._out.append(WaitSend(message))
+            self._out.append(Wait(message, sends=True))
 
     def _copy(self, into: Piece, source: Piece) -> None:
         self._wait_for_readers(into)
@@ -308,21 +299,21 @@ def _merged(rows: Sequence[tuple[Piece, ...]]) -> list[tuple[Piece, ...]]:
 
 def _in_batches(instructions: Sequence[Instruction]) -> tuple[Instruction, ...]:
     out: list[Instruction] = []
-    parts: list[StartReceive | StartSend] = []
+    parts: list[Start] = []
     for instruction in instructions:
         match instruction:
-            case StartReceive():
-                over = any(isinstance(part, StartSend) for part in parts)  # receives come first in a step: this is the next one
-            case WaitSend(message):
+            case Start(sends=False):
+                over = any(part.sends for part in parts)  # receives come first in a step: this is the next one
+            case Wait(message, sends=True):
                 over = any(part.message == message for part in parts)
-            case WaitReceive() | Combine():
+            case Wait() | Combine():
                 over = True
             case _:
                 over = False
         if over and parts:
             out.append(StartBatch(tuple(parts)))
             parts = []
-        if isinstance(instruction, StartReceive | StartSend):
+        if isinstance(instruction, Start):
             parts.append(instruction)
         else:
             out.append(instruction)  # before what has not started: it copies what is about to be sent

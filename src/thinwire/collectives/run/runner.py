@@ -20,11 +20,9 @@ from thinwire.collectives.run.instructions import (
     Compiled,
     Copy,
     Piece,
+    Start,
     StartBatch,
-    StartReceive,
-    StartSend,
-    WaitReceive,
-    WaitSend,
+    Wait,
 )
 from thinwire.collectives.run.transport import GlooTransport
 from thinwire.collectives.schedules.schedule import Schedule
@@ -118,21 +116,19 @@ class Runner:
         def view(piece: Piece) -> torch.Tensor:
             return memory[piece.buffer][piece.first : piece.last]
 
-        def start(one: StartSend | StartReceive, tag: int) -> Any:
-            if isinstance(one, StartSend):
-                return group.send([view(one.source)], one.peer, tag)
-            return group.recv([view(one.into)], one.peer, tag)
+        def start(one: Start, tag: int) -> Any:
+            return (group.send if one.sends else group.recv)([view(one.piece)], one.peer, tag)
 
         for instruction in compiled.instructions:
             match instruction:
-                case StartSend(message) | StartReceive(message):
+                case Start(message):
                     works[message] = start(instruction, tag + message)
                 case StartBatch(parts):
                     group._start_coalescing(device)
                     for part in parts:
                         start(part, 0)
                     works.update(dict.fromkeys((part.message for part in parts), group._end_coalescing(device)))
-                case WaitReceive(message) | WaitSend(message):
+                case Wait(message):
                     works.pop(message).wait()
                 case Combine(into, a, b):
                     combine(view(a), view(b), out=view(into))

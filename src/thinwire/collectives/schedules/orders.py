@@ -29,7 +29,7 @@ import networkx
 from thinwire.cluster import Cluster, Link
 from thinwire.cluster.graph import Routes, graph
 from thinwire.collectives.schedules.rooted import Parents, chain
-from thinwire.collectives.schedules.schedule import check_order, check_root
+from thinwire.collectives.schedules.schedule import check_order
 
 EXACT = 12
 SEARCHED = 64
@@ -188,7 +188,6 @@ def _cost(seconds: Matrix, order: Sequence[int]) -> tuple[float, float]:
 
 def widest_tree(cluster: Cluster, root: int, *, up: bool = False) -> Parents:
     """A tree over all ranks of `cluster`; up: for a reduce, whose messages go from child to parent."""
-    check_root(root, cluster.world_size)
     routes = Routes(cluster)
     order = ring_order(cluster)
     if up:

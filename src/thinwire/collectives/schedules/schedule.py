@@ -70,7 +70,8 @@ class Schedule:
     root: int | None = None
 
     def __post_init__(self) -> None:
-        ops.known(self.op)
+        if self.op not in ops.OPS:
+            raise UserError(f"unknown collective {self.op!r}; schedules know: {', '.join(ops.OPS)}")
         if self.p < 1:
             raise UserError(f"{self.name}: p = {self.p}; a schedule needs 1 rank or more")
         if ops.rooted(self.op) != (self.root is not None):
@@ -134,12 +135,6 @@ class Schedule:
 def whole_blocks(count: int) -> tuple[Chunk, ...]:
     """A chunk for each of `count` blocks."""
     return tuple(map(Chunk, range(count)))
-
-
-def check_root(root: int, p: int) -> None:
-    """UserError unless `root` is one of p ranks."""
-    if not 0 <= root < p:
-        raise UserError(f"root = {root}, but ranks are 0 to {p - 1}")
 
 
 def check_order(order: Sequence[int]) -> tuple[int, ...]:

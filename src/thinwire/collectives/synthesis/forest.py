@@ -23,7 +23,7 @@ from thinwire.collectives.synthesis.graph import Counts, Floats, Graph, Matrix, 
 from thinwire.collectives.synthesis.lp import BOTH, BROADCAST, Sharing, TreeProgram, all_reduce_time, sequential_time
 from thinwire.collectives.synthesis.optimum import fixed_k, optimum
 from thinwire.collectives.synthesis.packing import Packing, Partial
-from thinwire.collectives.synthesis.split import Piece, take, without_switches
+from thinwire.collectives.synthesis.split import Piece, paired, take, without_switches
 from thinwire.collectives.synthesis.trees import Edge, Forest, Tree, congestion
 from thinwire.errors import UserError
 
@@ -46,54 +46,26 @@ class AllReducePlan:
         parts: list[tuple[Tree, Tree, Fraction]] = []
         for root in self.reduce.shares():
             ups = [(tree, tree.weight) for tree in self.reduce.trees if tree.root == root]
-            downs = [(tree, tree.weight) for tree in self.broadcast.trees if tree.root == root]
-            while ups:
-                (up, left), (down, other) = ups.pop(0), downs.pop(0)
-                part = min(left, other)
-                parts.append((up, down, part))
-                if left > part:
-                    ups.insert(0, (up, left - part))
-                if other > part:
-                    downs.insert(0, (down, other - part))
+            parts += paired(ups, [(tree, tree.weight) for tree in self.broadcast.trees if tree.root == root])
         return tuple(parts)
 
 
-def packed(graph: Graph, op: str, root: int = 0) -> Forest:
-    """The trees of any op but all_reduce (`all_reduce_plan`) and all_to_all, which has none."""
+def packed(graph: Graph, op: str, root: int = 0, k: int | None = None) -> Forest:
+    """The trees of any op but all_reduce (`all_reduce_plan`) and all_to_all, which has none.
+
+    k: of an all-gather or reduce-scatter, trees for each rank; None: the exact optimum, where switches are balanced.
+    """
     match op:
-        case "all_gather":
-            return all_gather_forest(graph)
         case "reduce_scatter":
-            return reduce_scatter_forest(graph)
+            return packed(graph.reversed(), "all_gather", k=k).reversed()
+        case "reduce":
+            return packed(graph.reversed(), "broadcast", root).reversed()
         case "broadcast":
-            return broadcast_forest(graph, root)
-        case _:
-            return reduce_forest(graph, root)
-
-
-def all_gather_forest(graph: Graph, k: int | None = None) -> Forest:
-    """Each rank broadcasts 1/W of the whole. k: trees for each rank; None: the exact optimum, where switches are balanced."""
+            return _shared(graph, np.eye(1, graph.computes, graph.node_of(root))[0], root)
     if graph.computes == 1 or k is not None or graph.balanced():
         best = optimum(graph) if k is None else fixed_k(graph, k)
         return _forest(graph, best.capacity, graph.weights * best.k)
     return _shared(graph, graph.weights / graph.world_size)
-
-
-def reduce_scatter_forest(graph: Graph, k: int | None = None) -> Forest:
-    """The all-gather backwards."""
-    return all_gather_forest(graph.reversed(), k).reversed()
-
-
-def broadcast_forest(graph: Graph, root: int) -> Forest:
-    """Trees from the rank `root`, together as fast as the tightest cut."""
-    shares = np.zeros(graph.computes)
-    shares[graph.node_of(root)] = 1
-    return _shared(graph, shares, root)
-
-
-def reduce_forest(graph: Graph, root: int) -> Forest:
-    """The broadcast backwards."""
-    return broadcast_forest(graph.reversed(), root).reversed()
 
 
 def all_reduce_plan(graph: Graph) -> AllReducePlan:
@@ -104,7 +76,8 @@ def all_reduce_plan(graph: Graph) -> AllReducePlan:
     time, sequential = all_reduce_time(graph), sequential_time(graph)
     if sequential is not None and sequential <= time * (1 + 1e-6):
         # Equal shares lose nothing, and their trees are lower. Either half keeps the links busy in its own half of the time.
-        reduce, broadcast = reduce_scatter_forest(graph, _small_k(graph.reversed())), all_gather_forest(graph, _small_k(graph))
+        reduce = packed(graph, "reduce_scatter", k=_small_k(graph.reversed()))
+        broadcast = packed(graph, "all_gather", k=_small_k(graph))
     else:
         sharing = TreeProgram(graph, BOTH).solve()
         roots, outward, inward = _rounded(graph, sharing)

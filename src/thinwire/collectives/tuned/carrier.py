@@ -5,11 +5,11 @@ from functools import cache
 
 from thinwire.cluster import Cluster
 from thinwire.cluster.graph import Routes
-from thinwire.collectives.carrier import Native
 from thinwire.collectives.choose.call import CollectiveCall, collective_call
 from thinwire.collectives.choose.costs import Costs
 from thinwire.collectives.choose.native import closed_form_s, simulate_native
 from thinwire.collectives.choose.simulate import simulate
+from thinwire.collectives.price import Carrier
 from thinwire.collectives.schedules import ops
 from thinwire.collectives.tuned.implementation import NATIVE, Implementation
 from thinwire.collectives.tuned.tuner import Tuner, size_class
@@ -17,8 +17,8 @@ from thinwire.collectives.wire import Flow, flows
 from thinwire.traffic import Transfer
 
 
-class Chosen(Native):
-    """A `carrier.Carrier`: what the groups of this process have decided so far; gloo's own for the rest.
+class Chosen(Carrier):
+    """What the groups of this process have decided so far; gloo's own for the rest.
 
     Of a group that this rank is not in, it takes what a group of as many ranks has decided.
     """

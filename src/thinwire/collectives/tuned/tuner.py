@@ -5,7 +5,7 @@ first; the seconds of a turn are those of the slowest rank, of an implementation
 one, is fast at times); of equal ones the first advised is the best. It replaces the backend's own only if it takes less than
 `WORTH` of its time (`SHORT_WORTH` for short calls). All ranks see the same numbers, and so choose alike.
 
-What was measured in an earlier run on this network (`network`, `cache`) is timed once more when it is first used in a run, alone,
+What was measured in an earlier run on this network (`cache`) is timed once more when it is first used in a run, alone,
 and on the size that it was measured on: others of its class take up to twice as long. It holds if that took between 1 / `STALE`
 and `STALE` of the stored seconds; else the network is not what it was, and all is measured.
 """
@@ -23,15 +23,13 @@ import torch
 import torch.distributed as dist
 
 from thinwire.cluster import Cluster
-from thinwire.collectives.choose.calibrate import PROBE_BYTES
 from thinwire.collectives.choose.costs import Costs
 from thinwire.collectives.run.engine import Engine
 from thinwire.collectives.run.transport import Place
 from thinwire.collectives.schedules.doubling import recursive_doubling
-from thinwire.collectives.tuned.advice import Advisor
-from thinwire.collectives.tuned.cache import Cache, beside
+from thinwire.collectives.tuned.advice import PROBE_BYTES, Advisor
+from thinwire.collectives.tuned.cache import Cache, Network, network_of
 from thinwire.collectives.tuned.implementation import NATIVE, Call, Implementation, example, perform, wire_bytes
-from thinwire.collectives.tuned.network import Network, network_of
 from thinwire.errors import UserError
 from thinwire.units import show
 
@@ -194,8 +192,8 @@ class Tuner:
 
 def make_tuner(cluster: Cluster | None, file: str, *, measures: bool, cache: str = "") -> Tuner:
     """file: that `cluster` came from; what is measured is stored beside it, if it is one, or in `cache`."""
-    path = Path(cache) if cache else beside(Path(file)) if Path(file).is_file() else None
-    return Tuner(Advisor(cluster), Cache(path), measures=measures)
+    beside = Path(file).with_suffix(".collectives.json") if Path(file).is_file() else None
+    return Tuner(Advisor(cluster), Cache(Path(cache) if cache else beside), measures=measures)
 
 
 def _from_first(engine: Engine, call: Call, function: Callable[[], Any]) -> Any:
