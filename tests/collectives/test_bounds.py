@@ -61,8 +61,8 @@ def test_the_farthest_from_the_root_is_named(op: str, ends: str) -> None:
 @pytest.mark.parametrize(("op", "latency_s"), [("broadcast", 0.25), ("reduce", 0.5)])
 def test_latency_counts_in_the_direction_of_the_bytes(op: str, latency_s: float) -> None:
     """Two nodes, 2 bytes over 1 byte/s; from the root 0.25 s, to it 0.5 s."""
-    graph = matrix_graph([[0, 1], [1, 0]], bytes_per_s=1.0)
-    graph = replace(graph, latency_s={(0, 1): 0.25, (1, 0): 0.5})
+    graph = matrix_graph([[0, 1], [1, 0]])
+    graph = replace(graph, bytes_per_s=1.0, latency_s={(0, 1): 0.25, (1, 0): 0.5})
     assert bound(graph, op, 2).seconds == pytest.approx(2 + latency_s)
 
 

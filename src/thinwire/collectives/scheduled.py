@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from thinwire.collectives.backend import NAME, MeteredGroup
+from thinwire.collectives.backend import NAME, MeteredGroup, register
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.run.compiler import in_place
 from thinwire.collectives.run.engine import Engine
@@ -32,8 +32,10 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 TYPES = (*FLOATS, torch.int8, torch.uint8, torch.int32, torch.int64)
 
 
-def register_scheduled(ledger: Ledger, tuner: Tuner, name: str = NAME, inner: InnerFactory = over_gloo) -> None:
-    """Like `backend.register`, with collectives chosen by `tuner`. Call before init_process_group."""
+def register_scheduled(ledger: Ledger, tuner: Tuner | None, name: str = NAME, inner: InnerFactory = over_gloo) -> None:
+    """Like `backend.register`, with collectives chosen by `tuner`, if there is one. Call before init_process_group."""
+    if tuner is None:
+        return register(ledger, name, inner)
 
     def create(options: Any, _backend_options: Any = None) -> ScheduledGroup:
         place = Place.from_options(options)

@@ -20,8 +20,8 @@ from thinwire.cluster import Cluster, Device, Host, load_cluster
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.mpi.start import Mpi, started
 from thinwire.collectives.price import Carrier
-from thinwire.collectives.scheduled import ScheduledGroup
-from thinwire.collectives.start import register
+from thinwire.collectives.run.transport import over_gloo
+from thinwire.collectives.scheduled import ScheduledGroup, register_scheduled
 from thinwire.collectives.synthesis.bounds import OPS
 from thinwire.collectives.tuned.carrier import Chosen
 from thinwire.collectives.tuned.tuner import Tuner, make_tuner
@@ -86,7 +86,7 @@ def set_collectives(config: RunConfig, environment: Environment, ledger: Ledger,
     if kind != "native":
         cluster = find_cluster(config, environment, environment.place.world_size) if lab or named else None
         tuner = make_tuner(cluster, "" if lab else named, measures=kind == "measured")
-    register(ledger, tuner, mpi)
+    register_scheduled(ledger, tuner, inner=mpi.inner if mpi else over_gloo)
     return tuner
 
 

@@ -11,7 +11,7 @@ from thinwire.cluster import FRAME_OVERHEAD, Cluster, load_cluster
 from thinwire.collectives.choose.call import collective_call
 from thinwire.collectives.choose.candidates import Candidate
 from thinwire.collectives.choose.costs import Costs
-from thinwire.collectives.choose.estimate import profile
+from thinwire.collectives.choose.estimate import estimate
 from thinwire.collectives.choose.explain import as_dict, fullest, lines, loses
 from thinwire.collectives.choose.native import simulate_native
 from thinwire.collectives.choose.select import NEAR, TIE, Priced, Selection, choose
@@ -157,7 +157,7 @@ def test_estimates_are_exact_for_rings_and_chains() -> None:
     costs = Costs(reduce_s_per_byte=0.0, call_s=0.0)
     for model in (ring.all_reduce(range(6)), rooted.all_reduce(rooted.chain(range(6)))):
         found = simulate(model, call.message_bytes, call.routes, costs).seconds
-        assert profile(model, call, costs).seconds(1) == pytest.approx(found, rel=1e-3)
+        assert estimate(model, call, costs)(1) == pytest.approx(found, rel=1e-3)
 
 
 def test_the_words() -> None:

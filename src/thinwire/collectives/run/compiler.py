@@ -85,12 +85,10 @@ class _Compiler:
         given, due = ops.inputs(op, p, root, rank), ops.outputs(op, p, root, rank)
         one = in_place(op, root, rank)
         given_at, due_at = ops.offsets(given, sizes), ops.offsets(due, sizes)
-        self._due = {c: self._piece(OUTPUT, due_at, c) for c, chunk in enumerate(schedule.chunks) if chunk.block in due_at}
-        self._slot = {
-            c: self._piece(OUTPUT if one else INPUT, given_at, c)
-            for c, chunk in enumerate(schedule.chunks)
-            if chunk.block in given_at
-        }
+        blocks = [chunk.block for chunk in schedule.chunks]
+        self._due = {c: self._piece(OUTPUT, due_at[block], c) for c, block in enumerate(blocks) if block in due_at}
+        own = OUTPUT if one else INPUT
+        self._slot = {c: self._piece(own, given_at[block], c) for c, block in enumerate(blocks) if block in given_at}
         lengths = sum(sizes[block] for block in given), sum(sizes[block] for block in due)
         self._lengths = (max(lengths), max(lengths)) if one else lengths
         program = programs(schedule)[rank]
@@ -110,9 +108,9 @@ class _Compiler:
         self._sent: set[int] = set()
         self._step = self._done = -1
 
-    def _piece(self, buffer: int, offsets: dict[int, int], chunk: int) -> Piece:
-        where = self._ranges[chunk]
-        return Piece(buffer, offsets[where.block] + where.first, offsets[where.block] + where.last)
+    def _piece(self, buffer: int, at: int, chunk: int) -> Piece:
+        """Of a chunk whose block begins at element `at`."""
+        return Piece(buffer, at + self._ranges[chunk].start, at + self._ranges[chunk].stop)
 
     def compiled(self) -> Compiled:
         if not any(action.kind == "reduce" for action in self._actions):

@@ -5,7 +5,7 @@ inward (reduce, reduce-scatter) from the leaves to the root. A path always runs 
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 from math import lcm
@@ -76,8 +76,7 @@ class Forest:
     def reversed(self) -> "Forest":
         """The same trees in the reversed graph, their bytes running in the other direction."""
         trees = tuple(
-            Tree(tree.root, tree.weight, tuple(Edge(edge.parent, edge.child, edge.path[::-1]) for edge in tree.edges))
-            for tree in self.trees
+            replace(tree, edges=tuple(replace(edge, path=edge.path[::-1]) for edge in tree.edges)) for tree in self.trees
         )
         return Forest(not self.inward, trees, self.seconds_per_byte)
 
