@@ -11,11 +11,10 @@ from known_networks import a100, cables, dgx1v, mi250, racks, small_graphs, star
 from scipy.optimize import linprog
 
 from thinwire.cluster import load_cluster
-from thinwire.collectives.synthesis.forest import all_reduce_plan, packed
+from thinwire.collectives.synthesis.forest import Forest, all_reduce_plan, packed
 from thinwire.collectives.synthesis.graph import Graph, graph_of, matrix_graph
 from thinwire.collectives.synthesis.lp import all_reduce_time
 from thinwire.collectives.synthesis.optimum import fixed_k, optimum
-from thinwire.collectives.synthesis.trees import Forest
 from thinwire.errors import UserError
 
 LOSS = 1.025

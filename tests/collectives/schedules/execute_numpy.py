@@ -60,7 +60,7 @@ def execute(schedule: Schedule, inputs: Sequence[np.ndarray], sizes: Sequence[in
     outputs: list[np.ndarray | None] = []
     for rank in range(schedule.p):
         due = ops.outputs(schedule.op, schedule.p, schedule.root, rank)
-        parts = [slots[rank][chunk] for block in due for chunk, r in enumerate(ranges) if r.block == block]
+        parts = [slots[rank][chunk] for block in due for chunk, one in enumerate(schedule.chunks) if one.block == block]
         outputs.append(np.concatenate(parts) if parts else None)
     return outputs
 

@@ -6,30 +6,100 @@
 
 Real capacities become whole numbers of trees like this: D trees in all; x_u is rounded down to r_u / D, each D c_e up to an
 integer so that switches still pass on what they receive. Every cut then holds the r_u trees, and what is lost falls with D.
+
+A tree carries `weight` of the whole message. Outward (broadcast, all-gather) bytes run from the root to the leaves; inward
+(reduce, reduce-scatter) from the leaves to the root. A path always runs with the bytes.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from math import lcm
 
 import numpy as np
 from scipy.optimize import linprog
 
-from thinwire.collectives.synthesis.balance import switch_balance
-from thinwire.collectives.synthesis.flow import violated_cut
+from thinwire.collectives.synthesis.flow import switch_balance, violated_cut
 from thinwire.collectives.synthesis.graph import Counts, Floats, Graph, Matrix, Pair
 from thinwire.collectives.synthesis.lp import BOTH, BROADCAST, Sharing, TreeProgram, all_reduce_time, sequential_time
 from thinwire.collectives.synthesis.optimum import fixed_k, optimum
 from thinwire.collectives.synthesis.packing import Packing, Partial
 from thinwire.collectives.synthesis.split import Piece, paired, take, without_switches
-from thinwire.collectives.synthesis.trees import Edge, Forest, Tree, congestion
 from thinwire.errors import UserError
 
 _LOSS = 0.02
 """Few trees mean few messages: a fiftieth of the bandwidth is given for them where roots or links are shared unequally."""
 _TREES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 48, 96, 192, 384, 768)
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """Ranks, and the names of the nodes that the bytes pass, both ends included (one name: they never leave the node)."""
+
+    parent: int
+    child: int
+    path: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """A spanning tree of the ranks; an edge comes after the edge to its parent."""
+
+    root: int
+    weight: Fraction
+    edges: tuple[Edge, ...]
+
+    @property
+    def depth(self) -> int:
+        """Edges from the root to the farthest rank."""
+        level = {self.root: 0}
+        for edge in self.edges:
+            level[edge.child] = level[edge.parent] + 1
+        return max(level.values())
+
+    def parents(self) -> tuple[int, ...]:
+        """The parent of each rank, -1 for the root."""
+        parents = [-1] * (len(self.edges) + 1)
+        for edge in self.edges:
+            parents[edge.child] = edge.parent
+        return tuple(parents)
+
+
+@dataclass(frozen=True, slots=True)
+class Forest:
+    """Trees whose weights add up to 1, and the seconds that a byte of the message takes when all run at once."""
+
+    inward: bool
+    trees: tuple[Tree, ...]
+    seconds_per_byte: float
+
+    @property
+    def depth(self) -> int:
+        return max(tree.depth for tree in self.trees)
+
+    def weighted(self) -> tuple[tuple[tuple[int, ...], int], ...]:
+        """(parents, integer weight) of each tree; those that differ only in their physical paths are one."""
+        weights: defaultdict[tuple[int, ...], Fraction] = defaultdict(Fraction)
+        for tree in self.trees:
+            weights[tree.parents()] += tree.weight
+        common = lcm(*(weight.denominator for weight in weights.values()))
+        return tuple((parents, int(weight * common)) for parents, weight in weights.items())
+
+    def shares(self) -> dict[int, Fraction]:
+        """What part of the message has its root at each rank."""
+        shares: defaultdict[int, Fraction] = defaultdict(Fraction)
+        for tree in self.trees:
+            shares[tree.root] += tree.weight
+        return dict(sorted(shares.items()))
+
+    def reversed(self) -> "Forest":
+        """The same trees in the reversed graph, their bytes running in the other direction."""
+        trees = tuple(
+            replace(tree, edges=tuple(replace(edge, path=edge.path[::-1]) for edge in tree.edges)) for tree in self.trees
+        )
+        return Forest(not self.inward, trees, self.seconds_per_byte)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +118,18 @@ class AllReducePlan:
             ups = [(tree, tree.weight) for tree in self.reduce.trees if tree.root == root]
             parts += paired(ups, [(tree, tree.weight) for tree in self.broadcast.trees if tree.root == root])
         return tuple(parts)
+
+
+def congestion(graph: Graph, *trees: Tree) -> float:
+    """Seconds per byte of the busiest link when all `trees` run at the same time."""
+    index = {name: node for node, name in enumerate(graph.nodes)}
+    loads: defaultdict[tuple[int, int], Fraction] = defaultdict(Fraction)
+    for tree in trees:
+        for edge in tree.edges:
+            for a, b in pairwise(edge.path):
+                loads[index[a], index[b]] += tree.weight
+    busiest = max((load / graph.capacity[link] for link, load in loads.items()), default=Fraction(0))
+    return float(busiest) / graph.bytes_per_s
 
 
 def packed(graph: Graph, op: str, root: int = 0, k: int | None = None) -> Forest:

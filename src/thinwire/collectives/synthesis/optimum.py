@@ -18,8 +18,7 @@ from math import gcd
 
 import numpy as np
 
-from thinwire.collectives.synthesis.balance import balanced_part
-from thinwire.collectives.synthesis.flow import violated_cut
+from thinwire.collectives.synthesis.flow import balanced_part, violated_cut
 from thinwire.collectives.synthesis.graph import Counts, Graph, Mask, Matrix
 from thinwire.errors import UserError
 
