@@ -9,9 +9,9 @@ from known_networks import a100, small_graphs
 
 from thinwire.cluster import FRAME_OVERHEAD, load_cluster
 from thinwire.collectives.synthesis.bounds import bound
+from thinwire.collectives.synthesis.file import nccl_graph
 from thinwire.collectives.synthesis.forest import all_reduce_plan, packed
 from thinwire.collectives.synthesis.graph import Graph, matrix_graph
-from thinwire.collectives.synthesis.nccl import nccl_graph
 from thinwire.collectives.synthesis.optimum import optimum
 from thinwire.errors import UserError
 

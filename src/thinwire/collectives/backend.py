@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
 from thinwire.collectives.groups import timeout_of
-from thinwire.collectives.ledger import Group, Ledger, Total, axis_of
+from thinwire.collectives.ledger import Group, Ledger, axis_of
 from thinwire.collectives.run.transport import InnerFactory, Place, over_gloo
 from thinwire.collectives.wire import sent_bytes
 from thinwire.errors import UserError
@@ -64,11 +64,6 @@ def self_test(group: dist.ProcessGroup, ledger: Ledger) -> None:
             f"torch {torch.__version__} sends FSDP2's bytes past the meter ({ledger.sent_bytes - before} B metered, "
             f"{expected} B sent); use torch 2.11 to 2.15, on which it was tested"
         )
-
-
-def note_completion(ledger: Ledger, total: Total, issued: float, _future: Any = None) -> None:
-    """`Ledger.completed`, as a callback of a future."""
-    ledger.completed(total, issued)
 
 
 def bytes_of(tensors: Any) -> int:
@@ -172,7 +167,7 @@ class MeteredGroup(dist.ProcessGroup):
             self._ledger.completed(total, issued)
             return work
         # Holds the ledger only: gloo's thread drops it, late, and as the last holder of a group would have to join itself.
-        done = partial(note_completion, self._ledger, total, issued)
+        done = partial(self._ledger.completed, total, issued)
         if op in ("send", "recv") or (op == "reduce_scatter" and self._over_gloo):  # which gloo gives no future
             return _WaitedWork([work], done)
         try:

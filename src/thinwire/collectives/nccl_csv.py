@@ -71,12 +71,9 @@ def read_measured(text: str) -> list[Measured]:
     try:
         rows = TypeAdapter(list[Measured]).validate_json(text)
     except ValidationError as error:
-        raise UserError(f"these are not measurements: {_first(error)}") from None
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "rows"
+        raise UserError(f"these are not measurements: {where}: {first['msg']}") from None
     if not rows:
         raise UserError(f"there are no measurements; a row has {', '.join(Measured.model_fields)}")
     return rows
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'rows'}: {first['msg']}"

@@ -28,8 +28,7 @@ from thinwire.collectives.tuned.tuner import Tuner, size_class
 
 CHOOSING = "choosing collectives"
 """The label of what ranks send to agree and to measure."""
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-TYPES = (*FLOATS, torch.int8, torch.uint8, torch.int32, torch.int64)
+TYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int32, torch.int64}
 
 
 def register_scheduled(ledger: Ledger, tuner: Tuner | None, name: str = NAME, inner: InnerFactory = over_gloo) -> None:

@@ -31,6 +31,7 @@ from thinwire.cluster import Cluster, Link
 from thinwire.cluster.graph import Routes, graph
 from thinwire.collectives.schedules.rooted import Parents, chain
 from thinwire.collectives.schedules.schedule import check_order
+from thinwire.errors import UserError
 
 EXACT = 12
 SEARCHED = 64
@@ -174,6 +175,8 @@ def _cost(seconds: Matrix, order: Sequence[int]) -> tuple[float, float]:
 
 def widest_tree(cluster: Cluster, root: int, *, up: bool = False) -> Parents:
     """A tree over all ranks of `cluster`; up: for a reduce, whose messages go from child to parent."""
+    if not 0 <= root < cluster.world_size:
+        raise UserError(f"root = {root}, but ranks are 0 to {cluster.world_size - 1}")
     routes = Routes(cluster)
     order = ring_order(cluster)
     if up:
