@@ -113,18 +113,15 @@ class _Barrier(_WaitedWork):
 class MeteredGroup(dist.ProcessGroup):
     """gloo, or a group that takes the same calls, behind a meter. Each method: note the bytes, pass on, note the completion."""
 
-    device_type = "cpu"
-    """Of the tensors."""
-
-    def __init__(self, ledger: Ledger, inner: Any, store: dist.Store | None = None) -> None:
-        """store: of this group alone, where ranks write down which barrier they have come to."""
+    def __init__(self, ledger: Ledger, inner: Any, store: dist.Store | None = None, device_type: str = "cpu") -> None:
+        """store: of this group alone, where ranks write down which barrier they have come to. device_type: of the tensors."""
         super().__init__(inner.rank(), inner.size())
         self._ledger, self._inner = ledger, inner
         self._store, self._barriers = store, 0
         self._desc = ""
         self._over_gloo = isinstance(inner, dist.ProcessGroupGloo)
         native = inner if self._over_gloo else None  # the others are no Backend to torch
-        self._register_backend(torch.device(self.device_type), dist.ProcessGroup.BackendType.CUSTOM, native)
+        self._register_backend(torch.device(device_type), dist.ProcessGroup.BackendType.CUSTOM, native)
         self._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
         self._group = Group("", inner.rank(), inner.size())
 

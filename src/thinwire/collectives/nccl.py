@@ -41,7 +41,7 @@ def register_nccl(ledger: Ledger, tuner: Tuner | None, name: str = NAME) -> None
         place = Place.from_options(options)
         inner = _group(options.store, place.rank, place)
         if tuner is None or on_one_host(place):
-            return MeteredNccl(ledger, inner)
+            return MeteredGroup(ledger, inner, device_type="cuda")
         return ScheduledNccl(ledger, inner, NcclTransport(place), place, tuner)
 
     dist.Backend.register_backend(name, create, extended_api=True, devices=["cuda"])
@@ -99,16 +99,8 @@ class Launched(dist._Work):
         return self._over.query()
 
 
-class MeteredNccl(MeteredGroup):
-    """NCCL behind the meter."""
-
-    device_type = "cuda"
-
-
 class ScheduledNccl(ScheduledGroup):
     """See the top of the file."""
-
-    device_type = "cuda"
 
     def __init__(self, ledger: Ledger, inner: Any, transport: Transport, place: Place, tuner: Tuner) -> None:
         super().__init__(ledger, inner, transport, place, tuner)

@@ -25,7 +25,8 @@ def price(routes: Routes, op: str, message_bytes: int, ranks: Sequence[int], roo
     for count, turn in _turns(op, message_bytes, len(ranks), root):
         placed = [(ranks[source], ranks[target], size) for source, target, size in turn]
         busy = max((link_seconds(link, size) for link, size in routes.load(placed).items()), default=0.0)
-        latency = max((_latency(routes, source, target) for source, target, _ in placed), default=0.0)
+        ways = [routes.between(source, target) for source, target, _ in placed]
+        latency = max((sum(link.latency_s.value for link in way) for way in ways), default=0.0)
         seconds += count * (latency + MESSAGE_OVERHEAD_S) + busy
     return seconds
 
@@ -53,10 +54,6 @@ def _turns(op: str, message_bytes: int, p: int, root: int) -> list[tuple[int, tu
             return [(ceil(log2(p)), ())]
         case _:
             return [(1, everything)]
-
-
-def _latency(routes: Routes, source: int, target: int) -> float:
-    return sum(link.latency_s.value for link in routes.between(source, target))
 
 
 class Carrier:

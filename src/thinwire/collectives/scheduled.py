@@ -47,7 +47,7 @@ class ScheduledGroup(MeteredGroup):
     """See the top of the file."""
 
     def __init__(self, ledger: Ledger, inner: Any, transport: Transport, place: Place, tuner: Tuner) -> None:
-        super().__init__(ledger, inner, place.store)
+        super().__init__(ledger, inner, place.store, transport.device.type)
         group = self._group
 
         def record(op: str, message_bytes: int, sent: int | None) -> None:
@@ -110,10 +110,6 @@ class ScheduledGroup(MeteredGroup):
             call = Call(op, flat, flat, reduction, root, back)
         else:  # a reduce, elsewhere than at the root
             call = Call(op, flat, flat[:0], reduction, root)
-        return self._run(call, given, got, native, opts)
-
-    def _run(self, call: Call, given: torch.Tensor, got: torch.Tensor, native: Callable[[], dist.Work], opts: Any) -> dist.Work:
-        """given, got: as the caller has shaped them."""
         chosen = self._implementation(call)
         if chosen.native:
             return native()
@@ -139,7 +135,7 @@ class ScheduledGroup(MeteredGroup):
     def _may_schedule(self, op: str, given: torch.Tensor, got: torch.Tensor, root: int) -> bool:
         """Whether a schedule may run the call: schedules know such, and it is not decided that it stays with the inner group."""
         known = given.dtype in TYPES and got.dtype == given.dtype and given.layout == got.layout == torch.strided
-        if not known or given.device.type != self.device_type or given.numel() == 0:
+        if not known or given.device.type != self._engine.transport.device.type or given.numel() == 0:
             return False
         chosen = self._decided.get((op, size_class(given.nbytes), root))
         return chosen is None or not chosen.native

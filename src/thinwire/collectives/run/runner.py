@@ -72,7 +72,8 @@ class Runner:
                 f"{schedule.name}: rank {self._rank} of this {schedule.op} gives {given.numel()} elements, gets {got.numel()}; "
                 f"the sizes ask for {compiled.lengths[0]} and {compiled.lengths[1]}"
             )
-        tag = self._tag(schedule, sizes, got.dtype)
+        what = zlib.crc32(f"{schedule.op} {schedule.name} {list(sizes)} {got.dtype}".encode())
+        tag = (what + self._calls) % self._call_tags * MOST_MESSAGES
         self._execute(compiled, tag, (given, got, self._memory(compiled, got)), COMBINE[reduction])
         self._calls += 1
         if reduction == "avg":
@@ -97,10 +98,6 @@ class Runner:
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
             return made
-
-    def _tag(self, schedule: Schedule, sizes: Sequence[int], dtype: torch.dtype) -> int:
-        what = zlib.crc32(f"{schedule.op} {schedule.name} {list(sizes)} {dtype}".encode())
-        return (what + self._calls) % self._call_tags * MOST_MESSAGES
 
     def _memory(self, compiled: Compiled, like: torch.Tensor) -> torch.Tensor:
         needed = compiled.lengths[2] * like.itemsize

@@ -87,9 +87,8 @@ class Cache:
 
     def __init__(self, path: Path | None) -> None:
         self.path, self.dropped = path, ""
-        self._networks: dict[str, Network] = {}
-        self._entries: dict[str, dict[str, Any]] = {}
-        """By what was called, then by the network's key."""
+        self._entries: dict[str, list[tuple[Network, dict[str, Any]]]] = {}
+        """By what was called: what was found on each network, the oldest first."""
         if path is not None and path.exists():
             try:
                 stored = json.loads(path.read_text(encoding="utf-8"))
@@ -98,46 +97,35 @@ class Cache:
                 elif stored["torch"] != torch.__version__:
                     self.dropped = f"is of torch {stored['torch']}, and this is {torch.__version__}"
                 else:
-                    self._networks = {key: Network(**one) for key, one in stored["networks"].items()}
-                    self._entries = {call: dict(found) for call, found in stored["entries"].items()}
+                    networks = {name: Network(**one) for name, one in stored["networks"].items()}
+                    self._entries = {
+                        call: [(networks[name], one) for name, one in found.items()] for call, found in stored["entries"].items()
+                    }
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                self._networks, self._entries = {}, {}
                 self.dropped = f"cannot be read ({type(error).__name__}: {str(error)[:80]})"
 
     def find(self, key: str, network: Network) -> dict[str, Any] | None:
         """{"way", "bytes", "seconds", "native_s", "date"} of a call on this network, or one near it."""
-        found = self._entries.get(key, {})
-        own = network.key if network.key in found else self._near(key, network)
-        return found.get(own) if own is not None else None
+        found = self._entries.get(key, [])
+        exact = next((one for own, one in found if own == network), None)
+        return exact or next((one for own, one in found if own.near(network)), None)
 
     def elsewhere(self, key: str) -> bool:
         """Whether there is a choice for the call on any network."""
         return bool(self._entries.get(key))
 
     def store(self, key: str, network: Network, found: dict[str, Any]) -> None:
-        """found: as `find` gives it, less the date. In the place of one on a network near it. Written at once."""
-        entries = self._entries.setdefault(key, {})
-        if (near := self._near(key, network)) is not None:
-            del entries[near]
-        self._networks[network.key] = network
-        entries.pop(network.key, None)
-        for oldest in list(entries)[: max(0, len(entries) + 1 - MOST_NETWORKS)]:
-            del entries[oldest]
-        entries[network.key] = {**found, "date": datetime.now(UTC).date().isoformat()}
-        used = {name for one in self._entries.values() for name in one}
-        self._networks = {name: one for name, one in self._networks.items() if name in used}
+        """found: as `find` gives it, less the date. In the place of those on networks near it. Written at once."""
+        kept = [(own, one) for own, one in self._entries.get(key, []) if not own.near(network)]
+        dated = {**found, "date": datetime.now(UTC).date().isoformat()}
+        self._entries[key] = [*kept, (network, dated)][-MOST_NETWORKS:]
         if self.path is not None:
             aside = self.path.with_suffix(f".{os.getpid()}.tmp")
             content = {
                 "thinwire_collectives": FORMAT,
                 "torch": torch.__version__,
-                "networks": {name: asdict(one) for name, one in self._networks.items()},
-                "entries": self._entries,
+                "networks": {own.key: asdict(own) for entries in self._entries.values() for own, _ in entries},
+                "entries": {call: {own.key: one for own, one in entries} for call, entries in self._entries.items()},
             }
             aside.write_text(json.dumps(content), encoding="utf-8")
             os.replace(aside, self.path)
-
-    def _near(self, key: str, network: Network) -> str | None:
-        """Of the networks that the call was measured on, the first that is near."""
-        names = self._entries.get(key, {})
-        return next((name for name in names if name in self._networks and self._networks[name].near(network)), None)
