@@ -29,7 +29,7 @@ class Fixed(Advisor):
         super().__init__()
         self.reordered, self.asked = reordered, 0
 
-    def implementations(self, op: str, message_bytes: int, ranks: Any, root: int) -> list[tuple[Implementation, float]]:
+    def implementations(self, op: str, message_bytes: int, ranks: Any, root: int) -> list[Implementation]:
         self.asked += 1
         p = len(ranks)
         order = [(root + place) % p for place in range(p)]
@@ -42,8 +42,8 @@ class Fixed(Advisor):
             "all_to_all": lambda: direct.pairwise(p),
         }[op]()
         if self.reordered and op in ("all_reduce", "broadcast", "reduce"):
-            return [(Implementation("native reordered", None, tuple(reversed(range(p)))), 1.0)]
-        return [(Implementation(made.name, made), 1.0), (NATIVE, 2.0)]
+            return [Implementation("native reordered", None, tuple(reversed(range(p))))]
+        return [Implementation(made.name, made), NATIVE]
 
 
 def fixed(reordered: bool = False) -> Tuner:

@@ -110,10 +110,10 @@ def absent(context: Rank) -> None:
 class Wrong(Fixed):
     """Its ring leaves out the last message."""
 
-    def implementations(self, op: str, message_bytes: int, ranks: Any, root: int) -> list[tuple[Implementation, float]]:
+    def implementations(self, op: str, message_bytes: int, ranks: Any, root: int) -> list[Implementation]:
         whole = ring.all_reduce(range(len(ranks)))
         cut = replace(whole, steps=(*whole.steps[:-1], whole.steps[-1][1:]))
-        return [(Implementation("cut ring", cut), 1.0)]
+        return [Implementation("cut ring", cut)]
 
 
 def wrong(context: Rank) -> None:

@@ -127,7 +127,6 @@ class MeteredGroup(dist.ProcessGroup):
 
     @property
     def timeout(self) -> timedelta:
-        """How long a call may take."""
         return timeout_of(self._inner)
 
     def wire_bytes(self, op: str, message_bytes: int, root: int = 0) -> int:

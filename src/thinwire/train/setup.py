@@ -23,8 +23,7 @@ from thinwire.collectives.price import Carrier
 from thinwire.collectives.run.transport import over_gloo
 from thinwire.collectives.scheduled import ScheduledGroup, register_scheduled
 from thinwire.collectives.synthesis.bounds import OPS
-from thinwire.collectives.tuned.carrier import Chosen
-from thinwire.collectives.tuned.tuner import Tuner, make_tuner
+from thinwire.collectives.tuned.tuner import Chosen, Tuner, make_tuner
 from thinwire.config.run import RunConfig
 from thinwire.errors import UserError
 from thinwire.layout import Layout

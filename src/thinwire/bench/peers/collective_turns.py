@@ -20,9 +20,8 @@ from thinwire.collectives.run.transport import Place
 from thinwire.collectives.scheduled import register_scheduled
 from thinwire.collectives.schedules.orders import ring_order
 from thinwire.collectives.tuned.advice import Advisor
-from thinwire.collectives.tuned.carrier import predicted_s
 from thinwire.collectives.tuned.implementation import NATIVE, Call, Implementation, example, perform
-from thinwire.collectives.tuned.tuner import Tuner, size_class
+from thinwire.collectives.tuned.tuner import Tuner, predicted_s, size_class
 
 TIMEOUT_S = 300.0
 BACK_TO_BACK = 16

@@ -39,7 +39,6 @@ class MpiGroup:
 
     @property
     def timeout(self) -> timedelta:
-        """How long a call may take."""
         return timedelta(seconds=self._lane.timeout_s)
 
     def give_up(self, why: str) -> None:

@@ -75,8 +75,6 @@ class _Region:
 
 
 class _Compiler:
-    """See the top of the file."""
-
     def __init__(self, schedule: Schedule, rank: int, sizes: Sequence[int], ahead: int) -> None:
         self._ahead = ahead
         self._out: list[Instruction] = []
@@ -259,11 +257,9 @@ class _Compiler:
         return taken
 
     def _latest_step(self, messages: Sequence[int]) -> int:
-        """The step of the last of them."""
         return max((self._step_of[message] for message in messages), default=-1)
 
     def _wait_for_readers(self, piece: Piece) -> None:
-        """Wait until no send reads `piece`."""
         for message in [message for message, source in self._sending.items() if source.overlaps(piece)]:
             self._wait_send(message)
 

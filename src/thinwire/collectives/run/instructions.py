@@ -27,7 +27,6 @@ class Piece:
         return self.last - self.first
 
     def overlaps(self, other: "Piece") -> bool:
-        """Whether they share an element."""
         return self.buffer == other.buffer and self.first < other.last and other.first < self.last
 
 

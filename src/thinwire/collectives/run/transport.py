@@ -93,7 +93,6 @@ class GlooTransport(Transport):
 
 
 def _sockets() -> set[int]:
-    """Numbers of the sockets of this process."""
     found = set()
     for number in map(int, os.listdir("/dev/fd")):
         with suppress(OSError):  # the directory itself, closed by now

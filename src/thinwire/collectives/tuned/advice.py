@@ -54,22 +54,22 @@ class Advisor:
                 f"{cluster.name} has {cluster.world_size} ranks, but rank {max(ranks)} runs; give the cluster file of these ranks"
             )
 
-    def implementations(self, op: str, message_bytes: int, ranks: Sequence[int], root: int) -> list[tuple[Implementation, float]]:
-        """(implementation, predicted seconds), the best first, the native one among them. `ranks`: global, as in the cluster."""
+    def implementations(self, op: str, message_bytes: int, ranks: Sequence[int], root: int) -> list[Implementation]:
+        """The best first, the native one among them. `ranks`: global, as in the cluster."""
         self.check(ranks)
         cluster = self.cluster
         if cluster is None:
             cluster, ranks = _assumed(len(ranks)), range(len(ranks))
         selection = choose(collective_call(cluster, op, message_bytes, ranks, root), self.costs)
-        found: list[tuple[Implementation, float]] = []
+        found: list[Implementation] = []
         names: set[str] = set()
         for one in selection.promising:
             candidate = one.candidate
             if candidate.model is None and candidate.order is None:
-                found.append((NATIVE, one.seconds))
+                found.append(NATIVE)
             elif len(names) < self.tried and candidate.name not in names:
                 names.add(candidate.name)
-                found.append((Implementation(candidate.title, candidate.schedule, candidate.order), one.seconds))
+                found.append(Implementation(candidate.title, candidate.schedule, candidate.order))
         return found
 
 

@@ -86,7 +86,6 @@ class Call:
 
     @property
     def message_bytes(self) -> int:
-        """What is handed in."""
         return self.elements * self.given.element_size()
 
 
