@@ -172,8 +172,6 @@ class MeteredGroup(dist.ProcessGroup):
             return _WaitedWork([work], done)
         return work
 
-    # -- collectives: arguments as c10d passes them (lists of tensors, options) -----------------------------------------
-
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
         op = "all_gather" if tensors[0].is_sparse else "all_reduce"  # gloo sends every rank's indices and values to all
         return self._entered(op, tensors, self._inner.allreduce, (tensors,), opts or dist.AllreduceOptions())
@@ -268,8 +266,6 @@ class MeteredGroup(dist.ProcessGroup):
             return [rank for rank in range(self._group.size) if not come(rank, self._store)]
         except RuntimeError:  # whoever kept the store is gone
             return []
-
-    # -- point to point --------------------------------------------------------------------------------------------------
 
     def send(self, tensors: Any, peer: int, tag: int) -> dist.Work:
         return self._entered("send", tensors, self._inner.send, (tensors, peer, tag), None, peer)

@@ -135,8 +135,6 @@ class _Compiler:
             self._copy(into, source)
         self._slot.update(due)
 
-    # -- one action ------------------------------------------------------------------------------------------------------
-
     def _send(self, action: Action) -> None:
         pieces = _joined([self._slot[c] for c in action.chunks])
         source = pieces[0]
@@ -209,8 +207,6 @@ class _Compiler:
         """Whether `into` may be overwritten now: all that the program wants done before has been done."""
         before = [self._position[at] for at in action.after if at in self._position]
         return all(at <= self._done for at in before) and not any(piece.overlaps(into) for piece in self._sending.values())
-
-    # -- memory ----------------------------------------------------------------------------------------------------------
 
     def _parts(self, whole: Piece, chunks: Sequence[int]) -> dict[int, Piece]:
         parts, at = {}, whole.first

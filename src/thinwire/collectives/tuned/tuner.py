@@ -83,17 +83,12 @@ class Tuner:
         measures: bool = True,
         report: Callable[[str], None] = print_to_stderr,
     ) -> None:
-        self._advisor, self._cache, self._measures, self._report = advisor, cache or Cache(None), measures, report
+        self.advisor, self._cache, self._measures, self._report = advisor, cache or Cache(None), measures, report
         self.chosen: dict[Key, Implementation] = {}
         self._calibrated: set[int] = set()
         self._hosts: dict[tuple[int, ...], list[str]] = {}
         self._timed: set[str] = set()
         """Calls that were timed in this run."""
-
-    @property
-    def costs(self) -> Costs:
-        """Of messages, as far as this rank knows them."""
-        return self._advisor.costs
 
     def decide(self, engine: Engine, call: Call) -> Implementation:
         """In a job of `engine`. Collective."""
@@ -142,8 +137,8 @@ class Tuner:
 
     def _network(self, place: Place) -> Network:
         """On the first rank. UserError for ranks that the cluster does not have."""
-        self._advisor.check(place.ranks)
-        return network_of(self._advisor.cluster, place.ranks, self._hosts[place.ranks])
+        self.advisor.check(place.ranks)
+        return network_of(self.advisor.cluster, place.ranks, self._hosts[place.ranks])
 
     def _stored(self, key: str, call: Call, place: Place) -> dict[str, Any] | None:
         """On the first rank: what was measured on this network; None if nothing was, or what is stored cannot be used."""
@@ -178,7 +173,7 @@ class Tuner:
 
     def _offers(self, call: Call, place: Place) -> list[dict[str, Any]]:
         """On the first rank: what to try, all of it proven right."""
-        advised = self._advisor.implementations(call.op, call.message_bytes, place.ranks, call.root)
+        advised = self.advisor.implementations(call.op, call.message_bytes, place.ranks, call.root)
         offers = advised if self._measures else advised[:1]
         for one in offers:
             one.check(call, place.size)
@@ -198,7 +193,7 @@ class Tuner:
             if steady == STEADY_TURNS:
                 break
         if engine.place.rank == 0:
-            self._advisor.calibrate(p, *least)
+            self.advisor.calibrate(p, *least)
 
 
 def make_tuner(cluster: Cluster | None, file: str, *, measures: bool, cache: str = "") -> Tuner:
@@ -308,7 +303,7 @@ class Chosen(Carrier):
         return chosen.get((group, *call)) or next(alike, NATIVE)
 
     def _simulate(self, chosen: Implementation, op: str, message_bytes: int, group: tuple[int, ...]) -> float:
-        return predicted_s(chosen, collective_call(self._cluster, op, message_bytes, group), self._tuner.costs)
+        return predicted_s(chosen, collective_call(self._cluster, op, message_bytes, group), self._tuner.advisor.costs)
 
 
 def predicted_s(implementation: Implementation, call: CollectiveCall, costs: Costs, calls: int = 1) -> float:
