@@ -10,8 +10,9 @@ import torch
 from command import TINY_RUN, thinwire
 from pool import Pool, Rank
 from thinwire.config.run import load_run
+from thinwire.environment import Environment
 from thinwire.record import RunFolder
-from thinwire.train.runtime import Environment, StopRequest
+from thinwire.train.runtime import StopRequest
 from thinwire.train.worker import Rank as TrainingRank
 from thinwire.train.worker import train_as
 

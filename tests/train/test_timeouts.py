@@ -34,7 +34,7 @@ class Noted(gloo):
 dist.ProcessGroupGloo = Noted
 
 from thinwire.config.run import load_run
-from thinwire.train.runtime import read_environment
+from thinwire.environment import read_environment
 from thinwire.train.worker import work
 
 work(load_run(Path(sys.argv[1])), read_environment(), None)

@@ -15,10 +15,11 @@ from pool import Pool, Rank, RankFailure
 from thinwire.compress.exchange import make_exchange
 from thinwire.config.compress import Coded
 from thinwire.config.run import RunConfig
+from thinwire.environment import Environment
 from thinwire.errors import UserError
 from thinwire.record import RunFolder
 from thinwire.report import as_json, gather
-from thinwire.train.runtime import Environment, StopRequest
+from thinwire.train.runtime import StopRequest
 from thinwire.train.worker import Outcome, train_as
 from thinwire.train.worker import Rank as TrainingRank
 

@@ -15,13 +15,14 @@ from thinwire.cluster import Quantity, dump_cluster
 from thinwire.cluster.equal import equal_hosts
 from thinwire.config.compress import Coded
 from thinwire.config.run import EveryStep, RunConfig, TrainSection
+from thinwire.environment import Environment, Lab
 from thinwire.errors import UserError
 from thinwire.record import RunFolder
 from thinwire.sync.every_step import EveryStepSync
 from thinwire.tomlfile import validate
 from thinwire.train import checkpoint, worker
 from thinwire.train.assign import Assignment
-from thinwire.train.runtime import Environment, Lab, StopRequest
+from thinwire.train.runtime import StopRequest
 from thinwire.train.step import Stepper, StepTimes
 from thinwire.train.trainer import Trainer
 from thinwire.train.worker import Outcome, train_as

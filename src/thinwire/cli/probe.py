@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from thinwire.environment import Environment
     from thinwire.measure.findings import Findings
     from thinwire.train.failure import Failure
-    from thinwire.train.runtime import Environment
 
 HOW_TO_START = (
     "a probe measures between ranks, so start it on every machine: "
@@ -31,8 +31,8 @@ def probe(
     from dataclasses import replace
 
     from thinwire.cli.rank import be_rank
+    from thinwire.environment import read_environment
     from thinwire.errors import UserError
-    from thinwire.train.runtime import read_environment
 
     if dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--dtype {dtype!r}: allowed are auto, float32, bfloat16")

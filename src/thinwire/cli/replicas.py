@@ -46,8 +46,8 @@ def replicas(
     if folder.exists():
         raise UserError(f"{folder} exists; go on with --resume {folder}, or set another train.run")
 
+    from thinwire.environment import read_environment
     from thinwire.train.replica_launch import launch
-    from thinwire.train.runtime import read_environment
 
     typer.echo(f"starting {agreed.servers} servers and {number} replicas on this machine")
     raise typer.Exit(launch(config, agreed, number, restart, (folder.absolute(), read_environment().cache_folder)))

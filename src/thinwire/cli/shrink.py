@@ -33,7 +33,7 @@ def shrink(
     RunFolder.open(run)
 
     from thinwire.compress.weights.shrink import save_shrunk, shrink
-    from thinwire.train.runtime import read_environment
+    from thinwire.environment import read_environment
     from thinwire.train.trained import open_trained
 
     method, what = _method(svd, sparsity, int8)

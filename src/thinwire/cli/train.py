@@ -17,7 +17,7 @@ def train(
 ) -> None:
     """Train a model; print and record predicted and measured times and bytes."""
     from thinwire.cli.rank import be_rank
-    from thinwire.train.runtime import environment_variables, read_environment
+    from thinwire.environment import environment_variables, read_environment
 
     environment = read_environment()
     place = environment.place
@@ -61,8 +61,8 @@ def _launch(run: Path | None, changes: list[str], resume: Path | None) -> int:
     if config.train.backend == "mpi":
         raise UserError(f"train.backend = 'mpi': ranks that talk over MPI are started by mpiexec -n {ranks} thinwire train ...")
 
+    from thinwire.environment import loopback_environment
     from thinwire.train.agent import Nodes, launch
-    from thinwire.train.runtime import loopback_environment
 
     arguments = [str(run)] if run else []
     for change in changes:

@@ -26,12 +26,12 @@ from thinwire.collectives.synthesis.bounds import OPS
 from thinwire.collectives.tuned.carrier import Chosen
 from thinwire.collectives.tuned.tuner import Tuner, make_tuner
 from thinwire.config.run import RunConfig
+from thinwire.environment import DEFAULT_PORT, Environment, Place
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.measure.compute import fast_dtype
 from thinwire.record import RunFolder
 from thinwire.traffic import Transfer
-from thinwire.train.runtime import DEFAULT_PORT, Environment, Place
 from thinwire.train.step import Stepper, without_trace
 from thinwire.train.task import LanguageModel, Task
 

@@ -19,8 +19,9 @@ from thinwire.bench.peers.outside import alone
 from thinwire.bench.ranks import report_progress
 from thinwire.collectives import backend
 from thinwire.collectives.ledger import Ledger
+from thinwire.environment import Environment, read_environment
 from thinwire.train.optimizers import make_optimizer
-from thinwire.train.runtime import Environment, process_group, read_environment
+from thinwire.train.runtime import process_group
 from thinwire.train.step import Stepper
 
 TIMEOUT_S = 900.0
