@@ -82,9 +82,9 @@ def environment_variables(variables: dict[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def card_is_named() -> bool:
-    """Whether the user says which card gloo takes."""
-    return bool(os.environ.get("GLOO_SOCKET_IFNAME"))
+def gloo_card() -> str:
+    """Which card gloo takes, or several with commas, if the user says it."""
+    return os.environ.get("GLOO_SOCKET_IFNAME", "")
 
 
 def agent_has_store() -> bool:

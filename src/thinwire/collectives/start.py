@@ -11,7 +11,7 @@ from thinwire.collectives import backend
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.mpi.start import Mpi, started_for_good
 from thinwire.collectives.nccl import register_nccl
-from thinwire.collectives.run.transport import over_gloo
+from thinwire.collectives.run.transport import OverGloo
 from thinwire.collectives.scheduled import register_scheduled
 from thinwire.collectives.tuned.tuner import Tuner, make_tuner
 from thinwire.errors import UserError
@@ -66,7 +66,7 @@ def init(
 
 def register(ledger: Ledger, tuner: Tuner | None, mpi: Mpi | None) -> None:
     """Register the metered backend, over `mpi` or else gloo, with collectives that `tuner` chooses or else the carrier's own."""
-    inner = over_gloo if mpi is None else mpi.inner
+    inner = OverGloo() if mpi is None else mpi.inner
     if tuner is not None:
         register_scheduled(ledger, tuner, inner=inner)
     else:

@@ -26,6 +26,8 @@ def process_group(place: Place, backend: str, timeout_s: float) -> Iterator[None
     """The default process group, from beginning to end. Collective. UserError when the ranks do not find each other."""
     import torch.distributed as dist
 
+    from thinwire.collectives.address import plain_gloo
+
     try:
         store = dist.TCPStore(
             place.master_address,
@@ -34,6 +36,8 @@ def process_group(place: Place, backend: str, timeout_s: float) -> Iterator[None
             is_master=place.rank == 0 and not agent_has_store(),
             timeout=timedelta(seconds=timeout_s),
         )
+        if backend == "gloo":
+            backend = plain_gloo()
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("thinwire", store),
