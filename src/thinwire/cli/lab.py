@@ -21,7 +21,9 @@ def run(
         list[str] | None,
         typer.Option(metavar="HOST:AT:FOR", help="No frame passes from or to HOST from AT on for FOR: host1:20:60 (seconds)."),
     ] = None,
-    notice: Annotated[float, typer.Option(min=0, help="Seconds that the others go on after a command has failed.")] = 10.0,
+    bare: Annotated[
+        bool, typer.Option("--bare", help="Hosts as Debian leaves them: own names are 127.0.1.1, no variable names a card.")
+    ] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the cards' counters here.")] = None,
 ) -> None:
     """Run a command on every host of a cluster: `thinwire train` once a host, any other command once a rank.
@@ -38,7 +40,7 @@ def run(
 
     network = load_cluster(cluster)
     stalls = tuple(Stall.read(text) for text in stall or [])
-    options = LabOptions(delay=not no_delay, paced=not unpaced, stalls=stalls, notice_s=notice)
+    options = LabOptions(delay=not no_delay, paced=not unpaced, stalls=stalls, bare=bare)
     processes = processes_for(network, command)
     prepared = prepare(network, options)
     for note in prepared[1].notes:

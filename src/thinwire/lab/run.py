@@ -24,10 +24,10 @@ from typing import Any
 
 from thinwire.cluster import Cluster, dump_cluster
 from thinwire.errors import UserError
-from thinwire.lab.commands import ROOT, Process, host_files
+from thinwire.lab.commands import FIRST_CARD, ROOT, Process, host_files
 from thinwire.lab.kernel import Kernel, examine
 from thinwire.lab.stalls import Stall, steps_of
-from thinwire.lab.wiring import Wiring, imitated, wire
+from thinwire.lab.wiring import Wiring, bridges, imitated, wire
 from thinwire.record import Card, Cards, RunFolder
 
 RESULTS = f"{ROOT}/results"
@@ -42,7 +42,8 @@ class LabOptions:
     """How to run. Without `delay`, latencies are not imitated; `paced` asks trainers to keep the declared compute rates.
 
     After a failure the other hosts get `notice_s` to notice; after a signal all get `grace_s` to end cleanly.
-    `stalls`: links that fall silent for a while.
+    `stalls`: links that fall silent for a while. `bare`: hosts as an installation of Debian leaves them: each knows itself as
+    127.0.1.1 and has a bridge for containers that leads nowhere, and no variable names the card to use.
     """
 
     delay: bool = True
@@ -50,6 +51,7 @@ class LabOptions:
     notice_s: float = 10.0
     grace_s: float = 30.0
     stalls: tuple[Stall, ...] = ()
+    bare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ def _orders(
         hosts[host.name] = {
             "netns": netns,
             "interfaces": [card.interface for card in wiring.cards if card.host == host.name],
-            "hosts_file": _hosts_file(wiring),
+            "hosts_file": _hosts_file(wiring, host.name if options.bare else None),
             "lab": lab,
         }
     with TemporaryDirectory(prefix="thinwire-") as folder:
@@ -132,12 +134,14 @@ def _orders(
     specs = []
     for index, process in enumerate(processes):
         variables = {**process.variables, "THINWIRE_LAB": HOST_FILE}
+        if options.bare:
+            variables = {name: value for name, value in variables.items() if name not in FIRST_CARD}
         argv = [kernel.tools["env"], *(f"{name}={value}" for name, value in variables.items()), *process.argv]
         specs.append({"host": process.host, "argv": argv, "streams": index == 0})
     return {
         "files": {"cluster.toml": text, **host_files(cluster)},
         "tools": kernel.tools,
-        "steps": [asdict(step) for step in wiring.steps],
+        "steps": [asdict(step) for step in [*wiring.steps, *(bridges(wiring) if options.bare else ())]],
         "hosts": hosts,
         "processes": specs,
         "begins": next((process.begins for process in processes if process.begins), ""),
@@ -148,9 +152,12 @@ def _orders(
     }
 
 
-def _hosts_file(wiring: Wiring) -> str:
-    """Names of all hosts. The second half is for servers on IPv6 sockets, which look callers up by mapped addresses."""
-    known = {"localhost": "127.0.0.1", **wiring.addresses}
+def _hosts_file(wiring: Wiring, bare: str | None) -> str:
+    """Names of all hosts. The second half is for servers on IPv6 sockets, which look callers up by mapped addresses.
+
+    bare: the host whose own file this is, as Debian writes it.
+    """
+    known = {"localhost": "127.0.0.1", **wiring.addresses, **({bare: "127.0.1.1"} if bare else {})}
     plain = [f"{address} {name}" for name, address in known.items()]
     mapped = [f"::ffff:{address} {name}.lab" for name, address in known.items()]
     return "\n".join([*plain, *mapped, ""])

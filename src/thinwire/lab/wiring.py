@@ -284,6 +284,12 @@ def _steps(
     return (*steps, Step("ip", None, tuple(up)))
 
 
+def bridges(wiring: Wiring) -> list[Step]:
+    """On each host a bridge as a container engine makes it: up, with an address that is the same everywhere, joined to nothing."""
+    lines = ("link add docker0 type bridge", "address add 172.17.0.1/16 dev docker0", "link set docker0 up")
+    return [Step("ip", name, lines) for name in wiring.netns.values()]
+
+
 def _host_lines(own: list[Card], cards: list[Card]) -> list[str]:
     """A host's own lines: cards up, one subnet a card, cubic on every route, all neighbours known beforehand."""
     lines = ["link set lo up"]
