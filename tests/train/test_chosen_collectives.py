@@ -75,6 +75,7 @@ def run_on_gloo(context: Rank, folder: Path) -> tuple[list[float], set[str]]:
     return losses, {call.label for call in context.recorded()}
 
 
+@pytest.mark.long
 def test_measured_collectives_learn_as_gloo_does_and_send_what_was_predicted(ranks3: Pool, tmp_path: Path) -> None:
     run = ran(tmp_path / "run", "measured")
     check_predicted(run)

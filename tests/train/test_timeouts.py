@@ -27,7 +27,7 @@ new_group, gloo = dist.new_group, dist.ProcessGroupGloo
 
 class Noted(gloo):
     def __init__(self, store, rank, size, timeout):
-        made.append(timeout.total_seconds())
+        made.append(getattr(timeout, "_timeout", timeout).total_seconds())
         super().__init__(store, rank, size, timeout)
 
 

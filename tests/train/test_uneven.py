@@ -248,6 +248,7 @@ def run_paced(context: Rank, config: RunConfig, cluster: Path, resume: Path | No
         *(pytest.param(kind, False, marks=[pytest.mark.long, pytest.mark.timed]) for kind in ("none", "int4")),
     ],
 )
+@pytest.mark.long
 def test_an_uneven_run_sends_what_was_predicted_and_resumes_bit_for_bit(
     ranks2: Pool, tmp_path: Path, kind: str, declared: bool
 ) -> None:

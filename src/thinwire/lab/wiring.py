@@ -285,7 +285,7 @@ def _steps(
 
 
 def bridges(wiring: Wiring) -> list[Step]:
-    """On each host a bridge as a container engine makes it: up, with an address that is the same everywhere, joined to nothing."""
+    """On each host a bridge as a container engine makes it: up, with the same address everywhere, joined to nothing."""
     lines = ("link add docker0 type bridge", "address add 172.17.0.1/16 dev docker0", "link set docker0 up")
     return [Step("ip", name, lines) for name in wiring.netns.values()]
 
