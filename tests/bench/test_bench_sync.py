@@ -178,6 +178,7 @@ def test_stock_peers_send_every_value_once_per_step(ranks2: Pool, hook: str, val
     assert ranks2.run(_stock_bytes, hook, 0) == [(value_bytes * values, hook != SILENT)] * 2
 
 
+@pytest.mark.long
 def test_stock_powersgd_compresses_the_first_step(ranks2: Pool) -> None:
     """r (n + m) values of each matrix, and the bias as it is."""
     values = 2 * (WIDTH + WIDTH) + 2 * (WIDTH + BIAS) + BIAS

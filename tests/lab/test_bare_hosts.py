@@ -53,6 +53,7 @@ def test_groups_and_diloco_of_a_plain_script_find_the_card(tmp_path: Path) -> No
     assert all(card.sent_bytes > 500 for card in result.cards)
 
 
+@pytest.mark.long
 def test_training_finds_the_card(tmp_path: Path) -> None:
     run = tmp_path / "run.toml"
     run.write_text(
