@@ -6,11 +6,11 @@ A row has at least `case`; where they apply `native_s`, `ours_s`, `bound_s`, `ra
 import importlib
 import os
 import platform
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from thinwire.errors import UserError
+from thinwire.tomlfile import read_value
 
 Rows = list[dict[str, Any]]
 Benchmark = Callable[[str | None, Mapping[str, Any]], Rows]
@@ -58,10 +58,7 @@ def parse_options(changes: Sequence[str]) -> dict[str, Any]:
         key, separator, text = change.partition("=")
         if not separator:
             raise UserError(f"--set {change!r}: write KEY=VALUE")
-        try:
-            options[key] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            options[key] = text
+        options[key] = read_value(text)
     return options
 
 
