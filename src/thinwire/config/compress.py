@@ -104,10 +104,8 @@ class Coded(Section):
         return self.kind in SUMMABLE if self.vectors is None else self.vectors
 
 
-class ShardedOptions(BaseModel):
+class ShardedOptions(Section):
     """What `compress_sharded` takes beside the codecs; it says what each does."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     feedback: Literal["int8", "float32", "none"] | None = None
     exclude: Patterns | None = None
