@@ -12,6 +12,8 @@ bandwidth_bps / FRAME_OVERHEAD.
 from collections import Counter
 from dataclasses import dataclass, replace
 
+from networkx.utils import UnionFind
+
 from thinwire.cluster import Cluster, Link, Quantity
 from thinwire.errors import UserError
 from thinwire.units import show
@@ -200,19 +202,12 @@ def _plug(cluster: Cluster, cables: list[_Cable]) -> tuple[list[str], list[Card]
 
 def _check_reach(cluster: Cluster, cards: list[Card], uplinks: list[_Cable]) -> None:
     """Bridges here run no spanning tree: a loop would never come to rest. And eth0 of every host must reach the others."""
-    island: dict[str, str] = {}
-
-    def find(node: str) -> str:
-        while island.get(node, node) != node:
-            node = island[node]
-        return node
-
+    islands = UnionFind()
     for cable in uplinks:
-        a, b = find(cable.a), find(cable.b)
-        if a == b:
+        if islands[cable.a] == islands[cable.b]:
             raise UserError(f"{cluster.name}: the switches form a loop at {cable.a} - {cable.b}; the lab needs a tree")
-        island[a] = b
-    first = {card.host: find(card.switch) for card in cards if card.interface == "eth0"}
+        islands.union(cable.a, cable.b)
+    first = {card.host: islands[card.switch] for card in cards if card.interface == "eth0"}
     for host in cluster.hosts:
         if host.name not in first:
             raise UserError(f"{cluster.name}: {host.name} has no network card, so a lab has nothing to shape; add `card`")
