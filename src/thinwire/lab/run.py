@@ -13,16 +13,16 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
 
 from thinwire.cluster import Cluster, dump_cluster
+from thinwire.endings import signals_handled
 from thinwire.errors import UserError
 from thinwire.lab.commands import FIRST_CARD, ROOT, Process, host_files
 from thinwire.lab.kernel import Kernel, examine
@@ -178,7 +178,14 @@ def _talk(kernel: Kernel, orders: dict[str, Any]) -> dict[str, Any]:
         finally:
             os.close(report_end)
         stack.callback(_end, lab)
-        stack.enter_context(_forwarded(lab))
+        assert lab.stdin is not None
+        line = lab.stdin
+
+        def pass_on(number: int, _: object) -> None:
+            with suppress(BrokenPipeError):
+                line.write(bytes([number]))
+
+        stack.enter_context(signals_handled(FORWARDED, pass_on))
         text = stream.read()
     if not text:
         raise UserError(f"the lab was ended from outside (exit code {lab.returncode}); nothing of it is left")
@@ -196,27 +203,6 @@ def _end(lab: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         lab.kill()
         lab.wait()
-
-
-@contextmanager
-def _forwarded(lab: subprocess.Popen[bytes]) -> Iterator[None]:
-    """While the lab runs, signals to this process are passed on to it (only possible in the main thread)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    assert lab.stdin is not None
-    line = lab.stdin
-
-    def pass_on(number: int, _: object) -> None:
-        with suppress(BrokenPipeError):
-            line.write(bytes([number]))
-
-    before = {number: signal.signal(number, pass_on) for number in FORWARDED}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _result(cluster: Cluster, wiring: Wiring, answer: dict[str, Any]) -> LabResult:
