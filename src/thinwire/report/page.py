@@ -18,7 +18,6 @@ from thinwire.report.facts import (
     Facts,
     card_rows,
     final_loss,
-    gather,
     setup_bytes,
     step_rows,
     transfer_rows,
@@ -35,7 +34,7 @@ PART_COLOURS = {"compute_s": BLUE, "exposed_s": ORANGE, "waiting_s": PINK, "opti
 
 def write_report(folder: RunFolder) -> Path:
     """Write report.html into the run folder and return its path. UserError if the folder is damaged."""
-    folder.write_text("report.html", page(gather(folder)))
+    folder.write_text("report.html", page(Facts(folder)))
     return folder.path / "report.html"
 
 
