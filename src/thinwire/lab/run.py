@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
@@ -27,6 +27,7 @@ from thinwire.errors import UserError
 from thinwire.lab.commands import FIRST_CARD, ROOT, Process, host_files
 from thinwire.lab.kernel import Kernel, examine
 from thinwire.lab.stalls import Stall, steps_of
+from thinwire.lab.wiring import Card as Plug
 from thinwire.lab.wiring import Wiring, bridges, imitated, wire
 from thinwire.record import Card, Cards, RunFolder
 
@@ -54,24 +55,29 @@ class LabOptions:
     bare: bool = False
 
 
-@dataclass(frozen=True, slots=True)
 class LabResult:
     """What came of it. `failure` is one line, None where every command succeeded; `results` are texts that they left.
 
     `exit_code` is 0 only if all succeeded: else that of the host in `failure`, or 128 + signal where one ended them.
-    `retransmitted`: by host, the TCP segments that it sent once more.
+    `retransmitted`: by host, the TCP segments that it sent once more. `delay`: see `Wiring`.
     """
 
-    exit_codes: dict[str, int]
-    exit_code: int
-    failure: str | None
-    signal: int | None
-    seconds: float
-    cards: tuple[Card, ...]
-    retransmitted: dict[str, int]
-    delay: str
-    results: dict[str, str] = field(default_factory=dict)
-    run_folder: Path | None = None
+    def __init__(self, wiring: Wiring, answer: dict[str, Any]) -> None:
+        """answer: of process 1 of the lab."""
+        self.exit_codes: dict[str, int] = {}
+        for process in answer["processes"]:
+            self.exit_codes[process["host"]] = self.exit_codes.get(process["host"]) or process["code"]
+        self.signal: int | None = answer["signal"]
+        self.seconds: float = answer["seconds"]
+        self.cards = tuple(_counted(card, answer) for card in wiring.cards)
+        self.retransmitted: dict[str, int] = answer["retransmitted"]
+        self.delay = wiring.delay
+        self.results: dict[str, str] = answer["results"]
+        failed = _failed(answer)
+        self.failure = _failure(answer, failed)
+        self.exit_code: int = 128 + answer["signal"] if failed and answer["signal"] else max(1, failed["code"]) if failed else 0
+        folder = self.results.get("run_folder", "").strip()
+        self.run_folder = Path(folder) if folder else None
 
 
 def prepare(cluster: Cluster, options: LabOptions) -> tuple[Kernel, Wiring]:
@@ -106,7 +112,11 @@ def launch(
     if not processes:
         raise UserError("no command was given to run in the lab")
     kernel, wiring = prepared or prepare(cluster, options)
-    return _result(cluster, wiring, _talk(kernel, _orders(cluster, processes, kernel, wiring, options)))
+    result = LabResult(wiring, _talk(kernel, _orders(cluster, processes, kernel, wiring, options)))
+    if result.run_folder and result.run_folder.is_dir():
+        run_folder = RunFolder(result.run_folder)
+        run_folder.write("cards.json", Cards(cards=result.cards, ledger_sent_bytes=_ledger_sent_bytes(cluster, run_folder)))
+    return result
 
 
 def _orders(
@@ -205,43 +215,17 @@ def _end(lab: subprocess.Popen[bytes]) -> None:
         lab.wait()
 
 
-def _result(cluster: Cluster, wiring: Wiring, answer: dict[str, Any]) -> LabResult:
-    codes: dict[str, int] = {}
-    for process in answer["processes"]:
-        codes[process["host"]] = codes.get(process["host"]) or process["code"]
-    seconds = answer["seconds"]
-    counts = []
-    for card in wiring.cards:
-        sent, received = answer["counters"][card.host][card.interface]
-        out_bps, back_bps = card.out.bandwidth_bps.value, card.back.bandwidth_bps.value
-        counts.append(
-            Card(
-                host=card.host,
-                interface=card.interface,
-                sent_bytes=sent,
-                received_bytes=received,
-                sent_share=8 * sent / (out_bps * seconds),
-                received_share=8 * received / (back_bps * seconds),
-            )
-        )
-    failed = _failed(answer)
-    folder = answer["results"].get("run_folder", "").strip()
-    result = LabResult(
-        exit_codes=codes,
-        failure=_failure(answer, failed),
-        exit_code=128 + answer["signal"] if failed and answer["signal"] else max(1, failed["code"]) if failed else 0,
-        signal=answer["signal"],
-        seconds=seconds,
-        cards=tuple(counts),
-        retransmitted=answer["retransmitted"],
-        delay=wiring.delay,
-        results=answer["results"],
-        run_folder=Path(folder) if folder else None,
+def _counted(card: Plug, answer: dict[str, Any]) -> Card:
+    sent, received = answer["counters"][card.host][card.interface]
+    out_bps, back_bps = card.out.bandwidth_bps.value, card.back.bandwidth_bps.value
+    return Card(
+        host=card.host,
+        interface=card.interface,
+        sent_bytes=sent,
+        received_bytes=received,
+        sent_share=8 * sent / (out_bps * answer["seconds"]),
+        received_share=8 * received / (back_bps * answer["seconds"]),
     )
-    if result.run_folder and result.run_folder.is_dir():
-        run_folder = RunFolder(result.run_folder)
-        run_folder.write("cards.json", Cards(cards=result.cards, ledger_sent_bytes=_ledger_sent_bytes(cluster, run_folder)))
-    return result
 
 
 def _ledger_sent_bytes(cluster: Cluster, folder: RunFolder) -> dict[str, float]:
