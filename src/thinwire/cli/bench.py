@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from thinwire.cli.files import write_json
+
 PIPED_COLUMNS = 200
 """Width of a table that nobody watches in a terminal."""
 
@@ -24,7 +26,6 @@ def bench(  # noqa: PLR0913 - each is an option of the command line
     from rich.console import Console
 
     from thinwire.bench import registry
-    from thinwire.cli.files import write_json
 
     if name == "list":
         for known, about in registry.describe().items():

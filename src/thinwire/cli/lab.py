@@ -1,9 +1,15 @@
 """`thinwire lab`: a cluster in a box, made of network namespaces with shaped links."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from thinwire.cli.files import write_text
+from thinwire.cli.report import conclude
+from thinwire.units import show
 
 if TYPE_CHECKING:
     from thinwire.lab.run import LabResult
@@ -30,8 +36,6 @@ def run(
 
     Ends with each network card's own byte counters. Nothing is left behind, whatever ends it.
     """
-    from thinwire.cli.files import write_text
-    from thinwire.cli.report import conclude
     from thinwire.cluster import load_cluster
     from thinwire.lab.commands import processes_for
     from thinwire.lab.run import LabOptions, launch, prepare
@@ -64,8 +68,6 @@ def _show_cards(result: "LabResult") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from thinwire.units import show
-
     table = Table("card", title=f"network cards, {show(result.seconds, 's')}", title_justify="left")
     for name in ("sent", "of its rate", "received", "of its rate"):
         table.add_column(name, justify="right")
@@ -80,9 +82,6 @@ def check(
     json_output: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Say what this kernel can do for a lab, and what follows. Exit code 0 if a lab can be built."""
-    import json
-    from dataclasses import asdict
-
     from thinwire.lab import kernel as lab_kernel
 
     kernel = lab_kernel.examine()

@@ -1,5 +1,6 @@
 """`thinwire report RUN`, and the end of a training command: the table on the terminal, the page in the run folder."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -23,8 +24,6 @@ def conclude(run_folder: Path) -> None:
 
 
 def _report(run: Path, more: str = "", as_json: bool = False) -> Path:
-    import json
-
     from rich.console import Console
 
     from thinwire.record import RunFolder
