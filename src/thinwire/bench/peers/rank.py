@@ -54,6 +54,13 @@ def make_stepper(stack, model, sync, mesh, train, loss):
     return Stepper(model=attached, optimizer=optimizer, sync=sync, loss=loss, precision=nullcontext, train=train)
 
 
+def agree(value):
+    """As rank 0 has it, on all ranks. Collective."""
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
 def card_bytes():
     """Sent by all cards of this host but loopback; 0 where the system has no such numbers."""
     counters = Path("/proc/net/dev")
