@@ -39,7 +39,6 @@ class EveryStep(_Sync):
 
     @property
     def by_speed(self) -> bool:
-        """Whether faster ranks get more micro-batches."""
         return self.assign == "by_speed"
 
     @model_validator(mode="after")

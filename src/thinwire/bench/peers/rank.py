@@ -38,7 +38,6 @@ class Rank:
 
     @property
     def place(self):
-        """Among the ranks."""
         return self.environment.place
 
     def report(self, done, total, what):

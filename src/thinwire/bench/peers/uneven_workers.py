@@ -36,7 +36,6 @@ class Slowing:
         return getattr(self.task, name)
 
     def batch(self, step, index):
-        """As the task's."""
         if step == self.step:
             self.pacer.forward_s *= self.factor
             self.pacer.backward_s *= self.factor
@@ -51,7 +50,6 @@ class Reports:
         self.step_s, self.report = [], report
 
     def step(self, event):
-        """Of every report."""
         self.step_s.append(event.step_s)
         self.report(event)
 

@@ -65,13 +65,11 @@ class CodedBoundary(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward: BoundaryCodec | None, backward: BoundaryCodec | None) -> Tensor:
-        """The decoded value."""
         ctx.backward_codec = backward
         return _crossed(x, forward)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """The decoded gradient."""
         return _crossed(gradients[0], ctx.backward_codec), None, None
 
 

@@ -159,12 +159,10 @@ class Int8(_Integers):
 
     @staticmethod
     def put(numbers: Tensor, codes: Tensor) -> None:
-        """One in a byte."""
         codes.copy_(numbers)
 
     @staticmethod
     def decode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-        """Code times scale."""
         rows.copy_(codes)
         rows.mul_(header.to(torch.float32))
 
@@ -183,12 +181,10 @@ class Int4(_Integers):
 
     @staticmethod
     def put(numbers: Tensor, codes: Tensor) -> None:
-        """Two in a byte."""
         _pack(numbers, codes)
 
     @staticmethod
     def decode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-        """Code times scale."""
         rows.unflatten(-1, (2, HALF)).copy_(_unpack(codes).mul_(header.to(torch.float32).unsqueeze(-1)))
 
     def make_kernels(self) -> Kernels:

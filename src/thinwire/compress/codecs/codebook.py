@@ -41,7 +41,6 @@ class Codebook2(Blocked):
 
     @staticmethod
     def encode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-        """See the formula above."""
         parts, scales, root = _normalised(rows)
         bins = (parts >= -root).to(torch.uint8) + (parts >= 0).to(torch.uint8) + (parts >= root).to(torch.uint8)
         means = []
@@ -54,6 +53,5 @@ class Codebook2(Blocked):
 
     @staticmethod
     def decode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-        """The mean of each value's bin."""
         bins = bits_of(codes.view(torch.uint8), 2).view(-1, BLOCK)
         rows.copy_(header.to(torch.float32).gather(1, bins.to(torch.int64)))

@@ -40,7 +40,6 @@ class Ternary(Blocked):
 
     @staticmethod
     def encode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-        """See the formula above."""
         sizes = rows.abs()
         chosen = (sizes >= _thresholds(rows)).to(torch.float32)
         share = chosen.sum(1) * (1 / BLOCK)
@@ -50,7 +49,6 @@ class Ternary(Blocked):
 
     @staticmethod
     def decode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-        """Digits times scale."""
         scales = header.to(torch.float32).unsqueeze(2)
         rest = codes.to(torch.float32)
         digits = []
