@@ -107,12 +107,10 @@ def _agreed(config: "RunConfig", given: dict[str, Any], settings: list[str]) -> 
 
 def _as_toml(setting: str) -> str:
     """A line of TOML; a value that is none by itself is text."""
+    from thinwire.tomlfile import read_value
+
     key, _, value = setting.partition("=")
-    try:
-        tomllib.loads(f"value = {value}")
-    except tomllib.TOMLDecodeError:
-        value = f'"{value}"'
-    return f"{key} = {value}"
+    return f'{key} = "{value}"' if read_value(value) == value else f"{key} = {value}"
 
 
 def serve(
