@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from thinwire.collectives.backend import ALL_GATHER, REDUCE_SCATTER
 from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.run.transport import InnerFactory, over_gloo
+from thinwire.collectives.run.transport import InnerFactory
 from thinwire.collectives.scheduled import register_scheduled
 from thinwire.collectives.schedules import direct, ring, rooted
 from thinwire.collectives.schedules.combine import pipelined
@@ -60,7 +60,7 @@ def quick(stale: float = float("inf")) -> Iterator[None]:
 
 
 def group_of(
-    ledger: Ledger, tuner: Tuner, ranks: list[int] | None = None, timeout_s: float = 60, inner: InnerFactory = over_gloo
+    ledger: Ledger, tuner: Tuner, ranks: list[int] | None = None, timeout_s: float = 60, inner: InnerFactory | None = None
 ) -> dist.ProcessGroup:
     name = f"scheduled{id(tuner)}"  # a backend of its own, made by the same line on every rank
     names = [name]

@@ -13,6 +13,7 @@ from thinwire.cluster.graph import Routes
 SHIPPED = {
     "laptop": 4,
     "four-hosts-100mbit": 4,
+    "four-hosts-of-two-100mbit": 8,
     "eight-hosts-100mbit": 8,
     "two-racks": 8,
     "one-slow-host": 8,

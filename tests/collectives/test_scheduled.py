@@ -17,13 +17,13 @@ from tagless import over_tagless
 from thinwire.collectives.backend import REDUCE_SCATTER
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.run import engine
-from thinwire.collectives.run.transport import InnerFactory, over_gloo
+from thinwire.collectives.run.transport import InnerFactory
 from thinwire.collectives.schedules import ring
 from thinwire.collectives.tuned.cache import Cache
 from thinwire.collectives.tuned.implementation import Implementation
 from thinwire.collectives.tuned.tuner import Tuner
 
-CARRIERS = [over_gloo, over_tagless]
+CARRIERS = [None, over_tagless]
 
 
 def same_as_gloo(context: Rank, reordered: bool, inner: InnerFactory) -> None:

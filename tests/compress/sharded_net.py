@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 
@@ -24,12 +25,13 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
         self.blocks = nn.ModuleList(Block() for _ in range(3))
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.to(dtype)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.embed(tokens)
@@ -38,11 +40,11 @@ class Net(nn.Module):
         return cross_entropy(self.head(x), (tokens + 1) % VOCABULARY)
 
 
-def sharded(reshard: bool = True) -> Net:
-    model = Net()
+def sharded(reshard: bool | int = True, dtype: torch.dtype = torch.float32, mesh: DeviceMesh | None = None) -> Net:
+    model = Net(dtype)
     for block in model.blocks:
-        fully_shard(block, reshard_after_forward=reshard)
-    fully_shard(model)
+        fully_shard(block, reshard_after_forward=reshard, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     return model
 
 

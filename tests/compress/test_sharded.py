@@ -190,6 +190,7 @@ def learned(context: Rank) -> tuple[float, float, float]:
     return mine[0], sum(mine[-5:]) / 5, sum(stock[-5:]) / 5
 
 
+@pytest.mark.long
 def test_training_learns(ranks2: Pool) -> None:
     for first, last, stock in ranks2.run(learned):
         assert last < first / 2
@@ -310,7 +311,7 @@ def refused(context: Rank) -> list[str]:
     expect(lambda: thinwire.compress_sharded(sharded(), "int5"))
     expect(lambda: thinwire.compress_sharded(sharded(), feedback="int4"))
     model = sharded()
-    compression = thinwire.compress_sharded(model)
+    compression = thinwire.compress_sharded(model, nonfinite="raise")
     train(model, context.rank, range(1))
     state = compression.state_dict()
     expect(lambda: compression.load_state_dict({**state, "world_size": 3}))
@@ -323,22 +324,12 @@ def refused(context: Rank) -> list[str]:
 
 
 def test_refusals_say_what_to_do(ranks2: Pool) -> None:
-    wanted = ["fully_shard was applied", "both None", "'int5'", "feedback 'int4'"]
-    wanted += ["rank 0 of 3", "this run 'int8'", "states of all 2 ranks", "gradient of unit"]
+    wanted = ["fully_shard was applied", "both None", "'int5'", "feedback = 'int4'"]
+    wanted += ["rank 0 of 3", "this run 'int8'", "states of all 2 ranks", "is not finite on ranks 0, 1, in step 2"]
     for rank, found in enumerate(ranks2.run(refused)):
         assert len(found) == len(wanted), found
-        assert all(part.replace("rank 0", f"rank {rank}") in line for part, line in zip(wanted, found, strict=True)), found
-
-
-def resharded_in_part(context: Rank) -> None:
-    model = Net()
-    fully_shard(model.blocks[0], reshard_after_forward=2)
-    thinwire.compress_sharded(model)
-
-
-def test_a_second_mesh_is_refused(ranks4: Pool) -> None:
-    with pytest.raises(RankFailure, match=r"unit blocks\.0 reshards to fewer ranks"):
-        ranks4.run(resharded_in_part)
+        for part, line in zip(wanted, found, strict=True):
+            assert part.replace("rank 0", f"rank {rank}") in line
 
 
 def unused(context: Rank) -> None:

@@ -35,18 +35,19 @@ def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
 
 
 def measure_steps(
-    cluster: Cluster, framework: str, options: Mapping[str, Any], codecs: Mapping[str, str] | None = None
+    cluster: Cluster, framework: str, options: Mapping[str, Any], codecs: Mapping[str, str] | None = None, shards: int = 0
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Steps of stock PyTorch and ours in turns in the lab: the row that all such comparisons share, and what the ranks left.
 
     codecs: of `compress_sharded`, then ours is the metered backend with these, else the backend that chooses schedules.
+    shards: of each of several replicas, which lie in the order of ranks; 0: one copy of the model.
     UserError if the cluster does not declare how fast all its devices compute.
     """
     rates = cluster.declared_rates
     if rates is None:
         raise UserError(f"{cluster.name} does not declare flops_per_s for all devices; compute is paced by it")
     settings = {key: options[key] for key in ("turns", "steps", "micro_batch")} | {"codecs": codecs, "framework": framework}
-    settings |= {"model": small_model(options).model_dump(), "flops_per_s": min(rates)}
+    settings |= {"shards": shards, "model": small_model(options).model_dump(), "flops_per_s": min(rates)}
     lab = run_script(cluster, "step_turns", settings)
     found = lab.results["step_turns"]
     native, ours = found["seconds"]["native"], found["seconds"]["ours"]

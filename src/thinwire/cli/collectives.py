@@ -6,6 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from thinwire.cli.files import check_folders, write_json, write_text
+from thinwire.errors import UserError
+from thinwire.units import parse, show
+
 if TYPE_CHECKING:
     from thinwire.collectives.choose.select import Selection
 
@@ -31,9 +35,6 @@ def explain(  # noqa: PLR0913 - each is an option of the command line
     cpu_gbytes_per_s: Annotated[float | None, typer.Option(help="Between the CPUs of an NCCL topology.")] = None,
 ) -> None:
     """Say which algorithm fits a network: what it sends over which link, predicted seconds, the bound, and the next best."""
-    from thinwire.cli.files import check_folders, write_json
-    from thinwire.errors import UserError
-
     if (cluster is None) == (topology is None):
         raise UserError("give one of --cluster and --topology")
     message_bytes = _bytes(size)
@@ -72,9 +73,7 @@ def nccl_csv(
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
 ) -> None:
     """Write the file of NCCL's example tuner plugin from measurements: the fastest setting of each size that was measured."""
-    from thinwire.cli.files import write_text
     from thinwire.collectives.nccl_csv import ranges, read_measured, to_csv
-    from thinwire.errors import UserError
 
     try:
         text = measured.read_text(encoding="utf-8")
@@ -90,9 +89,6 @@ def nccl_csv(
 
 def _bytes(text: str) -> int:
     """25M is 25 MB; whole bytes only."""
-    from thinwire.errors import UserError
-    from thinwire.units import parse
-
     value = parse(text if re.search(r"[B\d.\s]$", text) else f"{text}B", "B")
     if value < 1 or value != int(value):
         raise UserError(f"--bytes {text}: that is {value:g} bytes; give a whole number, 1 or more")
@@ -100,8 +96,6 @@ def _bytes(text: str) -> int:
 
 
 def _ranks(text: str | None) -> list[int] | None:
-    from thinwire.errors import UserError
-
     if text is None:
         return None
     found: list[int] = []
@@ -120,7 +114,6 @@ def _show(selection: "Selection") -> None:
 
     from thinwire.collectives.choose.explain import fullest, lines
     from thinwire.collectives.price import link_seconds
-    from thinwire.units import show
 
     call, best = selection.call, selection.best
     what = f"{call.op} of {show(call.message_bytes, 'B')} among {call.p} ranks of {call.cluster.name}"
@@ -149,10 +142,7 @@ def _print_lines(title: str, lines: list[tuple[str, str]]) -> None:
 
 
 def _draw(selection: "Selection", path: Path) -> None:
-    from thinwire.cli.files import write_text
-    from thinwire.errors import UserError
     from thinwire.report.schedule import schedule_svg
-    from thinwire.units import show
 
     call, best = selection.call, selection.best
     if best.run is None:
@@ -165,7 +155,6 @@ def _draw(selection: "Selection", path: Path) -> None:
 def _explain_topology(path: Path, call: tuple[str, int, int], cpu_gbytes_per_s: float | None) -> None:
     from thinwire.collectives.synthesis.file import read_topology
     from thinwire.collectives.synthesis.summary import summary
-    from thinwire.errors import UserError
 
     graph = read_topology(path, cpu_gbytes_per_s)
     op, message_bytes, root = call

@@ -26,7 +26,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
 from thinwire.collectives.groups import timeout_of
 from thinwire.collectives.ledger import Group, Ledger, axis_of
-from thinwire.collectives.run.transport import InnerFactory, Place, over_gloo
+from thinwire.collectives.run.transport import InnerFactory, OverGloo, Place
 from thinwire.collectives.wire import sent_bytes
 from thinwire.errors import UserError
 
@@ -37,12 +37,16 @@ ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def register(ledger: Ledger, name: str = NAME, inner: InnerFactory = over_gloo) -> None:
-    """Make `init_process_group(name)` and its sub-groups write into `ledger`. Call before init_process_group."""
+def register(ledger: Ledger, name: str = NAME, inner: InnerFactory | None = None) -> None:
+    """Make `init_process_group(name)` and its sub-groups write into `ledger`. Call before init_process_group.
+
+    inner: what carries the bytes; None: gloo.
+    """
+    make = inner or OverGloo()
 
     def create(options: Any, _backend_options: Any = None) -> MeteredGroup:
         place = Place.from_options(options)
-        return MeteredGroup(ledger, inner(options, place)[0], place.store)
+        return MeteredGroup(ledger, make(options, place)[0], place.store)
 
     dist.Backend.register_backend(name, create, extended_api=True, devices=["cpu"])
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from thinwire.collectives.address import GlooDevices
 from thinwire.collectives.backend import NAME, MeteredGroup
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.run.transport import Place, Transport
@@ -62,7 +63,7 @@ class NcclTransport(Transport):
         self._place, self._made = place, list[Any]()
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.name = f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
-        self.control = dist.ProcessGroupGloo(dist.PrefixStore("control", place.store), place.rank, place.size, place.timeout)
+        self.control = GlooDevices().group(dist.PrefixStore("control", place.store), place.rank, place.size, place.timeout)
 
     def new_group(self, name: str, order: Sequence[int]) -> Any:
         store = dist.PrefixStore(name, self._place.store)

@@ -22,7 +22,7 @@ from thinwire.collectives.backend import NAME, MeteredGroup, register
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.run.compiler import in_place
 from thinwire.collectives.run.engine import Engine
-from thinwire.collectives.run.transport import InnerFactory, Place, Transport, over_gloo
+from thinwire.collectives.run.transport import InnerFactory, OverGloo, Place, Transport
 from thinwire.collectives.tuned.implementation import REDUCTIONS, Call, Implementation, example, perform, wire_bytes
 from thinwire.collectives.tuned.tuner import Tuner, size_class
 
@@ -31,14 +31,15 @@ CHOOSING = "choosing collectives"
 TYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int32, torch.int64}
 
 
-def register_scheduled(ledger: Ledger, tuner: Tuner | None, name: str = NAME, inner: InnerFactory = over_gloo) -> None:
+def register_scheduled(ledger: Ledger, tuner: Tuner | None, name: str = NAME, inner: InnerFactory | None = None) -> None:
     """Like `backend.register`, with collectives chosen by `tuner`, if there is one. Call before init_process_group."""
     if tuner is None:
         return register(ledger, name, inner)
+    make = inner or OverGloo()
 
     def create(options: Any, _backend_options: Any = None) -> ScheduledGroup:
         place = Place.from_options(options)
-        return ScheduledGroup(ledger, *inner(options, place), place, tuner)
+        return ScheduledGroup(ledger, *make(options, place), place, tuner)
 
     dist.Backend.register_backend(name, create, extended_api=True, devices=["cpu"])
 

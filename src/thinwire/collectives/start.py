@@ -11,7 +11,6 @@ from thinwire.collectives import backend
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.mpi.start import started_for_good
 from thinwire.collectives.nccl import register_nccl
-from thinwire.collectives.run.transport import over_gloo
 from thinwire.collectives.scheduled import register_scheduled
 from thinwire.collectives.tuned.tuner import make_tuner
 from thinwire.errors import UserError
@@ -59,6 +58,6 @@ def init(
     if inner == "nccl":
         register_nccl(ledger, tuner)
     else:
-        register_scheduled(ledger, tuner, inner=mpi.inner if mpi else over_gloo)
+        register_scheduled(ledger, tuner, inner=mpi.inner if mpi else None)
     dist.init_process_group(backend.NAME, **options, **ranks)
     return ledger

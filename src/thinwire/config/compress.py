@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
+
+from thinwire.tomlfile import Section
 
 SUMMABLE = frozenset({"bf16", "fp16"})
 """Kinds that cast: an all-reduce adds them up as they are sent."""
@@ -15,18 +17,14 @@ EXCLUDED = ("*embed*", "*positions*")
 Patterns = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
-class NoCompression(BaseModel):
+class NoCompression(Section):
     """Gradients travel as they are."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["none"] = "none"
 
 
-class Coded(BaseModel):
+class Coded(Section):
     """Gradients travel through the codes of this kind. Options that may be None belong to single kinds, with defaults there."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal[
         "bf16",
@@ -104,6 +102,15 @@ class Coded(BaseModel):
     def codes_vectors(self) -> bool:
         """Whether parameters of one dimension are coded."""
         return self.kind in SUMMABLE if self.vectors is None else self.vectors
+
+
+class ShardedOptions(Section):
+    """What `compress_sharded` takes beside the codecs; it says what each does."""
+
+    feedback: Literal["int8", "float32", "none"] | None = None
+    exclude: Patterns | None = None
+    prefetch_units: int | None = Field(None, ge=0)
+    nonfinite: Literal["average", "raise"] = "average"
 
 
 SPARSELOCO = Coded(kind="topk", k=64, values="int8", feedback_decay=0.95, exclude=(), vectors=True)

@@ -20,17 +20,16 @@ from thinwire.cluster import Cluster, Device, Host, load_cluster
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.mpi.start import Mpi, started
 from thinwire.collectives.price import Carrier
-from thinwire.collectives.run.transport import over_gloo
 from thinwire.collectives.scheduled import ScheduledGroup, register_scheduled
 from thinwire.collectives.synthesis.bounds import OPS
 from thinwire.collectives.tuned.tuner import Chosen, Tuner, make_tuner
 from thinwire.config.run import RunConfig
+from thinwire.environment import DEFAULT_PORT, Environment, Place
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.measure.compute import fast_dtype
 from thinwire.record import RunFolder
 from thinwire.traffic import Transfer
-from thinwire.train.runtime import DEFAULT_PORT, Environment, Place
 from thinwire.train.step import Stepper, without_trace
 from thinwire.train.task import LanguageModel, Task
 
@@ -85,7 +84,7 @@ def set_collectives(config: RunConfig, environment: Environment, ledger: Ledger,
     if kind != "native":
         cluster = find_cluster(config, environment, environment.place.world_size) if lab or named else None
         tuner = make_tuner(cluster, "" if lab else named, measures=kind == "measured")
-    register_scheduled(ledger, tuner, inner=mpi.inner if mpi else over_gloo)
+    register_scheduled(ledger, tuner, inner=mpi.inner if mpi else None)
     return tuner
 
 

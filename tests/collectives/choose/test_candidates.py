@@ -68,6 +68,7 @@ def test_segments_are_of_sensible_sizes(op: str) -> None:
             assert len(one.schedule.messages) <= MOST_MESSAGES
 
 
+@pytest.mark.long
 def test_large_groups_leave_out_what_they_cannot_go_through_and_list_it() -> None:
     found, left = candidates_for(collective_call(star([1e9] * 120), "all_reduce", SIZE))
     left_out = {sentence.split(":")[0]: sentence for sentence in left}

@@ -111,6 +111,7 @@ def test_interleaved_racks_are_reordered() -> None:
     assert found.runner_up is not None and found.runner_up.candidate.name != found.best.candidate.name
 
 
+@pytest.mark.long
 def test_half_uplinks_call_for_a_hierarchy() -> None:
     """Bound 2 n / rate; the best-ordered ring takes 3. Ranks are on the two racks in turn."""
     cables = [(f"h{rank}", f"rack{rank % 2}", RATE) for rank in range(4)]
@@ -127,6 +128,7 @@ def one_slow_host() -> Selection:
     return chosen(star([RATE] * 3 + [RATE / 4]), "all_reduce")
 
 
+@pytest.mark.long
 def test_a_slow_host_does_not_decide_twice() -> None:
     """At a quarter of the rate a ring takes 6 n / rate, the bound is 4 n / rate."""
     found = one_slow_host()
@@ -173,6 +175,7 @@ def test_the_words() -> None:
     assert loses(best, native) in [f"{link} carries 6 MiB (4 MiB)" for link in ("s0 -> h3", "h3 -> s0")]
 
 
+@pytest.mark.long
 def test_large_groups_are_answered_too() -> None:
     """120 ranks: the native ring has a closed form; what can be gone through is simulated, and what cannot is listed."""
     found = chosen(star([RATE] * 120), "all_reduce", 120 * 4)

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from thinwire.bench.peers.step_turns import shard, take_step
+from thinwire.bench.peers.step_turns import mesh_of, shard, take_step
 from thinwire.config.run import RunConfig
 from thinwire.layout import Layout
 from thinwire.train.step import learning_rate, make_optimizer
@@ -26,7 +26,7 @@ def measure(rank):
 def learn(task, train, rank, group, codecs):
     """One contender, one seed."""
     model, whole = task.build_model(), task.build_model()
-    compression = shard(model, group, rank.ledger, codecs)
+    compression = shard(model, mesh_of(group, rank.settings["shards"]), rank.ledger, codecs)
     optimizer = make_optimizer(model, train)
     for step in range(train.steps):
         for parameters in optimizer.param_groups:

@@ -12,6 +12,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.nn.parallel import DistributedDataParallel
@@ -45,7 +46,7 @@ class Contender:
         if settings["framework"] == "ddp":
             self.trained = DistributedDataParallel(self.model, process_group=group, gradient_as_bucket_view=True)
         else:
-            self.compression = shard(self.model, group, ledger, codecs)
+            self.compression = shard(self.model, mesh_of(group, settings["shards"]), ledger, codecs)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
         shape = (settings["micro_batch"], config.context)
         self.tokens = torch.randint(config.vocabulary, shape, generator=torch.Generator().manual_seed(rank))
@@ -68,9 +69,17 @@ class Contender:
         self.pacer.declared_s = self.pacer.late_s = 0.0
 
 
-def shard(model, group, ledger, codecs):
+def mesh_of(group, shards):
+    """All ranks, or with `shards` replicas of so many: in groups of their own on the backend of `group`."""
+    if not shards:
+        return dist.DeviceMesh.from_group(group, "cpu")
+    names, backend_name = ("replicate", "shard"), dist.get_backend(group)
+    override = dict.fromkeys(names, backend_name)
+    return init_device_mesh("cpu", (group.size() // shards, shards), mesh_dim_names=names, backend_override=override)
+
+
+def shard(model, mesh, ledger, codecs):
     """FSDP2, a unit a block; with codecs the compression of its units."""
-    mesh = dist.DeviceMesh.from_group(group, "cpu")
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

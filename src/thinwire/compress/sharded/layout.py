@@ -6,34 +6,45 @@ shard s of all its parameters side by side as chunk s. With d_j rows of r_j valu
     n_j = ceil(d_j / p) r_j          values of parameter j in every chunk;   chunk = sum_j n_j
 
 Here a chunk travels as one row of bytes:   exact parts as they are | codes of the coded parts, each padded to whole blocks.
+A row of gradients has one byte more at its end, which says whether they are finite.
 
     gradients    all-to-all, row s of rank i holds its chunk s for rank s               message p row bytes
     weights      all-gather of each rank's own row                                      message row bytes
+
+On a mesh of two axes p is the number of shards, and the averaged chunk goes on to the other replicas (`replicas`). Where weights
+are resharded to fewer ranks after the forward pass (hpZ of ZeRO++), the backward pass gathers them from k ranks, as they are:
+
+    weights      all-gather of chunk p / k values of each rank                          message chunk p / k values
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 
 import torch
 from torch import Tensor
 
-from thinwire.compress.base import Codec, padded
+from thinwire.compress.base import Codec, finite, padded
 from thinwire.config.compress import EXCLUDED
 from thinwire.traffic import Transfer
-from thinwire.workload import Parameter
+from thinwire.workload import ITEM_BYTES, Parameter
 
 CODED_BLOCK = 256
 """Coded parameters are padded to a multiple of this, so that no block holds values of two. The blocks of the codecs divide it,
 and those of int8, in which residuals are stored."""
 ALIGNMENT = 4
-"""Bytes: rows begin where float32 may begin."""
+"""Bytes: rows begin where float32 may begin, and where values of the buffer's dtype may."""
+FLAG_BYTES = 1
 
 
 @dataclass(frozen=True)
 class UnitShape:
-    """One unit as the planner knows it: names of parameters are those in the whole model."""
+    """One unit as the planner knows it: names of parameters are those in the whole model.
+
+    A complex parameter is one of real numbers, with a last dim of two. Buffers have the dtype of the parameters, if a policy of
+    mixed precision does not say another.
+    """
 
     name: str
     parameters: tuple[Parameter, ...]
@@ -41,6 +52,14 @@ class UnitShape:
     """Gathered again in the backward pass (reshard_after_forward)."""
     frozen: frozenset[str] = frozenset()
     """Names of parameters that have no gradient."""
+    weights_dtype: str | None = None
+    gradients_dtype: str | None = None
+    secondary_ranks: int = 0
+    """k, if the backward pass gathers from so many ranks only (reshard_after_forward = k)."""
+
+    def item_bytes(self, dtype: str | None) -> int:
+        """Of one value in a buffer for which a policy says `dtype`."""
+        return ITEM_BYTES[dtype or self.parameters[0].dtype]
 
 
 class Row:
@@ -49,7 +68,7 @@ class Row:
 
     def __init__(self, parameters: Sequence[Parameter], coded: Sequence[bool], codec: Codec | None, world_size: int) -> None:
         assert codec is None or CODED_BLOCK % codec.block == 0, f"blocks of {codec} do not fill {CODED_BLOCK} values"
-        self.world_size = world_size
+        self.world_size, self.parameters = world_size, parameters
         self.lengths = [shard_length(parameter.shape, world_size) for parameter in parameters]
         self.flags = [flag and codec is not None and world_size > 1 for flag in coded]
         self.coded = [parameter for parameter, flag in zip(parameters, self.flags, strict=True) if flag]
@@ -68,14 +87,16 @@ class Row:
         """Where the codes of a row begin."""
         return padded(self.exact_values * itemsize, ALIGNMENT)
 
-    def row_bytes(self, itemsize: int = 4) -> int:
-        """itemsize: of the unit's buffer, 4 unless a mixed precision policy changes it."""
-        return self.exact_bytes(itemsize) + padded(self.payload_bytes, ALIGNMENT)
+    def row_bytes(self, itemsize: int = 4, *, flagged: bool = False) -> int:
+        """itemsize: of a value in the unit's buffer. flagged: with a flag in its last byte."""
+        return padded(self.exact_bytes(itemsize) + self.payload_bytes + FLAG_BYTES * flagged, max(ALIGNMENT, itemsize))
 
     def take(self, chunks: Tensor, coded: bool) -> Tensor:
-        """[k, chunk] -> the coded parts as float32 [k, coded_values], or the exact ones as they are [k, exact_values]."""
+        """[k, chunk] -> the coded parts as float32, or float64 if they are [k, coded_values], or the exact ones as they are
+        [k, exact_values]."""
         if coded:
-            found = torch.zeros(chunks.shape[0], self.coded_values)
+            wide = torch.promote_types(chunks.dtype, torch.float32)
+            found = torch.zeros(chunks.shape[0], self.coded_values, dtype=wide)
         else:
             found = torch.empty(chunks.shape[0], self.exact_values, dtype=chunks.dtype)
         for there, here in self._places(coded):
@@ -86,6 +107,11 @@ class Row:
         """The reverse of `take`."""
         for there, here in self._places(coded):
             chunks[:, there] = values[:, here]
+
+    def names_not_finite(self, chunks: Tensor) -> list[str]:
+        """Of the parameters, in the order of the buffer. chunks: [k, chunk]."""
+        parts = chunks.split(self.lengths, dim=1)
+        return [parameter.name for parameter, part in zip(self.parameters, parts, strict=True) if not finite(part)]
 
     def _places(self, coded: bool) -> Iterator[tuple[slice, slice]]:
         """Where each coded (or exact) parameter lies in a chunk, and among its like."""
@@ -134,26 +160,47 @@ class Coding:
         return Row(parameters, coded, codec, world_size)
 
 
+Across = Callable[[UnitShape], list[Transfer]]
+"""What the averaged chunk of a unit sends to the other replicas."""
+
+
 def sharded_transfers(
-    units: Sequence[UnitShape], world_size: int, coding: Coding, axis: str = "world", micro_batches: int = 1
+    units: Sequence[UnitShape],
+    world_size: int,
+    coding: Coding,
+    axis: str = "world",
+    micro_batches: int = 1,
+    across: Across = lambda unit: [],
 ) -> list[Transfer]:
-    """Everything that a step of `micro_batches` sends, gradients once; buffers are float32."""
+    """Everything that a step of `micro_batches` sends, gradients once. world_size: ranks that share one copy of the model.
+
+    What is gathered from fewer ranks has the axis `secondary(axis)`.
+    """
     found = []
     for unit in units:
-        weights = coding.weights_row(unit, world_size)
-        calls = micro_batches * (2 if unit.reshards else 1)
+        weights, size = coding.weights_row(unit, world_size), unit.item_bytes(unit.weights_dtype)
+        again = unit.reshards and not unit.secondary_ranks
+        calls = micro_batches * (2 if again else 1)
+        label, message, item = label_of(unit.name, "weights"), weights.row_bytes(size), 1
         if coding.stock_weights:
-            found.append(Transfer(label="", axis=axis, op="all_gather", message_bytes=4 * weights.chunk, calls=calls))
-        else:
-            label, size = label_of(unit.name, "weights"), weights.row_bytes()
-            found.append(Transfer(label=label, axis=axis, op="all_gather", message_bytes=size, item_bytes=1, calls=calls))
-        gradients = coding.gradients_row(unit, world_size)
+            label, message, item = "", size * weights.chunk, size
+        found.append(Transfer(label=label, axis=axis, op="all_gather", message_bytes=message, item_bytes=item, calls=calls))
+        if unit.reshards and unit.secondary_ranks > 1:
+            message = size * weights.chunk * world_size // unit.secondary_ranks
+            shared = Transfer(label=label, axis=secondary(axis), op="all_gather", message_bytes=message, item_bytes=size)
+            found.append(replace(shared, calls=micro_batches))
+        gradients, size = coding.gradients_row(unit, world_size), unit.item_bytes(unit.gradients_dtype)
         if not gradients.chunk:
             continue
+        label, op, item = label_of(unit.name, "gradients"), "all_to_all", 1
+        message = world_size * gradients.row_bytes(size, flagged=True)
         if coding.stock_gradients:
-            size = world_size * gradients.chunk * 4
-            found.append(Transfer(label="", axis=axis, op="reduce_scatter", message_bytes=size))
-        else:
-            label, size = label_of(unit.name, "gradients"), world_size * gradients.row_bytes()
-            found.append(Transfer(label=label, axis=axis, op="all_to_all", message_bytes=size, item_bytes=1))
+            label, op, message, item = "", "reduce_scatter", world_size * gradients.chunk * size, size
+        found.append(Transfer(label=label, axis=axis, op=op, message_bytes=message, item_bytes=item))
+        found += across(unit)
     return found
+
+
+def secondary(axis: str) -> str:
+    """The axis along which k ranks hold a second copy of the weights."""
+    return f"{axis} secondary"

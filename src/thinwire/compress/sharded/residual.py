@@ -6,7 +6,8 @@ Rank i hands w_i[s] = g_i[s] + e_i[s] to the owner of each chunk s but its own, 
 
 so that nothing is lost to the average for good (f = 1/p):   result + 1/p sum_i e_i = 1/p sum_i w_i.   There is no residual of the
 own chunk. Stored as int8 blocks (Int8 in blockwise) a further error of at most half a step a value is made in each step, and one
-byte a value is enough; "float32" keeps it exact.
+byte a value is enough; "float32" keeps it exact, of gradients in float64 in float64. The new residual takes the place of the old
+one at the end of the backward pass (`commit`), unless something in it was not finite (`rollback`).
 
 Another number of ranks: the chunks move, but the mean residual of each parameter, E = 1/p0 sum_i e_i of p0 old ranks, is a vector
 of the parameter's shape. Of p new ranks all but the owner take  p / (p - 1) E[s].
@@ -26,8 +27,7 @@ from thinwire.compress.base import padded
 from thinwire.compress.memory import BLOCKS
 from thinwire.compress.sharded.layout import CODED_BLOCK, Row, shard_length
 from thinwire.errors import UserError
-
-STORAGES = ("int8", "float32")
+from thinwire.workload import ITEM_BYTES
 
 
 class Residual:
@@ -36,13 +36,15 @@ class Residual:
     def __init__(self, row: Row, rank: int, storage: str) -> None:
         self._row, self._storage = row, storage
         self._stored: Tensor | None = None
+        self._new: Tensor | None = None
         self._others = [shard for shard in range(row.world_size) if shard != rank]
 
     @property
     def num_bytes(self) -> int:
         """From the second step on."""
         values = len(self._others) * self._row.coded_values
-        return BLOCKS.payload_bytes((values,)) if self._storage == "int8" else 4 * values
+        item_bytes = max(4, *(ITEM_BYTES[parameter.dtype] for parameter in self._row.coded))
+        return BLOCKS.payload_bytes((values,)) if self._storage == "int8" else item_bytes * values
 
     def add_to(self, values: Tensor) -> None:
         """values [p, coded_values]: the gradients, to which the residual is added."""
@@ -53,7 +55,16 @@ class Residual:
     def keep(self, error: Tensor) -> None:
         """error [p, coded_values]; the own chunk does not count. Makes a new tensor: states handed out do not change."""
         rows = [error[shard] for shard in self._others]
-        self._stored = torch.stack([BLOCKS.encode(row) for row in rows] if self._storage == "int8" else rows)
+        self._new = torch.stack([BLOCKS.encode(row.float()) for row in rows] if self._storage == "int8" else rows)
+
+    def commit(self) -> None:
+        """What `keep` was given last is the residual."""
+        if self._new is not None:
+            self._stored, self._new = self._new, None
+
+    def rollback(self) -> None:
+        """The residual stays what it was at the last `commit`."""
+        self._new = None
 
     def state_dict(self) -> dict[str, Any]:
         """What is stored, as it is."""
@@ -83,6 +94,7 @@ class Residual:
             shards = pad(vector, (0, p * length - parameter.numel)).view(p, length)
             parts.append(pad(shards, (0, -length % CODED_BLOCK)))
         self.keep(torch.cat(parts, dim=1) * (p / (p - 1)))
+        self.commit()
 
 
 def mean_residuals(states: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -104,6 +116,17 @@ def mean_residuals(states: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
                 found[name] = found[name] + vector if name in found else vector
                 start += padded(length, CODED_BLOCK)
     return found
+
+
+def mean_over_replicas(states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """A state whose residuals are the mean of those of `states`, of one rank's in all replicas, as "float32" stores them."""
+    units = {}
+    for name, first in states[0]["units"].items():
+        stored = [state["units"][name]["owed"] for state in states]
+        rows = [torch.stack(_rows(one, state["storage"])) for one, state in zip(stored, states, strict=True) if one is not None]
+        owed = torch.stack(rows).sum(0) / len(states) if rows else None
+        units[name] = {"parameters": first["parameters"], "owed": owed}
+    return {**states[0], "storage": "float32", "units": units}
 
 
 def _rows(stored: Tensor, storage: str) -> list[Tensor]:

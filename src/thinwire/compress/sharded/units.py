@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
 
 from thinwire.compress.sharded.layout import UnitShape
 from thinwire.errors import UserError
@@ -43,14 +44,29 @@ class Unit:
         return self.param_group.mesh_info.shard_process_group
 
     @property
+    def replica_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same shard, if there are any."""
+        return getattr(self.param_group.mesh_info, "replicate_process_group", None)
+
+    @property
+    def secondary_group(self) -> dist.ProcessGroup | None:
+        """Those that hold a second copy of the weights between the passes, if these are not those over which it is sharded."""
+        later = self.param_group.post_forward_mesh_info
+        return None if later in (None, self.param_group.mesh_info) else later.shard_process_group
+
+    @property
     def shape(self) -> UnitShape:
         """The parameters in the flat buffer, as they are now."""
         pairs = list(zip(self.names, self.param_group.fsdp_params, strict=True))
+        policy, second = self.param_group.mp_policy, self.secondary_group
         return UnitShape(
             self.name,
-            parameters=tuple(Parameter(name, tuple(parameter._orig_size)) for name, parameter in pairs),
+            parameters=tuple(_described(name, parameter) for name, parameter in pairs),
             reshards=self.reshards,
             frozen=frozenset(name for name, parameter in pairs if not parameter.sharded_param.requires_grad),
+            weights_dtype=_name_of(policy.param_dtype),
+            gradients_dtype=_name_of(policy.reduce_dtype or policy.param_dtype),
+            secondary_ranks=second.size() if second is not None else 0,
         )
 
     @property
@@ -66,7 +82,7 @@ class Unit:
         dtypes = {parameter.sharded_param.dtype for parameter in group.fsdp_params}
         return (
             group._all_reduce_hook is None
-            and (group.mp_policy.reduce_dtype or group.mp_policy.param_dtype or torch.float32) in dtypes
+            and (group.mp_policy.reduce_dtype or group.mp_policy.param_dtype or next(iter(dtypes))) in dtypes
             and len(dtypes) == 1
             and all(
                 parameter.sharded_param.grad is None and not getattr(parameter.sharded_param, "_post_accumulate_grad_hooks", None)
@@ -74,13 +90,40 @@ class Unit:
             )
         )
 
-    def factor(self, op: Any) -> float:
-        """What the sum over ranks is multiplied by. FSDP2 asks for an average, a sum, or a sum over the user's divisor."""
+    def factor(self, op: Any, replicas: int = 1) -> float:
+        """What the sum over ranks is multiplied by. FSDP2 asks for an average, a sum, or a sum over the user's divisor.
+
+        replicas: of which the mean follows, where FSDP2 takes the sum if the divisor is the user's.
+        """
+        divisor = self.param_group.gradient_divide_factor
+        again = 1 if divisor is None else replicas
         if op == dist.ReduceOp.AVG:
-            return 1.0 / self.process_group.size()
+            return again / self.process_group.size()
         if op == dist.ReduceOp.SUM:
-            return 1.0
-        return 1.0 / float(self.param_group.gradient_divide_factor)
+            return float(again)
+        return again / float(divisor)
+
+    @property
+    def averages(self) -> bool:
+        """Whether this backward pass averages over the replicas, or only adds up (set_requires_all_reduce)."""
+        return bool(self.param_group.all_reduce_grads)
+
+    def without_gradients(self) -> list[Any]:
+        """Its parameters that have none now."""
+        sharded = [parameter.sharded_param for parameter in self.param_group.fsdp_params]
+        return [parameter for parameter in sharded if parameter.requires_grad and parameter.grad is None]
+
+    def leave_replicas(self) -> Callable[[], None]:
+        """FSDP2 no longer averages over the replicas. Returns what lets it do so again."""
+        group, before = self.param_group, (self.param_group.mesh_info, self.param_group.post_forward_mesh_info)
+        group.mesh_info = FSDPMeshInfo(mesh=before[0].mesh, shard_mesh_dim=before[0].shard_mesh_dim)
+        if before[1] is not None:
+            group.post_forward_mesh_info = group.mesh_info
+
+        def restore() -> None:
+            group.mesh_info, group.post_forward_mesh_info = before
+
+        return restore
 
     def install(self, all_gather: Any | None, reduce_scatter: Any | None) -> Callable[[], None]:
         """Put ours in the place of FSDP2's; None leaves it. Returns what puts the former ones back."""
@@ -157,18 +200,31 @@ def _check_has(thing: Any, kind: str, needed: tuple[str, ...]) -> None:
 
 def _reasons_against(group: Any) -> Iterator[str]:
     """Why a unit cannot be coded."""
-    if not hasattr(group.mesh_info, "shard_process_group") or hasattr(group.mesh_info, "replicate_process_group"):
-        yield "is replicated as well as sharded (a mesh of two axes); compress_sharded wants a mesh of one"
-    if group.post_forward_mesh_info not in (None, group.mesh_info):
-        yield "reshards to fewer ranks after forward; compress_sharded wants reshard_after_forward True or False"
+    info, later = group.mesh_info, group.post_forward_mesh_info
+    replicated = hasattr(info, "replicate_process_group")
+    if not hasattr(info, "shard_process_group") or (replicated and info.shard_process_group.size() == 1):
+        yield "is replicated and not sharded; use DistributedDataParallel and compress_gradients, or shard over two ranks or more"
+    elif replicated and later not in (None, info):
+        yield "is replicated, and reshards to fewer ranks after forward; leave reshard_after_forward True or False there"
     for parameter in group.fsdp_params:
         shard, dim = parameter.sharded_param, parameter.fsdp_placement.dim
-        if not shard.dtype.is_floating_point:
-            yield f"has parameters of {shard.dtype}; compress_sharded takes real numbers only"
+        if not (shard.dtype.is_floating_point or shard.dtype.is_complex):
+            yield f"has parameters of {shard.dtype}; compress_sharded takes real and complex numbers only"
         if dim != 0:
             yield f"shards a parameter along dim {dim}; compress_sharded wants dim 0"
         if shard.device.type != "cpu":
             yield f"has parameters on {shard.device}; compress_sharded is for CPUs only yet"
+
+
+def _described(name: str, parameter: Any) -> Parameter:
+    """As real numbers."""
+    shape, dtype = tuple(parameter._orig_size), parameter.sharded_param.dtype
+    return Parameter(name, (*shape, 2) if dtype.is_complex else shape, dtype=str(_name_of(dtype)))
+
+
+def _name_of(dtype: torch.dtype | None) -> str | None:
+    """Of the real numbers."""
+    return None if dtype is None else str(dtype.to_real()).removeprefix("torch.")
 
 
 def at_end_of_backward(callback: Callable[[], object]) -> bool:

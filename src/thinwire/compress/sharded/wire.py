@@ -5,7 +5,8 @@ its own; weights and gradients have a thread and a group each. On CPUs FSDP2's o
 nothing overlaps. Here an all-gather is waited for when FSDP2 needs the weights, and a reduce-scatter at the end of the
 backward pass if nobody reads its gradients sooner; else it is waited for at once.
 
-Sums are made in float32 in the order of ranks: same inputs, same bits. Wang et al. 2023 (ZeRO++, arXiv 2306.10209).
+Sums are made in float32, of float64 in float64, in the order of ranks, and rounded once: same inputs, same bits. Complex numbers
+are pairs of real ones. Wang et al. 2023 (ZeRO++, arXiv 2306.10209).
 """
 
 from collections.abc import Sequence
@@ -21,10 +22,15 @@ from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.executor import Executor
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.base import finite, sum_in_order
+from thinwire.compress.sharded.backward import BackwardPass
 from thinwire.compress.sharded.layout import Row, label_of
+from thinwire.compress.sharded.replicas import Replicas
 from thinwire.compress.sharded.residual import Residual
-from thinwire.compress.sharded.units import Unit, at_end_of_backward
+from thinwire.compress.sharded.units import Unit
 from thinwire.errors import UserError
+
+HERE, EARLIER = 1, 2
+"""Flags of a row: it is not finite; something in this backward pass was not, on the rank that sends it."""
 
 
 @dataclass
@@ -34,6 +40,11 @@ class Lane:
     group: dist.ProcessGroup
     ledger: Ledger
     executor: Executor
+
+
+def real(flat: Tensor) -> Tensor:
+    """A flat buffer as real numbers, in the same memory."""
+    return torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
 
 
 class _FutureWork(dist.Work):
@@ -73,10 +84,10 @@ class _Collective:
                 "gradient in this step; call set_reduce_scatter_unused_params(True), or leave them out of the unit"
             )
 
-    def _rows(self, number: int, exact: Tensor) -> Tensor:
+    def _rows(self, number: int, exact: Tensor, *, flagged: bool = False) -> Tensor:
         """`number` rows with their exact parts filled in."""
         itemsize = exact.element_size()
-        rows = torch.zeros(number, self._row.row_bytes(itemsize), dtype=torch.uint8)
+        rows = torch.zeros(number, self._row.row_bytes(itemsize, flagged=flagged), dtype=torch.uint8)
         rows[:, : self._row.exact_values * itemsize].view(exact.dtype).copy_(exact)
         return rows
 
@@ -91,21 +102,38 @@ class _Collective:
 
 
 class CodedAllGather(_Collective):
-    """Weights: each rank codes its own chunk once, and decodes all chunks, its own too, so that all have the same weights."""
+    """Weights: each rank codes its own chunk once, and decodes all chunks, its own too, so that all have the same weights.
+
+    second: where weights are gathered again from fewer ranks, which hold what was decoded: as it is. None: they are not.
+    """
+
+    def __init__(self, unit: Unit, row: Row, lane: Lane, second: Lane | None = None) -> None:
+        super().__init__(unit, row, lane)
+        self._second = second
+        self._second_group = unit.secondary_group
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         """Never waits; FSDP2 waits for what is returned when it needs the weights."""
-        self._check(input_tensor, self._row.chunk)
-        return _FutureWork(self._lane.executor.submit(lambda: self._gather(output_tensor, input_tensor)))
+        output, own = real(output_tensor), real(input_tensor)
+        if self._second is not None and group == self._second_group:
+            lane = self._second
+            return _FutureWork(lane.executor.submit(lambda: self._gather_plain(output, own, lane)))
+        self._check(own, self._row.chunk)
+        return _FutureWork(self._lane.executor.submit(lambda: self._gather(output, own)))
+
+    def _gather_plain(self, output: Tensor, own: Tensor, lane: Lane) -> Tensor:
+        with lane.ledger.label(label_of(self._unit.name, "weights")):
+            ALL_GATHER(output, own, group=lane.group)
+        return output
 
     def _gather(self, output: Tensor, own: Tensor) -> Tensor:
         row, size = self._row, own.element_size()
         chunk = own.view(1, -1)
         sent = self._rows(1, row.take(chunk, False))
         if row.codec is not None:
-            self._codes(sent[0], size).copy_(row.codec.encode(row.take(chunk, True)[0]))
+            self._codes(sent[0], size).copy_(row.codec.encode(row.take(chunk, True)[0].float()))
         received = torch.empty(row.world_size, row.row_bytes(size), dtype=torch.uint8)
         with self._lane.ledger.label(label_of(self._unit.name, "weights")):
             ALL_GATHER(received.view(-1), sent.view(-1), group=self._lane.group)
@@ -119,40 +147,64 @@ class CodedAllGather(_Collective):
 
 
 class CodedReduceScatter(_Collective):
-    """Gradients: each rank codes the chunks of the others, and adds up what arrives for its own. residual: None: no feedback."""
+    """Gradients: each rank codes the chunks of the others, and adds up what arrives for its own.
 
-    def __init__(self, unit: Unit, row: Row, lane: Lane, residual: Residual | None) -> None:
+    residual: None: no feedback. replicas: None where there are none.
+    """
+
+    def __init__(
+        self, unit: Unit, row: Row, lane: Lane, residual: Residual | None, backward: BackwardPass, replicas: Replicas | None
+    ) -> None:
         super().__init__(unit, row, lane)
-        self.residual = residual
+        self.residual, self._backward, self._replicas = residual, backward, replicas
+        self._partial: Tensor | None = None
+        """What was added up since it was averaged over the replicas last."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> dist.Work | None:
         """Waits at once only if somebody reads `output_tensor` before the end of the backward pass."""
-        self._check(input_tensor, self._row.world_size * self._row.chunk)
-        factor = self._unit.factor(op)
-        future = self._lane.executor.submit(lambda: self._reduce(output_tensor, input_tensor, factor))
+        output, gradients = real(output_tensor), real(input_tensor)
+        self._check(gradients, self._row.world_size * self._row.chunk)
+        factor = self._unit.factor(op, 1 if self._replicas is None else self._replicas.number)
+        adds_up = self._replicas is not None and not self._unit.averages
+        if adds_up:
+            output.zero_()  # until then FSDP2 adds nothing to what there is
+            self._backward.forget(self._unit.without_gradients())
+        future = self._lane.executor.submit(lambda: self._averaged(output, gradients, factor, adds_up))
         later = op != dist.ReduceOp.SUM and self._unit.may_wait_for_gradients()  # after a SUM FSDP2 divides the output itself
-        if not (later and at_end_of_backward(future.wait)):
-            future.wait()
+        self._backward.add(future, later=later or adds_up)
         return None
+
+    def _averaged(self, output: Tensor, gradients: Tensor, factor: float, adds_up: bool) -> Tensor:
+        if self._replicas is None:
+            return self._reduce(output, gradients, factor)
+        exact = output.dtype in (torch.float32, torch.float64) and not adds_up
+        wide = output if exact else torch.empty(output.shape, dtype=torch.promote_types(output.dtype, torch.float32))
+        self._reduce(wide, gradients, factor)
+        if self._partial is not None:
+            wide += self._partial
+        if self._backward.spoiled:
+            wide[0] = torch.nan  # for the other replicas, also of those chunks that are finite
+        self._partial = wide if adds_up else None
+        if not adds_up:
+            self._backward.then(self._replicas.average(self._unit.name, wide), output)
+        return output
 
     def _reduce(self, output: Tensor, gradients: Tensor, factor: float) -> Tensor:
         row, rank, size = self._row, self._lane.group.rank(), gradients.element_size()
         chunks = gradients.view(row.world_size, -1)
-        if not finite(gradients):
-            raise UserError(
-                f"the gradient of unit {self._unit.name or 'root'} is not finite; lower the learning rate, or look at the data "
-                "of this step"
-            )
-        sent = self._rows(row.world_size, row.take(chunks, False))
+        sent = self._rows(row.world_size, row.take(chunks, False), flagged=True)
         values = row.take(chunks, True)
+        broken = self._flag(sent, gradients)
         if self.residual is not None:
             self.residual.add_to(values)
         others = [shard for shard in range(row.world_size) if shard != rank]
         if row.codec is not None:
             for shard in others:
-                self._codes(sent[shard], size).copy_(row.codec.encode(values[shard]))
+                if broken[shard]:
+                    values[shard] = 0  # codes of what is not finite say nothing; the flag does
+                self._codes(sent[shard], size).copy_(row.codec.encode(values[shard].float()))
         received = torch.empty_like(sent)
         with self._lane.ledger.label(label_of(self._unit.name, "gradients")):
             work = dist.all_to_all_single(received, sent, group=self._lane.group, async_op=True)
@@ -163,12 +215,28 @@ class CodedReduceScatter(_Collective):
             self.residual.keep(values)
         work.wait()
 
+        flags = received[:, -1].tolist()
+        self._backward.spoiled |= any(flags)
         result = output.view(1, -1)
         exact = self._exact(received, gradients.dtype)
-        exact = exact if exact.dtype == torch.float64 else exact.to(torch.float32)
+        exact = exact.to(torch.promote_types(exact.dtype, torch.float32))
         row.put(result, sum_in_order(list(exact)).mul_(factor).view(1, -1), False)
         if row.codec is not None:
             decode, number = row.codec.decode, row.coded_values
             parts = [own if i == rank else decode(self._codes(received[i], size), number) for i in range(row.world_size)]
-            row.put(result, sum_in_order(parts).mul_(factor).view(1, -1), True)
+            mean = sum_in_order([part.to(own.dtype) for part in parts]).mul_(factor)
+            if any(flag & HERE for flag in flags):
+                mean.fill_(torch.nan)
+            row.put(result, mean.view(1, -1), True)
         return output
+
+    def _flag(self, sent: Tensor, gradients: Tensor) -> list[bool]:
+        """Which chunks are not finite, which the last byte of each row says, and whether any was in this backward pass."""
+        chunks = gradients.view(self._row.world_size, -1)
+        broken = [False] * len(chunks)
+        if not finite(gradients):
+            broken = [not finite(chunk) for chunk in chunks]
+            self._backward.found(self._row.names_not_finite(chunks))
+        for shard, here in enumerate(broken):
+            sent[shard, -1] = HERE * here + EARLIER * bool(self._backward.own)
+        return broken
