@@ -43,7 +43,7 @@ def test_parameters_equal_the_real_model(name: str) -> None:
     workload = Workload.of_transformer(config, 1, 8)
     assert [(p.name, p.shape) for p in workload.parameters] == listed(model)
     assert workload.num_parameters == sum(p.numel() for p in model.parameters())
-    assert workload.parameter_bytes() == 4 * workload.num_parameters
+    assert workload.stored_bytes == 4 * workload.num_parameters
     assert [f"blocks.{name}" for name, _ in model.blocks.named_children()] == list(workload.block_names)
 
 

@@ -22,16 +22,14 @@ from itertools import accumulate
 from thinwire.config.model import ModelConfig
 from thinwire.errors import UserError
 
-OPTIMIZER_BYTES_PER_PARAMETER = {"adamw": 8, "sgd": 4, "muon": 4, "signsgd": 0}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+OPTIMIZER_VALUES_PER_PARAMETER = {"adamw": 2, "sgd": 1, "muon": 1, "signsgd": 0}
 BACKWARD_OVER_FORWARD = 2.0
 
 
 def plain_name(name: str) -> str:
     """A parameter's name without what torch.compile puts in between, so that compiled or not it is the same parameter."""
     return name.replace("_orig_mod.", "")
-
-
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,11 @@ class Parameter:
     def stored_bytes(self) -> int:
         """Of its gradient."""
         return ITEM_BYTES[self.dtype] * self.numel
+
+    @property
+    def wide_dtype(self) -> str:
+        """In which what is kept of it, such as an anchor, is: float64 of float64, else float32."""
+        return "float64" if self.dtype == "float64" else "float32"
 
 
 @dataclass(frozen=True)
@@ -86,17 +89,18 @@ class Workload:
             ("mlp.up.weight", (config.up_width, width), 0.0),
             ("mlp.down.weight", (width, config.hidden), 0.0),
         ]
-        parameters = [Parameter("embed.weight", (config.vocabulary, width))]
+        dtype = config.dtype
+        parameters = [Parameter("embed.weight", (config.vocabulary, width), dtype=dtype)]
         if config.positions == "learned":
-            parameters.append(Parameter("positions.weight", (config.context, width)))
+            parameters.append(Parameter("positions.weight", (config.context, width), dtype=dtype))
         done = 0.0
         for block in blocks:
             for name, shape, extra in inner:
-                parameters.append(Parameter(f"{block}.{name}", shape, done))
+                parameters.append(Parameter(f"{block}.{name}", shape, done, dtype))
                 done += _product_flops(shape) + extra
-        parameters.append(Parameter("norm.weight", (width,), done))
+        parameters.append(Parameter("norm.weight", (width,), done, dtype))
         if not config.tied:
-            parameters.append(Parameter("head.weight", (config.vocabulary, width), done))
+            parameters.append(Parameter("head.weight", (config.vocabulary, width), done, dtype))
         return cls(
             parameters=tuple(parameters),
             forward_flops_per_token=done + _product_flops((config.vocabulary, width)),
@@ -154,14 +158,22 @@ class Workload:
         """Per token: what the backward pass still has to do when this parameter's gradient is ready."""
         return BACKWARD_OVER_FORWARD * self.parameter(name).forward_flops_before
 
-    def parameter_bytes(self) -> int:
-        """In float32."""
-        return 4 * self.num_parameters
+    @property
+    def stored_bytes(self) -> int:
+        """Of the parameters in their dtypes, and of their gradients."""
+        return sum(parameter.stored_bytes for parameter in self.parameters)
 
     def optimizer_bytes(self, optimizer: str = "adamw") -> int:
-        """State beside parameters and gradients, kept in float32: two moments for adamw, one momentum for sgd and muon, none for
+        """State beside parameters and gradients, of their dtypes: two moments for adamw, one momentum for sgd and muon, none for
         signsgd."""
-        return self.num_parameters * OPTIMIZER_BYTES_PER_PARAMETER[optimizer]
+        return self.stored_bytes * OPTIMIZER_VALUES_PER_PARAMETER[optimizer]
+
+
+def by_wide_dtype(parameters: Iterable[Parameter]) -> list[list[Parameter]]:
+    """Those that have values, in their wide dtype: a list of float32, then one of float64; none that is empty."""
+    wide = [replace(parameter, dtype=parameter.wide_dtype) for parameter in parameters if parameter.numel]
+    lists = ([parameter for parameter in wide if parameter.dtype == dtype] for dtype in ("float32", "float64"))
+    return [found for found in lists if found]
 
 
 def _product_flops(shape: tuple[int, ...]) -> float:

@@ -17,6 +17,7 @@ from thinwire.collectives.ledger import difference
 from thinwire.config.replicas import Code, Gradients, ServerAdamW, ServerSGD, Service
 from thinwire.errors import UserError
 from thinwire.sync.server.coding import coded_bytes, make_flat
+from thinwire.sync.server.extent import Extent
 from thinwire.sync.server.flat import Span, cut, within
 from thinwire.sync.server.message import HEAD_BYTES
 
@@ -174,7 +175,7 @@ def test_the_ledger_is_what_was_predicted(kinds) -> None:
                 wait_for(lambda: sum(t.calls for t in difference(ledger.snapshot(), old).values()) >= 4 * kinds_of_call)  # noqa: B023
             found = [difference(ledger.snapshot(), old) for ledger, old in zip(ledgers, before, strict=True)]
     sizes = [len(part) for part in cut(NUMEL, 3)]
-    up, down = ([coded_bytes(make_flat(code), size) for size in sizes] for code in (push, pull))
+    up, down = ([coded_bytes(make_flat(code), Extent(size)) for size in sizes] for code in (push, pull))
     predicted = [
         {f"{label} to server {i}": size for i in range(3) for label, size in (("head", HEAD_BYTES), ("push", up[i]))},
         *({"head to worker a": HEAD_BYTES, "weights to worker a": down[i]} for i in range(3)),
@@ -199,7 +200,7 @@ def test_codes_are_smaller_and_with_feedback_learn_as_float32_does() -> None:
     assert losses["none"] < 0.8 * start
     assert losses["int8"] == pytest.approx(losses["none"], rel=0.02)
     assert losses["int4"] == pytest.approx(losses["none"], rel=0.1)
-    assert [coded_bytes(make_flat(Code(kind=kind)), 1024) for kind in ("none", "int8", "int4")] == [4096, 1032, 528]
+    assert [coded_bytes(make_flat(Code(kind=kind)), Extent(1024)) for kind in ("none", "int8", "int4")] == [4096, 1032, 528]
 
 
 def test_a_worker_that_breaks_off_is_not_waited_for_and_may_come_back() -> None:
@@ -266,8 +267,8 @@ def test_what_is_wrong_is_told_in_one_line() -> None:
             worker.step()
         with pytest.raises(UserError, match="a/b"):
             ParameterServerWorker(make_model(), store=running.address, name="a/b").__enter__()
-        with pytest.raises(UserError, match="float32"):
-            ParameterServerWorker(make_model().half(), store=running.address, name="c")
+        with pytest.raises(UserError, match=r"0\.weight is float8_e5m2; servers take float32, bfloat16"):
+            ParameterServerWorker(make_model().to(torch.float8_e5m2), store=running.address, name="c")
         with ParameterServerWorker(make_model(), store=running.address, name="d"):
             other = ParameterServerWorker(nn.Linear(3, 3), store=running.address, name="e")
             with pytest.raises(UserError, match=f"holds {NUMEL} weights where this model has 12"):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from thinwire.config.replicas import Code, DiLoCo, Gradients, ServerAdamW, ServerSGD, Service
 from thinwire.sync.server.coding import Mirror
 from thinwire.sync.server.diloco_merger import DiLoCoMerger
+from thinwire.sync.server.extent import Extent
 from thinwire.sync.server.flat import Span
 from thinwire.sync.server.gradient_merger import GradientMerger
 from thinwire.sync.server.merger import Member, Merger, Pace, Push
@@ -115,13 +116,14 @@ def test_shares_of_a_merge_are_those_of_its_weighting(weighting, share) -> None:
 def test_what_a_code_of_pulls_loses_is_in_the_next_one(kind) -> None:
     """Both ends keep one copy, and weights that no longer move are reached."""
     server, worker = Mirror(Code(kind=kind)), Mirror(Code(kind=kind))
+    extent = Extent(300)
     first, then = torch.randn(2, 300, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(worker.decode(server.encode(first), 300), first)
+    assert torch.equal(worker.decode(server.encode(first, extent), extent), first)
     errors = []
     for _ in range(40):
-        payload = server.encode(then)
-        assert payload.numel() == worker.expected_bytes(300)
-        errors.append(float((worker.decode(payload, 300) - then).norm()))
+        payload = server.encode(then, extent)
+        assert payload.numel() == worker.expected_bytes(extent)
+        errors.append(float((worker.decode(payload, extent) - then).norm()))
         assert torch.equal(worker._copy, server._copy)
     assert errors[-1] < 0.1 * errors[0] or errors[-1] < 1e-5 * float(then.norm())
 

@@ -30,6 +30,7 @@ from thinwire.sync.server.authentication import OPEN, Handshake, introduce
 from thinwire.sync.server.coding import coded_bytes, make_flat
 from thinwire.sync.server.connection import Connection, PeerLost
 from thinwire.sync.server.dialer import Dialer
+from thinwire.sync.server.extent import Extent
 from thinwire.sync.server.listener import STRANGERS
 from thinwire.sync.server.message import HEAD_BYTES, BadMessage, Head, Hello, Kind
 from thinwire.sync.server.weights import load_optimizers
@@ -367,7 +368,7 @@ def test_bytes_that_are_no_code_are_refused_and_never_spread(kind) -> None:
         first.send(Head(kind=Kind.PULL))
         answer(first)
         first.close()
-        size = coded_bytes(make_flat(Code(kind=kind)), NUMEL)
+        size = coded_bytes(make_flat(Code(kind=kind)), Extent(NUMEL))
         for attempt in range(20):
             link = greeted(running.address, f"b{attempt}", NUMEL)
             payload = torch.frombuffer(bytearray(b"\xff" * size if attempt == 0 else chance.randbytes(size)), dtype=torch.uint8)

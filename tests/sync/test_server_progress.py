@@ -266,7 +266,7 @@ def test_a_refused_push_is_told_to_its_sender_alone() -> None:
             optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
             line = pytest.raises(UserError, match=r"^what is pushed is not finite; lower the learning rate")
             with line, AsyncDiLoCo(model, optimizer, store=running.address, name="b") as replica:
-                replica.client._coder.encode = lambda name, values: torch.full_like(values, torch.inf)
+                replica.client._coder.encode = lambda name, values, extent: torch.full_like(values, torch.inf)
                 for step in range(8):
                     loss_of(model, rows(step, 0)).backward()
                     optimizer.step()

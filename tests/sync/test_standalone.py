@@ -189,7 +189,8 @@ def refused(context: Rank) -> list[str]:
         lambda: thinwire.DiLoCo(model, optimizer, accumulate=2),
         lambda: thinwire.DiLoCo(model, optimizer, compress="int3"),
         lambda: thinwire.DiLoCo(model, optimizer, kind="noloco", compress="int4"),
-        lambda: thinwire.DiLoCo(net().bfloat16(), optimizer),
+        lambda: thinwire.DiLoCo(net().to("meta"), optimizer),
+        lambda: thinwire.DiLoCo(net().to(torch.float8_e5m2), optimizer),
     ]
     messages = []
     for one in wrong:
@@ -210,14 +211,15 @@ def refused(context: Rank) -> list[str]:
 
 
 def test_what_is_wrong_is_said_and_leaves_nothing_behind(ranks2: Pool) -> None:
-    kind, every, overlap, accumulate, code, noloco, dtype, second = ranks2.run(refused)[0]
+    kind, every, overlap, accumulate, code, noloco, device, dtype, second = ranks2.run(refused)[0]
     assert "kind = 'dilocoo' does not exist; there are diloco, streaming" in kind
     assert "DiLoCo: every = 0" in every
     assert "unknown key overlap; allowed: " in overlap
     assert "accumulate is about what happens within a replica" in accumulate
     assert "DiLoCo: compress: kind = 'int3'" in code
     assert "noloco sends weights" in noloco
-    assert "0.weight is bfloat16 on cpu" in dtype
+    assert "0.weight is on meta; only CPUs yet" in device
+    assert "0.weight is float8_e5m2; replicas exchange float32, bfloat16, float16, float64 and complex numbers of these" in dtype
     assert "another one is at work on this optimizer" in second
 
 

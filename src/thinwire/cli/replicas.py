@@ -74,8 +74,8 @@ def _configure(run: Path | None, changes: list[str]) -> "RunConfig":
         raise UserError(f"compress.kind = {config.compress.kind!r} is for ranks; replicas take --service push.kind=...")
     if config.sync.kind != "every_step":
         raise UserError(f"sync.kind = {config.sync.kind!r} is for ranks; replicas take --service merge.kind=diloco or gradients")
-    if config.train.dtype == "bfloat16":
-        raise UserError("train.dtype = 'bfloat16': replicas train in float32 only; leave it out")
+    if config.train.dtype == "bfloat16" and config.model.dtype != "bfloat16":
+        raise UserError("train.dtype = 'bfloat16': replicas multiply in model.dtype only; leave it out")
     usual, unused = RunConfig(), []
     for section, key in UNUSED:
         value = getattr(getattr(config, section), key)

@@ -41,6 +41,9 @@ class ModelConfig(Section):
     init_std: float = Field(default=0.02, gt=0.0)
     """Deviation of the first weights. The 0.02 of GPT-2 and Llama suits widths near a thousand; narrow models learn sooner
     with about 0.7 / sqrt(width)."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """Of weights, gradients and the optimizer's state. In 16 bits small updates are rounded off, since nobody holds the weights
+    in float32; for speed alone rather set train.dtype."""
 
     @model_validator(mode="before")
     @classmethod

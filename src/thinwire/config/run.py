@@ -20,6 +20,8 @@ from thinwire.tomlfile import Section, read_toml, read_value, validate
 from thinwire.units import parse
 
 DEFAULT_PRESET = "1m"
+LEAST_EPSILON = 2.0**-12
+"""Root of the least positive float16, 2^-24."""
 Seconds = Annotated[float, BeforeValidator(lambda value: parse(value, "s"))]
 
 
@@ -156,7 +158,8 @@ class TrainSection(Section):
     """Tokens per sequence."""
     seed: int = Field(0, ge=0)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the matrix products; "auto": bfloat16 where the device is fast in it. Weights and their exchange stay float32."""
+    """Of the matrix products of a model in float32; "auto": bfloat16 where the device is fast in it. Weights and their exchange
+    stay float32. A model of another model.dtype is multiplied in that."""
     optimizer: Optimizer = AdamW()
     learning_rate: float = Field(1e-3, gt=0)
     final_learning_rate: float = Field(0.1, ge=0, le=1)
@@ -206,6 +209,18 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         if self.train.sequence > self.model.context:
             raise ValueError(f"train.sequence {self.train.sequence} is longer than model.context {self.model.context}")
+        dtype, optimizer = self.model.dtype, self.train.optimizer
+        if dtype != "float32" and self.train.dtype not in ("auto", dtype):
+            raise ValueError(
+                f"train.dtype = {self.train.dtype!r} is for a model in float32, and model.dtype = {dtype!r}, in which it is "
+                "multiplied; leave train.dtype out"
+            )
+        if dtype == "float16" and isinstance(optimizer, AdamW | Muon) and optimizer.epsilon < LEAST_EPSILON:
+            raise ValueError(
+                f"train.optimizer.epsilon = {optimizer.epsilon:g} with model.dtype = 'float16', in which squares of gradients "
+                f"below {LEAST_EPSILON:.2g} are 0 and a step is divided by epsilon alone; set it to 2.5e-4 or more, or take "
+                "'bfloat16'"
+            )
         return self
 
 

@@ -89,7 +89,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """forward(tokens_BL) gives logits_BLV; with `targets_BL` it gives the mean cross-entropy, in float32 and nats.
+    """forward(tokens_BL) gives logits_BLV; with `targets_BL` it gives the mean cross-entropy in nats, in float32 or
+    float64 if the weights are.
 
     Targets of -100 do not count. There are no buffers: built on `torch.device("meta")`, the model is complete after
     `to_empty` and `init_weights`.
@@ -132,7 +133,8 @@ class Transformer(nn.Module):
         logits_BLV = F.linear(self.norm(x_BLM), head_VM)
         if targets_BL is None:
             return logits_BLV
-        return F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten())
+        precise = torch.promote_types(logits_BLV.dtype, torch.float32)
+        return F.cross_entropy(logits_BLV.flatten(0, 1).to(precise), targets_BL.flatten())
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -147,8 +149,9 @@ def make_rotation(length: int, head_width: int, base: float, like: Tensor) -> tu
 
     Made in each forward pass (once for all blocks): cheap beside one block, and the model needs no buffers.
     """
-    position_L = torch.arange(length, device=like.device, dtype=torch.float32)
-    exponent = torch.arange(0, head_width, 2, device=like.device, dtype=torch.float32) / head_width
+    precise = torch.promote_types(like.dtype, torch.float32)
+    position_L = torch.arange(length, device=like.device, dtype=precise)
+    exponent = torch.arange(0, head_width, 2, device=like.device, dtype=precise) / head_width
     angle = torch.outer(position_L, base**-exponent)
     return angle.cos().to(like.dtype)[:, None], angle.sin().to(like.dtype)[:, None]
 

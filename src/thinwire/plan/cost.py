@@ -26,7 +26,7 @@ from thinwire.traffic import Transfer
 from thinwire.workload import Workload
 
 MEMORY_BYTES_PER_S = 4e9
-"""One core updating weights: read and written in float32, four arrays at once."""
+"""One core updating weights: read and written, four arrays at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Setting:
     @property
     def optimizer_s(self) -> float:
         """Gradients and weights are read, weights and state read and written."""
-        touched = 3 * self.workload.parameter_bytes() + 2 * self.workload.optimizer_bytes(self.optimizer)
+        touched = 3 * self.workload.stored_bytes + 2 * self.workload.optimizer_bytes(self.optimizer)
         return touched / MEMORY_BYTES_PER_S
 
 

@@ -30,11 +30,11 @@ from thinwire.compress.exchange import Exchange
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.sync.base import Synchroniser
-from thinwire.sync.nested import Anchor, NestedSynchroniser
+from thinwire.sync.nested import Anchor, NestedSynchroniser, counted, suffix
 from thinwire.sync.outer import Nesterov
 from thinwire.sync.shards import Shards
 from thinwire.traffic import Transfer
-from thinwire.workload import Workload
+from thinwire.workload import Parameter, Workload, by_wide_dtype
 
 _LAYER = re.compile(r"^((?:[^.]+\.)*?\d+)\.")
 
@@ -50,10 +50,10 @@ class Schedule:
 
 
 class _Fragment(Anchor):
-    """Parameters that are sent together."""
+    """Parameters of one wide dtype that are sent together; those of the other, if a model has both, have the same index."""
 
-    def __init__(self, index: int, shards: Shards, names: Sequence[str], with_momentum: bool, done: int) -> None:
-        super().__init__(shards, names, with_momentum)
+    def __init__(self, index: int, shards: Shards, parameters: Sequence[Parameter], with_momentum: bool, done: int) -> None:
+        super().__init__(shards, parameters, with_momentum)
         self.index = index
         self.sent_at = done
         """Steps done when it was last sent, or formed; then there is nothing to send."""
@@ -82,12 +82,11 @@ class LocalStepsSync(NestedSynchroniser):
         by_name = {parameter.name: parameter for parameter in workload.parameters}
         window = self._schedule.overlap * workload.flops_per_microbatch * self.num_micro
         for index, names in enumerate(fragments(list(by_name), self._schedule.layers_per_fragment)):
-            parameters = [by_name[name] for name in names if by_name[name].numel]
-            if not parameters:
-                continue
             event = f"fragment {index}"
-            for transfer in self._exchange.transfers(event, parameters, self._axis, getattr(layout, self._axis)):
-                found.append(replace(transfer, every=self._schedule.every, event=event, window_flops=window))
+            for together in by_wide_dtype(by_name[name] for name in names):
+                label = event + suffix(together[0].dtype)
+                for transfer in self._exchange.transfers(label, together, self._axis, getattr(layout, self._axis)):
+                    found.append(replace(transfer, every=self._schedule.every, event=event, window_flops=window))
         return found
 
     @torch.no_grad()
@@ -146,8 +145,11 @@ class LocalStepsSync(NestedSynchroniser):
     def _begin(self) -> None:
         parts = fragments(list(self._held), self._schedule.layers_per_fragment)
         has_momentum = bool(self._outer.momentum)
-        found = [_Fragment(index, self._shards, names, has_momentum, self._done) for index, names in enumerate(parts)]
-        found = [fragment for fragment in found if fragment.pieces]
+        found = [
+            _Fragment(index, self._shards, together, has_momentum, self._done)
+            for index, names in enumerate(parts)
+            for together in by_wide_dtype(map(self._shards.described, names))
+        ]
         for fragment in found:
             for before in self._fragments:
                 fragment.take_momentum(before)
@@ -165,11 +167,12 @@ class LocalStepsSync(NestedSynchroniser):
         if fragment.under_way is not None:  # of a run with a longer overlap than this one's period
             self._apply(fragment)
         self._check_trained()
-        buffer = fragment.values - fragment.flat(self._shards)
+        buffer = fragment.values - fragment.reached(self._shards)
         fragment.sent_at = self._done
         last = fragment is self._fragments[-1]
+        label = f"{label} {fragment.index}{fragment.suffix}"
         with self._ledger.label("fragment"):
-            fragment.under_way = self._exchange.start(buffer, fragment.pieces, f"{label} {fragment.index}", last=last)
+            fragment.under_way = self._exchange.start(buffer, fragment.pieces, label, last=last)
 
     def _apply(self, fragment: _Fragment) -> None:
         mean = self._arrived(fragment)
@@ -202,12 +205,12 @@ class LocalStepsSync(NestedSynchroniser):
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._done = state["done"]
-        mine = [([piece.name for piece in fragment.pieces], len(fragment.values)) for fragment in self._fragments]
-        theirs = [(saved["names"], saved["anchor"].numel()) for saved in state["fragments"]]
-        if mine != theirs:
+        mine = [([piece.name for piece in fragment.pieces], fragment.values) for fragment in self._fragments]
+        theirs = [(saved["names"], saved["anchor"]) for saved in state["fragments"]]
+        if [(names, counted([anchor])) for names, anchor in mine] != [(names, counted([anchor])) for names, anchor in theirs]:
             raise UserError(
-                f"this rank holds {sum(numel for _, numel in mine)} values in {len(mine)} fragments, that of the checkpoint held "
-                f"{sum(numel for _, numel in theirs)} in {len(theirs)}; resume with the same model, fragments and shards"
+                f"this rank holds {counted(anchor for _, anchor in mine)} in {len(mine)} fragments, that of the checkpoint held "
+                f"{counted(anchor for _, anchor in theirs)} in {len(theirs)}; resume with the same model, fragments and shards"
             )
         for fragment, saved in zip(self._fragments, state["fragments"], strict=True):
             fragment.values.copy_(saved["anchor"])

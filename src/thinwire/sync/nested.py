@@ -3,13 +3,23 @@
 A replica may itself be several ranks, which another synchroniser (`inner`) holds together on other axes; under FSDP2 all of this
 is done to shards (`shards`). Only what is trained is kept and sent; frozen parameters are equal everywhere.
 
+Anchors, momenta and averages are float32, and float64 of parameters in float64, however parameters are stored; of complex
+numbers they hold the parts. The model gets x rounded once, R(x), and the anchor keeps the digits of x. So a replica that goes on
+from x stands not at x_m, what its model holds, but at
+
+    x_m + (x - R(x))
+
+which is x as long as nothing was trained: then nothing moves, and roundings do not add up from period to period. For float32 and
+float64 it is x_m. Parameters of the two wide dtypes lie in flat buffers of their own, which are sent one behind the other.
+
 What a method carries, such as its outer momentum, belongs to the object, not to one stay in it. Entered again it goes on with it,
 and from the model as it is now, or, left by an exception, from where it was. A state that was loaded is used once, when it is
 entered next.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -23,31 +33,38 @@ from thinwire.compress.averager import Piece
 from thinwire.errors import UserError
 from thinwire.sync.base import Synchroniser
 from thinwire.sync.shards import Shards
+from thinwire.workload import Parameter
 
 
 class Anchor:
-    """Where a period began, for the parameters `names` as far as this rank holds values of them, and their outer momentum.
+    """Where a period began, for `parameters` of one wide dtype, of what this rank holds of them, and their outer momentum.
 
-    values: flat float32, as is momentum (empty without one). pieces: where each parameter lies in them.
+    values: flat, of that dtype, as is momentum (empty without one). pieces: where each parameter lies in them.
     """
 
-    def __init__(self, shards: Shards, names: Sequence[str], with_momentum: bool = True) -> None:
+    def __init__(self, shards: Shards, parameters: Sequence[Parameter], with_momentum: bool = True) -> None:
+        self.suffix = suffix(parameters[0].dtype)
+        self.dtype: torch.dtype = getattr(torch, parameters[0].dtype)
         self.pieces: list[Piece] = []
         first = 0
-        for name in names:
-            if shards[name].numel():
-                self.pieces.append(Piece(name, first, tuple(shards[name].shape)))
-                first += self.pieces[-1].numel
-        self.values = self.flat(shards)
-        self.momentum = torch.zeros_like(self.values if with_momentum else torch.empty(0))
+        for parameter in parameters:
+            self.pieces.append(Piece(parameter.name, first, parameter.shape))
+            first += parameter.numel
+        self.values = torch.cat([shards[piece.name].reshape(-1).to(self.dtype) for piece in self.pieces])
+        self.momentum = torch.zeros_like(self.values if with_momentum else self.values[:0])
 
-    def flat(self, shards: Shards) -> torch.Tensor:
-        """A copy of what the model holds of its parameters now."""
-        return torch.cat([shards[piece.name].reshape(-1) for piece in self.pieces] or [torch.empty(0)])
+    def reached(self, shards: Shards) -> torch.Tensor:
+        """[numel] where the replica stands now: x_m + (x - R(x))."""
+        flat = torch.cat([shards[piece.name].reshape(-1).to(self.dtype) for piece in self.pieces])
+        for piece in self.pieces:
+            if (stored := shards[piece.name].dtype) != self.dtype:
+                exact = piece.of(self.values)
+                piece.of(flat).add_(exact - exact.to(stored))
+        return flat
 
     def by_name(self) -> dict[str, torch.Tensor]:
-        """The values of each parameter."""
-        return {piece.name: piece.of(self.values).view(piece.shape) for piece in self.pieces}
+        """The values of each parameter, flat."""
+        return {piece.name: piece.of(self.values) for piece in self.pieces}
 
     def take_momentum(self, before: "Anchor") -> None:
         """Of parameters that were in `before`."""
@@ -55,6 +72,19 @@ class Anchor:
         for piece in self.pieces:
             if piece.name in known and known[piece.name].shape == piece.shape and len(self.momentum):
                 piece.of(self.momentum).copy_(known[piece.name].of(before.momentum))
+
+
+def suffix(dtype: str) -> str:
+    """Of labels, so that what is sent in either wide dtype has one of its own."""
+    return "" if dtype == "float32" else f" {dtype}"
+
+
+def counted(buffers: Iterable[torch.Tensor]) -> str:
+    """How many values there are, of which dtypes: "300 values (float32), 20 values (float64)"."""
+    sizes = Counter[str]()
+    for buffer in buffers:
+        sizes[str(buffer.dtype).removeprefix("torch.")] += buffer.numel()
+    return ", ".join(f"{numel} values ({dtype})" for dtype, numel in sizes.items()) or "0 values"
 
 
 class NestedSynchroniser(Synchroniser):

@@ -9,13 +9,14 @@ pair's mean of y cancels, and each sends x alone, half as much:
 
     m_i <- mu m_i + eta (mean_ij(x) - y_i)
 
-Sent through a cast C (bf16, fp16), mean_ij(x) is taken as (C(x_i) + C(x_j)) / 2 + x_i - C(x_i): what the cast loses cancels in
-the sum over the pair, and does not move their mean. Pairs are drawn from the number of the exchange, on all ranks alike; of an
-odd number of replicas one has no partner and takes its step alone. Published: H = 50, eta = 0.7, mu = 0.5.
+Here x_i is where the replica stands, with the digits of y_i that a model in 16 bits rounds off (`nested`). Sent through a cast C
+(bf16, fp16), mean_ij(x) is taken as (C(x_i) + C(x_j)) / 2 + x_i - C(x_i): what the cast loses cancels in the sum over the pair,
+and does not move their mean. Pairs are drawn from the number of the exchange, on all ranks alike; of an odd number of replicas
+one has no partner and takes its step alone. Published: H = 50, eta = 0.7, mu = 0.5.
 
 Slow weights differ between replicas. Until the end each replica is evaluated by its own, and the score is the mean of theirs. At
 the end of training the last steps are taken in without a partner, and the slow weights are averaged once over all replicas, in
-float32: that mean is the model. What is common to all replicas that go alone is in `nested`.
+full: that mean is the model. What is common to all replicas that go alone is in `nested`.
 """
 
 from collections.abc import Sequence
@@ -32,15 +33,15 @@ from thinwire.config.sync import NoLoCo
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.sync.base import Synchroniser
-from thinwire.sync.nested import Anchor, NestedSynchroniser
+from thinwire.sync.nested import Anchor, NestedSynchroniser, counted, suffix
 from thinwire.traffic import Transfer
-from thinwire.workload import Workload
+from thinwire.workload import ITEM_BYTES, Workload, by_wide_dtype
 
 SEED = 0
 """Of the pairs."""
 
-CASTS = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What may travel, by compress.kind."""
+CASTS = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What may travel, by compress.kind; None: weights as they are kept, float32 or float64."""
 
 
 def pairs(replicas: int, exchange: int) -> list[tuple[int, ...]]:
@@ -65,16 +66,27 @@ class NoLoCoSync(NestedSynchroniser):
         super().__init__(axis, ledger, inner)
         self._config, self._wire_dtype = config, CASTS[compress.kind]
         self._group: dist.ProcessGroup | None = None
-        self._slow = Anchor(self._shards, [])
-        """This replica's slow weights."""
+        self._slow: list[Anchor] = []
+        """This replica's slow weights, by wide dtype."""
         self._stepped_at = 0
 
     def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
-        """The inner one's, and one message to the partner in `every` steps; of an odd number of replicas one sends nothing."""
+        """The inner one's, and a message of each wide dtype to the partner in `every` steps; of an odd number of replicas one
+        sends nothing."""
         found = self.inner.traffic(workload, layout)
-        size = sum(parameter.numel for parameter in workload.parameters) * self._wire_dtype.itemsize
-        if getattr(layout, self._axis) > 1 and size:
-            found.append(Transfer(label="pair", axis=self._axis, op="send", message_bytes=size, every=self._config.every))
+        for together in by_wide_dtype(workload.parameters) if getattr(layout, self._axis) > 1 else ():
+            dtype = together[0].dtype
+            size = self._wire_dtype.itemsize if self._wire_dtype else ITEM_BYTES[dtype]
+            found.append(
+                Transfer(
+                    label=f"pair{suffix(dtype)}",
+                    axis=self._axis,
+                    op="send",
+                    message_bytes=size * sum(parameter.numel for parameter in together),
+                    every=self._config.every,
+                    event="pair",
+                )
+            )
         return found
 
     @torch.no_grad()
@@ -84,7 +96,9 @@ class NoLoCoSync(NestedSynchroniser):
         self._done = step + 1
         if self._done % self._config.every == 0:
             self._check_trained()
-            self._step(self._mean_of_pair(self._slow.flat(self._shards)))
+            for slow in self._slow:
+                self._step(slow, self._mean_of_pair(slow))
+            self._stepped_at = self._done
             self._write()
 
     @torch.no_grad()
@@ -92,10 +106,11 @@ class NoLoCoSync(NestedSynchroniser):
         """After the last step: what was not exchanged in it enters alone, then one model, the mean. Collective over all."""
         self.inner.finish()
         assert self._group is not None, "attached() comes first"
-        if self._done != self._stepped_at:
-            self._step(self._slow.flat(self._shards))
-        if len(self._slow.values):
-            all_reduce(self._slow.values.div_(self._group.size()), self._group, self._ledger, "final").wait()
+        for slow in self._slow:
+            if self._done != self._stepped_at:
+                self._step(slow, slow.reached(self._shards))
+            all_reduce(slow.values.div_(self._group.size()), self._group, self._ledger, f"final{slow.suffix}").wait()
+        self._stepped_at = self._done
         self._write()
         self._finished = True
 
@@ -108,19 +123,23 @@ class NoLoCoSync(NestedSynchroniser):
             "done": self._done,
             "stepped_at": self._stepped_at,
             "names": list(self._held),
-            "slow": self._slow.values.clone(),
-            "momentum": self._slow.momentum.clone(),
+            "slow": [slow.values.clone() for slow in self._slow],
+            "momentum": [slow.momentum.clone() for slow in self._slow],
         }
 
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
         """All begin from the mean of the slow weights that there were, with the mean of the momenta. Before `attached`."""
         self.inner.adopt([state["inner"] for state in states])
-        means = {key: torch.stack([state[key] for state in states]).mean(0) for key in ("slow", "momentum")}
+        by_dtype = {key: zip(*(_listed(state[key]) for state in states), strict=True) for key in ("slow", "momentum")}
+        means = {key: [torch.stack(alike).mean(0) for alike in tensors] for key, tensors in by_dtype.items()}
         self._restored, self._adopted = states[0] | means, True
 
     def _begin(self) -> None:
-        before, self._slow = self._slow, Anchor(self._shards, list(self._held))
-        self._slow.take_momentum(before)
+        before, together = self._slow, by_wide_dtype(map(self._shards.described, self._held))
+        self._slow = [Anchor(self._shards, parameters) for parameters in together]
+        for slow in self._slow:
+            for old in before:
+                slow.take_momentum(old)
 
     def _connect(self, group: dist.ProcessGroup) -> None:
         self._group = group
@@ -129,37 +148,44 @@ class NoLoCoSync(NestedSynchroniser):
     def _disconnect(self) -> None:
         self._group = None
 
-    def _mean_of_pair(self, own: torch.Tensor) -> torch.Tensor:
+    def _mean_of_pair(self, slow: Anchor) -> torch.Tensor:
         """mean_ij(x); x_i where there is no partner."""
-        group = self._group
+        group, own = self._group, slow.reached(self._shards)
         assert group is not None, "attached() comes first"
         drawn = pairs(group.size(), self._done // self._config.every)
         mine = next(pair for pair in drawn if group.rank() in pair)
-        if len(mine) == 1 or not own.numel():
+        if len(mine) == 1:
             return own
-        sent = own.to(self._wire_dtype)
-        theirs = swap(sent, sum(mine) - group.rank(), group, self._ledger, "pair")
-        mean = sent.float().add_(theirs).div_(2)
+        sent = own.to(self._wire_dtype or own.dtype)
+        theirs = swap(sent, sum(mine) - group.rank(), group, self._ledger, f"pair{slow.suffix}")
+        mean = sent.to(own.dtype).add_(theirs).div_(2)
         return mean if sent is own else mean.add_(own).sub_(sent)
 
-    def _step(self, mean: torch.Tensor) -> None:
-        self._stepped_at = self._done
-        slow, config = self._slow, self._config
+    def _step(self, slow: Anchor, mean: torch.Tensor) -> None:
+        config = self._config
         slow.momentum.mul_(config.outer_momentum).add_(mean - slow.values, alpha=config.outer_learning_rate)
         slow.values.add_(slow.momentum)
 
     def _write(self) -> None:
         """This replica's slow weights; after `finish` they are the same on all."""
-        self._shards.write(self._slow.by_name())
+        for slow in self._slow:
+            self._shards.write(slow.by_name())
 
     def _restore(self, state: dict[str, Any]) -> None:
-        slow = self._slow
-        if state["names"] != list(self._held) or state["slow"].numel() != slow.values.numel():
+        theirs = _listed(state["slow"])
+        mine, held = counted(slow.values for slow in self._slow), counted(theirs)
+        if state["names"] != list(self._held) or mine != held:
             raise UserError(
-                f"this rank holds {slow.values.numel()} values of {len(self._held)} parameters, that of the checkpoint held "
-                f"{state['slow'].numel()} of {len(state['names'])}; resume with the same model and shards"
+                f"this rank holds {mine} of {len(self._held)} parameters, that of the checkpoint held {held} of "
+                f"{len(state['names'])}; resume with the same model and shards"
             )
         self._done = state["done"]
         self._stepped_at = state.get("stepped_at", self._done - self._done % self._config.every)
-        slow.values.copy_(state["slow"])
-        slow.momentum.copy_(state["momentum"])
+        for slow, values, momentum in zip(self._slow, theirs, _listed(state["momentum"]), strict=True):
+            slow.values.copy_(values)
+            slow.momentum.copy_(momentum)
+
+
+def _listed(saved: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
+    """By wide dtype; older states hold float32 alone."""
+    return [saved] if isinstance(saved, torch.Tensor) else saved

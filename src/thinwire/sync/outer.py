@@ -38,7 +38,7 @@ class Nesterov:
     momentum: float
 
     def step(self, parameters: torch.Tensor, average: torch.Tensor, momentum: torch.Tensor) -> None:
-        """All flat float32; changes `parameters` and `momentum` (empty if mu = 0). The same bits from the same values."""
+        """All flat, of one dtype; changes `parameters` and `momentum` (empty if mu = 0). The same bits from the same values."""
         if self.momentum:
             momentum.mul_(self.momentum).add_(average)
             average = average.add(momentum, alpha=self.momentum)

@@ -8,6 +8,8 @@ step and the mixing work value by value, and so commute with cutting:
 Rank s of a replica therefore exchanges what it holds with rank s of the others, and with nobody else. Codes are of each shard by
 itself. A shard may be empty, on all these ranks alike, since the same place has the same shape in each replica.
 
+What is handed out is real: of complex numbers their parts, as `torch.view_as_real` gives them.
+
 Whoever writes shards frees what FSDP2 has gathered of them (`free_gathered`), or the next forward pass would compute with the old
 values.
 """
@@ -22,7 +24,8 @@ from torch.distributed.tensor import DTensor
 
 from thinwire.compress.sharded.units import free_gathered
 from thinwire.errors import UserError
-from thinwire.workload import plain_name
+from thinwire.sync.buckets import real_shape
+from thinwire.workload import ITEM_BYTES, Parameter, plain_name
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -47,7 +50,15 @@ class Shards(Mapping[str, Tensor]):
         return [name for name, parameter in self._parameters.items() if parameter.requires_grad]
 
     def __getitem__(self, name: str) -> Tensor:
-        return local(self._parameters[name])
+        held = local(self._parameters[name])
+        return torch.view_as_real(held) if held.is_complex() else held
+
+    def described(self, name: str) -> Parameter:
+        """What this rank holds of it, as flat buffers have it. UserError for a dtype that cannot be exchanged."""
+        dtype = str(self[name].dtype).removeprefix("torch.")
+        if dtype not in ITEM_BYTES:
+            raise UserError(f"{name} is {dtype}; replicas exchange {', '.join(ITEM_BYTES)} and complex numbers of these")
+        return Parameter(name, real_shape(local(self._parameters[name])), dtype=dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parameters)
@@ -57,12 +68,11 @@ class Shards(Mapping[str, Tensor]):
 
     @torch.no_grad()
     def write(self, values: Mapping[str, Tensor], keep: float = 0.0) -> None:
-        """x <- keep x + (1 - keep) value, for each name in `values`."""
+        """x <- keep x + (1 - keep) value, for each name in `values`, which have as many values; rounded once."""
         for name, value in values.items():
-            if keep:
-                self[name].lerp_(value, 1 - keep)
-            else:
-                self[name].copy_(value)
+            held = self[name]
+            value = value.reshape(held.shape)
+            held.copy_(torch.lerp(held.to(value.dtype), value, 1 - keep) if keep else value)
         free_gathered(self._model)
 
     def cut(self) -> dict[str, DTensor]:
@@ -83,13 +93,13 @@ class Shards(Mapping[str, Tensor]):
     def check_same_everywhere(self, group: dist.ProcessGroup) -> None:
         """UserError on all ranks if those of some group do not hold the same shards. Collective over all ranks."""
         places = {name: parameter.device_mesh.get_coordinate() for name, parameter in self.cut().items()}
-        held = [(name, tuple(values.shape), places.get(name)) for name, values in self.items()]
+        held = [(name, tuple(values.shape), str(values.dtype), places.get(name)) for name, values in self.items()]
         gathered: list[tuple[list[int], str]] = [([], "")] * dist.get_world_size()
         digest = hashlib.sha256(repr(held).encode()).hexdigest()
         dist.all_gather_object(gathered, (dist.get_process_group_ranks(group), digest))
         for ranks, _ in gathered:
             if len({gathered[rank][1] for rank in ranks}) > 1:
                 raise UserError(
-                    f"DiLoCo: the ranks {ranks} of a group do not hold parameters, or shards, of the same names, shapes and "
-                    "places; make the same model on all, and groups of the ranks at the same place in their replicas"
+                    f"DiLoCo: the ranks {ranks} of a group do not hold parameters, or shards, of the same names, shapes, dtypes "
+                    "and places; make the same model on all, and groups of the ranks at the same place in their replicas"
                 )

@@ -14,9 +14,9 @@
 number of steps: one that skips a step lets the others wait.
 
 At `with` all begin from the first replica's parameters and buffers, which are sent only if any differ; later on buffers (batch
-statistics) stay each replica's own. The exchange has a metered group of its own, made beside the user's with the same time-out,
-whatever the backend of that, and ended with the block: what it sends is in `ledger`. Frozen parameters are neither kept nor sent.
-The methods are in `make` and `noloco`.
+statistics) stay each replica's own. Parameters may be float32, bfloat16, float16, float64 and complex, mixed (`nested`). The
+exchange has a metered group of its own, made beside the user's with the same time-out, whatever the backend of that, and ended
+with the block: what it sends is in `ledger`. Frozen parameters are neither kept nor sent. The methods are in `make` and `noloco`.
 
 The block may be entered again, once per epoch: outer momentum and error-feedback residuals go on. After an exception, and after
 `load_state_dict`, replicas go on from where each of them is; the state is used once.
@@ -96,12 +96,12 @@ class DiLoCo:
         for option in OF_THE_LOOP:
             if option in options:
                 raise UserError(f"DiLoCo: {option} is about what happens within a replica, which is your own loop; leave it out")
-        _check_parameters(model)
         self.ledger = Ledger()
         self._kind = kind
         self._model, self._optimizer = model, optimizer
         self._group = _process_group(group)
-        Shards(model).check_group(self._group)
+        _check_parameters(model, shards := Shards(model))
+        shards.check_group(self._group)
         self._layout = Layout(outer=self._group.size())
         self._sync = make_synchroniser(
             validate(KINDS[kind], {"every": every, **options}, "DiLoCo"),  # type: ignore[arg-type]
@@ -158,17 +158,19 @@ class DiLoCo:
                 self._goes_on = False
 
     def traffic(self, workload: Workload) -> list[Transfer]:
-        """What this rank will send, of its shards under FSDP2; `workload` has the whole shapes. No communication."""
+        """What this rank will send, of its shards under FSDP2; `workload` has the whole shapes. Dtypes are the model's. No
+        communication."""
         shards = Shards(self._model)
         frozen = shards.keys() - shards.trained()
-        workload = replace(workload, parameters=tuple(one for one in workload.parameters if one.name not in frozen))
-        if shards.cut():
-            missing = [parameter.name for parameter in workload.parameters if parameter.name not in shards]
-            if missing:
-                raise UserError(f"DiLoCo: the model has no parameter {missing[0]!r}; name them as model.named_parameters() does")
-            held = tuple(replace(parameter, shape=tuple(shards[parameter.name].shape)) for parameter in workload.parameters)
-            workload = replace(workload, parameters=held)
-        return self._sync.traffic(workload, self._layout)
+        parameters = [parameter for parameter in workload.parameters if parameter.name not in frozen]
+        missing = [parameter.name for parameter in parameters if parameter.name not in shards]
+        if missing and shards.cut():
+            raise UserError(f"DiLoCo: the model has no parameter {missing[0]!r}; name them as model.named_parameters() does")
+        for index, parameter in enumerate(parameters):
+            if parameter.name in shards:
+                held = shards.described(parameter.name)
+                parameters[index] = replace(parameter, shape=held.shape, dtype=held.dtype)
+        return self._sync.traffic(replace(workload, parameters=tuple(parameters)), self._layout)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the model holds the parameters that count, alike on all replicas (noloco: this replica's slow ones). Local."""
@@ -249,10 +251,9 @@ def _process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.Process
     return chosen
 
 
-def _check_parameters(model: nn.Module) -> None:
+def _check_parameters(model: nn.Module, shards: Shards) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
-            raise UserError(
-                f"DiLoCo: {name} is {str(parameter.dtype).removeprefix('torch.')} on {parameter.device.type}; "
-                "only float32 on CPUs yet, where autocast may compute in bfloat16"
-            )
+        if parameter.device.type != "cpu":
+            raise UserError(f"DiLoCo: {name} is on {parameter.device.type}; only CPUs yet, so move the model there")
+    for name in shards.trained():
+        shards.described(name)

@@ -34,8 +34,9 @@ def make_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimiz
     match chosen:
         case AdamW():
             return torch.optim.AdamW(groups, rate, (chosen.beta1, chosen.beta2), chosen.epsilon, fused=True)
-        case SGD():
-            return torch.optim.SGD(groups, rate, chosen.momentum, fused=True)
+        case SGD():  # fused on CPUs, PyTorch 2.13 leaves most parameters in 16 bits where they are
+            fused = all(parameter.itemsize > 2 for parameter in model.parameters())
+            return torch.optim.SGD(groups, rate, chosen.momentum, fused=fused)
         case SignSGD():
             return SignDescent(groups, rate)
         case Muon():

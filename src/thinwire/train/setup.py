@@ -119,7 +119,10 @@ def make_task(config: RunConfig, layout: Layout, environment: Environment) -> La
 
 
 def agree_on_dtype(config: RunConfig, device: torch.device, resumed: RunFolder | None, task: LanguageModel) -> str:
-    """Of the matrix products. A resumed run keeps what it had; "auto" is tried out on rank 0, on the model's largest matrix."""
+    """Of the matrix products: that of the model; of one in float32 what train.dtype says. A resumed run keeps what it had; "auto"
+    is tried out on rank 0, on the model's largest matrix."""
+    if config.model.dtype != "float32":
+        return config.model.dtype
     chosen: list[Any] = [config.train.dtype]
     if dist.get_rank() == 0 and chosen[0] == "auto":
         matrices = [parameter for parameter in task.workload.parameters if len(parameter.shape) == 2]

@@ -70,9 +70,9 @@ class LanguageModel:
         self.workload = Workload.of_transformer(self._shape, train.micro_batch, train.sequence)
 
     def build_model(self) -> Transformer:
-        """Weights drawn from the seed, the same on each rank."""
+        """Weights drawn from the seed in float32, the same on each rank, and rounded to model.dtype."""
         torch.manual_seed(self._config.train.seed)
-        return Transformer(self._shape)
+        return Transformer(self._shape).to(getattr(torch, self._shape.dtype))
 
     def batch(self, step: int, index: int) -> Batch:
         return self._batches.micro_batch(step, index, self._num_micro)

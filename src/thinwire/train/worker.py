@@ -116,6 +116,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     folder = setup.agree_on_folder(config, resume)
     task = setup.make_task(config, layout, rank.environment)
     dtype = setup.agree_on_dtype(config, rank.device, folder if resume else None, task)
+    casts = dtype != config.model.dtype
 
     model = task.build_model().to(rank.device)
     sync = make_synchroniser(config.sync, config.compress, layout, ledger)
@@ -129,7 +130,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         optimizer=optimizer,
         sync=sync,
         loss=task.loss,
-        precision=partial(torch.autocast, rank.device.type, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext,
+        precision=partial(torch.autocast, rank.device.type, dtype=torch.bfloat16) if casts else nullcontext,
         train=config.train,
     )
     with ledger.label("replica set-up"):

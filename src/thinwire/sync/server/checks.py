@@ -4,7 +4,7 @@ A server checks each of them BEFORE it keeps it, and a worker what it can before
 to its sender alone, and has changed nothing for anybody else. Each function gives the reason to refuse it, or None. A push is
 taken if
 
-    values         as many as the server's range has, float32, all of them finite
+    values         as many as the server's range has, of the dtype in which it keeps them, all of them finite
     weight         finite, >= 0          0: an empty batch; it moves nothing
     local_steps    >= 1
     rate           not given, or finite and >= 0; 0 is a rate like any other
@@ -15,7 +15,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from thinwire.compress.base import finite
@@ -25,11 +24,11 @@ if TYPE_CHECKING:
     from thinwire.sync.server.merger import Push
 
 
-def push_error(push: "Push", numel: int, version: int) -> str | None:
-    """numel, version: of the server's range and weights."""
-    if push.values.dtype != torch.float32 or push.values.shape != (numel,):
-        shape = tuple(push.values.shape)
-        return f"a push of {push.values.dtype} {shape} where the server holds {numel} values of torch.float32; all need one model"
+def push_error(push: "Push", held: Tensor, version: int) -> str | None:
+    """held, version: the server's weights."""
+    if push.values.dtype != held.dtype or push.values.shape != held.shape:
+        pushed = f"{push.values.dtype} {tuple(push.values.shape)}"
+        return f"a push of {pushed} where the server holds {held.numel()} values of {held.dtype}; all need one model"
     if error := push_numbers_error(push.weight, push.local_steps, push.learning_rate):
         return error
     if not 0 <= push.version <= version:
@@ -60,12 +59,14 @@ def pace_error(every: int, tokens_per_step: float) -> str | None:
 
 
 def initial_weights_error(values: Tensor, spans: Sequence[Span]) -> str | None:
-    """Of the weights that a worker gives to servers without any: spans cover them in order, each value once."""
-    end = 0
+    """Of the weights that a worker gives to servers without any: spans cover them in order, each value once, float64 last."""
+    end, wide = 0, False
     for span in spans:
         if span.first != end or span.end <= span.first:
             return f"first weights whose spans leave a gap or overlap at value {end}"
-        end = span.end
+        if wide and not span.wide:
+            return f"first weights with float32 behind float64 at value {end}"
+        end, wide = span.end, span.wide
     if end != values.numel():
         return f"first weights of {values.numel()} values whose spans cover {end}"
     return None if finite(values) else "the model's first weights are not finite; look at how it is initialised"

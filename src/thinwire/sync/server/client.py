@@ -25,13 +25,13 @@ from thinwire.sync.server.checks import initial_weights_error, pace_error, push_
 from thinwire.sync.server.coding import Mirror, PushCoder
 from thinwire.sync.server.connections import Connections, Request
 from thinwire.sync.server.dialer import Dialer
-from thinwire.sync.server.flat import Span, cut, within
+from thinwire.sync.server.flat import Span, cut, extent_of, within
 from thinwire.sync.server.merger import Pace
 from thinwire.sync.server.message import MOST, NAME_LETTERS, Head, Hello, Kind, name_error, pack_start
 
 
 class ServerClient:
-    """One life of worker `name`. values, spans: its own initial weights, used if the servers have none."""
+    """One life of worker `name`. values, spans: its own initial weights, used if the servers have none; float64 values last."""
 
     def __init__(
         self,
@@ -54,6 +54,7 @@ class ServerClient:
         self.service = dialer.service()
         self._coder = PushCoder(self.service.push)
         self._ranges = cut(values.numel(), self.service.servers)
+        self._extents = [extent_of(within(spans, part)) for part in self._ranges]
         self._mirrors = [Mirror(self.service.pull) for _ in self._ranges]
         self.versions = [0] * len(self._ranges)
         """Of the weights it holds, by server."""
@@ -102,7 +103,8 @@ class ServerClient:
         requests: dict[int, Request] = {}
         for index, (part, version) in enumerate(zip(self._ranges, self.versions, strict=True)):
             head = Head(kind=Kind.PUSH, version=version, weight=weight, local_steps=local_steps, learning_rate=learning_rate)
-            requests[index] = head, self._coder.encode(f"{part.start}:{part.stop}", values[part.start : part.stop]), "push"
+            name, pushed = f"{part.start}:{part.stop}", values[part.start : part.stop]
+            requests[index] = head, self._coder.encode(name, pushed, self._extents[index]), "push"
         self._take(self._connections.ask(requests))
         return self.weights
 
@@ -137,7 +139,8 @@ class ServerClient:
             name=self.name,
             incarnation=incarnation,
             host=socket.gethostname()[:NAME_LETTERS],
-            numel=len(self._ranges[index]),
+            numel=self._extents[index].numel,
+            wide=self._extents[index].wide,
             every=self._pace.every,
             tokens_per_step=float(self._pace.tokens_per_step),
         )
@@ -159,7 +162,7 @@ class ServerClient:
             behind = [index for index, at in enumerate(self.versions) if at < version and in_step]
 
     def _expected_bytes(self, index: int) -> int:
-        return self._mirrors[index].expected_bytes(len(self._ranges[index]))
+        return self._mirrors[index].expected_bytes(self._extents[index])
 
     def _start(self, index: int, number: int, model: int) -> Request:
         part = self._ranges[index]
@@ -170,7 +173,7 @@ class ServerClient:
     def _take(self, answers: dict[int, tuple[Head, Tensor]]) -> None:
         for index, (head, payload) in answers.items():
             self.versions[index] = head.version
-            self._parts[index] = self._mirrors[index].decode(payload, len(self._ranges[index]))
+            self._parts[index] = self._mirrors[index].decode(payload, self._extents[index])
         if 0 in answers:
             first = answers[0][0]
             self.step, self.local_steps, self.merged = first.step, first.local_steps, first.merged

@@ -74,7 +74,7 @@ class Connection:
         return f"{self.name} on {self.host}"
 
     def send(self, head: Head, payload: Tensor | None = None, label: str = "", head_label: str = "head") -> None:
-        """The head, and [n] uint8 or float32 behind it. PeerLost."""
+        """The head, and [n] uint8 behind it. PeerLost."""
         data = torch.empty(0, dtype=torch.uint8) if payload is None else payload.contiguous().view(torch.uint8)
         head = replace(head, payload_bytes=data.numel())
         with self._writing:

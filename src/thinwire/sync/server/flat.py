@@ -1,11 +1,14 @@
-"""A model's parameters as one flat float32 vector, in the order in which the model names them, and its ranges on servers.
+"""A model's parameters as one flat vector, in the order in which the model names them, those in float64 last; and its ranges on
+servers.
 
     range i of k = [ floor(i n / k), floor((i+1) n / k) )        n: number of values
 
 Contiguous, each value in exactly one, sizes differing by one value at most; a parameter may be cut (Li et al., Scaling
-distributed machine learning with the parameter server, OSDI 2014, section 4.2). Every value has the same number of bytes, so the
-ranges are balanced by bytes; a server's optimizer works value by value, so where the cuts lie changes nothing. Buffers are not
-part of it.
+distributed machine learning with the parameter server, OSDI 2014, section 4.2). A server's optimizer works value by value, so
+where the cuts lie changes nothing. Buffers are not part of it.
+
+Servers keep the digits that a model in 16 bits rounds off (`extent`). With w the weights that were put and R(w) what the model
+could hold of them, it has moved from there to x by R(w) - x: what was rounded off counts as no movement.
 """
 
 from collections.abc import Sequence
@@ -16,14 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from thinwire.errors import UserError
+from thinwire.sync.server.extent import Extent
+from thinwire.workload import ITEM_BYTES
 
 
 class Span(NamedTuple):
-    """Values [first, end) that belong to one parameter, or to several alike; decays: weight decay acts on them."""
+    """Values [first, end) that belong to one parameter, or to several alike.
+
+    decays: weight decay acts on them. wide: they are float64.
+    """
 
     first: int
     end: int
     decays: bool
+    wide: bool = False
 
 
 def cut(numel: int, num_servers: int) -> list[range]:
@@ -40,31 +49,46 @@ def within(spans: Sequence[Span], part: range) -> list[Span]:
     for span in spans:
         first, end = max(span.first, part.start), min(span.end, part.stop)
         if first < end:
-            found.append(Span(first - part.start, end - part.start, span.decays))
+            found.append(span._replace(first=first - part.start, end=end - part.start))
     return found
 
 
+def extent_of(spans: Sequence[Span]) -> Extent:
+    """Of what they cover."""
+    return Extent(sum(span.end - span.first for span in spans), sum(span.end - span.first for span in spans if span.wide))
+
+
 class FlatParameters:
-    """The parameters of `model` that are trained."""
+    """The parameters of `model` that are trained. UserError for a dtype that cannot be sent."""
 
     def __init__(self, model: nn.Module) -> None:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         for name, parameter in named:
-            if parameter.dtype != torch.float32:
-                raise UserError(f"parameter {name} is {parameter.dtype}; servers hold float32, so keep the weights in it")
-        self._named = named
+            if (dtype := str(_real(parameter).dtype).removeprefix("torch.")) not in ITEM_BYTES:
+                raise UserError(f"parameter {name} is {dtype}; servers take {', '.join(ITEM_BYTES)} and complex numbers of these")
+        self._named = sorted(named, key=lambda pair: _real(pair[1]).dtype == torch.float64)
+        self._dtype = extent_of(self.spans()).dtype
 
     def spans(self) -> list[Span]:
         """One per parameter; weight decay acts on matrices only."""
         found, first = [], 0
         for _, parameter in self._named:
-            found.append(Span(first, first + parameter.numel(), parameter.dim() >= 2))
-            first += parameter.numel()
+            held = _real(parameter)
+            found.append(Span(first, first + held.numel(), parameter.dim() >= 2, held.dtype == torch.float64))
+            first += held.numel()
         return found
 
     def values(self) -> Tensor:
-        """A copy of the weights, on the CPU."""
-        return torch.cat([parameter.detach().reshape(-1).cpu() for _, parameter in self._named])
+        """[numel] a copy of the weights, on the CPU; float32, or float64 if any are."""
+        return torch.cat([self._flat(parameter) for _, parameter in self._named])
+
+    def moved(self, weights: Tensor) -> Tensor:
+        """[numel] how far the model is from where `put(weights)` left it: R(w) - x."""
+        found = weights.clone()
+        for span, (_, parameter) in zip(self.spans(), self._named, strict=True):
+            part = found[span.first : span.end]
+            part.copy_(part.to(_real(parameter).dtype)).sub_(self._flat(parameter))
+        return found
 
     def gradients(self) -> Tensor:
         """A copy of the gradients, zero where there is none. UserError names one that is not finite."""
@@ -73,11 +97,19 @@ class FlatParameters:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             if not bool(torch.isfinite(gradient).all()):
                 raise UserError(f"the gradient of {name} is not finite; lower the learning rate, or look at this step's data")
-            found.append(gradient.reshape(-1).cpu())
+            found.append(self._flat(gradient))
         return torch.cat(found)
 
-    @torch.no_grad()
     def put(self, values: Tensor) -> None:
-        """Replace the weights."""
+        """Replace the weights, rounded once."""
         for span, (_, parameter) in zip(self.spans(), self._named, strict=True):
-            parameter.copy_(values[span.first : span.end].view_as(parameter))
+            held = _real(parameter)
+            held.copy_(values[span.first : span.end].view(held.shape))
+
+    def _flat(self, values: Tensor) -> Tensor:
+        return _real(values).reshape(-1).cpu().to(self._dtype)
+
+
+def _real(values: Tensor) -> Tensor:
+    """The same memory without autograd; of complex numbers the parts."""
+    return torch.view_as_real(values.detach()) if values.is_complex() else values.detach()

@@ -146,7 +146,7 @@ class Merger(ABC):
                 return None  # a new life will do it again
             if self.weights is None:
                 return "a push to servers that have no weights yet; join first"
-            if error := push_error(push, self.weights.values.numel(), self.version):
+            if error := push_error(push, self.weights.values, self.version):
                 return error
             name = push.member.name
             if self.over:
@@ -269,13 +269,14 @@ class Merger(ABC):
 
 def mean_of(pushes: Sequence[Push], shares: Tensor) -> Tensor:
     """[numel] sum of shares[i] times the values of push i."""
-    return torch.stack([push.values for push in pushes]).mul_(shares[:, None]).sum(0)
+    values = torch.stack([push.values for push in pushes])
+    return values.mul_(shares.to(values.dtype)[:, None]).sum(0)
 
 
 def shares_of(weights: Sequence[float]) -> Tensor | None:
-    """[n] weights >= 0 -> [n] float32 that sum to 1; None if all of them weigh nothing."""
+    """[n] weights >= 0 -> [n] float64 that sum to 1; None if all of them weigh nothing."""
     most = max(weights)
     if most <= 0:
         return None
     scaled = torch.tensor(weights, dtype=torch.float64) / most  # the sum of finite weights might be none
-    return (scaled / scaled.sum()).float()
+    return scaled / scaled.sum()

@@ -21,13 +21,14 @@ import struct
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from enum import IntEnum
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from thinwire.sync.server.flat import Span
+from thinwire.sync.server.extent import Extent
+from thinwire.sync.server.flat import Span, extent_of
 
 _LAYOUT = struct.Struct("<qqqqddqd")
 HEAD_BYTES = _LAYOUT.size
@@ -105,7 +106,8 @@ class Head:
 class Hello(BaseModel):
     """With what a worker begins: which server it wants, who and where it is, how many values its model has in that range.
 
-    incarnation: as server 0 has given it; 0 to server 0 itself. every, tokens_per_step: its pace.
+    wide: how many of these are float64. incarnation: as server 0 has given it; 0 to server 0 itself. every, tokens_per_step: its
+    pace.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -115,18 +117,19 @@ class Hello(BaseModel):
     incarnation: Number
     host: str = Field(max_length=NAME_LETTERS)
     numel: Number = Field(ge=1)
+    wide: Number = 0
     every: Number
     tokens_per_step: float
 
     @model_validator(mode="after")
     def _check(self) -> "Hello":
-        if name_error(self.name) or not self.host.isprintable():
-            raise ValueError("a name that cannot be")
+        if name_error(self.name) or not self.host.isprintable() or self.wide > self.numel:
+            raise ValueError("a name or number that cannot be")
         return self
 
     def packed(self) -> Tensor:
         """uint8, HELLO_BYTES at most."""
-        return as_bytes(json.dumps(self.model_dump()))
+        return as_bytes(json.dumps(self.model_dump(exclude_defaults=True)))
 
     @classmethod
     def unpacked(cls, payload: Tensor) -> "Hello":
@@ -159,12 +162,13 @@ def as_text(payload: Tensor) -> str:
 
 def pack_start(values: Tensor, spans: Sequence[Span]) -> Tensor:
     """Spans and weights as one payload."""
-    table = torch.tensor(spans, dtype=torch.int64)
-    return torch.cat([table.view(torch.uint8).reshape(-1), values.contiguous().view(torch.uint8)])
+    table = torch.tensor([(span.first, span.end, span.decays + 2 * span.wide) for span in spans], dtype=torch.int64)
+    return torch.cat([table.view(torch.uint8).reshape(-1), extent_of(spans).pack(values)])
 
 
-def unpack_start(payload: Tensor, num_spans: int) -> tuple[Tensor, list[Span]]:
-    """The inverse of `pack_start`."""
+def unpack_start(payload: Tensor, num_spans: int, extent: Extent) -> tuple[Tensor, list[Span]]:
+    """The inverse of `pack_start`, for weights of this extent."""
     size = num_spans * SPAN_BYTES
-    table: Any = payload[:size].clone().view(torch.int64).view(num_spans, 3)
-    return payload[size:].clone().view(torch.float32), [Span(int(a), int(b), bool(c)) for a, b, c in table]
+    table = payload[:size].clone().view(torch.int64).view(num_spans, 3).tolist()
+    spans = [Span(first, end, bool(flags & 1), bool(flags & 2)) for first, end, flags in table]
+    return extent.unpack(payload[size:].clone()), spans

@@ -20,6 +20,7 @@ from thinwire.config.replicas import DiLoCo, Service
 from thinwire.sync.server.checks import pace_error
 from thinwire.sync.server.connection import Connection, PeerLost
 from thinwire.sync.server.diloco_merger import DiLoCoMerger
+from thinwire.sync.server.flat import extent_of
 from thinwire.sync.server.gradient_merger import GradientMerger
 from thinwire.sync.server.lease import Lease
 from thinwire.sync.server.merger import Member, Merger, Pace
@@ -197,7 +198,7 @@ class Server:
                     number = self._waited(session, lambda patience_s: self._lease.acquire(member, patience_s))
                     connection.send(Head(kind=Kind.STATE, step=number))
                 case Kind.INIT:
-                    self._initialise(session, head, unpack_start(payload, head.local_steps))
+                    self._initialise(session, head, unpack_start(payload, head.local_steps, session.extent))
                     connection.send(Head(kind=Kind.STATE))
                 case Kind.PUSH:
                     push = session.push_of(head, payload)
@@ -223,6 +224,8 @@ class Server:
             raise Refused("first weights from a worker that was not asked for them")
         if not self._lease.accept(head.step):
             raise Refused("first weights from a worker that was given up meanwhile; join again")
+        if (given := extent_of(start[1])) != session.extent:
+            raise Refused(f"first weights whose spans cover {given} where this model has {session.extent}")
         if error := self.merger.initialise(*start, head.version):
             raise Refused(error)
         if self._index == 0:

@@ -6,6 +6,7 @@ from thinwire.config.replicas import Service
 from thinwire.errors import UserError
 from thinwire.sync.server.coding import Mirror, coded_bytes, decode, make_flat
 from thinwire.sync.server.connection import Connection
+from thinwire.sync.server.extent import Extent
 from thinwire.sync.server.merger import Member, Push, Standing
 from thinwire.sync.server.message import SPAN_BYTES, BadMessage, Head, Hello, Kind
 from thinwire.sync.server.weights import Weights
@@ -20,37 +21,36 @@ class Session:
 
     def __init__(self, member: Member, connection: Connection, hello: Hello, service: Service, index: int) -> None:
         self.member, self.connection, self.hello, self._index = member, connection, hello, index
+        self.extent = Extent(hello.numel, hello.wide)
         self._mirror = Mirror(service.pull)
         self._push_codec = make_flat(service.push)
 
     def sizes(self, head: Head) -> range | int:
         """How many bytes may come behind this head: of a push exactly what was agreed on. BadMessage if it may not come at
         all."""
-        numel = self.hello.numel
         match head.kind:
             case Kind.PULL | Kind.PROGRESS | Kind.LEAVE:
                 return 0
             case Kind.BEGIN if self._index == 0:
                 return 0
             case Kind.PUSH:
-                return coded_bytes(self._push_codec, numel)
-            case Kind.INIT if 1 <= head.local_steps <= numel:
-                size = SPAN_BYTES * head.local_steps + 4 * numel
+                return coded_bytes(self._push_codec, self.extent)
+            case Kind.INIT if 1 <= head.local_steps <= self.extent.numel:
+                size = SPAN_BYTES * head.local_steps + self.extent.exact_bytes
                 return range(size, size + 1)
         raise BadMessage(f"{head.kind.name} from a worker")
 
     def must_fit(self, weights: Weights | None) -> None:
-        """Refused if the worker's model has not as many values as the server."""
-        if weights is not None and weights.values.numel() != self.hello.numel:
-            held = weights.values.numel()
-            raise Refused(f"a server holds {held} weights where this model has {self.hello.numel}; all need one model")
+        """Refused if the worker's model has not as many values, of the same precision, as the server."""
+        if weights is not None and weights.extent != self.extent:
+            raise Refused(f"a server holds {weights.extent} where this model has {self.extent}; all need one model")
 
     def push_of(self, head: Head, payload: Tensor) -> Push:
         """What was pushed, decoded. Refused if it is no code."""
         try:
-            values = decode(self._push_codec, payload, self.hello.numel)
+            values = decode(self._push_codec, payload, self.extent)
         except Exception as error:  # whatever a codec says of bytes that are no code
-            raise Refused(f"a push that is no code of {self.hello.numel} values ({type(error).__name__})") from None
+            raise Refused(f"a push that is no code of {self.extent.numel} values ({type(error).__name__})") from None
         return Push(
             member=self.member,
             values=values,
@@ -69,4 +69,4 @@ class Session:
             local_steps=standing.local_steps,
             merged=standing.merged,
         )
-        self.connection.send(answer, self._mirror.encode(standing.values), label="weights")
+        self.connection.send(answer, self._mirror.encode(standing.values, self.extent), label="weights")

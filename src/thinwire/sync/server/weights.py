@@ -1,4 +1,4 @@
-"""A server's range of the weights, float32, and the optimizer that moves it.
+"""A server's range of the weights, float32 or float64 (`extent`), and the optimizer that moves it.
 
     gradient       torch.optim.SGD or AdamW
     merged push    Nesterov: u <- m u + D;  w <- w - r (D + m u)        D: how far the replicas went, m momentum, r rate
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from thinwire.config.replicas import DiLoCo, Gradients, ServerAdamW
-from thinwire.sync.server.flat import Span
+from thinwire.sync.server.flat import Span, extent_of
 
 
 class Weights:
@@ -22,7 +22,7 @@ class Weights:
 
     def __init__(self, config: Gradients | DiLoCo, values: Tensor, spans: Sequence[Span]) -> None:
         self.values = values.clone()
-        self.spans = list(spans)
+        self.spans, self.extent = list(spans), extent_of(spans)
         # views of one vector: the optimizer moves the vector, all workers are sent the vector
         self._parameters = [torch.nn.Parameter(self.values[span.first : span.end].detach()) for span in self.spans]
         self._optimizer = _optimizer(config, [(one, span.decays) for one, span in zip(self._parameters, self.spans, strict=True)])

@@ -17,6 +17,8 @@ and is never synchronised (Douillard et al. 2023). Merges are described in `dilo
             optimizer.step()                           # every 30th: push, wait for the merge, go on from its weights
             optimizer.zero_grad()
 
+Parameters may be float32, bfloat16, float16, float64 and complex, mixed; servers keep what 16 bits round off (`flat`).
+
 Each step is progress. Who makes none for the service's `timeout_s` is given up, so in long pauses between steps, such as an
 evaluation, call `alive()` now and then.
 """
@@ -174,7 +176,7 @@ class AsyncDiLoCo(_Worker):
             self.client.alive()
 
     def _push(self) -> None:
-        went = self.client.weights - self._flat.values()
+        went = self._flat.moved(self.client.weights)
         weight = self._tokens_per_step * self._local_steps
         self._flat.put(self.client.push(went, weight=weight, local_steps=self._local_steps))
         self._local_steps = 0
