@@ -22,6 +22,7 @@ from pool import Pool, start_server  # noqa: E402
 
 # No deadline: on shared cores a single example may take any time. Derandomised: a run can be repeated.
 settings.register_profile("thinwire", deadline=None, derandomize=True, database=None, max_examples=40)
+settings.register_profile("quick", settings.get_profile("thinwire"), max_examples=15)
 settings.load_profile("thinwire")
 
 _RANK_FIXTURES = {"ranks1", "ranks2", "ranks3", "ranks4", "ranks8"}
@@ -29,6 +30,8 @@ _RANK_FIXTURES = {"ranks1", "ranks2", "ranks3", "ranks4", "ranks8"}
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Spent(), "budget")
+    if "not long" in (config.option.markexpr or ""):
+        settings.load_profile("quick")
 
 
 def queued(item: pytest.Item) -> bool:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from thinwire.collectives.backend import ALL_GATHER, REDUCE_SCATTER
 from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.run.transport import InnerFactory, over_gloo
+from thinwire.collectives.run.transport import InnerFactory
 from thinwire.collectives.scheduled import register_scheduled
 from thinwire.collectives.schedules import direct, ring, rooted
 from thinwire.collectives.schedules.combine import pipelined
@@ -29,7 +29,7 @@ class Fixed(Advisor):
         super().__init__()
         self.reordered, self.asked = reordered, 0
 
-    def implementations(self, op: str, message_bytes: int, ranks: Any, root: int) -> list[tuple[Implementation, float]]:
+    def implementations(self, op: str, message_bytes: int, ranks: Any, root: int) -> list[Implementation]:
         self.asked += 1
         p = len(ranks)
         order = [(root + place) % p for place in range(p)]
@@ -42,8 +42,8 @@ class Fixed(Advisor):
             "all_to_all": lambda: direct.pairwise(p),
         }[op]()
         if self.reordered and op in ("all_reduce", "broadcast", "reduce"):
-            return [(Implementation("native reordered", None, tuple(reversed(range(p)))), 1.0)]
-        return [(Implementation(made.name, made), 1.0), (NATIVE, 2.0)]
+            return [Implementation("native reordered", None, tuple(reversed(range(p))))]
+        return [Implementation(made.name, made), NATIVE]
 
 
 def fixed(reordered: bool = False) -> Tuner:
@@ -60,7 +60,7 @@ def quick(stale: float = float("inf")) -> Iterator[None]:
 
 
 def group_of(
-    ledger: Ledger, tuner: Tuner, ranks: list[int] | None = None, timeout_s: float = 60, inner: InnerFactory = over_gloo
+    ledger: Ledger, tuner: Tuner, ranks: list[int] | None = None, timeout_s: float = 60, inner: InnerFactory | None = None
 ) -> dist.ProcessGroup:
     name = f"scheduled{id(tuner)}"  # a backend of its own, made by the same line on every rank
     names = [name]

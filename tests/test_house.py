@@ -33,7 +33,7 @@ FLOOR_LINES = {"parallel": 4000, "plan": 5000, "adapters": 3500, "tasks": 3000}
 """What floors that still grow, or are still to come, may come to."""
 HELP_S = 0.3
 
-ENVIRONMENT_READERS = {"train/runtime.py"}
+ENVIRONMENT_READERS = {"environment.py"}
 FOREIGN_PROGRAMS = re.compile(r"bench/peers/plain_\w+\.py")
 """Benchmark peers stand for other people's programs: no thinwire in the process, so they read torchrun's variables themselves."""
 

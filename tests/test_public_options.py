@@ -19,7 +19,7 @@ from pool import Pool, Rank
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.coded import CodedExchange
 from thinwire.compress.exchange import make_exchange
-from thinwire.config.compress import Coded
+from thinwire.config.compress import Coded, ShardedOptions
 from thinwire.config.replicas import Code, Service
 from thinwire.errors import UserError
 from thinwire.sync.server.coding import Mirror, PushCoder
@@ -162,6 +162,7 @@ def shards(context: Rank) -> dict[str, str]:
     found = {option: used_or_refused(make, {}, option, value) for option, value in values.items()}
     found["gradients"] = used_or_refused(make, {}, "gradients", "int8")
     found["weights"] = used_or_refused(make, {}, "weights", "int4")
+    found["replicas, on a mesh of one axis"] = used_or_refused(make, {}, "replicas", "int4")
     found["exclude, nothing coded"] = used_or_refused(make, dense, "exclude", "1.*")
     found["feedback, nothing coded"] = used_or_refused(make, dense, "feedback", "int8")
     found["prefetch_units, stock weights"] = used_or_refused(make, stock, "prefetch_units", 1)
@@ -170,9 +171,9 @@ def shards(context: Rank) -> dict[str, str]:
 
 def test_each_option_of_compress_sharded_is_used_or_refused(ranks2: Pool) -> None:
     found = ranks2.run(shards)[0]
-    assert {option: how for option, how in found.items() if "," not in option} == dict.fromkeys(
-        inspect.signature(thinwire.compress_sharded).parameters.keys() - {"model"}, "used"
-    )
+    options = ShardedOptions.model_fields.keys() - {"nonfinite"}  # that one is for what is not finite
+    named = inspect.signature(thinwire.compress_sharded).parameters.keys() - {"model", "options", "replicas"}
+    assert {option: how for option, how in found.items() if "," not in option} == dict.fromkeys(named | options, "used")
     assert {how for option, how in found.items() if "," in option} == {"refused"}
 
 

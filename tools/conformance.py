@@ -30,7 +30,7 @@ from torch.testing._internal.distributed import distributed_test as suite
 
 from thinwire.collectives.backend import NAME
 from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.start import register
+from thinwire.collectives.scheduled import register_scheduled
 from thinwire.collectives.tuned.tuner import make_tuner
 
 MODES = ("metered", "chosen")
@@ -43,7 +43,7 @@ EXPECTED = {
 
 def take_the_place_of_gloo(mode: str) -> None:
     """In this process, from now on: who asks c10d for gloo gets our backend."""
-    register(Ledger(), make_tuner(None, "", measures=False) if mode == "chosen" else None, None)
+    register_scheduled(Ledger(), make_tuner(None, "", measures=False) if mode == "chosen" else None)
 
     def ours(call: Callable[..., Any], *args: Any, backend: Any = None, **options: Any) -> Any:
         return call(*args, backend=NAME if backend in ("gloo", "GLOO") else backend, **options)

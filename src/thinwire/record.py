@@ -153,12 +153,16 @@ class Cards(Entry):
     ledger_sent_bytes: dict[str, float] = Field(default_factory=dict)
 
 
-class Step(Entry):
+class _Event(Entry):
+    event: str
+    step: int
+    time_s: Number
+
+
+class Step(_Event):
     """A progress event of rank 0; `wire_bytes`: sent by this rank per step since the last event."""
 
     event: Literal["step"] = "step"
-    step: int
-    time_s: Number
     tokens: int
     loss: Number
     step_s: Number
@@ -171,41 +175,33 @@ class Step(Entry):
     learning_rate: Number = math.nan
 
 
-class Eval(Entry):
+class Eval(_Event):
     """The held-out loss after `step` steps."""
 
     event: Literal["eval"] = "eval"
-    step: int
-    time_s: Number
     tokens: int
     loss: Number
 
 
-class Checkpoint(Entry):
+class Checkpoint(_Event):
     """A checkpoint is whole; `path` is relative to the run folder."""
 
     event: Literal["checkpoint"] = "checkpoint"
-    step: int
-    time_s: Number
     path: str
     save_s: Number = math.nan
 
 
-class Resume(Entry):
+class Resume(_Event):
     """The run went on from `step`; `dropped` later events were taken out of the file."""
 
     event: Literal["resume"] = "resume"
-    step: int
-    time_s: Number
     dropped: int
 
 
-class End(Entry):
+class End(_Event):
     """The last event; `reason` is "done", "interrupted" or "failed: why"."""
 
     event: Literal["end"] = "end"
-    step: int
-    time_s: Number
     reason: str
 
 
@@ -264,7 +260,7 @@ class RunFolder:
         """Write one of the JSON files ("record.json", "ledger.json", ...), checked against its schema first."""
         plain = content.model_dump(mode="python") if isinstance(content, BaseModel) else dict(content)
         _validate(SCHEMAS[name], plain, str(self.path / name))
-        self.write_text(name, json.dumps(_finite(plain), indent=1, ensure_ascii=False) + "\n")
+        self.write_text(name, json.dumps(finite(plain), indent=1, ensure_ascii=False) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file aside, make it durable, rename it into place."""
@@ -314,7 +310,7 @@ class RunFolder:
         _validate(EVENT, plain, str(target))
         try:
             with target.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(plain), ensure_ascii=False) + "\n")
+                file.write(json.dumps(finite(plain), ensure_ascii=False) + "\n")
         except OSError as error:
             raise UserError(f"{target} cannot be written: {error.strerror}") from error
 
@@ -350,7 +346,7 @@ class RunFolder:
         kept = [event for event in everything if event.step <= step and not isinstance(event, End)]
         time_s = max((event.time_s for event in kept), default=0.0)
         note = Resume(step=step, time_s=time_s, dropped=len(everything) - len(kept))
-        lines = (json.dumps(_finite(event.model_dump()), ensure_ascii=False) + "\n" for event in [*kept, note])
+        lines = (json.dumps(finite(event.model_dump()), ensure_ascii=False) + "\n" for event in [*kept, note])
         self.write_text("events.jsonl", "".join(lines))
         return note
 
@@ -382,12 +378,12 @@ def _validate(schema: Any, plain: Any, where: str) -> Any:
         raise UserError(f"{where}: {key}: {first['msg']}{given}") from error
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same plain data with null for nan and infinities."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

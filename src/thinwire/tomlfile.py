@@ -4,11 +4,17 @@ import tomllib
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from thinwire.errors import UserError
 
 Schema = TypeVar("Schema", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """A table of a file: no other keys than its own, and it stays as it was read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -21,6 +27,14 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def read_value(text: str) -> Any:
+    """What stands behind a key; what TOML cannot read is text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def validate(schema: type[Schema], content: dict[str, Any], where: str) -> Schema:

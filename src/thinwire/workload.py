@@ -63,15 +63,13 @@ class Parameter:
 class Workload:
     """One micro-batch of a model on one rank. Parameters stand in the order of `model.parameters()`.
 
-    `block_forward_flops_per_token` belongs to one of the equal repeated blocks named in `block_names`.
+    block_names: of the equal repeated blocks.
     """
 
     parameters: tuple[Parameter, ...]
     forward_flops_per_token: float
     tokens_per_microbatch: int
     block_names: tuple[str, ...] = ()
-    block_forward_flops_per_token: float = 0.0
-    config: ModelConfig | None = None
 
     @classmethod
     def of_transformer(cls, config: ModelConfig, micro_batch: int, sequence: int) -> Workload:
@@ -91,8 +89,6 @@ class Workload:
             ("mlp.up.weight", (config.up_width, width), 0.0),
             ("mlp.down.weight", (width, config.hidden), 0.0),
         ]
-        block_flops = sum(_product_flops(shape) + extra for _, shape, extra in inner)
-
         dtype = config.dtype
         parameters = [Parameter("embed.weight", (config.vocabulary, width), dtype=dtype)]
         if config.positions == "learned":
@@ -110,8 +106,6 @@ class Workload:
             forward_flops_per_token=done + _product_flops((config.vocabulary, width)),
             tokens_per_microbatch=micro_batch * sequence,
             block_names=blocks,
-            block_forward_flops_per_token=block_flops,
-            config=config,
         )
 
     @classmethod
@@ -169,42 +163,10 @@ class Workload:
         """Of the parameters in their dtypes, and of their gradients."""
         return sum(parameter.stored_bytes for parameter in self.parameters)
 
-    def parameter_bytes(self, dtype: str = "float32") -> int:
-        return self.num_parameters * _dtype_bytes(dtype)
-
-    def gradient_bytes(self, dtype: str = "float32") -> int:
-        return self.num_parameters * _dtype_bytes(dtype)
-
     def optimizer_bytes(self, optimizer: str = "adamw") -> int:
         """State beside parameters and gradients, of their dtypes: two moments for adamw, one momentum for sgd and muon, none for
         signsgd."""
-        if optimizer not in OPTIMIZER_VALUES_PER_PARAMETER:
-            raise UserError(f"optimizer {optimizer!r} is not known; there are {', '.join(OPTIMIZER_VALUES_PER_PARAMETER)}")
         return self.stored_bytes * OPTIMIZER_VALUES_PER_PARAMETER[optimizer]
-
-    def activation_bytes(
-        self, dtype: str = "float32", *, tensor: int = 1, sequence_parallel: bool = False, recompute: bool = False
-    ) -> float:
-        """What one micro-batch keeps for its backward pass, on one of `tensor` ranks; the whole model, one stage.
-
-        The form of Korthikanti et al. 2022 (arXiv 2205.05198), table 2, without the dropout masks (34 s b h becomes 32) and
-        without the 5 a s / h of stored scores, which the fused attention never writes. Values per token and block, with
-        g = kv_heads / heads and G = 2 for gelu, 4 for swiglu:  4 h + (h (2 + 2 g) + G F) / tensor; the norms' 4 h are divided
-        too with `sequence_parallel`. Rotary positions keep the turned queries and keys beside the projection's
-        output: h (1 + g) more. `recompute`: only each block's input h. Logits are kept once in float32.
-        """
-        config = self.config
-        if config is None:
-            raise UserError("activation bytes are known for transformers only; this workload is a bare list of parameters")
-        size, width = _dtype_bytes(dtype), config.width
-        group = config.kv_heads / config.heads
-        split = width * (2 + 2 * group) + config.hidden * (4 if config.mlp == "swiglu" else 2)
-        if config.positions == "rotary":
-            split += width * (1 + group)
-        whole = 4 * width / (tensor if sequence_parallel else 1)
-        block = width / (tensor if sequence_parallel else 1) if recompute else whole + split / tensor
-        ends = 2 * width * size / (tensor if sequence_parallel else 1) + 4 * config.vocabulary / tensor
-        return self.tokens_per_microbatch * (config.layers * block * size + ends)
 
 
 def by_wide_dtype(parameters: Iterable[Parameter]) -> list[list[Parameter]]:
@@ -217,9 +179,3 @@ def by_wide_dtype(parameters: Iterable[Parameter]) -> list[list[Parameter]]:
 def _product_flops(shape: tuple[int, ...]) -> float:
     """Of a matrix product per token: two an element; vectors (norms) count nothing."""
     return 2.0 * math.prod(shape) if len(shape) == 2 else 0.0
-
-
-def _dtype_bytes(dtype: str) -> int:
-    if dtype not in ITEM_BYTES:
-        raise UserError(f"dtype {dtype!r} is not known; there are {', '.join(ITEM_BYTES)}")
-    return ITEM_BYTES[dtype]

@@ -171,12 +171,14 @@ def _stock_bytes(context: Rank, hook: str, approximation: int) -> tuple[int, boo
 
 
 @pytest.mark.parametrize("hook, value_bytes", [("", 4), ("fp16", 2), (SILENT, 0)])
+@pytest.mark.long
 def test_stock_peers_send_every_value_once_per_step(ranks2: Pool, hook: str, value_bytes: int) -> None:
     """On two ranks an all-reduce sends as many bytes as its message has."""
     values = WIDTH * WIDTH + WIDTH * BIAS + BIAS
     assert ranks2.run(_stock_bytes, hook, 0) == [(value_bytes * values, hook != SILENT)] * 2
 
 
+@pytest.mark.long
 def test_stock_powersgd_compresses_the_first_step(ranks2: Pool) -> None:
     """r (n + m) values of each matrix, and the bias as it is."""
     values = 2 * (WIDTH + WIDTH) + 2 * (WIDTH + BIAS) + BIAS

@@ -9,10 +9,9 @@ from rich.console import Console
 
 from command import thinwire
 from thinwire.bench.ddp import _row
+from thinwire.bench.peers.plain_ddp import Turns
 from thinwire.bench.ranks import run_local
-from thinwire.bench.registry import BENCHMARKS, describe, find, parse_options
-from thinwire.bench.table import table
-from thinwire.bench.turns import Turns
+from thinwire.bench.registry import BENCHMARKS, describe, find, parse_options, table
 from thinwire.errors import UserError
 
 

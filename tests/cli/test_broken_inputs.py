@@ -87,6 +87,7 @@ def test_a_rank_that_never_comes(tmp_path: Path) -> None:
     assert "cannot join 2 ranks" in one_line(done.stderr)
 
 
+@pytest.mark.long
 def test_a_run_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "run.toml").write_text('[train]\nsteps = 4\nrun = "file/run"\n')

@@ -56,6 +56,7 @@ def test_a_rank_that_dies(tmp_path: Path) -> None:
     assert f"resumed {tmp_path / 'run'} at step {step}" in done.stdout
 
 
+@pytest.mark.long
 def test_a_rank_that_stands_still(tmp_path: Path) -> None:
     prepare(tmp_path, 'timeout_s = "4 s"\n')
     with started("train", "run.toml", cwd=tmp_path) as process:

@@ -14,10 +14,11 @@ from pool import Pool, Rank
 from thinwire.cli.main import app
 from thinwire.compress.weights.shrink import Blocks, load_shrunk, shrink, stored_bytes
 from thinwire.config.run import RunConfig
+from thinwire.environment import Environment
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.record import RunFolder
-from thinwire.train.runtime import Environment, StopRequest
+from thinwire.train.runtime import StopRequest
 from thinwire.train.trained import open_trained
 from thinwire.train.worker import Rank as TrainingRank
 from thinwire.train.worker import train_as

@@ -9,15 +9,9 @@ from known_networks import a100, small_graphs
 
 from thinwire.cluster import FRAME_OVERHEAD, load_cluster
 from thinwire.collectives.synthesis.bounds import bound
-from thinwire.collectives.synthesis.forest import (
-    all_gather_forest,
-    all_reduce_plan,
-    broadcast_forest,
-    reduce_forest,
-    reduce_scatter_forest,
-)
+from thinwire.collectives.synthesis.file import nccl_graph
+from thinwire.collectives.synthesis.forest import all_reduce_plan, packed
 from thinwire.collectives.synthesis.graph import Graph, matrix_graph
-from thinwire.collectives.synthesis.nccl import nccl_graph
 from thinwire.collectives.synthesis.optimum import optimum
 from thinwire.errors import UserError
 
@@ -67,8 +61,8 @@ def test_the_farthest_from_the_root_is_named(op: str, ends: str) -> None:
 @pytest.mark.parametrize(("op", "latency_s"), [("broadcast", 0.25), ("reduce", 0.5)])
 def test_latency_counts_in_the_direction_of_the_bytes(op: str, latency_s: float) -> None:
     """Two nodes, 2 bytes over 1 byte/s; from the root 0.25 s, to it 0.5 s."""
-    graph = matrix_graph([[0, 1], [1, 0]], bytes_per_s=1.0)
-    graph = replace(graph, latency_s={(0, 1): 0.25, (1, 0): 0.5})
+    graph = matrix_graph([[0, 1], [1, 0]])
+    graph = replace(graph, bytes_per_s=1.0, latency_s={(0, 1): 0.25, (1, 0): 0.5})
     assert bound(graph, op, 2).seconds == pytest.approx(2 + latency_s)
 
 
@@ -88,10 +82,10 @@ def test_a_thousand_ranks_are_no_trouble() -> None:
 def test_no_forest_beats_its_bound_and_few_miss_it(graph: Graph) -> None:
     p = graph.world_size
     found = {
-        "all_gather": all_gather_forest(graph, None if graph.balanced() else 4).seconds_per_byte * p,
-        "reduce_scatter": reduce_scatter_forest(graph, None if graph.balanced() else 4).seconds_per_byte,
-        "broadcast": broadcast_forest(graph, 0).seconds_per_byte,
-        "reduce": reduce_forest(graph, 0).seconds_per_byte,
+        "all_gather": packed(graph, "all_gather", k=None if graph.balanced() else 4).seconds_per_byte * p,
+        "reduce_scatter": packed(graph, "reduce_scatter", k=None if graph.balanced() else 4).seconds_per_byte,
+        "broadcast": packed(graph, "broadcast", 0).seconds_per_byte,
+        "reduce": packed(graph, "reduce", 0).seconds_per_byte,
         "all_reduce": all_reduce_plan(graph).seconds_per_byte,
     }
     for op, seconds in found.items():

@@ -21,8 +21,7 @@ from thinwire.cluster.model import Quantity
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.tuned import tuner as tuner_module
 from thinwire.collectives.tuned.advice import Advisor
-from thinwire.collectives.tuned.cache import FORMAT, MOST_NETWORKS, Cache
-from thinwire.collectives.tuned.network import network_of
+from thinwire.collectives.tuned.cache import FORMAT, MOST_NETWORKS, Cache, network_of
 from thinwire.collectives.tuned.tuner import Tuner
 from thinwire.errors import UserError
 from thinwire.lab.run import LabOptions, run

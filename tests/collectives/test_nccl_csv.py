@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinwire.collectives.nccl_csv import Measured, ranges, read_measured, to_csv
+from thinwire.collectives.nccl_csv import FIELDS, Measured, ranges, read_measured, to_csv
 from thinwire.errors import UserError
 
 settings = st.tuples(st.sampled_from(["ring", "tree", "nvls"]), st.sampled_from(["ll", "simple"]), st.sampled_from([-1, 4]))
@@ -50,32 +50,18 @@ def test_the_fastest_of_each_size_and_no_size_between_winners() -> None:
 )
 def test_every_measured_size_gets_its_fastest_setting(rows: list[Measured]) -> None:
     lines = ranges(rows)
-    assert as_the_plugin_reads(to_csv(lines)) == [
-        (
-            line.coll,
-            line.min,
-            line.max,
-            line.algo,
-            line.proto,
-            line.channels,
-            line.nodes,
-            line.ranks,
-            line.pipe_ops,
-            line.registered,
-        )
-        for line in lines
-    ]
+    assert as_the_plugin_reads(to_csv(lines)) == [tuple(line[field] for field in FIELDS) for line in lines]
     for one in rows:
-        fits = [line for line in lines if line.nodes == one.nodes and line.min <= one.bytes <= line.max]
+        fits = [line for line in lines if line["nodes"] == one.nodes and line["min"] <= one.bytes <= line["max"]]
         same = [other for other in rows if (other.bytes, other.nodes) == (one.bytes, one.nodes)]
         fastest = min(other.seconds for other in same)
         assert len(fits) == 1
         assert any(
             other.seconds == fastest
-            and (other.algo, other.proto, other.channels) == (fits[0].algo, fits[0].proto, fits[0].channels)
+            and (other.algo, other.proto, other.channels) == (fits[0]["algo"], fits[0]["proto"], fits[0]["channels"])
             for other in same
         )
-        assert {fits[0].min, fits[0].max} <= {other.bytes for other in rows}
+        assert {fits[0]["min"], fits[0]["max"]} <= {other.bytes for other in rows}
 
 
 def test_what_is_not_understood_is_said() -> None:

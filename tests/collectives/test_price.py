@@ -15,7 +15,7 @@ seconds_per_byte = 8 * FRAME_OVERHEAD / RATE
 
 
 def on_equal_hosts(op: str, message_bytes: int, count: int, rate: float = RATE, root: int = 0) -> float:
-    return price(Routes(equal_hosts(count, rate)), op, message_bytes, range(count), root).seconds
+    return price(Routes(equal_hosts(count, rate)), op, message_bytes, range(count), root)
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
@@ -35,26 +35,24 @@ def test_interleaved_ranks_cost_four_times_as_much_on_two_racks() -> None:
     routes = Routes(cluster)
     interleaved = price(routes, "all_reduce", 2**22, range(8))
     in_order = price(routes, "all_reduce", 2**22, [0, 2, 4, 6, 1, 3, 5, 7])
-    assert interleaved.seconds / in_order.seconds == pytest.approx(4, rel=0.02)
-    assert interleaved.bottleneck is not None and interleaved.bottleneck.source.startswith("rack-")
+    assert interleaved / in_order == pytest.approx(4, rel=0.02)
 
 
 def test_a_reduce_is_a_ring_and_then_a_gather() -> None:
     """Interleaved on two racks: 4 x 7/8 n over the uplink, then 7/8 n through the card of the root."""
     found = price(Routes(load_cluster("two-racks")), "reduce", 2**24, range(8))
-    assert found.seconds == pytest.approx((4 + 1) * 7 / 8 * 2**24 * seconds_per_byte, rel=0.01)
+    assert found == pytest.approx((4 + 1) * 7 / 8 * 2**24 * seconds_per_byte, rel=0.01)
 
 
 def test_every_round_has_its_latency() -> None:
     found = price(Routes(load_cluster("eight-hosts-100mbit")), "all_reduce", 8, range(8))
-    assert found.seconds == pytest.approx(14 * (100e-6 + MESSAGE_OVERHEAD_S), rel=0.01)
+    assert found == pytest.approx(14 * (100e-6 + MESSAGE_OVERHEAD_S), rel=0.01)
 
 
 def test_a_slow_host_decides_the_ring() -> None:
     cluster = load_cluster("one-slow-host")
     found = price(Routes(cluster), "all_reduce", 2**22, range(8))
-    assert found.bottleneck is not None and "slow" in (found.bottleneck.source, found.bottleneck.target)
-    assert found.seconds == pytest.approx(4 * on_equal_hosts("all_reduce", 2**22, 8), rel=0.02)
+    assert found == pytest.approx(4 * on_equal_hosts("all_reduce", 2**22, 8), rel=0.02)
 
 
 @given(
@@ -74,4 +72,4 @@ def test_more_bytes_cost_more_and_a_faster_wire_less(op: str, n: int, count: int
 def test_one_rank_and_ranks_of_one_host_pay_nothing_on_the_wire() -> None:
     assert on_equal_hosts("all_reduce", 2**20, 1) == 0
     laptop = price(Routes(load_cluster("laptop")), "all_reduce", 2**30, range(4))
-    assert laptop.seconds == pytest.approx(6 * MESSAGE_OVERHEAD_S) and laptop.bottleneck is None
+    assert laptop == pytest.approx(6 * MESSAGE_OVERHEAD_S)

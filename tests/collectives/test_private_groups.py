@@ -6,6 +6,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -41,6 +42,7 @@ print("sent", outer.sent_bytes)
 """
 
 
+@pytest.mark.long
 def test_a_default_group_without_a_name_carries_everything(tmp_path: Path) -> None:
     (tmp_path / "unnamed.py").write_text(UNNAMED)
     environment = os.environ | {SOCKET: server(), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}

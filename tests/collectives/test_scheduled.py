@@ -17,13 +17,13 @@ from tagless import over_tagless
 from thinwire.collectives.backend import REDUCE_SCATTER
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.run import engine
-from thinwire.collectives.run.transport import InnerFactory, over_gloo
+from thinwire.collectives.run.transport import InnerFactory
 from thinwire.collectives.schedules import ring
 from thinwire.collectives.tuned.cache import Cache
 from thinwire.collectives.tuned.implementation import Implementation
 from thinwire.collectives.tuned.tuner import Tuner
 
-CARRIERS = [over_gloo, over_tagless]
+CARRIERS = [None, over_tagless]
 
 
 def same_as_gloo(context: Rank, reordered: bool, inner: InnerFactory) -> None:
@@ -110,10 +110,10 @@ def absent(context: Rank) -> None:
 class Wrong(Fixed):
     """Its ring leaves out the last message."""
 
-    def implementations(self, op: str, message_bytes: int, ranks: Any, root: int) -> list[tuple[Implementation, float]]:
+    def implementations(self, op: str, message_bytes: int, ranks: Any, root: int) -> list[Implementation]:
         whole = ring.all_reduce(range(len(ranks)))
         cut = replace(whole, steps=(*whole.steps[:-1], whole.steps[-1][1:]))
-        return [(Implementation("cut ring", cut), 1.0)]
+        return [Implementation("cut ring", cut)]
 
 
 def wrong(context: Rank) -> None:

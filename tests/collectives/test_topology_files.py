@@ -41,6 +41,7 @@ def test_a_matrix_is_read_as_it_is(write: Callable[[Graph, Path], Path], name: s
     assert optimum(found).bytes_per_s(found) / 1e9 == pytest.approx(346.667, abs=5e-4)
 
 
+@pytest.mark.long
 def test_an_all_gather_has_its_optimum_and_trees() -> None:
     lines = dict(summary(a100(2), "all_gather", 1 << 20))
     assert lines["optimum"] == "346.667 GB/s with 13 trees a rank (1/x = 3/65)"

@@ -15,17 +15,16 @@ from thinwire.collectives.run.engine import Engine
 from thinwire.collectives.run.transport import Place
 from thinwire.collectives.tuned import tuner as tuner_module
 from thinwire.collectives.tuned.advice import Advisor
-from thinwire.collectives.tuned.carrier import Chosen
 from thinwire.collectives.tuned.implementation import NATIVE, Call, Implementation, example, wire_bytes
-from thinwire.collectives.tuned.tuner import Tuner, size_class
+from thinwire.collectives.tuned.tuner import Chosen, Tuner, size_class
 from thinwire.traffic import Transfer
 
 
 class Advised(Advisor):
     """Two that are not native, in this order."""
 
-    def implementations(self, op: str, message_bytes: int, ranks: Any, root: int) -> list[tuple[Implementation, float]]:
-        return [(Implementation("first", order=(0,)), 1.0), (Implementation("second", order=(0,)), 1.5), (NATIVE, 2.0)]
+    def implementations(self, op: str, message_bytes: int, ranks: Any, root: int) -> list[Implementation]:
+        return [Implementation("first", order=(0,)), Implementation("second", order=(0,)), NATIVE]
 
 
 def place(rank: int = 0, size: int = 1) -> Place:

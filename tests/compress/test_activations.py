@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from error_bounds import boundary_bound
 from hypothesis import given
 from hypothesis import strategies as st
 from vectors import ALL, codec_of, vector
@@ -33,7 +34,7 @@ def test_any_shape_arrives_within_the_bound_in_exactly_the_bytes(kind: str, lead
     payload = boundary.pack(x)
     assert payload.dtype == torch.uint8 and payload.numel() == boundary.payload_bytes(x.shape)
     arrived = boundary.unpack(payload, x.shape)
-    assert arrived.shape == x.shape and bool(((arrived - x).abs() <= boundary.error_bound(x)).all())
+    assert arrived.shape == x.shape and bool(((arrived - x).abs() <= boundary_bound(boundary, x)).all())
 
 
 def test_bfloat16_activations_and_transposed_ones_keep_shape_and_dtype() -> None:
@@ -42,7 +43,7 @@ def test_bfloat16_activations_and_transposed_ones_keep_shape_and_dtype() -> None
     arrived = boundary.unpack(boundary.pack(x), x.shape, x.dtype)
     assert arrived.dtype == torch.bfloat16
     rounding = x.float().abs() * 2**-7
-    assert bool(((arrived.float() - x.float()).abs() <= boundary.error_bound(x) + rounding).all())
+    assert bool(((arrived.float() - x.float()).abs() <= boundary_bound(boundary, x) + rounding).all())
 
 
 @pytest.mark.parametrize(("kind", "bad"), [("int8", float("nan")), ("bf16", float("inf")), ("fp16", 1e5), ("topk", float("nan"))])
@@ -105,7 +106,9 @@ def test_both_sides_are_equal_at_all_times_and_the_error_is_that_of_the_differen
         if old:
             difference = activation[old] - torch.stack([before[ids[place]] for place in old])
             error = (arrived[old] - activation[old]).abs()
-            assert bool((error <= coder.error_bound(difference) + rounding * (arrived[old].abs() + activation[old].abs())).all())
+            assert bool(
+                (error <= boundary_bound(coder, difference) + rounding * (arrived[old].abs() + activation[old].abs())).all()
+            )
     width = 300
     assert sender.memory_bytes == receiver.memory_bytes == len(sender.copies) * width * dtype.itemsize
 
@@ -190,9 +193,9 @@ def sum_bound(parts: list[torch.Tensor], kind: str) -> torch.Tensor:
     if kind == "none":
         return sum(part.abs() for part in parts) * 2**-22
     boundary = BoundaryCodec(codec_of(kind), "bound")
-    first = sum(boundary.error_bound(part) for part in parts)
+    first = sum(boundary_bound(boundary, part) for part in parts)
     total = sum(part.double() for part in parts).float()
-    return first + boundary.error_bound(total.abs() + first) + sum(part.abs() for part in parts) * 2**-21
+    return first + boundary_bound(boundary, total.abs() + first) + sum(part.abs() for part in parts) * 2**-21
 
 
 def summed(context: Rank, kind: str, dtype: torch.dtype) -> tuple[torch.Tensor, list[Any], list[Any]]:

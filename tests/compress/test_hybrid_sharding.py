@@ -93,16 +93,20 @@ def after(model: nn.Module, rank: int) -> nn.Module:
     return model
 
 
+FEW = ("float32", "bfloat16", "complex64")
+"""Dtypes that are tried each time; the others are like one of them."""
+ALL = [pytest.param(dtype, marks=() if dtype in FEW else pytest.mark.long) for dtype in (*DTYPES, "complex64")]
 NEAR = {"float32": 1e-5, "bfloat16": 0.06, "float16": 0.01, "float64": 1e-13, "complex64": 1e-5}
 
 
-@pytest.mark.parametrize("dtype", NEAR)
+@pytest.mark.parametrize("dtype", ALL)
 def test_uncoded_it_is_stock_hybrid_sharding(ranks4: Pool, dtype: str) -> None:
     for micro in (1, 2) if dtype == "float32" else (1,):
         assert max(ranks4.run(as_stock, dtype, True, True, micro)) < NEAR[dtype]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64", "complex64"])
+@pytest.mark.long
 def test_uncoded_it_is_stock_fsdp2_in_every_dtype(ranks4: Pool, dtype: str) -> None:
     assert max(ranks4.run(as_stock, dtype, True, False, 1)) < NEAR[dtype]
 
@@ -179,8 +183,8 @@ def check_coded(ranks4: Pool, *case: Any) -> None:
         assert predicted == recorded
 
 
-@pytest.mark.parametrize("dtype", NEAR)
-@pytest.mark.parametrize("replicas", ["none", "int4"])
+@pytest.mark.parametrize("dtype", ALL)
+@pytest.mark.parametrize("replicas", [pytest.param("none", marks=pytest.mark.long), "int4"])
 def test_replicas_are_equal_and_what_is_predicted_is_sent(ranks4: Pool, dtype: str, replicas: str) -> None:
     check_coded(ranks4, dtype, "int8" if replicas == "int4" else "float32", replicas, True)
 
@@ -315,7 +319,12 @@ def flat(compression: ShardedCompression) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("gradients", "replicas"),
-    [("int4", None), ("float32", "int4"), ("int8", "none"), ("int8", "topk"), *((k, None) for k in ("fp4", "sign", "bf16"))],
+    [
+        ("int4", None),
+        ("float32", "int4"),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("int8", "none"), ("int8", "topk"))),
+        *(pytest.param(kind, None, marks=pytest.mark.long) for kind in ("int8", "fp4", "sign", "bf16", "fp16")),
+    ],
 )
 def test_a_step_that_a_scaler_leaves_out_changes_nothing(ranks4: Pool, gradients: str, replicas: str | None) -> None:
     for scales, moved, changed in ranks4.run(scaled, gradients, replicas, True):
@@ -342,7 +351,7 @@ def raised(context: Rank, hybrid: bool, adds_up: bool) -> str:
     return ""
 
 
-@pytest.mark.parametrize(("hybrid", "adds_up"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("hybrid", "adds_up"), [(False, False), pytest.param(True, False, marks=pytest.mark.long), (True, True)])
 def test_all_ranks_name_what_is_not_finite(ranks4: Pool, hybrid: bool, adds_up: bool) -> None:
     lines = ranks4.run(raised, hybrid, adds_up)
     assert len(set(lines)) == 1

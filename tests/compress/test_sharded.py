@@ -190,6 +190,7 @@ def learned(context: Rank) -> tuple[float, float, float]:
     return mine[0], sum(mine[-5:]) / 5, sum(stock[-5:]) / 5
 
 
+@pytest.mark.long
 def test_training_learns(ranks2: Pool) -> None:
     for first, last, stock in ranks2.run(learned):
         assert last < first / 2

@@ -14,7 +14,7 @@ from thinwire.bench.lab import SCRIPT, measure, transfer
 from thinwire.cluster import Cluster, Quantity, load_cluster
 from thinwire.errors import UserError
 from thinwire.lab.commands import processes_for
-from thinwire.lab.run import RESULTS, LabOptions, _result, launch, run
+from thinwire.lab.run import RESULTS, LabOptions, LabResult, launch, run
 from thinwire.lab.wiring import imitated, wire
 from thinwire.record import RunFolder
 
@@ -110,7 +110,7 @@ def test_shares_are_of_the_rate_of_their_own_direction(build: Callable[..., Clus
     cluster = replace(cluster, links=(replace(out, bandwidth_bps=Quantity(50e6)), *others))
     answer = {"processes": [], "failures": [], "signal": None, "seconds": 2.0, "results": {}, "retransmitted": {}}
     answer["counters"] = {"host0": {"eth0": [1_000_000, 3_000_000]}, "host1": {"eth0": [0, 0]}}
-    card, _ = _result(cluster, wire(cluster, netem=False), answer).cards
+    card, _ = LabResult(wire(cluster, netem=False), answer).cards
     assert (card.host, card.sent_share, card.received_share) == ("host0", 8e6 / (50e6 * 2), 24e6 / (100e6 * 2))
 
 

@@ -105,6 +105,7 @@ def scanned(folder: Path) -> LabResult:
 
 @pytest.mark.lab
 @pytest.mark.timeout(240)
+@pytest.mark.long
 def test_a_service_is_reachable_where_it_is_bound_and_nowhere_else(tmp_path: Path, warm: None) -> None:
     result = scanned(tmp_path)
     assert result.failure is None, result.failure

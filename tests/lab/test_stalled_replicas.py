@@ -74,6 +74,7 @@ AT_ONCE = (short_silence, long_silence)
 
 @pytest.mark.lab
 @pytest.mark.timeout(120)
+@pytest.mark.long
 def test_short_silence_of_a_replica_changes_nothing(under_way: dict[Callable, Future]) -> None:
     short = under_way[short_silence].result()
     assert short.failure is None, short.failure

@@ -6,29 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinwire.measure.fit import card_rates, estimate, mean_bps, split_latencies, steady_bps, theil_sen
+from thinwire.measure.fit import card_rates, estimate, mean_bps, split_latencies, steady_bps
 
 seeds = st.integers(0, 10_000)
-
-
-@given(
-    slope=st.floats(-1e3, 1e3).filter(lambda value: abs(value) > 1e-3),
-    offset=st.floats(-100, 100),
-    outliers=st.integers(0, 5),
-    seed=seeds,
-)
-def test_theil_sen_withstands_a_quarter_of_outliers(slope: float, offset: float, outliers: int, seed: int) -> None:
-    draw = random.Random(seed)
-    x = [float(index) for index in range(20)]
-    y = [offset + slope * value for value in x]
-    for index in draw.sample(range(20), outliers):
-        y[index] += draw.choice([-1, 1]) * draw.uniform(10, 1e4)
-    assert theil_sen(x, y) == pytest.approx(slope, rel=1e-6, abs=1e-6)
-
-
-def test_theil_sen_wants_two_places() -> None:
-    assert theil_sen([1.0, 1.0], [0.0, 2.0]) is None
-    assert theil_sen([1.0], [0.0]) is None
 
 
 @given(rate_bps=st.floats(1e6, 1e11), burst=st.integers(0, 64 * 1024), stall_s=st.floats(0, 0.02), seed=seeds)

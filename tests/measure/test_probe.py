@@ -53,6 +53,7 @@ def test_started_alone_it_says_how_to_start_it(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.long
 def test_ranks_of_one_machine_are_one_host(tmp_path: Path, port: int) -> None:
     path = tmp_path / "c.toml"
     (code, out, err), (other, _, _) = both(tmp_path, port, path)
@@ -72,6 +73,7 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_p
     assert (out, echo) == ("", "")
 
 
+@pytest.mark.long
 def test_a_rank_that_vanishes_ends_the_others_in_one_line(tmp_path: Path, port: int) -> None:
     path = tmp_path / "c.toml"
     with rank_of_two(0, tmp_path, port, path) as first, rank_of_two(1, tmp_path, port, path) as second:

@@ -138,4 +138,4 @@ def test_racks_are_priced_by_their_uplink() -> None:
     assert "rack-" in busiest.source and busiest.target in ("switch", "rack-a", "rack-b")
     from thinwire.cluster.graph import Routes
 
-    assert found.transfers[0].seconds == price(Routes(cluster), "all_reduce", 2**22, range(8)).seconds
+    assert found.transfers[0].seconds == price(Routes(cluster), "all_reduce", 2**22, range(8))

@@ -17,7 +17,7 @@ from run_folders import RUN_TOML, make_run
 
 from thinwire.cluster import load_cluster, shipped_clusters
 from thinwire.record import LinkLoad, RunFolder
-from thinwire.report import gather, page, write_report
+from thinwire.report import Facts, page, write_report
 from thinwire.report.charts import MAX_POINTS, Series, _thinned
 from thinwire.report.diagram import diagram
 from thinwire.report.facts import card_rows, setup_bytes, step_rows, transfer_rows
@@ -74,18 +74,18 @@ def check_form(text: str) -> str:
 def test_every_shipped_cluster_makes_a_sound_page(tmp_path: Path, name: str) -> None:
     cluster = load_cluster(name)
     folder = make_run(tmp_path / "run", cluster, steps=20)
-    words = check_form(page(gather(folder)))
+    words = check_form(page(Facts(folder)))
     assert cluster.name in words and "wrong" not in words
     assert "Not in this run folder" not in words
-    drawn = page(gather(folder)).count('class="host"')
+    drawn = page(Facts(folder)).count('class="host"')
     assert drawn == len(cluster.hosts) or len(cluster.hosts) in (1, 128)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_numbers_are_those_of_the_folder(tmp_path: Path, seed: int) -> None:
     folder = make_run(tmp_path / "run", load_cluster("four-hosts-100mbit"), seed=seed, steps=40)
-    words = check_form(page(gather(folder)))
-    facts = gather(folder)
+    words = check_form(page(Facts(folder)))
+    facts = Facts(folder)
     measured_, predicted = folder.measured(), folder.predicted()
     assert measured_ and predicted
     for cost, key in itertools.product((measured_, predicted), ("step_s", "compute_s", "exposed_s")):
@@ -103,7 +103,7 @@ def test_numbers_are_those_of_the_folder(tmp_path: Path, seed: int) -> None:
 
 def test_text_is_escaped(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a<b>&'\"", load_cluster("laptop"), steps=2, end="failed: <b>rank 2</b> & co")
-    text = page(gather(folder))
+    text = page(Facts(folder))
     check_form(text)
     assert "<script>alert" in RUN_TOML and "<script>alert" not in text
     assert "<b>rank 2" not in text and "&lt;b&gt;rank 2" in text
@@ -118,7 +118,7 @@ def test_whatever_is_missing_is_named(tmp_path: Path, seed: int) -> None:
     folder = make_run(
         tmp_path / "run", load_cluster(random_.choice(["two-racks", "laptop"])), seed, steps, without=without, end=end
     )
-    words = check_form(page(gather(folder)))
+    words = check_form(page(Facts(folder)))
     gaps = words.split("Not in this run folder")[1]
     for name in set(without) - {"events.jsonl"}:
         assert f"{name} is absent" in gaps
@@ -131,13 +131,13 @@ def test_whatever_is_missing_is_named(tmp_path: Path, seed: int) -> None:
 def test_a_bare_record_is_enough(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run")
     folder.write("record.json", {"thinwire": "0.1.0", "started": "now", "world_size": 1, "hosts": ["here"]})
-    words = check_form(page(gather(folder)))
+    words = check_form(page(Facts(folder)))
     assert "No step was recorded" in words
 
 
 def test_medians_stand_in_for_a_measurement_and_are_called_so(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", load_cluster("laptop"), steps=31, without=("measured.json",), end=None)
-    facts = gather(folder)
+    facts = Facts(folder)
     assert facts.measured is not None
     times = sorted(step.step_s for step in folder.steps()[1:])
     assert facts.measured.step_s == pytest.approx((times[14] + times[15]) / 2)
@@ -147,7 +147,7 @@ def test_medians_stand_in_for_a_measurement_and_are_called_so(tmp_path: Path) ->
 @pytest.mark.parametrize(("steps", "nan_from"), [(30, 11), (30, 1), (1, 1), (1, None)])
 def test_a_loss_that_is_not_finite_is_a_gap_and_is_named(tmp_path: Path, steps: int, nan_from: int | None) -> None:
     folder = make_run(tmp_path / "run", load_cluster("laptop"), steps=steps, nan_from=nan_from)
-    words = check_form(page(gather(folder)))
+    words = check_form(page(Facts(folder)))
     assert ("not a finite number" in words) == (nan_from is not None)
     if nan_from is not None:
         assert f"first at step {nan_from}" in words
@@ -156,16 +156,16 @@ def test_a_loss_that_is_not_finite_is_a_gap_and_is_named(tmp_path: Path, steps: 
 @pytest.mark.parametrize("change", [-1, 1])
 def test_one_byte_or_one_call_too_few_is_not_equal(tmp_path: Path, change: int) -> None:
     folder = make_run(tmp_path / "run", load_cluster("four-hosts-100mbit"), steps=10)
-    assert all(row.equal for row in transfer_rows(gather(folder)))
+    assert all(row.equal for row in transfer_rows(Facts(folder)))
     content = json.loads((folder.path / "ledger.json").read_text())
     content["entries"][-1]["wire_bytes"] += change
     folder.write("ledger.json", content)
-    rows = transfer_rows(gather(folder))
+    rows = transfer_rows(Facts(folder))
     assert [row.equal for row in rows] == [True, True, False]
-    assert "2 of 3 predicted transfers" in check_form(page(gather(folder)))
+    assert "2 of 3 predicted transfers" in check_form(page(Facts(folder)))
     dropped = [entry for entry in content["entries"] if entry["label"] != "gradients/bucket1"]
     folder.write("ledger.json", {"entries": dropped})
-    assert [row.equal for row in transfer_rows(gather(folder))] == [True, False, False]
+    assert [row.equal for row in transfer_rows(Facts(folder))] == [True, False, False]
 
 
 def test_a_transfer_of_every_few_steps_is_counted_by_its_events(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_transfer_of_every_few_steps_is_counted_by_its_events(tmp_path: Path) 
     entry = {"label": "outer", "axis": "data", "op": "all_reduce", "message_bytes": 600, "calls": 5, "wire_bytes": 4500}
     span = {"first_step": 3, "last_step": 19}
     folder.write("ledger.json", {"entries": [{**entry, **span, "rank": rank} for rank in range(4)]})
-    assert [row.equal for row in transfer_rows(gather(folder))] == [True]
+    assert [row.equal for row in transfer_rows(Facts(folder))] == [True]
 
 
 def test_what_was_sent_before_ddp_ordered_its_buckets_is_a_row_of_its_own(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_what_was_sent_before_ddp_ordered_its_buckets_is_a_row_of_its_own(tmp_pa
         first = {"calls": 1, "message_bytes": 77, "wire_bytes": 115, "first_step": 0, "last_step": 0}
         content["entries"].append({**entry, **first})
     folder.write("ledger.json", content)
-    rows = transfer_rows(gather(folder))
+    rows = transfer_rows(Facts(folder))
     assert [row.equal for row in rows] == [True, True, True, False]
     assert rows[-1].ledger_low == 115 and math.isnan(rows[-1].predicted_bytes)
 
@@ -201,13 +201,13 @@ def test_one_more_event_may_end_the_run(tmp_path: Path, steps: int, calls: int, 
     span = {"calls": calls, "wire_bytes": 12 * calls, "first_step": 4, "last_step": steps - 1}
     content["entries"] += [{**transfer, **span, "rank": rank} for rank in range(4)]
     folder.write("ledger.json", content)
-    assert transfer_rows(gather(folder))[0].equal is equal
+    assert transfer_rows(Facts(folder))[0].equal is equal
 
 
 def test_what_was_sent_before_the_first_step_is_not_counted_with_it(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", load_cluster("laptop"), steps=1)
     entries = json.loads((folder.path / "ledger.json").read_text())["entries"]
-    assert setup_bytes(gather(folder)) == sum(entry["wire_bytes"] for entry in entries if entry["label"] == "set-up") > 0
+    assert setup_bytes(Facts(folder)) == sum(entry["wire_bytes"] for entry in entries if entry["label"] == "set-up") > 0
 
 
 @pytest.mark.parametrize("count", [3, MAX_POINTS, MAX_POINTS + 1, 12345])
@@ -234,7 +234,7 @@ def test_cards_add_up_by_host(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", load_cluster("laptop"), steps=2)
     cards = [{"host": "a", "interface": f"eth{k}", "sent_bytes": 52, "received_bytes": 7} for k in range(2)]
     folder.write("cards.json", {"cards": cards, "ledger_sent_bytes": {"a": 100}})
-    (row,) = card_rows(gather(folder))
+    (row,) = card_rows(Facts(folder))
     assert row.sent_bytes == 104 and row.received_bytes == 14
     assert math.isclose(row.difference, 0.04) and row.interfaces == "eth0, eth1"
 

@@ -188,6 +188,7 @@ def test_shards_are_sent_as_predicted_and_replicas_end_bit_equal(results_of: Res
     ("kind", "inside"),
     [("streaming int4", "coded"), long("streaming int4", "plain"), long("diloco int4", "coded"), long("noloco", "plain")],
 )
+@pytest.mark.long
 def test_a_second_life_equals_one_bit_for_bit(ranks4: Pool, results_of: Results, kind: str, inside: str) -> None:
     """After 5 steps fragments are under way, and there are residuals outside and inside."""
     once = results_of(kind, inside)

@@ -185,6 +185,7 @@ def test_one_of_three_is_killed_and_comes_back_and_the_others_lose_no_step(kind)
         assert found < 1.1 * held_out(undisturbed.weights())  # as many tokens, in more merges
 
 
+@pytest.mark.long
 def test_a_stalled_replica_delays_and_is_given_up_after_the_time_out() -> None:
     start_server()
     context = multiprocessing.get_context("forkserver")

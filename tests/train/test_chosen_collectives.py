@@ -10,8 +10,9 @@ import torch
 from command import TINY_RUN, thinwire
 from pool import Pool, Rank
 from thinwire.config.run import load_run
+from thinwire.environment import Environment
 from thinwire.record import RunFolder
-from thinwire.train.runtime import Environment, StopRequest
+from thinwire.train.runtime import StopRequest
 from thinwire.train.worker import Rank as TrainingRank
 from thinwire.train.worker import train_as
 
@@ -74,6 +75,7 @@ def run_on_gloo(context: Rank, folder: Path) -> tuple[list[float], set[str]]:
     return losses, {call.label for call in context.recorded()}
 
 
+@pytest.mark.long
 def test_measured_collectives_learn_as_gloo_does_and_send_what_was_predicted(ranks3: Pool, tmp_path: Path) -> None:
     run = ran(tmp_path / "run", "measured")
     check_predicted(run)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from thinwire.environment import Place, read_environment
 from thinwire.errors import UserError
-from thinwire.train.runtime import Place, read_environment
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "THINWIRE_LAB")
 

@@ -27,14 +27,14 @@ new_group, gloo = dist.new_group, dist.ProcessGroupGloo
 
 class Noted(gloo):
     def __init__(self, store, rank, size, timeout):
-        made.append(timeout.total_seconds())
+        made.append(getattr(timeout, "_timeout", timeout).total_seconds())
         super().__init__(store, rank, size, timeout)
 
 
 dist.ProcessGroupGloo = Noted
 
 from thinwire.config.run import load_run
-from thinwire.train.runtime import read_environment
+from thinwire.environment import read_environment
 from thinwire.train.worker import work
 
 work(load_run(Path(sys.argv[1])), read_environment(), None)

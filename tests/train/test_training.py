@@ -15,10 +15,11 @@ from pool import Pool, Rank, RankFailure
 from thinwire.compress.exchange import make_exchange
 from thinwire.config.compress import Coded
 from thinwire.config.run import RunConfig
+from thinwire.environment import Environment
 from thinwire.errors import UserError
 from thinwire.record import RunFolder
-from thinwire.report import as_json, gather
-from thinwire.train.runtime import Environment, StopRequest
+from thinwire.report import Facts, as_json
+from thinwire.train.runtime import StopRequest
 from thinwire.train.worker import Outcome, train_as
 from thinwire.train.worker import Rank as TrainingRank
 
@@ -147,7 +148,7 @@ def test_a_run_learns_and_leaves_a_whole_folder(ranks2: Pool, finished: Finished
 
 def test_predicted_transfers_equal_the_ledger_of_a_whole_run(ranks4: Pool, finished: Finished) -> None:
     outcome, labels = finished(ranks4, "none")[0]
-    facts = as_json(gather(RunFolder.open(outcome.folder)))
+    facts = as_json(Facts(RunFolder.open(outcome.folder)))
     predicted = [row for row in facts["transfers"] if row["predicted_bytes"] is not None]
     assert len(predicted) >= 4
     assert all(row["equal"] for row in predicted), predicted

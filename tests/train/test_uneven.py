@@ -15,13 +15,14 @@ from thinwire.cluster import Quantity, dump_cluster
 from thinwire.cluster.equal import equal_hosts
 from thinwire.config.compress import Coded
 from thinwire.config.run import EveryStep, RunConfig, TrainSection
+from thinwire.environment import Environment, Lab
 from thinwire.errors import UserError
 from thinwire.record import RunFolder
 from thinwire.sync.every_step import EveryStepSync
 from thinwire.tomlfile import validate
 from thinwire.train import checkpoint, worker
 from thinwire.train.assign import Assignment
-from thinwire.train.runtime import Environment, Lab, StopRequest
+from thinwire.train.runtime import StopRequest
 from thinwire.train.step import Stepper, StepTimes
 from thinwire.train.trainer import Trainer
 from thinwire.train.worker import Outcome, train_as
@@ -247,6 +248,7 @@ def run_paced(context: Rank, config: RunConfig, cluster: Path, resume: Path | No
         *(pytest.param(kind, False, marks=[pytest.mark.long, pytest.mark.timed]) for kind in ("none", "int4")),
     ],
 )
+@pytest.mark.long
 def test_an_uneven_run_sends_what_was_predicted_and_resumes_bit_for_bit(
     ranks2: Pool, tmp_path: Path, kind: str, declared: bool
 ) -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from thinwire.config.run import RunConfig
+from thinwire.environment import Place
 from thinwire.errors import UserError
 from thinwire.train import setup
-from thinwire.train.runtime import Place
 
 PLACE = Place(rank=0, world_size=2, local_rank=0, master_address="127.0.0.1", master_port=29577)
 CPU = torch.device("cpu")

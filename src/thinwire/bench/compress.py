@@ -9,14 +9,14 @@ at least, and faster than every peer with as many bits that is installed, those 
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from thinwire.bench.codec_peers import BLOCK, find_peers
+from thinwire.bench.codec_peers import Coder, find_peers
 from thinwire.bench.registry import Rows
 from thinwire.compress.base import CODECS, Codec, make_codec
 from thinwire.compress.codecs.blocked import Fusable
@@ -25,22 +25,6 @@ from thinwire.compress.codecs.fused import fused_or_reason
 DEFAULTS = {"numels": [1 << 22, 1 << 24], "turns": 7, "fused": True, "kinds": list(CODECS), "peers": True}
 BAR = 0.35
 BARRED = {"int8": 8, "int4": 4}
-
-
-@dataclass
-class _Contender:
-    case: str
-    encode: Callable[[torch.Tensor], Any]
-    decode: Callable[[Any], torch.Tensor]
-    block: int
-    peer_bits: int | None = None
-    barred_bits: int | None = None
-    times: list[tuple[float, float, float]] = field(default_factory=list)
-    """(copy, encode, decode) in seconds, for each turn."""
-
-    def median_s(self, part: int) -> float:
-        """Of copy (0), encode (1) or decode (2)."""
-        return median(times[part] for times in self.times)
 
 
 def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
@@ -56,7 +40,7 @@ def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
         torch.set_num_threads(threads)
 
 
-def _contenders(options: Mapping[str, Any]) -> tuple[list[_Contender], Rows]:
+def _contenders(options: Mapping[str, Any]) -> tuple[list[Coder], Rows]:
     found, notes = [], []
     reason = fused_or_reason() if options["fused"] else None
     for kind in options["kinds"]:
@@ -70,19 +54,19 @@ def _contenders(options: Mapping[str, Any]) -> tuple[list[_Contender], Rows]:
                 notes.append({"case": f"{kind} fused: {reason}"})
     if options["peers"]:
         peers, reasons = find_peers()
-        found += [_Contender(f"peer: {peer.name}", peer.encode, peer.decode, BLOCK, peer.bits) for peer in peers]
+        found += [replace(peer, case=f"peer: {peer.case}") for peer in peers]
         notes += [{"case": f"peer: {reason}"} for reason in reasons]
     return found, notes
 
 
-def _of_codec(case: str, codec: Codec, barred_bits: int | None) -> _Contender:
+def _of_codec(case: str, codec: Codec, barred_bits: int | None) -> Coder:
     def encode(values: torch.Tensor) -> tuple[torch.Tensor, int]:
         return codec.encode(values), values.numel()
 
-    return _Contender(case, encode, lambda code: codec.decode(*code), codec.block, barred_bits=barred_bits)
+    return Coder(case, encode, lambda code: codec.decode(*code), block=codec.block, barred_bits=barred_bits)
 
 
-def _measure(contenders: list[_Contender], numel: int, turns: int) -> Rows:
+def _measure(contenders: list[Coder], numel: int, turns: int) -> Rows:
     values = torch.randn(numel, generator=torch.Generator().manual_seed(0))
     copy = torch.empty_like(values)
     for contender in contenders:

@@ -40,9 +40,8 @@ def _commands(options: Mapping[str, Any], port: int = 0) -> list[list[str]]:
     settings = {key: options[key] for key in ("turns", "steps", "micro_batch", "bucket_bytes")}
     text = json.dumps({**settings, "port": port, "model": small_model(options).model_dump()})
     here = Path(__file__).parent
-    files = (here / "peers" / "plain_ddp.py", here.parent / "models" / "transformer.py", here / "turns.py")
     return [
-        [sys.executable, *map(str, files), RESULTS, text],
+        [sys.executable, str(here / "peers" / "plain_ddp.py"), str(here.parent / "models" / "transformer.py"), RESULTS, text],
         [sys.executable, "-m", "thinwire.bench.peers.rank", "our_ddp", RESULTS, text],
     ]
 

@@ -68,16 +68,12 @@ def _time(cluster: Cluster, codecs: Mapping[str, str], options: Mapping[str, Any
     workload = Workload.of_transformer(config, options["micro_batch"], config.context)
     compute_s = workload.flops_per_microbatch / min(cluster.declared_rates or ())
     slowest_bps = min(link.bandwidth_bps.value for link in cluster.links)
-    if shards:
-        predicted = {
-            name: _card_bytes(workload, cluster.world_size, shards, codecs, name == "native") for name in ("native", "ours")
-        }
-    else:
-        predicted = {name: _step_bytes(workload, cluster.world_size, codecs, name == "native") for name in ("native", "ours")}
+    sides = {"native": True, "ours": False}
+    predicted = {name: _sent_bytes(workload, cluster.world_size, shards, codecs, stock) for name, stock in sides.items()}
     wire_s = {name: size * 8 * FRAME_OVERHEAD / slowest_bps for name, size in predicted.items()}
     row |= {"case": f"{row['case']}: step", "compute_s": compute_s}
     row["expected_ratio"] = (compute_s + wire_s["native"]) / max(compute_s, wire_s["ours"])
-    for name in ("native", "ours"):
+    for name in sides:
         row[f"{name}_wire_s"] = wire_s[name]
         row[f"{name}_predicted_bytes"] = predicted[name]
         row[f"{name}_card_bytes"] = median(found["card_bytes"][name])
@@ -110,25 +106,17 @@ def _loss(codecs: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def _card_bytes(workload: Workload, world_size: int, shards: int, codecs: Mapping[str, str], stock: bool) -> int:
-    """What the ranks of the first host send to other hosts in a step: each its chunk's mean over the replicas."""
-    exchange = make_exchange(NoCompression() if stock else Coded(kind=codecs["replicas"]), Ledger())
-    number = world_size // shards
-    return shards * sum(
-        transfer.calls * sent_bytes(transfer.op, transfer.message_bytes, number, 0)
-        for unit in _units(workload)
-        for transfer in exchange.transfers("", chunk_of(unit, shards), "replicate", number)
-    )
-
-
-def _step_bytes(workload: Workload, world_size: int, codecs: Mapping[str, str], stock: bool) -> int:
-    """What rank 0 sends in a step."""
-    gradients, weights = (make_codec(SimpleNamespace(kind=codecs[key])) for key in ("gradients", "weights"))
-    coding = Coding(gradients, weights, stock_gradients=stock, stock_weights=stock)
-    return sum(
-        transfer.calls * sent_bytes(transfer.op, transfer.message_bytes, world_size, 0)
-        for transfer in sharded_transfers(_units(workload), world_size, coding)
-    )
+def _sent_bytes(workload: Workload, world_size: int, shards: int, codecs: Mapping[str, str], stock: bool) -> int:
+    """What rank 0 sends in a step. With shards: what the ranks of its host send to other hosts, each its chunk's mean over the
+    replicas."""
+    units, senders, p = _units(workload), max(1, shards), world_size // max(1, shards)
+    if shards:
+        exchange = make_exchange(NoCompression() if stock else Coded(kind=codecs["replicas"]), Ledger())
+        transfers = [one for unit in units for one in exchange.transfers("", chunk_of(unit, shards), "replicate", p)]
+    else:
+        gradients, weights = (make_codec(SimpleNamespace(kind=codecs[key])) for key in ("gradients", "weights"))
+        transfers = sharded_transfers(units, p, Coding(gradients, weights, stock_gradients=stock, stock_weights=stock))
+    return senders * sum(one.calls * sent_bytes(one.op, one.message_bytes, p, 0) for one in transfers)
 
 
 def _units(workload: Workload) -> list[UnitShape]:

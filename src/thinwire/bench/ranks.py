@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,7 @@ def run_script(
         progress = Path(folder) / "progress"
         text = json.dumps({**settings, "progress": str(progress)})
         command = [*prefix, sys.executable, "-m", "thinwire.bench.peers.rank", script, RESULTS, text]
-        if not title:
-            return run_commands(where, [command], lab, timeout_s)
-        with progress_shown(progress, title):
+        with progress_shown(progress, title) if title else nullcontext():
             return run_commands(where, [command], lab, timeout_s)
 
 

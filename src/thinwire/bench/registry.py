@@ -1,4 +1,6 @@
-"""The benchmarks by name. Each is a function run(cluster, options) -> flat rows with units in the keys.
+"""The benchmarks by name, and their rows as tables for the terminal.
+
+Each is a function run(cluster, options) -> flat rows with units in the keys.
 
 A row has at least `case`; where they apply `native_s`, `ours_s`, `bound_s`, `ratio`, and `bar` with `held`.
 """
@@ -6,11 +8,14 @@ A row has at least `case`; where they apply `native_s`, `ours_s`, `bound_s`, `ra
 import importlib
 import os
 import platform
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rich.table import Table
+
 from thinwire.errors import UserError
+from thinwire.tomlfile import read_value
+from thinwire.units import show
 
 Rows = list[dict[str, Any]]
 Benchmark = Callable[[str | None, Mapping[str, Any]], Rows]
@@ -28,6 +33,7 @@ BENCHMARKS = (
     "uneven",
 )
 """Each a module of this folder, with `run(cluster, options)` and the values of its options in DEFAULTS."""
+_UNITS = {"_s": "s", "_bps": "bit/s", "bytes": "B"}
 
 
 def find(name: str) -> Benchmark:
@@ -58,10 +64,7 @@ def parse_options(changes: Sequence[str]) -> dict[str, Any]:
         key, separator, text = change.partition("=")
         if not separator:
             raise UserError(f"--set {change!r}: write KEY=VALUE")
-        try:
-            options[key] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            options[key] = text
+        options[key] = read_value(text)
     return options
 
 
@@ -73,3 +76,34 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
     }
+
+
+def tables(name: str, rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """A table for each set of keys that rows have, so that none is mostly empty."""
+    alike: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        alike.setdefault(tuple(row), []).append(row)
+    return [table(name, part) for part in alike.values()]
+
+
+def table(name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """All keys of the rows as columns, in the order in which they first appear."""
+    result = Table(title=f"bench {name}", title_justify="left")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
+        result.add_column(column, justify="right" if numbers else "left")
+    for row in rows:
+        result.add_row(*(_cell(column, row.get(column)) for column in columns))
+    return result
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "[green]yes[/]" if value else "[red]no[/]"
+    if isinstance(value, int | float):
+        unit = next((unit for ending, unit in _UNITS.items() if column.endswith(ending) and not column.endswith("_per_s")), None)
+        return show(value, unit) if unit else f"{value:.4g}"
+    return str(value)

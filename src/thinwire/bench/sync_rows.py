@@ -20,6 +20,8 @@ from math import exp, log
 from statistics import mean, median
 from typing import Any
 
+import numpy
+
 from thinwire.bench.registry import Rows
 from thinwire.units import show
 
@@ -123,10 +125,8 @@ def rate_rows(rows: Sequence[Mapping[str, Any]], predicted: Mapping[str, Callabl
 
 def loss_at(curve: Curve, step: float) -> float:
     """Between two points of the curve by a straight line."""
-    for (before, high), (after, low) in pairwise(curve):
-        if before <= step <= after:
-            return high + (low - high) * (step - before) / (after - before)
-    return curve[0][1] if step < curve[0][0] else curve[-1][1]
+    steps, losses = zip(*curve, strict=True)
+    return float(numpy.interp(step, steps, losses))
 
 
 def steps_to(curve: Curve, target: float) -> float | None:

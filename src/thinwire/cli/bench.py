@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from thinwire.cli.files import write_json
+
 PIPED_COLUMNS = 200
 """Width of a table that nobody watches in a terminal."""
 
@@ -24,8 +26,6 @@ def bench(  # noqa: PLR0913 - each is an option of the command line
     from rich.console import Console
 
     from thinwire.bench import registry
-    from thinwire.bench.table import tables
-    from thinwire.cli.files import write_json
 
     if name == "list":
         for known, about in registry.describe().items():
@@ -41,7 +41,7 @@ def bench(  # noqa: PLR0913 - each is an option of the command line
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, PIPED_COLUMNS)
-    for table in tables(name, rows):
+    for table in registry.tables(name, rows):
         console.print(table)
     if json_path is not None:
         write_json(json_path, {"bench": name, "machine": registry.machine(), "rows": rows})

@@ -6,8 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from thinwire.cli.files import check_folders, write_json, write_text
+from thinwire.errors import UserError
+from thinwire.units import parse, show
+
 if TYPE_CHECKING:
-    from thinwire.collectives.choose.explain import Explained
+    from thinwire.collectives.choose.select import Selection
 
 app = typer.Typer(help="Collectives that fit the network: which one, and why.", no_args_is_help=True)
 
@@ -31,9 +35,6 @@ def explain(  # noqa: PLR0913 - each is an option of the command line
     cpu_gbytes_per_s: Annotated[float | None, typer.Option(help="Between the CPUs of an NCCL topology.")] = None,
 ) -> None:
     """Say which algorithm fits a network: what it sends over which link, predicted seconds, the bound, and the next best."""
-    from thinwire.cli.files import check_folders, write_json
-    from thinwire.errors import UserError
-
     if (cluster is None) == (topology is None):
         raise UserError("give one of --cluster and --topology")
     message_bytes = _bytes(size)
@@ -49,21 +50,21 @@ def explain(  # noqa: PLR0913 - each is an option of the command line
     from thinwire.cluster import load_cluster
     from thinwire.collectives.choose.call import collective_call
     from thinwire.collectives.choose.costs import Costs
-    from thinwire.collectives.choose.explain import explain, schedule_of
+    from thinwire.collectives.choose.explain import as_dict, schedule_of
     from thinwire.collectives.choose.select import choose
     from thinwire.collectives.schedules.table import to_text
 
     assert cluster is not None
     group = collective_call(load_cluster(cluster), op, message_bytes, _ranks(ranks), root)
-    explained = explain(choose(group, Costs(cores_shared=cores_shared)))
-    _show(explained)
+    selection = choose(group, Costs(cores_shared=cores_shared))
+    _show(selection)
     if table:
-        schedule = schedule_of(explained.selection.best, explained.selection)
+        schedule = schedule_of(selection)
         typer.echo("the schedule has too many messages to print" if schedule is None else to_text(schedule))
     if draw:
-        _draw(explained, draw)
+        _draw(selection, draw)
     if json_path:
-        write_json(json_path, explained.as_dict())
+        write_json(json_path, as_dict(selection))
 
 
 @app.command("nccl-csv")
@@ -72,9 +73,7 @@ def nccl_csv(
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
 ) -> None:
     """Write the file of NCCL's example tuner plugin from measurements: the fastest setting of each size that was measured."""
-    from thinwire.cli.files import write_text
     from thinwire.collectives.nccl_csv import ranges, read_measured, to_csv
-    from thinwire.errors import UserError
 
     try:
         text = measured.read_text(encoding="utf-8")
@@ -90,9 +89,6 @@ def nccl_csv(
 
 def _bytes(text: str) -> int:
     """25M is 25 MB; whole bytes only."""
-    from thinwire.errors import UserError
-    from thinwire.units import parse
-
     value = parse(text if re.search(r"[B\d.\s]$", text) else f"{text}B", "B")
     if value < 1 or value != int(value):
         raise UserError(f"--bytes {text}: that is {value:g} bytes; give a whole number, 1 or more")
@@ -100,8 +96,6 @@ def _bytes(text: str) -> int:
 
 
 def _ranks(text: str | None) -> list[int] | None:
-    from thinwire.errors import UserError
-
     if text is None:
         return None
     found: list[int] = []
@@ -114,18 +108,17 @@ def _ranks(text: str | None) -> list[int] | None:
     return found
 
 
-def _show(explained: "Explained") -> None:
+def _show(selection: "Selection") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from thinwire.collectives.choose.explain import fullest
+    from thinwire.collectives.choose.explain import fullest, lines
     from thinwire.collectives.price import link_seconds
-    from thinwire.units import show
 
-    call, best = explained.selection.call, explained.selection.best
+    call, best = selection.call, selection.best
     what = f"{call.op} of {show(call.message_bytes, 'B')} among {call.p} ranks of {call.cluster.name}"
     rooted = f", root {call.root}" if call.op in ("broadcast", "reduce") else ""
-    _print_lines(what + rooted, explained.lines)
+    _print_lines(what + rooted, lines(selection))
     links = fullest(best)
     if not links:
         return
@@ -148,13 +141,10 @@ def _print_lines(title: str, lines: list[tuple[str, str]]) -> None:
         typer.echo(f"  {name:<{width}}  {words}")
 
 
-def _draw(explained: "Explained", path: Path) -> None:
-    from thinwire.cli.files import write_text
-    from thinwire.errors import UserError
+def _draw(selection: "Selection", path: Path) -> None:
     from thinwire.report.schedule import schedule_svg
-    from thinwire.units import show
 
-    call, best = explained.selection.call, explained.selection.best
+    call, best = selection.call, selection.best
     if best.run is None:
         raise UserError(f"--draw: {call.p} ranks exchange too many messages to draw; give fewer --ranks")
     title = f"{call.op}, {show(call.message_bytes, 'B')}: {best.candidate.title}, {show(best.seconds, 's')}"
@@ -165,7 +155,6 @@ def _draw(explained: "Explained", path: Path) -> None:
 def _explain_topology(path: Path, call: tuple[str, int, int], cpu_gbytes_per_s: float | None) -> None:
     from thinwire.collectives.synthesis.file import read_topology
     from thinwire.collectives.synthesis.summary import summary
-    from thinwire.errors import UserError
 
     graph = read_topology(path, cpu_gbytes_per_s)
     op, message_bytes, root = call

@@ -1,9 +1,15 @@
 """`thinwire lab`: a cluster in a box, made of network namespaces with shaped links."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from thinwire.cli.files import write_text
+from thinwire.cli.report import conclude
+from thinwire.units import show
 
 if TYPE_CHECKING:
     from thinwire.lab.run import LabResult
@@ -21,15 +27,15 @@ def run(
         list[str] | None,
         typer.Option(metavar="HOST:AT:FOR", help="No frame passes from or to HOST from AT on for FOR: host1:20:60 (seconds)."),
     ] = None,
-    notice: Annotated[float, typer.Option(min=0, help="Seconds that the others go on after a command has failed.")] = 10.0,
+    bare: Annotated[
+        bool, typer.Option("--bare", help="Hosts as Debian leaves them: own names are 127.0.1.1, no variable names a card.")
+    ] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the cards' counters here.")] = None,
 ) -> None:
     """Run a command on every host of a cluster: `thinwire train` once a host, any other command once a rank.
 
     Ends with each network card's own byte counters. Nothing is left behind, whatever ends it.
     """
-    from thinwire.cli.files import write_text
-    from thinwire.cli.report import conclude
     from thinwire.cluster import load_cluster
     from thinwire.lab.commands import processes_for
     from thinwire.lab.run import LabOptions, launch, prepare
@@ -38,7 +44,7 @@ def run(
 
     network = load_cluster(cluster)
     stalls = tuple(Stall.read(text) for text in stall or [])
-    options = LabOptions(delay=not no_delay, paced=not unpaced, stalls=stalls, notice_s=notice)
+    options = LabOptions(delay=not no_delay, paced=not unpaced, stalls=stalls, bare=bare)
     processes = processes_for(network, command)
     prepared = prepare(network, options)
     for note in prepared[1].notes:
@@ -62,8 +68,6 @@ def _show_cards(result: "LabResult") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from thinwire.units import show
-
     table = Table("card", title=f"network cards, {show(result.seconds, 's')}", title_justify="left")
     for name in ("sent", "of its rate", "received", "of its rate"):
         table.add_column(name, justify="right")
@@ -78,9 +82,6 @@ def check(
     json_output: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Say what this kernel can do for a lab, and what follows. Exit code 0 if a lab can be built."""
-    import json
-    from dataclasses import asdict
-
     from thinwire.lab import kernel as lab_kernel
 
     kernel = lab_kernel.examine()

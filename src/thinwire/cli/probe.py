@@ -1,14 +1,19 @@
 """`thinwire probe`: measure the network and the machines that it is started on, and write a cluster file."""
 
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from thinwire.cli.rank import USER_ERROR, be_rank, leave
+from thinwire.errors import UserError
+
 if TYPE_CHECKING:
+    from thinwire.environment import Environment
     from thinwire.measure.findings import Findings
     from thinwire.train.failure import Failure
-    from thinwire.train.runtime import Environment
 
 HOW_TO_START = (
     "a probe measures between ranks, so start it on every machine: "
@@ -28,11 +33,7 @@ def probe(
 
     Started by torchrun, srun, mpiexec or the lab, once for each device.
     """
-    from dataclasses import replace
-
-    from thinwire.cli.rank import be_rank
-    from thinwire.errors import UserError
-    from thinwire.train.runtime import read_environment
+    from thinwire.environment import read_environment
 
     if dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--dtype {dtype!r}: allowed are auto, float32, bfloat16")
@@ -54,8 +55,6 @@ def probe(
 
 
 def _work(environment: "Environment", files: tuple[Path, Path | None], name: str, how: tuple[str, float]) -> None:
-    from thinwire.cli.rank import USER_ERROR, leave
-    from thinwire.errors import UserError
     from thinwire.measure.probe import gather, measure
     from thinwire.train.runtime import process_group
 
@@ -76,9 +75,6 @@ def _work(environment: "Environment", files: tuple[Path, Path | None], name: str
 
 def _conclude(findings: "Findings", files: tuple[Path, Path | None], name: str, *, paced: bool) -> None:
     """Write the files, print the table and what stands out."""
-    import json
-    from dataclasses import asdict
-
     from rich.console import Console
 
     from thinwire.cluster import dump_cluster

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from thinwire.environment import Environment
     from thinwire.train.failure import Failure
-    from thinwire.train.runtime import Environment
 
 FAILED, USER_ERROR, RANK_SILENT = 1, 2, 4
 

@@ -1,10 +1,13 @@
 """`thinwire replicas`: replicas that live and die alone, around servers that hold the weights."""
 
+import tomllib
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from thinwire.errors import UserError
 
 if TYPE_CHECKING:
     from thinwire.config.replicas import Service
@@ -26,8 +29,6 @@ def replicas(
     resume: Annotated[Path | None, typer.Option(help="The folder of an earlier run, to go on with.")] = None,
 ) -> None:
     """Asynchronous DiLoCo with a quorum, or a parameter server, on this machine; a replica may be killed at any time."""
-    from thinwire.errors import UserError
-
     if resume is not None:
         if not (resume / "replicas-spec.json").is_file():
             raise UserError(f"--resume {resume}: no run of replicas was made there; there is no replicas-spec.json in it")
@@ -46,8 +47,8 @@ def replicas(
     if folder.exists():
         raise UserError(f"{folder} exists; go on with --resume {folder}, or set another train.run")
 
+    from thinwire.environment import read_environment
     from thinwire.train.replica_launch import launch
-    from thinwire.train.runtime import read_environment
 
     typer.echo(f"starting {agreed.servers} servers and {number} replicas on this machine")
     raise typer.Exit(launch(config, agreed, number, restart, (folder.absolute(), read_environment().cache_folder)))
@@ -67,7 +68,6 @@ UNUSED = (
 def _configure(run: Path | None, changes: list[str]) -> "RunConfig":
     """The run, all of which replicas can do. UserError for what they cannot."""
     from thinwire.config.run import RunConfig, load_run
-    from thinwire.errors import UserError
 
     config = load_run(run, changes)
     if config.compress.kind != "none":
@@ -88,10 +88,7 @@ def _configure(run: Path | None, changes: list[str]) -> "RunConfig":
 
 def _agreed(config: "RunConfig", given: dict[str, Any], settings: list[str]) -> "Service":
     """The service that is asked for; for gradients the server's optimizer is the run's."""
-    import tomllib
-
     from thinwire.config.replicas import Service
-    from thinwire.errors import UserError
     from thinwire.tomlfile import validate
 
     content = "\n".join(_as_toml(setting) for setting in settings)
@@ -110,14 +107,10 @@ def _agreed(config: "RunConfig", given: dict[str, Any], settings: list[str]) -> 
 
 def _as_toml(setting: str) -> str:
     """A line of TOML; a value that is none by itself is text."""
-    import tomllib
+    from thinwire.tomlfile import read_value
 
     key, _, value = setting.partition("=")
-    try:
-        tomllib.loads(f"value = {value}")
-    except tomllib.TOMLDecodeError:
-        value = f'"{value}"'
-    return f"{key} = {value}"
+    return f'{key} = "{value}"' if read_value(value) == value else f"{key} = {value}"
 
 
 def serve(

@@ -1,5 +1,6 @@
 """`thinwire report RUN`, and the end of a training command: the table on the terminal, the page in the run folder."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -23,16 +24,14 @@ def conclude(run_folder: Path) -> None:
 
 
 def _report(run: Path, more: str = "", as_json: bool = False) -> Path:
-    import json
-
     from rich.console import Console
 
     from thinwire.record import RunFolder
+    from thinwire.report import Facts, table, write_report
     from thinwire.report import as_json as numbers
-    from thinwire.report import gather, table, write_report
 
     folder = RunFolder.open(run)
-    facts = gather(folder)
+    facts = Facts(folder)
     path = write_report(folder)
     if as_json:
         typer.echo(json.dumps(numbers(facts), indent=1, ensure_ascii=False))

@@ -5,6 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from thinwire.cli.files import check_folders, write_json
+from thinwire.errors import UserError
+from thinwire.units import show
+
 if TYPE_CHECKING:
     from thinwire.compress.weights.shrink import Method, Stored
     from thinwire.train.trained import Trained
@@ -20,8 +24,6 @@ def shrink(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers here.")] = None,
 ) -> None:
     """Shrink the matrices of a trained model by one method, and print bytes and held-out loss before and after."""
-    from thinwire.cli.files import check_folders, write_json
-    from thinwire.errors import UserError
     from thinwire.record import RunFolder
 
     methods = {"--svd": svd is not None, "--sparsity": sparsity is not None, "--int8": int8, "--int4": int4}
@@ -33,7 +35,7 @@ def shrink(
     RunFolder.open(run)
 
     from thinwire.compress.weights.shrink import save_shrunk, shrink
-    from thinwire.train.runtime import read_environment
+    from thinwire.environment import read_environment
     from thinwire.train.trained import open_trained
 
     method, what = _method(svd, sparsity, int8)
@@ -83,8 +85,6 @@ def _measure(trained: "Trained", stored: "dict[str, Stored]", what: str) -> dict
 def _show(numbers: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
-
-    from thinwire.units import show
 
     before, after = numbers["bytes_before"], numbers["bytes_after"]
     grid = Table()

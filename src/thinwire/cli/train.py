@@ -6,6 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from thinwire.cli.rank import be_rank
+from thinwire.cli.report import conclude
+from thinwire.errors import UserError
+
 if TYPE_CHECKING:
     from thinwire.config.run import RunConfig
 
@@ -16,8 +20,7 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="A run folder to go on with, from its last checkpoint.")] = None,
 ) -> None:
     """Train a model; print and record predicted and measured times and bytes."""
-    from thinwire.cli.rank import be_rank
-    from thinwire.train.runtime import environment_variables, read_environment
+    from thinwire.environment import environment_variables, read_environment
 
     environment = read_environment()
     place = environment.place
@@ -30,8 +33,6 @@ def train(
 
         outcome = work(config, environment, resume)
         if environment.results is None and place.rank == 0:  # nobody else waits for the run folder
-            from thinwire.cli.report import conclude
-
             conclude(outcome.folder)
 
     with environment_variables({"TORCH_CPP_LOG_LEVEL": "ERROR"}):  # an error is one line
@@ -40,7 +41,6 @@ def train(
 
 def _configure(run: Path | None, changes: list[str], resume: Path | None) -> "RunConfig":
     from thinwire.config.run import load_run
-    from thinwire.errors import UserError
 
     if resume is not None and run is not None:
         raise UserError(f"--resume {resume} goes on with that folder's run.toml; leave out {run} and use --set for changes")
@@ -51,9 +51,7 @@ def _configure(run: Path | None, changes: list[str], resume: Path | None) -> "Ru
 
 def _launch(run: Path | None, changes: list[str], resume: Path | None) -> int:
     """Start the ranks on this machine, then print the table and write the report."""
-    from thinwire.cli.report import conclude
     from thinwire.cluster import load_cluster
-    from thinwire.errors import UserError
 
     config = _configure(run, changes, resume)
     ranks = config.train.ranks or (load_cluster(config.cluster.file).world_size if config.cluster.file else 2)
@@ -61,8 +59,8 @@ def _launch(run: Path | None, changes: list[str], resume: Path | None) -> int:
     if config.train.backend == "mpi":
         raise UserError(f"train.backend = 'mpi': ranks that talk over MPI are started by mpiexec -n {ranks} thinwire train ...")
 
+    from thinwire.environment import loopback_environment
     from thinwire.train.agent import Nodes, launch
-    from thinwire.train.runtime import loopback_environment
 
     arguments = [str(run)] if run else []
     for change in changes:

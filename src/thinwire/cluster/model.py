@@ -5,7 +5,8 @@ so at best bandwidth_bps / FRAME_OVERHEAD arrive as payload.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 from thinwire.errors import UserError
 
@@ -76,20 +77,21 @@ class Cluster:
     switches: tuple[Switch, ...] = ()
     links: tuple[Link, ...] = ()
     ranks: tuple[str, ...] = ()
-    _host_of_device: dict[str, Host] = field(default_factory=dict, repr=False, compare=False)
-    _linked: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for host in self.hosts:
-            for device in host.devices:
-                self._host_of_device[device.name] = host
-        for link in self.links:
-            self._linked.update((link.source, link.target))
         if not self.ranks:
             object.__setattr__(self, "ranks", tuple(self._host_of_device))
         self._check_names()
         self._check_links()
         self._check_ranks()
+
+    @cached_property
+    def _host_of_device(self) -> dict[str, Host]:
+        return {device.name: host for host in self.hosts for device in host.devices}
+
+    @cached_property
+    def _linked(self) -> set[str]:
+        return {end for link in self.links for end in (link.source, link.target)}
 
     def _check_names(self) -> None:
         names = [node for host in self.hosts for node in (host.name, *(device.name for device in host.devices))]
@@ -139,14 +141,11 @@ class Cluster:
     def host_of(self, rank: int) -> Host:
         return self._host_of_device[self.ranks[rank]]
 
-    def device_of(self, rank: int) -> Device:
-        name = self.ranks[rank]
-        return next(device for device in self.host_of(rank).devices if device.name == name)
-
     @property
     def declared_rates(self) -> tuple[float, ...] | None:
         """flops_per_s of each rank's device; None if one does not declare it."""
-        rates = [self.device_of(rank).flops_per_s for rank in range(self.world_size)]
+        by_device = {device.name: device.flops_per_s for device in self.devices}
+        rates = [by_device[name] for name in self.ranks]
         known = tuple(rate.value for rate in rates if rate is not None)
         return known if len(known) == len(rates) else None
 

@@ -5,8 +5,10 @@ from itertools import product
 from math import prod
 from typing import Annotated, Any, Literal
 
+import networkx
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from thinwire.cluster.graph import graph
 from thinwire.cluster.model import Cluster, Device, Host, Link, Quantity, Switch
 from thinwire.errors import UserError
 from thinwire.units import parse
@@ -166,25 +168,12 @@ def expand(spec: ClusterSpec) -> Cluster:
 
 def _check_joined(cluster: Cluster) -> None:
     """UserError unless every rank can reach every other: all from the first, and the first from all."""
-    nodes = list(dict.fromkeys(cluster.node_of(rank) for rank in range(cluster.world_size)))
-    ahead: dict[str, list[str]] = {}
-    back: dict[str, list[str]] = {}
-    for link in cluster.links:
-        ahead.setdefault(link.source, []).append(link.target)
-        back.setdefault(link.target, []).append(link.source)
-    reached, reaching = _reached(nodes[0], ahead), _reached(nodes[0], back)
-    for node in nodes:
+    nodes, network = list(dict.fromkeys(cluster.node_of(rank) for rank in range(cluster.world_size))), graph(cluster)
+    reached, reaching = networkx.descendants(network, nodes[0]), networkx.ancestors(network, nodes[0])
+    for node in nodes[1:]:
         for known, source, target in ((reached, nodes[0], node), (reaching, node, nodes[0])):
             if node not in known:
                 raise UserError(f"{cluster.name}: no route from {source!r} to {target!r}; add the missing link or card")
-
-
-def _reached(start: str, neighbours: dict[str, list[str]]) -> set[str]:
-    reached, edge = {start}, [start]
-    while edge:
-        edge = list({node for last in edge for node in neighbours.get(last, ())} - reached)
-        reached.update(edge)
-    return reached
 
 
 def _host(spec: HostSpec, index: int) -> Host:

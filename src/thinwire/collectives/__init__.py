@@ -1,6 +1,6 @@
 """Collectives: what a call costs, how it is run, and what was really sent.
 
-wire, price, carrier    bytes and seconds of a call, for predictions
+wire, price             bytes and seconds of a call, for predictions
 ledger, backend         what was sent; the metered c10d backend and our own calls
 schedules, synthesis    who sends which chunk to whom, proven right; the best there can be on a network, and lower bounds
 choose                  candidates for a call, simulated on a cluster

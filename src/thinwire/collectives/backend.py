@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
 from thinwire.collectives.groups import timeout_of
-from thinwire.collectives.ledger import Group, Ledger, Total, axis_of
-from thinwire.collectives.run.transport import InnerFactory, Place, over_gloo
+from thinwire.collectives.ledger import Group, Ledger, axis_of
+from thinwire.collectives.run.transport import InnerFactory, OverGloo, Place
 from thinwire.collectives.wire import sent_bytes
 from thinwire.errors import UserError
 
@@ -37,12 +37,16 @@ ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def register(ledger: Ledger, name: str = NAME, inner: InnerFactory = over_gloo) -> None:
-    """Make `init_process_group(name)` and its sub-groups write into `ledger`. Call before init_process_group."""
+def register(ledger: Ledger, name: str = NAME, inner: InnerFactory | None = None) -> None:
+    """Make `init_process_group(name)` and its sub-groups write into `ledger`. Call before init_process_group.
+
+    inner: what carries the bytes; None: gloo.
+    """
+    make = inner or OverGloo()
 
     def create(options: Any, _backend_options: Any = None) -> MeteredGroup:
         place = Place.from_options(options)
-        return MeteredGroup(ledger, inner(options, place)[0], place.store)
+        return MeteredGroup(ledger, make(options, place)[0], place.store)
 
     dist.Backend.register_backend(name, create, extended_api=True, devices=["cpu"])
 
@@ -64,11 +68,6 @@ def self_test(group: dist.ProcessGroup, ledger: Ledger) -> None:
             f"torch {torch.__version__} sends FSDP2's bytes past the meter ({ledger.sent_bytes - before} B metered, "
             f"{expected} B sent); use torch 2.11 to 2.15, on which it was tested"
         )
-
-
-def note_completion(ledger: Ledger, total: Total, issued: float, _future: Any = None) -> None:
-    """`Ledger.completed`, as a callback of a future."""
-    ledger.completed(total, issued)
 
 
 def bytes_of(tensors: Any) -> int:
@@ -118,24 +117,20 @@ class _Barrier(_WaitedWork):
 class MeteredGroup(dist.ProcessGroup):
     """gloo, or a group that takes the same calls, behind a meter. Each method: note the bytes, pass on, note the completion."""
 
-    device_type = "cpu"
-    """Of the tensors."""
-
-    def __init__(self, ledger: Ledger, inner: Any, store: dist.Store | None = None) -> None:
-        """store: of this group alone, where ranks write down which barrier they have come to."""
+    def __init__(self, ledger: Ledger, inner: Any, store: dist.Store | None = None, device_type: str = "cpu") -> None:
+        """store: of this group alone, where ranks write down which barrier they have come to. device_type: of the tensors."""
         super().__init__(inner.rank(), inner.size())
         self._ledger, self._inner = ledger, inner
         self._store, self._barriers = store, 0
         self._desc = ""
         self._over_gloo = isinstance(inner, dist.ProcessGroupGloo)
         native = inner if self._over_gloo else None  # the others are no Backend to torch
-        self._register_backend(torch.device(self.device_type), dist.ProcessGroup.BackendType.CUSTOM, native)
+        self._register_backend(torch.device(device_type), dist.ProcessGroup.BackendType.CUSTOM, native)
         self._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
         self._group = Group("", inner.rank(), inner.size())
 
     @property
     def timeout(self) -> timedelta:
-        """How long a call may take."""
         return timeout_of(self._inner)
 
     def wire_bytes(self, op: str, message_bytes: int, root: int = 0) -> int:
@@ -172,7 +167,7 @@ class MeteredGroup(dist.ProcessGroup):
             self._ledger.completed(total, issued)
             return work
         # Holds the ledger only: gloo's thread drops it, late, and as the last holder of a group would have to join itself.
-        done = partial(note_completion, self._ledger, total, issued)
+        done = partial(self._ledger.completed, total, issued)
         if op in ("send", "recv") or (op == "reduce_scatter" and self._over_gloo):  # which gloo gives no future
             return _WaitedWork([work], done)
         try:
@@ -180,8 +175,6 @@ class MeteredGroup(dist.ProcessGroup):
         except RuntimeError:
             return _WaitedWork([work], done)
         return work
-
-    # -- collectives: arguments as c10d passes them (lists of tensors, options) -----------------------------------------
 
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
         op = "all_gather" if tensors[0].is_sparse else "all_reduce"  # gloo sends every rank's indices and values to all
@@ -277,8 +270,6 @@ class MeteredGroup(dist.ProcessGroup):
             return [rank for rank in range(self._group.size) if not come(rank, self._store)]
         except RuntimeError:  # whoever kept the store is gone
             return []
-
-    # -- point to point --------------------------------------------------------------------------------------------------
 
     def send(self, tensors: Any, peer: int, tag: int) -> dist.Work:
         return self._entered("send", tensors, self._inner.send, (tensors, peer, tag), None, peer)

@@ -86,8 +86,8 @@ class Ledger:
             self.sent_bytes += wire_bytes
         return total
 
-    def completed(self, total: Total, issued: float) -> None:
-        """Add the time since `issued` (time.perf_counter) to `total`."""
+    def completed(self, total: Total, issued: float, _future: Any = None) -> None:
+        """Add the time since `issued` (time.perf_counter) to `total`; a callback of futures too."""
         seconds = time.perf_counter() - issued
         with self._lock:
             total.seconds += seconds

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from thinwire.collectives.backend import MeteredGroup, bytes_of, note_completion
+from thinwire.collectives.backend import MeteredGroup, bytes_of
 from thinwire.collectives.ledger import Group, Ledger, axis_of
 
 
@@ -21,7 +21,7 @@ def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup, ledger: Ledger, l
         work = dist.all_reduce(tensor, group=group, async_op=True)
     if total is not None:
         # On CUDA the callback runs when the call is enqueued on its stream, so the seconds are those of the launch.
-        work.get_future().add_done_callback(partial(note_completion, ledger, total, issued))
+        work.get_future().add_done_callback(partial(ledger.completed, total, issued))
     return work
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from thinwire.collectives.address import GlooDevices
 from thinwire.collectives.backend import NAME, MeteredGroup
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.run.transport import Place, Transport
@@ -41,7 +42,7 @@ def register_nccl(ledger: Ledger, tuner: Tuner | None, name: str = NAME) -> None
         place = Place.from_options(options)
         inner = _group(options.store, place.rank, place)
         if tuner is None or on_one_host(place):
-            return MeteredNccl(ledger, inner)
+            return MeteredGroup(ledger, inner, device_type="cuda")
         return ScheduledNccl(ledger, inner, NcclTransport(place), place, tuner)
 
     dist.Backend.register_backend(name, create, extended_api=True, devices=["cuda"])
@@ -62,7 +63,7 @@ class NcclTransport(Transport):
         self._place, self._made = place, list[Any]()
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.name = f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
-        self.control = dist.ProcessGroupGloo(dist.PrefixStore("control", place.store), place.rank, place.size, place.timeout)
+        self.control = GlooDevices().group(dist.PrefixStore("control", place.store), place.rank, place.size, place.timeout)
 
     def new_group(self, name: str, order: Sequence[int]) -> Any:
         store = dist.PrefixStore(name, self._place.store)
@@ -99,16 +100,8 @@ class Launched(dist._Work):
         return self._over.query()
 
 
-class MeteredNccl(MeteredGroup):
-    """NCCL behind the meter."""
-
-    device_type = "cuda"
-
-
 class ScheduledNccl(ScheduledGroup):
     """See the top of the file."""
-
-    device_type = "cuda"
 
     def __init__(self, ledger: Ledger, inner: Any, transport: Transport, place: Place, tuner: Tuner) -> None:
         super().__init__(ledger, inner, transport, place, tuner)

@@ -23,10 +23,12 @@ Algorithm = Literal["tree", "ring", "collnet_direct", "collnet_chain", "nvls", "
 Protocol = Literal["ll", "ll128", "simple"]
 
 _HEADER = "# coll,min,max,algo,proto,channels,nNodes,nRanks,numPipeOps,regBuff"
-_FIELDS = ("coll", "min", "max", "algo", "proto", "channels", "nodes", "ranks", "pipe_ops", "registered")
+FIELDS = ("coll", "min", "max", "algo", "proto", "channels", "nodes", "ranks", "pipe_ops", "registered")
 
 
-class _Setting(BaseModel):
+class Measured(BaseModel):
+    """One call of `bytes` took `seconds`. pipe_ops, registered: only where it was measured for these alone."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     coll: Collective
@@ -37,24 +39,12 @@ class _Setting(BaseModel):
     ranks: int = Field(ge=1)
     pipe_ops: int = Field(default=-1, ge=-1)
     registered: int = Field(default=-1, ge=-1, le=1)
-
-
-class Measured(_Setting):
-    """One call of `bytes` took `seconds`. pipe_ops, registered: only where it was measured for these alone."""
-
     bytes: int = Field(ge=0)
     seconds: float = Field(gt=0)
 
 
-class Range(_Setting):
-    """A line of the file."""
-
-    min: int = Field(ge=0)
-    max: int = Field(ge=0)
-
-
-def ranges(measured: Iterable[Measured]) -> list[Range]:
-    """See the top of the file."""
+def ranges(measured: Iterable[Measured]) -> list[dict[str, str | int]]:
+    """See the top of the file. Values by `FIELDS`."""
     cases: dict[tuple[str, int, int, int, int], dict[int, Measured]] = defaultdict(dict)
     for one in measured:
         sizes = cases[one.coll, one.nodes, one.ranks, one.pipe_ops, one.registered]
@@ -66,13 +56,13 @@ def ranges(measured: Iterable[Measured]) -> list[Range]:
         for _, group in groupby(winners, lambda one: (one.algo, one.proto, one.channels)):
             same = list(group)
             setting = same[0].model_dump(exclude={"bytes", "seconds"})
-            found.append(Range(**setting, min=same[0].bytes, max=same[-1].bytes))
+            found.append({**setting, "min": same[0].bytes, "max": same[-1].bytes})
     return found
 
 
-def to_csv(lines: Iterable[Range]) -> str:
+def to_csv(lines: Iterable[dict[str, str | int]]) -> str:
     """The file."""
-    rows = [",".join(str(getattr(line, field)) for field in _FIELDS) for line in lines]
+    rows = [",".join(str(line[field]) for field in FIELDS) for line in lines]
     return "\n".join([_HEADER, *rows]) + "\n"
 
 
@@ -81,12 +71,9 @@ def read_measured(text: str) -> list[Measured]:
     try:
         rows = TypeAdapter(list[Measured]).validate_json(text)
     except ValidationError as error:
-        raise UserError(f"these are not measurements: {_first(error)}") from None
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "rows"
+        raise UserError(f"these are not measurements: {where}: {first['msg']}") from None
     if not rows:
         raise UserError(f"there are no measurements; a row has {', '.join(Measured.model_fields)}")
     return rows
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'rows'}: {first['msg']}"

@@ -1,4 +1,4 @@
-"""What a collective costs on a Cluster, in seconds, from what each link carries.
+"""What a collective costs on a Cluster, in seconds, from what each link carries; and who carries it, as predictions see it.
 
     T = rounds * (alpha + o) + max over links (bytes on the link * FRAME_OVERHEAD * 8 / bandwidth)
 
@@ -8,40 +8,27 @@ patterns in which all flows run all the time (rings, all-to-all): the fullest li
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import ceil, log2
-from operator import itemgetter
 
 from thinwire.cluster import FRAME_OVERHEAD, Link
 from thinwire.cluster.graph import Routes
 from thinwire.collectives.wire import Flow, binomial_rounds, flows
+from thinwire.traffic import Transfer
 
 MESSAGE_OVERHEAD_S = 150e-6
 """o: what gloo and the kernel spend on one message, all ranks of a small machine busy (measured on loopback and veth)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Price:
-    """seconds, and the link that decides them (None: no link is crossed)."""
-
-    seconds: float
-    bottleneck: Link | None
-
-
-def price(routes: Routes, op: str, message_bytes: int, ranks: Sequence[int], root: int = 0) -> Price:
-    """One call of `op` by the group `ranks` (global ranks, in the order of the group), nothing else on the wires."""
-    seconds, slowest, bottleneck = 0.0, -1.0, None
+def price(routes: Routes, op: str, message_bytes: int, ranks: Sequence[int], root: int = 0) -> float:
+    """Seconds of one call of `op` by the group `ranks` (global, in the order of the group), nothing else on the wires."""
+    seconds = 0.0
     for count, turn in _turns(op, message_bytes, len(ranks), root):
         placed = [(ranks[source], ranks[target], size) for source, target, size in turn]
-        loads = routes.load(placed)
-        busy, link = max(
-            ((link_seconds(link, size), link) for link, size in loads.items()), key=itemgetter(0), default=(0.0, None)
-        )
-        latency = max((_latency(routes, source, target) for source, target, _ in placed), default=0.0)
+        busy = max((link_seconds(link, size) for link, size in routes.load(placed).items()), default=0.0)
+        ways = [routes.between(source, target) for source, target, _ in placed]
+        latency = max((sum(link.latency_s.value for link in way) for way in ways), default=0.0)
         seconds += count * (latency + MESSAGE_OVERHEAD_S) + busy
-        if busy > slowest:
-            slowest, bottleneck = busy, link
-    return Price(seconds, bottleneck)
+    return seconds
 
 
 def link_seconds(link: Link, payload_bytes: float) -> float:
@@ -69,5 +56,17 @@ def _turns(op: str, message_bytes: int, p: int, root: int) -> list[tuple[int, tu
             return [(1, everything)]
 
 
-def _latency(routes: Routes, source: int, target: int) -> float:
-    return sum(link.latency_s.value for link in routes.between(source, target))
+class Carrier:
+    """gloo's own algorithms. `group`: global ranks, in the order of the group; flows are between positions in it."""
+
+    def flows(self, transfer: Transfer, group: Sequence[int]) -> tuple[Flow, ...]:
+        """(source, target, payload bytes) of one call."""
+        return flows(transfer.op, transfer.message_bytes, len(group))
+
+    def seconds(self, routes: Routes, transfer: Transfer, group: Sequence[int]) -> float:
+        """Of one call, nothing else on the wires."""
+        return price(routes, transfer.op, transfer.message_bytes, group)
+
+    def about(self) -> str:
+        """In words, for the assumptions of a prediction."""
+        return "gloo's own algorithms"

@@ -3,7 +3,9 @@
 all_reduce, reduce, broadcast, all_gather and reduce_scatter of one tensor, and all_to_all in equal parts, of numbers on the
 group's device. Everything else is the inner group's, over gloo, MPI or NCCL. The first call of an op in a class of sizes decides
 for the class (`tuned.tuner`); each size is agreed upon by all ranks when it is first used, and from then on a call costs no
-agreement. Calls that schedules run are events of torch.profiler (`run.traced`).
+agreement. Calls that schedules run are events of torch.profiler, as gloo and NCCL enter
+theirs themselves: "thinwire:OP", with the shapes of its tensors where the profiler asks for them, from the call until its results
+are there. They are entered only while somebody profiles, so that they cost nothing otherwise.
 """
 # mypy: disable-error-code="override,assignment,attr-defined,call-arg"
 
@@ -16,27 +18,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from thinwire.collectives.backend import NAME, MeteredGroup
+from thinwire.collectives.backend import NAME, MeteredGroup, register
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.run.compiler import in_place
 from thinwire.collectives.run.engine import Engine
-from thinwire.collectives.run.traced import traced
-from thinwire.collectives.run.transport import InnerFactory, Place, Transport, over_gloo
+from thinwire.collectives.run.transport import InnerFactory, OverGloo, Place, Transport
 from thinwire.collectives.tuned.implementation import REDUCTIONS, Call, Implementation, example, perform, wire_bytes
 from thinwire.collectives.tuned.tuner import Tuner, size_class
 
 CHOOSING = "choosing collectives"
 """The label of what ranks send to agree and to measure."""
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-TYPES = (*FLOATS, torch.int8, torch.uint8, torch.int32, torch.int64)
+TYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int32, torch.int64}
 
 
-def register_scheduled(ledger: Ledger, tuner: Tuner, name: str = NAME, inner: InnerFactory = over_gloo) -> None:
-    """Like `backend.register`, with collectives chosen by `tuner`. Call before init_process_group."""
+def register_scheduled(ledger: Ledger, tuner: Tuner | None, name: str = NAME, inner: InnerFactory | None = None) -> None:
+    """Like `backend.register`, with collectives chosen by `tuner`, if there is one. Call before init_process_group."""
+    if tuner is None:
+        return register(ledger, name, inner)
+    make = inner or OverGloo()
 
     def create(options: Any, _backend_options: Any = None) -> ScheduledGroup:
         place = Place.from_options(options)
-        return ScheduledGroup(ledger, *inner(options, place), place, tuner)
+        return ScheduledGroup(ledger, *make(options, place), place, tuner)
 
     dist.Backend.register_backend(name, create, extended_api=True, devices=["cpu"])
 
@@ -45,7 +48,7 @@ class ScheduledGroup(MeteredGroup):
     """See the top of the file."""
 
     def __init__(self, ledger: Ledger, inner: Any, transport: Transport, place: Place, tuner: Tuner) -> None:
-        super().__init__(ledger, inner, place.store)
+        super().__init__(ledger, inner, place.store, transport.device.type)
         group = self._group
 
         def record(op: str, message_bytes: int, sent: int | None) -> None:
@@ -108,16 +111,12 @@ class ScheduledGroup(MeteredGroup):
             call = Call(op, flat, flat, reduction, root, back)
         else:  # a reduce, elsewhere than at the root
             call = Call(op, flat, flat[:0], reduction, root)
-        return self._run(call, given, got, native, opts)
-
-    def _run(self, call: Call, given: torch.Tensor, got: torch.Tensor, native: Callable[[], dist.Work], opts: Any) -> dist.Work:
-        """given, got: as the caller has shaped them."""
         chosen = self._implementation(call)
         if chosen.native:
             return native()
         engine, ledger, issued = self._engine, self._ledger, time.perf_counter()
         total = ledger.enter(call.op, call.message_bytes, self._group, call.root, wire_bytes(chosen, call, engine))
-        end_of_event = traced(f"{NAME}:{call.op}", [given])
+        end_of_event = _traced(f"{NAME}:{call.op}", given)
 
         def job() -> None:  # knows nothing of `self`: a group must not end on the thread that ends with it
             try:
@@ -137,7 +136,7 @@ class ScheduledGroup(MeteredGroup):
     def _may_schedule(self, op: str, given: torch.Tensor, got: torch.Tensor, root: int) -> bool:
         """Whether a schedule may run the call: schedules know such, and it is not decided that it stays with the inner group."""
         known = given.dtype in TYPES and got.dtype == given.dtype and given.layout == got.layout == torch.strided
-        if not known or given.device.type != self.device_type or given.numel() == 0:
+        if not known or given.device.type != self._engine.transport.device.type or given.numel() == 0:
             return False
         chosen = self._decided.get((op, size_class(given.nbytes), root))
         return chosen is None or not chosen.native
@@ -172,6 +171,14 @@ def _words(call: Call) -> str:
     direction = {"broadcast": "from", "reduce": "to"}.get(call.op)
     root = f" {direction} rank {call.root} of the group" if direction else ""
     return f"{call.op}{reduction} of {call.elements} {str(call.given.dtype).removeprefix('torch.')}{root}"
+
+
+def _traced(name: str, tensor: torch.Tensor) -> Callable[[], None] | None:
+    """Begin an event on this thread; what ends it, on any thread, once. None while nobody profiles."""
+    if not torch.autograd._profiler_enabled():
+        return None
+    event = torch.autograd._record_function_with_args_enter(name, tensor)
+    return lambda: torch.autograd._record_function_with_args_exit(event)
 
 
 def _reduction(opts: Any) -> str | None:

@@ -9,11 +9,10 @@ from torch.distributed.constants import default_pg_timeout
 from thinwire.cluster import load_cluster
 from thinwire.collectives import backend
 from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.mpi.start import Mpi, started_for_good
+from thinwire.collectives.mpi.start import started_for_good
 from thinwire.collectives.nccl import register_nccl
-from thinwire.collectives.run.transport import over_gloo
 from thinwire.collectives.scheduled import register_scheduled
-from thinwire.collectives.tuned.tuner import Tuner, make_tuner
+from thinwire.collectives.tuned.tuner import make_tuner
 from thinwire.errors import UserError
 
 Collectives = Literal["measured", "priced", "native"]
@@ -59,15 +58,6 @@ def init(
     if inner == "nccl":
         register_nccl(ledger, tuner)
     else:
-        register(ledger, tuner, mpi)
+        register_scheduled(ledger, tuner, inner=mpi.inner if mpi else None)
     dist.init_process_group(backend.NAME, **options, **ranks)
     return ledger
-
-
-def register(ledger: Ledger, tuner: Tuner | None, mpi: Mpi | None) -> None:
-    """Register the metered backend, over `mpi` or else gloo, with collectives that `tuner` chooses or else the carrier's own."""
-    inner = over_gloo if mpi is None else mpi.inner
-    if tuner is not None:
-        register_scheduled(ledger, tuner, inner=inner)
-    else:
-        backend.register(ledger, inner=inner)

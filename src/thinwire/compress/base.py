@@ -1,7 +1,7 @@
 """The contract of a codec, and how one is made from run.toml.
 
 A codec turns a flat float32 vector into bytes of a size known in advance, and back. It never talks to other ranks and knows no
-names. What arrives is `decode(encode(values))`; how far that may be from `values` each codec states as `error_bound`.
+names. What arrives is `decode(encode(values))`; how far that may be from `values` the top of each codec's file states.
 """
 
 import importlib
@@ -45,10 +45,6 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, payload: Tensor, numel: int) -> Tensor:
         """[payload_bytes] uint8, contiguous, beginning at an even byte of its storage -> [numel] float32."""
-
-    @abstractmethod
-    def error_bound(self, values: Tensor) -> Tensor:
-        """[numel] float32: the largest error that decode(encode(values)) may have at each place, for finite values."""
 
     def encode_rows(self, rows: Tensor, payloads: Tensor, *, subtract: bool = False) -> None:
         """[r, n] float32 -> [r, payload_bytes or more] uint8. subtract: leave in `rows` the error, rows - decoded."""

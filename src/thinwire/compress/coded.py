@@ -50,9 +50,10 @@ LOST = ("Connection", "closed", "Timed out", "gloo", "Broken pipe")
 
 
 class CodedExchange(Stateless):
-    """The exchange by the cheapest of `averagers`, or plainly; see `thinwire.compress.exchange.Exchange`."""
+    """The exchange by the cheapest of `averagers`, or plainly. Calls come in the same order on every rank."""
 
     settles = True
+    """Whether `settle` raises what goes wrong; else futures do."""
 
     def __init__(
         self,
@@ -89,6 +90,7 @@ class CodedExchange(Stateless):
 
     @property
     def settled_after(self) -> int:
+        """Steps after which it sends what `transfers` says; before, it exchanges plainly."""
         return self._config.after_steps + max(averager.settled_after for averager in self._averagers)
 
     def is_coded(self, name: str, shape: Sequence[int]) -> bool:
@@ -98,7 +100,7 @@ class CodedExchange(Stateless):
         return prod(shape) > 0 and not any(fnmatch(name, pattern) for pattern in self._config.excluded)
 
     def transfers(self, label: str, parameters: Sequence[Parameter], axis: str, world_size: int) -> list[Transfer]:
-        """Those of each averager for its share of the bucket, in the order in which `start` sends them."""
+        """What one bucket of `parameters` will send, in the order in which `start` sends it; no communication."""
         found = []
         for averager, coded, exact in self._assign(parameters, world_size):
             if self._tracks_use and averager.flags_use:
@@ -122,7 +124,12 @@ class CodedExchange(Stateless):
         return sum(self._memory.memory_bytes(one.numel, coded=route != self._plain) for one, route in pairs)
 
     def attach(self, group: dist.ProcessGroup, axis: str, known: Shapes, *, tracks_use: bool = False) -> None:
-        """Makes two process groups and three threads. Collective over all ranks. UserError on CUDA."""
+        """Before the first step: makes two process groups and three threads. Collective over all ranks, also where groups are
+        smaller.
+
+        known: shapes of all parameters that may come, by name. tracks_use: `start` will get which of them were used.
+        UserError on CUDA, and for a loaded state that would have no effect.
+        """
         if backend_of(group, "cpu") is None:
             served = dist.get_backend_config(group)
             raise UserError(
@@ -152,6 +159,13 @@ class CodedExchange(Stateless):
     def start(
         self, buffer: torch.Tensor, pieces: Sequence[Piece], label: str, *, last: bool, used: Mapping[str, bool] | None = None
     ) -> torch.futures.Future[torch.Tensor]:
+        """Begin to average the flat `buffer` in place; the future holds it. last: the step ends with this one.
+
+        The buffer is of float32, bfloat16, float16 or float64. One without pieces only ends the step, if the exchange `settles`.
+
+        used: by parameter, whether this rank's backward pass has reached it, if use is tracked: what no rank has used is left as
+        it is. Called by one thread of each rank, with the same pieces in the same order.
+        """
         assert self._threads, "attach() comes first"
         assert (used is not None) == self._tracks_use, "use is tracked, or not"
         if buffer.device.type != "cpu":
@@ -187,7 +201,10 @@ class CodedExchange(Stateless):
         return self._latest
 
     def start_sparse(self, gradient: torch.Tensor, name: str, label: str, *, last: bool) -> torch.futures.Future[torch.Tensor]:
-        """On the first thread, without codes."""
+        """As `start`, for a gradient in sparse COO form (`sparse`): the future holds a new one, coalesced, the exact average.
+
+        On the first thread, without codes.
+        """
         assert self._threads, "attach() comes first"
         census = self._census(label)
 
@@ -212,7 +229,8 @@ class CodedExchange(Stateless):
         return step
 
     def settle(self) -> None:
-        """Wait for the buffers that were started. UserError, on all ranks, if one could not be averaged."""
+        """At the end of the backward pass: wait for the buffers that were started. UserError, on all ranks, if one could not be
+        averaged."""
         if self._latest is not None:
             over = threading.Event()
             self._latest.add_done_callback(lambda _: over.set())

@@ -1,4 +1,4 @@
-"""The contract of an exchange: how buffers of gradients become their average over the replicas; and how one is made.
+"""How an exchange is made, by which buffers of gradients become their average over the replicas.
 
 An option of [compress] that the kind would not use is refused, in one line, before anything runs:
 
@@ -9,14 +9,10 @@ feedback_*                       where there is feedback; what is removed in par
 others                           as the codec's own signature says (`base.build`)
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
-
-import torch
-import torch.distributed as dist
+from collections.abc import Mapping
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.averager import Averager, Piece, Shapes
+from thinwire.compress.averager import Averager
 from thinwire.compress.base import CODECS, TENSOR_CODECS, Flat, build, make_codec
 from thinwire.compress.codecs.fused import fused_or_reason
 from thinwire.compress.coded import CodedExchange, NonFinite
@@ -27,69 +23,9 @@ from thinwire.compress.plain import Cast, PlainExchange
 from thinwire.compress.twoshot import TwoShot
 from thinwire.config.compress import SUMMABLE, Coded, NoCompression
 from thinwire.errors import UserError
-from thinwire.traffic import Transfer
-from thinwire.workload import Parameter
 
-
-class Exchange(Protocol):
-    """One per rank. Calls come in the same order on every rank."""
-
-    settles: bool
-    """Whether `settle` raises what goes wrong; else futures do."""
-
-    @property
-    def settled_after(self) -> int:
-        """Steps after which it sends what `transfers` says; before, it exchanges plainly."""
-        ...
-
-    def transfers(self, label: str, parameters: Sequence[Parameter], axis: str, world_size: int) -> list[Transfer]:
-        """What one bucket of `parameters` will send; no communication."""
-        ...
-
-    def attach(self, group: dist.ProcessGroup, axis: str, known: Shapes, *, tracks_use: bool = False) -> None:
-        """Before the first step. Collective over all ranks, also where groups are smaller.
-
-        known: shapes of all parameters that may come, by name. tracks_use: `start` will get which of them were used.
-        UserError for an option or a loaded state that would have no effect.
-        """
-        ...
-
-    def detach(self) -> None:
-        """After the last step; waits for what is under way."""
-        ...
-
-    def start(
-        self, buffer: torch.Tensor, pieces: Sequence[Piece], label: str, *, last: bool, used: Mapping[str, bool] | None = None
-    ) -> "torch.futures.Future[torch.Tensor]":
-        """Begin to average the flat `buffer` in place; the future holds it. last: the step ends with this one.
-
-        The buffer is of float32, bfloat16, float16 or float64. One without pieces only ends the step, if the exchange `settles`.
-
-        used: by parameter, whether this rank's backward pass has reached it, if use is tracked: what no rank has used is left as
-        it is. Called by one thread of each rank, with the same pieces in the same order.
-        """
-        ...
-
-    def start_sparse(self, gradient: torch.Tensor, name: str, label: str, *, last: bool) -> "torch.futures.Future[torch.Tensor]":
-        """As `start`, for a gradient in sparse COO form (`sparse`): the future holds a new one, coalesced, the exact average."""
-        ...
-
-    def settle(self) -> None:
-        """At the end of the backward pass, if it `settles`: wait for what it has started. UserError if that went wrong."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """What this rank carries from step to step."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Before the first step."""
-        ...
-
-    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
-        """Instead of load_state_dict, the states of all ranks of a run with another number of ranks."""
-        ...
-
+Exchange = PlainExchange | CodedExchange
+"""One per rank. Calls come in the same order on every rank; `CodedExchange` says what each does."""
 
 AVERAGERS: Mapping[str, str] = {
     "dgc": "thinwire.compress.dgc:DGC",

@@ -139,7 +139,6 @@ class Store:
         return flattened(self.kept[name], numel) if self.storage == "float32" else BLOCKS.decode(self.kept[name], (numel,))
 
     def all(self) -> dict[str, Tensor]:
-        """Every vector."""
         return {name: values for name in self.kept if (values := self.get(name)) is not None}
 
     def drop(self, name: str) -> None:
@@ -150,7 +149,6 @@ class Store:
             self.staged[name] = None
 
     def commit(self) -> None:
-        """What is staged counts."""
         for name, entry in (self.staged or {}).items():
             self._count(name, entry)
         self.staged = {}

@@ -25,7 +25,7 @@ from thinwire.workload import ITEM_BYTES, Parameter
 
 
 class PlainExchange(Stateless):
-    """The exchange without compression; see `thinwire.compress.exchange.Exchange`. No state of its own."""
+    """The exchange without compression; see `CodedExchange`, which is used alike. No state of its own."""
 
     settled_after = 0
     settles = False

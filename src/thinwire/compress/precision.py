@@ -19,7 +19,6 @@ class Rest:
         self._kept: dict[str, Tensor] = {}
 
     def of(self, name: str) -> bool:
-        """Whether there is any."""
         return name in self._kept
 
     def narrowed(self, name: str, wanted: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from math import prod
 
 import torch
 import torch.distributed as dist
+from torch.nn.functional import pad
 
 from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
@@ -29,7 +30,7 @@ def average_sparse(gradient: torch.Tensor, group: dist.ProcessGroup, ledger: Led
     indices = gradient.indices().to(torch.int32 if max(whole) < 2**31 else torch.int64)
     values = gradient.values().reshape(gradient._nnz(), -1)
     width = values.shape[1]
-    packed = torch.cat([_filled(indices.t(), rows), _filled(values, rows)])
+    packed = torch.cat([pad(part, (0, 0, 0, rows - len(part))).reshape(-1).view(torch.uint8) for part in (indices.t(), values)])
     received = packed.new_empty(p, packed.numel())
     with ledger.label(f"{label} rows"):
         ALL_GATHER(received.view(-1), packed, group=group)
@@ -39,25 +40,11 @@ def average_sparse(gradient: torch.Tensor, group: dist.ProcessGroup, ledger: Led
     for row, size in zip(received, counts.tolist(), strict=True):
         places.append(row[:border].clone().view(indices.dtype).view(rows, -1)[:size].long())
         parts.append(widened(row[border:].clone().view(values.dtype).view(rows, width)[:size]))
-    flat, where = torch.unique(_flattened(torch.cat(places), whole), return_inverse=True)
+    strides = torch.tensor([prod(whole[number + 1 :]) for number in range(len(whole))], device=gradient.device)
+    flat, where = torch.unique((torch.cat(places) * strides).sum(1), return_inverse=True)
     total = parts[0].new_zeros(len(flat), width)
     for part, own in zip(parts, where.split(counts.tolist()), strict=True):
         total.index_add_(0, own, part)  # no place twice: the order of additions is that of the ranks on every device
     mean = (total / p).to(values.dtype).view(-1, *gradient.shape[len(whole) :])
     found = torch.stack(torch.unravel_index(flat, whole)) if len(flat) else flat.new_zeros(len(whole), 0)
     return torch.sparse_coo_tensor(found, mean, gradient.shape, is_coalesced=True, check_invariants=False)
-
-
-def _filled(values: torch.Tensor, rows: int) -> torch.Tensor:
-    """[n, ...] -> bytes of [rows, ...], zeros behind the first n."""
-    filled = values.new_zeros(rows, prod(values.shape[1:]))
-    filled[: len(values)] = values
-    return filled.view(-1).view(torch.uint8)
-
-
-def _flattened(places: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """[n, dimensions] -> [n], as values lie in memory."""
-    flat = places.new_zeros(len(places))
-    for column, size in zip(places.unbind(1), shape, strict=True):
-        flat = flat * size + column
-    return flat

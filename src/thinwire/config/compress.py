@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
+
+from thinwire.tomlfile import Section
 
 SUMMABLE = frozenset({"bf16", "fp16"})
 """Kinds that cast: an all-reduce adds them up as they are sent."""
@@ -15,18 +17,14 @@ EXCLUDED = ("*embed*", "*positions*")
 Patterns = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
-class NoCompression(BaseModel):
+class NoCompression(Section):
     """Gradients travel as they are."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["none"] = "none"
 
 
-class Coded(BaseModel):
+class Coded(Section):
     """Gradients travel through the codes of this kind. Options that may be None belong to single kinds, with defaults there."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal[
         "bf16",
@@ -106,10 +104,8 @@ class Coded(BaseModel):
         return self.kind in SUMMABLE if self.vectors is None else self.vectors
 
 
-class ShardedOptions(BaseModel):
+class ShardedOptions(Section):
     """What `compress_sharded` takes beside the codecs; it says what each does."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     feedback: Literal["int8", "float32", "none"] | None = None
     exclude: Patterns | None = None

@@ -13,16 +13,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from thinwire.errors import UserError
-from thinwire.tomlfile import validate
+from thinwire.tomlfile import Section, validate
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(Section):
     """A decoder-only transformer. Zero for `kv_heads` or `hidden` asks for the usual value, which is then filled in."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     layers: int = Field(ge=1)
     width: int = Field(ge=1)

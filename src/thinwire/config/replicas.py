@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from thinwire.units import parse
-
-Seconds = Annotated[float, BeforeValidator(lambda value: parse(value, "s"))]
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from thinwire.config.run import SGD, AdamW, Seconds
+from thinwire.tomlfile import Section
 
 
-class Code(_Part):
+class Code(Section):
     """How vectors travel. Options that may be None belong to single kinds, with defaults there."""
 
     kind: Literal["none", "bf16", "fp16", "int8", "int4", "fp4", "sign", "ternary", "codebook2", "topk"] = "none"
@@ -46,25 +41,17 @@ class Code(_Part):
         return self
 
 
-class ServerAdamW(_Part):
-    """AdamW on the server's range of the weights."""
-
-    kind: Literal["adamw"] = "adamw"
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
+class ServerAdamW(AdamW):
+    """On the server's range of the weights."""
 
 
-class ServerSGD(_Part):
-    """SGD with momentum on the server's range of the weights."""
+class ServerSGD(SGD):
+    """On the server's range of the weights; without momentum, unless it is asked for."""
 
-    kind: Literal["sgd"] = "sgd"
     momentum: float = Field(0.0, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
 
 
-class Gradients(_Part):
+class Gradients(Section):
     """A push is a gradient; the server's optimizer makes a step of it (Li et al. 2014)."""
 
     kind: Literal["gradients"] = "gradients"
@@ -75,7 +62,7 @@ class Gradients(_Part):
     optimizer: Annotated[ServerSGD | ServerAdamW, Field(discriminator="kind")] = ServerSGD()
 
 
-class DiLoCo(_Part):
+class DiLoCo(Section):
     """A push is how far a replica's own optimizer went in some local steps; merged pushes are an outer step."""
 
     kind: Literal["diloco"] = "diloco"
@@ -90,7 +77,7 @@ class DiLoCo(_Part):
     weighting: Literal["tokens_squared_per_step", "tokens", "equal"] = "tokens_squared_per_step"
 
 
-class Service(_Part):
+class Service(Section):
     """One parameter service: its servers and what they do with what is pushed."""
 
     servers: int = Field(1, ge=1)

@@ -5,19 +5,18 @@ In a section with a `kind`, this selects the keys. Quantities take a number in t
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from thinwire.config.compress import SPARSELOCO, Compress, NoCompression
 from thinwire.config.model import ModelConfig, preset
 from thinwire.config.sync import EveryStep, Sync
 from thinwire.errors import UserError
 from thinwire.layout import Layout
-from thinwire.tomlfile import read_toml, validate
+from thinwire.tomlfile import Section, read_toml, read_value, validate
 from thinwire.units import parse
 
 DEFAULT_PRESET = "1m"
@@ -26,11 +25,7 @@ LEAST_EPSILON = 2.0**-12
 Seconds = Annotated[float, BeforeValidator(lambda value: parse(value, "s"))]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ClusterSection(_Section):
+class ClusterSection(Section):
     """What the ranks run on."""
 
     file: str = ""
@@ -60,7 +55,7 @@ class ModelSection(ModelConfig):
         return ModelConfig(**self.model_dump(exclude={"preset"}))
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """The text."""
 
     source: str = "stdlib"
@@ -71,7 +66,7 @@ class DataSection(_Section):
     """Folder for the token file; empty: ~/.cache/thinwire."""
 
 
-class CollectivesSection(_Section):
+class CollectivesSection(Section):
     """What runs all-reduces and the other collectives on CPUs."""
 
     kind: Literal["native", "priced", "measured"] = "native"
@@ -80,7 +75,7 @@ class CollectivesSection(_Section):
     best by price."""
 
 
-class LayoutSection(_Section):
+class LayoutSection(Section):
     """Degrees of the parallel axes; their product is the number of ranks."""
 
     outer: int = Field(0, ge=0)
@@ -110,7 +105,7 @@ class LayoutSection(_Section):
         return layout
 
 
-class AdamW(_Section):
+class AdamW(Section):
     """Loshchilov & Hutter 2019."""
 
     kind: Literal["adamw"] = "adamw"
@@ -120,7 +115,7 @@ class AdamW(_Section):
     weight_decay: float = Field(0.1, ge=0)
 
 
-class Muon(_Section):
+class Muon(Section):
     """Momentum orthonormalised for matrices (Jordan et al. 2024), AdamW for embeddings and vectors."""
 
     kind: Literal["muon"] = "muon"
@@ -131,14 +126,14 @@ class Muon(_Section):
     weight_decay: float = Field(0.1, ge=0)
 
 
-class SignSGD(_Section):
+class SignSGD(Section):
     """Each value moves by the learning rate, in the direction of its gradient's sign (Bernstein et al. 2018); for DeMo."""
 
     kind: Literal["signsgd"] = "signsgd"
     weight_decay: float = Field(0.0, ge=0)
 
 
-class SGD(_Section):
+class SGD(Section):
     """With momentum."""
 
     kind: Literal["sgd"] = "sgd"
@@ -153,7 +148,7 @@ def _adamw_unless_named(value: Any) -> Any:
 Optimizer = Annotated[AdamW | SGD | SignSGD | Muon, Field(discriminator="kind"), BeforeValidator(_adamw_unless_named)]
 
 
-class TrainSection(_Section):
+class TrainSection(Section):
     """Steps, batches, optimizer, and what is written how often."""
 
     steps: int = Field(300, ge=1)
@@ -190,7 +185,7 @@ class TrainSection(_Section):
     """A collective that takes longer is given up, and the run with it."""
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """A whole run. `RunConfig()` is valid: a 1M model on the standard library's sources."""
 
     cluster: ClusterSection = ClusterSection()
@@ -237,7 +232,7 @@ def load_run(path: Path | None, changes: list[str] = []) -> RunConfig:  # noqa: 
         key, separator, text = change.partition("=")
         if not separator or not key.strip():
             raise UserError(f"--set {change!r}: write section.key=value, e.g. --set train.steps=50")
-        _put(content, key.strip().split("."), _value(text.strip()), change)
+        _put(content, key.strip().split("."), read_value(text.strip()), change)
         where = f"{path or 'the defaults'} with --set"
     return validate(RunConfig, content, where)
 
@@ -245,13 +240,6 @@ def load_run(path: Path | None, changes: list[str] = []) -> RunConfig:  # noqa: 
 def dump_run(config: RunConfig, path: Path) -> None:
     """Write `config` in full, defaults included."""
     path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
-
-
-def _value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def _put(content: dict[str, Any], keys: list[str], value: Any, change: str) -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import warnings
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from thinwire.tomlfile import Section
 from thinwire.units import parse
 
 Bytes = Annotated[int, BeforeValidator(lambda value: int(parse(value, "B")))]
 
 
-class _Sync(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class _Sync(Section):
     rare: ClassVar[bool] = False
     """Whether replicas differ between exchanges; they then lie on the layout's outer axis."""
 
@@ -40,7 +39,6 @@ class EveryStep(_Sync):
 
     @property
     def by_speed(self) -> bool:
-        """Whether faster ranks get more micro-batches."""
         return self.assign == "by_speed"
 
     @model_validator(mode="after")

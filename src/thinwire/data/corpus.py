@@ -44,17 +44,9 @@ class Corpus:
     held_out: NDArray[Any]
     vocabulary: int
     unit: str
-    source: str
-    files: int
-    num_bytes: int
     sha256: str
-    held_out_bytes: int
-    """Text bytes behind `held_out`, separators not counted: nats per token times its tokens over this is nats per byte."""
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """`data` of record.json."""
-        return {"source": self.source, "files": self.files, "bytes": self.num_bytes, "sha256": self.sha256}
+    record: dict[str, Any]
+    """`data` of record.json."""
 
 
 def load_corpus(source: str, cache: Path, tokenizer: str = BYTES) -> Corpus:
@@ -122,29 +114,25 @@ def _write(folder: Path, files: Sequence[Path], tokenizer: Tokenizer) -> None:
         sizes.append(len(content))
     held_out = split_files(sizes, digests)
     dtype = np.dtype(np.uint8 if tokenizer.vocabulary <= 1 << 8 else np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.uint32)
-    held_out_bytes = text_bytes = 0
     with open(folder / "train.bin", "wb") as train, open(folder / "held_out.bin", "wb") as held:
         for path, digest in zip(files, digests, strict=True):
             for text in documents(path):
                 tokens = tokenizer.encode(text, path).astype(dtype, copy=False)
                 (held if digest in held_out else train).write(tokens.tobytes())
-                text_bytes += len(text)
-                held_out_bytes += len(text) if digest in held_out else 0
     if not held_out:
-        held_out_bytes = round(text_bytes * _move_tail(folder, dtype.itemsize))
+        _move_tail(folder, dtype.itemsize)
     meta = {"dtype": dtype.name, "files": len(files), "bytes": sum(sizes), "sha256": whole.hexdigest()}
-    (folder / "meta.json").write_text(json.dumps(meta | {"held_out_bytes": held_out_bytes}))
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def _move_tail(folder: Path, itemsize: int) -> float:
-    """The last tokens of the training part become the held-out part. Returns the fraction moved."""
+def _move_tail(folder: Path, itemsize: int) -> None:
+    """The last tokens of the training part become the held-out part."""
     size = (folder / "train.bin").stat().st_size
     tail = int(min(HELD_OUT_FRACTION * size, HELD_OUT_MOST_BYTES)) // itemsize * itemsize
     with open(folder / "train.bin", "r+b") as train:
         train.seek(size - tail)
         (folder / "held_out.bin").write_bytes(train.read())
         train.truncate(size - tail)
-    return tail / max(1, size)
 
 
 def _read(folder: Path, source: str, tokenizer: Tokenizer) -> Corpus:
@@ -161,11 +149,8 @@ def _read(folder: Path, source: str, tokenizer: Tokenizer) -> Corpus:
         held_out=held_out,
         vocabulary=tokenizer.vocabulary,
         unit=tokenizer.unit,
-        source=source,
-        files=meta["files"],
-        num_bytes=meta["bytes"],
         sha256=meta["sha256"],
-        held_out_bytes=meta["held_out_bytes"],
+        record={"source": source, **{key: meta[key] for key in ("files", "bytes", "sha256")}},
     )
 
 

@@ -13,21 +13,22 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
 
 from thinwire.cluster import Cluster, dump_cluster
+from thinwire.endings import signals_handled
 from thinwire.errors import UserError
-from thinwire.lab.commands import ROOT, Process, host_files
+from thinwire.lab.commands import FIRST_CARD, ROOT, Process, host_files
 from thinwire.lab.kernel import Kernel, examine
 from thinwire.lab.stalls import Stall, steps_of
-from thinwire.lab.wiring import Wiring, imitated, wire
+from thinwire.lab.wiring import Card as Plug
+from thinwire.lab.wiring import Wiring, bridges, imitated, wire
 from thinwire.record import Card, Cards, RunFolder
 
 RESULTS = f"{ROOT}/results"
@@ -42,7 +43,8 @@ class LabOptions:
     """How to run. Without `delay`, latencies are not imitated; `paced` asks trainers to keep the declared compute rates.
 
     After a failure the other hosts get `notice_s` to notice; after a signal all get `grace_s` to end cleanly.
-    `stalls`: links that fall silent for a while.
+    `stalls`: links that fall silent for a while. `bare`: hosts as an installation of Debian leaves them: each knows itself as
+    127.0.1.1 and has a bridge for containers that leads nowhere, and no variable names the card to use.
     """
 
     delay: bool = True
@@ -50,26 +52,32 @@ class LabOptions:
     notice_s: float = 10.0
     grace_s: float = 30.0
     stalls: tuple[Stall, ...] = ()
+    bare: bool = False
 
 
-@dataclass(frozen=True, slots=True)
 class LabResult:
     """What came of it. `failure` is one line, None where every command succeeded; `results` are texts that they left.
 
     `exit_code` is 0 only if all succeeded: else that of the host in `failure`, or 128 + signal where one ended them.
-    `retransmitted`: by host, the TCP segments that it sent once more.
+    `retransmitted`: by host, the TCP segments that it sent once more. `delay`: see `Wiring`.
     """
 
-    exit_codes: dict[str, int]
-    exit_code: int
-    failure: str | None
-    signal: int | None
-    seconds: float
-    cards: tuple[Card, ...]
-    retransmitted: dict[str, int]
-    delay: str
-    results: dict[str, str] = field(default_factory=dict)
-    run_folder: Path | None = None
+    def __init__(self, wiring: Wiring, answer: dict[str, Any]) -> None:
+        """answer: of process 1 of the lab."""
+        self.exit_codes: dict[str, int] = {}
+        for process in answer["processes"]:
+            self.exit_codes[process["host"]] = self.exit_codes.get(process["host"]) or process["code"]
+        self.signal: int | None = answer["signal"]
+        self.seconds: float = answer["seconds"]
+        self.cards = tuple(_counted(card, answer) for card in wiring.cards)
+        self.retransmitted: dict[str, int] = answer["retransmitted"]
+        self.delay = wiring.delay
+        self.results: dict[str, str] = answer["results"]
+        failed = _failed(answer)
+        self.failure = _failure(answer, failed)
+        self.exit_code: int = 128 + answer["signal"] if failed and answer["signal"] else max(1, failed["code"]) if failed else 0
+        folder = self.results.get("run_folder", "").strip()
+        self.run_folder = Path(folder) if folder else None
 
 
 def prepare(cluster: Cluster, options: LabOptions) -> tuple[Kernel, Wiring]:
@@ -104,7 +112,11 @@ def launch(
     if not processes:
         raise UserError("no command was given to run in the lab")
     kernel, wiring = prepared or prepare(cluster, options)
-    return _result(cluster, wiring, _talk(kernel, _orders(cluster, processes, kernel, wiring, options)))
+    result = LabResult(wiring, _talk(kernel, _orders(cluster, processes, kernel, wiring, options)))
+    if result.run_folder and result.run_folder.is_dir():
+        run_folder = RunFolder(result.run_folder)
+        run_folder.write("cards.json", Cards(cards=result.cards, ledger_sent_bytes=_ledger_sent_bytes(cluster, run_folder)))
+    return result
 
 
 def _orders(
@@ -123,7 +135,7 @@ def _orders(
         hosts[host.name] = {
             "netns": netns,
             "interfaces": [card.interface for card in wiring.cards if card.host == host.name],
-            "hosts_file": _hosts_file(wiring),
+            "hosts_file": _hosts_file(wiring, host.name if options.bare else None),
             "lab": lab,
         }
     with TemporaryDirectory(prefix="thinwire-") as folder:
@@ -132,12 +144,14 @@ def _orders(
     specs = []
     for index, process in enumerate(processes):
         variables = {**process.variables, "THINWIRE_LAB": HOST_FILE}
+        if options.bare:
+            variables = {name: value for name, value in variables.items() if name not in FIRST_CARD}
         argv = [kernel.tools["env"], *(f"{name}={value}" for name, value in variables.items()), *process.argv]
         specs.append({"host": process.host, "argv": argv, "streams": index == 0})
     return {
         "files": {"cluster.toml": text, **host_files(cluster)},
         "tools": kernel.tools,
-        "steps": [asdict(step) for step in wiring.steps],
+        "steps": [asdict(step) for step in [*wiring.steps, *(bridges(wiring) if options.bare else ())]],
         "hosts": hosts,
         "processes": specs,
         "begins": next((process.begins for process in processes if process.begins), ""),
@@ -148,9 +162,12 @@ def _orders(
     }
 
 
-def _hosts_file(wiring: Wiring) -> str:
-    """Names of all hosts. The second half is for servers on IPv6 sockets, which look callers up by mapped addresses."""
-    known = {"localhost": "127.0.0.1", **wiring.addresses}
+def _hosts_file(wiring: Wiring, bare: str | None) -> str:
+    """Names of all hosts. The second half is for servers on IPv6 sockets, which look callers up by mapped addresses.
+
+    bare: the host whose own file this is, as Debian writes it.
+    """
+    known = {"localhost": "127.0.0.1", **wiring.addresses, **({bare: "127.0.1.1"} if bare else {})}
     plain = [f"{address} {name}" for name, address in known.items()]
     mapped = [f"::ffff:{address} {name}.lab" for name, address in known.items()]
     return "\n".join([*plain, *mapped, ""])
@@ -171,7 +188,14 @@ def _talk(kernel: Kernel, orders: dict[str, Any]) -> dict[str, Any]:
         finally:
             os.close(report_end)
         stack.callback(_end, lab)
-        stack.enter_context(_forwarded(lab))
+        assert lab.stdin is not None
+        line = lab.stdin
+
+        def pass_on(number: int, _: object) -> None:
+            with suppress(BrokenPipeError):
+                line.write(bytes([number]))
+
+        stack.enter_context(signals_handled(FORWARDED, pass_on))
         text = stream.read()
     if not text:
         raise UserError(f"the lab was ended from outside (exit code {lab.returncode}); nothing of it is left")
@@ -191,64 +215,17 @@ def _end(lab: subprocess.Popen[bytes]) -> None:
         lab.wait()
 
 
-@contextmanager
-def _forwarded(lab: subprocess.Popen[bytes]) -> Iterator[None]:
-    """While the lab runs, signals to this process are passed on to it (only possible in the main thread)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    assert lab.stdin is not None
-    line = lab.stdin
-
-    def pass_on(number: int, _: object) -> None:
-        with suppress(BrokenPipeError):
-            line.write(bytes([number]))
-
-    before = {number: signal.signal(number, pass_on) for number in FORWARDED}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _result(cluster: Cluster, wiring: Wiring, answer: dict[str, Any]) -> LabResult:
-    codes: dict[str, int] = {}
-    for process in answer["processes"]:
-        codes[process["host"]] = codes.get(process["host"]) or process["code"]
-    seconds = answer["seconds"]
-    counts = []
-    for card in wiring.cards:
-        sent, received = answer["counters"][card.host][card.interface]
-        out_bps, back_bps = card.out.bandwidth_bps.value, card.back.bandwidth_bps.value
-        counts.append(
-            Card(
-                host=card.host,
-                interface=card.interface,
-                sent_bytes=sent,
-                received_bytes=received,
-                sent_share=8 * sent / (out_bps * seconds),
-                received_share=8 * received / (back_bps * seconds),
-            )
-        )
-    failed = _failed(answer)
-    folder = answer["results"].get("run_folder", "").strip()
-    result = LabResult(
-        exit_codes=codes,
-        failure=_failure(answer, failed),
-        exit_code=128 + answer["signal"] if failed and answer["signal"] else max(1, failed["code"]) if failed else 0,
-        signal=answer["signal"],
-        seconds=seconds,
-        cards=tuple(counts),
-        retransmitted=answer["retransmitted"],
-        delay=wiring.delay,
-        results=answer["results"],
-        run_folder=Path(folder) if folder else None,
+def _counted(card: Plug, answer: dict[str, Any]) -> Card:
+    sent, received = answer["counters"][card.host][card.interface]
+    out_bps, back_bps = card.out.bandwidth_bps.value, card.back.bandwidth_bps.value
+    return Card(
+        host=card.host,
+        interface=card.interface,
+        sent_bytes=sent,
+        received_bytes=received,
+        sent_share=8 * sent / (out_bps * answer["seconds"]),
+        received_share=8 * received / (back_bps * answer["seconds"]),
     )
-    if result.run_folder and result.run_folder.is_dir():
-        run_folder = RunFolder(result.run_folder)
-        run_folder.write("cards.json", Cards(cards=result.cards, ledger_sent_bytes=_ledger_sent_bytes(cluster, run_folder)))
-    return result
 
 
 def _ledger_sent_bytes(cluster: Cluster, folder: RunFolder) -> dict[str, float]:

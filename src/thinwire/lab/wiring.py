@@ -12,6 +12,8 @@ bandwidth_bps / FRAME_OVERHEAD.
 from collections import Counter
 from dataclasses import dataclass, replace
 
+from networkx.utils import UnionFind
+
 from thinwire.cluster import Cluster, Link, Quantity
 from thinwire.errors import UserError
 from thinwire.units import show
@@ -200,19 +202,12 @@ def _plug(cluster: Cluster, cables: list[_Cable]) -> tuple[list[str], list[Card]
 
 def _check_reach(cluster: Cluster, cards: list[Card], uplinks: list[_Cable]) -> None:
     """Bridges here run no spanning tree: a loop would never come to rest. And eth0 of every host must reach the others."""
-    island: dict[str, str] = {}
-
-    def find(node: str) -> str:
-        while island.get(node, node) != node:
-            node = island[node]
-        return node
-
+    islands = UnionFind()
     for cable in uplinks:
-        a, b = find(cable.a), find(cable.b)
-        if a == b:
+        if islands[cable.a] == islands[cable.b]:
             raise UserError(f"{cluster.name}: the switches form a loop at {cable.a} - {cable.b}; the lab needs a tree")
-        island[a] = b
-    first = {card.host: find(card.switch) for card in cards if card.interface == "eth0"}
+        islands.union(cable.a, cable.b)
+    first = {card.host: islands[card.switch] for card in cards if card.interface == "eth0"}
     for host in cluster.hosts:
         if host.name not in first:
             raise UserError(f"{cluster.name}: {host.name} has no network card, so a lab has nothing to shape; add `card`")
@@ -282,6 +277,12 @@ def _steps(
         lines = [line for card in own for line in shape(card.interface, card.out, with_netem=with_netem)]
         steps.append(Step("tc", name, tuple(lines)))
     return (*steps, Step("ip", None, tuple(up)))
+
+
+def bridges(wiring: Wiring) -> list[Step]:
+    """On each host a bridge as a container engine makes it: up, with the same address everywhere, joined to nothing."""
+    lines = ("link add docker0 type bridge", "address add 172.17.0.1/16 dev docker0", "link set docker0 up")
+    return [Step("ip", name, lines) for name in wiring.netns.values()]
 
 
 def _host_lines(own: list[Card], cards: list[Card]) -> list[str]:

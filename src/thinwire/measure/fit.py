@@ -16,6 +16,7 @@ from math import comb
 
 import numpy
 from scipy.optimize import nnls
+from scipy.stats import theilslopes
 
 from thinwire.measure.rounds import Flow
 
@@ -42,8 +43,6 @@ class Estimate:
 
 def estimate(samples: Sequence[float]) -> Estimate:
     """Median and its distribution-free interval: the k-th smallest and largest, k from the binomial law of the sign test."""
-    if not samples:
-        raise ValueError("an estimate wants at least one sample")
     ordered = sorted(samples)
     count, outside, k = len(ordered), 0.0, 0
     while k < (count - 1) // 2:
@@ -55,17 +54,6 @@ def estimate(samples: Sequence[float]) -> Estimate:
     return Estimate(float(numpy.median(ordered)), ordered[k], ordered[-1 - k])
 
 
-def theil_sen(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Median slope of y over x between all pairs of points with different x; None if there is no such pair."""
-    xs, ys = numpy.asarray(x, float), numpy.asarray(y, float)
-    first, second = numpy.triu_indices(len(xs), 1)
-    run = xs[second] - xs[first]
-    apart = run != 0
-    if not apart.any():
-        return None
-    return float(numpy.median((ys[second] - ys[first])[apart] / run[apart]))
-
-
 def steady_bps(arrivals: Arrivals, begin_s: float, end_s: float) -> float | None:
     """Payload bits per second of a stream between two times, by Theil-Sen; None if hardly anything arrived."""
     inside = [point for point in arrivals if begin_s <= point[0] <= end_s]
@@ -73,8 +61,8 @@ def steady_bps(arrivals: Arrivals, begin_s: float, end_s: float) -> float | None
         return None
     chosen = numpy.unique(numpy.linspace(0, len(inside) - 1, min(MAX_POINTS, len(inside))).round().astype(int))
     points = [inside[index] for index in chosen]
-    slope = theil_sen([count for _, count in points], [seconds for seconds, _ in points])
-    return 8 / slope if slope and slope > 0 else None
+    slope = float(theilslopes([seconds for seconds, _ in points], [count for _, count in points]).slope)
+    return 8 / slope if slope > 0 else None
 
 
 def mean_bps(arrivals: Arrivals, begin_s: float, end_s: float) -> float:

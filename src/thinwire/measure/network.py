@@ -15,13 +15,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Protocol
 
 from thinwire.errors import UserError
 from thinwire.measure import rounds
 from thinwire.measure.findings import CORE, RackFound, unique_names
 from thinwire.measure.fit import Estimate, by_end, card_rates, estimate, split_latencies
-from thinwire.measure.links import Sample
+from thinwire.measure.links import Links, Sample
 from thinwire.measure.racks import SHARED_BELOW, Partition, card_limits, find_racks, together_share
 from thinwire.measure.rounds import Flow, Round
 
@@ -38,14 +37,6 @@ CERTAIN = 1.0
 """Passes of pairings: two at first (one where there are many hosts), more while a host's place hangs on less than a flow."""
 SHARING_FROM = 4
 """With fewer hosts no two flows without a common end can share one direction of a link."""
-
-
-class Streams(Protocol):
-    """What `Links` does."""
-
-    def stream(self, rounds: Sequence[Round], seconds: float) -> list[Sample]: ...
-
-    def trips(self, rounds: Sequence[Round]) -> dict[Flow, list[float]]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +62,7 @@ class Phases:
         self._since = now
 
 
-def measure_network(links: Streams, names: Sequence[str], phase: Phases) -> Network:
+def measure_network(links: Links, names: Sequence[str], phase: Phases) -> Network:
     """Two hosts or more. Collective: every process calls it with the same names. UserError where nothing gets through."""
     num_hosts = len(names)
     halves = links.trips(rounds.tournament(num_hosts))
@@ -113,7 +104,7 @@ def measure_network(links: Streams, names: Sequence[str], phase: Phases) -> Netw
 
 
 def _racks(
-    links: Streams, num_hosts: int, alone: Sequence[Sample], together: list[Sample], seconds: float
+    links: Links, num_hosts: int, alone: Sequence[Sample], together: list[Sample], seconds: float
 ) -> tuple[list[list[int]], float]:
     """The racks as far as flows have slowed each other, and the share of `Network.together`. Fills `together`.
 
@@ -136,7 +127,7 @@ def _racks(
     return _place(links, found, speed, seconds), together_share(rates, send, receive)
 
 
-def _place(links: Streams, found: Partition, speed: Mapping[int, float], seconds: float) -> list[list[int]]:
+def _place(links: Links, found: Partition, speed: Mapping[int, float], seconds: float) -> list[list[int]]:
     """Put hosts that are too slow to be slowed into racks: where a flow of theirs takes away from what the others get out."""
     racks = [list(rack) for rack in found.racks]
     if len(racks) == 1:
@@ -161,7 +152,7 @@ def _place(links: Streams, found: Partition, speed: Mapping[int, float], seconds
 
 
 def _uplinks(
-    links: Streams,
+    links: Links,
     names: Sequence[str],
     placed: tuple[Sequence[Sequence[int]], Sequence[int]],
     cards: tuple[Mapping[int, Estimate], Mapping[int, Estimate]],

@@ -19,8 +19,7 @@ from typing import Any
 
 from thinwire.cluster import Cluster, Link
 from thinwire.cluster.graph import Routes
-from thinwire.collectives.carrier import Carrier, Native
-from thinwire.collectives.price import link_seconds
+from thinwire.collectives.price import Carrier, link_seconds
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.traffic import Transfer
@@ -114,7 +113,7 @@ def predict(
     setting: Setting,
     transfers: Sequence[Transfer],
     rank: int = 0,
-    carrier: Carrier = Native(),  # noqa: B008 (never changed)
+    carrier: Carrier = Carrier(),  # noqa: B008 (never changed)
 ) -> Prediction:
     """What a step costs on `rank`. `transfers` in the order in which they become ready; carrier: who runs the collectives."""
     layout, routes = setting.layout, Routes(setting.cluster)

@@ -29,14 +29,6 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Level:
-    """A horizontal line."""
-
-    name: str
-    y: float
-
-
-@dataclass(frozen=True)
 class Segment:
     """One coloured part of a bar."""
 
@@ -47,17 +39,16 @@ class Segment:
 
 def line_chart(
     series: Sequence[Series],
-    levels: Sequence[Level],
+    levels: Sequence[tuple[str, float]],
     title: str,
     axis: str,
-    write: tuple[Callable[[float], str], Callable[[float], str]],
     zero: bool = False,
 ) -> Markup:
-    """A chart with a legend. `write`: how the ticks of x and y are written; `zero`: y starts at zero."""
-    drawn, levels = [_thinned(line) for line in series], [level for level in levels if math.isfinite(level.y)]
+    """A chart with a legend. levels: names and heights of horizontal lines; zero: y starts at zero."""
+    drawn, levels = [_thinned(line) for line in series], [level for level in levels if math.isfinite(level[1])]
     xs = [x for line in drawn for x, _ in line.points]
     ys = [y for line in drawn for _, y in line.points if math.isfinite(y)]
-    ys += [level.y for level in levels]
+    ys += [y for _, y in levels]
     x_low, x_high = _span(xs, from_zero=True, margin=0.0)
     y_low, y_high = _span(ys, from_zero=zero, margin=0.06)
 
@@ -71,13 +62,13 @@ def line_chart(
     for y in _ticks(y_low, y_high):
         height = at(0.0, y)[1]
         shapes.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=height, y2=height, class_="grid"))
-        shapes.append(tag("text", write[1](y), x=LEFT - 8, y=height, dy="0.35em", class_="end"))
+        shapes.append(tag("text", _short(y), x=LEFT - 8, y=height, dy="0.35em", class_="end"))
     for x in _ticks(x_low, x_high):
-        shapes.append(tag("text", write[0](x), x=at(x, 0.0)[0], y=HEIGHT - BOTTOM + 18, class_="middle"))
+        shapes.append(tag("text", _short(x), x=at(x, 0.0)[0], y=HEIGHT - BOTTOM + 18, class_="middle"))
     shapes.append(tag("text", axis, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, class_="middle axis"))
     shapes += [_path(line, at) for line in drawn]
-    for level in levels:
-        height = at(0.0, level.y)[1]
+    for _, y in levels:
+        height = at(0.0, y)[1]
         shapes.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=height, y2=height, class_="level"))
     hover = sorted((at(x, y_low)[0], label) for line in drawn for (x, _), label in zip(line.points, line.labels, strict=False))
     svg = tag(
@@ -90,7 +81,7 @@ def line_chart(
         role="img",
         data_hover=json.dumps([[round(x, 1), label] for x, label in hover], ensure_ascii=False) if hover else None,
     )
-    names = [(line.name, line.colour, "") for line in series] + [(level.name, "#3c4650", "dashed") for level in levels]
+    names = [(line.name, line.colour, "") for line in series] + [(name, "#3c4650", "dashed") for name, _ in levels]
     caption = tag("figcaption", title, tag("span", "\u00a0", class_="readout"))
     return tag("figure", caption, legend(names), svg)
 
@@ -161,3 +152,10 @@ def _ticks(low: float, high: float) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
     return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _short(value: float) -> str:
+    for letter, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= factor:
+            return f"{value / factor:g} {letter}"
+    return f"{value:.4g}"

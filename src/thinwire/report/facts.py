@@ -10,8 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from thinwire.cluster import Cluster, load_cluster
-from thinwire.record import Card, Cards, Checkpoint, End, Eval, Ledger, LedgerEntry, Record, Resume, RunFolder, Step, StepCost
+from thinwire.cluster import load_cluster
+from thinwire.record import Card, Eval, LedgerEntry, RunFolder, Step, StepCost
 
 PARTS = {
     "compute_s": "compute",
@@ -25,24 +25,24 @@ EVEN_OPS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
 """Collectives in which every rank of a group sends the same number of bytes."""
 
 
-@dataclass(frozen=True)
 class Facts:
     """Everything the report prints. None or empty: not in the folder; `missing` has a sentence for each."""
 
-    folder: RunFolder
-    record: Record
-    predicted: StepCost | None
-    measured: StepCost | None
-    measured_from: str
-    steps: list[Step]
-    evals: list[Eval]
-    checkpoints: list[Checkpoint]
-    resumes: list[Resume]
-    end: End | None
-    ledger: Ledger | None
-    cards: Cards | None
-    cluster: Cluster | None
-    run_toml: str | None
+    def __init__(self, folder: RunFolder) -> None:
+        """Read the whole folder. UserError, naming file and key, if something in it is damaged."""
+        self.folder, self.record = folder, folder.record()
+        self.steps, self.evals = folder.steps(), folder.evals()
+        self.checkpoints, self.resumes, self.end = folder.checkpoints(), folder.resumes(), folder.end()
+        self.ledger, self.cards = folder.ledger(), folder.cards()
+        self.cluster = load_cluster(folder.path / "cluster.toml") if folder.has("cluster.toml") else None
+        self.run_toml = folder.read_text("run.toml")
+        self.predicted, self.measured, self.measured_from = folder.predicted(), folder.measured(), "measured.json"
+        if self.measured is None:
+            self.measured_from = "not known"
+            if self.steps:
+                steady, left_out = self.steps[1:] or self.steps, ", the first left out" if len(self.steps) > 1 else ""
+                self.measured = _medians(steady)
+                self.measured_from = f"medians over {len(steady)} of {len(self.steps)} step events{left_out}"
 
     @property
     def name(self) -> str:
@@ -127,32 +127,6 @@ class CardRow:
     def difference(self) -> float:
         """How much more the cards counted (headers, acknowledgements), as a share of the ledger's bytes."""
         return (self.sent_bytes - self.ledger_bytes) / self.ledger_bytes if self.ledger_bytes else math.nan
-
-
-def gather(folder: RunFolder) -> Facts:
-    """Read the whole folder. UserError, naming file and key, if something in it is damaged."""
-    steps = folder.steps()
-    steady = steps[1:] or steps
-    measured, measured_from = folder.measured(), "measured.json"
-    if measured is None and steps:
-        left_out = ", the first left out" if len(steps) > 1 else ""
-        measured, measured_from = _medians(steady), f"medians over {len(steady)} of {len(steps)} step events{left_out}"
-    return Facts(
-        folder=folder,
-        record=folder.record(),
-        predicted=folder.predicted(),
-        measured=measured,
-        measured_from=measured_from if measured else "not known",
-        steps=steps,
-        evals=folder.evals(),
-        checkpoints=folder.checkpoints(),
-        resumes=folder.resumes(),
-        end=folder.end(),
-        ledger=folder.ledger(),
-        cards=folder.cards(),
-        cluster=load_cluster(folder.path / "cluster.toml") if folder.has("cluster.toml") else None,
-        run_toml=folder.read_text("run.toml"),
-    )
 
 
 def step_rows(facts: Facts) -> list[Row]:

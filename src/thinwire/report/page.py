@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from thinwire.record import RunFolder, StepCost
-from thinwire.report.charts import BLUE, GREEN, GREY, ORANGE, PINK, Level, Segment, Series, legend, line_chart, stacked_bars
+from thinwire.report.charts import BLUE, GREEN, GREY, ORANGE, PINK, Segment, Series, legend, line_chart, stacked_bars
 from thinwire.report.diagram import RAMP, busy_share, cables, diagram
 from thinwire.report.facts import (
     OTHER,
@@ -18,7 +18,6 @@ from thinwire.report.facts import (
     Facts,
     card_rows,
     final_loss,
-    gather,
     setup_bytes,
     step_rows,
     transfer_rows,
@@ -35,7 +34,7 @@ PART_COLOURS = {"compute_s": BLUE, "exposed_s": ORANGE, "waiting_s": PINK, "opti
 
 def write_report(folder: RunFolder) -> Path:
     """Write report.html into the run folder and return its path. UserError if the folder is damaged."""
-    folder.write_text("report.html", page(gather(folder)))
+    folder.write_text("report.html", page(Facts(folder)))
     return folder.path / "report.html"
 
 
@@ -94,7 +93,7 @@ def loss(facts: Facts) -> Markup:
         return _section("loss", "Loss", _gap("No loss was recorded: events.jsonl holds no step."))
     unit = facts.record.unit
     baseline = facts.record.baseline
-    levels = [Level(f"{baseline.name} {plain(baseline.loss, 3)}", baseline.loss)] if baseline else []
+    levels = [(f"{baseline.name} {plain(baseline.loss, 3)}", baseline.loss)] if baseline else []
     time = _time_axis([event.time_s for event in facts.losses])
     charts = []
     for over, key, axis, factor in (("time", "time_s", *time), ("tokens", "tokens", "tokens", 1.0)):
@@ -103,7 +102,7 @@ def loss(facts: Facts) -> Markup:
             points = [(getattr(event, key) * factor, event.loss) for event in events]
             labels = [f"step {event.step} · {name} {plain(event.loss, 3)} · {quantity(event.time_s, 's')}" for event in events]
             lines += [Series(name, colour, points, labels, dots=events is facts.evals)] if events else []
-        charts.append(line_chart(lines, levels, f"Loss over {over}, {unit}", axis, (_short, _short)))
+        charts.append(line_chart(lines, levels, f"Loss over {over}, {unit}", axis))
     bad = [event.step for event in facts.losses if not math.isfinite(event.loss)]
     gaps = [_gap(f"The loss was not a finite number at {len(bad)} events, first at step {min(bad)}.")] if bad else []
     gaps += [] if facts.evals else [_gap("No held-out loss was recorded.")]
@@ -124,11 +123,11 @@ def step(facts: Facts) -> Markup:
     gaps = [_gap(sentence) for sentence in facts.missing if sentence.startswith(("predicted.json", "measured.json", "No step"))]
     chart = None
     if facts.steps:
-        levels = [Level("predicted", facts.predicted.step_s * scale.factor)] if facts.predicted else []
+        levels = [("predicted", facts.predicted.step_s * scale.factor)] if facts.predicted else []
         points = [(float(event.step), event.step_s * scale.factor) for event in facts.steps]
         labels = [f"step {event.step} · {scale.with_unit(event.step_s)}" for event in facts.steps]
         line = Series("measured", ORANGE, points, labels)
-        chart = line_chart([line], levels, f"Time of a step, {scale.unit}", "step", (_short, _short), zero=True)
+        chart = line_chart([line], levels, f"Time of a step, {scale.unit}", "step", zero=True)
     return _section("step", "A step: predicted against measured", bars, tag("div", grid, chart, class_="two"), *gaps)
 
 
@@ -303,10 +302,3 @@ def _equal(predicted: float, ledger: float, equal: bool) -> str:
 def _time_axis(times: Sequence[float]) -> tuple[str, float]:
     longest = max(times, default=0.0)
     return ("seconds", 1.0) if longest < 300 else ("minutes", 1 / 60) if longest < 3 * 3600 else ("hours", 1 / 3600)
-
-
-def _short(value: float) -> str:
-    for letter, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= factor:
-            return f"{value / factor:g} {letter}"
-    return f"{value:.4g}"

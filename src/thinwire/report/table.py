@@ -7,6 +7,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from thinwire.record import finite
 from thinwire.report.facts import Facts, Row, card_rows, final_loss, step_rows, transfer_rows
 from thinwire.report.text import Scale, percent, plain, quantity, verdict
 
@@ -56,22 +57,13 @@ def as_json(facts: Facts) -> dict[str, Any]:
         "cards": [_named(row, *CARD_KEYS, ledger_sent_bytes="ledger_bytes") for row in card_rows(facts)],
         "missing": facts.missing,
     }
-    known: dict[str, Any] = _finite(content)
+    known: dict[str, Any] = finite(content)
     return known
 
 
 def _named(row: object, *same: str, **attributes: str) -> dict[str, Any]:
     """{key: the attribute of `row` that is named}."""
     return {key: getattr(row, attribute) for key, attribute in ({name: name for name in same} | attributes).items()}
-
-
-def _finite(value: Any) -> Any:
-    """`value` with None for numbers that are not finite."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lines(facts: Facts) -> list[str]:

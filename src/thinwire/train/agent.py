@@ -15,8 +15,8 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from thinwire.environment import environment_variables
 from thinwire.train.failure import KINDS, read_error
-from thinwire.train.runtime import environment_variables
 
 FAILED = 1
 USER_ERROR = 2

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from thinwire.environment import Place
 from thinwire.errors import UserError
-from thinwire.train.runtime import Place
 
 MOST_BETWEEN_HEARTBEATS_S = 1.0
 HEARTBEATS_IN_TIMEOUT = 10

@@ -28,12 +28,12 @@ import torch
 from thinwire.config.replicas import Service
 from thinwire.config.run import RunConfig
 from thinwire.endings import signals_unwind
+from thinwire.environment import environment_variables
 from thinwire.sync.server.flat import FlatParameters
 from thinwire.sync.server.listener import listen, shown
 from thinwire.sync.server.snapshots import choose_versions, load
 from thinwire.train.replica_roles import USER_ERROR, Spec
 from thinwire.train.replica_serve import SERVER_DIED
-from thinwire.train.runtime import environment_variables
 
 FAILED = 1
 POLL_S = 0.05

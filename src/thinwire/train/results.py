@@ -13,12 +13,12 @@ from torch.utils.tensorboard import SummaryWriter
 from thinwire import __version__
 from thinwire.cluster import Cluster, dump_cluster
 from thinwire.config.run import RunConfig, dump_run
+from thinwire.environment import Lab
 from thinwire.layout import Layout
 from thinwire.plan.cost import Prediction
 from thinwire.record import Checkpoint, End, Eval, RunFolder, Step
 from thinwire.train.assign import Assignment, shown
 from thinwire.train.checkpoint import Progress
-from thinwire.train.runtime import Lab
 from thinwire.train.task import Task
 from thinwire.units import show
 

@@ -17,21 +17,19 @@ import torch
 import torch.distributed as dist
 
 from thinwire.cluster import Cluster, Device, Host, load_cluster
-from thinwire.collectives.carrier import Carrier, Native
 from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.mpi.start import Meeting, Mpi, started
-from thinwire.collectives.scheduled import ScheduledGroup
-from thinwire.collectives.start import register
+from thinwire.collectives.mpi.start import Mpi, started
+from thinwire.collectives.price import Carrier
+from thinwire.collectives.scheduled import ScheduledGroup, register_scheduled
 from thinwire.collectives.synthesis.bounds import OPS
-from thinwire.collectives.tuned.carrier import Chosen
-from thinwire.collectives.tuned.tuner import Tuner, make_tuner
+from thinwire.collectives.tuned.tuner import Chosen, Tuner, make_tuner
 from thinwire.config.run import RunConfig
+from thinwire.environment import DEFAULT_PORT, Environment, Place
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.measure.compute import fast_dtype
 from thinwire.record import RunFolder
 from thinwire.traffic import Transfer
-from thinwire.train.runtime import DEFAULT_PORT, Environment, Place
 from thinwire.train.step import Stepper, without_trace
 from thinwire.train.task import LanguageModel, Task
 
@@ -56,11 +54,11 @@ def mpi_ranks(place: Place, timeout_s: float) -> Iterator[tuple[Place, Mpi]]:
     """MPI, started; the place with the address where the ranks meet, the same on all."""
     with started(timeout_s) as mpi:
         mpi.check_place(place.rank, place.world_size)
-        wanted = Meeting(place.master_address, place.master_port if place.master_port != DEFAULT_PORT else 0)
-        meeting = mpi.meet(wanted, timeout_s)
+        wanted_port = place.master_port if place.master_port != DEFAULT_PORT else 0
+        address, port = mpi.meet(place.master_address, wanted_port, timeout_s)
         if place.rank == 0:
             print(f"{place.world_size} ranks over {mpi.library.version}", flush=True)
-        yield replace(place, master_address=meeting.address, master_port=meeting.port), mpi
+        yield replace(place, master_address=address, master_port=port), mpi
 
 
 def find_cluster(config: RunConfig, environment: Environment, world_size: int) -> Cluster:
@@ -86,7 +84,7 @@ def set_collectives(config: RunConfig, environment: Environment, ledger: Ledger,
     if kind != "native":
         cluster = find_cluster(config, environment, environment.place.world_size) if lab or named else None
         tuner = make_tuner(cluster, "" if lab else named, measures=kind == "measured")
-    register(ledger, tuner, mpi)
+    register_scheduled(ledger, tuner, inner=mpi.inner if mpi else None)
     return tuner
 
 
@@ -95,7 +93,7 @@ def choose_carrier(
 ) -> Carrier:
     """Decides about all `transfers` now, by axis, so that they can be predicted. Every rank gives the same transfers."""
     if tuner is None:
-        return Native()
+        return Carrier()
     for transfer in transfers:
         group = groups.get(transfer.axis)
         if isinstance(group, ScheduledGroup) and transfer.op in OPS:

@@ -19,6 +19,7 @@ from thinwire.collectives.groups import give_timeout
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.tuned.tuner import Tuner
 from thinwire.config.run import RunConfig
+from thinwire.environment import Environment, Place
 from thinwire.errors import UserError
 from thinwire.lab.commands import TRAINING
 from thinwire.layout import AXES, REPLICAS, Layout
@@ -29,7 +30,7 @@ from thinwire.train.assign import Assignment, first_assignment
 from thinwire.train.failure import Heartbeat
 from thinwire.train.optimizers import make_optimizer
 from thinwire.train.pace import Pacer
-from thinwire.train.runtime import Environment, Place, StopRequest, process_group
+from thinwire.train.runtime import StopRequest, process_group
 from thinwire.train.step import Stepper
 from thinwire.train.task import LanguageModel
 from thinwire.train.trainer import Trainer, report_traffic

@@ -11,8 +11,8 @@ from thinwire.cluster import FRAME_OVERHEAD, Cluster, load_cluster
 from thinwire.collectives.choose.call import collective_call
 from thinwire.collectives.choose.candidates import Candidate
 from thinwire.collectives.choose.costs import Costs
-from thinwire.collectives.choose.estimate import profile
-from thinwire.collectives.choose.explain import explain, fullest, loses
+from thinwire.collectives.choose.estimate import estimate
+from thinwire.collectives.choose.explain import as_dict, fullest, lines, loses
 from thinwire.collectives.choose.native import simulate_native
 from thinwire.collectives.choose.select import NEAR, TIE, Priced, Selection, choose
 from thinwire.collectives.choose.simulate import simulate
@@ -111,6 +111,7 @@ def test_interleaved_racks_are_reordered() -> None:
     assert found.runner_up is not None and found.runner_up.candidate.name != found.best.candidate.name
 
 
+@pytest.mark.long
 def test_half_uplinks_call_for_a_hierarchy() -> None:
     """Bound 2 n / rate; the best-ordered ring takes 3. Ranks are on the two racks in turn."""
     cables = [(f"h{rank}", f"rack{rank % 2}", RATE) for rank in range(4)]
@@ -127,6 +128,7 @@ def one_slow_host() -> Selection:
     return chosen(star([RATE] * 3 + [RATE / 4]), "all_reduce")
 
 
+@pytest.mark.long
 def test_a_slow_host_does_not_decide_twice() -> None:
     """At a quarter of the rate a ring takes 6 n / rate, the bound is 4 n / rate."""
     found = one_slow_host()
@@ -157,22 +159,23 @@ def test_estimates_are_exact_for_rings_and_chains() -> None:
     costs = Costs(reduce_s_per_byte=0.0, call_s=0.0)
     for model in (ring.all_reduce(range(6)), rooted.all_reduce(rooted.chain(range(6)))):
         found = simulate(model, call.message_bytes, call.routes, costs).seconds
-        assert profile(model, call, costs).seconds(1) == pytest.approx(found, rel=1e-3)
+        assert estimate(model, call, costs)(1) == pytest.approx(found, rel=1e-3)
 
 
 def test_the_words() -> None:
-    explained = explain(one_slow_host())
-    lines = dict(explained.lines)
-    assert "h3 -> s0 is busy" in lines["predicted"]
-    assert "h3 -> s0" in lines["bound"] and lines["native"].startswith("2.15 s (1.")
-    found = explained.as_dict()
+    selection = one_slow_host()
+    said = dict(lines(selection))
+    assert "h3 -> s0 is busy" in said["predicted"]
+    assert "h3 -> s0" in said["bound"] and said["native"].startswith("2.15 s (1.")
+    found = as_dict(selection)
     assert found["bound_s"] <= found["predicted_s"] < found["native_s"]
     assert {found["links"][0]["source"], found["links"][0]["target"]} == {"h3", "s0"}
-    best, native = explained.selection.best, explained.selection.native
+    best, native = selection.best, selection.native
     assert fullest(best)[0][0] == best.run.fullest  # type: ignore[union-attr]
     assert loses(best, native) in [f"{link} carries 6 MiB (4 MiB)" for link in ("s0 -> h3", "h3 -> s0")]
 
 
+@pytest.mark.long
 def test_large_groups_are_answered_too() -> None:
     """120 ranks: the native ring has a closed form; what can be gone through is simulated, and what cannot is listed."""
     found = chosen(star([RATE] * 120), "all_reduce", 120 * 4)

@@ -53,8 +53,9 @@ def train(ledger: Ledger, folder: Path) -> tuple[list[float], list[float]]:
     """A small run to its end, with checkpoints. Its losses and its scores."""
     from command import TINY_RUN
     from thinwire.config.run import RunConfig
+    from thinwire.environment import Environment
     from thinwire.record import RunFolder
-    from thinwire.train.runtime import Environment, StopRequest
+    from thinwire.train.runtime import StopRequest
     from thinwire.train.worker import Rank, train_as
 
     content = tomllib.loads(TINY_RUN)

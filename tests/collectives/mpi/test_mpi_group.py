@@ -17,7 +17,7 @@ from fixed_schedules import digests, fixed, group_of
 from launched import MISSING, environment, mpiexec
 from pool import Pool, Rank
 
-pytestmark = [pytest.mark.skipif(bool(MISSING), reason=MISSING), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(MISSING), reason=MISSING), pytest.mark.timeout(300)]
 PROGRAM = Path(__file__).parent / "mpi_cases.py"
 SOURCES = [PROGRAM, PROGRAM.with_name("mpi_scheduled.py")]
 FOUND = [name for source in SOURCES for name in re.findall(r"^def (\w+)", source.read_text(encoding="utf-8"), re.M)]

@@ -21,9 +21,10 @@ def execute(schedule: Schedule, inputs: Sequence[np.ndarray], sizes: Sequence[in
     slots: list[dict[int, np.ndarray]] = []
     for rank in range(schedule.p):
         at = ops.offsets(ops.inputs(schedule.op, schedule.p, schedule.root, rank), sizes)
-        slots.append(
-            {c: inputs[rank][at[r.block] + r.first : at[r.block] + r.last] for c, r in enumerate(ranges) if r.block in at}
-        )
+        mine = [
+            (c, r, at[chunk.block]) for c, (r, chunk) in enumerate(zip(ranges, schedule.chunks, strict=True)) if chunk.block in at
+        ]
+        slots.append({c: inputs[rank][first + r.start : first + r.stop] for c, r, first in mine})
     everyone = programs(schedule)
     lacking = [[len(action.after) for action in program] for program in everyone]
     followers: list[list[list[int]]] = [[[] for _ in program] for program in everyone]
@@ -59,7 +60,7 @@ def execute(schedule: Schedule, inputs: Sequence[np.ndarray], sizes: Sequence[in
     outputs: list[np.ndarray | None] = []
     for rank in range(schedule.p):
         due = ops.outputs(schedule.op, schedule.p, schedule.root, rank)
-        parts = [slots[rank][chunk] for block in due for chunk, r in enumerate(ranges) if r.block == block]
+        parts = [slots[rank][chunk] for block in due for chunk, one in enumerate(schedule.chunks) if one.block == block]
         outputs.append(np.concatenate(parts) if parts else None)
     return outputs
 

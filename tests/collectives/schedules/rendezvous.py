@@ -15,7 +15,7 @@ from random import Random
 import numpy as np
 
 from thinwire.collectives.run.compiler import compile_for, compile_without_tags, in_place
-from thinwire.collectives.run.instructions import Combine, Copy, Piece, StartBatch, StartReceive, StartSend, WaitReceive, WaitSend
+from thinwire.collectives.run.instructions import Combine, Copy, Piece, Start, StartBatch, Wait
 from thinwire.collectives.schedules import ops
 from thinwire.collectives.schedules.schedule import Schedule
 
@@ -56,26 +56,26 @@ def run(schedule: Schedule, inputs: Sequence[np.ndarray], sizes: Sequence[int], 
     def ready(rank: int) -> bool:
         instruction = programs[rank].instructions[at[rank]]
         match instruction:
-            case WaitReceive(message) | WaitSend(message):
+            case Wait(message):
                 return all([goes(other) for other in group_of.get((rank, message), (message,))])
             case StartBatch():
                 return all([goes(other) for other in last.get(rank, ())])
         return True
 
-    def begin(rank: int, part: StartSend | StartReceive) -> None:
-        if isinstance(part, StartSend):
-            assert part.source.buffer != 2 or part.source.last <= programs[rank].lengths[2]
-            sent[part.message] = rank, part.source
+    def begin(rank: int, part: Start) -> None:
+        if part.sends:
+            assert part.piece.buffer != 2 or part.piece.last <= programs[rank].lengths[2]
+            sent[part.message] = rank, part.piece
         else:
-            view(rank, part.into)[:] = 55
-            expected[part.message] = rank, part.into
+            view(rank, part.piece)[:] = 55
+            expected[part.message] = rank, part.piece
 
     while running := [rank for rank in range(schedule.p) if at[rank] < len(programs[rank].instructions)]:
         able = [rank for rank in running if ready(rank)]
         assert able, "the ranks wait for each other"
         rank = random.choice(able)
         match programs[rank].instructions[at[rank]]:
-            case StartSend() | StartReceive() as part:
+            case Start() as part:
                 begin(rank, part)
             case StartBatch(parts):
                 last[rank] = tuple(part.message for part in parts)

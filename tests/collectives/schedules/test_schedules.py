@@ -71,9 +71,9 @@ def test_chunks_tile_their_blocks(sizes: list[int], weights: list[int]) -> None:
     schedule = Schedule(op="all_gather", p=3, chunks=chunks, steps=(), name="any")
     ranges = schedule.ranges(sizes)
     for block, size in enumerate(sizes):
-        mine = [one for one in ranges if one.block == block]
-        assert mine[0].first == 0 and mine[-1].last == size
-        assert all(a.last == b.first for a, b in pairwise(mine))
+        mine = [one for one, of in zip(ranges, blocks, strict=True) if of == block]
+        assert mine[0].start == 0 and mine[-1].stop == size
+        assert all(a.stop == b.start for a, b in pairwise(mine))
     assert sum(fractions(schedule)) == 3
 
 

@@ -20,9 +20,8 @@ from thinwire.collectives.run.transport import Place
 from thinwire.collectives.scheduled import register_scheduled
 from thinwire.collectives.schedules.orders import ring_order
 from thinwire.collectives.tuned.advice import Advisor
-from thinwire.collectives.tuned.carrier import predicted_s
-from thinwire.collectives.tuned.implementation import NATIVE, Call, Implementation, example, perform
-from thinwire.collectives.tuned.tuner import Tuner, size_class
+from thinwire.collectives.tuned.implementation import NATIVE, Implementation, example, perform
+from thinwire.collectives.tuned.tuner import Tuner, predicted_s, size_class
 
 TIMEOUT_S = 300.0
 BACK_TO_BACK = 16
@@ -54,7 +53,7 @@ def measure_case(case, rank, native, pause, engine):
     op, message_bytes, ordered = case
     call, ours = example(op, message_bytes, engine), dist.group.WORLD
     barrier = partial(dist.barrier, group=pause)
-    contenders = {"native": partial(issue, call, native), "ours": partial(issue, call, ours)}
+    contenders = {name: partial(ISSUED[op], call, group) for name, group in (("native", native), ("ours", ours))}
     if ordered:
         way = Implementation("native reordered", None, ring_order(rank.cluster))
         contenders["ordered"] = lambda: engine.ask("a reordered collective", partial(perform, way, call, engine))
@@ -83,21 +82,15 @@ def measure_case(case, rank, native, pause, engine):
     return found
 
 
-def issue(call: Call, group: dist.ProcessGroup) -> None:
-    """As user code does it."""
-    match call.op:
-        case "all_reduce":
-            dist.all_reduce(call.got, group=group)
-        case "broadcast":
-            dist.broadcast(call.got, call.root, group=group)
-        case "reduce":
-            dist.reduce(call.given, call.root, group=group)
-        case "all_gather":
-            dist.all_gather_into_tensor(call.got, call.given, group=group)
-        case "reduce_scatter":
-            dist.reduce_scatter_tensor(call.got, call.given, group=group)
-        case "all_to_all":
-            dist.all_to_all_single(call.got, call.given, group=group)
+ISSUED = {
+    "all_reduce": lambda call, group: dist.all_reduce(call.got, group=group),
+    "broadcast": lambda call, group: dist.broadcast(call.got, call.root, group=group),
+    "reduce": lambda call, group: dist.reduce(call.given, call.root, group=group),
+    "all_gather": lambda call, group: dist.all_gather_into_tensor(call.got, call.given, group=group),
+    "reduce_scatter": lambda call, group: dist.reduce_scatter_tensor(call.got, call.given, group=group),
+    "all_to_all": lambda call, group: dist.all_to_all_single(call.got, call.given, group=group),
+}
+"""As user code does it."""
 
 
 def mean_s(run, repeats, before_each):

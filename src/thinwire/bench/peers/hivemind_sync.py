@@ -32,6 +32,7 @@ from hivemind.optim.grad_averager import GradientAverager
 from hivemind.utils import get_dht_time
 
 from thinwire.bench.peers.outside import within
+from thinwire.bench.peers.rank import agree
 from thinwire.sync.single_rank import SingleRank
 
 CODECS = {
@@ -86,11 +87,8 @@ class HivemindSync(SingleRank):
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # hivemind's loops leave tasks behind, which are complained of
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with within(START_S, f"{self._name}: the start of hivemind on rank {rank}"):
-            first = [None]
             dht = self._dht([]) if rank == 0 else None
-            if dht:
-                first = [str(address) for address in dht.get_visible_maddrs()][:1]
-            dist.broadcast_object_list(first, 0)
+            first = agree(dht and [str(address) for address in dht.get_visible_maddrs()][:1])
             dht = dht or self._dht(first)
             self._averager = CountingAverager(
                 self._parameters,

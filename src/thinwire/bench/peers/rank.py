@@ -19,8 +19,9 @@ from thinwire.bench.peers.outside import alone
 from thinwire.bench.ranks import report_progress
 from thinwire.collectives import backend
 from thinwire.collectives.ledger import Ledger
+from thinwire.environment import Environment, read_environment
 from thinwire.train.optimizers import make_optimizer
-from thinwire.train.runtime import Environment, process_group, read_environment
+from thinwire.train.runtime import process_group
 from thinwire.train.step import Stepper
 
 TIMEOUT_S = 900.0
@@ -37,7 +38,6 @@ class Rank:
 
     @property
     def place(self):
-        """Among the ranks."""
         return self.environment.place
 
     def report(self, done, total, what):
@@ -51,6 +51,13 @@ def make_stepper(stack, model, sync, mesh, train, loss):
     optimizer = make_optimizer(model, train)
     attached = stack.enter_context(sync.attached(model, optimizer, mesh))
     return Stepper(model=attached, optimizer=optimizer, sync=sync, loss=loss, precision=nullcontext, train=train)
+
+
+def agree(value):
+    """As rank 0 has it, on all ranks. Collective."""
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values[0]
 
 
 def card_bytes():

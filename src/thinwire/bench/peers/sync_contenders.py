@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from thinwire.bench.peers.outside import helpers_s
-from thinwire.bench.peers.rank import card_bytes, make_stepper
+from thinwire.bench.peers.rank import agree, card_bytes, make_stepper
 from thinwire.bench.stock_sync import SILENT, StockSync
 from thinwire.bench.sync_methods import Method, keep, kept, make_method
 from thinwire.cluster import load_cluster
@@ -112,12 +112,6 @@ class Race:
         """The part of the exchanges that lacked values, mean over the ranks; only hivemind goes on then. Collective."""
         return self.sum([getattr(sync, "torn", 0.0)])[0] / self.place.world_size
 
-    def agree(self, value):
-        """As rank 0 has it."""
-        values = [value]
-        dist.broadcast_object_list(values, 0)
-        return values[0]
-
 
 @dataclass
 class Contender:
@@ -171,14 +165,14 @@ def warm_up(race, contender, task, rehearsal_s):
     """Untimed steps, and how many fit into a turn, as measured by rank 0."""
     step_s = rehearsal_s
     for _ in range(WARM_STEPS):
-        if race.agree(step_s > SLOW_STEP_S):
+        if agree(step_s > SLOW_STEP_S):
             break
         dist.barrier()
         started = time.perf_counter()
         race.step(contender.stepper, task, contender.done)
         contender.done += 1
         step_s = time.perf_counter() - started
-    fitting = race.agree(round(race.settings["turn_s"] / step_s))
+    fitting = agree(round(race.settings["turn_s"] / step_s))
     contender.steps = -(-min(max(1, fitting), MOST_STEPS) // contender.every) * contender.every
     contender.done = 0 if contender.every > 1 else contender.done
     if contender.pacer:
@@ -204,7 +198,7 @@ def take_turn(race, contender, task):
     measured["processor_s"].append(used / contender.steps)
     measured["card_bytes"].append(sent / contender.steps / place.world_size)
     enough = 2 if contender.every > 1 else 1  # a rare method's first exchange, which nothing has warmed, is in its first turn
-    contender.slow = race.agree(seconds > SLOW_TURN_S and len(measured["step_s"]) >= enough)
+    contender.slow = agree(seconds > SLOW_TURN_S and len(measured["step_s"]) >= enough)
     if contender.stepper.sync.ready_at:  # not known of stock peers
         measured["wait_s"].append(sum(time.wait_s for time in times) / contender.steps)
 
@@ -213,7 +207,7 @@ def learn(race):
     """Every method with every seed that is not in the file of what was learned; each goes there as soon as it is over."""
     settings = race.settings
     path = Path(settings["learned"])
-    known = race.agree(list(kept(path)))
+    known = agree(list(kept(path)))
     wanted = [
         (seed, method, key)
         for seed in settings["seeds"]

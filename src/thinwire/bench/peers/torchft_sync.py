@@ -23,6 +23,7 @@ from torchft.manager import Manager
 from torchft.process_group import ProcessGroupGloo
 
 from thinwire.bench.peers.outside import within
+from thinwire.bench.peers.rank import agree
 from thinwire.sync.outer import published_learning_rate
 from thinwire.sync.single_rank import SingleRank
 
@@ -46,11 +47,9 @@ class TorchftSync(SingleRank):
         rank, world_size = dist.get_rank(), dist.get_world_size()
         lighthouse = None
         with within(START_S, f"{self._name}: the start of torchft on rank {rank}"):
-            found = [None]
             if rank == 0:
                 lighthouse = LighthouseServer(bind="[::]:0", min_replicas=world_size, join_timeout_ms=JOIN_MS)
-                found = [f"http://{self._address}:{lighthouse.address().rpartition(':')[2]}"]
-            dist.broadcast_object_list(found, 0)
+            found = agree(lighthouse and f"http://{self._address}:{lighthouse.address().rpartition(':')[2]}")
             store = dist.TCPStore(self._address, 0, is_master=True, wait_for_workers=False)
             self._manager = Manager(
                 pg=ProcessGroupGloo(timeout=timedelta(seconds=EXCHANGE_S)),
@@ -65,7 +64,7 @@ class TorchftSync(SingleRank):
                 world_size=1,
                 store_addr=self._address,
                 store_port=store.port,
-                lighthouse_addr=found[0],
+                lighthouse_addr=found,
                 replica_id=f"rank{rank}",
                 hostname=self._address,
                 init_sync=False,

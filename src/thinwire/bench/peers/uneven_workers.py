@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from thinwire.bench.peers.rank import make_stepper
+from thinwire.bench.peers.rank import agree, make_stepper
 from thinwire.config.run import RunConfig
 from thinwire.layout import Layout
 from thinwire.sync.every_step import EveryStepSync
@@ -36,7 +36,6 @@ class Slowing:
         return getattr(self.task, name)
 
     def batch(self, step, index):
-        """As the task's."""
         if step == self.step:
             self.pacer.forward_s *= self.factor
             self.pacer.backward_s *= self.factor
@@ -51,7 +50,6 @@ class Reports:
         self.step_s, self.report = [], report
 
     def step(self, event):
-        """Of every report."""
         self.step_s.append(event.step_s)
         self.report(event)
 
@@ -94,14 +92,13 @@ def measure(rank):
     config, cases = RunConfig.model_validate(rank.settings["run"]), rank.settings["cases"]
     steps, found = config.train.steps, {}
     with tempfile.TemporaryDirectory(prefix="thinwire-") as own:
-        folder = [own]
-        dist.broadcast_object_list(folder, 0)
+        folder = agree(own)
         task = make_task(config, Layout(data=rank.place.world_size), rank.environment)
         for number, case in enumerate(cases):
 
             def report(event, number=number, name=case["name"]):
                 rank.report(number * steps + event.step, len(cases) * steps, f"{name}: {event.step_s:.3f} s a step")
 
-            found[case["name"]] = train(case, config, task, folder[0], rank, report)
+            found[case["name"]] = train(case, config, task, folder, rank, report)
         dist.barrier()
     return found

@@ -55,21 +55,14 @@ class Candidate:
         return self.name if self.segments == 1 else f"{self.name}, {self.segments} segments"
 
 
-@dataclass(frozen=True, slots=True)
-class Candidates:
-    """left_out: what was not made, and why, a sentence each."""
-
-    found: tuple[Candidate, ...]
-    left_out: tuple[str, ...]
-
-
-def candidates_for(call: CollectiveCall) -> Candidates:
-    """Schedules are over positions in the group of `call`, and so is its root."""
+def candidates_for(call: CollectiveCall) -> tuple[list[Candidate], list[str]]:
+    """Over positions in the group of `call`, as is its root; and what was not made, and why, a sentence each."""
     found = [Candidate("native")]
     orders = placement.orders(call.cluster)
     if call.op in native.ORDERED:
         found += [Candidate(f"native, {name}", order=order) for name, order in orders.items() if name]
-    left_out, names, known = [], set(), set()
+    left_out: list[str] = []
+    names, known = set(), set()
     for name, moves, make in _drafts(call, orders) if call.p > 1 else ():
         if name in names:
             continue
@@ -87,7 +80,7 @@ def candidates_for(call: CollectiveCall) -> Candidates:
             known.add((model.chunks, model.steps))
     if call.p > SYNTHESISED and call.op != "all_to_all":
         left_out.append(f"packed trees: {call.p} ranks; packing takes too long above {SYNTHESISED}")
-    return Candidates(tuple(found), tuple(left_out))
+    return found, left_out
 
 
 def segment_counts(model: Schedule, message_bytes: int) -> list[int]:

@@ -13,8 +13,7 @@ Exact for a ring (W = B) and for a pipelined chain (W = (p-1) B, so (p-2+k)/k B)
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from thinwire.cluster import Link
 from thinwire.collectives.choose.call import CollectiveCall
@@ -25,24 +24,8 @@ from thinwire.collectives.price import link_seconds
 from thinwire.collectives.schedules.schedule import Schedule
 
 
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """W, B, O, G, sum of alpha_t + o_t, sum of g_t."""
-
-    step_wires_s: float
-    fullest_s: float
-    software_s: float
-    added_s: float
-    steps_s: float
-    steps_added_s: float
-
-    def seconds(self, segments: int) -> float:
-        wire_s = self.step_wires_s / segments + self.fullest_s * (1 - 1 / segments)
-        return max(wire_s, segments * self.software_s + self.added_s) + self.steps_s + self.steps_added_s / segments
-
-
-def profile(schedule: Schedule, call: CollectiveCall, costs: Costs) -> Profile:
-    """Of `schedule`, which is in one segment."""
+def estimate(schedule: Schedule, call: CollectiveCall, costs: Costs) -> Callable[[int], float]:
+    """T_k in seconds, as a function of k; `schedule` is in one segment."""
     lengths = chunk_bytes(schedule, call.message_bytes)
     cores = costs.cores(schedule.p) or schedule.p
     total: Counter[Link] = Counter()
@@ -77,8 +60,13 @@ def profile(schedule: Schedule, call: CollectiveCall, costs: Costs) -> Profile:
         software.update(work)
         added.update(sums)
     fullest_s = max((link_seconds(link, size) for link, size in total.items()), default=0.0)
-    busiest = _busiest(software, cores), _busiest(added, cores)
-    return Profile(step_wires_s, fullest_s, *busiest, steps_s, steps_added_s)
+    software_s, added_s = _busiest(software, cores), _busiest(added, cores)
+
+    def seconds(k: int) -> float:
+        wire_s = step_wires_s / k + fullest_s * (1 - 1 / k)
+        return max(wire_s, k * software_s + added_s) + steps_s + steps_added_s / k
+
+    return seconds
 
 
 def _passing(full: dict[Link, float], route: Sequence[Link], size: int) -> float:

@@ -1,75 +1,57 @@
 """A choice in words and numbers: what runs, what it puts on which link, how far from the bound, why the next best is worse."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from thinwire.cluster import Link
 from thinwire.collectives.choose.native import pattern
 from thinwire.collectives.choose.select import TIE, Priced, Selection
-from thinwire.collectives.choose.simulate import Simulated
 from thinwire.collectives.price import link_seconds
 from thinwire.collectives.schedules.schedule import Schedule
-from thinwire.collectives.synthesis.bounds import Bound, bound
 from thinwire.units import show
 
 
-@dataclass(frozen=True)
-class Explained:
-    """bound: of this op, size and group."""
-
-    selection: Selection
-    bound: Bound
-
-    @property
-    def lines(self) -> list[tuple[str, str]]:
-        """(what, in words), from the choice to what it was chosen against."""
-        chosen, call = self.selection.best, self.selection.call
-        best, native, second = self.selection.best, self.selection.native, self.selection.runner_up
-        lines = [("algorithm", named(chosen)), ("moves", _moves(chosen)), ("predicted", f"{show(best.seconds, 's')}: {best.why}")]
-        part = f", {self.bound.seconds / best.seconds:.0%} of the predicted time" if best.seconds else ""
-        lines.append(("bound", f"{show(self.bound.seconds, 's')}{part}: {self.bound.where}"))
-        if second is not None:
-            lines.append(("runner-up", f"{named(second)}, {show(second.seconds, 's')}: {loses(best, second)}"))
-        if native is not best:
-            times = f" ({native.seconds / best.seconds:.2f} x)" if best.seconds else ""
-            lines.append(("native", f"{show(native.seconds, 's')}{times}: {native.why}"))
-        seen = f"{self.selection.estimated} candidates estimated, {len(self.selection.ranking)} simulated, among {call.p} ranks"
-        lines.append(("looked at", seen))
-        lines += [("left out", sentence) for sentence in self.selection.left_out]
-        return lines
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data, units in the names."""
-        call, best, second = self.selection.call, self.selection.best, self.selection.runner_up
-        return {
-            "cluster": call.cluster.name,
-            "op": call.op,
-            "bytes": call.message_bytes,
-            "ranks": list(call.cluster.ranks),
-            "root": call.root,
-            "algorithm": best.candidate.title,
-            "order": best.candidate.order and list(best.candidate.order),
-            "predicted_s": best.seconds,
-            "why": best.why,
-            "bound_s": self.bound.seconds,
-            "bound_where": self.bound.where,
-            "native_s": self.selection.native.seconds,
-            "runner_up": second and second.candidate.title,
-            "runner_up_s": second and second.seconds,
-            "runner_up_why": second and loses(best, second),
-            "links": [
-                {"source": link.source, "target": link.target, "payload_bytes": size, "busy_s": link_seconds(link, size)}
-                for link, size in fullest(best)
-            ],
-            "ranking": [{"algorithm": one.candidate.title, "predicted_s": one.seconds} for one in self.selection.ranking],
-            "left_out": list(self.selection.left_out),
-        }
+def lines(selection: Selection) -> list[tuple[str, str]]:
+    """(what, in words), from the choice to what it was chosen against."""
+    best, native, second, bound = selection.best, selection.native, selection.runner_up, selection.bound
+    found = [("algorithm", named(best)), ("moves", _moves(best)), ("predicted", f"{show(best.seconds, 's')}: {best.why}")]
+    part = f", {bound.seconds / best.seconds:.0%} of the predicted time" if best.seconds else ""
+    found.append(("bound", f"{show(bound.seconds, 's')}{part}: {bound.where}"))
+    if second is not None:
+        found.append(("runner-up", f"{named(second)}, {show(second.seconds, 's')}: {loses(best, second)}"))
+    if native is not best:
+        times = f" ({native.seconds / best.seconds:.2f} x)" if best.seconds else ""
+        found.append(("native", f"{show(native.seconds, 's')}{times}: {native.why}"))
+    seen = f"{selection.estimated} candidates estimated, {len(selection.ranking)} simulated, among {selection.call.p} ranks"
+    found.append(("looked at", seen))
+    return found + [("left out", sentence) for sentence in selection.left_out]
 
 
-def explain(selection: Selection) -> Explained:
-    """The choice with the bound of its call."""
-    call = selection.call
-    return Explained(selection, bound(call.cluster, call.op, call.message_bytes, call.root))
+def as_dict(selection: Selection) -> dict[str, Any]:
+    """Plain data, units in the names."""
+    call, best, second = selection.call, selection.best, selection.runner_up
+    return {
+        "cluster": call.cluster.name,
+        "op": call.op,
+        "bytes": call.message_bytes,
+        "ranks": list(call.cluster.ranks),
+        "root": call.root,
+        "algorithm": best.candidate.title,
+        "order": best.candidate.order and list(best.candidate.order),
+        "predicted_s": best.seconds,
+        "why": best.why,
+        "bound_s": selection.bound.seconds,
+        "bound_where": selection.bound.where,
+        "native_s": selection.native.seconds,
+        "runner_up": second and second.candidate.title,
+        "runner_up_s": second and second.seconds,
+        "runner_up_why": second and loses(best, second),
+        "links": [
+            {"source": link.source, "target": link.target, "payload_bytes": size, "busy_s": link_seconds(link, size)}
+            for link, size in fullest(best)
+        ],
+        "ranking": [{"algorithm": one.candidate.title, "predicted_s": one.seconds} for one in selection.ranking],
+        "left_out": list(selection.left_out),
+    }
 
 
 def named(one: Priced) -> str:
@@ -86,12 +68,12 @@ def fullest(one: Priced) -> list[tuple[Link, int]]:
     return sorted(one.link_bytes.items(), key=lambda pair: -link_seconds(*pair))
 
 
-def schedule_of(one: Priced, selection: Selection) -> Schedule | None:
+def schedule_of(selection: Selection) -> Schedule | None:
     """What is run, or what the backend does by itself (positions in its own order); None if that is too large to write down."""
-    call = selection.call
-    if one.candidate.model is not None:
-        return one.candidate.schedule
-    order = one.candidate.order
+    call, candidate = selection.call, selection.best.candidate
+    if candidate.model is not None:
+        return candidate.schedule
+    order = candidate.order
     return pattern(call.op, call.p, call.message_bytes, call.root if order is None else order.index(call.root))
 
 
@@ -111,16 +93,12 @@ def loses(best: Priced, other: Priced) -> str:
     most = max(grown, key=grown.__getitem__)
     if most != "wire":
         return f"{show(grown[most], 's')} more {most} on its critical path, {len(its.transfers)} messages ({len(mine.transfers)})"
-    longer = _busy_s(its) - _busy_s(mine)
+    longer = its.busy * its.seconds - mine.busy * mine.seconds
     name = f"{its.fullest.source} -> {its.fullest.target}"
     if longer > 0.5 * (other.seconds - best.seconds):
         before = mine.link_bytes.get(its.fullest, 0)
         return f"{name} carries {show(its.link_bytes[its.fullest], 'B')} ({show(before, 'B')})"
     return f"its fullest link, {name}, is busy {its.busy:.1%} of the time ({mine.busy:.1%})"
-
-
-def _busy_s(run: Simulated) -> float:
-    return run.busy * run.seconds
 
 
 def _moves(one: Priced) -> str:

@@ -93,10 +93,9 @@ def payload_burst(link: Link) -> float:
 
 
 class Buckets:
-    """Of all links; full at first. In payload bytes, and seconds. Where there is none, asking costs nothing."""
+    """Of all links; full at first. In payload bytes, a second for `capacity`. Where there is none, asking costs nothing."""
 
     def __init__(self, links: Sequence[Link], capacity: Sequence[float]) -> None:
-        """capacity: of each link, in payload bytes/s."""
         self._most: Floats = np.array([payload_burst(link) for link in links])
         self._rates: Floats = np.array(capacity)
         self._filled = self._most.copy()

@@ -47,7 +47,7 @@ def simulate_native(call: CollectiveCall, order: Sequence[int] | None, costs: Co
     found = simulate(on_ranks(schedule, order), call.message_bytes, call.routes, costs.native, calls)
     match call.op:
         case "broadcast":
-            rounds_s = calls * price(call.routes, "broadcast", call.message_bytes, order, order.index(call.root)).seconds
+            rounds_s = calls * price(call.routes, "broadcast", call.message_bytes, order, order.index(call.root))
             return _scaled(found, _EVEN + (1 - _EVEN) * rounds_s / found.seconds) if found.seconds else found
         case "all_to_all":
             return _scaled(found, 1 + 1.47 * p**-0.675)
@@ -57,7 +57,7 @@ def simulate_native(call: CollectiveCall, order: Sequence[int] | None, costs: Co
 def closed_form_s(call: CollectiveCall, order: Sequence[int] | None) -> float:
     """For groups that are too large to simulate."""
     ranks = tuple(range(call.p)) if order is None else tuple(order)
-    return price(call.routes, call.op, call.message_bytes, ranks, ranks.index(call.root)).seconds
+    return price(call.routes, call.op, call.message_bytes, ranks, ranks.index(call.root))
 
 
 def pattern(op: str, p: int, message_bytes: int, root: int) -> Schedule | None:

@@ -8,7 +8,7 @@ Less than TIE apart is the same: then the backend's own is the better one, and a
 processors are busy every step waits for the slowest rank), and of these the one with the fewest messages.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -16,11 +16,12 @@ from operator import itemgetter
 
 from thinwire.cluster import Link
 from thinwire.collectives.choose.call import CollectiveCall
-from thinwire.collectives.choose.candidates import Candidate, Candidates, candidates_for
+from thinwire.collectives.choose.candidates import Candidate, candidates_for
 from thinwire.collectives.choose.costs import Costs
-from thinwire.collectives.choose.estimate import profile
+from thinwire.collectives.choose.estimate import estimate
 from thinwire.collectives.choose.native import closed_form_s, simulate_native
 from thinwire.collectives.choose.simulate import Simulated, simulate
+from thinwire.collectives.synthesis.bounds import Bound, bound
 
 SIMULATED = 12
 FAR = 1.5
@@ -76,6 +77,11 @@ class Selection:
             order.insert(1, plain)
         return tuple(self.ranking[place] for place in order)
 
+    @cached_property
+    def bound(self) -> Bound:
+        """Below which no schedule can be."""
+        return bound(self.call.cluster, self.call.op, self.call.message_bytes, self.call.root)
+
     @property
     def native(self) -> Priced:
         return next(one for one in self.ranking if one.candidate.name == "native")
@@ -94,9 +100,9 @@ def _effort(one: Priced) -> tuple[int, int]:
 def choose(call: CollectiveCall, costs: Costs | None = None) -> Selection:
     """All candidates for `call`, ranked; default: the costs that were measured on loopback."""
     costs = costs or Costs()
-    offered = candidates_for(call)
+    offered, left_out = candidates_for(call)
     priced = []
-    for one in offered.found:
+    for one in offered:
         if one.model is None:
             found = simulate_native(call, one.order, costs)
             priced.append(Priced(one, found.seconds if found else closed_form_s(call, one.order), found))
@@ -106,15 +112,15 @@ def choose(call: CollectiveCall, costs: Costs | None = None) -> Selection:
         priced.append(Priced(one, run.seconds, run))
     # Of equal ones the first: native before ours, few segments before many.
     ranking = tuple(sorted(priced, key=lambda one: one.seconds))
-    return Selection(call, ranking, len(offered.found), offered.left_out)
+    return Selection(call, ranking, len(offered), tuple(left_out))
 
 
-def _promising(offered: Candidates, call: CollectiveCall, costs: Costs) -> list[Candidate]:
+def _promising(offered: Sequence[Candidate], call: CollectiveCall, costs: Costs) -> list[Candidate]:
     kept: list[tuple[float, Candidate]] = []
-    for model, group in groupby(offered.found, key=lambda one: one.model):
+    for model, group in groupby(offered, key=lambda one: one.model):
         if model is None:
             continue
-        seconds = profile(model, call, costs).seconds
+        seconds = estimate(model, call, costs)
         estimated = [(seconds(one.segments), one) for one in group]
         best = min(estimated, key=itemgetter(0))
         fewest = min((pair for pair in estimated if pair[0] <= best[0] * (1 + THRIFT)), key=lambda pair: pair[1].segments)

@@ -32,7 +32,6 @@ class Call:
     reduction: str = ""
 
     def row(self) -> list[int]:
-        """As numbers."""
         reduction = NAMES.index(self.reduction) if self.reduction else -1
         return [OPS.index(self.op), _TYPES.index(self.dtype), self.values, self.root, reduction]
 

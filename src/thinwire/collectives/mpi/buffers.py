@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from thinwire.collectives.run.runner import COMBINE
 from thinwire.errors import UserError
 
 NAMES = ("SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR")
-_OPS = tuple(getattr(dist.ReduceOp, name) for name in NAMES)
 _BITWISE = ("BAND", "BOR", "BXOR")
 
 _DATATYPES = {
@@ -29,12 +29,6 @@ _DATATYPES = {
 }
 _WORDS = (torch.bfloat16, torch.float16)
 _OF_BOOLEANS = {"SUM": "MAX", "PRODUCT": "MIN", "BOR": "MAX", "BAND": "MIN"}
-_IN_PLACE: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
-    "SUM": lambda total, other: total.add_(other),
-    "PRODUCT": lambda total, other: total.mul_(other),
-    "MIN": lambda total, other: torch.minimum(total, other, out=total),
-    "MAX": lambda total, other: torch.maximum(total, other, out=total),
-}
 
 
 def raw(tensor: torch.Tensor) -> Any:
@@ -44,8 +38,8 @@ def raw(tensor: torch.Tensor) -> Any:
 
 def op_name(op: Any) -> str:
     """The name of a reduction as torch passes it. UserError for one that is not known here."""
-    for name, known in zip(NAMES, _OPS, strict=True):
-        if op == known:
+    for name in NAMES:
+        if op == getattr(dist.ReduceOp, name):
             return name
     raise UserError(f"reduction {op} does not exist over MPI; there are {', '.join(NAMES)}")
 
@@ -83,10 +77,11 @@ class Reductions:
 
 
 def _on_words(dtype: torch.dtype, name: str) -> Callable[[Any, Any, Any], None]:
-    reduce = _IN_PLACE[name]
+    reduce = COMBINE[name.lower()]
 
     def combine(others: Any, totals: Any, _datatype: Any) -> None:
         if others.nbytes:
-            reduce(torch.frombuffer(totals, dtype=dtype), torch.frombuffer(others, dtype=dtype))
+            total = torch.frombuffer(totals, dtype=dtype)
+            reduce(total, torch.frombuffer(others, dtype=dtype), out=total)
 
     return combine

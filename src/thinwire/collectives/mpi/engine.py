@@ -120,7 +120,7 @@ class Engine:
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._under_way: list[Exchange] = []
         self._failed: list[Exchange] = []
-        self._last: Callable[[], None] = _nothing
+        self._last: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._run, name="mpi", daemon=True)
         self._thread.start()
 
@@ -173,7 +173,7 @@ class Engine:
             pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(10, (idle - EAGER_TESTS) // 4))
             return self._orders.get(timeout=pause_s)
         except queue.Empty:
-            return _nothing
+            return lambda: None
 
     def _admit(self, exchange: Exchange) -> None:
         lane = exchange.lane
@@ -232,7 +232,3 @@ class Engine:
 
 def _incomplete(requests: list[Any]) -> list[Any]:
     return [request for request in requests if not request.Test()]
-
-
-def _nothing() -> None:
-    pass

@@ -39,14 +39,11 @@ class MpiGroup:
 
     @property
     def timeout(self) -> timedelta:
-        """How long a call may take."""
         return timedelta(seconds=self._lane.timeout_s)
 
     def give_up(self, why: str) -> None:
         """End all calls that are on their way, and those to come, with an error. Returns at once."""
         self._engine.give_up(self._lane, why)
-
-    # -- reducing ---------------------------------------------------------------------------------------------------------
 
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
         name = self._reduction(tensors, opts)
@@ -98,8 +95,6 @@ class MpiGroup:
 
         call = Call("reduce_scatter", output.dtype, output.numel() * self._p, reduction=name)
         return self._submit([output], (call, steps))
-
-    # -- moving -----------------------------------------------------------------------------------------------------------
 
     def broadcast(self, tensors: Any, opts: Any) -> dist.Work:
         (tensor,) = tensors
@@ -200,8 +195,6 @@ class MpiGroup:
     def barrier(self, opts: Any = None) -> dist.Work:
         return self._submit([], (Call("barrier"), _nothing))  # that all have compared their calls is the barrier
 
-    # -- point to point ---------------------------------------------------------------------------------------------------
-
     def send(self, tensors: Any, peer: int, tag: int) -> dist.Work:
         (tensor,) = tensors
         self._library.check_tag(tag)
@@ -244,8 +237,6 @@ class MpiGroup:
             _copy_out([tensor], [flat])
 
         return self._engine.submit(Exchange(f"{what} of {expected} B", steps(), work, self._lane, ordered=False))
-
-    # -- common to all ----------------------------------------------------------------------------------------------------
 
     def _submit(self, outputs: Any, *plans: Plan) -> dist.Work:
         """One Work for one or several collectives, which run one after another."""

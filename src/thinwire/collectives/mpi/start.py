@@ -18,7 +18,6 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -34,14 +33,6 @@ from thinwire.collectives.run.transport import Place, Transport
 from thinwire.errors import UserError
 
 LOOPBACK = "127.0.0.1"
-
-
-@dataclass(frozen=True, slots=True)
-class Meeting:
-    """Where the store is that torch.distributed wants beside MPI. port 0: one that is free on rank 0's host."""
-
-    address: str = LOOPBACK
-    port: int = 0
 
 
 class Mpi:
@@ -70,21 +61,22 @@ class Mpi:
         """An `InnerFactory`: groups and schedules over MPI."""
         return self.group(place.ranks, options.group_id, place.timeout), MpiTransport(self, place, options.group_id)
 
-    def meet(self, wanted: Meeting, timeout_s: float) -> Meeting:
-        """Agree on an address and a port of rank 0, which is about to open the store there. Collective.
+    def meet(self, address: str, port: int, timeout_s: float) -> tuple[str, int]:
+        """Agree on an address and a port of rank 0, where it opens the store that torch.distributed wants beside MPI.
 
-        Where the ranks are on several hosts, loopback becomes the name of rank 0's host.
+        port 0: one that is free. Where the ranks are on several hosts, loopback becomes the name of rank 0's host. Collective.
         """
-        own = (socket.gethostname(), wanted if wanted.port else replace(wanted, port=_free_port()))
+        own = socket.gethostname(), address, port or _free_port()
         everyone = wait_for(lambda: self.library.world.allgather(own), "agreeing on where to meet", timeout_s)
-        hosts, meeting = [host for host, _ in everyone], everyone[0][1]
-        several = len(set(hosts)) > 1
-        return replace(meeting, address=hosts[0]) if several and meeting.address == LOOPBACK else meeting
+        first, address, port = everyone[0]
+        several = len({host for host, _, _ in everyone}) > 1
+        return first if several and address == LOOPBACK else address, port
 
     def ranks(self, timeout: timedelta) -> dict[str, Any]:
         """Arguments of init_process_group: who this rank is, and the store where all meet. Collective."""
-        meeting, rank, size = self.meet(Meeting(), timeout.total_seconds()), self.library.rank, self.library.size
-        store = dist.TCPStore(meeting.address, meeting.port, size, is_master=rank == 0, timeout=timeout)
+        address, port = self.meet(LOOPBACK, 0, timeout.total_seconds())
+        rank, size = self.library.rank, self.library.size
+        store = dist.TCPStore(address, port, size, is_master=rank == 0, timeout=timeout)
         return {"store": store, "rank": rank, "world_size": size, "timeout": timeout}
 
 

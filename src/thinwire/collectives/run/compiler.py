@@ -35,11 +35,9 @@ from thinwire.collectives.run.instructions import (
     Copy,
     Instruction,
     Piece,
+    Start,
     StartBatch,
-    StartReceive,
-    StartSend,
-    WaitReceive,
-    WaitSend,
+    Wait,
 )
 from thinwire.collectives.schedules import ops
 from thinwire.collectives.schedules.program import Action, programs
@@ -76,17 +74,7 @@ class _Region:
     readers: list[int] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class _Receive:
-    """A receive that has started: where to, and in which scratch memory (None: it is the final place)."""
-
-    into: Piece
-    region: _Region | None
-
-
 class _Compiler:
-    """See the top of the file."""
-
     def __init__(self, schedule: Schedule, rank: int, sizes: Sequence[int], ahead: int) -> None:
         self._ahead = ahead
         self._out: list[Instruction] = []
@@ -95,12 +83,10 @@ class _Compiler:
         given, due = ops.inputs(op, p, root, rank), ops.outputs(op, p, root, rank)
         one = in_place(op, root, rank)
         given_at, due_at = ops.offsets(given, sizes), ops.offsets(due, sizes)
-        self._due = {c: self._piece(OUTPUT, due_at, c) for c, chunk in enumerate(schedule.chunks) if chunk.block in due_at}
-        self._slot = {
-            c: self._piece(OUTPUT if one else INPUT, given_at, c)
-            for c, chunk in enumerate(schedule.chunks)
-            if chunk.block in given_at
-        }
+        blocks = [chunk.block for chunk in schedule.chunks]
+        self._due = {c: self._piece(OUTPUT, due_at[block], c) for c, block in enumerate(blocks) if block in due_at}
+        own = OUTPUT if one else INPUT
+        self._slot = {c: self._piece(own, given_at[block], c) for c, block in enumerate(blocks) if block in given_at}
         lengths = sum(sizes[block] for block in given), sum(sizes[block] for block in due)
         self._lengths = (max(lengths), max(lengths)) if one else lengths
         program = programs(schedule)[rank]
@@ -113,15 +99,16 @@ class _Compiler:
         self._home: dict[int, _Region] = {}
         self._regions: list[_Region] = []
         self._scratch = 0
-        self._receiving: dict[int, _Receive] = {}
+        self._receiving: dict[int, tuple[Piece, _Region | None]] = {}
+        """Where to, and in which scratch memory (None: it is the final place)."""
         self._next = 0
         self._sending: dict[int, Piece] = {}
         self._sent: set[int] = set()
         self._step = self._done = -1
 
-    def _piece(self, buffer: int, offsets: dict[int, int], chunk: int) -> Piece:
-        where = self._ranges[chunk]
-        return Piece(buffer, offsets[where.block] + where.first, offsets[where.block] + where.last)
+    def _piece(self, buffer: int, at: int, chunk: int) -> Piece:
+        """Of a chunk whose block begins at element `at`."""
+        return Piece(buffer, at + self._ranges[chunk].start, at + self._ranges[chunk].stop)
 
     def compiled(self) -> Compiled:
         if not any(action.kind == "reduce" for action in self._actions):
@@ -138,7 +125,7 @@ class _Compiler:
         self._deliver(self._due)
         for message in list(self._sending):
             self._wait_send(message)
-        sent = sum(len(one.source) for one in self._out if isinstance(one, StartSend))
+        sent = sum(len(one.piece) for one in self._out if isinstance(one, Start) and one.sends)
         return Compiled(tuple(self._out), (*self._lengths, self._scratch), sent)
 
     def _deliver(self, chunks: Iterable[int]) -> None:
@@ -147,8 +134,6 @@ class _Compiler:
         for into, source in _merged([(due[c], self._slot[c]) for c in due if self._slot.get(c, due[c]) != due[c]]):
             self._copy(into, source)
         self._slot.update(due)
-
-    # -- one action ------------------------------------------------------------------------------------------------------
 
     def _send(self, action: Action) -> None:
         pieces = _joined([self._slot[c] for c in action.chunks])
@@ -164,26 +149,26 @@ class _Compiler:
         else:
             for region in {id(self._home[c]): self._home[c] for c in action.chunks if c in self._home}.values():
                 region.readers.append(action.message)
-        self._out.append(StartSend(action.message, action.peer, source))
+        self._out.append(Start(action.message, action.peer, source, sends=True))
         self._sending[action.message] = source
 
     def _receive(self, at: int, action: Action) -> None:
         self._start_receives(at)
-        self._out.append(WaitReceive(action.message))
-        receive = self._receiving.pop(action.message)
-        parts = self._parts(receive.into, action.chunks)
+        self._out.append(Wait(action.message, sends=False))
+        received, region = self._receiving.pop(action.message)
+        parts = self._parts(received, action.chunks)
         if action.kind == "reduce":
-            self._apply(action.chunks, parts, receive)
+            self._apply(action.chunks, parts, region)
         else:
-            moves = [(self._due[c], parts[c]) for c in action.chunks if c in self._due and receive.region is not None]
+            moves = [(self._due[c], parts[c]) for c in action.chunks if c in self._due and region is not None]
             for into, source in _merged(moves):
                 self._copy(into, source)
             for c in action.chunks:
-                self._move(c, *((self._due[c], None) if c in self._due else (parts[c], receive.region)))
-        if receive.region is not None:
-            receive.region.users -= 1
+                self._move(c, *((self._due[c], None) if c in self._due else (parts[c], region)))
+        if region is not None:
+            region.users -= 1
 
-    def _apply(self, chunks: Sequence[int], parts: dict[int, Piece], receive: _Receive) -> None:
+    def _apply(self, chunks: Sequence[int], parts: dict[int, Piece], region: _Region | None) -> None:
         sums: list[tuple[Piece, Piece, Piece]] = []
         for c in chunks:
             own = self._slot[c]
@@ -194,7 +179,7 @@ class _Compiler:
             self._out.append(Combine(into, own, part))
         for c, (into, _, _) in zip(chunks, sums, strict=True):
             if into == parts[c]:
-                self._move(c, into, receive.region)
+                self._move(c, into, region)
             elif into != self._slot[c]:
                 self._move(c, into, None)
 
@@ -215,15 +200,13 @@ class _Compiler:
                 region = self._region(sum(len(self._ranges[c]) for c in action.chunks))
                 region.users += 1
                 into = region.piece
-            self._receiving[action.message] = _Receive(into, region)
-            self._out.append(StartReceive(action.message, action.peer, into))
+            self._receiving[action.message] = into, region
+            self._out.append(Start(action.message, action.peer, into, sends=False))
 
     def _is_free(self, action: Action, into: Piece) -> bool:
         """Whether `into` may be overwritten now: all that the program wants done before has been done."""
         before = [self._position[at] for at in action.after if at in self._position]
         return all(at <= self._done for at in before) and not any(piece.overlaps(into) for piece in self._sending.values())
-
-    # -- memory ----------------------------------------------------------------------------------------------------------
 
     def _parts(self, whole: Piece, chunks: Sequence[int]) -> dict[int, Piece]:
         parts, at = {}, whole.first
@@ -270,18 +253,16 @@ class _Compiler:
         return taken
 
     def _latest_step(self, messages: Sequence[int]) -> int:
-        """The step of the last of them."""
         return max((self._step_of[message] for message in messages), default=-1)
 
     def _wait_for_readers(self, piece: Piece) -> None:
-        """Wait until no send reads `piece`."""
         for message in [message for message, source in self._sending.items() if source.overlaps(piece)]:
             self._wait_send(message)
 
     def _wait_send(self, message: int) -> None:
         if self._sending.pop(message, None) is not None:
             self._sent.add(message)
-            self._out.append(WaitSend(message))
+            self._out.append(Wait(message, sends=True))
 
     def _copy(self, into: Piece, source: Piece) -> None:
         self._wait_for_readers(into)
@@ -308,21 +289,21 @@ def _merged(rows: Sequence[tuple[Piece, ...]]) -> list[tuple[Piece, ...]]:
 
 def _in_batches(instructions: Sequence[Instruction]) -> tuple[Instruction, ...]:
     out: list[Instruction] = []
-    parts: list[StartReceive | StartSend] = []
+    parts: list[Start] = []
     for instruction in instructions:
         match instruction:
-            case StartReceive():
-                over = any(isinstance(part, StartSend) for part in parts)  # receives come first in a step: this is the next one
-            case WaitSend(message):
+            case Start(sends=False):
+                over = any(part.sends for part in parts)  # receives come first in a step: this is the next one
+            case Wait(message, sends=True):
                 over = any(part.message == message for part in parts)
-            case WaitReceive() | Combine():
+            case Wait() | Combine():
                 over = True
             case _:
                 over = False
         if over and parts:
             out.append(StartBatch(tuple(parts)))
             parts = []
-        if isinstance(instruction, StartReceive | StartSend):
+        if isinstance(instruction, Start):
             parts.append(instruction)
         else:
             out.append(instruction)  # before what has not started: it copies what is about to be sent

@@ -67,8 +67,6 @@ class Engine:
         self._lock = threading.Lock()
         self._open = 0
 
-    # -- what the thread's jobs use ---------------------------------------------------------------------------------------
-
     @property
     def private(self) -> Any:
         """A group of the same ranks that only jobs use. Collective when it is first used."""
@@ -118,8 +116,6 @@ class Engine:
     def _broadcast(self, tensor: torch.Tensor) -> None:
         self.control.broadcast([tensor], dist.BroadcastOptions()).wait()
         self.record("broadcast", tensor.nbytes, None)
-
-    # -- jobs -------------------------------------------------------------------------------------------------------------
 
     def submit(
         self, what: str, run: Callable[[], Any], tensors: Sequence[torch.Tensor] = (), *, blocking: bool = False
@@ -193,8 +189,6 @@ class Engine:
             f"rank {self._of(self.place.rank)}: {job.what} failed after {waited_s:.1f} s of at most "
             f"{self.place.timeout.total_seconds():g}: {reason}; has each rank called it, and are all alive?"
         )
-
-    # -- watching ---------------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         while self._broken is None and not self._closed.wait(CHECK_AFTER_S / 5):

@@ -1,12 +1,13 @@
 """What a rank does in one run of a schedule, as a list to be worked off strictly in order. Plain data, no torch.
 
 Memory is named by pieces: elements [first, last) of the rank's input, its output, or scratch memory (input and output are one
-where the op is in place). Only the two waits block.
+where the op is in place). Only waits block.
 
-    StartReceive   of message r into `into`             WaitReceive   until message r is there
-    StartSend      of `source` as message s             WaitSend      until the source of message s may be overwritten
-    Combine        into <- a + b  (or the maximum, ...) Copy          into <- source
-    StartBatch     of receives and sends that start as one, where messages have no tags (`compiler.compile_without_tags`)
+    Start       to receive a message into `piece`, or to send `piece` as one
+    Wait        until a message is there, or until what is sent as one may be overwritten
+    Combine     into <- a + b  (or the maximum, ...)
+    Copy        into <- source
+    StartBatch  of receives and sends that start as one, where messages have no tags (`compiler.compile_without_tags`)
 """
 
 from dataclasses import dataclass
@@ -26,40 +27,25 @@ class Piece:
         return self.last - self.first
 
     def overlaps(self, other: "Piece") -> bool:
-        """Whether they share an element."""
         return self.buffer == other.buffer and self.first < other.last and other.first < self.last
 
 
 @dataclass(frozen=True, slots=True)
-class StartReceive:
-    """message: its number in the schedule."""
+class Start:
+    """message: its number in the schedule; piece: what is sent (`sends`), or where what is received goes."""
 
     message: int
     peer: int
-    into: Piece
+    piece: Piece
+    sends: bool
 
 
 @dataclass(frozen=True, slots=True)
-class WaitReceive:
-    """Of a message whose receive has started."""
+class Wait:
+    """Of a message whose send or receive has started."""
 
     message: int
-
-
-@dataclass(frozen=True, slots=True)
-class StartSend:
-    """message: its number in the schedule."""
-
-    message: int
-    peer: int
-    source: Piece
-
-
-@dataclass(frozen=True, slots=True)
-class WaitSend:
-    """Of a message whose send has started."""
-
-    message: int
+    sends: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +69,10 @@ class Copy:
 class StartBatch:
     """Receives and sends that start as one."""
 
-    parts: tuple[StartReceive | StartSend, ...]
+    parts: tuple[Start, ...]
 
 
-Instruction = StartReceive | WaitReceive | StartSend | WaitSend | Combine | Copy | StartBatch
+Instruction = Start | Wait | Combine | Copy | StartBatch
 
 
 @dataclass(frozen=True, slots=True)

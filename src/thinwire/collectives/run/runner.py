@@ -20,11 +20,9 @@ from thinwire.collectives.run.instructions import (
     Compiled,
     Copy,
     Piece,
+    Start,
     StartBatch,
-    StartReceive,
-    StartSend,
-    WaitReceive,
-    WaitSend,
+    Wait,
 )
 from thinwire.collectives.run.transport import GlooTransport
 from thinwire.collectives.schedules.schedule import Schedule
@@ -74,7 +72,8 @@ class Runner:
                 f"{schedule.name}: rank {self._rank} of this {schedule.op} gives {given.numel()} elements, gets {got.numel()}; "
                 f"the sizes ask for {compiled.lengths[0]} and {compiled.lengths[1]}"
             )
-        tag = self._tag(schedule, sizes, got.dtype)
+        what = zlib.crc32(f"{schedule.op} {schedule.name} {list(sizes)} {got.dtype}".encode())
+        tag = (what + self._calls) % self._call_tags * MOST_MESSAGES
         self._execute(compiled, tag, (given, got, self._memory(compiled, got)), COMBINE[reduction])
         self._calls += 1
         if reduction == "avg":
@@ -100,10 +99,6 @@ class Runner:
                 self._compiled.popitem(last=False)
             return made
 
-    def _tag(self, schedule: Schedule, sizes: Sequence[int], dtype: torch.dtype) -> int:
-        what = zlib.crc32(f"{schedule.op} {schedule.name} {list(sizes)} {dtype}".encode())
-        return (what + self._calls) % self._call_tags * MOST_MESSAGES
-
     def _memory(self, compiled: Compiled, like: torch.Tensor) -> torch.Tensor:
         needed = compiled.lengths[2] * like.itemsize
         if self._scratch.numel() < needed:
@@ -118,21 +113,19 @@ class Runner:
         def view(piece: Piece) -> torch.Tensor:
             return memory[piece.buffer][piece.first : piece.last]
 
-        def start(one: StartSend | StartReceive, tag: int) -> Any:
-            if isinstance(one, StartSend):
-                return group.send([view(one.source)], one.peer, tag)
-            return group.recv([view(one.into)], one.peer, tag)
+        def start(one: Start, tag: int) -> Any:
+            return (group.send if one.sends else group.recv)([view(one.piece)], one.peer, tag)
 
         for instruction in compiled.instructions:
             match instruction:
-                case StartSend(message) | StartReceive(message):
+                case Start(message):
                     works[message] = start(instruction, tag + message)
                 case StartBatch(parts):
                     group._start_coalescing(device)
                     for part in parts:
                         start(part, 0)
                     works.update(dict.fromkeys((part.message for part in parts), group._end_coalescing(device)))
-                case WaitReceive(message) | WaitSend(message):
+                case Wait(message):
                     works.pop(message).wait()
                 case Combine(into, a, b):
                     combine(view(a), view(b), out=view(into))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from thinwire.collectives.address import GlooDevices
 from thinwire.collectives.groups import inherited
 
 
@@ -65,9 +66,15 @@ InnerFactory = Callable[[Any, Place], tuple[Any, Transport]]
 """From what c10d passes to the creator of a backend: the inner group, which is never aborted, and the transport."""
 
 
-def over_gloo(options: Any, place: Place) -> tuple[Any, Transport]:
-    """An `InnerFactory`."""
-    return dist.ProcessGroupGloo(options.store, place.rank, place.size, place.timeout), GlooTransport(place)
+class OverGloo:
+    """An `InnerFactory`, whose groups share their sockets' thread."""
+
+    def __init__(self) -> None:
+        self._devices = GlooDevices()
+
+    def __call__(self, options: Any, place: Place) -> tuple[Any, Transport]:
+        group = self._devices.group(options.store, place.rank, place.size, place.timeout)
+        return group, GlooTransport(place, self._devices)
 
 
 class GlooTransport(Transport):
@@ -76,13 +83,14 @@ class GlooTransport(Transport):
     name = "gloo"
     most_tag = (1 << 31) - 1
 
-    def __init__(self, place: Place) -> None:
-        self._place, self._sockets = place, list[int]()
+    def __init__(self, place: Place, devices: GlooDevices | None = None) -> None:
+        """devices: shared with other groups of this process."""
+        self._place, self._devices, self._sockets = place, devices or GlooDevices(), list[int]()
 
     def new_group(self, name: str, order: Sequence[int]) -> Any:
         place, before = self._place, _sockets()
         store = dist.PrefixStore(name, place.store)
-        group = dist.ProcessGroupGloo(store, order.index(place.rank), place.size, place.timeout)
+        group = self._devices.group(store, order.index(place.rank), place.size, place.timeout)
         self._sockets += _sockets() - before
         return group
 
@@ -93,7 +101,6 @@ class GlooTransport(Transport):
 
 
 def _sockets() -> set[int]:
-    """Numbers of the sockets of this process."""
     found = set()
     for number in map(int, os.listdir("/dev/fd")):
         with suppress(OSError):  # the directory itself, closed by now

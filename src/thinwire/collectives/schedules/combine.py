@@ -33,8 +33,8 @@ def reverse(schedule: Schedule, name: str) -> Schedule:
     """The schedule backwards, every message from its target to its source."""
     if schedule.op not in _REVERSE:
         raise UserError(f"{schedule.name}: {schedule.op} cannot be reversed; only {', '.join(_REVERSE)} can")
-    op = _REVERSE[schedule.op]
-    return replace(schedule, op=op, steps=reversed_steps(schedule.steps, ops.reduces(op)), name=name)
+    steps = reversed_steps(schedule.steps, reduce=schedule.op != "scatter")
+    return replace(schedule, op=_REVERSE[schedule.op], steps=steps, name=name)
 
 
 def reversed_steps(steps: Sequence[Step], reduce: bool) -> tuple[Step, ...]:

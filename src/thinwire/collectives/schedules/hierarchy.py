@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from math import lcm
 
 from thinwire.collectives.schedules.combine import bundled, overlaid, together
-from thinwire.collectives.schedules.ring import copied_around, reduced_around
+from thinwire.collectives.schedules.ring import around
 from thinwire.collectives.schedules.schedule import Chunk, Schedule, Step
 from thinwire.errors import UserError
 
@@ -51,10 +51,10 @@ def all_reduce(racks: Sequence[Sequence[int]]) -> Schedule:
         between.append((holders, [(piece * num_racks + which,) for which in range(num_racks)]))
 
     steps = (
-        *_all(reduced_around(rack, parts) for rack, parts in in_racks),
-        *_all(reduced_around(holders, parts) for holders, parts in between),
-        *_all(copied_around(holders, parts) for holders, parts in between),
-        *_all(copied_around(rack, parts) for rack, parts in in_racks),
+        *_all(in_racks, reduce=True),
+        *_all(between, reduce=True),
+        *_all(between, reduce=False),
+        *_all(in_racks, reduce=False),
     )
     return Schedule(op="all_reduce", p=len(ranks), chunks=chunks, steps=steps, name=f"hierarchy of {num_racks} racks")
 
@@ -67,6 +67,6 @@ def torus(grid: Sequence[Sequence[int]]) -> Schedule:
     return together([all_reduce(grid), all_reduce(columns)], f"{len(grid)} x {len(columns)} torus")
 
 
-def _all(rings: Iterable[tuple[Step, ...]]) -> list[Step]:
-    """Rings at the same time; what goes between the same two ranks in one step is one message."""
-    return [bundled(step) for step in overlaid(rings)]
+def _all(rings: Iterable[tuple[Sequence[int], Sequence[tuple[int, ...]]]], *, reduce: bool) -> list[Step]:
+    """Rings (order, parts) at the same time; what goes between the same two ranks in one step is one message."""
+    return [bundled(step) for step in overlaid(around(order, parts, reduce) for order, parts in rings)]

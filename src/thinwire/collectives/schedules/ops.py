@@ -19,8 +19,6 @@ behind the other in the order of their numbers; its output is the blocks that ar
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
-from thinwire.errors import UserError
-
 _OPS = {
     "all_reduce": (0, "all", "all"),
     "reduce": (0, "all", "root"),
@@ -36,21 +34,9 @@ _OPS = {
 OPS = tuple(_OPS)
 
 
-def known(op: str) -> str:
-    """`op`, or a UserError."""
-    if op not in _OPS:
-        raise UserError(f"unknown collective {op!r}; schedules know: {', '.join(OPS)}")
-    return op
-
-
 def rooted(op: str) -> bool:
     """Whether one rank is special."""
     return "root" in _OPS[op]
-
-
-def reduces(op: str) -> bool:
-    """Whether contributions of several ranks become one."""
-    return _OPS[op][1] == "all"
 
 
 def num_blocks(op: str, p: int) -> int:

@@ -7,9 +7,9 @@ On any other network the best of three candidates, judged by the busiest link of
 depth first along the tree of shortest routes from rank 0; the min-max order, up to SEARCHED ranks; the order of ranks.
 
 Min-max order: c(i, j) seconds per bit from rank i to rank j, alone on the wires. Least greatest c(i, j) over the edges of the
-ring, then least sum (bottleneck travelling salesman; c may be asymmetric). Exact up to EXACT ranks: the least threshold under
-which a Hamiltonian cycle exists, by dynamic programming over sets of ranks, then Held and Karp 1962 under this threshold. Above
-that a heuristic: the order of ranks and nearest neighbour from several starts, each improved by moves that remove the worst edge
+ring, then least sum (bottleneck travelling salesman; c may be asymmetric). Exact up to EXACT ranks: dynamic programming over sets
+of ranks (Held and Karp 1962) for the least threshold under which a ring exists, then for the least sum under it. Above that a
+heuristic: the order of ranks and nearest neighbour from several starts, each improved by moves that remove the worst edge
 (turn round a stretch, move a rank) while they help. It may miss the best order.
 
 Widest tree: in many segments every edge of a tree is busy all the time, so the rate is that of the fullest link:
@@ -21,15 +21,17 @@ then fewest links, then least depth; it is compared with the chain in ring order
 tree with shared links is NP-hard to find (a tree of bounded degree is a special case).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import inf
+from operator import add
 
 import networkx
 
 from thinwire.cluster import Cluster, Link
 from thinwire.cluster.graph import Routes, graph
 from thinwire.collectives.schedules.rooted import Parents, chain
-from thinwire.collectives.schedules.schedule import check_order, check_root
+from thinwire.collectives.schedules.schedule import check_order
+from thinwire.errors import UserError
 
 EXACT = 12
 SEARCHED = 64
@@ -104,27 +106,12 @@ def _depth_first(cluster: Cluster, tree: networkx.Graph) -> tuple[int, ...]:
 
 
 def _exact(seconds: Matrix) -> tuple[int, ...]:
-    values = sorted({seconds[i][j] for i in range(len(seconds)) for j in range(len(seconds)) if i != j})
-    low, high = 0, len(values) - 1
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _has_cycle(seconds, values[middle]) else (middle + 1, high)
-    return _held_karp(seconds, values[low])
+    least, _ = _held_karp(seconds, inf, max)
+    return _held_karp(seconds, least, add)[1]
 
 
-def _has_cycle(seconds: Matrix, limit: float) -> bool:
-    """Whether a ring exists with all edges at most `limit`. ends[set]: ranks at which a path from 0 through the set can end."""
-    p = len(seconds)
-    into = [sum(1 << i for i in range(p) if i != j and seconds[i][j] <= limit) for j in range(p)]
-    ends = [0] * (1 << p)
-    ends[1] = 1
-    for visited in range(3, 1 << p, 2):
-        ends[visited] = sum(1 << j for j in range(1, p) if visited >> j & 1 and ends[visited ^ 1 << j] & into[j])
-    return bool(ends[-1] & into[0])
-
-
-def _held_karp(seconds: Matrix, limit: float) -> tuple[int, ...]:
-    """The ring of the least sum among those with all edges at most `limit`, of which there is one."""
+def _held_karp(seconds: Matrix, limit: float, join: Callable[[float, float], float]) -> tuple[float, tuple[int, ...]]:
+    """The least cost of a ring with all edges at most `limit`, of which there is one, and the ring; join: edges into a cost."""
     p = len(seconds)
     best: dict[tuple[int, int], tuple[float, int]] = {(1, 0): (0.0, 0)}
     for visited in range(3, 1 << p, 2):
@@ -132,16 +119,16 @@ def _held_karp(seconds: Matrix, limit: float) -> tuple[int, ...]:
             if visited >> j & 1:
                 before = visited ^ 1 << j
                 near = [i for i in range(p) if (before, i) in best and seconds[i][j] <= limit]
-                least = min(((best[before, i][0] + seconds[i][j], i) for i in near), default=None)
+                least = min(((join(best[before, i][0], seconds[i][j]), i) for i in near), default=None)
                 if least:
                     best[visited, j] = least
     visited, order = (1 << p) - 1, []
     closing = [j for j in range(1, p) if (visited, j) in best and seconds[j][0] <= limit]
-    last = min(closing, key=lambda j: best[visited, j][0] + seconds[j][0])
+    cost, last = min((join(best[visited, j][0], seconds[j][0]), j) for j in closing)
     while last:
         order.append(last)
         visited, last = visited ^ 1 << last, best[visited, last][1]
-    return (0, *reversed(order))
+    return cost, (0, *reversed(order))
 
 
 def _heuristic(seconds: Matrix) -> tuple[int, ...]:
@@ -188,7 +175,8 @@ def _cost(seconds: Matrix, order: Sequence[int]) -> tuple[float, float]:
 
 def widest_tree(cluster: Cluster, root: int, *, up: bool = False) -> Parents:
     """A tree over all ranks of `cluster`; up: for a reduce, whose messages go from child to parent."""
-    check_root(root, cluster.world_size)
+    if not 0 <= root < cluster.world_size:
+        raise UserError(f"root = {root}, but ranks are 0 to {cluster.world_size - 1}")
     routes = Routes(cluster)
     order = ring_order(cluster)
     if up:

@@ -11,7 +11,7 @@ A message may arrive at any time; only applying it waits. The number of a messag
 overtake one another, unless the executor takes a program strictly in order.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from thinwire.collectives.schedules.schedule import Message, Schedule
@@ -36,35 +36,27 @@ Program = tuple[Action, ...]
 
 def programs(schedule: Schedule) -> tuple[Program, ...]:
     """The program of each rank."""
-    ranks = [_Rank() for _ in range(schedule.p)]
+    actions: list[list[Action]] = [[] for _ in range(schedule.p)]
+    written: list[dict[int, int]] = [{} for _ in range(schedule.p)]
+    """Of each rank, by chunk: the last action that changed its slot."""
+    read: list[dict[int, list[int]]] = [{} for _ in range(schedule.p)]
+    """The sends of it since."""
+
+    def add(kind: Kind, rank: int, peer: int, message: Message, step: int, tag: int) -> None:
+        after = {written[rank][chunk] for chunk in message.chunks if chunk in written[rank]}
+        for chunk in message.chunks:
+            if kind == "send":
+                read[rank].setdefault(chunk, []).append(len(actions[rank]))
+            else:
+                after.update(read[rank].pop(chunk, ()))
+                written[rank][chunk] = len(actions[rank])
+        actions[rank].append(Action(kind, peer, message.chunks, step, tag, tuple(sorted(after))))
+
     first = 0
-    for number, step in enumerate(schedule.steps):
-        for tag, message in enumerate(step, first):
-            ranks[message.source].send(message, number, tag)
-        for tag, message in enumerate(step, first):
-            ranks[message.target].receive(message, number, tag)
-        first += len(step)
-    return tuple(tuple(rank.actions) for rank in ranks)
-
-
-@dataclass
-class _Rank:
-    """A program in the making. written: the last action that changed a chunk's slot; read: the sends of it since."""
-
-    actions: list[Action] = field(default_factory=list)
-    written: dict[int, int] = field(default_factory=dict)
-    read: dict[int, list[int]] = field(default_factory=dict)
-
-    def send(self, message: Message, step: int, tag: int) -> None:
-        after = {self.written[chunk] for chunk in message.chunks if chunk in self.written}
-        for chunk in message.chunks:
-            self.read.setdefault(chunk, []).append(len(self.actions))
-        self.actions.append(Action("send", message.target, message.chunks, step, tag, tuple(sorted(after))))
-
-    def receive(self, message: Message, step: int, tag: int) -> None:
-        after = {self.written[chunk] for chunk in message.chunks if chunk in self.written}
-        for chunk in message.chunks:
-            after.update(self.read.pop(chunk, ()))
-        self.written.update(dict.fromkeys(message.chunks, len(self.actions)))
-        kind: Kind = "reduce" if message.reduce else "copy"
-        self.actions.append(Action(kind, message.source, message.chunks, step, tag, tuple(sorted(after))))
+    for step, messages in enumerate(schedule.steps):
+        for tag, message in enumerate(messages, first):
+            add("send", message.source, message.target, message, step, tag)
+        for tag, message in enumerate(messages, first):
+            add("reduce" if message.reduce else "copy", message.target, message.source, message, step, tag)
+        first += len(messages)
+    return tuple(map(tuple, actions))

@@ -18,13 +18,13 @@ from thinwire.collectives.schedules.schedule import Message, Schedule, Step, che
 
 def all_gather(order: Sequence[int]) -> Schedule:
     """Copies only."""
-    steps = copied_around(check_order(order), [(rank,) for rank in order])
+    steps = around(check_order(order), [(rank,) for rank in order], reduce=False)
     return Schedule(op="all_gather", p=len(order), chunks=whole_blocks(len(order)), steps=steps, name="ring")
 
 
 def reduce_scatter(order: Sequence[int]) -> Schedule:
     """Rank r ends with block r."""
-    steps = reduced_around(check_order(order), [(rank,) for rank in order])
+    steps = around(check_order(order), [(rank,) for rank in order], reduce=True)
     return Schedule(op="reduce_scatter", p=len(order), chunks=whole_blocks(len(order)), steps=steps, name="ring")
 
 
@@ -38,17 +38,8 @@ def bidirectional(ring: Callable[[Sequence[int]], Schedule], order: Sequence[int
     return together([ring(order), ring(order[::-1])], "bidirectional ring")
 
 
-def reduced_around(order: Sequence[int], parts: Sequence[tuple[int, ...]]) -> tuple[Step, ...]:
-    """Reduce-scatter of parts (chunk numbers each) that end at their position."""
-    return _around(order, parts, reduce=True)
-
-
-def copied_around(order: Sequence[int], parts: Sequence[tuple[int, ...]]) -> tuple[Step, ...]:
-    """All-gather of parts that start at their position."""
-    return _around(order, parts, reduce=False)
-
-
-def _around(order: Sequence[int], parts: Sequence[tuple[int, ...]], reduce: bool) -> tuple[Step, ...]:
+def around(order: Sequence[int], parts: Sequence[tuple[int, ...]], reduce: bool) -> tuple[Step, ...]:
+    """Reduce-scatter of parts (chunk numbers each) that end at their position, or all-gather of parts that start there."""
     m = len(order)
     return tuple(
         tuple(Message(order[i], order[(i + 1) % m], chunks, reduce) for i in range(m) if (chunks := parts[(i - reduce - t) % m]))

@@ -20,7 +20,7 @@ above the greatest power of two. The second is the first mirrored, r -> p-1-r, i
 from collections.abc import Callable, Sequence
 
 from thinwire.collectives.schedules.combine import reverse, then, together
-from thinwire.collectives.schedules.schedule import Chunk, Message, Schedule, Step, check_order, check_root, whole_blocks
+from thinwire.collectives.schedules.schedule import Chunk, Message, Schedule, Step, check_order, whole_blocks
 from thinwire.errors import UserError
 
 Parents = tuple[int, ...]
@@ -28,7 +28,6 @@ Parents = tuple[int, ...]
 
 def binomial(p: int, root: int = 0) -> Parents:
     """Counted from the root, the parent of v is v without its lowest set bit. Subtrees are runs of neighbouring ranks."""
-    check_root(root, p)
     return tuple(-1 if rank == root else ((v := (rank - root) % p) - (v & -v) + root) % p for rank in range(p))
 
 
@@ -40,7 +39,6 @@ def chain(order: Sequence[int]) -> Parents:
 
 def star(p: int, root: int = 0) -> Parents:
     """The root sends to each."""
-    check_root(root, p)
     return tuple(-1 if rank == root else root for rank in range(p))
 
 

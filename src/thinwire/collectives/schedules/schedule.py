@@ -46,18 +46,6 @@ class Message:
 Step = tuple[Message, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Elements [first, last) of a block."""
-
-    block: int
-    first: int
-    last: int
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """See the top of the file. `p` ranks; `root` for the ops that have one; chunks are sorted by block, and no block has none."""
@@ -70,7 +58,8 @@ class Schedule:
     root: int | None = None
 
     def __post_init__(self) -> None:
-        ops.known(self.op)
+        if self.op not in ops.OPS:
+            raise UserError(f"unknown collective {self.op!r}; schedules know: {', '.join(ops.OPS)}")
         if self.p < 1:
             raise UserError(f"{self.name}: p = {self.p}; a schedule needs 1 rank or more")
         if ops.rooted(self.op) != (self.root is not None):
@@ -110,16 +99,16 @@ class Schedule:
         """Elements of each block for a message of n elements; see `ops.block_sizes`."""
         return ops.block_sizes(self.op, self.p, n)
 
-    def ranges(self, sizes: Sequence[int]) -> tuple[Range, ...]:
-        """The elements of each chunk, block b having sizes[b] of them."""
+    def ranges(self, sizes: Sequence[int]) -> tuple[range, ...]:
+        """The elements of its block that each chunk covers, block b having sizes[b] of them."""
         if len(sizes) != ops.num_blocks(self.op, self.p) or min(sizes) < 0:
             raise UserError(
                 f"{self.name}: {len(sizes)} sizes {list(sizes)[:8]}; {self.op} among {self.p} ranks needs one per block"
             )
-        result = []
+        result: list[range] = []
         for block, chunks in groupby(self.chunks, lambda chunk: chunk.block):
             sums = list(accumulate((chunk.weight for chunk in chunks), initial=0))
-            result += [Range(block, *(sizes[block] * weight // sums[-1] for weight in ends)) for ends in pairwise(sums)]
+            result += [range(*(sizes[block] * weight // sums[-1] for weight in ends)) for ends in pairwise(sums)]
         return tuple(result)
 
     def flows(self, sizes: Sequence[int], item_bytes: int = 1) -> tuple[tuple[int, int, int], ...]:
@@ -134,12 +123,6 @@ class Schedule:
 def whole_blocks(count: int) -> tuple[Chunk, ...]:
     """A chunk for each of `count` blocks."""
     return tuple(map(Chunk, range(count)))
-
-
-def check_root(root: int, p: int) -> None:
-    """UserError unless `root` is one of p ranks."""
-    if not 0 <= root < p:
-        raise UserError(f"root = {root}, but ranks are 0 to {p - 1}")
 
 
 def check_order(order: Sequence[int]) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ added there; without the plus sign they are copied. The stored form is JSON, one
 """
 
 import json
+from itertools import groupby
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -67,10 +68,5 @@ class _Stored(BaseModel):
 
 def _short(numbers: tuple[int, ...]) -> str:
     """Runs of numbers: 0-3,7."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

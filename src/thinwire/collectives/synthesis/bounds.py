@@ -120,16 +120,14 @@ class _Limits:
     def _gather(self, graph: Graph, share: float, outward: bool) -> Iterator[_Limit]:
         """outward: links out of the set that sends; else the graph is reversed, and the set's incoming links count."""
         total = graph.world_size
-        for group in self._groups():
-            for inside in (group, ~group):
-                ranks = int(self._weights @ inside[: graph.computes])
-                yield self._limit(ranks * share, (inside,), outward, f"the shares of {ranks} of {total} ranks")
-        if graph.computes <= _EXACT and graph.balanced():
-            cut = optimum(graph).cut
-            assert cut is not None
-            inside = np.isin(np.arange(len(graph.nodes)), cut.inside)
-            yield self._limit(cut.ranks * share, (inside,), outward, f"the shares of {cut.ranks} of {total} ranks")
-        elif graph.computes <= _EXACT:
+        sets = [inside for group in self._groups() for inside in (group, ~group)]
+        exact = graph.computes <= _EXACT
+        if exact and graph.balanced() and (cut := optimum(graph).cut) is not None:
+            sets.append(cut)
+        for inside in sets:
+            ranks = int(self._weights @ inside[: graph.computes])
+            yield self._limit(ranks * share, (inside,), outward, f"the shares of {ranks} of {total} ranks")
+        if exact and not graph.balanced():
             time = TreeProgram(graph, BROADCAST, self._weights / total).time()
             yield self._joint(time / graph.bytes_per_s * total * share, outward, "switches pass on no more than they receive")
 

@@ -6,30 +6,100 @@
 
 Real capacities become whole numbers of trees like this: D trees in all; x_u is rounded down to r_u / D, each D c_e up to an
 integer so that switches still pass on what they receive. Every cut then holds the r_u trees, and what is lost falls with D.
+
+A tree carries `weight` of the whole message. Outward (broadcast, all-gather) bytes run from the root to the leaves; inward
+(reduce, reduce-scatter) from the leaves to the root. A path always runs with the bytes.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from math import lcm
 
 import numpy as np
 from scipy.optimize import linprog
 
-from thinwire.collectives.synthesis.balance import switch_balance
-from thinwire.collectives.synthesis.flow import violated_cut
+from thinwire.collectives.synthesis.flow import switch_balance, violated_cut
 from thinwire.collectives.synthesis.graph import Counts, Floats, Graph, Matrix, Pair
 from thinwire.collectives.synthesis.lp import BOTH, BROADCAST, Sharing, TreeProgram, all_reduce_time, sequential_time
 from thinwire.collectives.synthesis.optimum import fixed_k, optimum
 from thinwire.collectives.synthesis.packing import Packing, Partial
-from thinwire.collectives.synthesis.split import Piece, take, without_switches
-from thinwire.collectives.synthesis.trees import Edge, Forest, Tree, congestion
+from thinwire.collectives.synthesis.split import Piece, paired, take, without_switches
 from thinwire.errors import UserError
 
 _LOSS = 0.02
 """Few trees mean few messages: a fiftieth of the bandwidth is given for them where roots or links are shared unequally."""
 _TREES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 48, 96, 192, 384, 768)
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """Ranks, and the names of the nodes that the bytes pass, both ends included (one name: they never leave the node)."""
+
+    parent: int
+    child: int
+    path: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """A spanning tree of the ranks; an edge comes after the edge to its parent."""
+
+    root: int
+    weight: Fraction
+    edges: tuple[Edge, ...]
+
+    @property
+    def depth(self) -> int:
+        """Edges from the root to the farthest rank."""
+        level = {self.root: 0}
+        for edge in self.edges:
+            level[edge.child] = level[edge.parent] + 1
+        return max(level.values())
+
+    def parents(self) -> tuple[int, ...]:
+        """The parent of each rank, -1 for the root."""
+        parents = [-1] * (len(self.edges) + 1)
+        for edge in self.edges:
+            parents[edge.child] = edge.parent
+        return tuple(parents)
+
+
+@dataclass(frozen=True, slots=True)
+class Forest:
+    """Trees whose weights add up to 1, and the seconds that a byte of the message takes when all run at once."""
+
+    inward: bool
+    trees: tuple[Tree, ...]
+    seconds_per_byte: float
+
+    @property
+    def depth(self) -> int:
+        return max(tree.depth for tree in self.trees)
+
+    def weighted(self) -> tuple[tuple[tuple[int, ...], int], ...]:
+        """(parents, integer weight) of each tree; those that differ only in their physical paths are one."""
+        weights: defaultdict[tuple[int, ...], Fraction] = defaultdict(Fraction)
+        for tree in self.trees:
+            weights[tree.parents()] += tree.weight
+        common = lcm(*(weight.denominator for weight in weights.values()))
+        return tuple((parents, int(weight * common)) for parents, weight in weights.items())
+
+    def shares(self) -> dict[int, Fraction]:
+        """What part of the message has its root at each rank."""
+        shares: defaultdict[int, Fraction] = defaultdict(Fraction)
+        for tree in self.trees:
+            shares[tree.root] += tree.weight
+        return dict(sorted(shares.items()))
+
+    def reversed(self) -> "Forest":
+        """The same trees in the reversed graph, their bytes running in the other direction."""
+        trees = tuple(
+            replace(tree, edges=tuple(replace(edge, path=edge.path[::-1]) for edge in tree.edges)) for tree in self.trees
+        )
+        return Forest(not self.inward, trees, self.seconds_per_byte)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,54 +116,38 @@ class AllReducePlan:
         parts: list[tuple[Tree, Tree, Fraction]] = []
         for root in self.reduce.shares():
             ups = [(tree, tree.weight) for tree in self.reduce.trees if tree.root == root]
-            downs = [(tree, tree.weight) for tree in self.broadcast.trees if tree.root == root]
-            while ups:
-                (up, left), (down, other) = ups.pop(0), downs.pop(0)
-                part = min(left, other)
-                parts.append((up, down, part))
-                if left > part:
-                    ups.insert(0, (up, left - part))
-                if other > part:
-                    downs.insert(0, (down, other - part))
+            parts += paired(ups, [(tree, tree.weight) for tree in self.broadcast.trees if tree.root == root])
         return tuple(parts)
 
 
-def packed(graph: Graph, op: str, root: int = 0) -> Forest:
-    """The trees of any op but all_reduce (`all_reduce_plan`) and all_to_all, which has none."""
+def congestion(graph: Graph, *trees: Tree) -> float:
+    """Seconds per byte of the busiest link when all `trees` run at the same time."""
+    index = {name: node for node, name in enumerate(graph.nodes)}
+    loads: defaultdict[tuple[int, int], Fraction] = defaultdict(Fraction)
+    for tree in trees:
+        for edge in tree.edges:
+            for a, b in pairwise(edge.path):
+                loads[index[a], index[b]] += tree.weight
+    busiest = max((load / graph.capacity[link] for link, load in loads.items()), default=Fraction(0))
+    return float(busiest) / graph.bytes_per_s
+
+
+def packed(graph: Graph, op: str, root: int = 0, k: int | None = None) -> Forest:
+    """The trees of any op but all_reduce (`all_reduce_plan`) and all_to_all, which has none.
+
+    k: of an all-gather or reduce-scatter, trees for each rank; None: the exact optimum, where switches are balanced.
+    """
     match op:
-        case "all_gather":
-            return all_gather_forest(graph)
         case "reduce_scatter":
-            return reduce_scatter_forest(graph)
+            return packed(graph.reversed(), "all_gather", k=k).reversed()
+        case "reduce":
+            return packed(graph.reversed(), "broadcast", root).reversed()
         case "broadcast":
-            return broadcast_forest(graph, root)
-        case _:
-            return reduce_forest(graph, root)
-
-
-def all_gather_forest(graph: Graph, k: int | None = None) -> Forest:
-    """Each rank broadcasts 1/W of the whole. k: trees for each rank; None: the exact optimum, where switches are balanced."""
+            return _shared(graph, np.eye(1, graph.computes, graph.node_of(root))[0], root)
     if graph.computes == 1 or k is not None or graph.balanced():
         best = optimum(graph) if k is None else fixed_k(graph, k)
         return _forest(graph, best.capacity, graph.weights * best.k)
     return _shared(graph, graph.weights / graph.world_size)
-
-
-def reduce_scatter_forest(graph: Graph, k: int | None = None) -> Forest:
-    """The all-gather backwards."""
-    return all_gather_forest(graph.reversed(), k).reversed()
-
-
-def broadcast_forest(graph: Graph, root: int) -> Forest:
-    """Trees from the rank `root`, together as fast as the tightest cut."""
-    shares = np.zeros(graph.computes)
-    shares[graph.node_of(root)] = 1
-    return _shared(graph, shares, root)
-
-
-def reduce_forest(graph: Graph, root: int) -> Forest:
-    """The broadcast backwards."""
-    return broadcast_forest(graph.reversed(), root).reversed()
 
 
 def all_reduce_plan(graph: Graph) -> AllReducePlan:
@@ -104,7 +158,8 @@ def all_reduce_plan(graph: Graph) -> AllReducePlan:
     time, sequential = all_reduce_time(graph), sequential_time(graph)
     if sequential is not None and sequential <= time * (1 + 1e-6):
         # Equal shares lose nothing, and their trees are lower. Either half keeps the links busy in its own half of the time.
-        reduce, broadcast = reduce_scatter_forest(graph, _small_k(graph.reversed())), all_gather_forest(graph, _small_k(graph))
+        reduce = packed(graph, "reduce_scatter", k=_small_k(graph.reversed()))
+        broadcast = packed(graph, "all_gather", k=_small_k(graph))
     else:
         sharing = TreeProgram(graph, BOTH).solve()
         roots, outward, inward = _rounded(graph, sharing)

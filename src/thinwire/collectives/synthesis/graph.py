@@ -90,15 +90,16 @@ def graph_of(cluster: Cluster) -> Graph:
         pair = index[link.source], index[link.target]
         capacity[pair] = _exact(link.bandwidth_bps.value)
         latency_s[pair] = link.latency_s.value
-    result = Graph(
-        name=cluster.name,
-        nodes=nodes,
-        ranks=tuple(tuple(ranks) for ranks in places.values()),
-        capacity=capacity,
-        latency_s=latency_s,
-        bytes_per_s=1 / (8 * FRAME_OVERHEAD),
+    return _checked(
+        Graph(
+            name=cluster.name,
+            nodes=nodes,
+            ranks=tuple(tuple(ranks) for ranks in places.values()),
+            capacity=capacity,
+            latency_s=latency_s,
+            bytes_per_s=1 / (8 * FRAME_OVERHEAD),
+        )
     )
-    return checked(result)
 
 
 def matrix_graph(
@@ -107,8 +108,6 @@ def matrix_graph(
     switches: Sequence[int] = (),
     name: str = "matrix",
     names: Sequence[str] = (),
-    latency_s: float = 0.0,
-    bytes_per_s: float = 1e9,
 ) -> Graph:
     """A graph from a matrix of capacities, rows[from][to], 0 where there is no link (as ForestColl's topologies, in GB/s).
 
@@ -132,18 +131,19 @@ def matrix_graph(
     computes = size - len(set(switches))
     if not computes:
         raise UserError(f"{name}: all {size} nodes are switches; one or more must compute")
-    result = Graph(
-        name=name,
-        nodes=tuple(names[node] if names else f"node{node}" for node in order),
-        ranks=tuple((rank,) for rank in range(computes)),
-        capacity=capacity,
-        latency_s=dict.fromkeys(capacity, latency_s),
-        bytes_per_s=bytes_per_s,
+    return _checked(
+        Graph(
+            name=name,
+            nodes=tuple(names[node] if names else f"node{node}" for node in order),
+            ranks=tuple((rank,) for rank in range(computes)),
+            capacity=capacity,
+            latency_s=dict.fromkeys(capacity, 0.0),
+            bytes_per_s=1e9,
+        )
     )
-    return checked(result)
 
 
-def checked(graph: Graph) -> Graph:
+def _checked(graph: Graph) -> Graph:
     """`graph` without nodes that lie on no path between ranks. UserError where a link carries nothing or ranks cannot meet."""
     for (source, target), value in graph.capacity.items():
         if value <= 0:

@@ -20,8 +20,7 @@ import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import block_diag, csr_array, eye_array, hstack, vstack
 
-from thinwire.collectives.synthesis.balance import switch_balance
-from thinwire.collectives.synthesis.flow import min_cut
+from thinwire.collectives.synthesis.flow import min_cut, switch_balance
 from thinwire.collectives.synthesis.graph import Floats, Graph, Mask
 from thinwire.collectives.synthesis.optimum import optimum
 

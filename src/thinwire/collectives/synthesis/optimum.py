@@ -18,28 +18,19 @@ from math import gcd
 
 import numpy as np
 
-from thinwire.collectives.synthesis.balance import balanced_part
-from thinwire.collectives.synthesis.flow import violated_cut
+from thinwire.collectives.synthesis.flow import balanced_part, violated_cut
 from thinwire.collectives.synthesis.graph import Counts, Graph, Mask, Matrix
 from thinwire.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """The nodes inside, and how many ranks are on them."""
-
-    inside: tuple[int, ...]
-    ranks: int
-
-
-@dataclass(frozen=True, slots=True)
 class Optimum:
-    """time = 1/x: what a rank's share of size 1 takes. k: trees a rank. capacity: trees a link. cut: None if k is given."""
+    """time = 1/x: what a rank's share of size 1 takes. k: trees a rank. capacity: trees a link. cut: its inside, or None."""
 
     time: Fraction
     k: int
     capacity: Matrix
-    cut: Cut | None
+    cut: Mask | None
 
     def bytes_per_s(self, graph: Graph) -> float:
         """The algorithm's bandwidth: bytes of the gathered whole in a second."""
@@ -55,12 +46,11 @@ def optimum(graph: Graph) -> Optimum:
     if not graph.balanced():
         raise UserError(f"{graph.name}: a switch receives more than it can send, or less; balance it, or ask for a fixed k")
     time, inside = _newton(capacity, weights)
-    cut = Cut(tuple(np.flatnonzero(inside).tolist()), int(weights @ inside[: len(weights)]))
     scale = Fraction(time.numerator, gcd(time.denominator, *(int(value) for value in capacity[capacity > 0])))
     k = scale / time
     assert k.denominator == 1
     whole = np.array([[int(scale * int(value)) for value in row] for row in capacity], dtype=np.int64)
-    return Optimum(time * factor, int(k), whole, cut)
+    return Optimum(time * factor, int(k), whole, inside)
 
 
 def _newton(capacity: Matrix, weights: Counts) -> tuple[Fraction, Mask]:

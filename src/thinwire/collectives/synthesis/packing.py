@@ -31,10 +31,6 @@ class Partial:
     depth: dict[int, int]
     edges: list[Pair]
 
-    def size(self) -> tuple[int, int, int]:
-        """What orders trees: depth first, then nodes."""
-        return max(self.depth.values()), len(self.depth), self.root
-
 
 class Packing:
     """Capacities that shrink and partial trees that wait, while trees grow by one edge at a time."""
@@ -67,8 +63,8 @@ class Packing:
             return Partial(root, count, {root: 0}, [])
         if not self._growing:
             return None
-        place = -1 if self._many else min(range(len(self._growing)), key=lambda place: self._growing[place].size())
-        return self._growing.pop(place)
+        sizes = [(max(one.depth.values()), len(one.depth), one.root) for one in self._growing]
+        return self._growing.pop(-1 if self._many else sizes.index(min(sizes)))
 
     def _grow(self, tree: Partial) -> None:
         """Add one edge: from the node nearest to the root that has one for half of these trees or more, else the one for most."""

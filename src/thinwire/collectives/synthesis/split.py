@@ -10,7 +10,9 @@ The order decides how deep the trees become, so a whole plan is tried first, and
 A cut that is just large enough stays so; pairs that would shrink one are skipped without asking.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -42,7 +44,9 @@ class Split:
         if u == t:
             return
         self.capacity[u, t] += amount
-        self.paths.setdefault((u, t), []).extend(_joined(heads, tails))
+        # Put end to end; a loop in one is cut off, which only frees links.
+        joined = [(_without_loops(head + tail[1:]), part) for head, tail, part in paired(heads, tails)]
+        self.paths.setdefault((u, t), []).extend(joined)
 
     def most(self, u: int, w: int, t: int, wanted: int) -> int:
         """The largest amount up to `wanted` by which (u, w), (w, t) can be split off: none that shrinks a tight cut."""
@@ -78,19 +82,29 @@ def without_switches(capacity: Matrix, roots: Counts) -> tuple[Matrix, dict[Pair
     return split.capacity[:computes, :computes], split.paths
 
 
-def take(pieces: list[Piece], amount: int) -> list[Piece]:
-    """Remove `amount` from the front of `pieces`; return what was removed."""
-    taken: list[Piece] = []
+def take(pieces: list[Any], amount: Any) -> list[Any]:
+    """Remove `amount` from the front of `pieces`, (what, how much) each; return what was removed."""
+    taken: list[Any] = []
     while amount:
-        path, size = pieces[0]
+        what, size = pieces[0]
         part = min(size, amount)
-        taken.append((path, part))
+        taken.append((what, part))
         amount -= part
         if part == size:
             pieces.pop(0)
         else:
-            pieces[0] = path, size - part
+            pieces[0] = what, size - part
     return taken
+
+
+def paired(pieces: list[Any], others: list[Any]) -> Iterator[tuple[Any, Any, Any]]:
+    """(one, other, how much of both), until both lists, which hold as much, are used up."""
+    while pieces:
+        (one, size), (other, left) = pieces[0], others[0]
+        part = min(size, left)
+        yield one, other, part
+        take(pieces, part)
+        take(others, part)
 
 
 def _order(capacity: Matrix, w: int, computes: int) -> tuple[bool, int, int, int]:
@@ -160,18 +174,6 @@ def _filled(rows: Counts, columns: Counts, limit: Matrix) -> Matrix:
     graph[:size, size : 2 * size] = limit
     graph[size : 2 * size, 2 * size + 1] = columns
     return np.maximum(max_flow(graph, 2 * size, 2 * size + 1)[1], 0)[:size, size : 2 * size]
-
-
-def _joined(heads: list[Piece], tails: list[Piece]) -> list[Piece]:
-    """Paths to w and paths from w, put end to end; a loop in one is cut off, which only frees links."""
-    joined: list[Piece] = []
-    while heads:
-        (head, size), (tail, other) = heads[0], tails[0]
-        part = min(size, other)
-        joined.append((_without_loops(head + tail[1:]), part))
-        take(heads, part)
-        take(tails, part)
-    return joined
 
 
 def _without_loops(path: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,10 +1,9 @@
 """What a topology allows, in words: the optimum or bound of an op, which cut it comes from, and the trees that reach it."""
 
 from thinwire.collectives.synthesis.bounds import bound
-from thinwire.collectives.synthesis.forest import all_reduce_plan, packed
+from thinwire.collectives.synthesis.forest import Forest, all_reduce_plan, packed
 from thinwire.collectives.synthesis.graph import Graph
 from thinwire.collectives.synthesis.optimum import fixed_k, optimum
-from thinwire.collectives.synthesis.trees import Forest
 from thinwire.units import show
 
 PACKED = 32

@@ -11,6 +11,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 from thinwire.collectives.choose.native import ORDERED
 from thinwire.collectives.run.compiler import in_place
 from thinwire.collectives.run.engine import Engine
+from thinwire.collectives.run.runner import COMBINE
 from thinwire.collectives.schedules import ops
 from thinwire.collectives.schedules.schedule import Schedule
 from thinwire.collectives.schedules.table import from_json, to_json
@@ -18,13 +19,7 @@ from thinwire.collectives.schedules.verify import verify
 from thinwire.collectives.wire import sent_bytes
 from thinwire.errors import UserError
 
-REDUCTIONS: Mapping[str, Any] = {
-    "sum": dist.ReduceOp.SUM,
-    "avg": dist.ReduceOp.AVG,
-    "max": dist.ReduceOp.MAX,
-    "min": dist.ReduceOp.MIN,
-    "product": dist.ReduceOp.PRODUCT,
-}
+REDUCTIONS: Mapping[str, Any] = {name: getattr(dist.ReduceOp, name.upper()) for name in COMBINE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +86,6 @@ class Call:
 
     @property
     def message_bytes(self) -> int:
-        """What is handed in."""
         return self.elements * self.given.element_size()
 
 

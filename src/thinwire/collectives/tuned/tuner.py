@@ -5,15 +5,18 @@ first; the seconds of a turn are those of the slowest rank, of an implementation
 one, is fast at times); of equal ones the first advised is the best. It replaces the backend's own only if it takes less than
 `WORTH` of its time (`SHORT_WORTH` for short calls). All ranks see the same numbers, and so choose alike.
 
-What was measured in an earlier run on this network (`network`, `cache`) is timed once more when it is first used in a run, alone,
+What was measured in an earlier run on this network (`cache`) is timed once more when it is first used in a run, alone,
 and on the size that it was measured on: others of its class take up to twice as long. It holds if that took between 1 / `STALE`
 and `STALE` of the stored seconds; else the network is not what it was, and all is measured.
+
+What groups have decided is what predictions go by (`Chosen`): bytes and seconds of the implementations that were chosen.
 """
 
+import functools
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import inf
 from pathlib import Path
 from statistics import median
@@ -23,16 +26,22 @@ import torch
 import torch.distributed as dist
 
 from thinwire.cluster import Cluster
-from thinwire.collectives.choose.calibrate import PROBE_BYTES
+from thinwire.cluster.graph import Routes
+from thinwire.collectives.choose.call import CollectiveCall, collective_call
 from thinwire.collectives.choose.costs import Costs
+from thinwire.collectives.choose.native import closed_form_s, simulate_native
+from thinwire.collectives.choose.simulate import simulate
+from thinwire.collectives.price import Carrier
 from thinwire.collectives.run.engine import Engine
 from thinwire.collectives.run.transport import Place
+from thinwire.collectives.schedules import ops
 from thinwire.collectives.schedules.doubling import recursive_doubling
-from thinwire.collectives.tuned.advice import Advisor
-from thinwire.collectives.tuned.cache import Cache, beside
+from thinwire.collectives.tuned.advice import PROBE_BYTES, Advisor
+from thinwire.collectives.tuned.cache import Cache, Network, network_of
 from thinwire.collectives.tuned.implementation import NATIVE, Call, Implementation, example, perform, wire_bytes
-from thinwire.collectives.tuned.network import Network, network_of
+from thinwire.collectives.wire import Flow, flows
 from thinwire.errors import UserError
+from thinwire.traffic import Transfer
 from thinwire.units import show
 
 TURNS = 3
@@ -74,17 +83,12 @@ class Tuner:
         measures: bool = True,
         report: Callable[[str], None] = print_to_stderr,
     ) -> None:
-        self._advisor, self._cache, self._measures, self._report = advisor, cache or Cache(None), measures, report
+        self.advisor, self._cache, self._measures, self._report = advisor, cache or Cache(None), measures, report
         self.chosen: dict[Key, Implementation] = {}
         self._calibrated: set[int] = set()
         self._hosts: dict[tuple[int, ...], list[str]] = {}
         self._timed: set[str] = set()
         """Calls that were timed in this run."""
-
-    @property
-    def costs(self) -> Costs:
-        """Of messages, as far as this rank knows them."""
-        return self._advisor.costs
 
     def decide(self, engine: Engine, call: Call) -> Implementation:
         """In a job of `engine`. Collective."""
@@ -133,8 +137,8 @@ class Tuner:
 
     def _network(self, place: Place) -> Network:
         """On the first rank. UserError for ranks that the cluster does not have."""
-        self._advisor.check(place.ranks)
-        return network_of(self._advisor.cluster, place.ranks, self._hosts[place.ranks])
+        self.advisor.check(place.ranks)
+        return network_of(self.advisor.cluster, place.ranks, self._hosts[place.ranks])
 
     def _stored(self, key: str, call: Call, place: Place) -> dict[str, Any] | None:
         """On the first rank: what was measured on this network; None if nothing was, or what is stored cannot be used."""
@@ -169,8 +173,8 @@ class Tuner:
 
     def _offers(self, call: Call, place: Place) -> list[dict[str, Any]]:
         """On the first rank: what to try, all of it proven right."""
-        priced = self._advisor.implementations(call.op, call.message_bytes, place.ranks, call.root)
-        offers = [one for one, _ in (priced if self._measures else priced[:1])]
+        advised = self.advisor.implementations(call.op, call.message_bytes, place.ranks, call.root)
+        offers = advised if self._measures else advised[:1]
         for one in offers:
             one.check(call, place.size)
         return [one.to_plain() for one in offers]
@@ -189,13 +193,13 @@ class Tuner:
             if steady == STEADY_TURNS:
                 break
         if engine.place.rank == 0:
-            self._advisor.calibrate(p, *least)
+            self.advisor.calibrate(p, *least)
 
 
 def make_tuner(cluster: Cluster | None, file: str, *, measures: bool, cache: str = "") -> Tuner:
     """file: that `cluster` came from; what is measured is stored beside it, if it is one, or in `cache`."""
-    path = Path(cache) if cache else beside(Path(file)) if Path(file).is_file() else None
-    return Tuner(Advisor(cluster), Cache(path), measures=measures)
+    beside = Path(file).with_suffix(".collectives.json") if Path(file).is_file() else None
+    return Tuner(Advisor(cluster), Cache(Path(cache) if cache else beside), measures=measures)
 
 
 def _from_first(engine: Engine, call: Call, function: Callable[[], Any]) -> Any:
@@ -261,3 +265,50 @@ def _timed(engine: Engine, implementation: Implementation, call: Call, repeats: 
         engine.record(call.op, call.message_bytes, wire_bytes(implementation, call, engine))
         total += time.perf_counter() - started
     return total / repeats
+
+
+class Chosen(Carrier):
+    """What the groups of this process have decided so far; gloo's own for the rest.
+
+    Of a group that this rank is not in, it takes what a group of as many ranks has decided.
+    """
+
+    def __init__(self, tuner: Tuner, cluster: Cluster) -> None:
+        self._tuner, self._cluster = tuner, cluster
+        self._simulated_s = functools.cache(self._simulate)
+
+    def flows(self, transfer: Transfer, group: Sequence[int]) -> tuple[Flow, ...]:
+        op, message_bytes, p = transfer.op, transfer.message_bytes, len(group)
+        chosen = self._implementation(transfer, tuple(group))
+        if chosen.schedule is not None:
+            return chosen.schedule.flows(ops.block_sizes(op, p, message_bytes // transfer.item_bytes), transfer.item_bytes)
+        if chosen.order is not None:
+            own = flows(op, message_bytes, p, chosen.order.index(0))
+            return tuple((chosen.order[source], chosen.order[target], size) for source, target, size in own)
+        return super().flows(transfer, group)
+
+    def seconds(self, routes: Routes, transfer: Transfer, group: Sequence[int]) -> float:
+        chosen = self._implementation(transfer, tuple(group))
+        if chosen.native:
+            return super().seconds(routes, transfer, group)
+        return self._simulated_s(chosen, transfer.op, transfer.message_bytes, tuple(group))
+
+    def about(self) -> str:
+        names = sorted({f"{op} by {one.name}" for (_, op, _, _), one in self._tuner.chosen.items() if not one.native})
+        return f"collectives: {', '.join(names)}; for the rest gloo's own" if names else super().about()
+
+    def _implementation(self, transfer: Transfer, group: tuple[int, ...]) -> Implementation:
+        chosen, call = self._tuner.chosen, (transfer.op, size_class(transfer.message_bytes), 0)
+        alike = (one for (ranks, *other), one in chosen.items() if len(ranks) == len(group) and tuple(other) == call)
+        return chosen.get((group, *call)) or next(alike, NATIVE)
+
+    def _simulate(self, chosen: Implementation, op: str, message_bytes: int, group: tuple[int, ...]) -> float:
+        return predicted_s(chosen, collective_call(self._cluster, op, message_bytes, group), self._tuner.advisor.costs)
+
+
+def predicted_s(implementation: Implementation, call: CollectiveCall, costs: Costs, calls: int = 1) -> float:
+    """Seconds of one of `calls` back to back."""
+    if implementation.schedule is not None:
+        return simulate(implementation.schedule, call.message_bytes, call.routes, costs, calls).seconds / calls
+    run = simulate_native(call, implementation.order, costs, calls)
+    return run.seconds / calls if run else closed_form_s(call, implementation.order)

@@ -55,10 +55,6 @@ class BoundaryCodec(Flat):
         """What `pack` was given, up to the codec's error. payload: uint8, from an even byte of its storage."""
         return self.decode(payload, shape).to(dtype)
 
-    def error_bound(self, values: Tensor) -> Tensor:
-        """Largest error of each value in float32; a shorter dtype then rounds once more."""
-        return self.codec.error_bound(self._filled(values))[: values.numel()].view(values.shape)
-
     def _filled(self, values: Tensor) -> Tensor:
         """Flat, with zeros up to a whole block."""
         return pad(flat_float32(values, self.boundary), (0, -values.numel() % self.codec.block))
@@ -69,13 +65,11 @@ class CodedBoundary(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward: BoundaryCodec | None, backward: BoundaryCodec | None) -> Tensor:
-        """The decoded value."""
         ctx.backward_codec = backward
         return _crossed(x, forward)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """The decoded gradient."""
         return _crossed(gradients[0], ctx.backward_codec), None, None
 
 

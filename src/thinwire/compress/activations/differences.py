@@ -79,7 +79,6 @@ class Differences:
         return arrived.to(dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        """The copies."""
         return {"copies": dict(self.copies)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

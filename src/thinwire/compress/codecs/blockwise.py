@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from thinwire.compress.codecs.blocked import Fusable, Kernels
-from thinwire.compress.codecs.fused import SMALLEST, inverse, round_bf16
+from thinwire.compress.codecs.fused import inverse, round_bf16
 from thinwire.errors import UserError
 
 INT8_BLOCK, INT4_BLOCK, HALF = 256, 128, 64
@@ -148,13 +148,6 @@ class _Integers(Fusable):
 
         return Kernels.of(encode, self.decode_kernel, subtract)
 
-    def error_bound(self, values: Tensor) -> Tensor:
-        """Half a scale or a whole one; a scale may be 2^-8 or 2^-7 more than max / levels; plus what float32 rounds off."""
-        largest = _largest(self.rows(values))
-        steps = (1 + 2**-8) * (0.5 + 2**-14) if self.rounding == "nearest" else (1 + 2**-7) * (1 + 2**-14)
-        tiny = largest < 2 * self.levels * SMALLEST
-        return torch.where(tiny, largest, largest * (steps / self.levels)).view(-1).repeat_interleave(self.block)
-
 
 class Int8(_Integers):
     """8.0625 bits a value."""
@@ -166,12 +159,10 @@ class Int8(_Integers):
 
     @staticmethod
     def put(numbers: Tensor, codes: Tensor) -> None:
-        """One in a byte."""
         codes.copy_(numbers)
 
     @staticmethod
     def decode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-        """Code times scale."""
         rows.copy_(codes)
         rows.mul_(header.to(torch.float32))
 
@@ -190,12 +181,10 @@ class Int4(_Integers):
 
     @staticmethod
     def put(numbers: Tensor, codes: Tensor) -> None:
-        """Two in a byte."""
         _pack(numbers, codes)
 
     @staticmethod
     def decode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-        """Code times scale."""
         rows.unflatten(-1, (2, HALF)).copy_(_unpack(codes).mul_(header.to(torch.float32).unsqueeze(-1)))
 
     def make_kernels(self) -> Kernels:
@@ -212,14 +201,6 @@ class Int4(_Integers):
             rows.copy_(rotate(numbers.flatten(-2)))
 
         return Kernels.of(encode, decode)
-
-    def error_bound(self, values: Tensor) -> Tensor:
-        """That of integers; of a rotated block, all errors of the block added up."""
-        if not self.hadamard:
-            return super().error_bound(values)
-        rotated = rotate(self.rows(values) * (1 / self.block))
-        largest = _largest(rotated) * (1 + 2**-10)
-        return (super().error_bound(largest.expand_as(rotated).reshape(-1)) * self.block).view(-1)
 
 
 @dataclass(frozen=True)
@@ -247,9 +228,3 @@ class Float4(Fusable):
         numbers = _unpack(codes)
         powers = ((numbers.abs().to(torch.int32) + 120) << 23).view(torch.float32)
         rows.unflatten(-1, (2, HALF)).copy_(numbers.sign_().mul_(powers).mul_(header.to(torch.float32).unsqueeze(-1)))
-
-    def error_bound(self, values: Tensor) -> Tensor:
-        """A third of the value, or half of the smallest power."""
-        largest = _largest(self.rows(values))
-        smallest = torch.where(largest < 2 * SMALLEST, largest, largest * (2**-7 * (1 + 2**-7)))
-        return torch.maximum(values.abs() * ((1 + 2**-20) / 3), smallest.view(-1).repeat_interleave(self.block))

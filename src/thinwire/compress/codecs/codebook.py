@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from thinwire.compress.codecs.blocked import Blocked, bits_of, digits_packed
-from thinwire.compress.codecs.fused import SMALLEST, inverse, pairwise_sum, round_bf16
+from thinwire.compress.codecs.fused import inverse, pairwise_sum, round_bf16
 
 BLOCK, BYTES, BINS = 4096, 1024, 4
 
@@ -41,7 +41,6 @@ class Codebook2(Blocked):
 
     @staticmethod
     def encode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-        """See the formula above."""
         parts, scales, root = _normalised(rows)
         bins = (parts >= -root).to(torch.uint8) + (parts >= 0).to(torch.uint8) + (parts >= root).to(torch.uint8)
         means = []
@@ -54,14 +53,5 @@ class Codebook2(Blocked):
 
     @staticmethod
     def decode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-        """The mean of each value's bin."""
         bins = bits_of(codes.view(torch.uint8), 2).view(-1, BLOCK)
         rows.copy_(header.to(torch.float32).gather(1, bins.to(torch.int64)))
-
-    def error_bound(self, values: Tensor) -> Tensor:
-        """The width of an inner bin, or of the widest outer one."""
-        rows = self.rows(values)
-        largest, (_, scales, root) = rows.abs().amax(1), _normalised(rows)
-        inner = (root * scales).squeeze(1)
-        bound = torch.maximum(inner, largest - inner) + largest * (2**-8 + 2**-14)
-        return torch.where(largest < 2 * SMALLEST, largest, bound).repeat_interleave(self.block)

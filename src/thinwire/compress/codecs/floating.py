@@ -17,9 +17,6 @@ from thinwire.compress.base import Codec, check_payload, check_values
 
 @dataclass(frozen=True)
 class _Float(Codec):
-    relative: ClassVar[float]
-    absolute: ClassVar[float]
-
     def payload_bytes(self, numel: int) -> int:
         return numel * self.wire_dtype.itemsize
 
@@ -31,19 +28,12 @@ class _Float(Codec):
         check_payload(payload, self.payload_bytes(numel))
         return payload.view(self.wire_dtype).to(torch.float32)
 
-    def error_bound(self, values: Tensor) -> Tensor:
-        """Half a unit in the last place; inf where the value is out of range."""
-        bound = values.abs() * self.relative + self.absolute
-        return torch.where(values.abs() <= torch.finfo(self.wire_dtype).max, bound, torch.inf)
-
 
 class BFloat16(_Float):
     """float32 with the lower half of its bits rounded away."""
 
     name: ClassVar[str] = "bf16"
     wire_dtype: ClassVar[torch.dtype] = torch.bfloat16
-    relative: ClassVar[float] = 2**-8
-    absolute: ClassVar[float] = 2**-134
 
 
 class Float16(_Float):
@@ -51,8 +41,6 @@ class Float16(_Float):
 
     name: ClassVar[str] = "fp16"
     wire_dtype: ClassVar[torch.dtype] = torch.float16
-    relative: ClassVar[float] = 2**-11
-    absolute: ClassVar[float] = 2**-25
 
 
 class Float32(_Float):
@@ -60,5 +48,3 @@ class Float32(_Float):
 
     name: ClassVar[str] = "float32"
     wire_dtype: ClassVar[torch.dtype] = torch.float32
-    relative: ClassVar[float] = 0.0
-    absolute: ClassVar[float] = 0.0

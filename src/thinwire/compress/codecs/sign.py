@@ -35,19 +35,11 @@ class Sign(Blocked):
 
     @staticmethod
     def encode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-        """See the formula above."""
         header.copy_(round_bf16(_means(rows)))
         negative = (rows < 0).to(torch.uint8).view(-1, BITS, BYTES)
         codes.view(torch.uint8).copy_(digits_packed(negative, 2))
 
     @staticmethod
     def decode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-        """Scale times 1 - 2 bit."""
         scales = header.to(torch.float32).unsqueeze(2)
         rows.view(-1, BITS, BYTES).copy_((1.0 - 2.0 * bits_of(codes.view(torch.uint8), 1)) * scales)
-
-    def error_bound(self, values: Tensor) -> Tensor:
-        """How far the size of the value is from the mean, and what bf16 moves the mean."""
-        means = _means(self.rows(values))
-        bound = (self.rows(values).abs() - means).abs() + means * (2**-8 + 2**-16) + 2**-133
-        return bound.view(-1)

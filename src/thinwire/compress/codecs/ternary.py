@@ -40,7 +40,6 @@ class Ternary(Blocked):
 
     @staticmethod
     def encode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-        """See the formula above."""
         sizes = rows.abs()
         chosen = (sizes >= _thresholds(rows)).to(torch.float32)
         share = chosen.sum(1) * (1 / BLOCK)
@@ -50,7 +49,6 @@ class Ternary(Blocked):
 
     @staticmethod
     def decode_kernel(rows: Tensor, header: Tensor, codes: Tensor) -> None:
-        """Digits times scale."""
         scales = header.to(torch.float32).unsqueeze(2)
         rest = codes.to(torch.float32)
         digits = []
@@ -58,10 +56,3 @@ class Ternary(Blocked):
             digits.append((rest * (1 / 3**digit)).round())
             rest = rest - digits[-1] * 3**digit
         rows.view(-1, DIGITS, BYTES).copy_(torch.stack(digits[::-1], 1) * scales)
-
-    def error_bound(self, values: Tensor) -> Tensor:
-        """The threshold, or from there to the largest."""
-        rows = self.rows(values)
-        largest, threshold = rows.abs().amax(1), _thresholds(rows).squeeze(1)
-        bound = torch.maximum(threshold, largest - threshold) * (1 + 2**-16) + largest * (2**-8 + 2**-16)
-        return torch.where(largest < SMALLEST, largest, bound).repeat_interleave(self.block)

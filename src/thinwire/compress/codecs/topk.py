@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from thinwire.compress.base import Codec, check_payload, check_values
-from thinwire.compress.codecs.fused import SMALLEST, inverse, round_bf16
+from thinwire.compress.codecs.fused import inverse, round_bf16
 from thinwire.errors import UserError
 
 CHUNK = 4096
@@ -81,18 +81,6 @@ class TopK(Codec):
         places = unpack_places(payload[border:].view(chunks, 3 * self.k // 2))
         rows = torch.zeros(chunks, CHUNK, device=payload.device)
         return rows.scatter_(1, places, self._uncode(payload[:border], chunks)).view(-1)
-
-    def error_bound(self, values: Tensor) -> Tensor:
-        """The k-th largest of the chunk, or the rounding of what is sent."""
-        sizes = values.view(-1, CHUNK).abs()
-        chosen = sizes.topk(self.k, dim=1).values if sizes.shape[0] else sizes[:, : self.k]
-        largest, last = chosen[:, :1], chosen[:, -1:]
-        if self.values == "bf16":
-            rounding = sizes * 2**-8 + 2**-134
-        else:
-            half_scale = largest * ((1 + 2**-8) * (0.5 + 2**-14) / 127)
-            rounding = torch.where(largest < 254 * SMALLEST, largest, half_scale).expand_as(sizes)
-        return torch.where(sizes > last, rounding, torch.maximum(last, rounding)).view(-1)
 
     def _code(self, chosen: Tensor) -> list[Tensor]:
         """[chunks, k] float32 -> the parts of the payload before the places."""
