@@ -50,12 +50,12 @@ class Anchor:
         for parameter in parameters:
             self.pieces.append(Piece(parameter.name, first, parameter.shape))
             first += parameter.numel
-        self.values = torch.cat([shards[piece.name].reshape(-1).to(self.dtype) for piece in self.pieces])
+        self.values = self._flat(shards)
         self.momentum = torch.zeros_like(self.values if with_momentum else self.values[:0])
 
     def reached(self, shards: Shards) -> torch.Tensor:
         """[numel] where the replica stands now: x_m + (x - R(x))."""
-        flat = torch.cat([shards[piece.name].reshape(-1).to(self.dtype) for piece in self.pieces])
+        flat = self._flat(shards)
         for piece in self.pieces:
             if (stored := shards[piece.name].dtype) != self.dtype:
                 exact = piece.of(self.values)
@@ -72,6 +72,10 @@ class Anchor:
         for piece in self.pieces:
             if piece.name in known and known[piece.name].shape == piece.shape and len(self.momentum):
                 piece.of(self.momentum).copy_(known[piece.name].of(before.momentum))
+
+    def _flat(self, shards: Shards) -> torch.Tensor:
+        """A copy of what the model holds now."""
+        return torch.cat([shards[piece.name].reshape(-1).to(self.dtype) for piece in self.pieces])
 
 
 def suffix(dtype: str) -> str:
