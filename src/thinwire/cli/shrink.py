@@ -72,6 +72,7 @@ def _measure(trained: "Trained", stored: "dict[str, Stored]", what: str) -> dict
         "what": what,
         "step": trained.step,
         "unit": trained.task.unit,
+        "dtype": str(next(trained.model.parameters()).dtype).removeprefix("torch."),
         "matrices": len(matrices),
         "matrices_shrunk": sum(one.kind != "plain" for one in matrices),
         "bytes_before": before,
@@ -90,7 +91,7 @@ def _show(numbers: dict[str, Any]) -> None:
     grid = Table()
     for heading in ("weights", "bytes", "of before", "held-out loss"):
         grid.add_column(heading, justify="left" if heading == "weights" else "right")
-    grid.add_row(f"step {numbers['step']}, float32", show(before, "B"), "100 %", f"{numbers['loss_before']:.4f}")
+    grid.add_row(f"step {numbers['step']}, {numbers['dtype']}", show(before, "B"), "100 %", f"{numbers['loss_before']:.4f}")
     grid.add_row(numbers["what"], show(after, "B"), f"{100 * after / before:.1f} %", f"{numbers['loss_after']:.4f}")
     console = Console()
     console.print(grid)
