@@ -45,7 +45,7 @@ def test_a_rank_that_dies(tmp_path: Path) -> None:
         wait_for_checkpoint(process, tmp_path)
         os.kill(ranks_of(tmp_path)[1], signal.SIGKILL)
         _, err = process.communicate(timeout=45)
-    assert process.returncode == 3
+    assert process.returncode == 3, err
     assert "rank 1 (process " in one_line(err) and "SIGKILL; the last whole checkpoint is kept" in err
     assert nothing_left(tmp_path)
     newest = tmp_path / "run" / "checkpoints" / checkpoints(tmp_path)[-1]

@@ -27,6 +27,7 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.errors import UserError
 from thinwire.sync.base import Synchroniser
 from thinwire.train.assign import Assignment
+from thinwire.train.failure import symptom
 
 _PROGRESS, _CHECKSUMS = "progress.json", "checksums.json"
 
@@ -195,8 +196,12 @@ def _one_line(what: str, done: str) -> Iterator[None]:
     """Errors of the disk become a UserError."""
     try:
         yield
+    except ConnectionError:
+        raise
     except OSError as error:
         raise UserError(f"{what} cannot be {done}: {error.strerror or error}; check the disk and its rights") from None
     except dcp.api.CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
+        if symptom(first):  # the disk is all right: another rank has gone
+            raise first from None
         raise UserError(f"{what} cannot be {done}: {first}") from None
