@@ -53,7 +53,7 @@ class PeerGone(RuntimeError):
 def symptom(error: BaseException) -> str | None:
     """The kind of an exchange's exception, "timeout" or "lost"; None for any other exception."""
     text = str(error)
-    if isinstance(error, dist.DistError | RuntimeError):
+    if isinstance(error, dist.DistError | RuntimeError | ConnectionError):
         if "imed out" in text or "timeout" in text.lower():
             return "timeout"
         if any(word in text for word in ("Connection closed", "Connection reset", "Broken pipe", "connect")):
