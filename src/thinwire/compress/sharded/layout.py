@@ -89,11 +89,15 @@ class Row:
 
     def row_bytes(self, itemsize: int = 4, *, flagged: bool = False) -> int:
         """itemsize: of a value in the unit's buffer. flagged: with a flag in its last byte."""
+        if self.codec is None and not flagged:
+            return self.exact_values * itemsize
         return padded(self.exact_bytes(itemsize) + self.payload_bytes + FLAG_BYTES * flagged, max(ALIGNMENT, itemsize))
 
     def take(self, chunks: Tensor, coded: bool) -> Tensor:
         """[k, chunk] -> the coded parts as float32, or float64 if they are [k, coded_values], or the exact ones as they are
-        [k, exact_values]."""
+        [k, exact_values]; `chunks` itself where all is exact."""
+        if not coded and self.codec is None:
+            return chunks
         if coded:
             wide = torch.promote_types(chunks.dtype, torch.float32)
             found = torch.zeros(chunks.shape[0], self.coded_values, dtype=wide)
@@ -105,6 +109,9 @@ class Row:
 
     def put(self, chunks: Tensor, values: Tensor, coded: bool) -> None:
         """The reverse of `take`."""
+        if not coded and self.codec is None:
+            chunks.copy_(values)
+            return
         for there, here in self._places(coded):
             chunks[:, there] = values[:, here]
 

@@ -87,8 +87,9 @@ class _Collective:
     def _rows(self, number: int, exact: Tensor, *, flagged: bool = False) -> Tensor:
         """`number` rows with their exact parts filled in."""
         itemsize = exact.element_size()
-        rows = torch.zeros(number, self._row.row_bytes(itemsize, flagged=flagged), dtype=torch.uint8)
+        rows = torch.empty(number, self._row.row_bytes(itemsize, flagged=flagged), dtype=torch.uint8)
         rows[:, : self._row.exact_values * itemsize].view(exact.dtype).copy_(exact)
+        rows[:, self._row.exact_values * itemsize :] = 0
         return rows
 
     def _exact(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -121,28 +122,28 @@ class CodedAllGather(_Collective):
             lane = self._second
             return _FutureWork(lane.executor.submit(lambda: self._gather_plain(output, own, lane)))
         self._check(own, self._row.chunk)
-        return _FutureWork(self._lane.executor.submit(lambda: self._gather(output, own)))
+        gather = self._gather if self._row.codec is not None else self._gather_plain
+        return _FutureWork(self._lane.executor.submit(lambda: gather(output, own, self._lane)))
 
     def _gather_plain(self, output: Tensor, own: Tensor, lane: Lane) -> Tensor:
         with lane.ledger.label(label_of(self._unit.name, "weights")):
             ALL_GATHER(output, own, group=lane.group)
         return output
 
-    def _gather(self, output: Tensor, own: Tensor) -> Tensor:
+    def _gather(self, output: Tensor, own: Tensor, lane: Lane) -> Tensor:
         row, size = self._row, own.element_size()
+        assert row.codec is not None
         chunk = own.view(1, -1)
         sent = self._rows(1, row.take(chunk, False))
-        if row.codec is not None:
-            self._codes(sent[0], size).copy_(row.codec.encode(row.take(chunk, True)[0].float()))
+        self._codes(sent[0], size).copy_(row.codec.encode(row.take(chunk, True)[0].float()))
         received = torch.empty(row.world_size, row.row_bytes(size), dtype=torch.uint8)
-        with self._lane.ledger.label(label_of(self._unit.name, "weights")):
-            ALL_GATHER(received.view(-1), sent.view(-1), group=self._lane.group)
+        with lane.ledger.label(label_of(self._unit.name, "weights")):
+            ALL_GATHER(received.view(-1), sent.view(-1), group=lane.group)
         chunks = output.view(row.world_size, -1)
         row.put(chunks, self._exact(received, own.dtype), False)
-        if row.codec is not None:
-            for source in range(row.world_size):
-                values = row.codec.decode(self._codes(received[source], size), row.coded_values)
-                row.put(chunks[source : source + 1], values.view(1, -1), True)
+        for source in range(row.world_size):
+            values = row.codec.decode(self._codes(received[source], size), row.coded_values)
+            row.put(chunks[source : source + 1], values.view(1, -1), True)
         return output
 
 
