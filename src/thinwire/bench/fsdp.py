@@ -8,7 +8,7 @@ step, R the rate of its card, C the declared seconds of compute:
     ours     max(C, b / R)    at best; the first unit's weights and the last one's gradients have nothing to hide under
 
 With `replicas` (a codec) each host holds a copy of the model, sharded over its ranks (HSDP): only the mean over the replicas
-crosses the cards, stock's by an all-reduce of each chunk, and R is that of all ranks of a host together.
+crosses the cards, stock's by an all-reduce of each chunk, and R is for all ranks of a host together. Weights are gathered once.
 
 `expected_ratio` is the one over the other. Learning: on loopback, unpaced, as loss does not depend on the wire; the same batches
 and first weights for both; the float32 weights are scored. Bars: at least 3.3 x the steps (3 x with replicas), a held-out loss at

@@ -79,9 +79,9 @@ def mesh_of(group, shards):
 
 
 def shard(model, mesh, ledger, codecs):
-    """FSDP2, a unit a block; with codecs the compression of its units."""
+    """FSDP2, a unit a block; with codecs the compression of its units. Replicas keep their weights between the passes."""
     for block in model.blocks:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, reshard_after_forward=mesh.ndim == 1)
     fully_shard(model, mesh=mesh)
     return compress_sharded(model, **codecs, ledger=ledger) if codecs else None
 
