@@ -55,6 +55,7 @@ DEFAULTS: Mapping[str, Any] = {
     "ranks": 4,
     "preset": "1m",
     "model": {"layers": 8},
+    "dtype": "float32",
     "sequence": 64,
     "micro_batch": 2,
     "accumulate": 1,
@@ -194,10 +195,10 @@ def _base(options: Mapping[str, Any]) -> dict[str, Any]:
     """The sections of run.toml that all methods share."""
     train = ("sequence", "micro_batch", "steps", "learning_rate", "warmup_steps", "eval_tokens")
     return {
-        "model": {"preset": options["preset"], **options["model"]},
+        "model": {"preset": options["preset"], "dtype": options["dtype"], **options["model"]},
         "collectives": {"kind": options["collectives"]},
         "sync": {key: options[key] for key in ("accumulate", "bucket_bytes")},
-        "train": {key: options[key] for key in train} | {"dtype": "float32"},
+        "train": {key: options[key] for key in train} | ({"dtype": "float32"} if options["dtype"] == "float32" else {}),
     }
 
 

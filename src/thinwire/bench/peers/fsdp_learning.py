@@ -6,7 +6,8 @@ import torch.distributed as dist
 from thinwire.bench.peers.step_turns import mesh_of, shard, take_step
 from thinwire.config.run import RunConfig
 from thinwire.layout import Layout
-from thinwire.train.step import learning_rate, make_optimizer
+from thinwire.train.optimizers import make_optimizer
+from thinwire.train.step import learning_rate
 from thinwire.train.task import LanguageModel
 
 
