@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from itertools import count
 from math import prod
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ from thinwire.compress.census import Meeting, not_finite
 from thinwire.compress.memory import Memory, Stateless
 from thinwire.compress.plain import Plain
 from thinwire.compress.sparse import average_sparse
-from thinwire.config.compress import SUMMABLE, Coded
+from thinwire.config.compress import SUMMABLE, Coded, NonFinite
 from thinwire.errors import UserError
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter, plain_name
@@ -42,8 +42,6 @@ _Part = TypeVar("_Part", Piece, Parameter)
 _Assigned = tuple[Averager, list[_Part], list[_Part]]
 """What an averager codes, and what rides along with it."""
 
-
-NonFinite = Literal["average", "raise"]
 
 LOST = ("Connection", "closed", "Timed out", "gloo", "Broken pipe")
 """Words of errors by which a rank sees that another one has gone."""

@@ -9,19 +9,21 @@ feedback_*                       where there is feedback; what is removed in par
 others                           as the codec's own signature says (`base.build`)
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+
+import torch
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.averager import Averager
 from thinwire.compress.base import CODECS, TENSOR_CODECS, Flat, build, make_codec
 from thinwire.compress.codecs.fused import fused_or_reason
-from thinwire.compress.coded import CodedExchange, NonFinite
+from thinwire.compress.coded import CodedExchange
 from thinwire.compress.dgc import MomentumCorrection
 from thinwire.compress.gather import Gather
 from thinwire.compress.memory import DEMO, ErrorFeedback, Memory, NoMemory
 from thinwire.compress.plain import Cast, PlainExchange
 from thinwire.compress.twoshot import TwoShot
-from thinwire.config.compress import SUMMABLE, Coded, NoCompression
+from thinwire.config.compress import SUMMABLE, Coded, NoCompression, NonFinite
 from thinwire.errors import UserError
 
 Exchange = PlainExchange | CodedExchange
@@ -109,3 +111,12 @@ def check_options(config: Coded) -> None:
         removal = config.feedback_removal or (DEMO.removal if kind == "demo" else 1.0)
         if config.feedback_average not in (None, 1.0) and removal != 1.0:
             refuse("feedback_average", "what was sent is removed in part (feedback_removal), which is another memory")
+
+
+def at_end_of_backward(callback: Callable[[], object]) -> bool:
+    """Have `callback` called when the backward pass under way is over, before `backward()` returns; False if none is."""
+    try:
+        torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore
+    except RuntimeError:
+        return False
+    return True

@@ -7,9 +7,14 @@ import torch
 from torch import Tensor
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """In which sums of it are made: float64 of float64, else float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def widened(gradient: Tensor) -> Tensor:
     """In float32, or float64 if it is; itself if it is either."""
-    return gradient if gradient.dtype == torch.float64 else gradient.float()
+    return gradient.to(wide(gradient.dtype))
 
 
 class Rest:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from thinwire.tomlfile import Section
+from thinwire.tomlfile import Section, validate
 
 SUMMABLE = frozenset({"bf16", "fp16"})
 """Kinds that cast: an all-reduce adds them up as they are sent."""
 
 EXCLUDED = ("*embed*", "*positions*")
 """Parameters that are sent uncoded unless the user chooses otherwise, FSDP2's too; casts, which lose little, cast them."""
+
+NonFinite = Literal["average", "raise"]
+"""What becomes of a step in which a gradient is not: an error on all ranks, or the average is not either."""
 
 Patterns = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
@@ -110,7 +114,13 @@ class ShardedOptions(Section):
     feedback: Literal["int8", "float32", "none"] | None = None
     exclude: Patterns | None = None
     prefetch_units: int | None = Field(None, ge=0)
-    nonfinite: Literal["average", "raise"] = "average"
+    nonfinite: NonFinite = "average"
+
+
+def read_coding(value: str | Mapping[str, Any], where: str) -> NoCompression | Coded:
+    """From a kind, or a table of options with the kind, as an argument has it. where: for the UserError."""
+    table = {"kind": value} if isinstance(value, str) else dict(value)
+    return validate(NoCompression, table, where) if table.get("kind") == "none" else validate(Coded, table, where)
 
 
 SPARSELOCO = Coded(kind="topk", k=64, values="int8", feedback_decay=0.95, exclude=(), vectors=True)

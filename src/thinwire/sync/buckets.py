@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from thinwire.compress.averager import Piece
-from thinwire.compress.exchange import Exchange
+from thinwire.compress.exchange import Exchange, at_end_of_backward
 from thinwire.errors import UserError
 from thinwire.workload import Parameter, plain_name
 
@@ -103,11 +103,8 @@ def _handed_over(
     """A future that always holds a tensor; the backward pass ends with `exchange.settle`."""
     if not exchange.settles:
         return future
-    if bucket.is_last():
-        try:
-            torch.autograd.Variable._execution_engine.queue_callback(exchange.settle)
-        except RuntimeError:  # no backward pass: a rank that is out of data stands in for itself (`join`)
-            return future
+    if bucket.is_last() and not at_end_of_backward(exchange.settle):
+        return future  # no backward pass: a rank that is out of data stands in for itself (`join`)
     done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
 
     def end(over: "torch.futures.Future[torch.Tensor]") -> None:

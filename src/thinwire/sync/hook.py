@@ -19,9 +19,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.coded import NonFinite
 from thinwire.compress.exchange import Exchange, make_exchange
-from thinwire.config.compress import Coded
+from thinwire.config.compress import Coded, NonFinite
 from thinwire.errors import UserError
 from thinwire.sync.buckets import Names, exchange_bucket
 from thinwire.tomlfile import validate

@@ -45,7 +45,7 @@ from thinwire.collectives import backend
 from thinwire.collectives.groups import private_copy, release
 from thinwire.collectives.ledger import Ledger
 from thinwire.config import sync as kinds
-from thinwire.config.compress import SPARSELOCO, Coded, NoCompression
+from thinwire.config.compress import SPARSELOCO, Coded, NoCompression, read_coding
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.sync.initial_values import make_same
@@ -232,10 +232,7 @@ class DiLoCo:
 def _coding(kind: str, compress: str | Mapping[str, Any] | None) -> NoCompression | Coded:
     if compress is None:
         return SPARSELOCO if kind == "sparseloco" else NoCompression()
-    table = {"kind": compress} if isinstance(compress, str) else dict(compress)
-    if table.get("kind") == "none":
-        return validate(NoCompression, table, "DiLoCo: compress")
-    return validate(Coded, table, "DiLoCo: compress")
+    return read_coding(compress, "DiLoCo: compress")
 
 
 def _process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:

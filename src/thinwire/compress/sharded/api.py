@@ -25,13 +25,14 @@ from thinwire.collectives.executor import Executor
 from thinwire.collectives.groups import private_copy, release
 from thinwire.collectives.ledger import Ledger, axis_of
 from thinwire.compress.base import Codec, make_codec
+from thinwire.compress.exchange import make_exchange
 from thinwire.compress.sharded.backward import BackwardPass
 from thinwire.compress.sharded.layout import Coding, UnitShape, secondary, sharded_transfers
 from thinwire.compress.sharded.replicas import Replicas
 from thinwire.compress.sharded.residual import Residual, mean_residuals
 from thinwire.compress.sharded.units import Unit, find_units, prefetch
 from thinwire.compress.sharded.wire import CodedAllGather, CodedReduceScatter, Lane
-from thinwire.config.compress import EXCLUDED, Coded, NoCompression, ShardedOptions
+from thinwire.config.compress import EXCLUDED, Coded, NoCompression, ShardedOptions, read_coding
 from thinwire.errors import UserError
 from thinwire.tomlfile import validate
 from thinwire.traffic import Transfer
@@ -137,7 +138,10 @@ class ShardedCompression:
         self._residuals: dict[str, Residual] = {}
         self._lanes: list[Lane] = []
         self._restore: list[Any] = []
-        self._replicas = None if replicas is None or across is None else self._over(replicas, across)
+        self._replicas = None
+        if replicas is not None and across is not None:
+            exchange = make_exchange(across, ledger, "average")
+            self._replicas = Replicas(self.units, self._world_size, exchange, replicas, self._axis_of(replicas))
         backward = BackwardPass(self._residuals, self._replicas, options.nonfinite)
         weights = None if coding.stock_weights else self._lane("weights", self._group, self._axis)
         gradients = None if coding.stock_gradients else self._lane("gradients", self._group, self._axis)
@@ -257,21 +261,19 @@ class ShardedCompression:
             made[group.group_name] = self._lane("weights again", group, secondary(self._axis), weights.executor)
         return made[group.group_name]
 
-    def _over(self, group: dist.ProcessGroup, config: Coded | NoCompression) -> Replicas:
-        replicas = Replicas(self.units, self._world_size, config, group, self._ledger)
-        replicas.attach(self._ledger.axes.get(group.group_name, axis_of(group.group_desc)))
-        return replicas
+    def _axis_of(self, group: dist.ProcessGroup) -> str:
+        return self._ledger.axes.get(group.group_name, axis_of(group.group_desc))
 
     @property
     def _axis(self) -> str:
-        return self._ledger.axes.get(self._group.group_name, axis_of(self._group.group_desc))
+        return self._axis_of(self._group)
 
 
 def _across(replicas: str | Mapping[str, Any], exclude: tuple[str, ...] | None) -> Coded | NoCompression:
-    table = {"kind": replicas} if isinstance(replicas, str) else dict(replicas)
-    if table.get("kind") == "none":
-        return validate(NoCompression, table, "compress_sharded: replicas")
-    return validate(Coded, ({} if exclude is None else {"exclude": exclude}) | table, "compress_sharded: replicas")
+    coding = read_coding(replicas, "compress_sharded: replicas")
+    if isinstance(coding, Coded) and coding.exclude is None:
+        return coding.model_copy(update={"exclude": exclude})
+    return coding
 
 
 def _codec(kind: str | None, what: str, kinds: Sequence[str]) -> Codec | None:

@@ -9,7 +9,7 @@ only adds up leaves what it has found to the next one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from thinwire.compress.base import finite
 from thinwire.compress.census import not_finite
+from thinwire.compress.exchange import at_end_of_backward
 from thinwire.compress.sharded.replicas import Replicas
 from thinwire.compress.sharded.residual import Residual
-from thinwire.compress.sharded.units import at_end_of_backward
+from thinwire.config.compress import NonFinite
 from thinwire.errors import UserError
 
-NonFinite = Literal["average", "raise"]
 Future = torch.futures.Future[Tensor]
 
 

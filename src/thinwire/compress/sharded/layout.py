@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from thinwire.compress.base import Codec, finite, padded
+from thinwire.compress.precision import wide
 from thinwire.config.compress import EXCLUDED
 from thinwire.traffic import Transfer
 from thinwire.workload import ITEM_BYTES, Parameter
@@ -99,8 +100,7 @@ class Row:
         if not coded and self.codec is None:
             return chunks
         if coded:
-            wide = torch.promote_types(chunks.dtype, torch.float32)
-            found = torch.zeros(chunks.shape[0], self.coded_values, dtype=wide)
+            found = torch.zeros(chunks.shape[0], self.coded_values, dtype=wide(chunks.dtype))
         else:
             found = torch.empty(chunks.shape[0], self.exact_values, dtype=chunks.dtype)
         for there, here in self._places(coded):

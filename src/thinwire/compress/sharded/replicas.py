@@ -18,13 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from thinwire.collectives.ledger import Ledger
 from thinwire.compress.averager import Piece
 from thinwire.compress.coded import CodedExchange
-from thinwire.compress.exchange import make_exchange
+from thinwire.compress.exchange import Exchange
 from thinwire.compress.sharded.layout import UnitShape, label_of
 from thinwire.compress.sharded.residual import mean_over_replicas
-from thinwire.config.compress import Coded, NoCompression
 from thinwire.errors import UserError
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
@@ -33,21 +31,13 @@ from thinwire.workload import Parameter
 class Replicas:
     """Those that hold the shard which this rank holds. number: R."""
 
-    def __init__(
-        self, units: Sequence[UnitShape], shards: int, config: Coded | NoCompression, group: dist.ProcessGroup, ledger: Ledger
-    ) -> None:
-        """Collective over all ranks."""
-        self._shards, self._group = shards, group
+    def __init__(self, units: Sequence[UnitShape], shards: int, exchange: Exchange, group: dist.ProcessGroup, axis: str) -> None:
+        """exchange: not attached yet. axis: of `group`. Collective over all ranks."""
+        self._shards, self._group, self._axis, self.exchange = shards, group, axis, exchange
         self.number = group.size()
         self._pieces = {unit.name: pieces(unit, shards) for unit in units}
-        self.exchange = make_exchange(config, ledger, "average")
         self._started = False
-
-    def attach(self, axis: str) -> None:
-        """Collective over all ranks."""
-        known = {piece.name: piece.shape for unit in self._pieces.values() for piece in unit}
-        self._axis = axis
-        self.exchange.attach(self._group, axis, known)
+        exchange.attach(group, axis, {piece.name: piece.shape for unit in self._pieces.values() for piece in unit})
 
     def transfers(self, unit: UnitShape) -> list[Transfer]:
         """What the chunk of a unit sends."""

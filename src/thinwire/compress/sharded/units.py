@@ -225,12 +225,3 @@ def _described(name: str, parameter: Any) -> Parameter:
 def _name_of(dtype: torch.dtype | None) -> str | None:
     """Of the real numbers."""
     return None if dtype is None else str(dtype.to_real()).removeprefix("torch.")
-
-
-def at_end_of_backward(callback: Callable[[], object]) -> bool:
-    """Have `callback` called when the backward pass under way is over, before `backward()` returns; False if none is."""
-    try:
-        torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore
-    except RuntimeError:
-        return False
-    return True

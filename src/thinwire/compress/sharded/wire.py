@@ -22,6 +22,7 @@ from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.executor import Executor
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.base import finite, sum_in_order
+from thinwire.compress.precision import wide, widened
 from thinwire.compress.sharded.backward import BackwardPass
 from thinwire.compress.sharded.layout import Row, label_of
 from thinwire.compress.sharded.replicas import Replicas
@@ -181,15 +182,15 @@ class CodedReduceScatter(_Collective):
         if self._replicas is None:
             return self._reduce(output, gradients, factor)
         exact = output.dtype in (torch.float32, torch.float64) and not adds_up
-        wide = output if exact else torch.empty(output.shape, dtype=torch.promote_types(output.dtype, torch.float32))
-        self._reduce(wide, gradients, factor)
+        chunk = output if exact else torch.empty(output.shape, dtype=wide(output.dtype))
+        self._reduce(chunk, gradients, factor)
         if self._partial is not None:
-            wide += self._partial
+            chunk += self._partial
         if self._backward.spoiled:
-            wide[0] = torch.nan  # for the other replicas, also of those chunks that are finite
-        self._partial = wide if adds_up else None
+            chunk[0] = torch.nan  # for the other replicas, also of those chunks that are finite
+        self._partial = chunk if adds_up else None
         if not adds_up:
-            self._backward.then(self._replicas.average(self._unit.name, wide), output)
+            self._backward.then(self._replicas.average(self._unit.name, chunk), output)
         return output
 
     def _reduce(self, output: Tensor, gradients: Tensor, factor: float) -> Tensor:
@@ -219,8 +220,7 @@ class CodedReduceScatter(_Collective):
         flags = received[:, -1].tolist()
         self._backward.spoiled |= any(flags)
         result = output.view(1, -1)
-        exact = self._exact(received, gradients.dtype)
-        exact = exact.to(torch.promote_types(exact.dtype, torch.float32))
+        exact = widened(self._exact(received, gradients.dtype))
         row.put(result, sum_in_order(list(exact)).mul_(factor).view(1, -1), False)
         if row.codec is not None:
             decode, number = row.codec.decode, row.coded_values
