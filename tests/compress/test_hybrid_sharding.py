@@ -150,6 +150,27 @@ def test_gradients_are_divided_and_added_up_as_in_stock(ranks4: Pool) -> None:
 # -- in codes ------------------------------------------------------------------------------------------------------------
 
 
+def biases_alone(context: Rank, hybrid: bool) -> dict[str, float]:
+    """By name: how far the gradient in codes is from that of stock."""
+    where, gradients = mesh() if hybrid else None, []
+    options: dict[str, Any] = {"replicas": "int4"} if hybrid else {}
+    for mine in (False, True):
+        model = net("complex64", where)
+        compression = thinwire.compress_sharded(model, "int4", "float32", **options) if mine else None
+        model(batch(context.rank, 0)).backward()
+        gradients.append(whole(model, lambda parameter: parameter.grad))
+        if compression:
+            compression.detach()
+    stock, ours = gradients
+    return {name: float((stock[name] - ours[name]).abs().max() / stock[name].abs().max()) for name in stock}
+
+
+@pytest.mark.parametrize("hybrid", [True, False])
+def test_complex_vectors_go_as_they_are(ranks4: Pool, hybrid: bool) -> None:
+    for off in ranks4.run(biases_alone, hybrid):
+        assert all((far < 1e-5) == name.endswith("bias") for name, far in off.items()), off
+
+
 def coded(
     context: Rank, dtype: str, gradients: str, replicas: str | None, reshard: bool | int
 ) -> tuple[bool, Counter[Any], Counter[Any]]:

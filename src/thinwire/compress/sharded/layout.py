@@ -57,6 +57,12 @@ class UnitShape:
     gradients_dtype: str | None = None
     secondary_ranks: int = 0
     """k, if the backward pass gathers from so many ranks only (reshard_after_forward = k)."""
+    complex: frozenset[str] = frozenset()
+    """Names of parameters whose last dim of two is that of real and imaginary parts."""
+
+    def is_vector(self, parameter: Parameter) -> bool:
+        """A complex vector is one too."""
+        return len(parameter.shape) - (parameter.name in self.complex) < 2
 
     def item_bytes(self, dtype: str | None) -> int:
         """Of one value in a buffer for which a policy says `dtype`."""
@@ -155,15 +161,17 @@ class Coding:
 
     def weights_row(self, unit: UnitShape, world_size: int) -> Row:
         """All parameters of the unit."""
-        return self._row(unit.parameters, self.weights, world_size)
+        return self._row(unit, unit.parameters, self.weights, world_size)
 
     def gradients_row(self, unit: UnitShape, world_size: int) -> Row:
         """Those that have a gradient."""
         trained = [parameter for parameter in unit.parameters if parameter.name not in unit.frozen]
-        return self._row(trained, self.gradients, world_size)
+        return self._row(unit, trained, self.gradients, world_size)
 
-    def _row(self, parameters: Sequence[Parameter], codec: Codec | None, world_size: int) -> Row:
-        coded = [len(one.shape) > 1 and not any(fnmatch(one.name, pattern) for pattern in self.exclude) for one in parameters]
+    def _row(self, unit: UnitShape, parameters: Sequence[Parameter], codec: Codec | None, world_size: int) -> Row:
+        coded = [
+            not unit.is_vector(one) and not any(fnmatch(one.name, pattern) for pattern in self.exclude) for one in parameters
+        ]
         return Row(parameters, coded, codec, world_size)
 
 

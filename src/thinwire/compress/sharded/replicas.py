@@ -21,7 +21,7 @@ from torch import Tensor
 from thinwire.compress.averager import Piece
 from thinwire.compress.coded import CodedExchange
 from thinwire.compress.exchange import Exchange
-from thinwire.compress.sharded.layout import UnitShape, label_of
+from thinwire.compress.sharded.layout import UnitShape, label_of, shard_length
 from thinwire.compress.sharded.residual import mean_over_replicas
 from thinwire.errors import UserError
 from thinwire.traffic import Transfer
@@ -100,8 +100,12 @@ def chunk_of(unit: UnitShape, shards: int) -> list[Parameter]:
 
 
 def pieces(unit: UnitShape, shards: int) -> list[Piece]:
-    """Where the trained parameters of a unit lie in its chunk."""
+    """Where the trained parameters of a unit lie in its chunk; vectors are vectors there too."""
     trained = [parameter for parameter in unit.parameters if parameter.name not in unit.frozen]
-    shapes = [(-(-parameter.shape[0] // shards), *parameter.shape[1:]) for parameter in trained]
+    lengths = [shard_length(parameter.shape, shards) for parameter in trained]
+    shapes = [
+        (length,) if unit.is_vector(parameter) else (-(-parameter.shape[0] // shards), *parameter.shape[1:])
+        for parameter, length in zip(trained, lengths, strict=True)
+    ]
     starts = accumulate((math.prod(shape) for shape in shapes), initial=0)
     return [Piece(parameter.name, first, shape) for parameter, first, shape in zip(trained, starts, shapes, strict=False)]

@@ -67,6 +67,7 @@ class Unit:
             weights_dtype=_name_of(policy.param_dtype),
             gradients_dtype=_name_of(policy.reduce_dtype or policy.param_dtype),
             secondary_ranks=second.size() if second is not None else 0,
+            complex=frozenset(name for name, parameter in pairs if parameter.sharded_param.is_complex()),
         )
 
     @property
