@@ -184,11 +184,12 @@ class Eval(_Event):
 
 
 class Checkpoint(_Event):
-    """A checkpoint is whole; `path` is relative to the run folder."""
+    """A checkpoint is whole; `path` is relative to the run folder. blocked_s: for how long training stood still, of `save_s`."""
 
     event: Literal["checkpoint"] = "checkpoint"
     path: str
     save_s: Number = math.nan
+    blocked_s: Number = math.nan
 
 
 class Resume(_Event):

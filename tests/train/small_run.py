@@ -3,7 +3,15 @@
 import random
 from pathlib import Path
 
+import torch
+
+from pool import Rank
 from thinwire.config.run import RunConfig
+from thinwire.environment import Environment
+from thinwire.record import RunFolder
+from thinwire.train.runtime import StopRequest
+from thinwire.train.worker import Outcome, train_as
+from thinwire.train.worker import Rank as TrainingRank
 
 
 def make_text(path: Path, size: int = 60_000) -> Path:
@@ -39,3 +47,36 @@ def make_config(folder: Path, **train: object) -> RunConfig:
             "train": settings,
         }
     )
+
+
+class StopAfter(StopRequest):
+    """Asked to stop once the ledger has reached a step."""
+
+    def __init__(self, ledger: object, step: int) -> None:
+        self.ledger, self.step = ledger, step
+
+    @property
+    def requested(self) -> bool:  # type: ignore[override]
+        return self.ledger.step + 1 >= self.step  # type: ignore[attr-defined]
+
+
+def run_training(context: Rank, config: RunConfig, resume: Path | None = None, stop_after: int = 10**9) -> Outcome:
+    ledger = context.ledger
+    ledger.step = -1
+    rank = TrainingRank(
+        config=config,
+        environment=Environment(place=None, lab=None, error_file=None, cache_folder=Path("/nonexistent"), results=None),
+        layout=config.layout.resolve(context.world_size, rare=config.sync.rare),
+        ledger=ledger,
+        device=torch.device("cpu"),
+        stop=StopAfter(ledger, stop_after),
+    )
+    return train_as(rank, resume)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {event.step: event.loss for event in RunFolder.open(folder).steps()}
+
+
+def scores(folder: Path) -> dict[int, float]:
+    return {event.step: event.loss for event in RunFolder.open(folder).evals()}

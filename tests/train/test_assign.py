@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thinwire.train.assign import GAIN, assign, first_assignment, index_in_step, reassign, slowest_s
-from thinwire.train.checkpoint import Progress, read_progress
+from thinwire.train.checkpoint.files import Progress, read_progress
 
 SECONDS = st.floats(1e-4, 1e3)
 

@@ -4,7 +4,7 @@ import pytest
 import torch.distributed.checkpoint as dcp
 
 from thinwire.errors import UserError
-from thinwire.train.checkpoint import _one_line
+from thinwire.train.checkpoint.files import one_line
 from thinwire.train.failure import symptom
 
 
@@ -14,10 +14,10 @@ def failed(cause: Exception) -> dcp.api.CheckpointException:
 
 def test_a_lost_rank_is_told_from_a_full_disk() -> None:
     gone = RuntimeError("[../pair.cc] Connection closed by peer [127.0.0.1]:9")
-    with pytest.raises(RuntimeError) as lost, _one_line("checkpoint c", "written"):
+    with pytest.raises(RuntimeError) as lost, one_line("checkpoint c", "written"):
         raise failed(gone)
     assert lost.value is gone and symptom(lost.value) == "lost"
-    with pytest.raises(ConnectionResetError), _one_line("checkpoint c", "written"):
+    with pytest.raises(ConnectionResetError), one_line("checkpoint c", "written"):
         raise ConnectionResetError(104, "Connection reset by peer")
-    with pytest.raises(UserError, match="checkpoint c cannot be written: disk is full"), _one_line("checkpoint c", "written"):
+    with pytest.raises(UserError, match="checkpoint c cannot be written: disk is full"), one_line("checkpoint c", "written"):
         raise failed(OSError("disk is full"))

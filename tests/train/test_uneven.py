@@ -20,8 +20,12 @@ from thinwire.errors import UserError
 from thinwire.record import RunFolder
 from thinwire.sync.every_step import EveryStepSync
 from thinwire.tomlfile import validate
-from thinwire.train import checkpoint, worker
+from thinwire.train import worker
 from thinwire.train.assign import Assignment
+from thinwire.train.checkpoint.disks import find_disks
+from thinwire.train.checkpoint.files import newest_whole, read_progress
+from thinwire.train.checkpoint.saver import Saver
+from thinwire.train.checkpoint.state import Parts
 from thinwire.train.runtime import StopRequest
 from thinwire.train.step import Stepper, StepTimes
 from thinwire.train.trainer import Trainer
@@ -147,11 +151,11 @@ def train(context: Rank, folder: Path, counts: Assignment, steps: int, slow: dic
             task=task,
             stepper=stepper,
             train=settings,
-            parts=checkpoint.Parts(model=model, optimizer=optimizer, sync=sync, ledger=context.ledger, rank=context.rank),
+            parts=Parts(model=model, optimizer=optimizer, sync=sync, ledger=context.ledger, rank=context.rank),
             group=mesh.get_group("data"),
             device=torch.device("cpu"),
             stop=StopRequest(),
-            checkpoints=folder,
+            saver=Saver(folder, find_disks(folder), keep=3),
             reporter=notes,  # type: ignore[arg-type]
             assignment=counts,
             by_speed=bool(slow),
@@ -172,7 +176,7 @@ def test_any_assignment_equals_one_process_on_the_global_batch(
         for mine, theirs in zip(ours, weights, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
         assert max(float((mine - other).abs().max()) for mine, other in zip(ours, wrong, strict=True)) > 1e-4
-    assert checkpoint.read_progress(checkpoint.latest(tmp_path)).assignment == counts
+    assert read_progress(newest_whole(tmp_path)).assignment == counts
 
 
 def test_a_rank_that_slows_down_gets_fewer_and_as_many_when_it_recovers(ranks4: Pool, tmp_path: Path) -> None:
@@ -259,10 +263,10 @@ def test_an_uneven_run_sends_what_was_predicted_and_resumes_bit_for_bit(
         (tmp_path / name).mkdir()
         config = uneven_config(tmp_path / name, kind)
         runs[name] = ranks2.run(run_paced, config, cluster, None, stop_after, declared)[0].folder
-    progress = checkpoint.read_progress(checkpoint.latest(runs["cut"] / "checkpoints"))
+    progress = read_progress(newest_whole(runs["cut"] / "checkpoints"))
     assert (progress.step, progress.assignment, progress.tokens) == (6, (3, 1), 6 * 4 * 2 * 16)
     assert ranks2.run(run_paced, config, cluster, runs["cut"], 10**9, declared)[0].reason == "done"
-    assert checkpoint.read_progress(checkpoint.latest(runs["whole"] / "checkpoints")).assignment == (3, 1), "no pass was late"
+    assert read_progress(newest_whole(runs["whole"] / "checkpoints")).assignment == (3, 1), "no pass was late"
     whole, resumed = (
         [(event.step, event.tokens, event.loss) for event in RunFolder.open(runs[name]).steps()] for name in ("whole", "cut")
     )

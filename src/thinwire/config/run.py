@@ -172,7 +172,11 @@ class TrainSection(Section):
     eval_tokens: int = Field(131_072, ge=1)
     """Tokens of the held-out part that are scored, over all ranks."""
     checkpoint_every: int = Field(0, ge=0)
-    """Steps between checkpoints; 0: at the end only."""
+    """Steps between checkpoints; 0: by the clock."""
+    checkpoint_every_s: Seconds = Field(600.0, ge=0)
+    """Seconds between checkpoints, counted when a report is due; 0: at the end and when interrupted only."""
+    checkpoints_kept: int = Field(3, ge=1)
+    """The newest that stay."""
     log_every: int = Field(10, ge=1)
     ranks: int = Field(0, ge=0)
     """Ranks to start when launched alone; 0: as many as the cluster file has, else 2."""

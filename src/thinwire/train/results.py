@@ -18,7 +18,8 @@ from thinwire.layout import Layout
 from thinwire.plan.cost import Prediction
 from thinwire.record import Checkpoint, End, Eval, RunFolder, Step
 from thinwire.train.assign import Assignment, shown
-from thinwire.train.checkpoint import Progress
+from thinwire.train.checkpoint.files import Progress
+from thinwire.train.checkpoint.saver import Saved
 from thinwire.train.task import Task
 from thinwire.units import show
 
@@ -62,10 +63,12 @@ class Reporter:
         """From this step on, faster ranks have more micro-batches."""
         print(f"step {step}: {shown(counts)}", flush=True)
 
-    def checkpoint(self, step: int, path: str, save_s: float) -> None:
+    def checkpoint(self, saved: Saved) -> None:
         """After a checkpoint is whole."""
-        self.folder.append(Checkpoint(step=step, time_s=self.now_s, path=path, save_s=save_s))
-        print(f"step {step}: checkpoint {path} ({show(save_s, 's')})", flush=True)
+        step, path = saved.progress.step, f"checkpoints/{saved.progress.name}"
+        self.folder.append(Checkpoint(step=step, time_s=self.now_s, path=path, save_s=saved.save_s, blocked_s=saved.blocked_s))
+        times = f"{show(saved.save_s, 's')}, training stood for {show(saved.blocked_s, 's')}"
+        print(f"step {step}: checkpoint {path} ({times})", flush=True)
 
     def end(self, step: int, reason: str) -> None:
         """The last thing."""

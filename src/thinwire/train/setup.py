@@ -30,6 +30,7 @@ from thinwire.layout import Layout
 from thinwire.measure.compute import fast_dtype
 from thinwire.record import RunFolder
 from thinwire.traffic import Transfer
+from thinwire.train.checkpoint.disks import Disks, find_disks, share_run_files
 from thinwire.train.step import Stepper, without_trace
 from thinwire.train.task import LanguageModel, Task
 
@@ -101,14 +102,21 @@ def choose_carrier(
     return Chosen(tuner, cluster)
 
 
-def agree_on_folder(config: RunConfig, resume: Path | None) -> RunFolder:
-    """Rank 0 makes the run folder, or opens the one to resume."""
+def agree_on_folder(config: RunConfig, resume: Path | None) -> tuple[RunFolder, Disks]:
+    """Rank 0 makes the run folder, or opens the one to resume; hosts that do not share it make one of the same name. UserError
+    on all ranks if one cannot write there."""
     path: list[Any] = [None]
-    if dist.get_rank() == 0:
-        wanted = resume or Path(config.train.run or datetime.datetime.now().strftime("runs/%Y%m%d-%H%M%S"))
-        path = [str(RunFolder.create(wanted, resume=resume is not None).path.resolve())]
+    if dist.get_rank() == 0 and resume is None:
+        wanted = Path(config.train.run or datetime.datetime.now().strftime("runs/%Y%m%d-%H%M%S"))
+        path = [str(RunFolder.create(wanted).path)]
     dist.broadcast_object_list(path, 0)
-    return RunFolder(Path(path[0]))
+    folder = resume or Path(path[0])
+    disks = find_disks(folder / "checkpoints")
+    if resume is not None:
+        share_run_files(folder, disks)
+        if dist.get_rank() == 0:
+            RunFolder.create(folder, resume=True)
+    return RunFolder(folder.resolve()), disks
 
 
 def make_task(config: RunConfig, layout: Layout, environment: Environment) -> LanguageModel:

@@ -9,7 +9,8 @@ from thinwire.config.run import load_run
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.record import RunFolder
-from thinwire.train.checkpoint import latest, load_weights
+from thinwire.train.checkpoint.files import newest_whole
+from thinwire.train.checkpoint.state import load_weights
 from thinwire.train.task import LanguageModel
 
 
@@ -42,6 +43,6 @@ def open_trained(run: Path, cache_folder: Path) -> Trained:
             f"then {str(record.data.sha256)[:12]}), so losses would not compare; bring the old text back"
         )
     model = task.build_model()
-    progress = load_weights(latest(checkpoints), model)
+    progress = load_weights(newest_whole(checkpoints), model)
     recorded = next((event.loss for event in folder.evals() if event.step == progress.step), None)
     return Trained(model=model.eval(), task=task, step=progress.step, recorded=recorded)

@@ -15,8 +15,10 @@ from thinwire.collectives.metered_calls import all_reduce
 from thinwire.config.run import TrainSection
 from thinwire.record import Step
 from thinwire.traffic import Transfer
-from thinwire.train import checkpoint
 from thinwire.train.assign import Assignment, index_in_step, reassign
+from thinwire.train.checkpoint.files import Progress
+from thinwire.train.checkpoint.saver import Saver
+from thinwire.train.checkpoint.state import Parts
 from thinwire.train.pace import Pacer
 from thinwire.train.results import Reporter
 from thinwire.train.runtime import StopRequest
@@ -25,11 +27,14 @@ from thinwire.train.task import Task
 
 NUMBER_BYTES = 8
 """Reports are float64."""
+SUMMARY = 4
+"""Numbers of a summary before the seconds by rank: loss, stop requests, whether a checkpoint is due, and whether one failed."""
+SETTLE_POLL_S = 0.05
 
 
 def report_traffic(train: TrainSection, axis: str, world_size: int) -> list[Transfer]:
-    """What the loop itself sends: a summary per report (loss, stop, seconds by rank) and two numbers per evaluation."""
-    messages = (("summary", 2 + world_size, train.log_every), ("evaluation", 2, train.eval_every))
+    """What the loop itself sends: a summary per report (`Trainer._report`) and two numbers per evaluation."""
+    messages = (("summary", SUMMARY + world_size, train.log_every), ("evaluation", 2, train.eval_every))
     return [
         Transfer(
             label=label,
@@ -51,24 +56,26 @@ class Trainer:
     task: Task
     stepper: Stepper
     train: TrainSection
-    parts: checkpoint.Parts
+    parts: Parts
     group: dist.ProcessGroup
     device: torch.device
     stop: StopRequest
-    checkpoints: Path
+    saver: Saver
     reporter: Reporter | None
     assignment: Assignment
     """Micro-batches of a step by replica."""
     by_speed: bool = False
     """Whether `assignment` follows the seconds in the reports."""
     tokens: int = 0
+    saved_step: int = -1
+    """Of the newest checkpoint, if there is one."""
     _interval: list[StepTimes] = field(default_factory=list)
     _interval_loss: float = 0.0
     _interval_started: float = 0.0
     _interval_bytes: int = 0
     _steady: tuple[int, Snapshot] | None = None
     _last: tuple[int, Snapshot] | None = None
-    _saved_step: int = -1
+    _saved_at: float = field(default_factory=time.perf_counter)
 
     @property
     def replica(self) -> int:
@@ -93,13 +100,16 @@ class Trainer:
             self._interval_loss += loss
             self.tokens += self.task.workload.tokens_per_microbatch * sum(self.assignment)
             done = step + 1
-            if (done % train.log_every == 0 or done == train.steps) and self._report(done):
-                reason = "interrupted"
-                break
+            due = False
+            if done % train.log_every == 0 or done == train.steps:
+                stop, due = self._report(done)
+                if stop:
+                    reason = "interrupted"
+                    break
             pause = time.perf_counter()
             if train.eval_every and done % train.eval_every == 0 and done < train.steps:
                 self.evaluate(done)
-            if train.checkpoint_every and done % train.checkpoint_every == 0:
+            if due or (train.checkpoint_every and done % train.checkpoint_every == 0):
                 self.save(done)
             self._interval_started += time.perf_counter() - pause
         else:
@@ -107,8 +117,9 @@ class Trainer:
         if reason == "done":
             self.parts.sync.finish()
             self.evaluate(done)
-        if self._saved_step != done:
+        if self.saved_step != done:
             self.save(done)
+        self._settle()
         if self.reporter:
             self.reporter.end(done, reason)
         return reason
@@ -124,13 +135,25 @@ class Trainer:
         return score
 
     def save(self, step: int) -> None:
-        """Write a checkpoint of the state after `step` steps."""
-        started = time.perf_counter()
-        progress = checkpoint.Progress(step=step, tokens=self.tokens, world_size=self.group.size(), assignment=self.assignment)
-        path = checkpoint.save(self.checkpoints, self.parts, progress)
-        self._saved_step = step
-        if self.reporter:
-            self.reporter.checkpoint(step, f"{path.parent.name}/{path.name}", time.perf_counter() - started)
+        """Begin to write a checkpoint of the state after `step` steps, when the one before it is whole."""
+        self._settle()
+        progress = Progress(step=step, tokens=self.tokens, world_size=self.group.size(), assignment=self.assignment)
+        self.saver.begin(self.parts, progress)
+        self.saved_step, self._saved_at = step, time.perf_counter()
+
+    def _settle(self) -> None:
+        """Wait until no rank is writing any more. Together, so that a rank that is gone meanwhile is missed. UserError on all if
+        a checkpoint failed."""
+        busy = True
+        while busy:
+            states = self._sum(torch.tensor([self.saver.busy, self.saver.failed], dtype=torch.float64), "checkpoint")
+            busy = float(states[0]) > 0
+            time.sleep(SETTLE_POLL_S if busy else 0)
+        self._take_checkpoint()
+
+    def _take_checkpoint(self) -> None:
+        if (saved := self.saver.take()) and self.reporter:
+            self.reporter.checkpoint(saved)
 
     def measured_transfers(self) -> list[dict[str, Any]]:
         """What the ledger has for the steps between the first and the last report, per step; empty if there were not two."""
@@ -172,16 +195,20 @@ class Trainer:
         if results is not None:
             (results / "run_folder").write_text(str(self.reporter.folder.path), encoding="utf-8")
 
-    def _report(self, done: int) -> bool:
-        """End an interval: all ranks exchange loss, stop requests and compute times. True if any rank was asked to stop."""
+    def _report(self, done: int) -> tuple[bool, bool]:
+        """End an interval: all ranks exchange loss, stop requests and compute times. Returns whether any rank was asked to stop,
+        and whether it is time for a checkpoint, by rank 0's clock."""
         count = len(self._interval)
         compute = sum(times.compute_s for times in self._interval) / count
         wait = sum(times.wait_s for times in self._interval) / count
         usual = median(times.compute_s for times in self._interval)  # one disturbed step is no sign of a rank's speed
-        vector = torch.zeros(2 + self.group.size(), dtype=torch.float64)
-        vector[0], vector[1], vector[2 + self.replica] = self._interval_loss / count, float(self.stop.requested), usual
+        vector = torch.zeros(SUMMARY + self.group.size(), dtype=torch.float64)
+        vector[:SUMMARY] = torch.tensor([self._interval_loss / count, self.stop.requested, self._due(), self.saver.failed])
+        vector[SUMMARY + self.replica] = usual
         vector = self._sum(vector, "summary")
-        waiting = min(wait, max(0.0, float(vector[2:].max()) - usual))
+        loss, stops, due, failed = vector[:SUMMARY].tolist()
+        computing = vector[SUMMARY:].tolist()
+        waiting = min(wait, max(0.0, max(computing) - usual))
         seconds = (time.perf_counter() - self._interval_started) / count
         if self.reporter:
             tokens = self.task.workload.tokens_per_microbatch * sum(self.assignment)
@@ -190,7 +217,7 @@ class Trainer:
                     step=done,
                     time_s=0.0,
                     tokens=self.tokens,
-                    loss=float(vector[0]) / self.group.size(),
+                    loss=loss / self.group.size(),
                     step_s=seconds,
                     compute_s=compute,
                     exposed_s=wait - waiting,
@@ -207,9 +234,16 @@ class Trainer:
         elif count == self.train.log_every:
             self._last = mark
         if self.by_speed and done < self.train.steps:
-            self._reassign(done, vector[2:].tolist())
+            self._reassign(done, computing)
         self._begin_interval()
-        return float(vector[1]) > 0
+        if failed:
+            self._settle()
+        self._take_checkpoint()
+        return stops > 0, due > 0
+
+    def _due(self) -> bool:
+        every_s = 0 if self.train.checkpoint_every else self.train.checkpoint_every_s
+        return self.reporter is not None and every_s > 0 and time.perf_counter() - self._saved_at >= every_s
 
     def _reassign(self, done: int, compute_s: Sequence[float]) -> None:
         """compute_s: of a usual step, by replica, the same numbers on all of them; so all come to the same assignment."""

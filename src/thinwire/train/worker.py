@@ -25,8 +25,13 @@ from thinwire.lab.commands import TRAINING
 from thinwire.layout import AXES, REPLICAS, Layout
 from thinwire.plan.cost import Prediction, Setting, predict
 from thinwire.sync.make import make_synchroniser
-from thinwire.train import checkpoint, results, setup
+from thinwire.train import results, setup
 from thinwire.train.assign import Assignment, first_assignment
+from thinwire.train.checkpoint.disks import describe, share_run_files
+from thinwire.train.checkpoint.files import Progress
+from thinwire.train.checkpoint.restore import find_checkpoint
+from thinwire.train.checkpoint.saver import Saver
+from thinwire.train.checkpoint.state import Parts, load
 from thinwire.train.failure import Heartbeat
 from thinwire.train.optimizers import make_optimizer
 from thinwire.train.pace import Pacer
@@ -113,7 +118,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     if isinstance(group, backend.MeteredGroup):
         backend.self_test(group, ledger)
     cluster = setup.find_cluster(config, rank.environment, layout.world_size)
-    folder = setup.agree_on_folder(config, resume)
+    folder, disks = setup.agree_on_folder(config, resume)
     task = setup.make_task(config, layout, rank.environment)
     dtype = setup.agree_on_dtype(config, rank.device, folder if resume else None, task)
     casts = dtype != config.model.dtype
@@ -121,10 +126,13 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     model = task.build_model().to(rank.device)
     sync = make_synchroniser(config.sync, config.compress, layout, ledger)
     optimizer = make_optimizer(model, config.train)
-    parts = checkpoint.Parts(model=model, optimizer=optimizer, sync=sync, ledger=ledger, rank=number)
-    progress = checkpoint.Progress(step=0, tokens=0, world_size=layout.world_size, assignment=())
+    parts = Parts(model=model, optimizer=optimizer, sync=sync, ledger=ledger, rank=number)
+    progress = Progress(step=0, tokens=0, world_size=layout.world_size, assignment=())
     if resume is not None:
-        progress = checkpoint.load(checkpoint.latest(folder.path / "checkpoints"), parts)
+        with ledger.label("checkpoint"):
+            found = find_checkpoint(folder.path / "checkpoints", disks)
+        load(found.path, parts, with_own=found.with_own)
+        progress = found.progress
     stepper = Stepper(
         model=stack.enter_context(sync.attached(model, optimizer, mesh)),
         optimizer=optimizer,
@@ -158,8 +166,11 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
             results.write_resume(folder, reporter, progress, layout.world_size, assignment)
         if config.sync.by_speed:
             reporter.assigned(progress.step, assignment)
+        if len(disks.leaders) > 1:
+            print(describe(disks, hosts, folder.path / "checkpoints"), flush=True)
         if rank.environment.results is not None:
             (rank.environment.results / TRAINING).touch()
+    share_run_files(folder.path, disks)
     trainer = Trainer(
         task=task,
         stepper=stepper,
@@ -168,11 +179,12 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         group=group,
         device=rank.device,
         stop=rank.stop,
-        checkpoints=folder.path / "checkpoints",
+        saver=Saver(folder.path / "checkpoints", disks, config.train.checkpoints_kept),
         reporter=reporter,
         assignment=assignment,
         by_speed=config.sync.by_speed,
         tokens=progress.tokens,
+        saved_step=progress.step if resume else -1,
     )
     reason = trainer.run(progress.step)
     trainer.write_end(pacer, rank.environment.results)
@@ -195,7 +207,7 @@ def _predict(
     cluster: Cluster,
     task: LanguageModel,
     stepper: Stepper,
-    progress: checkpoint.Progress,
+    progress: Progress,
     groups: Mapping[str, dist.ProcessGroup],
 ) -> tuple[Prediction, Pacer | None, Assignment]:
     """What a step will cost; the pacer that holds this rank to the declared rate, if the lab asks for one; and who has how many

@@ -17,7 +17,9 @@ from thinwire.bench.peers.rank import agree, make_stepper
 from thinwire.config.run import RunConfig
 from thinwire.layout import Layout
 from thinwire.sync.every_step import EveryStepSync
-from thinwire.train import checkpoint
+from thinwire.train.checkpoint.disks import find_disks
+from thinwire.train.checkpoint.saver import Saver
+from thinwire.train.checkpoint.state import Parts
 from thinwire.train.pace import Pacer
 from thinwire.train.runtime import StopRequest
 from thinwire.train.setup import make_task
@@ -59,6 +61,7 @@ class Reports:
 
 def train(case, config, task, checkpoints, rank, report):
     """One case on this rank. Collective. step_s: of each report; assignment: the last; late: by how much passes were missed."""
+    folder = Path(checkpoints) / case["name"].replace(" ", "-")
     number, ranks, pass_s = rank.place.rank, rank.place.world_size, rank.settings["pass_s"]
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=(AXIS,))
     pacer = Pacer(forward_s=pass_s / 3, backward_s=pass_s * 2 / 3)
@@ -74,11 +77,11 @@ def train(case, config, task, checkpoints, rank, report):
             task=Slowing(task, pacer, factor, case["slow_from"]),
             stepper=stepper,
             train=config.train,
-            parts=checkpoint.Parts(model=model, optimizer=stepper.optimizer, sync=sync, ledger=rank.ledger, rank=number),
+            parts=Parts(model=model, optimizer=stepper.optimizer, sync=sync, ledger=rank.ledger, rank=number),
             group=mesh.get_group(AXIS),
             device=torch.device("cpu"),
             stop=StopRequest(),
-            checkpoints=Path(checkpoints) / case["name"].replace(" ", "-"),
+            saver=Saver(folder, find_disks(folder), config.train.checkpoints_kept),
             reporter=reports if number == 0 else None,
             assignment=tuple(case["assignment"]) or (config.sync.accumulate,) * ranks,
             by_speed=case["by_speed"],

@@ -1,0 +1,206 @@
+"""Which checkpoint a resumed run goes on with, found over all disks, and what each disk lacks of it, brought there.
+
+    whole     some disk holds all that is alike, and every rank's own file is on some disk, all with their checksums
+    usable    some disk holds all that is alike; files of some ranks are gone with their disks, or damaged
+
+The newest that is whole is taken; those passed over are named. Where none is whole, the newest that is usable: what the lost
+ranks had of their own (residuals, random state) begins anew, and that is said. Files on another disk are sent from there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from thinwire.errors import UserError
+from thinwire.train.checkpoint.disks import Disks, gathered
+from thinwire.train.checkpoint.files import (
+    PROGRESS,
+    Held,
+    Progress,
+    aside_of,
+    examine,
+    finish,
+    is_own,
+    names,
+    one_line,
+    rank_file,
+    sha256,
+    sync,
+)
+
+CHUNK_BYTES = 1 << 24
+SAID_BYTES = 1 << 24
+"""So much to send is said beforehand."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A checkpoint that lies on this rank's disk now. with_own: every rank goes on with a file of its own."""
+
+    path: Path
+    progress: Progress
+    with_own: bool
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    name: str
+    held: Sequence[Held]
+    """By rank; of leaders."""
+
+    @property
+    def source(self) -> int | None:
+        """The lowest rank on whose disk all is that is alike."""
+        return next((rank for rank, held in enumerate(self.held) if held.alike), None)
+
+    @property
+    def progress(self) -> Progress | None:
+        return None if self.source is None else self.held[self.source].progress
+
+    @property
+    def own(self) -> dict[str, int]:
+        """Files of ranks, and the lowest rank on whose disk each is whole."""
+        found: dict[str, int] = {}
+        for rank, held in enumerate(self.held):
+            for name in held.sums:
+                if is_own(name):
+                    found.setdefault(name, rank)
+        return found
+
+    @property
+    def lost(self) -> list[int]:
+        """Ranks whose own files are nowhere."""
+        assert self.progress is not None
+        own = self.own
+        return [rank for rank in range(self.progress.world_size) if rank_file(rank) not in own]
+
+    @property
+    def damage(self) -> str:
+        """In a few words."""
+        lines = [f"{line} (disk of rank {rank})" for rank, held in enumerate(self.held) for line in held.damage]
+        if not lines and self.progress is not None:
+            lines = [f"{rank_file(rank)} is on none of the disks" for rank in self.lost]
+        return lines[0] if lines else "no disk holds what is alike on all ranks"
+
+
+def find_checkpoint(folder: Path, disks: Disks) -> Found:
+    """The one to go on with below `folder`, on this rank's disk when this returns. Collective over the default group.
+
+    UserError on all ranks if there is none.
+    """
+    chosen = _choose(folder, disks)
+    progress = chosen.progress
+    assert progress is not None
+    with_own = progress.world_size == dist.get_world_size() and not chosen.lost
+    errors = gathered(_bring(folder, disks, chosen, with_own))
+    if bad := [error for error in errors if error]:
+        raise UserError(bad[0])
+    return Found(path=folder / chosen.name, progress=progress, with_own=with_own)
+
+
+def _choose(folder: Path, disks: Disks) -> _Candidate:
+    everywhere: list[list[str]] = gathered(names(folder) if disks.leads else [])
+    candidates = sorted({name for there in everywhere for name in there}, reverse=True)
+    if not candidates:
+        raise UserError(f"{folder} holds no checkpoint to resume from; start without --resume")
+    usable: _Candidate | None = None
+    passed: list[str] = []
+    nothing = Held(sums={}, sizes={}, damage=(), progress=None)
+    for name in candidates:
+        one = _Candidate(name, gathered(examine(folder / name) if disks.leads else nothing))
+        if one.source is not None and not one.lost:
+            _say(disks, *(f"checkpoint {line}; going on with {name}" for line in passed))
+            return one
+        passed.append(f"{folder / name} is not whole: {one.damage}")
+        if one.source is not None and usable is None:
+            usable = one
+    if usable is None:
+        raise UserError(f"checkpoint {passed[0]}; there is no other to resume from, start without --resume")
+    lost = ", ".join(map(str, usable.lost))
+    _say(
+        disks,
+        f"checkpoint {folder / usable.name}: the files of ranks {lost} are on none of the disks, so what they had of their own "
+        "(random state, residuals) begins anew; the model and the optimizer are whole",
+    )
+    return usable
+
+
+def _bring(folder: Path, disks: Disks, chosen: _Candidate, with_own: bool) -> str:
+    """Send and take what disks lack. Returns what went wrong here, "" if nothing did. Every rank knows all that is sent."""
+    sends = [send for leader in disks.leaders for send in _lacking(disks, chosen, leader, with_own)]
+    total = sum(chosen.held[source].sizes[name] for name, source, _ in sends)
+    if total >= SAID_BYTES:
+        _say(disks, f"checkpoint {chosen.name}: sending {total / 1e6:,.0f} MB of it to disks that lack it")
+    mine = [name for name, _, target in sends if target == disks.rank]
+    progress = chosen.progress
+    assert progress is not None
+    try:
+        with one_line(f"checkpoint {folder / chosen.name}", "completed"):
+            aside = aside_of(folder, progress) if mine else folder
+            for name, source, target in sends:
+                size = chosen.held[source].sizes[name]
+                if source == disks.rank:
+                    _send(folder / chosen.name / name, size, target)
+                elif target == disks.rank:
+                    _receive(aside / name, size, source)
+                    if sha256(aside / name) != chosen.held[source].sums[name]:
+                        raise UserError(
+                            f"checkpoint {folder / chosen.name}: {name} arrived damaged from rank {source}; try again"
+                        )
+            if mine:
+                kept = [name for name in chosen.held[disks.rank].sums if name not in mine and name != PROGRESS]
+                for name in kept:
+                    (aside / name).hardlink_to(folder / chosen.name / name)
+                finish(aside, progress, {name: chosen.held[disks.rank].sums[name] for name in kept})
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _lacking(disks: Disks, chosen: _Candidate, leader: int, with_own: bool) -> list[tuple[str, int, int]]:
+    """(file, rank that sends it, `leader`) of what its disk lacks."""
+    source, own, here = chosen.source, chosen.own, chosen.held[leader]
+    assert source is not None
+    alike = {name for name in chosen.held[source].sums if not is_own(name) and name != PROGRESS}
+    # Disks that were written apart may differ in what only the average and the first replica's optimizer decide: one is taken.
+    if here.alike and (with_own or _data(here) == _data(chosen.held[source])):
+        alike = set()
+    wanted = [rank_file(rank) for rank in disks.ranks_of(leader)] if with_own else sorted(own)
+    return [(name, source, leader) for name in sorted(alike)] + [
+        (name, own[name], leader) for name in wanted if name not in here.sums
+    ]
+
+
+def _data(held: Held) -> list[str]:
+    """Checksums of the tensors that are alike; their index has a name of its own on each disk."""
+    return [sum_ for name, sum_ in sorted(held.sums.items()) if name.endswith(".distcp")]
+
+
+def _send(path: Path, size: int, target: int) -> None:
+    with path.open("rb") as file:
+        for first in range(0, size, CHUNK_BYTES):
+            dist.send(torch.frombuffer(bytearray(file.read(min(CHUNK_BYTES, size - first))), dtype=torch.uint8), target)
+
+
+def _receive(path: Path, size: int, source: int) -> None:
+    """To its end even where the disk is full, because the sender waits."""
+    error: OSError | None = None
+    for first in range(0, size, CHUNK_BYTES):
+        part = torch.empty(min(CHUNK_BYTES, size - first), dtype=torch.uint8)
+        dist.recv(part, source)
+        try:
+            with path.open("ab") as file:
+                file.write(part.numpy().tobytes())
+        except OSError as reason:
+            error = error or reason
+    if error:
+        raise error
+    sync(path)
+
+
+def _say(disks: Disks, *lines: str) -> None:
+    for line in lines if disks.rank == 0 else ():
+        print(line, flush=True)

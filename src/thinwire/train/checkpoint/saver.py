@@ -1,0 +1,143 @@
+"""Writes checkpoints on a thread of its own while training goes on.
+
+    rank's main thread    takes a copy of its state between two steps (`snapshot`), and goes on
+    this thread           own file -> leader of the disk: what is alike, progress, checksums, name -> whole on every disk -> older
+                          ones go
+
+Threads agree through the store by which the ranks met, never by a collective: those are the training's. A checkpoint counts when
+it is whole on every disk; what goes wrong on one rank, all learn, and the run ends in one line at the next report.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from thinwire.errors import UserError
+from thinwire.train.checkpoint.disks import Disks
+from thinwire.train.checkpoint.files import Progress, aside_of, finish, is_own, one_line, prune, sha256
+from thinwire.train.checkpoint.state import Parts, Snapshot, quiet, snapshot, write_alike, write_own
+
+POLL_S = 0.02
+NICENESS = 5
+"""Of the thread, so that training goes first where both want a core."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A checkpoint that is whole on every disk. blocked_s: for how long training stood still, of `save_s` in all."""
+
+    progress: Progress
+    save_s: float
+    blocked_s: float
+
+
+@dataclass(kw_only=True)
+class _Job:
+    progress: Progress
+    blocked_s: float
+    ended: threading.Event = field(default_factory=threading.Event)
+    save_s: float = 0.0
+    error: str = ""
+
+
+class Saver:
+    """Of one rank, one for each Disks. folder: `checkpoints` of the run, on this rank's disk. keep: how many checkpoints stay."""
+
+    def __init__(self, folder: Path, disks: Disks, keep: int) -> None:
+        """Local."""
+        self._folder, self._disks, self._keep = folder, disks, keep
+        store: Any = dist.distributed_c10d._get_default_store()
+        self._store = dist.PrefixStore(f"checkpoint-{disks.token}", store.clone())  # one client answers one thread at a time
+        self._job: _Job | None = None
+        self._begun = 0
+        quiet()
+
+    def begin(self, parts: Parts, progress: Progress) -> None:
+        """Take a copy of `parts` and begin to write it. On every rank between the same two steps, when none is being written."""
+        assert self._job is None, "a checkpoint is being written"
+        began = time.perf_counter()
+        taken = snapshot(parts, alike=self._disks.leads)
+        job = self._job = _Job(progress=progress, blocked_s=time.perf_counter() - began)
+        key, self._begun = str(self._begun), self._begun + 1
+        threading.Thread(target=self._run, args=(job, taken, key), name="checkpoint", daemon=True).start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether the thread is still at work."""
+        return self._job is not None and not self._job.ended.is_set()
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that the checkpoint cannot be written; `take` says why."""
+        return self._job is not None and self._job.ended.is_set() and bool(self._job.error)
+
+    def take(self) -> Saved | None:
+        """What has become of the checkpoint that was begun last, once; None if it is not ended. UserError if it failed."""
+        job = self._job
+        if job is None or not job.ended.is_set():
+            return None
+        self._job = None
+        if job.error:
+            raise UserError(job.error)
+        return Saved(progress=job.progress, save_s=job.save_s, blocked_s=job.blocked_s)
+
+    def _run(self, job: _Job, taken: Snapshot, key: str) -> None:
+        began = time.perf_counter() - job.blocked_s
+        try:
+            if hasattr(os, "setpriority") and os.uname().sysname == "Linux":  # elsewhere it would be the whole process
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+            with one_line(f"checkpoint {self._folder / job.progress.name}", "written"):
+                self._write(job.progress, taken, key)
+        except _FailedElsewhere as error:
+            job.error = str(error)
+        except Exception as error:
+            job.error = " ".join(str(error).split())
+            self._tell(f"{key}/failed", job.error)
+        job.save_s = time.perf_counter() - began
+        job.ended.set()
+
+    def _write(self, progress: Progress, taken: Snapshot, key: str) -> None:
+        disks, rank = self._disks, self._disks.rank
+        if disks.leads:
+            aside = aside_of(self._folder, progress)
+            self._store.set(f"{key}/begun/{rank}", "")
+        else:
+            aside = self._folder / f".{progress.name}.tmp"
+            self._wait([f"{key}/begun/{disks.leader}"], key)
+        own = write_own(aside, rank, taken)
+        self._store.set(f"{key}/own/{rank}", json.dumps({own.name: sha256(own)}))
+        if disks.leads:
+            write_alike(aside, taken)
+            mates = [f"{key}/own/{mate}" for mate in disks.ranks_of(rank)]
+            self._wait(mates, key)
+            sums = {name: sum_ for mate in mates for name, sum_ in json.loads(self._store.get(mate)).items()}
+            if missing := [name for name in sums if is_own(name) and not (aside / name).exists()]:
+                raise UserError(f"checkpoint {aside}: {missing[0]}, which its rank has written, is not there; look at the disk")
+            finish(aside, progress, sums)
+            self._store.set(f"{key}/whole/{rank}", "")
+        self._wait([f"{key}/whole/{leader}" for leader in disks.leaders], key)
+        if disks.leads:
+            prune(self._folder, self._keep)
+
+    def _wait(self, keys: Sequence[str], key: str) -> None:
+        """Until all are in the store. By asking again and again: a client that waits in the store serves nobody else."""
+        while not self._store.check(list(keys)):
+            if self._store.check([f"{key}/failed"]):
+                raise _FailedElsewhere(self._store.get(f"{key}/failed").decode())
+            time.sleep(POLL_S)
+
+    def _tell(self, key: str, text: str) -> None:
+        with suppress(RuntimeError):  # the store is gone with rank 0, of which the main thread will hear
+            self._store.compare_set(key, "", text)
+
+
+class _FailedElsewhere(Exception):
+    pass
