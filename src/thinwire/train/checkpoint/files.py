@@ -61,6 +61,7 @@ class Held:
 
 
 def rank_file(rank: int) -> str:
+    """The name of what is one rank's own."""
     return f"rank-{rank:05d}.pt"
 
 
@@ -128,22 +129,25 @@ def examine(path: Path) -> Held:
                 damage.append(f"{name} ({file.stat().st_size} bytes) does not have its checksum")
         except OSError:
             damage.append(f"{name} is missing" if not file.exists() else f"{name} is not readable")
-    try:
+    progress = None
+    if PROGRESS in sums:
         progress = read_progress(path)
-    except UserError:
-        progress = None
     return Held(sums=sums, sizes=sizes, damage=tuple(damage), progress=progress)
 
 
 def newest_whole(folder: Path) -> Path:
-    """The newest checkpoint below `folder` that this disk holds what is alike of; those passed over are named. UserError if none
-    is there."""
+    """The newest checkpoint of which this disk holds all that is alike; those passed over are named. UserError if none is there."""
+    passed = []
     for name in names(folder):
         held = examine(folder / name)
         if held.alike:
+            for line in passed:
+                print(f"{line}; going on with {name}", flush=True)
             return folder / name
-        print(f"checkpoint {folder / name} is damaged: {held.damage[0]}; taking the one before it", flush=True)
-    raise UserError(f"{folder} holds no checkpoint that is whole; a run writes them while it trains and when it ends")
+        passed.append(f"checkpoint {folder / name} is damaged: {held.damage[0]}")
+    raise UserError(
+        f"{passed[0]}; there is no other" if passed else f"{folder} holds no checkpoint; a run writes one when it ends"
+    )
 
 
 def read_progress(path: Path) -> Progress:
@@ -166,6 +170,7 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
+    """The checksum of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
