@@ -153,7 +153,10 @@ def test_wrong_options_are_one_line(in_folder: Path, options: list[str], said: s
         (lambda run: shutil.rmtree(run), "run does not exist"),
         (lambda run: (run / "run.toml").unlink(), "run.toml: there is no such file"),
         (lambda run: shutil.rmtree(run / "checkpoints"), "holds no checkpoint, so there are no weights"),
-        (lambda run: (newest(run) / "progress.json").write_text("{}"), "step-000040 is damaged: progress.json is not readable"),
+        (
+            lambda run: (newest(run) / "progress.json").write_text("{}"),
+            "step-000040 is damaged: progress.json (2 bytes) does not",
+        ),
         (lambda run: next(newest(run).glob("*.distcp")).write_bytes(b"x"), "step-000040 is damaged: "),
         (lambda run: edit(run / "run.toml", "width = 32", "width = 16"), "step-000040 cannot be read: "),
         (lambda run: edit(run / "record.json", '"sha256": "', '"sha256": "0'), "text.txt' has changed since"),

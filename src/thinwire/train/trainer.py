@@ -144,11 +144,12 @@ class Trainer:
     def _settle(self) -> None:
         """Wait until no rank is writing any more. Together, so that a rank that is gone meanwhile is missed. UserError on all if
         a checkpoint failed."""
-        busy = True
+        busy, before = True, self.ledger.sent_bytes
         while busy:
             states = self._sum(torch.tensor([self.saver.busy, self.saver.failed], dtype=torch.float64), "checkpoint")
             busy = float(states[0]) > 0
             time.sleep(SETTLE_POLL_S if busy else 0)
+        self._interval_bytes += self.ledger.sent_bytes - before  # no step's
         self._take_checkpoint()
 
     def _take_checkpoint(self) -> None:
