@@ -155,7 +155,7 @@ def test_wrong_options_are_one_line(in_folder: Path, options: list[str], said: s
         (lambda run: shutil.rmtree(run / "checkpoints"), "holds no checkpoint, so there are no weights"),
         (
             lambda run: (newest(run) / "progress.json").write_text("{}"),
-            "step-000040 is damaged: progress.json (2 bytes) does not",
+            "progress.json (2 bytes) does not have its checksum",
         ),
         (lambda run: next(newest(run).glob("*.distcp")).write_bytes(b"x"), "step-000040 is damaged: "),
         (lambda run: edit(run / "run.toml", "width = 32", "width = 16"), "step-000040 cannot be read: "),

@@ -117,6 +117,16 @@ def test_a_fresh_host_in_the_place_of_a_lost_one_is_given_what_it_lacks(
     assert all(examine(disk / "run" / "checkpoints" / "step-000012").alike for disk in disks)
 
 
+def test_with_a_second_copy_a_lost_disk_costs_nothing(ranks4: Pool, tmp_path: Path, coded: Runs) -> None:
+    """What is coded leaves residuals, which are each rank's own."""
+    disks, config = make_disks(tmp_path / "disks"), settings(tmp_path / "text", "int4", checkpoint_copies=2)
+    assert ranks4.run(on_own_disk, disks, config, False, 6) == ["interrupted"] * 4
+    shutil.rmtree(disks[1])
+    disks[1].mkdir()
+    assert ranks4.run(on_own_disk, disks, config, True) == ["done"] * 4
+    assert coded.goes_on_as_if_uninterrupted(disks)
+
+
 def found(context: Rank, disks: list[Path]) -> tuple[bool, list[str], Progress]:
     """Whether every rank has its own file, what lies on this disk then, and the progress."""
     folder = disks[context.rank * len(disks) // context.world_size] / "run" / "checkpoints"

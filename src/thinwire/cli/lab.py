@@ -28,8 +28,13 @@ def run(
         typer.Option(metavar="HOST:AT:FOR", help="No frame passes from or to HOST from AT on for FOR: host1:20:60 (seconds)."),
     ] = None,
     bare: Annotated[
-        bool, typer.Option("--bare", help="Hosts as Debian leaves them: own names are 127.0.1.1, no variable names a card.")
-    ] = False,
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Hosts as Debian leaves them: own names are 127.0.1.1, no variable names a card, and no disk is shared: each "
+            "finds its own FOLDER/HOST at FOLDER.",
+        ),
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the cards' counters here.")] = None,
 ) -> None:
     """Run a command on every host of a cluster: `thinwire train` once a host, any other command once a rank.
@@ -44,7 +49,7 @@ def run(
 
     network = load_cluster(cluster)
     stalls = tuple(Stall.read(text) for text in stall or [])
-    options = LabOptions(delay=not no_delay, paced=not unpaced, stalls=stalls, bare=bare)
+    options = LabOptions(delay=not no_delay, paced=not unpaced, stalls=stalls, bare=bare is not None, disks=bare)
     processes = processes_for(network, command)
     prepared = prepare(network, options)
     for note in prepared[1].notes:

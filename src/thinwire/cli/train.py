@@ -11,7 +11,10 @@ from thinwire.cli.report import conclude
 from thinwire.errors import UserError
 
 if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
     from thinwire.config.run import RunConfig
+    from thinwire.environment import Place
 
 
 def train(
@@ -28,15 +31,31 @@ def train(
         raise typer.Exit(_launch(run, changes or [], resume))
 
     def train_as_rank() -> None:
+        store = None
+        if resume is not None and place.world_size > 1 and not place.by_mpiexec:
+            store = _fetch_run_file(place, resume)
         config = _configure(run, changes or [], resume)
         from thinwire.train.worker import work
 
-        outcome = work(config, environment, resume)
+        outcome = work(config, environment, resume, store)
         if environment.results is None and place.rank == 0:  # nobody else waits for the run folder
             conclude(outcome.folder)
 
     with environment_variables({"TORCH_CPP_LOG_LEVEL": "ERROR"}):  # an error is one line
         be_rank(environment, train_as_rank)
+
+
+def _fetch_run_file(place: "Place", resume: Path) -> "TCPStore":
+    """A host that takes the place of another gets run.toml from one that has it. Collective; returns where the ranks have met."""
+    from thinwire.config.run import TrainSection
+    from thinwire.train.runtime import open_store, share_text
+
+    store, path = open_store(place, TrainSection().timeout_s), resume / "run.toml"
+    text = share_text(place, store, "run.toml", path.read_text(encoding="utf-8") if path.is_file() else "")
+    if text and not path.is_file():
+        resume.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return store
 
 
 def _configure(run: Path | None, changes: list[str], resume: Path | None) -> "RunConfig":

@@ -177,6 +177,8 @@ class TrainSection(Section):
     """Seconds between checkpoints, counted when a report is due; 0: at the end and when interrupted only."""
     checkpoints_kept: int = Field(3, ge=1)
     """The newest that stay."""
+    checkpoint_copies: int = Field(1, ge=1, le=2)
+    """Disks on which each rank's own part of a checkpoint is kept, where hosts share none. 2: sent to the next one as well."""
     log_every: int = Field(10, ge=1)
     ranks: int = Field(0, ge=0)
     """Ranks to start when launched alone; 0: as many as the cluster file has, else 2."""

@@ -103,7 +103,7 @@ def _settle(name: str, host: dict[str, Any]) -> spaces.Space:
     folder.mkdir()
     (folder / "hosts").write_text(host["hosts_file"], encoding="utf-8")
     (folder / "lab.json").write_text(json.dumps(host["lab"]), encoding="utf-8")
-    return spaces.make_space(host["netns"], name, str(folder), str(HERE))
+    return spaces.make_space(host["netns"], name, {"/etc/hosts": f"{folder}/hosts", str(HERE): str(folder), **host["binds"]})
 
 
 def _wait_for_carrier(netns: str, interfaces: list[str]) -> None:

@@ -44,7 +44,8 @@ class LabOptions:
 
     After a failure the other hosts get `notice_s` to notice; after a signal all get `grace_s` to end cleanly.
     `stalls`: links that fall silent for a while. `bare`: hosts as an installation of Debian leaves them: each knows itself as
-    127.0.1.1 and has a bridge for containers that leads nowhere, and no variable names the card to use.
+    127.0.1.1 and has a bridge for containers that leads nowhere, and no variable names the card to use. `disks`: a folder that is
+    on each host a disk of its own, DISKS/HOST here.
     """
 
     delay: bool = True
@@ -53,6 +54,7 @@ class LabOptions:
     grace_s: float = 30.0
     stalls: tuple[Stall, ...] = ()
     bare: bool = False
+    disks: Path | None = None
 
 
 class LabResult:
@@ -113,6 +115,8 @@ def launch(
         raise UserError("no command was given to run in the lab")
     kernel, wiring = prepared or prepare(cluster, options)
     result = LabResult(wiring, _talk(kernel, _orders(cluster, processes, kernel, wiring, options)))
+    if result.run_folder and options.disks and result.run_folder.is_relative_to(options.disks.resolve()):
+        result.run_folder = options.disks / processes[0].host / result.run_folder.relative_to(options.disks.resolve())
     if result.run_folder and result.run_folder.is_dir():
         run_folder = RunFolder(result.run_folder)
         run_folder.write("cards.json", Cards(cards=result.cards, ledger_sent_bytes=_ledger_sent_bytes(cluster, run_folder)))
@@ -137,6 +141,7 @@ def _orders(
             "interfaces": [card.interface for card in wiring.cards if card.host == host.name],
             "hosts_file": _hosts_file(wiring, host.name if options.bare else None),
             "lab": lab,
+            "binds": {str(options.disks.resolve()): str(_disk(options.disks, host.name))} if options.disks else {},
         }
     with TemporaryDirectory(prefix="thinwire-") as folder:
         dump_cluster(imitated(cluster, wiring.delay), Path(folder) / "cluster.toml")
@@ -160,6 +165,16 @@ def _orders(
         "notice_s": options.notice_s,
         "grace_s": options.grace_s,
     }
+
+
+def _disk(disks: Path, host: str) -> Path:
+    """Of a host, made if it is not there."""
+    path = disks.resolve() / host
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}, the disk of {host}, cannot be made: {error.strerror}") from None
+    return path
 
 
 def _hosts_file(wiring: Wiring, bare: str | None) -> str:

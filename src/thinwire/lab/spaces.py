@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -42,10 +42,10 @@ def mount(source: str, target: str, kind: str, flags: int = 0) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), target)
 
 
-def make_space(netns: str, hostname: str, folder: str, here: str) -> Space:
+def make_space(netns: str, hostname: str, binds: Mapping[str, str]) -> Space:
     """Give the network namespace `netns` its own host name, IPC and /dev/shm; they live while they are open.
 
-    Of `folder` the file `hosts` becomes its /etc/hosts, and all of it is found at `here`, a path that is the same on each host.
+    binds: what is found at a path on this host, as the path of it here.
 
     A short-lived child makes them, since a process cannot leave a mount namespace that it has changed for another host.
     """
@@ -58,8 +58,8 @@ def make_space(netns: str, hostname: str, folder: str, here: str) -> Space:
             _call("unshare", CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC)
             socket.sethostname(hostname[:64])
             mount("tmpfs", "/dev/shm", "tmpfs")
-            mount(f"{folder}/hosts", "/etc/hosts", "", MS_BIND)
-            mount(folder, here, "", MS_BIND)
+            for there, here in binds.items():
+                mount(here, there, "", MS_BIND)
             os.write(reply, b"+")
             signal.pause()
         except OSError as error:

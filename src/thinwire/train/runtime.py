@@ -5,9 +5,13 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from thinwire.environment import Place, agent_has_store
 from thinwire.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 
 class StopRequest:
@@ -21,21 +25,41 @@ class StopRequest:
             signal.signal(number, lambda number, frame: setattr(self, "requested", True))
 
 
-@contextmanager
-def process_group(place: Place, backend: str, timeout_s: float) -> Iterator[None]:
-    """The default process group, from beginning to end. Collective. UserError when the ranks do not find each other."""
+def open_store(place: Place, timeout_s: float) -> "TCPStore":
+    """Where the ranks meet; rank 0 holds it, if its launcher does not. Collective. UserError when it cannot be reached."""
     import torch.distributed as dist
 
-    from thinwire.collectives.address import plain_gloo
-
     try:
-        store = dist.TCPStore(
+        return dist.TCPStore(
             place.master_address,
             place.master_port,
             place.world_size,
             is_master=place.rank == 0 and not agent_has_store(),
             timeout=timedelta(seconds=timeout_s),
         )
+    except (dist.DistError, RuntimeError, OSError) as error:
+        raise _cannot_join(place, error) from None
+
+
+def share_text(place: Place, store: "TCPStore", name: str, own: str) -> str:
+    """`own`, or where it is empty what the lowest rank has that has any; "" if none does. Collective."""
+    store.set(f"{name}/{place.rank}", own)
+    others = (store.get(f"{name}/{rank}").decode() for rank in range(place.world_size))
+    return own or next((text for text in others if text), "")
+
+
+@contextmanager
+def process_group(place: Place, backend: str, timeout_s: float, store: "TCPStore | None" = None) -> Iterator[None]:
+    """The default process group, from beginning to end. store: of `open_store`, if there is one already.
+
+    Collective. UserError when the ranks do not find each other.
+    """
+    import torch.distributed as dist
+
+    from thinwire.collectives.address import plain_gloo
+
+    try:
+        store = store or open_store(place, timeout_s)
         if backend == "gloo":
             backend = plain_gloo()
         dist.init_process_group(
@@ -46,13 +70,17 @@ def process_group(place: Place, backend: str, timeout_s: float) -> Iterator[None
             timeout=timedelta(seconds=timeout_s),
         )
     except (dist.DistError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(
-            f"rank {place.rank} on {socket.gethostname()} cannot join {place.world_size} ranks at "
-            f"{place.master_address}:{place.master_port}: {reason}; check that the port is free and the address reachable"
-        ) from None
+        raise _cannot_join(place, error) from None
     try:
         yield
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _cannot_join(place: Place, error: BaseException) -> UserError:
+    reason = str(error).splitlines()[0][:200]
+    return UserError(
+        f"rank {place.rank} on {socket.gethostname()} cannot join {place.world_size} ranks at "
+        f"{place.master_address}:{place.master_port}: {reason}; check that the port is free and the address reachable"
+    )

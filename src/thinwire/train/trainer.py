@@ -13,6 +13,7 @@ import torch.distributed as dist
 from thinwire.collectives.ledger import Ledger, Snapshot, difference
 from thinwire.collectives.metered_calls import all_reduce
 from thinwire.config.run import TrainSection
+from thinwire.errors import UserError
 from thinwire.record import Step
 from thinwire.traffic import Transfer
 from thinwire.train.assign import Assignment, index_in_step, reassign
@@ -147,6 +148,8 @@ class Trainer:
         busy, before = True, self.ledger.sent_bytes
         while busy:
             states = self._sum(torch.tensor([self.saver.busy, self.saver.failed], dtype=torch.float64), "checkpoint")
+            if float(states[1]):
+                raise UserError(self.saver.reason())
             busy = float(states[0]) > 0
             time.sleep(SETTLE_POLL_S if busy else 0)
         self._interval_bytes += self.ledger.sent_bytes - before  # no step's
@@ -238,7 +241,7 @@ class Trainer:
             self._reassign(done, computing)
         self._begin_interval()
         if failed:
-            self._settle()
+            raise UserError(self.saver.reason())
         self._take_checkpoint()
         return stops > 0, due > 0
 

@@ -67,8 +67,9 @@ class Outcome:
     folder: Path
 
 
-def work(config: RunConfig, environment: Environment, resume: Path | None) -> Outcome:
-    """Be one of the ranks that a launcher has started. Collective. `resume`: the run folder to go on with."""
+def work(config: RunConfig, environment: Environment, resume: Path | None, store: dist.TCPStore | None = None) -> Outcome:
+    """Be one of the ranks that a launcher has started. Collective. `resume`: the run folder to go on with. `store`: where they
+    have met already."""
     place = environment.place
     assert place is not None, "a launcher has started this process"
     layout = config.layout.resolve(place.world_size, rare=config.sync.rare)
@@ -88,7 +89,7 @@ def work(config: RunConfig, environment: Environment, resume: Path | None) -> Ou
             rank = replace(rank, tuner=setup.set_collectives(config, environment, ledger, mpi))
         elif config.collectives.kind != "native":
             raise UserError(f"collectives.kind = {config.collectives.kind!r} is for CPUs; set it to 'native'")
-        stack.enter_context(process_group(place, group_backend, timeout_s))
+        stack.enter_context(process_group(place, group_backend, timeout_s, None if mpi else store))
         heartbeat = stack.enter_context(Heartbeat(place, rank.host, timeout_s))
         try:
             return train_as(rank, resume)
@@ -179,7 +180,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         group=group,
         device=rank.device,
         stop=rank.stop,
-        saver=Saver(folder.path / "checkpoints", disks, config.train.checkpoints_kept),
+        saver=Saver(folder.path / "checkpoints", disks, config.train.checkpoints_kept, config.train.checkpoint_copies, ledger),
         reporter=reporter,
         assignment=assignment,
         by_speed=config.sync.by_speed,

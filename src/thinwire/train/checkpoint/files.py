@@ -137,7 +137,7 @@ def examine(path: Path) -> Held:
 
 def newest_whole(folder: Path) -> Path:
     """The newest checkpoint of which this disk holds all that is alike; those passed over are named. UserError without any."""
-    passed = []
+    passed: list[str] = []
     for name in names(folder):
         held = examine(folder / name)
         if held.alike:

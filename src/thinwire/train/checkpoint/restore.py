@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from thinwire.errors import UserError
@@ -28,10 +27,9 @@ from thinwire.train.checkpoint.files import (
     one_line,
     rank_file,
     sha256,
-    sync,
 )
+from thinwire.train.checkpoint.transfer import receive_file, send_file
 
-CHUNK_BYTES = 1 << 24
 SAID_BYTES = 1 << 24
 """So much to send is said beforehand."""
 
@@ -143,9 +141,9 @@ def _bring(folder: Path, disks: Disks, chosen: _Candidate, with_own: bool) -> st
             for name, source, target in sends:
                 size = chosen.held[source].sizes[name]
                 if source == disks.rank:
-                    _send(folder / chosen.name / name, size, target)
+                    send_file(folder / chosen.name / name, size, target)
                 elif target == disks.rank:
-                    _receive(aside / name, size, source)
+                    receive_file(aside / name, size, source)
                     if sha256(aside / name) != chosen.held[source].sums[name]:
                         raise UserError(
                             f"checkpoint {folder / chosen.name}: {name} arrived damaged from rank {source}; try again"
@@ -177,28 +175,6 @@ def _lacking(disks: Disks, chosen: _Candidate, leader: int, with_own: bool) -> l
 def _data(held: Held) -> list[str]:
     """Checksums of the tensors that are alike; their index has a name of its own on each disk."""
     return [sum_ for name, sum_ in sorted(held.sums.items()) if name.endswith(".distcp")]
-
-
-def _send(path: Path, size: int, target: int) -> None:
-    with path.open("rb") as file:
-        for first in range(0, size, CHUNK_BYTES):
-            dist.send(torch.frombuffer(bytearray(file.read(min(CHUNK_BYTES, size - first))), dtype=torch.uint8), target)
-
-
-def _receive(path: Path, size: int, source: int) -> None:
-    """To its end even where the disk is full, because the sender waits."""
-    error: OSError | None = None
-    for first in range(0, size, CHUNK_BYTES):
-        part = torch.empty(min(CHUNK_BYTES, size - first), dtype=torch.uint8)
-        dist.recv(part, source)
-        try:
-            with path.open("ab") as file:
-                file.write(part.numpy().tobytes())
-        except OSError as reason:
-            error = error or reason
-    if error:
-        raise error
-    sync(path)
 
 
 def _say(disks: Disks, *lines: str) -> None:

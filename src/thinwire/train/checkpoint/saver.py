@@ -6,6 +6,9 @@
 
 Threads agree through the store by which the ranks met, never by a collective: those are the training's. A checkpoint counts when
 it is whole on every disk; what goes wrong on one rank, all learn, and the run ends in one line at the next report.
+
+With copies = 2 each disk's leader also sends the files of its ranks to the next disk, so that any one of them may be lost; that
+goes over the links that training uses.
 """
 
 import json
@@ -20,10 +23,12 @@ from typing import Any
 
 import torch.distributed as dist
 
+from thinwire.collectives.ledger import Ledger
 from thinwire.errors import UserError
 from thinwire.train.checkpoint.disks import Disks
-from thinwire.train.checkpoint.files import Progress, aside_of, finish, is_own, one_line, prune, sha256
+from thinwire.train.checkpoint.files import Progress, aside_of, finish, one_line, prune, sha256
 from thinwire.train.checkpoint.state import Parts, Snapshot, quiet, snapshot, write_alike, write_own
+from thinwire.train.checkpoint.transfer import receive_file, send_file
 
 POLL_S = 0.02
 NICENESS = 5
@@ -49,10 +54,16 @@ class _Job:
 
 
 class Saver:
-    """Of one rank, one for each Disks. folder: `checkpoints` of the run, on this rank's disk. keep: how many checkpoints stay."""
+    """Of one rank, one for each Disks. folder: `checkpoints` of the run, on this rank's disk. keep: how many checkpoints stay.
 
-    def __init__(self, folder: Path, disks: Disks, keep: int) -> None:
-        """Local."""
+    copies: on how many disks each rank's own file is kept, 1 or 2.
+    """
+
+    def __init__(self, folder: Path, disks: Disks, keep: int, copies: int = 1, ledger: Ledger | None = None) -> None:
+        """Collective."""
+        self._ledger, self._leaders = ledger or Ledger(), None
+        if copies > 1 and len(disks.leaders) > 1:
+            self._leaders = dist.new_group(disks.leaders)
         self._folder, self._disks, self._keep = folder, disks, keep
         store: Any = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(f"checkpoint-{disks.token}", store.clone())  # one client answers one thread at a time
@@ -76,17 +87,19 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether this rank knows that the checkpoint cannot be written; `take` says why."""
+        """Whether this rank knows that the checkpoint cannot be written; `reason` says why."""
         return self._job is not None and self._job.ended.is_set() and bool(self._job.error)
 
+    def reason(self) -> str:
+        """Why, in a line. On any rank, once `failed` is true on one."""
+        return self._store.get(f"{self._begun - 1}/failed").decode()
+
     def take(self) -> Saved | None:
-        """What has become of the checkpoint that was begun last, once; None if it is not ended. UserError if it failed."""
+        """The checkpoint that was begun last, once it is whole; None before, and afterwards."""
         job = self._job
-        if job is None or not job.ended.is_set():
+        if job is None or not job.ended.is_set() or job.error:
             return None
         self._job = None
-        if job.error:
-            raise UserError(job.error)
         return Saved(progress=job.progress, save_s=job.save_s, blocked_s=job.blocked_s)
 
     def _run(self, job: _Job, taken: Snapshot, key: str) -> None:
@@ -113,19 +126,45 @@ class Saver:
             aside = self._folder / f".{progress.name}.tmp"
             self._wait([f"{key}/begun/{disks.leader}"], key)
         own = write_own(aside, rank, taken)
-        self._store.set(f"{key}/own/{rank}", json.dumps({own.name: sha256(own)}))
+        self._store.set(f"{key}/own/{rank}", json.dumps({own.name: [sha256(own), own.stat().st_size]}))
         if disks.leads:
             write_alike(aside, taken)
-            mates = [f"{key}/own/{mate}" for mate in disks.ranks_of(rank)]
-            self._wait(mates, key)
-            sums = {name: sum_ for mate in mates for name, sum_ in json.loads(self._store.get(mate)).items()}
-            if missing := [name for name in sums if is_own(name) and not (aside / name).exists()]:
+            mine = self._files_of(rank, key)
+            if missing := [name for name in mine if not (aside / name).exists()]:
                 raise UserError(f"checkpoint {aside}: {missing[0]}, which its rank has written, is not there; look at the disk")
-            finish(aside, progress, sums)
+            copied = self._copy(aside, key) if self._leaders is not None else {}
+            finish(aside, progress, {name: sum_ for name, (sum_, _) in (mine | copied).items()})
             self._store.set(f"{key}/whole/{rank}", "")
         self._wait([f"{key}/whole/{leader}" for leader in disks.leaders], key)
         if disks.leads:
             prune(self._folder, self._keep)
+
+    def _files_of(self, leader: int, key: str) -> dict[str, tuple[str, int]]:
+        """Checksums and sizes of what the ranks on one disk have written, when they have."""
+        keys = [f"{key}/own/{rank}" for rank in self._disks.ranks_of(leader)]
+        self._wait(keys, key)
+        return {name: tuple(about) for one in keys for name, about in json.loads(self._store.get(one)).items()}
+
+    def _copy(self, aside: Path, key: str) -> dict[str, tuple[str, int]]:
+        """Send this disk's files to the next one, and take those of the one before. In a ring, in which every second begins by
+        taking; returns what has come."""
+        leaders = self._disks.leaders
+        index = leaders.index(self._disks.rank)
+        after, before = leaders[(index + 1) % len(leaders)], leaders[index - 1]
+        mine, theirs = self._files_of(leaders[index], key), self._files_of(before, key)
+
+        def send() -> None:
+            for name, (_, size) in mine.items():
+                send_file(aside / name, size, after, self._leaders)
+
+        def take() -> None:
+            for name, (_, size) in theirs.items():
+                receive_file(aside / name, size, before, self._leaders)
+
+        with self._ledger.label("checkpoint copies"):
+            for one in (send, take) if index % 2 == 0 else (take, send):
+                one()
+        return theirs
 
     def _wait(self, keys: Sequence[str], key: str) -> None:
         """Until all are in the store. By asking again and again: a client that waits in the store serves nobody else."""
