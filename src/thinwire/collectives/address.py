@@ -12,6 +12,7 @@ GLOO_SOCKET_IFNAME, where it is set, names the card instead.
 # mypy: disable-error-code="attr-defined"
 
 import ipaddress
+import re
 import socket
 import time
 from contextlib import suppress
@@ -100,6 +101,20 @@ def is_loopback(address: str) -> bool:
     """Also where it is an IPv4 address in the form of IPv6."""
     found = ipaddress.ip_address(address.partition("%")[0])
     return (getattr(found, "ipv4_mapped", None) or found).is_loopback
+
+
+def advice(error: str) -> str:
+    """What to do about a connection that failed at an address which is no other machine's; "" for any other error."""
+    offered = re.search(r"remote=\[([^\]]+)\]", error)
+    if offered is None or not is_loopback(offered[1]):
+        return ""
+    name = socket.gethostname()
+    with suppress(OSError):
+        name = f"{name} resolves to {socket.gethostbyname(name)}"
+    return (
+        f"; a rank offered {offered[1]}, its own machine: here {name} (/etc/hosts); make the group with thinwire.init(), or set "
+        f"GLOO_SOCKET_IFNAME on each host to the card that `ip route get` names for another host (now {gloo_card() or 'not set'})"
+    )
 
 
 def _place_of(store: dist.Store) -> tuple[str, int] | None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from thinwire.collectives.address import advice
 from thinwire.environment import Place
 from thinwire.errors import UserError
 
@@ -70,10 +71,11 @@ def explain(error: BaseException, place: Place | None) -> Failure:
     who, text = f"rank {place.rank}: " if place else "", " ".join(str(error).split())
     match symptom(error):
         case "timeout":
-            advice = "if the network is only slow, raise train.timeout_s; the last whole checkpoint is kept"
-            return Failure("timeout", f"{who}gave up waiting for another rank ({text[:160]}); {advice}")
+            patience = "if the network is only slow, raise train.timeout_s; the last whole checkpoint is kept"
+            return Failure("timeout", f"{who}gave up waiting for another rank ({text[:160]}); {patience}")
         case "lost":
-            return Failure("lost", f"{who}lost the connection to another rank ({text[:160]}); the last whole checkpoint is kept")
+            lost = f"{who}lost the connection to another rank ({text[:160]}){advice(text)}"
+            return Failure("lost", f"{lost}; the last whole checkpoint is kept")
     return Failure("error", f"{who}{type(error).__name__}: {text[:300]}")
 
 

@@ -79,8 +79,11 @@ def process_group(place: Place, backend: str, timeout_s: float, store: "TCPStore
 
 
 def _cannot_join(place: Place, error: BaseException) -> UserError:
+    from thinwire.collectives.address import advice
+
     reason = str(error).splitlines()[0][:200]
     return UserError(
         f"rank {place.rank} on {socket.gethostname()} cannot join {place.world_size} ranks at "
         f"{place.master_address}:{place.master_port}: {reason}; check that the port is free and the address reachable"
+        f"{advice(str(error))}"
     )
