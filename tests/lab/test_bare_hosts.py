@@ -63,3 +63,15 @@ def test_training_finds_the_card(tmp_path: Path) -> None:
     result = on_bare_hosts("thinwire", "train", str(run))
     assert result.failure is None
     assert all(card.sent_bytes > 1e6 for card in result.cards)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(180)
+def test_the_probe_finds_the_card(tmp_path: Path) -> None:
+    cluster = load_cluster("four-hosts-100mbit")
+    written = tmp_path / "disks" / "host0" / "found.toml"
+    argv = ("thinwire", "probe", "-o", str(tmp_path / "disks" / "found.toml"))
+    result = launch(cluster, processes_for(cluster, argv), LabOptions(bare=True, paced=False, disks=tmp_path / "disks"))
+    assert result.failure is None
+    found = load_cluster(written)
+    assert [link.bandwidth_bps.value for link in found.links] == pytest.approx([100e6] * len(found.links), rel=0.1)
