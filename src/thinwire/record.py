@@ -40,8 +40,11 @@ class Data(Entry):
 
     source: str
     files: int = 0
+    documents: int = 0
     bytes: int = 0
     sha256: str = ""
+    skipped: str = ""
+    """What was said of records left out."""
 
 
 class Baseline(Entry):

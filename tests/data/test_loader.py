@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinwire.data.loader import IGNORED, TrainBatches, held_out_batches, permute
+from thinwire.data.corpus import Part
+from thinwire.data.loader import IGNORED, TrainBatches, held_out_batches, key_of, permute
 from thinwire.errors import UserError
 
 
@@ -66,6 +67,61 @@ def test_seeds_and_epochs_differ() -> None:
     assert not torch.equal(global_batch(one, 0, 1), global_batch(two, 0, 1))
     starts = [set(one.window_starts(epoch * one.steps_per_epoch).tolist()) for epoch in range(4)]
     assert len({min(start) % 16 for start in starts}) > 1
+
+
+def windows_of(batches: TrainBatches, epochs: int) -> list[np.ndarray]:
+    """How often each window of each part is drawn, by a batch of one sequence."""
+    ends = np.cumsum([part.tokens for part in batches.parts])
+    counts = [np.zeros(max(0, part.tokens - batches.sequence) // batches.sequence, dtype=int) for part in batches.parts]
+    for step in range(epochs * batches.steps_per_epoch):
+        (start,) = batches.window_starts(step)
+        part = int(np.searchsorted(ends, start, side="right"))
+        assert start + batches.sequence < ends[part], "a window ends in its own part"
+        counts[part][(start - ends[part] + batches.parts[part].tokens) // batches.sequence] += 1
+    return counts
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    given_parts=st.lists(st.tuples(st.integers(20, 200), st.floats(0.3, 3.5)), min_size=2, max_size=4),
+    sequence=st.integers(2, 6), epochs=st.integers(1, 4), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_a_weight_is_how_often_an_epoch_shows_a_source(
+    given_parts: list[tuple[int, float]], sequence: int, epochs: int, seed: int
+) -> None:
+    parts = tuple(Part("text", length, weight) for length, weight in given_parts)
+    batches = TrainBatches(numbered(sum(part.tokens for part in parts)), sequence, 1, seed, parts)
+    for part, counts in zip(parts, windows_of(batches, epochs), strict=True):
+        assert counts.sum() == epochs * round(part.weight * len(counts)) and counts.max() - counts.min() <= 1
+
+
+def test_a_whole_weight_shows_each_window_that_often_in_each_epoch() -> None:
+    parts = (Part("thrice", 100, 3.0), Part("once", 300, 1.0))
+    thrice, once = windows_of(TrainBatches(numbered(400), 7, 1, 5, parts), 1)
+    assert set(thrice) == {3} and set(once) == {1}
+
+
+def test_half_a_weight_shows_other_windows_in_the_next_epoch() -> None:
+    parts = (Part("half", 1010, 0.5), Part("once", 500, 1.0))
+    batches = TrainBatches(numbered(1510), 10, 1, 5, parts)
+    first, both = windows_of(batches, 1)[0], windows_of(batches, 2)[0]
+    assert first.sum() == 50 and set(both) == {1}
+    assert 15 < first[:50].sum() < 35, "not simply the first half"
+
+
+@given(weight=st.floats(0.1, 5), sequence=st.integers(1, 20), seed=st.integers(0, 99), step=st.integers(0, 500))
+def test_one_source_is_drawn_in_one_order_whatever_its_weight(weight: float, sequence: int, seed: int, step: int) -> None:
+    batches = TrainBatches(numbered(700), sequence, 3, seed, (Part("one", 700, weight),))
+    epoch, place = divmod(step, batches.steps_per_epoch)
+    key = key_of(seed, epoch)
+    drawn = permute(np.arange(3 * place, 3 * place + 3), (700 - sequence) // sequence, key)
+    assert np.array_equal(batches.window_starts(step), drawn * sequence + key_of(key, 1) % sequence)
+
+
+def test_a_source_that_gives_nothing_is_named() -> None:
+    parts = (Part("long.txt", 1000, 1.0), Part("short.txt", 40, 0.2))
+    with pytest.raises(UserError, match=r"'short\.txt' has 40 training tokens, of which an epoch shows no sequence of 16"):
+        TrainBatches(numbered(1040), 16, 8, parts=parts)
 
 
 def test_batches_that_cannot_be_are_refused() -> None:

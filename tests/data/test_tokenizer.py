@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from thinwire.config.data import DataSection
 from thinwire.data.corpus import load_corpus
-from thinwire.data.source import make_tokenizer
+from thinwire.data.tokenizer import make_tokenizer
 from thinwire.errors import UserError
 
 needs_library = pytest.mark.skipif(importlib.util.find_spec("tokenizers") is None, reason="the tokenizers extra is absent")
@@ -26,7 +27,7 @@ def write_tokenizer(path: Path, words: list[str]) -> Path:
 
 def test_bytes_are_their_own_tokens() -> None:
     tokenizer = make_tokenizer("bytes")
-    assert tokenizer.encode("é".encode(), Path("a")).tolist() == [0xC3, 0xA9, 0]
+    assert tokenizer.encode("é".encode(), "").tolist() == [0xC3, 0xA9, 0]
     assert tokenizer.vocabulary == 256
 
 
@@ -46,10 +47,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_tokenizer_file_is_used_and_cached_apart(tmp_path: Path) -> None:
     path = write_tokenizer(tmp_path / "tokenizer.json", ["?", "thin", "wire", "</s>"])
     (tmp_path / "a.txt").write_text("thin wire wire " * 20)
-    corpus = load_corpus(str(tmp_path / "a.txt"), tmp_path / "cache", str(path))
+    corpus = load_corpus(DataSection(source=str(tmp_path / "a.txt"), tokenizer=str(path)), tmp_path / "cache")
     assert (corpus.train.dtype, corpus.vocabulary, corpus.unit) == (np.uint16, 304, "nats per token")
     assert [*corpus.train, *corpus.held_out] == [1, 2, 2] * 20 + [3]
-    assert load_corpus(str(tmp_path / "a.txt"), tmp_path / "cache").vocabulary == 256
+    assert load_corpus(DataSection(source=str(tmp_path / "a.txt")), tmp_path / "cache").vocabulary == 256
 
 
 @needs_library
@@ -58,5 +59,5 @@ def test_what_a_tokenizer_cannot_take_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"broken\.json is not a tokenizer\.json"):
         make_tokenizer(str(tmp_path / "broken.json"))
     tokenizer = make_tokenizer(str(write_tokenizer(tmp_path / "tokenizer.json", ["?"])))
-    with pytest.raises(UserError, match=r"a\.txt is not UTF-8 at byte 2"):
-        tokenizer.encode(b"ab\xff", Path("a.txt"))
+    with pytest.raises(UserError, match=r"data file a\.txt line 1 is not UTF-8 at byte 2"):
+        tokenizer.encode(b"ab\xff", "data file a.txt")

@@ -12,6 +12,7 @@ import tomli_w
 from pydantic import BeforeValidator, Field, model_validator
 
 from thinwire.config.compress import SPARSELOCO, Compress, NoCompression
+from thinwire.config.data import DataSection
 from thinwire.config.model import ModelConfig, preset
 from thinwire.config.sync import EveryStep, Sync
 from thinwire.errors import UserError
@@ -53,17 +54,6 @@ class ModelSection(ModelConfig):
     def shape(self) -> ModelConfig:
         """Without the preset's name."""
         return ModelConfig(**self.model_dump(exclude={"preset"}))
-
-
-class DataSection(Section):
-    """The text."""
-
-    source: str = "stdlib"
-    """A file, a folder or a glob of .txt .md .py .jsonl; "stdlib": the Python standard library's own sources."""
-    tokenizer: str = "bytes"
-    """"bytes", or the path of a tokenizer.json (extra `tokenizers`)."""
-    cache: str = ""
-    """Folder for the token file; empty: ~/.cache/thinwire."""
 
 
 class CollectivesSection(Section):

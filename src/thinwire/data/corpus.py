@@ -1,11 +1,12 @@
 """Tokens on disk: a text tokenised once, split into training and held-out tokens, and mapped into memory.
 
-Files are split by their content: distinct contents, in the order of their sha256, go to the held-out part until it has
-5 % of the bytes (at most 4 MiB), so equal files never stand on both sides. Where whole files cannot give about that much
-(a single file, one giant), the last 5 % of all tokens are held out instead.
+Documents are split by their content: distinct contents, in the order of their sha256, go to the held-out part until it has
+5 % of the bytes (at most 4 MiB), so equal documents never stand on both sides, whichever files or sources they come from. Where
+whole documents cannot give about that much (a single one, one giant), the last 5 % of each is held out instead.
 
-A cache folder is named by what it was made from (names, sizes and times of the files, tokenizer). It is written aside
-and renamed, so several processes may ask at once: one folder wins, the others' work is dropped, nobody reads half a file.
+A cache folder is named by what it was made from (names, sizes and times of the files, fields, chat template, tokenizer). It is
+written aside and renamed, so several processes may ask at once: one folder wins, the others' work is dropped, nobody reads half a
+file. Weights are not in it: the training tokens of each source stand together, once, and the loader draws from them.
 
 The baseline for any model of the text is a table of pairs, whose counts come from the training tokens alone:
 
@@ -18,6 +19,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,22 +28,37 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from thinwire.data.source import BYTES, Tokenizer, documents, find_files, make_tokenizer, read_bytes
+from thinwire.config.data import DataSection
+from thinwire.data.chat import Chat
+from thinwire.data.documents import Field, Unreadable, documents
+from thinwire.data.source import find_files
+from thinwire.data.tokenizer import Tokenizer, make_tokenizer
 from thinwire.errors import UserError
 
 HELD_OUT_FRACTION = 0.05
 HELD_OUT_MOST_BYTES = 4 << 20
 LARGEST_VOCABULARY = 4096
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
+class Part:
+    """The training tokens of one source, and how often an epoch shows them."""
+
+    source: str
+    tokens: int
+    weight: float
+
+
+@dataclass(frozen=True)
 class Corpus:
-    """`train` and `held_out` are read-only arrays of uint8, uint16 or uint32, mapped from disk and disjoint."""
+    """`train` and `held_out` are read-only arrays of uint8, uint16 or uint32, mapped from disk and disjoint. `train` is its
+    `parts`, one after the other."""
 
     train: NDArray[Any]
     held_out: NDArray[Any]
+    parts: tuple[Part, ...]
     vocabulary: int
     unit: str
     sha256: str
@@ -49,13 +66,14 @@ class Corpus:
     """`data` of record.json."""
 
 
-def load_corpus(source: str, cache: Path, tokenizer: str = BYTES) -> Corpus:
-    """The tokens of a source, from the cache folder where they are there, else written to it. Any number of processes at once.
+def load_corpus(data: DataSection, cache: Path) -> Corpus:
+    """The tokens of all sources, from the cache folder where they are there, else written to it. Any number of processes at once.
 
-    `sha256` covers the contents in the order of the files. UserError for a source or a tokenizer that cannot be used.
+    `sha256` covers the documents in their order. UserError for a source or a tokenizer that cannot be used.
     """
-    files, encoder = find_files(source), make_tokenizer(tokenizer)
-    folder = cache / f"tokens-{_key(files, encoder)}"
+    encoder, chat = make_tokenizer(data.tokenizer), Chat(data.chat_template, data.tokenizer)
+    inputs = [(find_files(source.path), Field(source.field, chat)) for source in data.each()]
+    folder = cache / f"tokens-{_key(data, inputs, f'{encoder.identity} {chat.identity}')}"
     if not (folder / "meta.json").exists():
         try:
             cache.mkdir(parents=True, exist_ok=True)
@@ -63,14 +81,14 @@ def load_corpus(source: str, cache: Path, tokenizer: str = BYTES) -> Corpus:
         except OSError as error:
             raise UserError(f"token cache {cache} cannot be written: {error.strerror}") from None
         try:
-            _write(aside, files, encoder)
+            _write(aside, data, inputs, encoder)
             aside.rename(folder)
         except OSError as error:
             if not (folder / "meta.json").exists():  # else another process was first
                 raise UserError(f"token cache {folder} cannot be written: {error.strerror}") from None
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    return _read(folder, source, encoder)
+    return _read(folder, data, encoder)
 
 
 def sample(tokens: NDArray[Any], most: int, chunk: int = 4096) -> NDArray[Any]:
@@ -83,74 +101,99 @@ def sample(tokens: NDArray[Any], most: int, chunk: int = 4096) -> NDArray[Any]:
     return np.concatenate([tokens[start : start + chunk] for start in starts])
 
 
-def split_files(sizes: Sequence[int], digests: Sequence[str]) -> frozenset[str]:
-    """The digests of the contents that are held out; empty where whole files cannot give about 5 %."""
-    total = sum(sizes)
-    wanted = min(HELD_OUT_FRACTION * total, HELD_OUT_MOST_BYTES)
-    groups: dict[str, int] = {}
-    for size, digest in zip(sizes, digests, strict=True):
-        groups[digest] = groups.get(digest, 0) + size
-    chosen, held = set(), 0
-    for digest in sorted(groups):
-        if held < wanted and held + groups[digest] <= 1.5 * wanted:
-            chosen.add(digest)
-            held += groups[digest]
-    return frozenset(chosen) if held >= wanted / 2 else frozenset()
+def split_documents(sizes: Sequence[int], digests: Sequence[int]) -> NDArray[np.bool_] | None:
+    """Which documents are held out, by sizes in bytes and 64 bits of sha256; None where whole ones cannot give about 5 %."""
+    distinct, group = np.unique(np.asarray(digests, dtype=np.uint64), return_inverse=True)
+    bytes_of = np.bincount(group, weights=np.asarray(sizes, dtype=np.float64))
+    wanted = min(HELD_OUT_FRACTION * bytes_of.sum(), HELD_OUT_MOST_BYTES)
+    chosen, held = np.zeros(len(distinct), dtype=bool), 0.0
+    for index, size in enumerate(bytes_of):
+        if held >= wanted:
+            break
+        if held + size <= 1.5 * wanted:
+            chosen[index] = True
+            held += size
+    return chosen[group] if held >= wanted / 2 else None
 
 
-def _key(files: Sequence[Path], tokenizer: Tokenizer) -> str:
-    stamps = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    rules = (_FORMAT, HELD_OUT_FRACTION, HELD_OUT_MOST_BYTES)
-    return hashlib.sha256(json.dumps([rules, tokenizer.identity, stamps]).encode()).hexdigest()[:24]
+Input = tuple[tuple[Path, ...], Field]
 
 
-def _write(folder: Path, files: Sequence[Path], tokenizer: Tokenizer) -> None:
-    """Two passes over the files, one of them in memory at a time: hash, then encode."""
-    whole, digests, sizes = hashlib.sha256(), [], []
-    for path in files:
-        content = read_bytes(path)
-        whole.update(content)
-        digests.append(hashlib.sha256(content).hexdigest())
-        sizes.append(len(content))
-    held_out = split_files(sizes, digests)
+def _key(data: DataSection, inputs: Sequence[Input], identity: str) -> str:
+    rules = (_FORMAT, HELD_OUT_FRACTION, HELD_OUT_MOST_BYTES, data.skip_bad, [source.field for source in data.each()])
+    stamps = [[(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files] for files, _ in inputs]
+    return hashlib.sha256(json.dumps([rules, identity, stamps]).encode()).hexdigest()[:24]
+
+
+def _write(folder: Path, data: DataSection, inputs: Sequence[Input], tokenizer: Tokenizer) -> None:
+    """All tokens to one file, document after document; then, as the digests of all are known, the parts from it."""
     dtype = np.dtype(np.uint8 if tokenizer.vocabulary <= 1 << 8 else np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.uint32)
-    with open(folder / "train.bin", "wb") as train, open(folder / "held_out.bin", "wb") as held:
-        for path, digest in zip(files, digests, strict=True):
-            for text in documents(path):
-                tokens = tokenizer.encode(text, path).astype(dtype, copy=False)
-                (held if digest in held_out else train).write(tokens.tobytes())
-    if not held_out:
-        _move_tail(folder, dtype.itemsize)
-    meta = {"dtype": dtype.name, "files": len(files), "bytes": sum(sizes), "sha256": whole.hexdigest()}
+    whole, bad = hashlib.sha256(), Unreadable(data.skip_bad)
+    digests, sizes, lengths, first_documents = array("Q"), array("Q"), array("Q"), [0]
+    with open(folder / "all.bin", "wb") as out:
+        for source, (files, field) in zip(data.each(), inputs, strict=True):
+            for where, text in (found for path in files for found in documents(path, field, bad)):
+                try:
+                    tokens = tokenizer.encode(text, where)
+                except UserError as error:
+                    bad(str(error))
+                    continue
+                out.write(tokens.astype(dtype, copy=False).tobytes())
+                whole.update(text)
+                digests.append(int.from_bytes(hashlib.sha256(text).digest()[:8]))
+                sizes.append(len(text))
+                lengths.append(len(tokens))
+            if len(lengths) == first_documents[-1]:
+                raise UserError(f"data source {source.path!r} holds no text{f'; {bad.said()}' if bad.count else ''}")
+            first_documents.append(len(lengths))
+    heads = _heads(np.asarray(lengths, dtype=np.int64), split_documents(sizes, digests), dtype.itemsize)
+    _part(folder, dtype, lengths, heads)
+    meta = {
+        "dtype": dtype.name,
+        "files": sum(len(files) for files, _ in inputs),
+        "documents": len(lengths),
+        "bytes": sum(sizes),
+        "sha256": whole.hexdigest(),
+        "skipped": bad.said() if bad.count else "",
+        "parts": np.add.reduceat(heads, first_documents[:-1]).tolist(),
+    }
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def _move_tail(folder: Path, itemsize: int) -> None:
-    """The last tokens of the training part become the held-out part."""
-    size = (folder / "train.bin").stat().st_size
-    tail = int(min(HELD_OUT_FRACTION * size, HELD_OUT_MOST_BYTES)) // itemsize * itemsize
-    with open(folder / "train.bin", "r+b") as train:
-        train.seek(size - tail)
-        (folder / "held_out.bin").write_bytes(train.read())
-        train.truncate(size - tail)
+def _heads(lengths: NDArray[np.int64], held_out: NDArray[np.bool_] | None, itemsize: int) -> NDArray[np.int64]:
+    """How many tokens of each document are for training: all, none, or all but the last where documents are parted."""
+    if held_out is not None:
+        return np.where(held_out, 0, lengths)
+    share = min(HELD_OUT_FRACTION, HELD_OUT_MOST_BYTES / max(1, lengths.sum() * itemsize))
+    return lengths - (share * lengths).astype(np.int64)
 
 
-def _read(folder: Path, source: str, tokenizer: Tokenizer) -> Corpus:
+def _part(folder: Path, dtype: np.dtype[Any], lengths: Sequence[int], heads: NDArray[np.int64]) -> None:
+    everything, *parts = (folder / f"{name}.bin" for name in ("all", "train", "held_out"))
+    with open(everything, "rb") as tokens, open(parts[0], "wb") as train, open(parts[1], "wb") as held:
+        for length, head in zip(lengths, heads.tolist(), strict=True):
+            train.write(tokens.read(head * dtype.itemsize))
+            held.write(tokens.read((length - head) * dtype.itemsize))
+    everything.unlink()
+
+
+def _read(folder: Path, data: DataSection, tokenizer: Tokenizer) -> Corpus:
     try:
         meta = json.loads((folder / "meta.json").read_text())
         paths = [folder / f"{name}.bin" for name in ("train", "held_out")]
         if not all(path.stat().st_size for path in paths):
-            raise UserError(f"data source {source!r} has {meta['bytes']} bytes, too few to hold 5 % of them out")
+            raise UserError(f"data source {str(data)!r} has {meta['bytes']} bytes, too few to hold 5 % of them out")
         train, held_out = (np.memmap(path, dtype=meta["dtype"], mode="r") for path in paths)
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise UserError(f"token cache {folder} cannot be read ({error}); delete that folder to make it anew") from None
     return Corpus(
         train=train,
         held_out=held_out,
+        parts=tuple(Part(one.path, tokens, one.weight) for one, tokens in zip(data.each(), meta["parts"], strict=True)),
         vocabulary=tokenizer.vocabulary,
         unit=tokenizer.unit,
         sha256=meta["sha256"],
-        record={"source": source, **{key: meta[key] for key in ("files", "bytes", "sha256")}},
+        record={"source": str(data), **{key: meta[key] for key in ("files", "documents", "bytes", "sha256", "skipped")}},
     )
 
 

@@ -8,6 +8,10 @@ is cut into micro-batches of b sequences each:
 
 so a step trains on the same windows however its micro-batches are assigned, and a run resumes at any step.
 
+Of several sources each is cut alone. An epoch draws m = weight * n windows, rounded, from a source that has n; draws are numbered
+through all epochs, and draw d is window d mod n of turn d // n, permuted anew in each turn unless n divides m. So the windows of
+a source are drawn equally often, give or take one, whatever its weight.
+
 The permutation needs no table: a Feistel network of four rounds permutes the next power of four; results outside the range are
 sent through again until they fall inside (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains"), fewer
 than four turns on average. It is our own arithmetic, so that a resumed run sees the same order under every version of numpy.
@@ -17,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from thinwire.data.corpus import Part
 from thinwire.errors import UserError
 
 IGNORED = -100
@@ -33,24 +39,43 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 @dataclass(frozen=True)
 class TrainBatches:
-    """`global_batch` counts the sequences of one step over all ranks and micro-batches."""
+    """`global_batch` counts the sequences of one step over all ranks and micro-batches. `parts` make up `tokens`; none: one."""
 
     tokens: NDArray[Any]
     sequence: int
     global_batch: int
     seed: int = 0
+    parts: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
+        for part, draws in zip(self.parts, self._draws.tolist(), strict=False):
+            if draws < 1:
+                raise UserError(
+                    f"data source {part.source!r} has {part.tokens} training tokens, of which an epoch shows no sequence of "
+                    f"{self.sequence} with weight {part.weight:g}; give it more text or weight"
+                )
         if self.global_batch > self.num_windows:
             raise UserError(
                 f"a batch of {self.global_batch} sequences of {self.sequence} tokens needs more text than there is: "
                 f"{len(self.tokens)} training tokens give {self.num_windows}; take more text or a smaller batch"
             )
 
+    @cached_property
+    def _windows(self) -> NDArray[np.int64]:
+        """Of each part, one sequence short of all so that every offset fits."""
+        lengths = np.array([part.tokens for part in self.parts] or [len(self.tokens)], dtype=np.int64)
+        return np.maximum(0, lengths - self.sequence) // self.sequence
+
+    @cached_property
+    def _draws(self) -> NDArray[np.int64]:
+        """Of each part, in an epoch."""
+        weights = np.array([part.weight for part in self.parts]) if len(self.parts) > 1 else np.ones(1)
+        return np.rint(weights * self._windows).astype(np.int64)
+
     @property
     def num_windows(self) -> int:
-        """Windows of an epoch, one sequence short of all so that every offset fits."""
-        return max(0, len(self.tokens) - self.sequence) // self.sequence
+        """Windows of an epoch."""
+        return int(self._draws.sum())
 
     @property
     def steps_per_epoch(self) -> int:
@@ -74,9 +99,19 @@ class TrainBatches:
     def window_starts(self, step: int) -> NDArray[np.int64]:
         """Where in `tokens` each sequence of the step's global batch begins."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        key = key_of(self.seed, epoch)
         index = np.arange(place * self.global_batch, (place + 1) * self.global_batch, dtype=np.int64)
-        return permute(index, self.num_windows, key) * self.sequence + key_of(key, 1) % self.sequence
+        drawn = permute(index, self.num_windows, key_of(self.seed, epoch))
+        firsts, begin, starts = np.cumsum(self._draws) - self._draws, 0, np.empty_like(drawn)
+        of_part = np.searchsorted(firsts, drawn, side="right") - 1
+        for part, (windows, draws) in enumerate(zip(self._windows.tolist(), self._draws.tolist(), strict=True)):
+            mine = np.flatnonzero(of_part == part)
+            turns, window = np.divmod(epoch * draws + drawn[mine] - firsts[part], windows)
+            for turn in np.unique(turns).tolist():
+                key, now = key_of(self.seed, turn), turns == turn
+                order = permute(window[now], windows, key_of(key, 2, part)) if draws % windows else window[now]
+                starts[mine[now]] = begin + order * self.sequence + key_of(key, 1) % self.sequence
+            begin += self.parts[part].tokens if self.parts else 0
+        return starts
 
 
 def held_out_batches(

@@ -136,6 +136,8 @@ def write_beginning(
     print(f"{task.workload.num_parameters:,} parameters on {ranks}, {about.dtype}, {where}")
     data = described["data"]
     print(f"data: {data['source']}, {data['bytes'] / 1e6:.1f} MB in {data['files']} files")
+    if data["skipped"]:
+        print(f"data: {data['skipped']}")
     if "baseline" in described:
         print(f"a {described['baseline']['name']} scores {described['baseline']['loss']:.4f} {task.unit} on the held-out part")
     print(

@@ -120,10 +120,19 @@ def agree_on_folder(config: RunConfig, resume: Path | None) -> tuple[RunFolder, 
 
 
 def make_task(config: RunConfig, layout: Layout, environment: Environment) -> LanguageModel:
-    """Rank 0 first, so that the tokens are written once where ranks share a disk."""
+    """Rank 0 first, so that the tokens are written once where ranks share a disk. UserError, on all ranks, for unequal texts."""
     task = LanguageModel(config, layout, environment.cache_folder) if dist.get_rank() == 0 else None
     dist.barrier()
-    return task or LanguageModel(config, layout, environment.cache_folder)
+    task = task or LanguageModel(config, layout, environment.cache_folder)
+    sums = [""] * dist.get_world_size()
+    dist.all_gather_object(sums, task.corpus.sha256)
+    if len(set(sums)) > 1:
+        other = next(rank for rank, found in enumerate(sums) if found != sums[0])
+        raise UserError(
+            f"data source {str(config.data)!r} is not the same text on all ranks (sha256 {sums[0][:12]} on rank 0, "
+            f"{sums[other][:12]} on rank {other}); copy rank 0's to all hosts"
+        )
+    return task
 
 
 def agree_on_dtype(config: RunConfig, device: torch.device, resumed: RunFolder | None, task: LanguageModel) -> str:

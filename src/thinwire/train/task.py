@@ -55,13 +55,14 @@ class LanguageModel:
         self._config, self._layout = config, layout
         train = config.train
         cache = Path(config.data.cache).expanduser() if config.data.cache else cache_folder
-        self.corpus = load_corpus(config.data.source, cache, config.data.tokenizer)
+        self.corpus = load_corpus(config.data, cache)
         self._num_micro = config.sync.accumulate * layout.replicas
         self._batches = TrainBatches(
             tokens=self.corpus.train,
             sequence=train.sequence,
             global_batch=train.micro_batch * self._num_micro,
             seed=train.seed,
+            parts=self.corpus.parts,
         )
         self._held_out = sample(self.corpus.held_out, train.eval_tokens)
         shape = config.model.shape()

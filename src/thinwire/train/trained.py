@@ -39,7 +39,7 @@ def open_trained(run: Path, cache_folder: Path) -> Trained:
     task, record = LanguageModel(config, Layout(), cache_folder), folder.record()
     if record.data is not None and record.data.sha256 != task.corpus.sha256:
         raise UserError(
-            f"data source {config.data.source!r} has changed since {folder.path} was trained (sha256 {task.corpus.sha256[:12]}, "
+            f"data source {str(config.data)!r} has changed since {folder.path} was trained (sha256 {task.corpus.sha256[:12]}, "
             f"then {str(record.data.sha256)[:12]}), so losses would not compare; bring the old text back"
         )
     model = task.build_model()
