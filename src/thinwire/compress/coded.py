@@ -359,6 +359,9 @@ class CodedExchange(Stateless):
         assert self._meeting is not None
         lost = isinstance(error, RuntimeError) and any(word in str(error) for word in LOST)
         cause = self._meeting.cause() if lost else None
+        if lost and cause is None:  # that rank is gone, and left no reason
+            self.failure = error
+            return
         if cause is None:
             self._meeting.leave(error)
             cause = f"rank {dist.get_rank()}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
