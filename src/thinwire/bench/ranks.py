@@ -169,11 +169,11 @@ def progress_shown(path: Path, title: str) -> Iterator[None]:
                     since, quiet_s = time.monotonic(), QUIET_S
                     progress.update(task, completed=done, total=total, description=what)
                     if not console.is_terminal:
-                        console.print(f"{title}: {done:.3g} of {total}: {what}", highlight=False)
+                        console.print(f"{title}: {done:.3g} of {total}: {what}", highlight=False, soft_wrap=True)
                 seen = len(lines)
                 took_s = time.monotonic() - since
                 if not (over or console.is_terminal) and took_s >= quiet_s:
-                    console.print(f"{title}: {what}: {took_s:.0f} s so far", highlight=False)
+                    console.print(f"{title}: {what}: {took_s:.0f} s so far", highlight=False, soft_wrap=True)
                     quiet_s *= 2
 
         watcher = threading.Thread(target=watch, daemon=True)
