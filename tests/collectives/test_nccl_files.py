@@ -60,7 +60,9 @@ def test_a_hint_without_gpus_has_them_by_their_class(cpu: float, seconds: float)
     graph = nccl_graph(FILES / "hint.xml", cpu)
     assert links(graph) == hint_links(cpu)
     assert graph.nodes[:8] == tuple(f"gpu{gpu}" for gpu in range(8)) and graph.left_out == ("network cards: 4",)
-    assert all_reduce_s(graph) == pytest.approx(seconds)
+    found = bound(graph, "all_reduce", GB)
+    assert found.seconds == pytest.approx(seconds)
+    assert (("cpu0", "cpu1") in found.links) == (cpu == 4.0)  # those that it comes from are named
 
 
 def test_the_rate_between_cpus_is_asked_for_by_its_option() -> None:
