@@ -1,6 +1,8 @@
 """`thinwire bench sync`: names of methods, links, bars; the stock peers' bytes; and one small comparison, whole."""
 
 import json
+import re
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 
 from command import thinwire
 from pool import Pool, Rank
+from thinwire.bench import ranks
 from thinwire.bench.peers.sync_contenders import check_equal
 from thinwire.bench.ranks import progress_shown, report_progress
 from thinwire.bench.registry import find
@@ -146,6 +149,22 @@ def test_progress_is_shown_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixtu
             report_progress(tmp_path / "progress", part, 2, f"part {part}")
     printed = capsys.readouterr()
     assert printed.err.splitlines() == ["learning: 1 of 2: part 1", "learning: 2 of 2: part 2"] and not printed.out
+
+
+def test_what_goes_on_for_long_is_said_ever_more_rarely(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the start, and from each report, after 0.1 s, 0.2 s and so on."""
+    monkeypatch.setattr(ranks, "QUIET_S", 0.1)
+    monkeypatch.setattr(ranks, "POLL_S", 0.02)
+    with progress_shown(tmp_path / "progress", "racing"):
+        time.sleep(0.5)
+        report_progress(tmp_path / "progress", 0, 1, "native")
+        time.sleep(0.5)
+    lines = capsys.readouterr().err.splitlines()
+    reported = lines.index("racing: 0 of 1: native")
+    for part, what in ((lines[:reported], "starting"), (lines[reported + 1 :], "native")):
+        assert all(re.fullmatch(rf"racing: {what}: \d s so far", line) for line in part) and 2 <= len(part) <= 5
 
 
 def _stock_bytes(context: Rank, hook: str, approximation: int) -> tuple[int, bool]:

@@ -78,6 +78,13 @@ CLUSTER = ("--cluster", "two-racks", "--op", "all_reduce", "--bytes")
         (("--cluster", "apart.toml", "--op", "all_reduce", "--bytes", "4"), "no route from 'a' to 'b'"),
         (("--cluster", "zero.toml", "--op", "all_reduce", "--bytes", "4"), "0 is not allowed; it must be above 0"),
         (("--topology", "t.json", "--op", "all_reduce", "--bytes", "4", "--table"), "--table is for a --cluster"),
+        (("--topology", "t.xml", "--op", "all_reduce", "--bytes", "4"), "t.xml: 2 CPUs have GPUs, and the file does not say how"),
+        (("--topology", "t.xml", "--op", "all_reduce", "--bytes", "4", "--cpu-gbytes-per-s", "-1"), "-1.0: a rate is above 0"),
+        ((*CLUSTER, "4", "--pcie-gbytes-per-s", "1"), "--pcie-gbytes-per-s is for a --topology; a cluster file has all rates"),
+        (
+            ("--topology", "t.json", "--op", "all_reduce", "--bytes", "4", "--cpu-gbytes-per-s", "1"),
+            "--cpu-gbytes-per-s is for NCCL's .xml; a matrix has all rates",
+        ),
         (("--topology", "t.json", "--op", "scan", "--bytes", "4"), "'scan' has no bound; known: all_reduce"),
         (("--topology", "t.json", "--op", "broadcast", "--bytes", "4", "--root", "2"), "root = 2, but t.json has ranks 0 to 1"),
     ],
@@ -90,6 +97,8 @@ def test_what_makes_no_sense_is_one_line(
     (tmp_path / "apart.toml").write_text('name = "c"\n' + host.format("a", 1, "s") + host.format("b", 1, "t"))
     (tmp_path / "zero.toml").write_text('name = "c"\n' + host.format("a", 0, "s") + host.format("b", 1, "s"))
     (tmp_path / "t.json").write_text('{"capacity": [[0, 1], [1, 0]]}')
+    cpu = '<cpu numaid="{0}"><pci busid="0{0}" class="0x0302" link_speed="8 GT/s" link_width="16"/></cpu>'
+    (tmp_path / "t.xml").write_text(f"<system>{cpu.format(0)}{cpu.format(1)}</system>")
     with pytest.raises(UserError) as error:
         app([*EXPLAIN, *arguments], standalone_mode=False)
     assert message in str(error.value) and "\n" not in str(error.value)

@@ -1,7 +1,6 @@
 """Lower bounds: closed forms, the link that they name, and that no forest beats them; NCCL's files as graphs."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -9,10 +8,8 @@ from known_networks import a100, small_graphs
 
 from thinwire.cluster import FRAME_OVERHEAD, load_cluster
 from thinwire.collectives.synthesis.bounds import bound
-from thinwire.collectives.synthesis.file import nccl_graph
 from thinwire.collectives.synthesis.forest import all_reduce_plan, packed
 from thinwire.collectives.synthesis.graph import Graph, matrix_graph
-from thinwire.collectives.synthesis.optimum import optimum
 from thinwire.errors import UserError
 
 SIZE = 4 << 20
@@ -95,57 +92,6 @@ def test_no_forest_beats_its_bound_and_few_miss_it(graph: Graph) -> None:
             assert seconds * SIZE <= least * 1.025, op
 
 
-GPU = '<pci busid="{bus}" link_speed="16.0 GT/s PCIe" link_width="16"><gpu dev="{dev}" sm="80" rank="{dev}">{links}</gpu></pci>'
-SWITCH = '<nvlink target="ffff" count="12" tclass="0x068000"/>'
-
-
-def dump(path: Path, gpus: str, cpu: str = "0") -> Path:
-    path.write_text(f'<system version="1"><cpu numaid="{cpu}" arch="x86_64">{gpus}</cpu></system>')
-    return path
-
-
-def test_an_nvswitch_box_from_nccl(tmp_path: Path) -> None:
-    """12 NVLinks of 20 GB/s to the switch and PCIe of 24 GB/s to the CPU, so 264 into each of 8 GPUs."""
-    gpus = "".join(GPU.format(bus=f"0{dev}", dev=dev, links=SWITCH) for dev in range(8))
-    graph = nccl_graph(dump(tmp_path / "topo.xml", gpus + '<nic><net name="mlx5_0" speed="200000"/></nic>'))
-    assert graph.nodes[:8] == tuple(f"gpu{dev}" for dev in range(8)) and set(graph.nodes[8:]) == {"nvswitch", "cpu0"}
-    assert optimum(graph).bytes_per_s(graph) == pytest.approx(8 / 7 * 264e9)
-
-
-def test_nvlinks_between_gpus_from_nccl(tmp_path: Path) -> None:
-    gpus = "".join(
-        GPU.format(bus=f"0{dev}", dev=dev, links=f'<nvlink target="0{1 - dev}" count="4" tclass="0x030200"/>') for dev in range(2)
-    )
-    graph = nccl_graph(dump(tmp_path / "topo.xml", gpus))
-    assert graph.capacity[0, 1] == graph.capacity[1, 0] == 80
-    assert optimum(graph).bytes_per_s(graph) == pytest.approx(2 * 104e9)
-
-
-def test_a_pcie_switch_from_nccl_is_no_cpu(tmp_path: Path) -> None:
-    """Two GPUs below it send each other 24 GB/s, and one CPU needs no rate to another."""
-    gpus = "".join(GPU.format(bus=f"0{dev}", dev=dev, links="") for dev in range(2))
-    switch = f'<pci busid="10" link_speed="16.0 GT/s PCIe" link_width="16">{gpus}</pci>'
-    graph = nccl_graph(dump(tmp_path / "topo.xml", switch))
-    assert graph.world_size == 2 and "10" in graph.nodes
-    assert optimum(graph).bytes_per_s(graph) == pytest.approx(2 * 24e9)
-
-
-def test_what_is_not_understood_of_nccl_is_said(tmp_path: Path) -> None:
-    path, one = tmp_path / "topo.xml", GPU.format(bus="00", dev=0, links=SWITCH)
-    for text, message in [
-        (one.replace("nvlink", "xgmi"), "<xgmi> inside <gpu>"),
-        (one.replace('sm="80"', 'sm="61"'), "sm 61"),
-        (one.replace("0x068000", "0x020000"), "class 0x0200"),
-        ("<nvme/>", "<nvme> is not understood"),
-        ("", "no <gpu>"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            nccl_graph(dump(path, text))
-    second = '</cpu><cpu numaid="1">' + GPU.format(bus="01", dev=1, links="")
-    with pytest.raises(UserError, match="give cpu_gbytes_per_s"):
-        nccl_graph(dump(path, one + second))
-    assert nccl_graph(dump(path, one + second), 10.0).world_size == 2
-    with pytest.raises(UserError, match="not a readable XML file"):
-        nccl_graph(tmp_path / "none.xml")
+def test_only_collectives_have_a_bound() -> None:
     with pytest.raises(UserError, match="'gather' has no bound"):
         bound(a100(1), "gather", 1)

@@ -16,7 +16,7 @@ from thinwire.collectives.run.transport import Place
 from thinwire.collectives.tuned import tuner as tuner_module
 from thinwire.collectives.tuned.advice import Advisor
 from thinwire.collectives.tuned.implementation import NATIVE, Call, Implementation, example, wire_bytes
-from thinwire.collectives.tuned.tuner import Chosen, Tuner, size_class
+from thinwire.collectives.tuned.tuner import Chosen, Tuner, size_class, undecided
 from thinwire.traffic import Transfer
 
 
@@ -59,6 +59,20 @@ def test_the_first_of_equal_ones_wins_if_it_is_worth_it(
         assert tuner.decide(engine, example("all_reduce", 4000, engine)).name == best
     assert len(lines) == 1 and f": {best}, " in lines[0]
     assert [one.name for one in tuner.chosen.values()] == [best]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "places"),
+    [
+        ([0.9, 0.001, 0.5], [0, 1, 2]),  # whatever it took, connecting may have been most of it
+        ([10.0, 4.0, 9.0], [1]),
+        ([10.0, 5.0, 1.0], [2]),
+        ([10.0, 5.0, 6.0], [0, 1, 2]),
+        ([10.0], [0]),
+    ],
+)
+def test_what_has_lost_by_far_takes_no_turn(seconds: list[float], places: list[int]) -> None:
+    assert undecided(seconds) == places
 
 
 @given(st.integers(2, 1 << 40))

@@ -1,9 +1,10 @@
 """Collectives of stock gloo and ours, in turns on the ranks of a lab, beside the lower bound and what was predicted.
 
 Stock is `torch.distributed` over gloo as it is; ours is the same calls over the backend `thinwire`, which has chosen by price and
-measurement what it runs (`algorithm`; "native" where nothing was faster). A turn gives the seconds of the slowest rank; of some
-turns the least counts. `bound_s` is what no algorithm can beat on these links at payload rate (line rate / 1.0466, for frame
-headers). Short calls have two rows: each after a barrier, as in training, and back to back. Nothing is paced.
+measurement what it runs (`algorithm`; "native" where nothing was faster). A turn gives the seconds of the slowest rank; of all
+`turns`, fewer where calls are long (`turns_worth`), the least counts. `bound_s` is what no algorithm can beat on these links at
+payload rate (line rate / 1.0466, for frame headers). Short calls have two rows: each after a barrier, as in training, and back to
+back. Nothing is paced.
 
 `error`: |predicted - measured| / measured of ours; the last row has the median and the worst over all rows.
 """
@@ -22,6 +23,8 @@ from thinwire.lab.run import LabOptions
 
 DEFAULTS: Mapping[str, Any] = {"turns": 3, "repeats": 20, "short_s": 0.05, "tried": 3, "delay": True}
 MEDIAN_BAR, WORST_BAR = 0.10, 0.20
+TURNS_S = 20.0
+"""What the turns of a call may take together: by then the links set its time, not chance."""
 MIB = 1 << 20
 
 
@@ -59,6 +62,14 @@ OTHER = tuple(
     Case(op, 4 * MIB, 0.97) for op in ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "reduce", "all_to_all")
 )
 """Calls on a network that has no bars of its own."""
+
+
+def turns_worth(turn_s: Sequence[float], wanted: int) -> int:
+    """How many turns to take with contenders of which one turn takes `turn_s` each: as many as TURNS_S has room for, 1 at least.
+
+    All take as many: of more turns the least would be less.
+    """
+    return max(1, min(wanted, int(TURNS_S / sum(turn_s))))
 
 
 def network(name: str) -> Cluster:
@@ -101,7 +112,7 @@ def measure(cluster: Cluster, cases: Sequence[Case], options: Mapping[str, Any])
     settings = {key: options[key] for key in ("turns", "repeats", "short_s", "tried")}
     settings["cases"] = [[case.op, case.message_bytes, case.ordered is not None] for case in cases]
     settings["costs"] = {"cores_shared": cluster.world_size / (os.cpu_count() or 1)}
-    lab = run_script(cluster, "collective_turns", settings, LabOptions(paced=False, delay=options["delay"]))
+    lab = run_script(cluster, "collective_turns", settings, LabOptions(paced=False, delay=options["delay"]), title=cluster.name)
     return [row for case, one in zip(cases, lab.results["collective_turns"], strict=True) for row in _rows(cluster, case, one)]
 
 
@@ -128,6 +139,7 @@ def _row(cluster: Cluster, case: Case, found: Mapping[str, Any]) -> dict[str, An
         "bytes": case.message_bytes,
         "hosts": len(cluster.hosts),
         "algorithm": found["algorithm"],
+        "turns": len(turns["native"]),
         "native_s": native_s,
         "ours_s": ours_s,
         "bound_s": bound_s,

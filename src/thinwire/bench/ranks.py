@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from thinwire.record import Card
 
 TIMEOUT_S = 900.0
 POLL_S = 0.5
+QUIET_S = 2.0
+"""After which it is said, where no bar shows it, that something still goes on; then after twice as long, and so on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ def run_script(
     prefix: Sequence[str] = (),
     timeout_s: float = TIMEOUT_S,
 ) -> Outcome:
-    """Run a script of `thinwire.bench.peers` on each rank; see `run_commands`. With a title its progress is shown.
+    """Run a script of `thinwire.bench.peers` on each rank; see `run_commands`. Its progress is shown, by default under its name.
 
     settings: what JSON can hold; prefix: what goes before the command.
     """
@@ -60,7 +62,7 @@ def run_script(
         progress = Path(folder) / "progress"
         text = json.dumps({**settings, "progress": str(progress)})
         command = [*prefix, sys.executable, "-m", "thinwire.bench.peers.rank", script, RESULTS, text]
-        with progress_shown(progress, title) if title else nullcontext():
+        with progress_shown(progress, title or script):
             return run_commands(where, [command], lab, timeout_s)
 
 
@@ -149,24 +151,30 @@ def report_progress(path: Path, done: float, total: int, what: str) -> None:
 
 @contextmanager
 def progress_shown(path: Path, title: str) -> Iterator[None]:
-    """Inside, what ranks report is shown on stderr: as a bar in a terminal, as a line for each report elsewhere."""
+    """Inside, what ranks report is shown on stderr: as a bar in a terminal; elsewhere each report is a line, and so is that
+    something still goes on after `QUIET_S`."""
     console = Console(stderr=True)
     columns = (TextColumn(title), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task, ended = progress.add_task("starting"), threading.Event()
 
         def watch() -> None:
-            seen, over = 0, False
+            seen, over, what, since, quiet_s = 0, False, "starting", time.monotonic(), QUIET_S
             while not over:
                 over = ended.wait(POLL_S)
                 text = path.read_text(encoding="utf-8") if path.is_file() else ""
                 lines = text.rpartition("\n")[0].splitlines()  # the last one may be half written
                 for line in lines[seen:]:
                     done, total, what = json.loads(line)
+                    since, quiet_s = time.monotonic(), QUIET_S
                     progress.update(task, completed=done, total=total, description=what)
                     if not console.is_terminal:
-                        console.print(f"{title}: {done:.3g} of {total}: {what}", highlight=False)
+                        console.print(f"{title}: {done:.3g} of {total}: {what}", highlight=False, soft_wrap=True)
                 seen = len(lines)
+                took_s = time.monotonic() - since
+                if not (over or console.is_terminal) and took_s >= quiet_s:
+                    console.print(f"{title}: {what}: {took_s:.0f} s so far", highlight=False, soft_wrap=True)
+                    quiet_s *= 2
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()

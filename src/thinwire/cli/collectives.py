@@ -32,19 +32,30 @@ def explain(  # noqa: PLR0913 - each is an option of the command line
     topology: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Instead of a cluster: a matrix (.json, .csv) or NCCL's .xml.")
     ] = None,
-    cpu_gbytes_per_s: Annotated[float | None, typer.Option(help="Between the CPUs of an NCCL topology.")] = None,
+    cpu_gbytes_per_s: Annotated[float | None, typer.Option(help="Between two CPUs of an NCCL topology.")] = None,
+    pcie_gbytes_per_s: Annotated[float | None, typer.Option(help="Of its PCIe links of unknown speed.")] = None,
+    nvlink_gbytes_per_s: Annotated[float | None, typer.Option(help="Of one NVLink of a GPU that NCCL does not know.")] = None,
+    xgmi_gbytes_per_s: Annotated[float | None, typer.Option(help="Of one xGMI link of a GPU that RCCL does not know.")] = None,
 ) -> None:
     """Say which algorithm fits a network: what it sends over which link, predicted seconds, the bound, and the next best."""
     if (cluster is None) == (topology is None):
         raise UserError("give one of --cluster and --topology")
     message_bytes = _bytes(size)
+    rates = {
+        "cpu_gbytes_per_s": cpu_gbytes_per_s,
+        "pcie_gbytes_per_s": pcie_gbytes_per_s,
+        "nvlink_gbytes_per_s": nvlink_gbytes_per_s,
+        "xgmi_gbytes_per_s": xgmi_gbytes_per_s,
+    }
     if topology is not None:
         others = {"--ranks": ranks, "--draw": draw, "--json": json_path, "--table": table}
         given = [name for name, value in others.items() if value]
         if given:
             raise UserError(f"{given[0]} is for a --cluster; of a --topology the optimum and its trees are shown")
-        _explain_topology(topology, (op, message_bytes, root), cpu_gbytes_per_s)
+        _explain_topology(topology, (op, message_bytes, root), rates)
         return
+    if given := [name for name, rate in rates.items() if rate is not None]:
+        raise UserError(f"--{given[0].replace('_', '-')} is for a --topology; a cluster file has all rates")
     check_folders(draw, json_path)
 
     from thinwire.cluster import load_cluster
@@ -152,11 +163,11 @@ def _draw(selection: "Selection", path: Path) -> None:
     typer.echo(f"wrote {path}")
 
 
-def _explain_topology(path: Path, call: tuple[str, int, int], cpu_gbytes_per_s: float | None) -> None:
+def _explain_topology(path: Path, call: tuple[str, int, int], rates: dict[str, float | None]) -> None:
     from thinwire.collectives.synthesis.file import read_topology
     from thinwire.collectives.synthesis.summary import summary
 
-    graph = read_topology(path, cpu_gbytes_per_s)
+    graph = read_topology(path, **rates)
     op, message_bytes, root = call
     if not 0 <= root < graph.world_size:
         raise UserError(f"root = {root}, but {path} has ranks 0 to {graph.world_size - 1}")

@@ -2,7 +2,8 @@
 
 `cases` among the settings: op, message bytes, and whether the native collective on the best order of ranks takes turns too. Left
 for each are the seconds of each turn, of the slowest rank, and what was predicted. Short calls are repeated in a turn: each after
-a barrier ("turns"), and one after the other ("back_to_back"); the seconds are those of one call.
+a barrier ("turns"), and one after the other ("back_to_back"); the seconds are those of one call. Before the turns each is called
+once; where all take long, that is the first turn.
 """
 
 import time
@@ -12,6 +13,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from thinwire.bench.collectives import turns_worth
 from thinwire.cluster import load_cluster
 from thinwire.collectives.choose.call import collective_call
 from thinwire.collectives.choose.costs import Costs
@@ -22,17 +24,26 @@ from thinwire.collectives.schedules.orders import ring_order
 from thinwire.collectives.tuned.advice import Advisor
 from thinwire.collectives.tuned.implementation import NATIVE, Implementation, example, perform
 from thinwire.collectives.tuned.tuner import Tuner, predicted_s, size_class
+from thinwire.units import show
 
 TIMEOUT_S = 300.0
 BACK_TO_BACK = 16
 """Calls that are simulated one after the other."""
+CONNECT_BYTES, LONG_S = 1024, 1.0
+"""What a contender that needs no more than connections sends first; what takes longer is the same the first time."""
 
 
 def register(rank):
     """The backend that chooses."""
     rank.cluster = load_cluster(str(rank.environment.lab.cluster))
     rank.advisor = Advisor(rank.cluster, tried=rank.settings["tried"], costs=Costs(**rank.settings["costs"]))
-    register_scheduled(rank.ledger, Tuner(rank.advisor))
+    rank.done = 0
+    register_scheduled(rank.ledger, Tuner(rank.advisor, report=partial(say, rank)))
+
+
+def say(rank, what):
+    """What rank 0 does next, or has found."""
+    rank.report(rank.done, len(rank.settings["cases"]), what)
 
 
 def measure(rank):
@@ -41,7 +52,10 @@ def measure(rank):
     store = dist.PrefixStore("ordered", dist.distributed_c10d._get_default_store())
     place = Place(store, rank.place.rank, tuple(range(rank.place.world_size)), timedelta(seconds=TIMEOUT_S))
     engine = Engine(place)
-    found = [measure_case(case, rank, native, pause, engine) for case in rank.settings["cases"]]
+    found = []
+    for case in rank.settings["cases"]:
+        found.append(measure_case(case, rank, native, pause, engine))
+        rank.done += 1
     dist.barrier(group=native)
     engine.close()
     return found
@@ -51,27 +65,37 @@ def measure_case(case, rank, native, pause, engine):
     """The same on all ranks but for what is predicted, which rank 0 knows. pause: the group of barriers, whose threads are awake
     afterwards."""
     op, message_bytes, ordered = case
-    call, ours = example(op, message_bytes, engine), dist.group.WORLD
-    barrier = partial(dist.barrier, group=pause)
-    contenders = {name: partial(ISSUED[op], call, group) for name, group in (("native", native), ("ours", ours))}
+    call, small, ours = example(op, message_bytes, engine), example(op, CONNECT_BYTES, engine), dist.group.WORLD
+    barrier, about = partial(dist.barrier, group=pause), f"{op} of {show(call.message_bytes, 'B')}"
+    contenders = {name: partial(ISSUED[op], group=group) for name, group in (("native", native), ("ours", ours))}
     if ordered:
         way = Implementation("native reordered", None, ring_order(rank.cluster))
-        contenders["ordered"] = lambda: engine.ask("a reordered collective", partial(perform, way, call, engine))
-    for run in contenders.values():
-        run()
-    short = slowest([mean_s(run, 1, barrier) for run in contenders.values()], native)[0] < rank.settings["short_s"]
-    repeats = rank.settings["repeats"] if short else 1
+        contenders["ordered"] = lambda call: engine.ask("a reordered collective", partial(perform, way, call, engine))
+    say(rank, f"{about}: choosing what to run")
+    for name, run in contenders.items():
+        run(call if name == "ours" else small)
 
-    def take_turns(time_one):
-        turns = [slowest([time_one(run) for run in contenders.values()], native) for _ in range(rank.settings["turns"])]
+    def once_s(name):
+        say(rank, f"{about}: {name}, once")
+        return mean_s(partial(contenders[name], call), 1, barrier)
+
+    def take_turns(time_one, turns, title):
+        while len(turns) < count:
+            say(rank, f"{about}: {title} {len(turns) + 1} of {count}")
+            turns.append(slowest([time_one(partial(run, call)) for run in contenders.values()], native))
         return {name: list(seconds) for name, seconds in zip(contenders, zip(*turns, strict=True), strict=True)}
 
     def back_to_back_s(run):
         barrier()
         return mean_s(run, repeats, lambda: None)
 
-    found = {"turns": take_turns(lambda run: mean_s(run, repeats, barrier))}
-    found["back_to_back"] = take_turns(back_to_back_s) if short else {}
+    first = slowest(list(map(once_s, contenders)), native)
+    short = first[0] < rank.settings["short_s"]
+    repeats = rank.settings["repeats"] if short else 1
+    count = turns_worth([seconds * repeats for seconds in first], rank.settings["turns"])
+    found = {"turns": take_turns(lambda run: mean_s(run, repeats, barrier), [first] if min(first) > LONG_S else [], "turn")}
+    found["back_to_back"] = take_turns(back_to_back_s, [], "back to back, turn") if short else {}
+    say(rank, f"{about}: predicting")
     way = ours._decided[op, size_class(call.message_bytes), 0]
     found["algorithm"] = way.name
     if rank.place.rank == 0:

@@ -12,8 +12,8 @@ a rank holds), W ranks, w(S) of them in S. What must cross:
     all_to_all                   w(S) (W - w(S)) n / W leave S
 
 All but all_to_all are exact in bandwidth up to 32 compute nodes. Beyond, and for all_to_all, the sets tried are single nodes,
-hosts and what hangs together when a switch is taken out; on networks that are trees these are the worst ones. Time that software
-spends on messages is not counted.
+hosts and what hangs together when a switch (up to 32 nodes also: all links up to some rate) is taken out; on networks that are
+trees these are the worst ones. Time that software spends on messages is not counted.
 """
 
 from collections.abc import Iterator
@@ -171,7 +171,7 @@ class _Limits:
         return _Limit(amount / self._rate_of(groups, outward), groups, outward, why)
 
     def _groups(self) -> list[Mask]:
-        """Single nodes, hosts, and the parts that each switch holds together."""
+        """Single nodes, hosts, and the parts that each switch, or the links up to some rate, hold together."""
         return [group for groups in self._partitions() for group in groups]
 
     def _partitions(self) -> list[list[Mask]]:
@@ -181,14 +181,16 @@ class _Limits:
         for node, name in enumerate(graph.nodes):
             hosts.setdefault(name.split("/")[0], np.zeros(size, dtype=bool))[node] = True
         every.append(list(hosts.values()))
-        for switch in range(graph.computes, size):
-            links = self._links[(self._links != switch).all(1)].T
+        kept = [(self._links != switch).all(1) for switch in range(graph.computes, size)]
+        if graph.computes <= _EXACT:
+            kept += [self._rate > rate for rate in np.unique(self._rate)]
+        for links in (self._links[one].T for one in kept):
             count, part = connected_components(
                 csr_array((np.ones(links.shape[1]), tuple(links)), shape=(size, size)), directed=False
             )
             every.append([part == number for number in range(count)])
-        kept = ([group for group in groups if group[: graph.computes].any()] for groups in every)
-        return [groups for groups in kept if len(groups) > 1]
+        held = ([group for group in groups if group[: graph.computes].any()] for groups in every)
+        return [groups for groups in held if len(groups) > 1]
 
     def _crossed(self, group: Mask, outward: bool) -> Mask:
         inside = group if outward else ~group

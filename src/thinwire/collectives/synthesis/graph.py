@@ -26,7 +26,10 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graph:
-    """`ranks[i]`: the ranks on node i, for compute nodes only; the remaining nodes forward. Keys of the maps: (from, to)."""
+    """`ranks[i]`: the ranks on node i, for compute nodes only; the remaining nodes forward. Keys of the maps: (from, to).
+
+    left_out: what the file had that the graph has not, in words.
+    """
 
     name: str
     nodes: tuple[str, ...]
@@ -34,6 +37,7 @@ class Graph:
     capacity: Mapping[Pair, Fraction]
     latency_s: Mapping[Pair, float]
     bytes_per_s: float
+    left_out: tuple[str, ...] = ()
 
     @property
     def computes(self) -> int:

@@ -10,6 +10,8 @@ PACKED = 32
 """Ranks up to which trees are packed."""
 
 _FIXED = (1, 2, 4)
+_SHOWN = 48
+"""Nodes up to which each one's links are shown."""
 
 
 def summary(graph: Graph, op: str, message_bytes: int, root: int = 0) -> list[tuple[str, str]]:
@@ -17,6 +19,8 @@ def summary(graph: Graph, op: str, message_bytes: int, root: int = 0) -> list[tu
     forwards = len(graph.nodes) - graph.computes
     size = f"{graph.world_size} ranks, {forwards} nodes that only forward, {len(graph.capacity)} links"
     lines = [("topology", f"{graph.name}: {size}")]
+    lines += _links(graph) if len(graph.nodes) <= _SHOWN else []
+    lines += [("left out", what) for what in graph.left_out]
     if op in ("all_gather", "reduce_scatter") and graph.computes > 1 and graph.balanced():
         lines += _optima(graph if op == "all_gather" else graph.reversed())
     found = bound(graph, op, message_bytes, root)
@@ -26,6 +30,13 @@ def summary(graph: Graph, op: str, message_bytes: int, root: int = 0) -> list[tu
     elif op != "all_to_all" and graph.computes > 1:
         lines += _trees(graph, op, root)
     return lines
+
+
+def _links(graph: Graph) -> list[tuple[str, str]]:
+    rates: dict[str, list[str]] = {node: [] for node in graph.nodes}
+    for (source, target), capacity in graph.capacity.items():
+        rates[graph.nodes[source]].append(f"{graph.nodes[target]} {float(capacity) * graph.bytes_per_s / 1e9:g}")
+    return [(f"from {node}", f"to {', '.join(ends)} GB/s") for node, ends in rates.items() if ends]
 
 
 def _optima(graph: Graph) -> list[tuple[str, str]]:

@@ -58,8 +58,8 @@ EQUAL = 0.05
 """A smaller lead is worth less than the steps that the first advised one saves, once ranks compute too: FSDP2 among 8 hosts took
 1.43 s a step with one of 1 step, 1.49 s with one of 3 that had been 3 % faster alone."""
 STALE = 1.5
-LONG_S = 1.0
-"""Of what takes longer a single turn is enough."""
+LONG_S, FAR = 1.0, 2.0
+"""Of what takes longer a single turn is enough, and none if, with connecting, it took more than so many times the fastest's."""
 CONNECT_S = 0.3
 """What takes longer the first time is not short, even if it had to connect first."""
 
@@ -185,7 +185,7 @@ class Tuner:
         self._calibrated.add(p)
         both = [Implementation("recursive doubling", recursive_doubling(p)), NATIVE]
         call = example("all_reduce", PROBE_BYTES, engine)
-        repeats, least, steady = _warm_up(engine, both, call), [inf, inf], 0
+        repeats, least, steady = list(map(_repeats, _warm_up(engine, both, call))), [inf, inf], 0
         for _ in range(MOST_TURNS):
             turn = _turn(engine, both, call, repeats)
             steady = 0 if any(now < BETTER * before for now, before in zip(turn, least, strict=True)) else steady + 1
@@ -227,20 +227,34 @@ def size_class(message_bytes: int) -> int:
 
 def measure(engine: Engine, implementations: list[Implementation], call: Call) -> list[float]:
     """Seconds of each, the same on all ranks. In a job of `engine`; collective."""
-    repeats = _warm_up(engine, implementations, call)
-    turns = [_turn(engine, implementations, call, repeats)]
+    seconds = _warm_up(engine, implementations, call)
+    again = undecided(seconds)
+    rest, repeats = [implementations[place] for place in again], [_repeats(seconds[place]) for place in again]
+    turns = [_turn(engine, rest, call, repeats)]
     if max(turns[0]) <= LONG_S:
-        turns += [_turn(engine, implementations, call, repeats) for _ in range(TURNS - 1)]
-    return [median(seconds) for seconds in zip(*turns, strict=True)]
+        turns += [_turn(engine, rest, call, repeats) for _ in range(TURNS - 1)]
+    for place, *own in zip(again, *turns, strict=True):
+        seconds[place] = median(own)
+    return seconds
 
 
-def _warm_up(engine: Engine, implementations: list[Implementation], call: Call) -> list[int]:
-    """Connect and compile; how often each is to be repeated in a turn."""
+def undecided(seconds: Sequence[float]) -> list[int]:
+    """The places of those that a warm-up in `seconds` leaves in the race."""
+    return [place for place, own in enumerate(seconds) if own <= max(LONG_S, FAR * min(seconds))]
+
+
+def _repeats(seconds: float) -> int:
+    """In a turn, of what takes `seconds`."""
+    return REPEATED if seconds < REPEATED_S else 1
+
+
+def _warm_up(engine: Engine, implementations: list[Implementation], call: Call) -> list[float]:
+    """Connect and compile; the seconds of each."""
     once = [1] * len(implementations)
     seconds = _turn(engine, implementations, call, once)
     if min(seconds) < CONNECT_S:  # it may be short without that
         seconds = list(map(min, _turn(engine, implementations, call, once), _turn(engine, implementations, call, once)))
-    return [REPEATED if one < REPEATED_S else 1 for one in seconds]
+    return seconds
 
 
 def _turn(engine: Engine, implementations: list[Implementation], call: Call, repeats: list[int]) -> list[float]:
