@@ -1,8 +1,5 @@
-"""A command of a host that is killed: `python -c KILLER CHECKPOINTS COMMAND ...` ends
-all processes of the host with kill -9 when there are two checkpoints."""
-
-KILLER CHECKPOINTS COMMAND ...` ends all processes of the host with kill -9 as soon as
-there are two checkpoints."""
+"""A command of a host that is killed: `python -c KILLER CHECKPOINTS COMMAND ...` ends all processes of the host with kill -9
+when there are two checkpoints."""
 
 KILLER = """
 import os, subprocess, sys, time
