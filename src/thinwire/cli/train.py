@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from thinwire.cli.rank import be_rank
+from thinwire.cli.rank import BIND, be_rank
 from thinwire.cli.report import conclude
 from thinwire.errors import UserError
 
@@ -18,6 +18,7 @@ def train(
     run: Annotated[Path | None, typer.Argument(help="run.toml; without it, a small model on the standard library.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key: train.steps=50.")] = None,
     resume: Annotated[Path | None, typer.Option(help="A run folder to go on with, from its last checkpoint.")] = None,
+    bind: Annotated[str, typer.Option(metavar="ADDRESS", help=BIND)] = "",
 ) -> None:
     """Train a model; print and record predicted and measured times and bytes."""
     from thinwire.environment import environment_variables, read_environment
@@ -25,13 +26,13 @@ def train(
     environment = read_environment()
     place = environment.place
     if place is None:
-        raise typer.Exit(_launch(run, changes or [], resume))
+        raise typer.Exit(_launch(run, changes or [], resume, bind))
 
     def train_as_rank() -> None:
         config = _configure(run, changes or [], resume)
         from thinwire.train.worker import work
 
-        outcome = work(config, environment, resume)
+        outcome = work(config, environment, resume, bind)
         if environment.results is None and place.rank == 0:  # nobody else waits for the run folder
             conclude(outcome.folder)
 
@@ -49,7 +50,7 @@ def _configure(run: Path | None, changes: list[str], resume: Path | None) -> "Ru
     return load_run(resume / "run.toml" if resume else run, changes)
 
 
-def _launch(run: Path | None, changes: list[str], resume: Path | None) -> int:
+def _launch(run: Path | None, changes: list[str], resume: Path | None, bind: str) -> int:
     """Start the ranks on this machine, then print the table and write the report."""
     from thinwire.cluster import load_cluster
 
@@ -69,7 +70,7 @@ def _launch(run: Path | None, changes: list[str], resume: Path | None) -> int:
         arguments += ["--resume", str(resume)]
     typer.echo(f"starting {ranks} ranks on this machine")
     with tempfile.TemporaryDirectory(prefix="thinwire-") as results:
-        code = launch(Nodes(ranks_per_node=ranks), arguments, loopback_environment() | {"THINWIRE_RESULTS": results})
+        code = launch(Nodes(ranks_per_node=ranks, bind=bind), arguments, loopback_environment() | {"THINWIRE_RESULTS": results})
         run_folder = Path(results) / "run_folder"
         if run_folder.is_file():
             conclude(Path(run_folder.read_text(encoding="utf-8")))

@@ -4,6 +4,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 
 from thinwire.environment import Place, agent_has_store
@@ -22,20 +23,18 @@ class StopRequest:
 
 
 @contextmanager
-def process_group(place: Place, backend: str, timeout_s: float) -> Iterator[None]:
-    """The default process group, from beginning to end. Collective. UserError when the ranks do not find each other."""
+def process_group(place: Place, backend: str, timeout_s: float, bind: str = "") -> Iterator[Place]:
+    """The default process group, from beginning to end; gives the place with the address where the store is. Collective.
+
+    bind: what the store listens at, see `open_store`. UserError when the ranks do not find each other.
+    """
     import torch.distributed as dist
 
     from thinwire.collectives.address import plain_gloo
+    from thinwire.collectives.store import open_store
 
     try:
-        store = dist.TCPStore(
-            place.master_address,
-            place.master_port,
-            place.world_size,
-            is_master=place.rank == 0 and not agent_has_store(),
-            timeout=timedelta(seconds=timeout_s),
-        )
+        store = open_store(place, timeout_s, bind, held=agent_has_store())
         if backend == "gloo":
             backend = plain_gloo()
         dist.init_process_group(
@@ -52,7 +51,7 @@ def process_group(place: Place, backend: str, timeout_s: float) -> Iterator[None
             f"{place.master_address}:{place.master_port}: {reason}; check that the port is free and the address reachable"
         ) from None
     try:
-        yield
+        yield replace(place, master_address=store.host, master_port=store.port)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -62,8 +62,9 @@ class Outcome:
     folder: Path
 
 
-def work(config: RunConfig, environment: Environment, resume: Path | None) -> Outcome:
-    """Be one of the ranks that a launcher has started. Collective. `resume`: the run folder to go on with."""
+def work(config: RunConfig, environment: Environment, resume: Path | None, bind: str = "") -> Outcome:
+    """Be one of the ranks that a launcher has started. Collective. `resume`: the run folder to go on with; bind: the address at
+    which rank 0 opens the store, if the launcher has none."""
     place = environment.place
     assert place is not None, "a launcher has started this process"
     layout = config.layout.resolve(place.world_size, rare=config.sync.rare)
@@ -83,7 +84,7 @@ def work(config: RunConfig, environment: Environment, resume: Path | None) -> Ou
             rank = replace(rank, tuner=setup.set_collectives(config, environment, ledger, mpi))
         elif config.collectives.kind != "native":
             raise UserError(f"collectives.kind = {config.collectives.kind!r} is for CPUs; set it to 'native'")
-        stack.enter_context(process_group(place, group_backend, timeout_s))
+        place = stack.enter_context(process_group(place, group_backend, timeout_s, bind))
         heartbeat = stack.enter_context(Heartbeat(place, rank.host, timeout_s))
         try:
             return train_as(rank, resume)
