@@ -26,6 +26,8 @@ class Place:
     master_address: str
     master_port: int
     by_mpiexec: bool = False
+    local_size: int = 0
+    """How many of them are on this host; 0: not known."""
 
 
 class Lab(BaseModel):
@@ -94,12 +96,12 @@ def agent_has_store() -> bool:
 
 def _place() -> Place | None:
     names = {
-        "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-        "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-        "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+        "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+        "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ""),
+        "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     }
-    for launcher, (rank, size, local_rank) in names.items():
+    for launcher, (rank, size, local_rank, local_size) in names.items():
         # A Slurm allocation sets SLURM_NTASKS for a shell too; only a step started by srun has a SLURM_STEP_ID and more tasks.
         if rank not in os.environ or size not in os.environ:
             continue
@@ -112,8 +114,15 @@ def _place() -> Place | None:
             master_address=os.environ.get("MASTER_ADDR") or _first_slurm_host() or "127.0.0.1",
             master_port=_integer("MASTER_PORT") if "MASTER_PORT" in os.environ else DEFAULT_PORT,
             by_mpiexec=launcher in ("Open MPI", "MPICH"),
+            local_size=_integer(local_size) if local_size in os.environ else _slurm_local_size(),
         )
     return None
+
+
+def _slurm_local_size() -> int:
+    """Where it is the same on all hosts for sure; else 0."""
+    hosts, ranks = os.environ.get("SLURM_STEP_NUM_NODES", ""), os.environ.get("SLURM_NTASKS", "")
+    return int(ranks) if hosts == "1" and ranks.isdigit() else 1 if hosts and hosts == ranks else 0
 
 
 def _path(name: str) -> Path | None:

@@ -73,7 +73,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         done = thinwire("train", "run.toml", cwd=tmp_path, **variables)
     assert done.returncode == 2
-    assert f"cannot join 2 ranks at 127.0.0.1:{port}" in one_line(done.stderr)
+    assert f"rank 0 cannot open the store at 127.0.0.1:{port}: Address already in use" in one_line(done.stderr)
 
 
 def test_a_rank_that_never_comes(tmp_path: Path) -> None:

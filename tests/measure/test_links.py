@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 
 from thinwire.errors import UserError
+from thinwire.listening import listen
 from thinwire.measure import links as links_module
 from thinwire.measure import rounds
-from thinwire.measure.links import Links, Peer, address_towards, flow, listen, round_trips
+from thinwire.measure.links import Links, Peer, flow, round_trips
 
 
 def on_hosts(num_hosts: int, work: Callable[[Links], Any], waiting: int = 0) -> list[Any]:
     """`work` on each host and on `waiting` processes that carry no host, in threads."""
-    listeners = [listen("127.0.0.1") for _ in range(num_hosts)]
+    listeners = [listen("127.0.0.1", 0, "a test") for _ in range(num_hosts)]
     peers = [Peer(f"host{index}", "127.0.0.1", line.getsockname()[1]) for index, line in enumerate(listeners)]
     everyone = num_hosts + waiting
     barrier, values, results = threading.Barrier(everyone, timeout=20), [None] * everyone, [None] * everyone
@@ -67,7 +68,7 @@ def test_a_flow_shows_the_rate_at_which_its_sender_sends() -> None:
 
 
 def rate_of_a_sender(chunk: bytes, pause: float, seconds: float) -> float:
-    with listen("127.0.0.1") as listener:
+    with listen("127.0.0.1", 0, "a test") as listener:
         port = listener.getsockname()[1]
 
         def send() -> None:
@@ -96,7 +97,7 @@ def wire_rate(arrivals: list[tuple[float, int]], seconds: float) -> float:
 
 
 def test_nobody_listening_is_one_line_that_names_both_ends() -> None:
-    with listen("127.0.0.1") as listener:
+    with listen("127.0.0.1", 0, "a test") as listener:
         port = listener.getsockname()[1]
     with pytest.raises(UserError, match=rf"{socket.gethostname()} cannot reach far at 127.0.0.1:{port}: .*TCP"):
         round_trips(listener, Peer("far", "127.0.0.1", port), 3, 1.0)
@@ -104,7 +105,7 @@ def test_nobody_listening_is_one_line_that_names_both_ends() -> None:
 
 def test_nobody_calling_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(links_module, "PATIENCE_S", 0.05)
-    with listen("127.0.0.1") as listener:
+    with listen("127.0.0.1", 0, "a test") as listener:
         with pytest.raises(UserError, match=r"waited 0.05 s for a flow"):
             flow(listener, None, True, 0.01)
         with pytest.raises(UserError, match=r"waited 0.05 s for another host"):
@@ -118,9 +119,3 @@ def test_a_broken_line_names_the_other_host() -> None:
         return "named"
 
     assert on_hosts(1, work) == ["named"]
-
-
-def test_own_address() -> None:
-    assert address_towards("127.0.0.1", 9) == "127.0.0.1"
-    with pytest.raises(UserError, match=r"does not know the host 'no.such.host.invalid'"):
-        address_towards("no.such.host.invalid", 9)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from thinwire.cli.rank import USER_ERROR, be_rank, leave
+from thinwire.cli.rank import BIND, USER_ERROR, be_rank, leave
 from thinwire.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def probe(
     dtype: Annotated[str, typer.Option(help="For the compute rate: float32, bfloat16 or auto.")] = "auto",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all that was found here.")] = None,
     timeout_s: Annotated[float, typer.Option(help="How long ranks wait for each other.")] = 60.0,
+    bind: Annotated[str, typer.Option(metavar="ADDRESS", help=BIND)] = "",
 ) -> None:
     """Measure links, shared uplinks, racks, compute and memory of the ranks it is started on; write a cluster file.
 
@@ -51,24 +52,24 @@ def probe(
             return replace(failure, line=f"{who} waited {timeout_s:g} s for another rank; raise --timeout-s if it is only slow")
         return failure
 
-    be_rank(environment, lambda: _work(environment, (output, json_path), name or output.stem, (dtype, timeout_s)), reword)
+    be_rank(environment, lambda: _work(environment, (output, json_path), name or output.stem, (dtype, timeout_s, bind)), reword)
 
 
-def _work(environment: "Environment", files: tuple[Path, Path | None], name: str, how: tuple[str, float]) -> None:
+def _work(environment: "Environment", files: tuple[Path, Path | None], name: str, how: tuple[str, float, str]) -> None:
+    from thinwire.collectives.address import address_of_default_group
     from thinwire.measure.probe import gather, measure
     from thinwire.train.runtime import process_group
 
     place = environment.place
     assert place is not None
-    dtype, timeout_s = how
-    with process_group(place, "gloo", timeout_s):
+    dtype, timeout_s, bind = how
+    with process_group(place, "gloo", timeout_s, bind):
         problem = gather(_not_writable(files) if place.rank == 0 else None)[0]
         if problem and place.rank == 0:
             raise UserError(problem)
         if problem:
             leave(USER_ERROR)
-        master = place.master_address, place.master_port
-        findings = measure(place.local_rank, master, dtype, lambda line: print(line, flush=True))
+        findings = measure(place.local_rank, address_of_default_group(), dtype, lambda line: print(line, flush=True))
         if place.rank == 0:
             _conclude(findings, files, name, paced=bool(environment.lab and environment.lab.paced))
 

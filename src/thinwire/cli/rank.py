@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from thinwire.train.failure import Failure
 
 FAILED, USER_ERROR, RANK_SILENT = 1, 2, 4
+BIND = "Where rank 0 listens for the others; by default at the address by which they reach it."
 
 
 def be_rank(environment: "Environment", work: Callable[[], None], reword: "Callable[[Failure], Failure] | None" = None) -> None:

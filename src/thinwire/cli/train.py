@@ -1,12 +1,13 @@
-"""`thinwire train`: started alone it starts its ranks; started by torchrun, srun or mpiexec it is one of them."""
+"""`thinwire train`: started alone it starts its ranks, on one machine or the same on several; started by torchrun, srun or mpiexec
+it is one of them."""
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thinwire.cli.rank import be_rank
+from thinwire.cli.rank import BIND, be_rank
 from thinwire.cli.report import conclude
 from thinwire.errors import UserError
 
@@ -21,6 +22,10 @@ def train(
     run: Annotated[Path | None, typer.Argument(help="run.toml; without it, a small model on the standard library.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key: train.steps=50.")] = None,
     resume: Annotated[Path | None, typer.Option(help="A run folder to go on with, from its last checkpoint.")] = None,
+    bind: Annotated[str, typer.Option(metavar="ADDRESS", help=BIND)] = "",
+    nnodes: Annotated[int, typer.Option(min=1, help="Machines on which this same command is given, as for torchrun.")] = 1,
+    node_rank: Annotated[int, typer.Option(min=0, help="Which of them this is; only this differs between them.")] = 0,
+    rdzv_endpoint: Annotated[str, typer.Option(metavar="HOST:PORT", help="The first of them, as the others reach it.")] = "",
 ) -> None:
     """Train a model; print and record predicted and measured times and bytes."""
     from thinwire.environment import environment_variables, read_environment
@@ -28,16 +33,18 @@ def train(
     environment = read_environment()
     place = environment.place
     if place is None:
-        raise typer.Exit(_launch(run, changes or [], resume))
+        _check_nodes(nnodes, node_rank, rdzv_endpoint)
+        where = {"num_nodes": nnodes, "node_rank": node_rank, "endpoint": rdzv_endpoint, "bind": bind}
+        raise typer.Exit(_launch(run, changes or [], resume, where))
 
     def train_as_rank() -> None:
         store = None
         if resume is not None and place.world_size > 1 and not place.by_mpiexec:
-            store = _fetch_run_file(place, resume)
+            store = _fetch_run_file(place, resume, bind)
         config = _configure(run, changes or [], resume)
         from thinwire.train.worker import work
 
-        outcome = work(config, environment, resume, store)
+        outcome = work(config, environment, resume, bind, store)
         if environment.results is None and place.rank == 0:  # nobody else waits for the run folder
             conclude(outcome.folder)
 
@@ -45,12 +52,19 @@ def train(
         be_rank(environment, train_as_rank)
 
 
-def _fetch_run_file(place: "Place", resume: Path) -> "TCPStore":
+def _check_nodes(nnodes: int, node_rank: int, rdzv_endpoint: str) -> None:
+    if node_rank >= nnodes:
+        raise UserError(f"--node-rank {node_rank}: of {nnodes} machines (--nnodes) the last is {nnodes - 1}")
+    if (nnodes > 1) != bool(rdzv_endpoint):
+        raise UserError("--nnodes above 1 and --rdzv-endpoint HOST:PORT, the first machine as the others reach it, go together")
+
+
+def _fetch_run_file(place: "Place", resume: Path, bind: str) -> "TCPStore":
     """A host that takes the place of another gets run.toml from one that has it. Collective; returns where the ranks have met."""
     from thinwire.config.run import TrainSection
-    from thinwire.train.runtime import open_store, share_text
+    from thinwire.train.runtime import meet, share_text
 
-    store, path = open_store(place, TrainSection().timeout_s), resume / "run.toml"
+    store, path = meet(place, TrainSection().timeout_s, bind), resume / "run.toml"
     text = share_text(place, store, "run.toml", path.read_text(encoding="utf-8") if path.is_file() else "")
     if text and not path.is_file():
         resume.mkdir(parents=True, exist_ok=True)
@@ -68,28 +82,36 @@ def _configure(run: Path | None, changes: list[str], resume: Path | None) -> "Ru
     return load_run(resume / "run.toml" if resume else run, changes)
 
 
-def _launch(run: Path | None, changes: list[str], resume: Path | None) -> int:
-    """Start the ranks on this machine, then print the table and write the report."""
-    from thinwire.cluster import load_cluster
-
-    config = _configure(run, changes, resume)
-    ranks = config.train.ranks or (load_cluster(config.cluster.file).world_size if config.cluster.file else 2)
-    config.layout.resolve(ranks, rare=config.sync.rare)
-    if config.train.backend == "mpi":
-        raise UserError(f"train.backend = 'mpi': ranks that talk over MPI are started by mpiexec -n {ranks} thinwire train ...")
-
+def _launch(run: Path | None, changes: list[str], resume: Path | None, where: dict[str, Any]) -> int:
+    """Start the ranks on this machine, then print the table and write the report. where: of `Nodes`."""
     from thinwire.environment import loopback_environment
-    from thinwire.train.agent import Nodes, launch
+    from thinwire.train.agent import Nodes, devices_here, launch
 
+    variables = {}
+    if where["num_nodes"] > 1:
+        ranks = devices_here()
+    else:
+        ranks, variables = _ranks_alone(_configure(run, changes, resume)), loopback_environment()
     arguments = [str(run)] if run else []
     for change in changes:
         arguments += ["--set", change]
     if resume:
         arguments += ["--resume", str(resume)]
-    typer.echo(f"starting {ranks} ranks on this machine")
+    typer.echo(f"starting {ranks} rank{'s' if ranks > 1 else ''} on this machine")
     with tempfile.TemporaryDirectory(prefix="thinwire-") as results:
-        code = launch(Nodes(ranks_per_node=ranks), arguments, loopback_environment() | {"THINWIRE_RESULTS": results})
+        code = launch(Nodes(ranks_per_node=ranks, **where), arguments, variables | {"THINWIRE_RESULTS": results})
         run_folder = Path(results) / "run_folder"
         if run_folder.is_file():
             conclude(Path(run_folder.read_text(encoding="utf-8")))
     return code
+
+
+def _ranks_alone(config: "RunConfig") -> int:
+    """How many to start where this is the only machine."""
+    from thinwire.cluster import load_cluster
+
+    ranks = config.train.ranks or (load_cluster(config.cluster.file).world_size if config.cluster.file else 2)
+    config.layout.resolve(ranks, rare=config.sync.rare)
+    if config.train.backend == "mpi":
+        raise UserError(f"train.backend = 'mpi': ranks that talk over MPI are started by mpiexec -n {ranks} thinwire train ...")
+    return ranks

@@ -11,7 +11,6 @@ GLOO_SOCKET_IFNAME, where it is set, names the card instead.
 # torch's type stubs do not know the options and devices of its gloo group:
 # mypy: disable-error-code="attr-defined"
 
-import ipaddress
 import re
 import socket
 import time
@@ -21,8 +20,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from thinwire.collectives.groups import inherited
+from thinwire.collectives.groups import inherited, timeout_of
 from thinwire.environment import gloo_card
+from thinwire.errors import UserError
+from thinwire.listening import is_loopback, way_to
 
 POLL_S = 0.005
 THREADS = 2
@@ -76,7 +77,7 @@ def own_address(store: dist.Store, size: int, timeout: timedelta) -> str | None:
         return None
     own, theirs = found
     if not is_loopback(own):
-        store.set(SAID, theirs)
+        store.compare_set(SAID, "", theirs)  # the first that is said is what all read
         return own
     store.add(HERE, 1)
     end_s = time.monotonic() + timeout.total_seconds()
@@ -87,20 +88,14 @@ def own_address(store: dist.Store, size: int, timeout: timedelta) -> str | None:
     return store.get(SAID).decode()
 
 
-def way_to(host: str, port: int) -> tuple[str, str] | None:
-    """The address from which this machine would send to `host`, and the one to which; None if there is no way. Sends nothing."""
-    with suppress(OSError):
-        for family, kind, protocol, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
-            with suppress(OSError), socket.socket(family, kind, protocol) as sock:
-                sock.connect(place)
-                return str(sock.getsockname()[0]), str(place[0])
-    return None
-
-
-def is_loopback(address: str) -> bool:
-    """Also where it is an IPv4 address in the form of IPv6."""
-    found = ipaddress.ip_address(address.partition("%")[0])
-    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
+def address_of_default_group() -> str:
+    """`own_address` of this rank among all. Collective. UserError if they have met in no store on a network."""
+    group: Any = dist.group.WORLD
+    store = dist.PrefixStore("addresses", dist.distributed_c10d._get_default_store())
+    found = own_address(store, group.size(), timeout_of(group))
+    if found is None:
+        raise UserError("the ranks have met in no store on a network, so it is not known where others reach this one")
+    return found
 
 
 def advice(error: str) -> str:

@@ -12,11 +12,15 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.mpi.start import started_for_good
 from thinwire.collectives.nccl import register_nccl
 from thinwire.collectives.scheduled import register_scheduled
+from thinwire.collectives.store import open_store
 from thinwire.collectives.tuned.tuner import make_tuner
+from thinwire.environment import agent_has_store, read_environment
 from thinwire.errors import UserError
 
 Collectives = Literal["measured", "priced", "native"]
 InnerName = Literal["gloo", "mpi", "nccl"]
+WHERE = {"store", "init_method", "rank", "world_size"}
+"""Options of init_process_group that say where the ranks meet."""
 
 
 def init(
@@ -25,6 +29,7 @@ def init(
     collectives: Collectives = "measured",
     cache: str | None = None,
     inner: InnerName = "gloo",
+    bind: str = "",
     **options: Any,
 ) -> Ledger:
     """Instead of `torch.distributed.init_process_group(**options)`, on every rank; DDP, FSDP2, DTensor and user code stay as is.
@@ -35,7 +40,9 @@ def init(
     best by price at once; "native" leaves all as it is. cache: where rank 0 keeps what was measured; default: beside the cluster
     file. inner: what carries the bytes; "mpi" (the extra `mpi`) for ranks that mpiexec has started: they are MPI's ranks, meet
     through MPI, and MPI ends with the program; "nccl" for tensors on CUDA, between hosts (`collectives.nccl`): set the device
-    first. Prices are those of gloo's messages; with another carrier better measure.
+    first. Prices are those of gloo's messages; with another carrier better measure. bind: the address at which rank 0 opens the
+    store where the ranks meet; by default that by which the other hosts reach it (`thinwire.listening`). Where torchrun has
+    started the ranks, or `options` name a store, it is somebody else's.
 
     Returns the ledger of what is sent. UserError for a bad cluster file or setting, or without a CUDA device for "nccl".
     """
@@ -54,7 +61,13 @@ def init(
     if inner == "mpi":
         timeout: timedelta = options.pop("timeout", default_pg_timeout)
         mpi = started_for_good(timeout.total_seconds())
-        ranks = mpi.ranks(timeout)
+        ranks = mpi.ranks(timeout, bind)
+    elif (place := read_environment().place) and not agent_has_store() and not WHERE & options.keys():
+        timeout = options.get("timeout") or default_pg_timeout
+        store = open_store(place, timeout.total_seconds(), bind)
+        ranks = {"store": store, "rank": place.rank, "world_size": place.world_size}
+    elif bind:
+        raise UserError(f"bind = {bind!r}: here somebody else opens the store, torchrun or who has given it; leave it out")
     if inner == "nccl":
         register_nccl(ledger, tuner)
     else:

@@ -110,7 +110,7 @@ def _agents(cluster: Cluster, arguments: Sequence[str]) -> list[Process]:
                 *("--nnodes", str(len(ranks)), "--node-rank", str(index), "--nproc-per-node", str(len(own))),
                 *("--rdzv-endpoint", f"{first}:{MASTER_PORT}", "--", *arguments),
             ),
-            FIRST_CARD,
+            FIRST_CARD | {"TORCH_CPP_LOG_LEVEL": "ERROR"},  # else it warns of each address without a name
             begins=TRAINING,
         )
         for index, (host, own) in enumerate(ranks.items())

@@ -35,33 +35,6 @@ class Peer:
     port: int
 
 
-def listen(master_address: str) -> socket.socket:
-    """A listening socket on a free port of all interfaces, of the family in which the master is reached."""
-    family, _ = _resolve(master_address, 0)
-    return socket.create_server(("", 0), family=family, backlog=16)
-
-
-def address_towards(address: str, port: int) -> str:
-    """This machine's own address on the route to another one. Sends nothing."""
-    family, where = _resolve(address, port)
-    with socket.socket(family, socket.SOCK_DGRAM) as line:
-        try:
-            line.connect(where)
-        except OSError as error:
-            raise UserError(f"{socket.gethostname()} has no route to {address}:{port}: {error}") from None
-        return str(line.getsockname()[0])
-
-
-def _resolve(address: str, port: int) -> tuple[socket.AddressFamily, tuple]:
-    """IPv4 where there is one, so that all hosts choose alike."""
-    try:
-        known = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)
-    except OSError as error:
-        raise UserError(f"{socket.gethostname()} does not know the host {address!r}: {error}") from None
-    family, _, _, _, where = min(known, key=lambda entry: entry[0] != socket.AF_INET)
-    return family, where
-
-
 def round_trips(listener: socket.socket, to: Peer | None, count: int, limit_s: float) -> list[float]:
     """Seconds of up to `count` round trips of one byte to `to`; without `to`, answer one caller until it has done.
 

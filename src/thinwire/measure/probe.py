@@ -6,7 +6,6 @@ the rounds and carries the results.
 """
 
 import datetime
-import ipaddress
 import socket
 import time
 from collections import defaultdict
@@ -18,10 +17,11 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from thinwire.errors import UserError
+from thinwire.listening import listen
 from thinwire.measure import compute
 from thinwire.measure.findings import CORE, Findings, HostFound, unique_names
 from thinwire.measure.fit import estimate
-from thinwire.measure.links import Links, Peer, address_towards, listen
+from thinwire.measure.links import Links, Peer
 from thinwire.measure.network import Network, Phases, measure_network
 
 T = TypeVar("T")
@@ -43,11 +43,11 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def measure(local_rank: int, master: tuple[str, int], dtype: str, print_line: Callable[[str], None]) -> Findings:
+def measure(local_rank: int, address: str, dtype: str, print_line: Callable[[str], None]) -> Findings:
     """Probe as one of the ranks of the default group. Collective.
 
-    master: address and port where rank 0 is to be found. dtype: "float32", "bfloat16" or "auto". `print_line` gets a line a phase
-    on rank 0.
+    address: where other hosts reach this one; it listens there. dtype: "float32", "bfloat16" or "auto". `print_line` gets a line
+    a phase on rank 0.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size < 2:
@@ -55,9 +55,9 @@ def measure(local_rank: int, master: tuple[str, int], dtype: str, print_line: Ca
     begun = time.perf_counter()
     phase = Phases(print_line if rank == 0 else lambda _: None)
     device = compute.find_device(local_rank)
-    with listen(master[0]) as listener:
-        own = Peer(socket.gethostname(), address_towards(*master), listener.getsockname()[1])
-        homes = _homes(gather((own, compute.kind_of(device))), master[0])
+    with listen(address, 0, f"the probe at {address}") as listener:
+        own = Peer(socket.gethostname(), address, listener.getsockname()[1])
+        homes = _homes(gather((own, compute.kind_of(device))))
         names = [home.peer.host for home in homes]
         phase("hosts", f"{len(homes)} host{'s' * (len(homes) > 1)}, {world_size} ranks")
         network = None
@@ -79,17 +79,16 @@ def measure(local_rank: int, master: tuple[str, int], dtype: str, print_line: Ca
     )
 
 
-def _homes(ranks: Sequence[tuple[Peer, str]], master_address: str) -> list[_Home]:
-    """Ranks of the same machine together. A machine that finds itself under a loopback address is the one of rank 0."""
+def _homes(ranks: Sequence[tuple[Peer, str]]) -> list[_Home]:
+    """Ranks of the same machine together."""
     by_host: dict[tuple[str, str], list[int]] = defaultdict(list)
     for rank, (peer, _) in enumerate(ranks):
         by_host[peer.host, peer.address].append(rank)
     homes = []
     names = unique_names([host for host, _ in by_host], [CORE])
-    for name, ((_, address), own) in zip(names, by_host.items(), strict=True):
-        seen_from_outside = master_address if len(by_host) > 1 and ipaddress.ip_address(address).is_loopback else address
+    for name, own in zip(names, by_host.values(), strict=True):
         first, kind = ranks[own[0]]
-        homes.append(_Home(Peer(name, seen_from_outside, first.port), tuple(own), kind))
+        homes.append(_Home(Peer(name, first.address, first.port), tuple(own), kind))
     return homes
 
 

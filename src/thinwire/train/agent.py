@@ -11,11 +11,23 @@ import signal
 import sys
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+    rendezvous_handler_registry,
+)
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from thinwire.environment import environment_variables
+from thinwire.collectives.store import open_store
+from thinwire.environment import Place, environment_variables
+from thinwire.errors import UserError
+from thinwire.listening import LOOPBACK, parse_address
 from thinwire.train.failure import KINDS, read_error
 
 FAILED = 1
@@ -25,16 +37,71 @@ RANK_SILENT = 4
 """Exit codes: a rank failed (often because another one did), a mistake of the user, a rank died and left no report, a named rank
 does not answer."""
 CODES = {"user": USER_ERROR, "silent": RANK_SILENT}
+MEET = "thinwire"
+"""Our rendezvous, by name: those of torch listen at all addresses."""
+JOIN_S = 120
 
 
 @dataclass(frozen=True, kw_only=True)
 class Nodes:
-    """How many agents there are, which one this is, and where they meet (host:port; "" on a single node: a free port)."""
+    """How many agents there are, which one this is, and where they meet (host:port; "" on a single node: a free port).
+
+    bind: the address at which the first one listens; "": as `open_store` says.
+    """
 
     num_nodes: int = 1
     node_rank: int = 0
     ranks_per_node: int = 1
     endpoint: str = ""
+    bind: str = ""
+
+    @property
+    def place(self) -> Place:
+        """This agent among the agents. UserError for an endpoint that is none."""
+        host, port = parse_address(self.endpoint, "--rdzv-endpoint") if self.endpoint else (LOOPBACK, 0)
+        return Place(
+            rank=self.node_rank, world_size=self.num_nodes, local_rank=0, master_address=host, master_port=port, local_size=1
+        )
+
+
+class _Meeting(RendezvousHandler):
+    """The agents meet in one store, as of torch's static rendezvous, and their ranks in the same one; it ends with the first."""
+
+    def __init__(self, parameters: RendezvousParameters) -> None:
+        self._nodes: Nodes = parameters.config["nodes"]
+
+    def get_backend(self) -> str:
+        return MEET
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        nodes = self._nodes
+        store = open_store(nodes.place, JOIN_S, nodes.bind)
+        where = RendezvousStoreInfo(store.host, store.port)
+        return RendezvousInfo(dist.PrefixStore("agents", store), nodes.node_rank, nodes.num_nodes, where)
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        """It is not used again."""
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def get_run_id(self) -> str:
+        return MEET
+
+    def shutdown(self) -> bool:
+        return True
+
+
+def devices_here() -> int:
+    """Ranks that a machine starts by itself: one for each GPU, else one."""
+    return torch.cuda.device_count() or 1
 
 
 def launch(nodes: Nodes, arguments: list[str], variables: dict[str, str]) -> int:
@@ -42,16 +109,15 @@ def launch(nodes: Nodes, arguments: list[str], variables: dict[str, str]) -> int
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):  # each has a level of its own; one line below replaces their output
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    several = nodes.num_nodes > 1
+    rendezvous_handler_registry.register(MEET, _Meeting)
     config = LaunchConfig(
         min_nodes=nodes.num_nodes,
         max_nodes=nodes.num_nodes,
         nproc_per_node=nodes.ranks_per_node,
-        run_id="thinwire",
+        run_id=MEET,
         role="rank",
-        rdzv_backend="static" if several else "c10d",
-        rdzv_endpoint=nodes.endpoint or "localhost:0",
-        rdzv_configs={"rank": nodes.node_rank, "timeout": 120} if several else {"timeout": 120},
+        rdzv_backend=MEET,
+        rdzv_configs={"nodes": nodes},
         max_restarts=0,
         monitor_interval=0.2,
         start_method="spawn",
@@ -64,6 +130,11 @@ def launch(nodes: Nodes, arguments: list[str], variables: dict[str, str]) -> int
         line, code = _root_cause(list(error.failures.values()), nodes)
         print(f"thinwire: error: {line}", file=sys.stderr, flush=True)
         return code
+    except (UserError, dist.DistError) as error:
+        reason = str(error).splitlines()[0][:200]
+        advice = "" if isinstance(error, UserError) else f"; start all {nodes.num_nodes} agents, the first at {nodes.endpoint}"
+        print(f"thinwire: error: {reason}{advice}", file=sys.stderr, flush=True)
+        return USER_ERROR
     except SignalException as error:
         print(f"thinwire: ended by {signal.Signals(error.sigval).name}", file=sys.stderr, flush=True)
         return 128 + error.sigval
@@ -95,6 +166,7 @@ def main() -> int:
     parser.add_argument("--node-rank", type=int, required=True)
     parser.add_argument("--nproc-per-node", dest="ranks_per_node", type=int, required=True)
     parser.add_argument("--rdzv-endpoint", dest="endpoint", required=True)
+    parser.add_argument("--bind", default="")
     parser.add_argument("arguments", nargs="*")
     given = vars(parser.parse_args())
     arguments = given.pop("arguments")

@@ -16,9 +16,9 @@ import torch
 from thinwire.collectives.ledger import Ledger
 from thinwire.config.replicas import Service
 from thinwire.errors import UserError
+from thinwire.listening import is_loopback, parse_address
 from thinwire.sync.server.authentication import read_secret
-from thinwire.sync.server.dialer import parse_address
-from thinwire.sync.server.listener import Listener, is_loopback, listen, shown
+from thinwire.sync.server.listener import Listener, listen, shown
 from thinwire.sync.server.server import Event, Server
 from thinwire.sync.server.snapshots import Snapshots, choose_versions
 from thinwire.sync.server.weights import load_optimizers
@@ -31,7 +31,7 @@ def serve_here(service: Service, bind: str, keep: Path | None, secret_file: Path
     safely."""
     secret = read_secret(secret_file)
     listener = listen(bind, "--bind")
-    if secret_file is None and not is_loopback(listener):
+    if secret_file is None and not is_loopback(listener.getsockname()[0]):
         listener.close()
         raise UserError(
             f"--bind {bind}: others reach that, so give a --secret-file, and the same to the workers; make one: "
@@ -84,7 +84,7 @@ def _servers(service: Service, keep: Path | None) -> list[Server]:
 def _hint(bind: str, listener: socket.socket) -> str:
     """For who has named this machine and may not know that its name is a loopback address here."""
     host, _ = parse_address(bind, "--bind")
-    if not is_loopback(listener) or host == "localhost" or host[0].isdigit() or ":" in host:
+    if not is_loopback(listener.getsockname()[0]) or host == "localhost" or host[0].isdigit() or ":" in host:
         return ""
     return f" alone, which is {host} here and which no other machine can reach; bind an address that `ip address` shows for them"
 

@@ -4,6 +4,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -25,18 +26,17 @@ class StopRequest:
             signal.signal(number, lambda number, frame: setattr(self, "requested", True))
 
 
-def open_store(place: Place, timeout_s: float) -> "TCPStore":
-    """Where the ranks meet; rank 0 holds it, if its launcher does not. Collective. UserError when it cannot be reached."""
+def meet(place: Place, timeout_s: float, bind: str = "") -> "TCPStore":
+    """The store of all ranks; rank 0 opens it where its launcher has not. Collective.
+
+    bind: what it listens at, see `open_store`. UserError when the ranks do not find each other.
+    """
     import torch.distributed as dist
 
+    from thinwire.collectives.store import open_store
+
     try:
-        return dist.TCPStore(
-            place.master_address,
-            place.master_port,
-            place.world_size,
-            is_master=place.rank == 0 and not agent_has_store(),
-            timeout=timedelta(seconds=timeout_s),
-        )
+        return open_store(place, timeout_s, bind, held=agent_has_store())
     except (dist.DistError, RuntimeError, OSError) as error:
         raise _cannot_join(place, error) from None
 
@@ -49,17 +49,19 @@ def share_text(place: Place, store: "TCPStore", name: str, own: str) -> str:
 
 
 @contextmanager
-def process_group(place: Place, backend: str, timeout_s: float, store: "TCPStore | None" = None) -> Iterator[None]:
-    """The default process group, from beginning to end. store: of `open_store`, if there is one already.
+def process_group(
+    place: Place, backend: str, timeout_s: float, bind: str = "", store: "TCPStore | None" = None
+) -> Iterator[Place]:
+    """The default process group, from beginning to end; gives the place with the address where the store is. Collective.
 
-    Collective. UserError when the ranks do not find each other.
+    store: of `meet`, if they have met; else `bind` is for it. UserError when the ranks do not find each other.
     """
     import torch.distributed as dist
 
     from thinwire.collectives.address import plain_gloo
 
+    store = store or meet(place, timeout_s, bind)
     try:
-        store = store or open_store(place, timeout_s)
         if backend == "gloo":
             backend = plain_gloo()
         dist.init_process_group(
@@ -72,7 +74,7 @@ def process_group(place: Place, backend: str, timeout_s: float, store: "TCPStore
     except (dist.DistError, RuntimeError, OSError) as error:
         raise _cannot_join(place, error) from None
     try:
-        yield
+        yield replace(place, master_address=store.host, master_port=store.port)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -67,9 +67,14 @@ class Outcome:
     folder: Path
 
 
-def work(config: RunConfig, environment: Environment, resume: Path | None, store: dist.TCPStore | None = None) -> Outcome:
-    """Be one of the ranks that a launcher has started. Collective. `resume`: the run folder to go on with. `store`: where they
-    have met already."""
+def work(
+    config: RunConfig, environment: Environment, resume: Path | None, bind: str = "", store: dist.TCPStore | None = None
+) -> Outcome:
+    """Be one of the ranks that a launcher has started. Collective.
+
+    resume: the run folder to go on with. bind: the address at which rank 0 opens the store, if the launcher has none.
+    store: where the ranks have met already.
+    """
     place = environment.place
     assert place is not None, "a launcher has started this process"
     layout = config.layout.resolve(place.world_size, rare=config.sync.rare)
@@ -89,7 +94,7 @@ def work(config: RunConfig, environment: Environment, resume: Path | None, store
             rank = replace(rank, tuner=setup.set_collectives(config, environment, ledger, mpi))
         elif config.collectives.kind != "native":
             raise UserError(f"collectives.kind = {config.collectives.kind!r} is for CPUs; set it to 'native'")
-        stack.enter_context(process_group(place, group_backend, timeout_s, None if mpi else store))
+        place = stack.enter_context(process_group(place, group_backend, timeout_s, bind, None if mpi else store))
         heartbeat = stack.enter_context(Heartbeat(place, rank.host, timeout_s))
         try:
             return train_as(rank, resume)

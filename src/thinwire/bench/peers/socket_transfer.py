@@ -19,7 +19,7 @@ HEAD = struct.Struct("!qd")
 
 def receive() -> None:
     """Take messages; answer each with the seconds since its first byte was sent."""
-    with socket.create_server(("0.0.0.0", PORT)) as server:
+    with socket.create_server((socket.gethostbyname(socket.gethostname()), PORT)) as server:
         server.settimeout(20)
         connection, _ = server.accept()
     with connection, connection.makefile("rb") as stream:

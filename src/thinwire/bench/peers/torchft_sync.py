@@ -24,6 +24,7 @@ from torchft.process_group import ProcessGroupGloo
 
 from thinwire.bench.peers.outside import within
 from thinwire.bench.peers.rank import agree
+from thinwire.listening import listen, shown
 from thinwire.sync.outer import published_learning_rate
 from thinwire.sync.single_rank import SingleRank
 
@@ -48,9 +49,12 @@ class TorchftSync(SingleRank):
         lighthouse = None
         with within(START_S, f"{self._name}: the start of torchft on rank {rank}"):
             if rank == 0:
-                lighthouse = LighthouseServer(bind="[::]:0", min_replicas=world_size, join_timeout_ms=JOIN_MS)
+                lighthouse = LighthouseServer(bind=shown(self._address, 0), min_replicas=world_size, join_timeout_ms=JOIN_MS)
             found = agree(lighthouse and f"http://{self._address}:{lighthouse.address().rpartition(':')[2]}")
-            store = dist.TCPStore(self._address, 0, is_master=True, wait_for_workers=False)
+            listener = listen(self._address, 0, f"torchft at {self._address}")
+            listening = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.fileno()}
+            store = dist.TCPStore(self._address, listener.getsockname()[1], **listening)
+            listener.detach()
             self._manager = Manager(
                 pg=ProcessGroupGloo(timeout=timedelta(seconds=EXCHANGE_S)),
                 load_state_dict=None,

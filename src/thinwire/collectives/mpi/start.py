@@ -23,6 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from thinwire import environment
 from thinwire.collectives.backend import NAME, register
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.mpi.buffers import Reductions
@@ -30,9 +31,9 @@ from thinwire.collectives.mpi.engine import Engine, Lane
 from thinwire.collectives.mpi.group import MpiGroup
 from thinwire.collectives.mpi.library import Library, abandon, wait_for
 from thinwire.collectives.run.transport import Place, Transport
+from thinwire.collectives.store import open_store
 from thinwire.errors import UserError
-
-LOOPBACK = "127.0.0.1"
+from thinwire.listening import LOOPBACK
 
 
 class Mpi:
@@ -72,11 +73,15 @@ class Mpi:
         several = len({host for host, _, _ in everyone}) > 1
         return first if several and address == LOOPBACK else address, port
 
-    def ranks(self, timeout: timedelta) -> dict[str, Any]:
-        """Arguments of init_process_group: who this rank is, and the store where all meet. Collective."""
+    def ranks(self, timeout: timedelta, bind: str = "") -> dict[str, Any]:
+        """Arguments of init_process_group: who this rank is, and the store where all meet. Collective.
+
+        bind: as of `open_store`.
+        """
         address, port = self.meet(LOOPBACK, 0, timeout.total_seconds())
         rank, size = self.library.rank, self.library.size
-        store = dist.TCPStore(address, port, size, is_master=rank == 0, timeout=timeout)
+        place = environment.Place(rank=rank, world_size=size, local_rank=0, master_address=address, master_port=port)
+        store = open_store(place, timeout.total_seconds(), bind)
         return {"store": store, "rank": rank, "world_size": size, "timeout": timeout}
 
 
@@ -145,5 +150,5 @@ def process_group(ledger: Ledger | None = None, timeout_s: float = 300.0) -> Ite
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("", 0))
+        probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])

@@ -13,6 +13,7 @@ from pathlib import Path
 from thinwire.collectives.ledger import Ledger
 from thinwire.config.replicas import Service
 from thinwire.errors import UserError
+from thinwire.listening import parse_address
 from thinwire.sync.server.authentication import HANDSHAKE_S, WrongSecret, introduce, read_secret
 from thinwire.sync.server.connection import Connection, PeerLost, only, prepare
 from thinwire.sync.server.message import NAME_LETTERS, WELCOME_BYTES, Kind, as_text
@@ -86,15 +87,3 @@ class Dialer:
             raise UserError(f"store {address}: what answers there is no parameter service of this version") from None
         prepare(sock, service.timeout_s)
         return sock, service, host
-
-
-def parse_address(address: str, what: str) -> tuple[str, int]:
-    """Host and port. what: the option, for the UserError."""
-    host, colon, port = address.strip().rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        colon = ""
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise UserError(f"{what} {address!r}: write host:port, and [address]:port for IPv6")
-    return host, int(port)

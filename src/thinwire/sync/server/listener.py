@@ -14,23 +14,20 @@ is served on 127.0.1.1, and is printed as that.
 """
 
 import contextlib
-import ipaddress
 import json
 import socket
 import threading
 import time
 from collections.abc import Mapping
 
+from thinwire import listening
 from thinwire.collectives.ledger import Ledger
 from thinwire.config.replicas import Service
-from thinwire.errors import UserError
 from thinwire.sync.server.authentication import HANDSHAKE_S, admit
 from thinwire.sync.server.connection import Connection, hang_up, only, prepare, ready
-from thinwire.sync.server.dialer import parse_address
 from thinwire.sync.server.message import HELLO_BYTES, BadMessage, Head, Hello, Kind, as_bytes
 from thinwire.sync.server.server import Server
 
-BACKLOG = 128
 STRANGERS = 64
 POLL_S = 0.1
 
@@ -107,34 +104,10 @@ class Listener:
 
 
 def listen(address: str, what: str) -> socket.socket:
-    """A socket that listens there and nowhere else. Of a name's addresses IPv4 comes first. UserError if it cannot be."""
-    host, port = parse_address(address, what)
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"{what} {address}: {host} is no address of this machine ({error}); take one of `ip address`") from None
-    family, kind, protocol, _, place = min(found, key=lambda one: one[0] != socket.AF_INET)
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(place)
-        sock.listen(BACKLOG)
-    except OSError as error:
-        sock.close()
-        raise UserError(
-            f"{what} {address}: {error.strerror or error}; take another port, or an address of this machine"
-        ) from None
-    return sock
+    """A socket that listens at "host:port" and nowhere else. UserError if it cannot be."""
+    return listening.listen(*listening.parse_address(address, what), f"{what} {address}")
 
 
 def shown(sock: socket.socket) -> str:
     """Where it listens, as workers write it."""
-    host, port = sock.getsockname()[:2]
-    return f"[{host}]:{port}" if sock.family == socket.AF_INET6 else f"{host}:{port}"
-
-
-def is_loopback(sock: socket.socket) -> bool:
-    """Nobody outside of this machine can reach it."""
-    return ipaddress.ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback
+    return listening.shown(*sock.getsockname()[:2])
