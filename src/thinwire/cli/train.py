@@ -1,5 +1,4 @@
-"""`thinwire train`: started alone it starts its ranks, on one machine or the same on several; started by torchrun, srun or mpiexec
-it is one of them."""
+"""`thinwire train`: started alone it starts its ranks, on one machine or several; started by torchrun, srun or mpiexec it is one."""
 
 import tempfile
 from pathlib import Path
