@@ -56,9 +56,18 @@ def _launch(run: Path | None, changes: list[str], resume: Path | None, bind: str
 
     config = _configure(run, changes, resume)
     ranks = config.train.ranks or (load_cluster(config.cluster.file).world_size if config.cluster.file else 2)
-    config.layout.resolve(ranks, rare=config.sync.rare)
+    layout = config.layout.resolve(ranks, rare=config.sync.rare)
     if config.train.backend == "mpi":
         raise UserError(f"train.backend = 'mpi': ranks that talk over MPI are started by mpiexec -n {ranks} thinwire train ...")
+
+    from thinwire.measure.memory import Room, free_memory, has_gpu
+    from thinwire.plan.memory import check, need
+
+    if (free := free_memory()) and not has_gpu():  # ranks look at their GPUs
+        check(
+            need(config, config.model.shape(), layout, casts=config.train.dtype == "bfloat16"),
+            [Room("this machine", ranks, free.bytes)],
+        )
 
     from thinwire.environment import loopback_environment
     from thinwire.train.agent import Nodes, launch
