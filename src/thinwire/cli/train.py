@@ -1,4 +1,4 @@
-"""`thinwire train`: started alone it starts its ranks, on one machine or several; started by torchrun, srun or mpiexec it is one."""
+"""`thinwire train`: started alone it starts its ranks, here or on several machines; torchrun, srun or mpiexec start it as one."""
 
 import tempfile
 from pathlib import Path
@@ -83,10 +83,12 @@ def _configure(run: Path | None, changes: list[str], resume: Path | None) -> "Ru
 
 def _launch(run: Path | None, changes: list[str], resume: Path | None, where: dict[str, Any]) -> int:
     """Start the ranks on this machine, then print the table and write the report. where: of `Nodes`."""
-    from thinwire.environment import loopback_environment
-    from thinwire.train.agent import Nodes, devices_here, launch
+    from thinwire.environment import environment_variables, loopback_environment
 
-    variables = {}
+    with environment_variables({"TORCH_CPP_LOG_LEVEL": "ERROR"}):  # which torch reads when it is loaded
+        from thinwire.train.agent import Nodes, devices_here, launch
+
+    variables: dict[str, str] = {}
     if where["num_nodes"] > 1:
         ranks = devices_here()
     else:
@@ -106,11 +108,16 @@ def _launch(run: Path | None, changes: list[str], resume: Path | None, where: di
 
 
 def _ranks_alone(config: "RunConfig") -> int:
-    """How many to start where this is the only machine."""
+    """How many to start where this is the only machine. UserError if it has not the memory."""
     from thinwire.cluster import load_cluster
+    from thinwire.measure.memory import Room, free_memory, has_gpu
+    from thinwire.plan.memory import check, need
 
     ranks = config.train.ranks or (load_cluster(config.cluster.file).world_size if config.cluster.file else 2)
-    config.layout.resolve(ranks, rare=config.sync.rare)
+    layout = config.layout.resolve(ranks, rare=config.sync.rare)
     if config.train.backend == "mpi":
         raise UserError(f"train.backend = 'mpi': ranks that talk over MPI are started by mpiexec -n {ranks} thinwire train ...")
+    if (free := free_memory()) and not has_gpu():  # ranks look at their GPUs
+        needed = need(config, config.model.shape(), layout, casts=config.train.dtype == "bfloat16")
+        check(needed, [Room("this machine", ranks, free.bytes)])
     return ranks

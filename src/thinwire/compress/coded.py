@@ -16,7 +16,6 @@ for, all ranks raise one error that names it.
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from fnmatch import fnmatch
 from itertools import count
 from math import prod
 from typing import Any, TypeVar
@@ -93,9 +92,7 @@ class CodedExchange(Stateless):
 
     def is_coded(self, name: str, shape: Sequence[int]) -> bool:
         """Whether a parameter may be coded."""
-        if len(shape) < 2 and not self._config.codes_vectors:
-            return False
-        return prod(shape) > 0 and not any(fnmatch(name, pattern) for pattern in self._config.excluded)
+        return self._config.is_coded(name, shape)
 
     def transfers(self, label: str, parameters: Sequence[Parameter], axis: str, world_size: int) -> list[Transfer]:
         """What one bucket of `parameters` will send, in the order in which `start` sends it; no communication."""

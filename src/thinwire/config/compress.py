@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from math import prod
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -106,6 +108,12 @@ class Coded(Section):
     def codes_vectors(self) -> bool:
         """Whether parameters of one dimension are coded."""
         return self.kind in SUMMABLE if self.vectors is None else self.vectors
+
+    def is_coded(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether a parameter may be coded."""
+        if len(shape) < 2 and not self.codes_vectors:
+            return False
+        return prod(shape) > 0 and not any(fnmatch(name, pattern) for pattern in self.excluded)
 
 
 class ShardedOptions(Section):

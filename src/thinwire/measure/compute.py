@@ -5,17 +5,16 @@ optimizer and without any exchange, while every rank of the probe does the same:
 cores and its memory. A large matrix product is timed as well; it is the ceiling, not what training achieves.
 """
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.utils.benchmark import Timer
 
 from thinwire.config.model import preset
+from thinwire.measure.memory import total_memory
 from thinwire.models.transformer import Transformer
 from thinwire.workload import Workload
 
@@ -52,11 +51,7 @@ def memory_bytes(device: torch.device, ranks_on_host: int) -> float:
     """The card's, or an even share of the host's, limited by its control group."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        total = min(total, float(text))
-    return total / ranks_on_host
+    return total_memory() / ranks_on_host
 
 
 def fast_dtype(device: torch.device, product: tuple[int, int, int] | None = None) -> str:

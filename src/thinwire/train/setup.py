@@ -28,6 +28,7 @@ from thinwire.environment import DEFAULT_PORT, Environment, Place
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.measure.compute import fast_dtype
+from thinwire.measure.memory import Free, Room, free_memory, rooms
 from thinwire.record import RunFolder
 from thinwire.traffic import Transfer
 from thinwire.train.checkpoint.disks import Disks, find_disks, share_run_files
@@ -133,6 +134,17 @@ def make_task(config: RunConfig, layout: Layout, environment: Environment) -> La
             f"{sums[other][:12]} on rank {other}); copy rank 0's to all hosts"
         )
     return task
+
+
+def find_room(device: torch.device, host: str) -> list[Room]:
+    """Where the ranks share memory, and how much of it is free."""
+    mine: tuple[str, Free | None] = host, free_memory()
+    if device.type == "cuda":
+        name = f"{host} {device}"
+        mine = name, Free(float(torch.cuda.mem_get_info(device)[0]), name)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return rooms(everyone)
 
 
 def agree_on_dtype(config: RunConfig, device: torch.device, resumed: RunFolder | None, task: LanguageModel) -> str:

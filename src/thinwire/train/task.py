@@ -66,14 +66,14 @@ class LanguageModel:
         )
         self._held_out = sample(self.corpus.held_out, train.eval_tokens)
         shape = config.model.shape()
-        self._shape = shape.model_copy(update={"vocabulary": max(shape.vocabulary, self.corpus.vocabulary)})
+        self.shape = shape.model_copy(update={"vocabulary": max(shape.vocabulary, self.corpus.vocabulary)})
         self.unit = self.corpus.unit
-        self.workload = Workload.of_transformer(self._shape, train.micro_batch, train.sequence)
+        self.workload = Workload.of_transformer(self.shape, train.micro_batch, train.sequence)
 
     def build_model(self) -> Transformer:
         """Weights drawn from the seed in float32, the same on each rank, and rounded to model.dtype."""
         torch.manual_seed(self._config.train.seed)
-        return Transformer(self._shape).to(getattr(torch, self._shape.dtype))
+        return Transformer(self.shape).to(getattr(torch, self.shape.dtype))
 
     def batch(self, step: int, index: int) -> Batch:
         return self._batches.micro_batch(step, index, self._num_micro)

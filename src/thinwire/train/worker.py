@@ -23,6 +23,7 @@ from thinwire.environment import Environment, Place
 from thinwire.errors import UserError
 from thinwire.lab.commands import TRAINING
 from thinwire.layout import AXES, REPLICAS, Layout
+from thinwire.plan import memory
 from thinwire.plan.cost import Prediction, Setting, predict
 from thinwire.sync.make import make_synchroniser
 from thinwire.train import results, setup
@@ -126,8 +127,12 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     cluster = setup.find_cluster(config, rank.environment, layout.world_size)
     folder, disks = setup.agree_on_folder(config, resume)
     task = setup.make_task(config, layout, rank.environment)
+    room = setup.find_room(rank.device, rank.host)
+    memory.check(memory.need(config, task.shape, layout, casts=config.train.dtype == "bfloat16"), room)
     dtype = setup.agree_on_dtype(config, rank.device, folder if resume else None, task)
     casts = dtype != config.model.dtype
+    if number == 0:
+        print(memory.line(memory.need(config, task.shape, layout, casts=casts), room), flush=True)
 
     model = task.build_model().to(rank.device)
     sync = make_synchroniser(config.sync, config.compress, layout, ledger)

@@ -1,0 +1,166 @@
+"""Bytes that a rank needs to train, beside the program itself: what it keeps from step to step, and the most that comes and goes.
+
+    weights      of model.dtype
+    gradients    as much, in the buckets of DistributedDataParallel; twice while it forms them, before the optimizer has a state
+    optimizer    two values a parameter for adamw, one for sgd and muon
+    exchange     residuals of codes, and of rare kinds the anchor and the outer momentum, in float32 or wider
+    passing      the larger of activations, at the loss, and of what is under way in the rest of a step
+    checkpoint   a copy of the state while it is written: of what differs on each rank, of what is alike on one a host
+
+Activations, per token, with a bytes a value of the residual stream and c of products (2 under autocast), M width, N heads of D,
+K of keys, F hidden, V vocabulary, as autograd keeps them (`models.transformer`):
+
+    norm       a M (layer), 2 max(a, 4) M (rms), and c M for what comes out
+    attention  c (N + 2 K) D + c (N + K) D if rotary + c M + 4 N
+    mlp        c (2 F + 2 F) for swiglu, c (F + F) for gelu
+    loss       2 max(a, 4) V, and c V if c < 4
+    block      2 norm + attention + mlp
+
+Under autocast a copy of all matrices in 2 bytes a value goes along.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from thinwire.config.compress import Coded, NoCompression
+from thinwire.config.model import ModelConfig
+from thinwire.config.run import RunConfig
+from thinwire.config.sync import EveryStep, NoLoCo, SparseLoCo, Streaming
+from thinwire.errors import UserError
+from thinwire.layout import Layout
+from thinwire.measure.memory import Room
+from thinwire.units import show
+from thinwire.workload import ITEM_BYTES, OPTIMIZER_VALUES_PER_PARAMETER, Workload
+
+TOLERANCE = 1.25
+"""A prediction may be off by so much either way; what is refused would not fit even then."""
+CODED_AT_ONCE = {"bf16": 1.0, "fp16": 1.0, "dgc": 3.5, "demo": 3.5}
+USUAL_AT_ONCE = 2.5
+"""Vectors of the model's size that are held while codes are under way, measured: of all buckets, for which a slow wire waits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """See the top of the file; in bytes. copied_bytes: of a checkpoint, on each rank; copied_once_bytes: on one rank a host."""
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    exchange_bytes: int
+    activations_bytes: int
+    under_way_bytes: int
+    copied_bytes: int
+    copied_once_bytes: int
+
+    @property
+    def training_bytes(self) -> int:
+        """The most at once, without checkpoints."""
+        kept = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.exchange_bytes
+        return kept + max(self.activations_bytes, self.under_way_bytes)
+
+    @property
+    def rank_bytes(self) -> int:
+        """Of the rank that writes what is alike."""
+        return self.training_bytes + self.copied_bytes + self.copied_once_bytes
+
+    def host_bytes(self, ranks: int) -> int:
+        """Of so many ranks on one host."""
+        return ranks * (self.training_bytes + self.copied_bytes) + self.copied_once_bytes
+
+    def terms(self) -> str:
+        """ "weights 476 MiB, gradients .." """
+        passing = "activations" if self.activations_bytes >= self.under_way_bytes else "exchange under way"
+        named = {
+            "weights": self.weights_bytes,
+            "gradients": self.gradients_bytes,
+            "optimizer": self.optimizer_bytes,
+            "exchange": self.exchange_bytes,
+            passing: max(self.activations_bytes, self.under_way_bytes),
+            "checkpoint": self.copied_bytes + self.copied_once_bytes,
+        }
+        return ", ".join(f"{name} {show(size, 'B')}" for name, size in named.items() if size)
+
+
+def need(config: RunConfig, shape: ModelConfig, layout: Layout, *, casts: bool) -> Need:
+    """Of a rank. shape: of the model, with the vocabulary that it gets; casts: whether autocast multiplies in bfloat16."""
+    train = config.train
+    workload = Workload.of_transformer(shape, train.micro_batch, train.sequence)
+    weights = workload.stored_bytes
+    optimizer = weights * OPTIMIZER_VALUES_PER_PARAMETER[train.optimizer.kind]
+    exchange, under_way = _exchange(config, workload, layout)
+    buckets = layout.data > 1 or isinstance(config.sync, EveryStep)
+    state = weights + optimizer
+    return Need(
+        weights_bytes=weights,
+        gradients_bytes=max(weights, 2 * weights - optimizer - exchange) if buckets else weights,
+        optimizer_bytes=optimizer,
+        exchange_bytes=exchange,
+        activations_bytes=activations_bytes(shape, workload, casts=casts),
+        under_way_bytes=max(under_way, 2 * max(parameter.stored_bytes for parameter in workload.parameters)),
+        copied_bytes=exchange + (state if config.sync.rare else 0),
+        copied_once_bytes=state,
+    )
+
+
+def check(need: Need, rooms: Sequence[Room]) -> None:
+    """UserError if ranks cannot fit where they are to train."""
+    for room in rooms:
+        wanted = need.host_bytes(room.ranks)
+        if wanted > TOLERANCE * room.free_bytes:
+            raise UserError(
+                f"memory: {room.ranks} rank{'s' * (room.ranks > 1)} on {room.name} would need about {show(wanted, 'B')} (each "
+                f"{need.terms()}), and {show(room.free_bytes, 'B')} are free there; take a smaller model.preset, "
+                "train.micro_batch or train.sequence, or fewer ranks there"
+            )
+
+
+def line(need: Need, rooms: Sequence[Room]) -> str:
+    """What a rank needs, beside what there is for it in the tightest room."""
+    about = f"memory: a rank needs about {show(need.rank_bytes, 'B')} beside the program ({need.terms()})"
+    if not rooms:
+        return f"{about}; what is free is not known here"
+    tight = max(rooms, key=lambda room: need.host_bytes(room.ranks) / max(1.0, room.free_bytes))
+    return f"{about}; {tight.name} has {show(tight.free_bytes, 'B')} free for {tight.ranks} rank{'s' * (tight.ranks > 1)}"
+
+
+def activations_bytes(shape: ModelConfig, workload: Workload, *, casts: bool) -> int:
+    """Of one micro-batch, when its loss is known."""
+    kept = ITEM_BYTES[shape.dtype]
+    wide, product = max(kept, 4), 2 if casts else kept
+    norm = shape.width * (product + (2 * wide if shape.norm == "rms" else kept))
+    rotated = (shape.heads + shape.kv_heads) * shape.head_width if shape.positions == "rotary" else 0
+    attention = product * (shape.qkv_width + rotated + shape.width) + 4 * shape.heads
+    mlp = product * (shape.up_width + shape.hidden * (2 if shape.mlp == "swiglu" else 1))
+    loss = shape.vocabulary * (2 * wide + (product if product < 4 else 0))
+    backward = product * (shape.up_width + 2 * shape.hidden)
+    tokens = workload.tokens_per_microbatch * (shape.layers * (2 * norm + attention + mlp) + norm + max(loss, backward))
+    matrices = sum(parameter.numel for parameter in workload.parameters if len(parameter.shape) == 2)
+    return tokens + (2 * matrices if casts else 0)
+
+
+def _exchange(config: RunConfig, workload: Workload, layout: Layout) -> tuple[int, int]:
+    """What [sync] and [compress] keep, and what is under way at once."""
+    sync, wide = config.sync, sum(ITEM_BYTES[one.wide_dtype] * one.numel for one in workload.parameters)
+    if layout.replicas == 1:
+        return 0, 0
+    residuals = _residual_bytes(config.compress, workload)
+    coding = CODED_AT_ONCE.get(config.compress.kind, USUAL_AT_ONCE) if isinstance(config.compress, Coded) else 0.0
+    if isinstance(sync, EveryStep):
+        return residuals, int(coding * wide)
+    if isinstance(sync, NoLoCo):
+        return 2 * wide, 3 * wide
+    part = wide
+    if isinstance(sync, Streaming):
+        part = wide // max(1, len(workload.block_names) // sync.layers_per_fragment)
+    momentum = 0 if isinstance(sync, SparseLoCo) or not getattr(sync, "outer_momentum", 0) else wide
+    return wide + momentum + residuals, int((2 + coding) * part)
+
+
+def _residual_bytes(compress: NoCompression | Coded, workload: Workload) -> int:
+    if isinstance(compress, NoCompression):
+        return 0
+
+    vectors = 2 if compress.kind == "dgc" else 1 if compress.feeds_back else 0
+    size = 1 if compress.feedback_storage == "int8" else 4
+    coded = (one for one in workload.parameters if compress.is_coded(one.name, one.shape))
+    return vectors * sum(one.numel * (8 if one.dtype == "float64" else size) for one in coded)
