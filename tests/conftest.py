@@ -6,7 +6,9 @@ process, begun first: two labs at once would share the cores that their bounds c
 
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch is loaded: on tensors this small its threads would only wait for each other, and for the ranks of the pools.
 # And what is compiled is kept, even where the machine is told not to, or some hundred processes would compile the package anew.
@@ -25,6 +27,10 @@ settings.register_profile("thinwire", deadline=None, derandomize=True, database=
 settings.register_profile("quick", settings.get_profile("thinwire"), max_examples=15)
 settings.load_profile("thinwire")
 
+CASES = 4
+"""Of a test with more of them, in `make test`; `make test-all` and CI run all."""
+ON_RANKS = {"bench", "collectives", "compress", "lab", "sync", "train"}
+"""Folders in which a case takes real ranks, and so tenths of a second or more."""
 _RANK_FIXTURES = {"ranks1", "ranks2", "ranks3", "ranks4", "ranks8"}
 
 
@@ -39,9 +45,24 @@ def queued(item: pytest.Item) -> bool:
     return any(item.get_closest_marker(name) for name in ("lab", "timed"))
 
 
+def leave_most_cases_to_test_all(items: list[pytest.Item]) -> None:
+    """Of a test with many cases that runs on ranks, CASES stay, the first, the last and some between; the others become long."""
+    cases = defaultdict[tuple[Path, str], list[pytest.Item]](list)
+    for item in items:
+        if not item.get_closest_marker("long") and item.path.parent.name in ON_RANKS:
+            cases[item.path, getattr(item, "originalname", item.name)].append(item)
+    for several in cases.values():
+        kept = {round(index * (len(several) - 1) / (CASES - 1)) for index in range(CASES)}
+        for index, item in enumerate(several):
+            if index not in kept:
+                item.add_marker(pytest.mark.long)
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The queue of the lab first, and each file as a whole."""
+    if "not long" in (config.option.markexpr or ""):
+        leave_most_cases_to_test_all(items)
     for item in items:
         item.add_marker(pytest.mark.xdist_group("lab" if queued(item) else item.path.stem))
     items.sort(key=lambda item: not queued(item))
