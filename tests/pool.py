@@ -210,6 +210,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, output: str)
         ledger.step = SETUP_STEP
         ledger.axes.clear()
         ledger._totals.clear()  # a test begins with an empty ledger, as a run does
+        ledger.sent_bytes = 0
         try:
             function, args = pickle.loads(message)
             result = function(Rank(rank, world_size, ledger, ledger.snapshot()), *args)

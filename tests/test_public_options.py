@@ -181,7 +181,7 @@ def test_each_option_of_compress_sharded_is_used_or_refused(ranks2: Pool) -> Non
 def test_init_refuses_what_native_collectives_would_not_use(option: str) -> None:
     with pytest.raises(UserError, match=f"{option} = 'four-hosts-100mbit' has no effect with collectives = 'native'"):
         thinwire.init(collectives="native", **{option: "four-hosts-100mbit"})
-    assert inspect.signature(thinwire.init).parameters.keys() == {"cluster", "collectives", "cache", "inner", "options"}
+    assert inspect.signature(thinwire.init).parameters.keys() == {"cluster", "collectives", "cache", "inner", "bind", "options"}
     assert not dist.is_initialized()
 
 
