@@ -70,7 +70,7 @@ def test_training_finds_the_card(tmp_path: Path) -> None:
 def test_the_probe_finds_the_card(tmp_path: Path) -> None:
     cluster = load_cluster("four-hosts-100mbit")
     written = tmp_path / "disks" / "host0" / "found.toml"
-    argv = ("thinwire", "probe", "-o", str(tmp_path / "disks" / "found.toml"))
+    argv = (sys.executable, "-m", "thinwire", "probe", "-o", str(tmp_path / "disks" / "found.toml"))
     result = launch(cluster, processes_for(cluster, argv), LabOptions(bare=True, paced=False, disks=tmp_path / "disks"))
     assert result.failure is None
     found = load_cluster(written)

@@ -107,7 +107,7 @@ def test_training_listens_at_the_card_that_leads_to_the_others(
 
 @pytest.mark.long
 def test_a_probe_listens_at_the_card_that_leads_to_the_others(tmp_path: Path, warm: None) -> None:
-    check(build_cluster(*CABLES), ("thinwire", "probe", "-o", str(tmp_path / "found.toml")), tmp_path)
+    check(build_cluster(*CABLES), (sys.executable, "-m", "thinwire", "probe", "-o", str(tmp_path / "found.toml")), tmp_path)
 
 
 @pytest.mark.long
