@@ -57,7 +57,8 @@ def probe(
 
 def _work(environment: "Environment", files: tuple[Path, Path | None], name: str, how: tuple[str, float, str]) -> None:
     from thinwire.collectives.address import address_of_default_group
-    from thinwire.measure.probe import gather, measure
+    from thinwire.measure.gather import gather
+    from thinwire.measure.probe import measure
     from thinwire.train.runtime import process_group
 
     place = environment.place

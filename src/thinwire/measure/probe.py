@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -21,6 +21,7 @@ from thinwire.listening import listen
 from thinwire.measure import compute
 from thinwire.measure.findings import CORE, Findings, HostFound, unique_names
 from thinwire.measure.fit import estimate
+from thinwire.measure.gather import gather
 from thinwire.measure.links import Links, Peer
 from thinwire.measure.network import Network, Phases, measure_network
 
@@ -34,13 +35,6 @@ class _Home:
     peer: Peer
     ranks: tuple[int, ...]
     kind: str
-
-
-def gather(value: T) -> list[T]:
-    """The values of all ranks, on all of them. Collective."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def measure(local_rank: int, address: str, dtype: str, print_line: Callable[[str], None]) -> Findings:

@@ -28,6 +28,7 @@ from thinwire.environment import DEFAULT_PORT, Environment, Place
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.measure.compute import fast_dtype
+from thinwire.measure.gather import gather
 from thinwire.measure.memory import Free, Room, free_memory, rooms
 from thinwire.record import RunFolder
 from thinwire.traffic import Transfer
@@ -125,8 +126,7 @@ def make_task(config: RunConfig, layout: Layout, environment: Environment) -> La
     task = LanguageModel(config, layout, environment.cache_folder) if dist.get_rank() == 0 else None
     dist.barrier()
     task = task or LanguageModel(config, layout, environment.cache_folder)
-    sums = [""] * dist.get_world_size()
-    dist.all_gather_object(sums, task.corpus.sha256)
+    sums = gather(task.corpus.sha256)
     if len(set(sums)) > 1:
         other = next(rank for rank, found in enumerate(sums) if found != sums[0])
         raise UserError(
@@ -142,9 +142,7 @@ def find_room(device: torch.device, host: str) -> list[Room]:
     if device.type == "cuda":
         name = f"{host} {device}"
         mine = name, Free(float(torch.cuda.mem_get_info(device)[0]), name)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return rooms(everyone)
+    return rooms(gather(mine))
 
 
 def agree_on_dtype(config: RunConfig, device: torch.device, resumed: RunFolder | None, task: LanguageModel) -> str:
@@ -178,6 +176,4 @@ def timed_rates(task: Task, stepper: Stepper, layout: Layout, ledger: Ledger) ->
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begun)
         stepper.optimizer.zero_grad(set_to_none=False)
-        gathered: list[float] = [0.0] * layout.world_size
-        dist.all_gather_object(gathered, task.workload.flops_per_microbatch / min(seconds[1:]))
-    return tuple(gathered)
+        return tuple(gather(task.workload.flops_per_microbatch / min(seconds[1:])))

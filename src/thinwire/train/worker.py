@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +22,7 @@ from thinwire.environment import Environment, Place
 from thinwire.errors import UserError
 from thinwire.lab.commands import TRAINING
 from thinwire.layout import AXES, REPLICAS, Layout
+from thinwire.measure.gather import gather
 from thinwire.plan import memory
 from thinwire.plan.cost import Prediction, Setting, predict
 from thinwire.sync.make import make_synchroniser
@@ -158,8 +158,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     if pacer:
         stack.enter_context(pacer.attached(model, task.workload))
 
-    hosts: list[Any] = [None] * layout.world_size
-    dist.all_gather_object(hosts, rank.host)
+    hosts = gather(rank.host)
     reporter = None
     if number == 0:
         reporter = results.Reporter(folder, config.train.steps, task.unit)
@@ -190,7 +189,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         group=group,
         device=rank.device,
         stop=rank.stop,
-        saver=Saver(folder.path / "checkpoints", disks, config.train.checkpoints_kept, config.train.checkpoint_copies, ledger),
+        saver=Saver(folder.path / "checkpoints", disks, config.train.checkpoints_kept, config.train.checkpoint_copies),
         reporter=reporter,
         assignment=assignment,
         by_speed=config.sync.by_speed,

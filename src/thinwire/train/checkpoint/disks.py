@@ -9,11 +9,11 @@ import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from thinwire.errors import UserError
+from thinwire.measure.gather import gather
 
 RUN_FILES = ("run.toml", "record.json", "cluster.toml", "predicted.json")
 """What a host needs of a run to go on with it."""
@@ -61,10 +61,10 @@ def find_disks(folder: Path) -> Disks:
             f"rank {rank} on {socket.gethostname()} cannot write to {folder}: {reason.strerror}; set train.run to a folder it can"
         )
     try:
-        if errors := [one for one in gathered(error) if one]:
+        if errors := [one for one in gather(error) if one]:
             raise UserError(errors[0])
         leader = next(other for other in range(rank + 1) if _mark(folder, other, token[0]).exists())
-        return Disks(tuple(gathered(leader)), rank, token[0])
+        return Disks(tuple(gather(leader)), rank, token[0])
     finally:
         with suppress(OSError):
             _mark(folder, rank, token[0]).unlink()
@@ -75,7 +75,7 @@ def share_run_files(folder: Path, disks: Disks) -> None:
     if len(disks.leaders) == 1:
         return
     mine = {name: (folder / name).read_text(encoding="utf-8") for name in RUN_FILES if (folder / name).is_file()}
-    everyone: list[dict[str, str]] = gathered(mine if disks.leads else {})
+    everyone: list[dict[str, str]] = gather(mine if disks.leads else {})
     for name in RUN_FILES if disks.leads else ():
         if name not in mine and (having := [files[name] for files in everyone if name in files]):
             (folder / name).write_text(having[0], encoding="utf-8")
@@ -88,13 +88,6 @@ def describe(disks: Disks, hosts: list[str], folder: Path) -> str:
         for leader in disks.leaders
     )
     return f"checkpoints: no disk is shared by all hosts, so each writes to its own {folder}: {shares}"
-
-
-def gathered(mine: Any) -> list[Any]:
-    """Of all ranks, by rank. Collective over the default group."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
 
 
 def _mark(folder: Path, rank: int, token: str) -> Path:

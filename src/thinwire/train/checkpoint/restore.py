@@ -14,7 +14,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from thinwire.errors import UserError
-from thinwire.train.checkpoint.disks import Disks, gathered
+from thinwire.measure.gather import gather
+from thinwire.train.checkpoint.disks import Disks
 from thinwire.train.checkpoint.files import (
     PROGRESS,
     Held,
@@ -93,14 +94,14 @@ def find_checkpoint(folder: Path, disks: Disks) -> Found:
     progress = chosen.progress
     assert progress is not None
     with_own = progress.world_size == dist.get_world_size() and not chosen.lost
-    errors = gathered(_bring(folder, disks, chosen, with_own))
+    errors = gather(_bring(folder, disks, chosen, with_own))
     if bad := [error for error in errors if error]:
         raise UserError(bad[0])
     return Found(path=folder / chosen.name, progress=progress, with_own=with_own)
 
 
 def _choose(folder: Path, disks: Disks) -> _Candidate:
-    everywhere: list[list[str]] = gathered(names(folder) if disks.leads else [])
+    everywhere: list[list[str]] = gather(names(folder) if disks.leads else [])
     candidates = sorted({name for there in everywhere for name in there}, reverse=True)
     if not candidates:
         raise UserError(f"{folder} holds no checkpoint to resume from; start without --resume")
@@ -108,7 +109,7 @@ def _choose(folder: Path, disks: Disks) -> _Candidate:
     passed: list[str] = []
     nothing = Held(sums={}, sizes={}, damage=(), progress=None)
     for name in candidates:
-        one = _Candidate(name, gathered(examine(folder / name) if disks.leads else nothing))
+        one = _Candidate(name, gather(examine(folder / name) if disks.leads else nothing))
         if one.source is not None and not one.lost:
             _say(disks, *(f"checkpoint {line}; going on with {name}" for line in passed))
             return one

@@ -47,6 +47,9 @@ class Saved:
 @dataclass(kw_only=True)
 class _Job:
     progress: Progress
+    ledger: Ledger
+    key: str
+    """Of what its threads say in the store."""
     blocked_s: float
     ended: threading.Event = field(default_factory=threading.Event)
     save_s: float = 0.0
@@ -59,11 +62,9 @@ class Saver:
     copies: on how many disks each rank's own file is kept, 1 or 2.
     """
 
-    def __init__(self, folder: Path, disks: Disks, keep: int, copies: int = 1, ledger: Ledger | None = None) -> None:
+    def __init__(self, folder: Path, disks: Disks, keep: int, copies: int = 1) -> None:
         """Collective."""
-        self._ledger, self._leaders = ledger or Ledger(), None
-        if copies > 1 and len(disks.leaders) > 1:
-            self._leaders = dist.new_group(disks.leaders)
+        self._leaders = dist.new_group(disks.leaders) if copies > 1 and len(disks.leaders) > 1 else None
         self._folder, self._disks, self._keep = folder, disks, keep
         store: Any = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(f"checkpoint-{disks.token}", store.clone())  # one client answers one thread at a time
@@ -76,9 +77,10 @@ class Saver:
         assert self._job is None, "a checkpoint is being written"
         began = time.perf_counter()
         taken = snapshot(parts, alike=self._disks.leads)
-        job = self._job = _Job(progress=progress, blocked_s=time.perf_counter() - began)
         key, self._begun = str(self._begun), self._begun + 1
-        threading.Thread(target=self._run, args=(job, taken, key), name="checkpoint", daemon=True).start()
+        blocked_s = time.perf_counter() - began
+        self._job = _Job(progress=progress, ledger=parts.ledger, key=key, blocked_s=blocked_s)
+        threading.Thread(target=self._run, args=(self._job, taken), name="checkpoint", daemon=True).start()
 
     @property
     def busy(self) -> bool:
@@ -102,23 +104,23 @@ class Saver:
         self._job = None
         return Saved(progress=job.progress, save_s=job.save_s, blocked_s=job.blocked_s)
 
-    def _run(self, job: _Job, taken: Snapshot, key: str) -> None:
+    def _run(self, job: _Job, taken: Snapshot) -> None:
         began = time.perf_counter() - job.blocked_s
         try:
             if hasattr(os, "setpriority") and os.uname().sysname == "Linux":  # elsewhere it would be the whole process
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
             with one_line(f"checkpoint {self._folder / job.progress.name}", "written"):
-                self._write(job.progress, taken, key)
+                self._write(job, taken)
         except _FailedElsewhere as error:
             job.error = str(error)
         except Exception as error:
             job.error = " ".join(str(error).split())
-            self._tell(f"{key}/failed", job.error)
+            self._tell(f"{job.key}/failed", job.error)
         job.save_s = time.perf_counter() - began
         job.ended.set()
 
-    def _write(self, progress: Progress, taken: Snapshot, key: str) -> None:
-        disks, rank = self._disks, self._disks.rank
+    def _write(self, job: _Job, taken: Snapshot) -> None:
+        disks, rank, progress, key = self._disks, self._disks.rank, job.progress, job.key
         if disks.leads:
             aside = aside_of(self._folder, progress)
             self._store.set(f"{key}/begun/{rank}", "")
@@ -132,7 +134,7 @@ class Saver:
             mine = self._files_of(rank, key)
             if missing := [name for name in mine if not (aside / name).exists()]:
                 raise UserError(f"checkpoint {aside}: {missing[0]}, which its rank has written, is not there; look at the disk")
-            copied = self._copy(aside, key) if self._leaders is not None else {}
+            copied = self._copy(aside, job) if self._leaders is not None else {}
             finish(aside, progress, {name: sum_ for name, (sum_, _) in (mine | copied).items()})
             self._store.set(f"{key}/whole/{rank}", "")
         self._wait([f"{key}/whole/{leader}" for leader in disks.leaders], key)
@@ -145,13 +147,13 @@ class Saver:
         self._wait(keys, key)
         return {name: tuple(about) for one in keys for name, about in json.loads(self._store.get(one)).items()}
 
-    def _copy(self, aside: Path, key: str) -> dict[str, tuple[str, int]]:
+    def _copy(self, aside: Path, job: _Job) -> dict[str, tuple[str, int]]:
         """Send this disk's files to the next one, and take those of the one before. In a ring, in which every second begins by
         taking; returns what has come."""
         leaders = self._disks.leaders
         index = leaders.index(self._disks.rank)
         after, before = leaders[(index + 1) % len(leaders)], leaders[index - 1]
-        mine, theirs = self._files_of(leaders[index], key), self._files_of(before, key)
+        mine, theirs = self._files_of(leaders[index], job.key), self._files_of(before, job.key)
 
         def send() -> None:
             for name, (_, size) in mine.items():
@@ -161,7 +163,7 @@ class Saver:
             for name, (_, size) in theirs.items():
                 receive_file(aside / name, size, before, self._leaders)
 
-        with self._ledger.label("checkpoint copies"):
+        with job.ledger.label("checkpoint copies"):
             for one in (send, take) if index % 2 == 0 else (take, send):
                 one()
         return theirs

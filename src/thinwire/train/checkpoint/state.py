@@ -15,9 +15,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.utils import _pytree
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.errors import UserError
 from thinwire.sync.base import Synchroniser
-from thinwire.train.checkpoint.files import Progress, examine, one_line, rank_file, read_progress, sync
+from thinwire.train.checkpoint.files import Progress, one_line, rank_file, read_progress, sync
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +96,8 @@ def load(path: Path, parts: Parts, *, with_own: bool) -> None:
 
 
 def load_weights(path: Path, model: torch.nn.Module) -> Progress:
-    """Load the model alone, in one process without a process group. UserError if it is damaged, or of another model."""
+    """Load the model alone from a whole checkpoint, without a process group. UserError if it is of another model."""
     progress = read_progress(path)
-    held = examine(path)
-    if not held.alike:
-        raise UserError(f"checkpoint {path} is damaged: {held.damage[0]}")
     state = {"model": model.state_dict()}
     quiet()
     with one_line(f"checkpoint {path}", "read"):
