@@ -27,7 +27,7 @@ settings.register_profile("thinwire", deadline=None, derandomize=True, database=
 settings.register_profile("quick", settings.get_profile("thinwire"), max_examples=15)
 settings.load_profile("thinwire")
 
-CASES = 4
+CASES = 2
 """Of a test with more of them, in `make test`; `make test-all` and CI run all."""
 ON_RANKS = {"bench", "collectives", "compress", "lab", "sync", "train"}
 """Folders in which a case takes real ranks, and so tenths of a second or more."""
@@ -46,7 +46,7 @@ def queued(item: pytest.Item) -> bool:
 
 
 def leave_most_cases_to_test_all(items: list[pytest.Item]) -> None:
-    """Of a test with many cases that runs on ranks, CASES stay, the first, the last and some between; the others become long."""
+    """Of a test with many cases that runs on ranks CASES stay, with the first and the last; the others become long."""
     cases = defaultdict[tuple[Path, str], list[pytest.Item]](list)
     for item in items:
         if not item.get_closest_marker("long") and item.path.parent.name in ON_RANKS:

@@ -133,6 +133,7 @@ print(sum(name.startswith("thinwire") for name in sys.modules), file=sys.stderr)
 """
 
 
+@pytest.mark.long
 def test_importing_modules_has_no_side_effect() -> None:
     done = run("-W", "error::UserWarning:thinwire", "-c", IMPORT_ALL)
     assert done.returncode == 0, done.stderr

@@ -24,6 +24,7 @@ timeout_s = "30 s"
         *(pytest.param(each, marks=pytest.mark.long) for each in (("--version",), ("no-such-command",), ("report", "gone"))),
     ],
 )
+@pytest.mark.long
 def test_warm_and_cold_print_the_same(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     warm, cold = (thinwire(*arguments, cwd=tmp_path, cold=cold) for cold in (False, True))
     assert (warm.returncode, warm.stdout, warm.stderr) == (cold.returncode, cold.stdout, cold.stderr)

@@ -215,11 +215,13 @@ def _checked(context: Rank, apart: bool) -> str:
     return "equal"
 
 
+@pytest.mark.long
 def test_replicas_that_differ_are_found(ranks2: Pool) -> None:
     assert ranks2.run(_checked, False) == ["equal"] * 2
     assert all(line.startswith("int4, seed 0: after training the replicas differ") for line in ranks2.run(_checked, True))
 
 
+@pytest.mark.long
 def test_a_small_comparison_is_whole(tmp_path: Path) -> None:
     """On two ranks ours without compression rounds exactly as DDP does: the losses are the same number. bf16 is known before."""
     learned = tmp_path / "learned"

@@ -218,6 +218,7 @@ def loaded(context: Rank) -> dict[str, str]:
     return messages
 
 
+@pytest.mark.long
 def test_a_state_that_would_not_be_used_is_refused(ranks2: Pool) -> None:
     messages = ranks2.run(loaded)[0]
     assert "a residual of 'weight', and the model has no such parameter but 2 others, first '0.weight'" in messages["names"]

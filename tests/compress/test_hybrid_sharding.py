@@ -142,6 +142,7 @@ def divided(context: Rank) -> list[float]:
     return found
 
 
+@pytest.mark.long
 def test_gradients_are_divided_and_added_up_as_in_stock(ranks4: Pool) -> None:
     for found in ranks4.run(divided):
         assert max(found) < 1e-6, found
@@ -294,6 +295,7 @@ def adopted(context: Rank, states: list[Any]) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.long
 def test_resuming_is_bit_for_bit_and_more_replicas_take_the_mean(ranks4: Pool, ranks8: Pool) -> None:
     results = ranks4.run(resumed)
     assert all(equal for equal, _, _ in results)

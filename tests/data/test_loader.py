@@ -86,6 +86,7 @@ def windows_of(batches: TrainBatches, epochs: int) -> list[np.ndarray]:
     given_parts=st.lists(st.tuples(st.integers(20, 200), st.floats(0.3, 3.5)), min_size=2, max_size=4),
     sequence=st.integers(2, 6), epochs=st.integers(1, 4), seed=st.integers(0, 99),
 )  # fmt: skip
+@pytest.mark.long
 def test_a_weight_is_how_often_an_epoch_shows_a_source(
     given_parts: list[tuple[int, float]], sequence: int, epochs: int, seed: int
 ) -> None:

@@ -42,6 +42,7 @@ def on_bare_hosts(*argv: str) -> LabResult:
     return launch(cluster, processes_for(cluster, argv), LabOptions(bare=True, paced=False))
 
 
+@pytest.mark.long
 def test_groups_and_diloco_of_a_plain_script_find_the_card(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

@@ -83,6 +83,7 @@ def test_short_silence_of_a_replica_changes_nothing(under_way: dict[Callable, Fu
 
 @pytest.mark.lab
 @pytest.mark.timeout(120)
+@pytest.mark.long
 def test_long_silence_of_a_replica_ends_it_alone(under_way: dict[Callable, Future]) -> None:
     long, kept = under_way[long_silence].result()
     # Whoever notices first: the watch, or a message that was on its way.

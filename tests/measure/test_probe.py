@@ -90,6 +90,7 @@ def test_a_rank_that_vanishes_ends_the_others_in_one_line(tmp_path: Path, port: 
 
 
 @pytest.mark.lab
+@pytest.mark.long
 def test_in_the_lab_it_recovers_the_links(tmp_path: Path) -> None:
     """Two cards, the second slower and slower still the other way."""
     if reason := examine().reason:

@@ -198,6 +198,7 @@ def test_a_control_group_that_allows_less_counts(tmp_path: Path) -> None:
     assert here is None or 0 < here.bytes <= total_memory()
 
 
+@pytest.mark.long
 def test_a_model_that_cannot_fit_is_refused_before_anything_is_started(tmp_path: Path) -> None:
     with started("train", "--set", "model.preset=1t", cwd=tmp_path, cold=True) as process:
         out, err = process.communicate(timeout=30)

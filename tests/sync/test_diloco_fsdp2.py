@@ -159,6 +159,7 @@ def inside_ddp(context: Rank, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["noloco", long("streaming"), long("noloco fp16")])
+@pytest.mark.long
 def test_is_the_same_as_around_ddp(ranks4: Pool, results_of: Results, kind: str) -> None:
     for one, (own, final) in zip(results_of(kind), ranks4.run(inside_ddp, kind), strict=True):
         torch.testing.assert_close(one["own"], own, rtol=0, atol=2e-6)

@@ -128,6 +128,7 @@ def listening_while(folder: Path, *arguments: str, **variables: str) -> tuple[se
     return found, errors, process.returncode
 
 
+@pytest.mark.long
 def test_training_on_one_host_listens_on_loopback_alone(tmp_path: Path) -> None:
     make_text(tmp_path / "text.txt")
     (tmp_path / "run.toml").write_text(TINY_RUN + "steps = 30\n")

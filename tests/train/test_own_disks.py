@@ -117,6 +117,7 @@ def test_a_fresh_host_in_the_place_of_a_lost_one_is_given_what_it_lacks(
     assert all(examine(disk / "run" / "checkpoints" / "step-000012").alike for disk in disks)
 
 
+@pytest.mark.long
 def test_with_a_second_copy_a_lost_disk_costs_nothing(ranks4: Pool, tmp_path: Path, coded: Runs) -> None:
     """What is coded leaves residuals, which are each rank's own."""
     disks, config = make_disks(tmp_path / "disks"), settings(tmp_path / "text", "int4", checkpoint_copies=2)

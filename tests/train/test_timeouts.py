@@ -50,6 +50,7 @@ print(json.dumps(made), flush=True)
         pytest.param({"sync": {"kind": "noloco", "every": 4}}, marks=pytest.mark.long),
     ],
 )
+@pytest.mark.long
 def test_every_group_of_a_run_has_its_time_out(tmp_path: Path, settings: dict) -> None:
     config = make_config(tmp_path, timeout_s=TIMEOUT_S, steps=4)
     content = config.model_dump(mode="json", exclude_none=True)
