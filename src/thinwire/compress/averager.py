@@ -18,18 +18,23 @@ Three kinds of a parameter could break it, and each has its rule:
 What is not finite on any rank arrives as not finite on all, bit-equal. That there is something must be known to all ranks: sums
 carry it, and where codes would hide it a flag travels along. Which parameter it is, and on which ranks, they then tell each other
 through the store of the group (`Share.census`), which happens in so few steps that it may take its time.
+
+On a device the host does not look at values, for it would wait for them: what is learned of them stays a flag there, [] bool
+(`Share.on_device`). All that a share of a bucket delivers is multiplied by 1, or by nan where something in it was not finite, and
+whether a residual counts is chosen by flags at the end of the pass (`Memory.commit`).
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import nan, prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from thinwire.compress.base import finite
+from thinwire.compress.base import finite, spoiled
 from thinwire.compress.memory import Memory, Stateless
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
@@ -75,11 +80,17 @@ class Share:
     memory: Memory
     used: Mapping[str, bool] | None = None
     census: Callable[[Sequence[str]], dict[str, list[int]]] = lambda found: {name: [] for name in found}
-    finite: bool = True
-    """Whether this rank has found all of its `pieces` to be; said to the others by `riding`."""
+    on_device: bool = False
+    """Whether the host must not look at values."""
+    spoiled: torch.Tensor | None = None
+    """On a device, after `arrived`: whether something is not finite, the same on all ranks, [] bool."""
     nonfinite: dict[str, list[int]] = field(default_factory=dict)
-    """What is not, by name, and the ranks that it came from; the same on all ranks, after `arrived`."""
+    """What is not, by name, and the ranks that it came from; the same on all ranks, after `arrived`. Empty on a device."""
+    _bad: list[torch.Tensor] = field(default_factory=list)
+    """Flags of what this rank has found not to be finite of its `pieces`; said to the others by `riding`."""
     _nowhere: set[str] = field(default_factory=set)
+    _unused: dict[str, torch.Tensor] = field(default_factory=dict)
+    """On a device, where use is tracked: flags, whether no rank has used it."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,11 +102,22 @@ class Share:
         """All of it, in the order of the flags."""
         return [*self.pieces, *self.exact]
 
-    def found_finite(self, values: torch.Tensor) -> bool:
-        """Whether they are; if not, `riding` will say so."""
-        found = finite(values)
-        self.finite &= found
-        return found
+    def finite_or_zeros(self, values: torch.Tensor) -> torch.Tensor:
+        """`values`, or zeros if not all of them are finite, and then `riding` will say so."""
+        bad = spoiled(values)
+        self._bad.append(bad)
+        if self.on_device:
+            return values.masked_fill(bad, 0.0)
+        return torch.zeros_like(values) if bad else values
+
+    def zero_if_spoiled(self, values: torch.Tensor) -> torch.Tensor:
+        """Zeros in place of values that are not all finite; the flag, [] bool."""
+        bad = spoiled(values)
+        if self.on_device:
+            values.masked_fill_(bad, 0.0)
+        elif bad:
+            values.zero_()
+        return bad
 
     def riding(self, *, flagged: bool = False) -> torch.Tensor:
         """What every rank adds to the average as it is, a new flat vector: exact values with their residuals, then the flags.
@@ -103,30 +125,67 @@ class Share:
         flagged: the last one says whether this rank has found its pieces to be finite.
         """
         values = [self.memory.exact(piece.name, piece.of(self.buffer)) for piece in self.exact]
-        flags = [] if self.used is None else [float(self.used[part.name]) for part in self.parts]
+        if self.used is not None:
+            values.append(sent_over([float(self.used[part.name]) for part in self.parts], self.dtype, self.buffer.device))
         if flagged:
-            flags.append(float(not self.finite))
-        if flags:
-            values.append(torch.tensor(flags, dtype=self.dtype, device=self.buffer.device))
+            flag = torch.stack(self._bad).any() if self._bad else self.buffer.new_zeros((), dtype=torch.bool)
+            values.append(flag.to(self.dtype).view(1))
         return torch.cat(values) if values else self.buffer[:0].to(self.dtype)
 
-    def arrived(self, mean: torch.Tensor, *, flagged: bool = False, spoiled: bool = False) -> None:
+    def arrived(self, mean: torch.Tensor, *, flagged: bool = False, known: torch.Tensor | None = None) -> None:
         """mean: of what `riding` gave, over all ranks, and perhaps more behind it. Exact values go to their places.
 
-        spoiled: all ranks know by other means that some piece is not finite.
+        known: a flag by which all ranks know that some piece is not finite, [] bool.
         """
-        sizes = [piece.numel for piece in self.exact]
-        *values, flags = mean.split([*sizes, mean.numel() - sum(sizes)])
+        exact = sum(piece.numel for piece in self.exact)
+        values, flags = mean[:exact], mean[exact:]
         number = len(self.parts) if self.used is not None else 0
         if self.used is not None:
-            arrived = zip(self.parts, flags[:number].tolist(), strict=True)
-            self._nowhere = {part.name for part, flag in arrived if not flag}
-        if spoiled or (flagged and float(flags[number]) != 0.0) or not all(map(finite, values)):
-            self.spoil()
-        for piece, value in zip(self.exact, values, strict=True):
+            self._learn_use(flags[:number])
+        found = [spoiled(values), *([flags[number] != 0] if flagged else []), *([] if known is None else [known])]
+        self._conclude(torch.stack(found).any() if len(found) > 1 else found[0])
+        for piece, value in zip(self.exact, values.split([piece.numel for piece in self.exact]), strict=True):
             if self.counts(piece):
-                piece.of(self.buffer).copy_(value)
+                self.deliver(value, piece.of(self.buffer))
                 self.memory.clear(piece.name)
+
+    def summed(self, values: torch.Tensor) -> None:
+        """Sums of all ranks, which hand on what is not finite value by value, have arrived."""
+        self._conclude(spoiled(values))
+
+    def _conclude(self, bad: torch.Tensor) -> None:
+        if self.on_device:
+            self.spoiled = bad
+        elif bad:
+            self.spoil()
+
+    def _learn_use(self, flags: torch.Tensor) -> None:
+        """The mean of every rank's."""
+        if self.on_device:
+            self._unused = dict(zip((part.name for part in self.parts), (flags == 0).unbind(), strict=True))
+            for name, nowhere in self._unused.items():
+                self.memory.forget(name, nowhere)
+        else:
+            self._nowhere = {part.name for part, flag in zip(self.parts, flags.tolist(), strict=True) if not flag}
+
+    def deliver(self, result: torch.Tensor, place: torch.Tensor) -> None:
+        """Into its place in the buffer; nan on a device, where something in the share is not finite. After `arrived`."""
+        if self.on_device:
+            torch.mul(result, self.factor, out=place)
+        else:
+            place.copy_(result)
+
+    def counted(self, piece: Piece, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        """On a device, after `arrived`: `new`, or `old` if the share is spoiled or no rank has used the piece."""
+        assert self.spoiled is not None, "arrived() comes first"
+        unused = self._unused.get(piece.name)
+        return torch.where(self.spoiled if unused is None else self.spoiled | unused, old, new)
+
+    @cached_property
+    def factor(self) -> torch.Tensor:
+        """On a device, after `arrived`: what results are multiplied by, 1 or nan, [] of `dtype`."""
+        assert self.spoiled is not None, "arrived() comes first"
+        return torch.ones((), dtype=self.dtype, device=self.buffer.device).masked_fill_(self.spoiled, nan)
 
     def spoil(self) -> None:
         """Something is not finite: find out what. Called by all ranks, before any result is in the buffer."""
@@ -135,7 +194,8 @@ class Share:
         self.nonfinite = self.census(own) or {part.name: [] for part in self.parts}
 
     def mark(self, *, coded: bool) -> None:
-        """Not finite is not finite, on all ranks alike to the bit. After all results are in the buffer.
+        """Not finite is not finite, on all ranks alike to the bit. After all results are in the buffer; on a device `deliver` has
+        done it, and there is one nan.
 
         coded: what codes have made of a piece that is not finite says nothing; else sums have handed it on, value by value.
         """
@@ -147,7 +207,8 @@ class Share:
                 values.masked_fill_(values.isnan(), nan)  # there are many nans
 
     def counts(self, piece: Piece) -> bool:
-        """Whether any rank has used it, and so whether its result is delivered. After `arrived`."""
+        """Whether any rank has used it, and so whether its result is delivered. After `arrived`. On a device always: there
+        DistributedDataParallel throws away what nobody has used, and the memory forgets it by a flag."""
         return piece.name not in self._nowhere
 
 
@@ -207,6 +268,13 @@ class Counting(Averager):
 
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
         self._counts = dict(states[0]["counts"])
+
+
+def sent_over(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[len(values)] on `device`, for which the host does not wait."""
+    accelerator = torch.accelerator.current_accelerator()
+    pinned = accelerator is not None and accelerator.type == device.type
+    return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)
 
 
 def ring_bytes(numel: int, world_size: int, item_bytes: int = 4) -> float:

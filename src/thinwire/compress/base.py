@@ -156,11 +156,16 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def finite(values: Tensor) -> bool:
-    """Neither nan nor inf anywhere. One pass over `values` (aminmax hands nan on); waits for the device."""
+    """Neither nan nor inf anywhere. Waits for the device."""
+    return not values.numel() or not bool(spoiled(values))
+
+
+def spoiled(values: Tensor) -> Tensor:
+    """A nan or an inf somewhere: [] bool, on the device of `values`. One pass over them (aminmax hands nan on)."""
     if values.numel() == 0:
-        return True
+        return torch.zeros((), dtype=torch.bool, device=values.device)
     lowest, highest = torch.aminmax(values)
-    return bool(torch.isfinite(lowest) & torch.isfinite(highest))
+    return ~(torch.isfinite(lowest) & torch.isfinite(highest))
 
 
 def sum_in_order(parts: Sequence[Tensor]) -> Tensor:

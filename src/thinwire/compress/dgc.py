@@ -30,6 +30,7 @@ Lin et al. 2018 (Deep Gradient Compression).
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from thinwire.collectives.ledger import Ledger
@@ -58,11 +59,20 @@ class MomentumCorrection(Memory):
     def stage(self) -> None:
         self._speeds.staged, self._sums.staged = {}, {}
 
-    def commit(self) -> None:
-        self._speeds.commit()
-        self._sums.commit()
+    def commit(self, unless: Tensor | None = None) -> None:
+        self._speeds.commit(unless)
+        self._sums.commit(unless)
 
-    rollback = stage
+    def rollback(self) -> None:
+        self._speeds.rollback()
+        self._sums.rollback()
+
+    def forget(self, name: str, where: Tensor) -> None:
+        self._speeds.forgotten[name] = self._sums.forgotten[name] = where
+
+    def to(self, device: torch.device) -> None:
+        self._speeds.to(device)
+        self._sums.to(device)
 
     def corrected(self, name: str, gradient: Tensor) -> Tensor:
         """v, with this step's u."""

@@ -22,6 +22,7 @@ from thinwire.compress.dgc import MomentumCorrection
 from thinwire.compress.gather import Gather
 from thinwire.compress.memory import DEMO, ErrorFeedback, Memory, NoMemory
 from thinwire.compress.plain import Cast, PlainExchange
+from thinwire.compress.stages import Stages, make_stages
 from thinwire.compress.twoshot import TwoShot
 from thinwire.config.compress import SUMMABLE, Coded, NoCompression, NonFinite
 from thinwire.errors import UserError
@@ -38,10 +39,16 @@ AVERAGERS: Mapping[str, str] = {
 FEEDBACK = ("feedback_decay", "feedback_average", "feedback_reset", "feedback_removal", "feedback_storage")
 
 
-def make_exchange(config: NoCompression | Coded, ledger: Ledger, nonfinite: NonFinite = "raise") -> Exchange:
+def make_exchange(
+    config: NoCompression | Coded,
+    ledger: Ledger,
+    nonfinite: NonFinite = "raise",
+    stages: Callable[[torch.device], Stages] = make_stages,
+) -> Exchange:
     """The exchange that [compress] asks for. UserError for options that do not fit its kind.
 
-    nonfinite: whether a gradient that is not finite ends the run, on all ranks, or arrives so, as without compression.
+    nonfinite: whether a gradient that is not finite ends the run, on all ranks, or arrives so, as without compression. stages:
+    what runs those of an exchange with codes on the device of the parameters.
     """
     if isinstance(config, NoCompression):
         return PlainExchange(ledger)
@@ -49,7 +56,7 @@ def make_exchange(config: NoCompression | Coded, ledger: Ledger, nonfinite: NonF
         raise UserError(f"compress.fused = true: {reason}; leave it out, the bits are the same")
     check_options(config)
     memory = make_memory(config)
-    return CodedExchange(make_averagers(config, memory, ledger), memory, config, ledger, nonfinite)
+    return CodedExchange(make_averagers(config, memory, ledger), memory, config, ledger, nonfinite, stages)
 
 
 def make_averagers(config: Coded, memory: Memory, ledger: Ledger) -> list[Averager]:

@@ -51,13 +51,10 @@ class Gather(Averager):
         """One collective, see the top of the file; the second stage only decodes."""
         p, rank, pieces = self._first.size(), self._first.rank(), share.pieces
         codecs = [self.codec_for(piece.name) for piece in pieces]
-        wanted = []
-        for piece in pieces:
-            values = self._memory.corrected(piece.name, piece.of(share.buffer))
-            wanted.append(values if share.found_finite(values) else torch.zeros_like(values))
+        wanted = [share.finite_or_zeros(self._memory.corrected(piece.name, piece.of(share.buffer))) for piece in pieces]
         codes = [codec.encode(values.view(piece.shape)) for codec, values, piece in zip(codecs, wanted, pieces, strict=True)]
         code = torch.cat([*codes, share.riding(flagged=True).view(torch.uint8)])
-        received = torch.empty(p, code.numel(), dtype=torch.uint8)
+        received = code.new_empty(p, code.numel())
         with self._ledger.label(f"{share.label} gathered"):
             sent = ALL_GATHER(received.view(-1), code, group=self._first, async_op=True)
         yield
@@ -70,4 +67,4 @@ class Gather(Averager):
                 decoded = [codec.decode(one, piece.shape).view(-1) for one in part]
                 if self._memory.keeps:
                     self._memory.keep(piece.name, values - decoded[rank])
-                piece.of(share.buffer).copy_(sum_in_order(decoded) / p)
+                share.deliver(sum_in_order(decoded) / p, piece.of(share.buffer))

@@ -19,7 +19,8 @@ loses when it becomes float32 is part of its error. When the number of ranks cha
 ranks' residuals, so that what the average still lacks, 1/p sum_i e_i, stays the same.
 
 A step may be given up, because some gradient in it is not finite and a GradScaler will leave it out. Where that can happen the
-memory is staged: what a step has changed counts from `commit` on, and `rollback` forgets it.
+memory is staged: what a step has changed counts from `commit` on, and `rollback` forgets it. On a device, where the host does not
+know whether it has to, `commit` is told by a flag; there what is counted on the host (T) counts steps that were given up, too.
 """
 
 from collections.abc import Sequence
@@ -79,8 +80,16 @@ class Memory(Stateless):
     def stage(self) -> None:
         """From now on every step ends with `commit` or `rollback`."""
 
-    def commit(self) -> None:
-        """What was kept and cleared since the last one counts."""
+    def commit(self, unless: Tensor | None = None) -> None:
+        """What was kept and cleared since the last one counts; unless: a flag on the device, [] bool: where it is true, it does
+        not, as after `rollback`."""
+
+    def forget(self, name: str, where: Tensor) -> None:
+        """What is kept and cleared of one parameter before the next `commit` will not count if `where` is true, [] bool on the
+        device. The memory is staged."""
+
+    def to(self, device: torch.device) -> None:
+        """What is kept goes there."""
 
     def rollback(self) -> None:
         """What was kept and cleared since the last `commit` does not count: all is as it was."""
@@ -122,6 +131,8 @@ class Store:
     numels: dict[str, int] = field(default_factory=dict)
     staged: dict[str, tuple[Tensor, int] | None] | None = None
     """What `commit` will keep, or drop where it is None; None: `put` and `drop` count at once."""
+    forgotten: dict[str, Tensor] = field(default_factory=dict)
+    """By name, a flag: whether what is staged does not count."""
 
     def put(self, name: str, values: Tensor, numel: int | None = None) -> None:
         """Keeps `values` themselves, or codes of them; the first `numel` of them, all by default."""
@@ -148,10 +159,32 @@ class Store:
         else:
             self.staged[name] = None
 
-    def commit(self) -> None:
+    def commit(self, unless: Tensor | None = None) -> None:
+        """See `Memory.commit`."""
         for name, entry in (self.staged or {}).items():
-            self._count(name, entry)
-        self.staged = {}
+            flags = [flag for flag in (unless, self.forgotten.get(name)) if flag is not None]
+            self._count(name, entry if not flags else self._chosen(name, entry, torch.stack(flags).any()))
+        self.staged, self.forgotten = {}, {}
+
+    def rollback(self) -> None:
+        """What is staged does not count."""
+        self.staged, self.forgotten = {}, {}
+
+    def to(self, device: torch.device) -> None:
+        self.kept = {name: values.to(device) for name, values in self.kept.items()}
+
+    def _chosen(self, name: str, entry: tuple[Tensor, int] | None, old: Tensor) -> tuple[Tensor, int] | None:
+        """What counted before where `old` is true, else `entry`, which is overwritten; nothing is zeros."""
+        before = self.kept.get(name)
+        if entry is None:
+            return None if before is None else (before.masked_fill_(~old, 0), self.numels[name])
+        values, numel = entry
+        if before is None:
+            return values.masked_fill_(old, 0), numel
+        if before.shape == values.shape:
+            return torch.where(old, before, values, out=values), numel
+        assert self.storage == "float32", "codes of one vector have one shape"
+        return torch.where(old, flattened(before, numel), flattened(values, numel)), numel
 
     def _stored(self, values: Tensor, numel: int) -> tuple[Tensor, int]:
         return (values if self.storage == "float32" else BLOCKS.encode(flattened(values, numel).float())), numel
@@ -212,12 +245,18 @@ class ErrorFeedback(Memory):
         """Two of e are held from where a parameter is sent to the end of the step."""
         self.store.staged = {}
 
-    def commit(self) -> None:
-        self.store.commit()
+    def commit(self, unless: Tensor | None = None) -> None:
+        self.store.commit(unless)
         self._counted.clear()
 
+    def forget(self, name: str, where: Tensor) -> None:
+        self.store.forgotten[name] = where
+
+    def to(self, device: torch.device) -> None:
+        self.store.to(device)
+
     def rollback(self) -> None:
-        self.store.staged = {}
+        self.store.rollback()
         for name in self._counted:
             self.steps[name] -= 1
         self._counted.clear()

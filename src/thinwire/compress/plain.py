@@ -16,7 +16,7 @@ import torch.distributed as dist
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.metered_calls import all_reduce
 from thinwire.compress.averager import Averager, Parameters, Piece, Shapes, Share, exact_bytes, ring_bytes
-from thinwire.compress.base import Codec, finite
+from thinwire.compress.base import Codec
 from thinwire.compress.memory import Stateless
 from thinwire.compress.precision import widened
 from thinwire.compress.sparse import average_sparse
@@ -28,7 +28,7 @@ class PlainExchange(Stateless):
     """The exchange without compression; see `CodedExchange`, which is used alike. No state of its own."""
 
     settled_after = 0
-    settles = False
+    settles, on_device = False, False
     _group: dist.ProcessGroup
 
     def __init__(self, ledger: Ledger) -> None:
@@ -38,7 +38,9 @@ class PlainExchange(Stateless):
         size, item_bytes = sum(parameter.stored_bytes for parameter in parameters), ITEM_BYTES[parameters[0].dtype]
         return [Transfer(label=label, axis=axis, op="all_reduce", message_bytes=size, item_bytes=item_bytes)]
 
-    def attach(self, group: dist.ProcessGroup, axis: str, known: Shapes, *, tracks_use: bool = False) -> None:
+    def attach(
+        self, group: dist.ProcessGroup, axis: str, known: Shapes, device: torch.device | None = None, *, tracks_use: bool = False
+    ) -> None:
         """An axis as large as the world uses the default group, which does not know its axis."""
         self._group = group
         self._ledger.axes[group.group_name] = axis
@@ -63,6 +65,9 @@ class PlainExchange(Stateless):
         done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         done.set_result(average_sparse(gradient, self._group, self._ledger, label))
         return done
+
+    def flush(self) -> None:
+        """Nothing waits for another buffer."""
 
     def settle(self) -> None:
         """Nothing: DistributedDataParallel itself waits, and raises what has gone wrong."""
@@ -120,7 +125,6 @@ class Cast(Averager):
         yield
 
         sent.wait()
-        if not finite(cast):
-            share.spoil()
+        share.summed(cast)
         for part, mean in zip(parts, cast.split([len(part) for part in parts]), strict=True):
             part.copy_(mean)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.averager import Averager, Parameters, Share, exact_bytes, flags_of, ring_bytes
-from thinwire.compress.base import finite, matrix_shape
+from thinwire.compress.base import matrix_shape, spoiled
 from thinwire.compress.memory import Memory
 from thinwire.compress.speed import seconds_of_stages
 from thinwire.errors import UserError
@@ -101,7 +101,7 @@ class PowerSGD(Averager):
         matrices = [values.view(shape) for values, shape in zip(wanted, shapes, strict=True)]
 
         riding = share.riding().div_(self._first.size())
-        message = torch.empty(self._rank * sum(rows) + riding.numel(), dtype=share.dtype)
+        message = riding.new_empty(self._rank * sum(rows) + riding.numel())
         left, behind = message.split([self._rank * sum(rows), riding.numel()])
         behind.copy_(riding)
         for matrix, piece, part in zip(matrices, pieces, left.split([self._rank * height for height in rows]), strict=True):
@@ -111,10 +111,10 @@ class PowerSGD(Averager):
         yield
 
         sent.wait()
-        share.arrived(behind, spoiled=not finite(left))  # as the sum over ranks is where any rank's gradient is not finite
+        share.arrived(behind, known=spoiled(left))  # as the sum over ranks is where any rank's gradient is not finite
         basis = bases(left, rows, self._rank)
         widths = [self._rank * columns for _, columns in shapes]
-        own = torch.empty(sum(widths), dtype=share.dtype)
+        own = message.new_empty(sum(widths))
         for matrix, base, part in zip(matrices, basis, own.split(widths), strict=True):
             torch.mm(base.t(), matrix, out=part.view(self._rank, -1))
         mean = own / self._second.size()
@@ -130,7 +130,10 @@ class PowerSGD(Averager):
             if self._memory.keeps:  # before the result, which may lie where `matrix` does
                 self._memory.keep(piece.name, torch.addmm(matrix, base, mine.view(self._rank, -1), alpha=-1).view(-1))
             right = all_of_us.view(self._rank, -1)
-            if not share.nonfinite:
+            if share.on_device:
+                self._rights[piece.name] = share.counted(piece, right, self._right(piece.name, matrix))
+                right = right * share.factor
+            elif not share.nonfinite:
                 self._rights[piece.name] = right
             if buffer.dtype == right.dtype:
                 torch.mm(base, right, out=piece.of(buffer).view(matrix.shape))
@@ -154,8 +157,8 @@ class PowerSGD(Averager):
 
     def _right(self, name: str, matrix: Tensor) -> Tensor:
         if name not in self._rights:
-            self._rights[name] = first_right(name, self._rank, matrix.shape[1])
-        return self._rights[name].to(matrix.dtype)
+            self._rights[name] = first_right(name, self._rank, matrix.shape[1]).to(matrix)
+        return self._rights[name].to(matrix)
 
     def _work_s(self, shape: tuple[int, int]) -> tuple[float, float]:
         """Before P and after it, measured here on a bucket full of such matrices or of their rows."""

@@ -3,7 +3,7 @@
 Of a parameter of n values k = ceil(fraction n) are sent, one of each of k strata of equal length (but for one value):
 
     stratum j   [floor(j n / k), floor((j + 1) n / k))
-    place       drawn evenly in it, from a generator seeded with the parameter's name and how often it was sent
+    place       drawn evenly in it: a hash of j, of the parameter's name and of how often it was sent, modulo the length
 
     w_i = g_i + e_i          what rank i should send
     result  1/p sum_i w_i    at the k places, one all-reduce for all parameters of a bucket; 0 elsewhere
@@ -34,16 +34,23 @@ from thinwire.compress.speed import seconds_of_stages
 from thinwire.traffic import Transfer
 
 TRIED_VALUES = 2**18
-DRAWN = 2**62
-"""Integers below it are drawn and taken modulo a stratum's length; no length is so long that this would favour a place."""
+WORD = (1 << 32) - 1
+_FIRST, _SECOND = 0x7FEB352D, 0x846CA68B
+"""Of the hash of 32 bits (Wellons 2018, lowbias32); in int64 products wrap, and their low 32 bits are right everywhere."""
 
 
-def places(name: str, count: int, numel: int, k: int) -> Tensor:
-    """[k] int64, going up: those of the `count`-th time that this parameter is sent."""
-    ends = torch.arange(1, k + 1) * numel // k
-    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {count}".encode()))
-    return starts + torch.randint(DRAWN, (k,), generator=generator) % (ends - starts)
+def places(name: str, count: int, numel: int, k: int, device: torch.device | None = None) -> Tensor:
+    """[k] int64 on `device`, going up: those of the `count`-th time that this parameter is sent. The same on every device."""
+    number = torch.arange(k, device=device)
+    starts, ends = number * numel // k, (number + 1) * numel // k
+    return starts + hashed(hashed(number) ^ zlib.crc32(f"{name} {count}".encode())) % (ends - starts)
+
+
+def hashed(words: Tensor) -> Tensor:
+    """int64 in 0 .. 2^32 - 1, one to one; any bit that changes turns about half of the others."""
+    words = (words ^ (words >> 16)) * _FIRST & WORD
+    words = (words ^ (words >> 15)) * _SECOND & WORD
+    return words ^ (words >> 16)
 
 
 class RandomK(Counting):
@@ -70,13 +77,16 @@ class RandomK(Counting):
         wanted: list[Tensor] = []
         chosen: list[Tensor] = []
         for piece in share.pieces:
-            all_of = self._memory.exact(piece.name, piece.of(share.buffer))
-            wanted.append(all_of if share.found_finite(all_of) else torch.zeros_like(all_of))
-            chosen.append(places(piece.name, self.count(piece.name), piece.numel, self._chosen(piece.numel)))
+            wanted.append(share.finite_or_zeros(self._memory.exact(piece.name, piece.of(share.buffer))))
+            kept = self._chosen(piece.numel)
+            chosen.append(places(piece.name, self.count(piece.name), piece.numel, kept, share.buffer.device))
         values = [all_of[where] for all_of, where in zip(wanted, chosen, strict=True)]
         mean = torch.cat([*values, share.riding(flagged=True)]).div_(self._first.size())
         with self._ledger.label(f"{share.label} chosen"):
-            dist.all_reduce(mean, group=self._first)
+            sent = dist.all_reduce(mean, group=self._first, async_op=True)
+        yield
+
+        sent.wait()
         lengths = [len(where) for where in chosen]
         share.arrived(mean[sum(lengths) :], flagged=True)
         arrived = mean[: sum(lengths)].split(lengths)
@@ -84,8 +94,8 @@ class RandomK(Counting):
             if share.counts(piece):
                 if self._memory.keeps:
                     self._memory.keep(piece.name, all_of.index_fill(0, where, 0.0))
-                piece.of(share.buffer).zero_()[where] = part.to(share.buffer.dtype)
-        yield
+                result = torch.zeros_like(all_of).index_copy_(0, where, part)
+                share.deliver(result, piece.of(share.buffer))
 
     def _chosen(self, numel: int) -> int:
         return ceil(self._fraction * numel)

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.averager import Averager, Parameters, Share, exact_bytes, flags_of
-from thinwire.compress.base import Codec, finite, padded, sum_in_order
+from thinwire.compress.base import Codec, padded, sum_in_order
 from thinwire.compress.memory import Memory, beside
 from thinwire.compress.speed import seconds_per_value
 from thinwire.traffic import Transfer
@@ -80,13 +80,14 @@ class TwoShot(Averager):
         ends = [0, *accumulate(shard_length(piece.shape, p, self._codec.block) for piece in pieces)]
         parts = [slice(first, last) for first, last in pairwise(ends)]  # of a row, for each piece
         length = ends[-1]
-        work = torch.empty(p, length)  # row s: shard s of every piece; what should be sent, and then what was lost of it
+        # row s: shard s of every piece; what should be sent, and then what was lost of it
+        work = torch.empty(p, length, device=buffer.device)
         for piece, part in zip(pieces, parts, strict=True):
             self._memory.corrected_rows(piece.name, piece.of(buffer), work[:, part])
         size = self._codec.payload_bytes(length)
         riding = share.riding()
         riding = torch.nn.functional.pad(riding, (0, -riding.numel() % p)).view(p, -1)
-        codes = torch.empty(p, size + riding.element_size() * riding.shape[1], dtype=torch.uint8)
+        codes = riding.new_empty(p, size + riding.element_size() * riding.shape[1], dtype=torch.uint8)
         codes[:, size:] = riding.view(torch.uint8)
         others = [run for run in (slice(0, rank), slice(rank + 1, p)) if run.start < run.stop]
         for run in others:
@@ -100,16 +101,14 @@ class TwoShot(Averager):
         mean = work[rank]
         for run in others:
             self._codec.add_rows(received[run], mean)
-        spoiled = not finite(mean)  # as it is where any rank's values are; a p-th of what there would be to look at
-        if spoiled:
-            mean.zero_()
+        bad = share.zero_if_spoiled(mean)  # as it is where any rank's values are; a p-th of what there would be to look at
         mean /= p
         exact_mean = sum_in_order(list(received[:, size:].reshape(-1).clone().view(share.dtype).view_as(riding))) / p
-        exact_mean = torch.cat([exact_mean, exact_mean.new_tensor([float(spoiled)])])
-        code = torch.empty(size + exact_mean.nbytes, dtype=torch.uint8)
+        exact_mean = torch.cat([exact_mean, bad.to(exact_mean.dtype).view(1)])
+        code = torch.empty(size + exact_mean.nbytes, dtype=torch.uint8, device=buffer.device)
         self._codec.encode_rows(work[rank : rank + 1], code.view(1, -1), subtract=self._memory.keeps)
         code[size:] = exact_mean.view(torch.uint8)
-        averages = torch.empty(p, code.numel(), dtype=torch.uint8)
+        averages = code.new_empty(p, code.numel())
         with self._ledger.label(f"{share.label} averages"):
             sent = ALL_GATHER(averages.view(-1), code, group=self._second, async_op=True)
         mean *= p
@@ -119,13 +118,13 @@ class TwoShot(Averager):
 
         sent.wait()
         behind = averages[:, size:].reshape(-1).clone().view(share.dtype).view(p, -1)
-        share.arrived(behind[:, :-1].reshape(-1), spoiled=bool(behind[:, -1].any()))
+        share.arrived(behind[:, :-1].reshape(-1), known=behind[:, -1].any())
         results = torch.empty_like(work)
         self._codec.decode_rows(averages, results)
         for piece, part in zip(pieces, parts, strict=True):
             if share.counts(piece):
                 for values, place in beside(piece.of(buffer), results[:, part]):
-                    values.copy_(place)
+                    share.deliver(place, values)
         if share.used is not None:
             self._keep(share, parts, work)
 

@@ -59,6 +59,8 @@ class Names:
         self._names = {id(parameter): name for name, parameter in trained}
         self.shapes = {name: real_shape(parameter) for name, parameter in trained}
         """By name, as they come in buckets."""
+        self.device = trained[0][1].device if trained else torch.device("cpu")
+        """Of the first; DistributedDataParallel takes models on one device."""
 
     def of(self, parameter: torch.Tensor) -> str:
         """UserError for one that the model did not have."""
@@ -103,8 +105,8 @@ def _handed_over(
     """A future that always holds a tensor; the backward pass ends with `exchange.settle`."""
     if not exchange.settles:
         return future
-    if bucket.is_last() and not at_end_of_backward(exchange.settle):
-        return future  # no backward pass: a rank that is out of data stands in for itself (`join`)
+    if (bucket.is_last() and not at_end_of_backward(exchange.settle)) or exchange.on_device:
+        return future  # on a device it does; else no backward pass: a rank that is out of data stands in for itself (`join`)
     done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
 
     def end(over: "torch.futures.Future[torch.Tensor]") -> None:

@@ -69,7 +69,7 @@ class EveryStepSync(Synchroniser):
                 gradient_as_bucket_view=True,
             )
             self._names = Names(model)
-            self._exchange.attach(group, self._axis, self._names.shapes)
+            self._exchange.attach(group, self._axis, self._names.shapes, self._names.device)
         self._replica.register_comm_hook(self, _hook)
         try:
             yield self._replica

@@ -66,7 +66,7 @@ def compress_gradients(
     exchange = make_exchange(config, Ledger(), nonfinite)
     names = Names(replica.module)
     use = Use(replica.module.parameters()) if replica.find_unused_parameters or replica.static_graph else None
-    exchange.attach(replica.process_group, "data", names.shapes, tracks_use=use is not None)
+    exchange.attach(replica.process_group, "data", names.shapes, names.device, tracks_use=use is not None)
     try:
         replica.register_comm_hook((exchange, names, use), _hook)
     except RuntimeError as error:

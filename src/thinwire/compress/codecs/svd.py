@@ -18,22 +18,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinwire.compress.base import TensorCodec, check_payload, check_tensor, finite, matrix_shape
+from thinwire.compress.base import TensorCodec, check_payload, check_tensor, matrix_shape, spoiled
 from thinwire.errors import UserError
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """[rows, columns] -> U S [rows, r] and V [columns, r] in the dtype of `matrix`, which is about U S V^T."""
-    rows, columns = matrix.shape
-    kept = min(rank, rows, columns)
-    if not finite(matrix):
-        return matrix.new_full((rows, kept), torch.nan), matrix.new_full((columns, kept), torch.nan)
-    left, sizes, right = torch.linalg.svd(matrix.to(torch.float64), full_matrices=False)
+    kept = min(rank, *matrix.shape)
+    bad = spoiled(matrix)  # and then nothing that comes out is finite; the decomposition would not end, or raise
+    left, sizes, right = torch.linalg.svd(matrix.to(torch.float64).masked_fill(bad, 0.0), full_matrices=False)
     left, right = left[:, :kept] * sizes[:kept], right[:kept].T
     if kept:
         signs = right.gather(0, right.abs().argmax(0, keepdim=True)).sign()
         left, right = left * signs, right * signs
-    return left.to(matrix.dtype), right.to(matrix.dtype)
+    return left.to(matrix.dtype).masked_fill(bad, torch.nan), right.to(matrix.dtype).masked_fill(bad, torch.nan)
 
 
 @dataclass(frozen=True)

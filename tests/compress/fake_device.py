@@ -1,0 +1,79 @@
+"""Runs exchanges on fake tensors of `meta`, which stands for a device: what fails here would fail or wait on a GPU.
+
+python fake_device.py KIND
+"""
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import thinwire.compress.coded
+from thinwire.collectives.ledger import Ledger
+from thinwire.compress.averager import Piece
+from thinwire.compress.exchange import make_exchange
+from thinwire.config.compress import Coded
+from thinwire.tomlfile import validate
+
+DEVICE = torch.device("meta")
+SHAPES = {"word": (96, 64), "one.weight": (160, 96), "one.bias": (160,), "conv": (8, 16, 5, 5), "two.weight": (64, 130)}
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+class FromTheDevice(TorchDispatchMode):
+    """Refuses what copies from the device to the host."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [one for one in args if isinstance(one, torch.Tensor)]
+        result = function(*args, **kwargs)
+        on_host = isinstance(result, torch.Tensor) and result.device.type == "cpu"
+        if on_host and any(one.device == DEVICE for one in given):
+            raise AssertionError(f"{function} copies from the device to the host")
+        return result
+
+
+def run(kind: str, dtype: torch.dtype, tracks_use: bool) -> None:
+    config = validate(Coded, {"kind": kind, "exclude": []}, "test")
+    exchange = make_exchange(config, Ledger(), "average")
+    exchange.attach(dist.group.WORLD, "data", SHAPES, DEVICE, tracks_use=tracks_use)
+    assert exchange.on_device
+    for _ in range(3):
+        first, pieces = 0, []
+        for index, (name, shape) in enumerate(SHAPES.items()):
+            pieces.append(Piece(name, first, shape))
+            first += pieces[-1].numel
+            if index % 2 == 0:  # two buckets of two, and one
+                continue
+            start(exchange, pieces, first, dtype, tracks_use, last=False)
+            first, pieces = 0, []
+        start(exchange, pieces, first, dtype, tracks_use, last=True)
+        exchange.settle()
+
+
+def start(exchange: Any, pieces: list[Piece], numel: int, dtype: torch.dtype, tracks_use: bool, *, last: bool) -> None:
+    buffer = torch.empty(numel, dtype=dtype, device=DEVICE)
+    used = {piece.name: True for piece in pieces} if tracks_use else None
+    future = exchange.start(buffer, pieces, "bucket", last=last, used=used)
+    if last:
+        assert future.wait().device == DEVICE
+
+
+def main() -> None:
+    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    thinwire.compress.coded.private_copy = lambda group, *_: group
+    thinwire.compress.coded.release = lambda *_: None
+    thinwire.compress.coded.backend_of = lambda *_: "fake"
+    with FakeTensorMode(), FromTheDevice():
+        for dtype in DTYPES:
+            for tracks_use in (False, True):
+                run(sys.argv[1], dtype, tracks_use)
+    print("all on the device")
+
+
+if __name__ == "__main__":
+    main()
