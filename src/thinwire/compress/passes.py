@@ -37,6 +37,35 @@ class Found:
     """[names] bool: what is not on this one."""
     over: torch.Event | None
 
+    @property
+    def own(self) -> list[str]:
+        """Names of what is not finite on this rank."""
+        return [name for name, bad in zip(self.names, self.bad.tolist(), strict=True) if bad]
+
+
+class Findings:
+    """Of passes whose flags lie on a device: what of them is on its way to the host, oldest first."""
+
+    def __init__(self) -> None:
+        self._found: list[Found] = []
+
+    def add(self, step: int, number: int, looked: Sequence[tuple[Sequence[str], torch.Tensor]], spoiled: torch.Tensor) -> None:
+        """looked: names, and flags of each, [names] bool."""
+        names = [name for some, _ in looked for name in some]
+        bad = torch.cat([flags for _, flags in looked]) if looked else spoiled.new_zeros(0)
+        self._found.append(_fetched(step, number, names, spoiled, bad))
+
+    def next(self, *, all_of_them: bool) -> Found | None:
+        """The first that was spoiled, of all but the latest; those before it are forgotten, and if there is one all are."""
+        while len(self._found) > (0 if all_of_them else 1):
+            found = self._found.pop(0)
+            if found.over is not None:
+                found.over.synchronize()
+            if bool(found.spoiled):
+                self._found = []
+                return found
+        return None
+
 
 class Passes:
     """Of the ranks of `group`; the same calls in the same order on each. See the top of the file."""
@@ -52,8 +81,8 @@ class Passes:
         self._flags: list[torch.Tensor] = []
         self._looked: list[tuple[Sequence[str], torch.Tensor]] = []
         """On a device, of the pass under way: the flags of its shares, and what this rank has looked at."""
-        self._found: list[Found] = []
-        """Of the latest two passes, where an error was asked for."""
+        self._findings = Findings()
+        """Where an error was asked for."""
 
     def meet(self, meeting: Meeting, group: dist.ProcessGroup) -> None:
         self._meeting, self._group = meeting, group
@@ -108,9 +137,7 @@ class Passes:
     def _fetch(self) -> None:
         """Of what the pass has learned so far, begin to tell the host, if an error was asked for."""
         if self._nonfinite == "raise" and self._flags:
-            names = [name for some, _ in self._looked for name in some]
-            bad, flag = torch.cat([flags for _, flags in self._looked]), torch.stack(self._flags).any()
-            self._found.append(_fetched(self._step, self._number, names, flag, bad))
+            self._findings.add(self._step, self._number, self._looked, torch.stack(self._flags).any())
         self._flags, self._looked = [], []
 
     def check(self, *, all_of_them: bool = False) -> None:
@@ -118,15 +145,10 @@ class Passes:
         latest one was, or what there is of the next, which waits for it."""
         if all_of_them and self._nonfinite == "raise":
             self._fetch()
-        while len(self._found) > (0 if all_of_them else 1):
-            found = self._found.pop(0)
-            if found.over is not None:
-                found.over.synchronize()
-            if bool(found.spoiled):
-                own = [name for name, bad in zip(found.names, found.bad.tolist(), strict=True) if bad]
-                nonfinite = self._ask(f"pass {found.number} seen late", own) or {found.names[0]: []}
-                self._found = []
-                raise UserError(not_finite(nonfinite, found.step))
+        found = self._findings.next(all_of_them=all_of_them)
+        if found is not None:
+            nonfinite = self._ask(f"pass {found.number} seen late", found.own) or {found.names[0]: []}
+            raise UserError(not_finite(nonfinite, found.step))
 
 
 def _fetched(step: int, number: int, names: list[str], spoiled: torch.Tensor, bad: torch.Tensor) -> Found:
