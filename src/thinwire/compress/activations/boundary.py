@@ -55,7 +55,7 @@ class BoundaryCodec(Flat):
     boundary: str
 
     def pack(self, values: Tensor) -> Tensor:
-        """Any shape, float32 or shorter floats -> [payload_bytes] uint8. UserError for one that is not real, on a CPU not finite."""
+        """Any shape, float32 or shorter floats -> [payload_bytes] uint8. UserError for complex ones; on a CPU if not finite."""
         return encode_finite(self.codec, self._filled(values), self.boundary)
 
     def unpack(self, payload: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
