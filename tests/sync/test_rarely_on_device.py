@@ -114,9 +114,10 @@ def raised(context: Rank, launched: bool, options: dict[str, Any], save: bool) -
         ({"every": 2}, False, (3, 5)),
         ({"every": 2}, True, (3, 3)),
         ({"every": 5}, False, (4, 7)),
+        ({"every": 10}, False, (7, 7)),
         ({"kind": "streaming", "every": 4, "layers_per_fragment": 1, "overlap": 1}, True, (3, 3)),
     ],
-    ids=["a period later", "before a state is saved", "at the end", "in the middle of a period"],
+    ids=["a period later", "before a state is saved", "a period later, at the end", "at the end", "in the middle of a period"],
 )
 def test_what_is_not_finite_is_named_a_period_later_or_before_a_state_is_saved(
     ranks2: Pool, options: dict[str, Any], save: bool, expected: tuple[int, int]
