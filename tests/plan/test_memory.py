@@ -78,9 +78,10 @@ MEASURED = {
 }
 
 
-def needed(*changes: str, ranks: int = 2) -> Need:
+def needed(*changes: str, ranks: int = 2, on_device: bool = False) -> Need:
     config = load_run(None, list(changes))
-    return need(config, config.model.shape(), config.layout.resolve(ranks, rare=config.sync.rare), casts=False)
+    layout = config.layout.resolve(ranks, rare=config.sync.rare)
+    return need(config, config.model.shape(), layout, casts=False, on_device=on_device)
 
 
 def peak_bytes(folder: Path, changes: list[str]) -> int:
@@ -131,6 +132,11 @@ def test_terms_follow_the_optimizer_and_what_is_exchanged() -> None:
     assert needed("sync.kind=diloco").exchange_bytes == 2 * weights
     assert needed("sync.kind=local_sgd").exchange_bytes == weights
     assert needed("sync.kind=diloco", ranks=1).exchange_bytes == 0
+    for kind in ("diloco", "streaming", "noloco"):
+        there, host = (needed(f"sync.kind={kind}", f"sync.outer_device={where}", on_device=True) for where in ("device", "host"))
+        assert (there.exchange_bytes, host.exchange_bytes) == (2 * weights, 0)
+        assert there.under_way_bytes < host.under_way_bytes <= there.under_way_bytes + 2 * weights
+        assert needed(f"sync.kind={kind}", "sync.outer_device=host") == needed(f"sync.kind={kind}")
     coded = needed("compress.kind=topk", "compress.exclude=[]", "compress.vectors=true").exchange_bytes
     assert coded == weights and needed("compress.kind=topk", "compress.feedback=false").exchange_bytes == 0
     assert (

@@ -218,7 +218,7 @@ def test_what_is_wrong_is_said_and_leaves_nothing_behind(ranks2: Pool) -> None:
     assert "accumulate is about what happens within a replica" in accumulate
     assert "DiLoCo: compress: kind = 'int3'" in code
     assert "noloco sends weights" in noloco
-    assert "0.weight is on meta; only CPUs yet" in device
+    assert "parameters are on meta, and the group serves cpu:thinwire" in device
     assert "0.weight is float8_e5m2; replicas exchange float32, bfloat16, float16, float64 and complex numbers of these" in dtype
     assert "another one is at work on this optimizer" in second
 

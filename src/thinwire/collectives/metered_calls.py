@@ -4,21 +4,39 @@ The metered backend enters its calls itself; those over any other (NCCL on CUDA)
 """
 
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from thinwire.collectives.backend import MeteredGroup, bytes_of
+from thinwire.collectives.backend import ALL_GATHER, MeteredGroup, bytes_of
 from thinwire.collectives.ledger import Group, Ledger, axis_of
 
 
 def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup, ledger: Ledger, label: str) -> dist.Work:
     """Sum `tensor` over `group` in place, asynchronously. Collective: every rank of the group, in the same order."""
+    return _issued("all_reduce", tensor, group, ledger, label, lambda: dist.all_reduce(tensor, group=group, async_op=True))
+
+
+def all_gather(output: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup, ledger: Ledger, label: str) -> dist.Work:
+    """The `own` of all ranks of `group`, in their order, into `output`, asynchronously. Collective as `all_reduce`."""
+    return _issued("all_gather", own, group, ledger, label, lambda: ALL_GATHER(output, own, group=group, async_op=True))
+
+
+def all_to_all(output: torch.Tensor, rows: torch.Tensor, group: dist.ProcessGroup, ledger: Ledger, label: str) -> dist.Work:
+    """Row s of `rows` goes to rank s of `group`, and row s of `output` comes from it, asynchronously. Collective as above."""
+    issue = partial(dist.all_to_all_single, output, rows, group=group, async_op=True)
+    return _issued("all_to_all", rows, group, ledger, label, issue)
+
+
+def _issued(
+    op: str, message: torch.Tensor, group: dist.ProcessGroup, ledger: Ledger, label: str, issue: Callable[[], dist.Work]
+) -> dist.Work:
     with ledger.label(label):
         issued = time.perf_counter()
-        total = None if isinstance(group, MeteredGroup) else ledger.enter("all_reduce", bytes_of(tensor), _group(group))
-        work = dist.all_reduce(tensor, group=group, async_op=True)
+        total = None if isinstance(group, MeteredGroup) else ledger.enter(op, bytes_of(message), _group(group))
+        work = issue()
     if total is not None:
         # On CUDA the callback runs when the call is enqueued on its stream, so the seconds are those of the launch.
         work.get_future().add_done_callback(partial(ledger.completed, total, issued))

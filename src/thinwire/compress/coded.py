@@ -251,9 +251,9 @@ class CodedExchange(Stateless):
         self._passes.begin(last=last)
         return step
 
-    def settle(self) -> None:
+    def settle(self, *, all_of_them: bool = False) -> None:
         """At the end of the backward pass: wait for the buffers that were started, on the CPU. UserError, on all ranks, if one
-        could not be averaged, or on a device in the pass before this one."""
+        could not be averaged, or on a device in the pass before this one; all_of_them: or in this one, which waits for it."""
         if self._latest is not None and not self.on_device:
             over = threading.Event()
             self._latest.add_done_callback(lambda _: over.set())
@@ -261,7 +261,7 @@ class CodedExchange(Stateless):
         if self.failure is not None:
             raise self.failure
         if self._passes is not None:
-            self._passes.check()
+            self._passes.check(all_of_them=all_of_them)
 
     def flush(self) -> None:
         """Whatever is under way goes on without another buffer. Before a future is waited for in the middle of a step."""

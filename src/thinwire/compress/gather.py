@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
+from thinwire.collectives.metered_calls import all_gather
 from thinwire.compress.averager import RIDE_BYTES, Averager, Parameters, Share, exact_bytes, flags_of
 from thinwire.compress.base import TensorCodec, sum_in_order
 from thinwire.compress.memory import Memory
@@ -55,8 +55,7 @@ class Gather(Averager):
         codes = [codec.encode(values.view(piece.shape)) for codec, values, piece in zip(codecs, wanted, pieces, strict=True)]
         code = torch.cat([*codes, share.riding(flagged=True).view(torch.uint8)])
         received = code.new_empty(p, code.numel())
-        with self._ledger.label(f"{share.label} gathered"):
-            sent = ALL_GATHER(received.view(-1), code, group=self._first, async_op=True)
+        sent = all_gather(received.view(-1), code, self._first, self._ledger, f"{share.label} gathered")
         yield
 
         sent.wait()

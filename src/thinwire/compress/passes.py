@@ -18,6 +18,7 @@ import torch.distributed as dist
 from thinwire.collectives.groups import timeout_of
 from thinwire.compress.census import Meeting, not_finite
 from thinwire.compress.memory import Memory
+from thinwire.compress.stages import has_streams
 from thinwire.config.compress import NonFinite
 from thinwire.errors import UserError
 
@@ -36,12 +37,42 @@ class Found:
     """[names] bool: what is not on this one."""
     over: torch.Event | None
 
+    @property
+    def own(self) -> list[str]:
+        """Names of what is not finite on this rank."""
+        return [name for name, bad in zip(self.names, self.bad.tolist(), strict=True) if bad]
+
+
+class Findings:
+    """Of passes whose flags lie on a device: what of them is on its way to the host, oldest first."""
+
+    def __init__(self) -> None:
+        self._found: list[Found] = []
+
+    def add(self, step: int, number: int, looked: Sequence[tuple[Sequence[str], torch.Tensor]], spoiled: torch.Tensor) -> None:
+        """looked: names, and flags of each, [names] bool."""
+        names = [name for some, _ in looked for name in some]
+        bad = torch.cat([flags for _, flags in looked]) if looked else spoiled.new_zeros(0)
+        self._found.append(_fetched(step, number, names, spoiled, bad))
+
+    def next(self, *, all_of_them: bool) -> Found | None:
+        """The first that was spoiled, of all but the latest; those before it are forgotten, and if there is one all are."""
+        while len(self._found) > (0 if all_of_them else 1):
+            found = self._found.pop(0)
+            if found.over is not None:
+                found.over.synchronize()
+            if bool(found.spoiled):
+                self._found = []
+                return found
+        return None
+
 
 class Passes:
     """Of the ranks of `group`; the same calls in the same order on each. See the top of the file."""
 
     def __init__(self, nonfinite: NonFinite, memory: Memory, *, on_device: bool, tracks_use: bool) -> None:
         self._nonfinite, self._memory, self._on_device = nonfinite, memory, on_device
+        self._step = 0
         self._staged = nonfinite == "average" or (on_device and tracks_use)
         if self._staged:
             memory.stage()
@@ -50,8 +81,8 @@ class Passes:
         self._flags: list[torch.Tensor] = []
         self._looked: list[tuple[Sequence[str], torch.Tensor]] = []
         """On a device, of the pass under way: the flags of its shares, and what this rank has looked at."""
-        self._found: list[Found] = []
-        """Of the latest two passes, where an error was asked for."""
+        self._findings = Findings()
+        """Where an error was asked for."""
 
     def meet(self, meeting: Meeting, group: dist.ProcessGroup) -> None:
         self._meeting, self._group = meeting, group
@@ -84,47 +115,45 @@ class Passes:
         nonfinite: as `Share.nonfinite`; flags: as `Share.spoiled`, on a device.
         """
         self._flags += flags
+        self._step = step
         if nonfinite and self._nonfinite == "raise":
             raise UserError(not_finite(nonfinite, step))
         self._spoiled |= bool(nonfinite)
         if not last:
             return
         if self._on_device:
-            self._end_on_device(step)
+            self._end_on_device()
         elif self._staged and self._spoiled:
             self._memory.rollback()
         elif self._staged:
             self._memory.commit()
         self._spoiled = False
 
-    def _end_on_device(self, step: int) -> None:
-        flag = torch.stack(self._flags).any() if self._flags else None
+    def _end_on_device(self) -> None:
         if self._staged:
-            self._memory.commit(flag)
-        if self._nonfinite == "raise" and flag is not None:
-            names = [name for some, _ in self._looked for name in some]
-            bad = torch.cat([flags for _, flags in self._looked])
-            self._found = [*self._found[-1:], _fetched(step, self._number, names, flag, bad)]
+            self._memory.commit(torch.stack(self._flags).any() if self._flags else None)
+        self._fetch()
+
+    def _fetch(self) -> None:
+        """Of what the pass has learned so far, begin to tell the host, if an error was asked for."""
+        if self._nonfinite == "raise" and self._flags:
+            self._findings.add(self._step, self._number, self._looked, torch.stack(self._flags).any())
         self._flags, self._looked = [], []
 
     def check(self, *, all_of_them: bool = False) -> None:
         """UserError, on all ranks, if a pass before the latest one was spoiled and an error was asked for; all_of_them: or the
-        latest one was, which waits for it."""
-        while len(self._found) > (0 if all_of_them else 1):
-            found = self._found.pop(0)
-            if found.over is not None:
-                found.over.synchronize()
-            if bool(found.spoiled):
-                own = [name for name, bad in zip(found.names, found.bad.tolist(), strict=True) if bad]
-                nonfinite = self._ask(f"pass {found.number} seen late", own) or {found.names[0]: []}
-                self._found = []
-                raise UserError(not_finite(nonfinite, found.step))
+        latest one was, or what there is of the next, which waits for it."""
+        if all_of_them and self._nonfinite == "raise":
+            self._fetch()
+        found = self._findings.next(all_of_them=all_of_them)
+        if found is not None:
+            nonfinite = self._ask(f"pass {found.number} seen late", found.own) or {found.names[0]: []}
+            raise UserError(not_finite(nonfinite, found.step))
 
 
 def _fetched(step: int, number: int, names: list[str], spoiled: torch.Tensor, bad: torch.Tensor) -> Found:
     """Copies begun on the current stream."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or accelerator.type != spoiled.device.type:
+    if not has_streams(spoiled.device):
         return Found(step, number, names, spoiled, bad, None)
     copies = [torch.empty_like(one, device="cpu", pin_memory=True) for one in (spoiled, bad)]
     for copy, one in zip(copies, (spoiled, bad), strict=True):

@@ -58,7 +58,7 @@ class PlainExchange(Stateless):
     ) -> torch.futures.Future[torch.Tensor]:
         """Asynchronous; the wire works while the backward pass goes on."""
         work = all_reduce(buffer.div_(self._group.size()), self._group, self._ledger, label)
-        return work.get_future().then(lambda future: future.value()[0])
+        return work.get_future().then(lambda future: (future.value(), buffer)[1])  # raises what has gone wrong
 
     def start_sparse(self, gradient: torch.Tensor, name: str, label: str, *, last: bool) -> torch.futures.Future[torch.Tensor]:
         """Waits for it."""
@@ -69,8 +69,8 @@ class PlainExchange(Stateless):
     def flush(self) -> None:
         """Nothing waits for another buffer."""
 
-    def settle(self) -> None:
-        """Nothing: DistributedDataParallel itself waits, and raises what has gone wrong."""
+    def settle(self, *, all_of_them: bool = False) -> None:
+        """Nothing: whoever waits for a future raises what has gone wrong."""
 
 
 class Plain(Averager):
@@ -90,8 +90,7 @@ class Plain(Averager):
     def average(self, share: Share) -> Iterator[None]:
         assert not share.pieces, "nothing is coded here"
         together = share.riding().div_(self._first.size())
-        with self._ledger.label(f"{share.label} plain"):
-            sent = dist.all_reduce(together, group=self._first, async_op=True)
+        sent = all_reduce(together, self._first, self._ledger, f"{share.label} plain")
         yield
 
         sent.wait()
@@ -120,8 +119,7 @@ class Cast(Averager):
         assert not share.exact, "a cast carries nothing else"
         parts = [piece.of(share.buffer) for piece in share.pieces]
         cast = torch.cat([widened(part).div(self._first.size()).to(self._dtype) for part in parts])
-        with self._ledger.label(share.label):
-            sent = dist.all_reduce(cast, group=self._first, async_op=True)
+        sent = all_reduce(cast, self._first, self._ledger, share.label)
         yield
 
         sent.wait()

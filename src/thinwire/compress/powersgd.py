@@ -29,10 +29,10 @@ from itertools import groupby
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from thinwire.collectives.ledger import Ledger
+from thinwire.collectives.metered_calls import all_reduce
 from thinwire.compress.averager import Averager, Parameters, Share, exact_bytes, flags_of, ring_bytes
 from thinwire.compress.base import matrix_shape, spoiled
 from thinwire.compress.memory import Memory
@@ -106,8 +106,7 @@ class PowerSGD(Averager):
         behind.copy_(riding)
         for matrix, piece, part in zip(matrices, pieces, left.split([self._rank * height for height in rows]), strict=True):
             torch.mm(matrix, self._right(piece.name, matrix).t(), out=part.view(-1, self._rank))
-        with self._ledger.label(f"{share.label} P"):
-            sent = dist.all_reduce(message, group=self._first, async_op=True)
+        sent = all_reduce(message, self._first, self._ledger, f"{share.label} P")
         yield
 
         sent.wait()
@@ -118,8 +117,7 @@ class PowerSGD(Averager):
         for matrix, base, part in zip(matrices, basis, own.split(widths), strict=True):
             torch.mm(base.t(), matrix, out=part.view(self._rank, -1))
         mean = own / self._second.size()
-        with self._ledger.label(f"{share.label} Q"):
-            sent = dist.all_reduce(mean, group=self._second, async_op=True)
+        sent = all_reduce(mean, self._second, self._ledger, f"{share.label} Q")
         yield
 
         sent.wait()

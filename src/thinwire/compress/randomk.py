@@ -23,10 +23,10 @@ from functools import cached_property
 from math import ceil, prod
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from thinwire.collectives.ledger import Ledger
+from thinwire.collectives.metered_calls import all_reduce
 from thinwire.compress.averager import Counting, Parameters, Share, exact_bytes, flags_of, ring_bytes
 from thinwire.compress.base import finite
 from thinwire.compress.memory import Memory
@@ -82,8 +82,7 @@ class RandomK(Counting):
             chosen.append(places(piece.name, self.count(piece.name), piece.numel, kept, share.buffer.device))
         values = [all_of[where] for all_of, where in zip(wanted, chosen, strict=True)]
         mean = torch.cat([*values, share.riding(flagged=True)]).div_(self._first.size())
-        with self._ledger.label(f"{share.label} chosen"):
-            sent = dist.all_reduce(mean, group=self._first, async_op=True)
+        sent = all_reduce(mean, self._first, self._ledger, f"{share.label} chosen")
         yield
 
         sent.wait()

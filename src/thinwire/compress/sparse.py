@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import pad
 
-from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
+from thinwire.collectives.metered_calls import all_gather
 from thinwire.compress.precision import widened
 
 
@@ -24,16 +24,14 @@ def average_sparse(gradient: torch.Tensor, group: dist.ProcessGroup, ledger: Led
     p, gradient = group.size(), gradient.coalesce()
     count = torch.tensor([gradient._nnz()], device=gradient.device)
     counts = count.new_empty(p)
-    with ledger.label(f"{label} counts"):
-        ALL_GATHER(counts, count, group=group)
+    all_gather(counts, count, group, ledger, f"{label} counts").wait()
     rows, whole = int(counts.max()), gradient.shape[: gradient.sparse_dim()]
     indices = gradient.indices().to(torch.int32 if max(whole) < 2**31 else torch.int64)
     values = gradient.values().reshape(gradient._nnz(), -1)
     width = values.shape[1]
     packed = torch.cat([pad(part, (0, 0, 0, rows - len(part))).reshape(-1).view(torch.uint8) for part in (indices.t(), values)])
     received = packed.new_empty(p, packed.numel())
-    with ledger.label(f"{label} rows"):
-        ALL_GATHER(received.view(-1), packed, group=group)
+    all_gather(received.view(-1), packed, group, ledger, f"{label} rows").wait()
 
     border = rows * indices.shape[0] * indices.element_size()
     places, parts = [], []

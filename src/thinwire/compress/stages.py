@@ -169,14 +169,34 @@ class Launches:
             yield
 
 
+def launched(device: torch.device) -> bool:
+    """Whether what is done to its tensors is launched, and the host must not look at them."""
+    return device.type != "cpu"
+
+
 def make_stages(device: torch.device) -> Stages:
     """Threads for the CPU, launches for all that computes beside the host."""
-    return Threads() if device.type == "cpu" else Launches(device)
+    return Launches(device) if launched(device) else Threads()
+
+
+def has_streams(device: torch.device) -> bool:
+    """Whether it computes on streams, copies to it go on by themselves from pinned memory, and futures are of it."""
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator is not None and accelerator.type == device.type
 
 
 def new_stream(device: torch.device) -> torch.Stream | None:
     """Of a device that has streams, before others in its queue: what it computes is what the wire waits for."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or accelerator.type != device.type:
-        return None
-    return torch.Stream(device, priority=-1)
+    return torch.Stream(device, priority=-1) if has_streams(device) else None
+
+
+def current_stream(device: torch.device) -> torch.Stream | None:
+    """Of a device that has streams."""
+    return torch.accelerator.current_stream(device) if has_streams(device) else None
+
+
+def done(tensor: torch.Tensor) -> Future:
+    """A future of what is there already, or will be when the current stream has come so far."""
+    future: Future = torch.futures.Future(devices=[tensor.device] if has_streams(tensor.device) else None)
+    future.set_result(tensor)
+    return future

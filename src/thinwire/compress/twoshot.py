@@ -24,10 +24,9 @@ from itertools import accumulate, pairwise
 from math import prod
 
 import torch
-import torch.distributed as dist
 
-from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
+from thinwire.collectives.metered_calls import all_gather, all_to_all
 from thinwire.compress.averager import Averager, Parameters, Share, exact_bytes, flags_of
 from thinwire.compress.base import Codec, padded, sum_in_order
 from thinwire.compress.memory import Memory, beside
@@ -93,8 +92,7 @@ class TwoShot(Averager):
         for run in others:
             self._codec.encode_rows(work[run], codes[run], subtract=self._memory.keeps)
         received = torch.empty_like(codes)
-        with self._ledger.label(f"{share.label} codes"):
-            sent = dist.all_to_all_single(received, codes, group=self._first, async_op=True)
+        sent = all_to_all(received, codes, self._first, self._ledger, f"{share.label} codes")
         yield
 
         sent.wait()
@@ -109,8 +107,7 @@ class TwoShot(Averager):
         self._codec.encode_rows(work[rank : rank + 1], code.view(1, -1), subtract=self._memory.keeps)
         code[size:] = exact_mean.view(torch.uint8)
         averages = code.new_empty(p, code.numel())
-        with self._ledger.label(f"{share.label} averages"):
-            sent = ALL_GATHER(averages.view(-1), code, group=self._second, async_op=True)
+        sent = all_gather(averages.view(-1), code, self._second, self._ledger, f"{share.label} averages")
         mean *= p
         if share.used is None:  # all count; while the averages are on the way
             self._keep(share, parts, work)

@@ -56,6 +56,9 @@ class _Rare(_Sync):
 
     every: int = Field(30, ge=1)
     """Steps that replicas go alone (H)."""
+    outer_device: Literal["device", "host"] = "device"
+    """Where anchors and outer momentum lie between exchanges: on the device of the parameters, or in pinned memory of its host.
+    On CPUs these are one."""
 
     @model_validator(mode="before")
     @classmethod

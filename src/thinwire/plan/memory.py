@@ -84,13 +84,16 @@ class Need:
         return ", ".join(f"{name} {show(size, 'B')}" for name, size in named.items() if size)
 
 
-def need(config: RunConfig, shape: ModelConfig, layout: Layout, *, casts: bool) -> Need:
-    """Of a rank. shape: of the model, with the vocabulary that it gets; casts: whether autocast multiplies in bfloat16."""
+def need(config: RunConfig, shape: ModelConfig, layout: Layout, *, casts: bool, on_device: bool = False) -> Need:
+    """Of a rank. shape: of the model, with the vocabulary that it gets; casts: whether autocast multiplies in bfloat16.
+
+    on_device: in memory of a device, which is not the host's.
+    """
     train = config.train
     workload = Workload.of_transformer(shape, train.micro_batch, train.sequence)
     weights = workload.stored_bytes
     optimizer = weights * OPTIMIZER_VALUES_PER_PARAMETER[train.optimizer.kind]
-    exchange, under_way = _exchange(config, workload, layout)
+    exchange, under_way = _exchange(config, workload, layout, on_device)
     buckets = layout.data > 1 or isinstance(config.sync, EveryStep)
     state = weights + optimizer
     return Need(
@@ -141,8 +144,8 @@ def activations_bytes(shape: ModelConfig, workload: Workload, *, casts: bool) ->
     return int(workload.tokens_per_microbatch * (blocks + norm + max(loss, backward))) + (2 * matrices if casts else 0)
 
 
-def _exchange(config: RunConfig, workload: Workload, layout: Layout) -> tuple[int, int]:
-    """What [sync] and [compress] keep, and what is under way at once."""
+def _exchange(config: RunConfig, workload: Workload, layout: Layout, on_device: bool) -> tuple[int, int]:
+    """What [sync] and [compress] keep, and what is under way at once, with what a device gets of the host for that long."""
     sync, wide = config.sync, sum(ITEM_BYTES[one.wide_dtype] * one.numel for one in workload.parameters)
     if layout.replicas == 1:
         return 0, 0
@@ -150,12 +153,15 @@ def _exchange(config: RunConfig, workload: Workload, layout: Layout) -> tuple[in
     coding = CODED_AT_ONCE.get(config.compress.kind, USUAL_AT_ONCE) if isinstance(config.compress, Coded) else 0.0
     if isinstance(sync, EveryStep):
         return residuals, int(coding * wide)
+    elsewhere = on_device and sync.outer_device == "host"
     if isinstance(sync, NoLoCo):
-        return 2 * wide, 3 * wide
+        return (0, 5 * wide) if elsewhere else (2 * wide, 3 * wide)
     part = wide
     if isinstance(sync, Streaming):
         part = wide // max(1, len(workload.block_names) // sync.layers_per_fragment)
     momentum = 0 if isinstance(sync, SparseLoCo) or not getattr(sync, "outer_momentum", 0) else wide
+    if elsewhere:
+        return residuals, int((2 + coding) * part) + (2 if momentum else 1) * part
     return wide + momentum + residuals, int((2 + coding) * part)
 
 

@@ -27,9 +27,11 @@ from torch.distributed import ProcessGroup
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.exchange import Exchange
+from thinwire.compress.stages import done
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.sync.base import Synchroniser
+from thinwire.sync.host_memory import HostMemory
 from thinwire.sync.nested import Anchor, NestedSynchroniser, counted, suffix
 from thinwire.sync.outer import Nesterov
 from thinwire.sync.shards import Shards
@@ -41,22 +43,25 @@ _LAYER = re.compile(r"^((?:[^.]+\.)*?\d+)\.")
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """every: H; layers_per_fragment: 0 for one fragment of everything; overlap: tau; mixing: alpha."""
+    """every: H; layers_per_fragment: 0 for one fragment of everything; overlap: tau; mixing: alpha. on_host: anchors and momenta
+    lie in memory of the host, also those of parameters on a device."""
 
     every: int
     layers_per_fragment: int = 0
     overlap: int = 0
     mixing: float = 0.0
+    on_host: bool = False
 
 
 class _Fragment(Anchor):
     """Parameters of one wide dtype that are sent together; those of the other, if a model has both, have the same index."""
 
-    def __init__(self, index: int, shards: Shards, parameters: Sequence[Parameter], with_momentum: bool, done: int) -> None:
-        super().__init__(shards, parameters, with_momentum)
-        self.index = index
-        self.sent_at = done
-        """Steps done when it was last sent, or formed; then there is nothing to send."""
+    index = 0
+    sent_at = 0
+    """Steps done when it was last sent, or formed; then there is nothing to send."""
+
+    def __init__(self, shards: Shards, parameters: Sequence[Parameter], with_momentum: bool, host: HostMemory | None) -> None:
+        super().__init__(shards, parameters, with_momentum, host)
         self.under_way: torch.futures.Future[torch.Tensor] | None = None
 
 
@@ -66,7 +71,7 @@ class LocalStepsSync(NestedSynchroniser):
     def __init__(
         self, schedule: Schedule, outer: Nesterov, axis: str, ledger: Ledger, exchange: Exchange, inner: Synchroniser
     ) -> None:
-        super().__init__(axis, ledger, inner)
+        super().__init__(axis, ledger, inner, on_host=schedule.on_host)
         self._schedule, self._outer, self._exchange = schedule, outer, exchange
         self._fragments: list[_Fragment] = []
         self._num_fragments = 0
@@ -95,12 +100,24 @@ class LocalStepsSync(NestedSynchroniser):
         self.inner.after_step(step)
         self._done = step + 1
         for fragment in self._fragments:
-            if fragment.under_way is not None and self._done >= fragment.sent_at + self._schedule.overlap:
-                self._apply(fragment)
-            if due(fragment.index, self._num_fragments, self._schedule.every, self._done):
-                self._send(fragment)
-                if not self._schedule.overlap:
-                    self._apply(fragment)
+            is_due = self._is_due(fragment, self._done)
+            if fragment.under_way is not None and (is_due or self._is_back(fragment, self._done)):
+                self._apply(fragment)  # due before it is back: of a run with a longer overlap than this one's period
+            if is_due:
+                with fragment.held(changes=not self._schedule.overlap):
+                    self._send(fragment)
+                    if not self._schedule.overlap:
+                        self._apply(fragment)
+        self._exchange.flush()  # what is under way goes on while the replica trains
+        for fragment in self._fragments:
+            if self._is_due(fragment, self._done + 1) or self._is_back(fragment, self._done + 1):
+                fragment.fetch()
+
+    def _is_due(self, fragment: _Fragment, done: int) -> bool:
+        return due(fragment.index, self._num_fragments, self._schedule.every, done)
+
+    def _is_back(self, fragment: _Fragment, done: int) -> bool:
+        return fragment.under_way is not None and done >= fragment.sent_at + self._schedule.overlap
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -114,6 +131,7 @@ class LocalStepsSync(NestedSynchroniser):
             self._send(fragment, "final")
         for fragment in late:
             self._apply(fragment)
+        self._exchange.settle(all_of_them=True)
         self._finished = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -144,12 +162,11 @@ class LocalStepsSync(NestedSynchroniser):
 
     def _begin(self) -> None:
         parts = fragments(list(self._held), self._schedule.layers_per_fragment)
-        has_momentum = bool(self._outer.momentum)
-        found = [
-            _Fragment(index, self._shards, together, has_momentum, self._done)
-            for index, names in enumerate(parts)
-            for together in by_wide_dtype(map(self._shards.described, names))
-        ]
+        host, found = self._host_memory(), list[_Fragment]()
+        for index, names in enumerate(parts):
+            for together in by_wide_dtype(map(self._shards.described, names)):
+                found.append(_Fragment(self._shards, together, bool(self._outer.momentum), host))
+                found[-1].index, found[-1].sent_at = index, self._done
         for fragment in found:
             for before in self._fragments:
                 fragment.take_momentum(before)
@@ -158,16 +175,15 @@ class LocalStepsSync(NestedSynchroniser):
     def _connect(self, group: ProcessGroup) -> None:
         known = {piece.name: piece.shape for fragment in self._fragments for piece in fragment.pieces}
         with self._ledger.label("replica set-up"):
-            self._exchange.attach(group, self._axis, known)
+            self._exchange.attach(group, self._axis, known, self._shards.device)
 
     def _disconnect(self) -> None:
         self._exchange.detach()
 
     def _send(self, fragment: _Fragment, label: str = "fragment") -> None:
-        if fragment.under_way is not None:  # of a run with a longer overlap than this one's period
-            self._apply(fragment)
         self._check_trained()
-        buffer = fragment.values - fragment.reached(self._shards)
+        with fragment.held(changes=False):
+            buffer = fragment.values - fragment.reached(self._shards)
         fragment.sent_at = self._done
         last = fragment is self._fragments[-1]
         label = f"{label} {fragment.index}{fragment.suffix}"
@@ -177,17 +193,22 @@ class LocalStepsSync(NestedSynchroniser):
     def _apply(self, fragment: _Fragment) -> None:
         mean = self._arrived(fragment)
         fragment.under_way = None
-        self._outer.step(fragment.values, mean, fragment.momentum)
-        self._shards.write(fragment.by_name(), keep=self._schedule.mixing)
+        with fragment.held(changes=True):
+            self._outer.step(fragment.values, mean, fragment.momentum)
+            self._shards.write(fragment.by_name(), keep=self._schedule.mixing)
 
     def _write(self) -> None:
         """The anchor, which is the same on all replicas."""
         for fragment in self._fragments:
-            self._shards.write(fragment.by_name())
+            with fragment.held(changes=False):
+                self._shards.write(fragment.by_name())
 
     def _arrived(self, fragment: _Fragment) -> torch.Tensor:
-        """Waits for the average."""
+        """Waits for the average; on a device the current stream does."""
         assert fragment.under_way is not None
+        self._exchange.flush()
+        if self._exchange.on_device:  # where a future always holds something
+            self._exchange.settle()
         try:
             return fragment.under_way.wait()
         except Exception:
@@ -195,6 +216,7 @@ class LocalStepsSync(NestedSynchroniser):
             raise
 
     def _saved(self, fragment: _Fragment) -> dict[str, Any]:
+        fragment.settle()
         return {
             "names": [piece.name for piece in fragment.pieces],
             "anchor": fragment.values.clone(),
@@ -213,12 +235,12 @@ class LocalStepsSync(NestedSynchroniser):
                 f"{counted(anchor for _, anchor in theirs)} in {len(theirs)}; resume with the same model, fragments and shards"
             )
         for fragment, saved in zip(self._fragments, state["fragments"], strict=True):
+            fragment.settle()
             fragment.values.copy_(saved["anchor"])
             fragment.momentum.copy_(saved["momentum"])
             fragment.sent_at = saved["sent_at"]
             if saved["under_way"] is not None:
-                fragment.under_way = torch.futures.Future()
-                fragment.under_way.set_result(saved["under_way"].clone())
+                fragment.under_way = done(saved["under_way"].to(self._shards.device, copy=True))
 
 
 def fragments(names: Sequence[str], layers_per_fragment: int) -> list[list[str]]:

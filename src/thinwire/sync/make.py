@@ -37,6 +37,8 @@ muloco       diloco whose inner optimizer is Muon, `train.optimizer.kind = "muon
              smaller: eta = 0.7, mu = 0.6, H = 30. Embeddings and vectors are trained by AdamW within the replica.
 """
 
+from dataclasses import replace
+
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.exchange import make_exchange
 from thinwire.compress.plain import PlainExchange
@@ -67,6 +69,7 @@ def make_synchroniser(config: Sync, compress: NoCompression | Coded, layout: Lay
     if isinstance(config, NoLoCo):
         return NoLoCoSync(config, compress, OUTER, ledger, _inside(config, layout, ledger))
     schedule, outer = method(config, layout.outer)
+    schedule = replace(schedule, on_host=config.outer_device == "host")
     return LocalStepsSync(schedule, outer, OUTER, ledger, make_exchange(compress, ledger), _inside(config, layout, ledger))
 
 
@@ -108,6 +111,7 @@ def _inside(config: Sync, layout: Layout, ledger: Ledger) -> Synchroniser:
                 f"sync.bucket_bytes = {config.bucket_bytes} has no effect with every_inside, which sends whole models"
             )
         alone = SingleRank(config.accumulate)
-        return LocalStepsSync(Schedule(every=config.every_inside), AVERAGE, DATA, ledger, PlainExchange(ledger), alone)
+        schedule = Schedule(every=config.every_inside, on_host=config.outer_device == "host")
+        return LocalStepsSync(schedule, AVERAGE, DATA, ledger, PlainExchange(ledger), alone)
     inner = EveryStep(accumulate=config.accumulate, bucket_bytes=config.bucket_bytes)
     return EveryStepSync(inner, DATA, ledger, PlainExchange(ledger))

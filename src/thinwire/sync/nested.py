@@ -12,6 +12,9 @@ from x stands not at x_m, what its model holds, but at
 which is x as long as nothing was trained: then nothing moves, and roundings do not add up from period to period. For float32 and
 float64 it is x_m. Parameters of the two wide dtypes lie in flat buffers of their own, which are sent one behind the other.
 
+All of it is done on the device of the parameters, and nothing waits for a device but what reads a state. With `outer_device =
+"host"` anchors and momenta lie in memory of the host between exchanges (`host_memory`).
+
 What a method carries, such as its outer momentum, belongs to the object, not to one stay in it. Entered again it goes on with it,
 and from the model as it is now, or, left by an exception, from where it was. A state that was loaded is used once, when it is
 entered next.
@@ -30,8 +33,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.averager import Piece
+from thinwire.compress.stages import launched
 from thinwire.errors import UserError
 from thinwire.sync.base import Synchroniser
+from thinwire.sync.host_memory import HostMemory
 from thinwire.sync.shards import Shards
 from thinwire.workload import Parameter
 
@@ -39,10 +44,13 @@ from thinwire.workload import Parameter
 class Anchor:
     """Where a period began, for `parameters` of one wide dtype, of what this rank holds of them, and their outer momentum.
 
-    values: flat, of that dtype, as is momentum (empty without one). pieces: where each parameter lies in them.
+    values: flat, of that dtype, as is momentum (empty without one). pieces: where each parameter lies in them. host: where they
+    lie outside of `held`; None: with the parameters.
     """
 
-    def __init__(self, shards: Shards, parameters: Sequence[Parameter], with_momentum: bool = True) -> None:
+    def __init__(
+        self, shards: Shards, parameters: Sequence[Parameter], with_momentum: bool = True, host: HostMemory | None = None
+    ) -> None:
         self.suffix = suffix(parameters[0].dtype)
         self.dtype: torch.dtype = getattr(torch, parameters[0].dtype)
         self.pieces: list[Piece] = []
@@ -52,6 +60,38 @@ class Anchor:
             first += parameter.numel
         self.values = self._flat(shards)
         self.momentum = torch.zeros_like(self.values if with_momentum else self.values[:0])
+        self._host, self._fetched, self._is_held = host, list[torch.Tensor](), False
+        if host is not None:
+            self.values, self.momentum = host.taken(self.values), host.taken(self.momentum)
+
+    def fetch(self) -> None:
+        """Begin to bring values and momentum to the parameters, if they are elsewhere; `held` comes soon."""
+        if self._host is not None and not self._fetched:
+            self._fetched = [self._host.fetched(kept) for kept in (self.values, self.momentum)]
+
+    @contextmanager
+    def held(self, *, changes: bool) -> Iterator[None]:
+        """Inside, values and momentum are where the parameters are. changes: what becomes of them there counts afterwards."""
+        host = self._host
+        if host is None or self._is_held:
+            yield
+            return
+        self.fetch()
+        host.arrive()
+        kept = self.values, self.momentum
+        (self.values, self.momentum), self._fetched, self._is_held = self._fetched, [], True
+        try:
+            yield
+        finally:
+            for values, home in zip((self.values, self.momentum), kept, strict=True) if changes else ():
+                host.store(values, home)
+            (self.values, self.momentum), self._is_held = kept, False
+
+    def settle(self) -> None:
+        """The host may read and write values and momentum where they lie, which nothing has fetched."""
+        self._fetched = []
+        if self._host is not None:
+            self._host.settle()
 
     def reached(self, shards: Shards) -> torch.Tensor:
         """[numel] where the replica stands now: x_m + (x - R(x))."""
@@ -68,6 +108,8 @@ class Anchor:
 
     def take_momentum(self, before: "Anchor") -> None:
         """Of parameters that were in `before`."""
+        self.settle()
+        before.settle()
         known = {piece.name: piece for piece in before.pieces}
         for piece in self.pieces:
             if piece.name in known and known[piece.name].shape == piece.shape and len(self.momentum):
@@ -96,8 +138,10 @@ class NestedSynchroniser(Synchroniser):
 
     replicas_differ = True
 
-    def __init__(self, axis: str, ledger: Ledger, inner: Synchroniser) -> None:
+    def __init__(self, axis: str, ledger: Ledger, inner: Synchroniser, *, on_host: bool = False) -> None:
+        """on_host: anchors and momenta lie in memory of the host."""
         super().__init__(inner.num_micro)
+        self._on_host = on_host
         self.inner, self._axis, self._ledger = inner, axis, ledger
         self._shards = Shards(nn.Module())
         self._held: dict[str, tuple[int, ...]] = {}
@@ -165,6 +209,11 @@ class NestedSynchroniser(Synchroniser):
         """Before `attached`."""
         self.inner.load_state_dict(state["inner"])
         self._restored, self._adopted = state, False
+
+    def _host_memory(self) -> HostMemory | None:
+        """If anchors are to lie elsewhere than the parameters."""
+        device = self._shards.device
+        return HostMemory(device) if self._on_host and launched(device) else None
 
     def _check_trained(self) -> None:
         """UserError if parameters were frozen, or are trained that nobody would send."""

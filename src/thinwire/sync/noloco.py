@@ -63,7 +63,7 @@ class NoLoCoSync(NestedSynchroniser):
             raise UserError(
                 f"compress.kind = {compress.kind!r}: noloco casts whole weights, and takes no other key; leave them out"
             )
-        super().__init__(axis, ledger, inner)
+        super().__init__(axis, ledger, inner, on_host=config.outer_device == "host")
         self._config, self._wire_dtype = config, CASTS[compress.kind]
         self._group: dist.ProcessGroup | None = None
         self._slow: list[Anchor] = []
@@ -97,9 +97,13 @@ class NoLoCoSync(NestedSynchroniser):
         if self._done % self._config.every == 0:
             self._check_trained()
             for slow in self._slow:
-                self._step(slow, self._mean_of_pair(slow))
+                with slow.held(changes=True):
+                    self._step(slow, self._mean_of_pair(slow))
+                    self._shards.write(slow.by_name())
             self._stepped_at = self._done
-            self._write()
+        if (self._done + 1) % self._config.every == 0:
+            for slow in self._slow:
+                slow.fetch()
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -107,17 +111,20 @@ class NoLoCoSync(NestedSynchroniser):
         self.inner.finish()
         assert self._group is not None, "attached() comes first"
         for slow in self._slow:
-            if self._done != self._stepped_at:
-                self._step(slow, slow.reached(self._shards))
-            all_reduce(slow.values.div_(self._group.size()), self._group, self._ledger, f"final{slow.suffix}").wait()
+            with slow.held(changes=True):
+                if self._done != self._stepped_at:
+                    self._step(slow, slow.reached(self._shards))
+                all_reduce(slow.values.div_(self._group.size()), self._group, self._ledger, f"final{slow.suffix}").wait()
+                self._shards.write(slow.by_name())
         self._stepped_at = self._done
-        self._write()
         self._finished = True
 
     def state_dict(self) -> dict[str, Any]:
         """This replica's slow weights and momentum; before `attached` what was loaded."""
         if self._restored is not None:
             return self._restored
+        for slow in self._slow:
+            slow.settle()
         return {
             "inner": self.inner.state_dict(),
             "done": self._done,
@@ -136,7 +143,8 @@ class NoLoCoSync(NestedSynchroniser):
 
     def _begin(self) -> None:
         before, together = self._slow, by_wide_dtype(map(self._shards.described, self._held))
-        self._slow = [Anchor(self._shards, parameters) for parameters in together]
+        host = self._host_memory()
+        self._slow = [Anchor(self._shards, parameters, host=host) for parameters in together]
         for slow in self._slow:
             for old in before:
                 slow.take_momentum(old)
@@ -144,6 +152,8 @@ class NoLoCoSync(NestedSynchroniser):
     def _connect(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self._ledger.axes[group.group_name] = self._axis
+        if self._shards.device.type != "cpu":  # where pairs may not be the first to use a group
+            all_reduce(torch.zeros(1, device=self._shards.device), group, self._ledger, "replica set-up").wait()
 
     def _disconnect(self) -> None:
         self._group = None
@@ -169,7 +179,8 @@ class NoLoCoSync(NestedSynchroniser):
     def _write(self) -> None:
         """This replica's slow weights; after `finish` they are the same on all."""
         for slow in self._slow:
-            self._shards.write(slow.by_name())
+            with slow.held(changes=False):
+                self._shards.write(slow.by_name())
 
     def _restore(self, state: dict[str, Any]) -> None:
         theirs = _listed(state["slow"])
@@ -182,6 +193,7 @@ class NoLoCoSync(NestedSynchroniser):
         self._done = state["done"]
         self._stepped_at = state.get("stepped_at", self._done - self._done % self._config.every)
         for slow, values, momentum in zip(self._slow, theirs, _listed(state["momentum"]), strict=True):
+            slow.settle()
             slow.values.copy_(values)
             slow.momentum.copy_(momentum)
 

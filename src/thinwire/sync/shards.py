@@ -45,6 +45,11 @@ class Shards(Mapping[str, Tensor]):
         free_gathered(model)  # only then are the parameters those which the optimizer knows
         self._parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
 
+    @property
+    def device(self) -> torch.device:
+        """Of the first; there is one for all."""
+        return next((local(one).device for one in self._parameters.values()), torch.device("cpu"))
+
     def trained(self) -> list[str]:
         """Names of the parameters that are not frozen, as it is now; frozen ones stay what they are on every replica."""
         return [name for name, parameter in self._parameters.items() if parameter.requires_grad]

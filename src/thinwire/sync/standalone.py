@@ -15,8 +15,11 @@ number of steps: one that skips a step lets the others wait.
 
 At `with` all begin from the first replica's parameters and buffers, which are sent only if any differ; later on buffers (batch
 statistics) stay each replica's own. Parameters may be float32, bfloat16, float16, float64 and complex, mixed (`nested`). The
-exchange has a metered group of its own, made beside the user's with the same time-out, whatever the backend of that, and ended
-with the block: what it sends is in `ledger`. Frozen parameters are neither kept nor sent. The methods are in `make` and `noloco`.
+exchange has a group of its own, on CPUs a metered one whatever the user's backend, made with the same time-out and ended with the
+block: what it sends is in `ledger`. Frozen parameters are neither kept nor sent. The methods are in `make` and `noloco`.
+
+Parameters may lie on a device, all on one, that a backend of the group serves; then the exchange has a group on the user's own
+backend, and nothing waits for the device but set-up, a state that is saved, and the end of the block.
 
 The block may be entered again, once per epoch: outer momentum and error-feedback residuals go on. After an exception, and after
 `load_state_dict`, replicas go on from where each of them is; the state is used once.
@@ -42,7 +45,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from thinwire.collectives import backend
-from thinwire.collectives.groups import private_copy, release
+from thinwire.collectives.groups import backend_of, private_copy, release
 from thinwire.collectives.ledger import Ledger
 from thinwire.config import sync as kinds
 from thinwire.config.compress import SPARSELOCO, Coded, NoCompression, read_coding
@@ -73,7 +76,7 @@ class DiLoCo:
 
     compress: "none", "int4", ..., or a table as in the section [compress] of run.toml, {"kind": "topk", "k": 64}; None: as the
     kind has it, top-k for sparseloco and "none" for the others. options: as in [sync]: outer_learning_rate, outer_momentum,
-    layers_per_fragment, overlap, mixing. Where each replica is itself several ranks
+    layers_per_fragment, overlap, mixing, outer_device. Where each replica is itself several ranks
     (DistributedDataParallel or `fully_shard` inside), `group` is the ranks with the same place in their replicas, as a process
     group or a mesh of one axis; `model` may be the wrapped one.
     """
@@ -100,7 +103,7 @@ class DiLoCo:
         self._kind = kind
         self._model, self._optimizer = model, optimizer
         self._group = _process_group(group)
-        _check_parameters(model, shards := Shards(model))
+        _check_parameters(shards := Shards(model), self._group)
         shards.check_group(self._group)
         self._layout = Layout(outer=self._group.size())
         self._sync = make_synchroniser(
@@ -134,11 +137,11 @@ class DiLoCo:
             with self.ledger.label("replica set-up"):
                 shards = Shards(self._model)
                 shards.check_same_everywhere(self._group)
-                group = self._metered_group()
+                group = self._own_group(shards.device)
                 stack.callback(release, group, self.ledger)
                 if not self._goes_on:
                     make_same({**shards, **{name: local(one) for name, one in self._model.named_buffers()}}, group)
-            mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=(OUTER,))
+            mesh = DeviceMesh.from_group(group, shards.device.type, mesh_dim_names=(OUTER,))
             stack.enter_context(self._sync.attached(self._model, self._optimizer, mesh))
             stack.callback(self._optimizer.register_step_post_hook(self._after_step).remove)
             self._open = stack.pop_all()
@@ -221,8 +224,11 @@ class DiLoCo:
         self._sync.after_step(self._steps)
         self._steps += 1
 
-    def _metered_group(self) -> dist.ProcessGroup:
-        """The same ranks behind a meter that writes into our own ledger: a backend by a name that nobody else has."""
+    def _own_group(self, device: torch.device) -> dist.ProcessGroup:
+        """The same ranks. For CPUs behind a meter that writes into our own ledger: a backend by a name that nobody else has. On a
+        device on the user's backends, and whoever calls enters it."""
+        if device.type != "cpu":
+            return private_copy(self._group, f"mesh_{OUTER}")
         if not self._backend:
             self._backend = f"{backend.NAME}-{OUTER}-{len(dist.Backend.backend_list)}"
             backend.register(self.ledger, self._backend)
@@ -248,9 +254,16 @@ def _process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.Process
     return chosen
 
 
-def _check_parameters(model: nn.Module, shards: Shards) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.device.type != "cpu":
-            raise UserError(f"DiLoCo: {name} is on {parameter.device.type}; only CPUs yet, so move the model there")
+def _check_parameters(shards: Shards, group: dist.ProcessGroup) -> None:
+    device = shards.device
+    for name, held in shards.items():
+        if held.device != device:
+            raise UserError(f"DiLoCo: {name} is on {held.device}, and the first parameter on {device}; move all to one device")
+    if device.type != "cpu" and backend_of(group, device.type) is None:
+        served = dist.get_backend_config(group)
+        raise UserError(
+            f"DiLoCo: parameters are on {device}, and the group serves {served}; make one that serves it, such as "
+            'init_process_group("cpu:gloo,cuda:nccl")'
+        )
     for name in shards.trained():
         shards.described(name)

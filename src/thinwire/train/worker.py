@@ -128,11 +128,12 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     folder, disks = setup.agree_on_folder(config, resume)
     task = setup.make_task(config, layout, rank.environment)
     room = setup.find_room(rank.device, rank.host)
-    memory.check(memory.need(config, task.shape, layout, casts=config.train.dtype == "bfloat16"), room)
+    needed = partial(memory.need, config, task.shape, layout, on_device=rank.device.type != "cpu")
+    memory.check(needed(casts=config.train.dtype == "bfloat16"), room)
     dtype = setup.agree_on_dtype(config, rank.device, folder if resume else None, task)
     casts = dtype != config.model.dtype
     if number == 0:
-        print(memory.line(memory.need(config, task.shape, layout, casts=casts), room), flush=True)
+        print(memory.line(needed(casts=casts), room), flush=True)
 
     model = task.build_model().to(rank.device)
     sync = make_synchroniser(config.sync, config.compress, layout, ledger)

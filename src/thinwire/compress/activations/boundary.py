@@ -5,6 +5,9 @@
 The payload's size follows from the shape alone, so both sides know it before anything is sent. There is no error feedback:
 an activation is used once, and its error cannot be corrected in a later one. (Where samples come back, `differences` sends less.)
 
+What is not finite is an error at the side that has it. On a device, where the host does not look at values, it arrives: every
+codec then makes at least one value of its block not finite, and the loss says so.
+
 `CodedBoundary` does the same within one process: the next stage sees a', and the gradient that comes back is coded too. As
 the rounding has no useful derivative, it is passed over (straight through, Bengio et al. 2013).
 """
@@ -18,11 +21,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from thinwire.compress.base import Codec, Flat, finite
+from thinwire.compress.stages import launched
 from thinwire.errors import UserError
 
 
 def encode_finite(codec: Codec, values: Tensor, what: str) -> Tensor:
-    """[numel] float32 -> payload. UserError naming `what` if a value is nan or inf, or becomes inf in the codec's floats."""
+    """[numel] float32 -> payload. On a CPU a UserError that names `what` if a value is nan or inf, or becomes inf in the codec's
+    floats."""
+    if launched(values.device):
+        return codec.encode(values)
     if not finite(values):
         raise UserError(f"{what} is not finite; lower the learning rate, or look at the data of this step")
     payload = codec.encode(values)
@@ -48,7 +55,7 @@ class BoundaryCodec(Flat):
     boundary: str
 
     def pack(self, values: Tensor) -> Tensor:
-        """Any shape, float32 or shorter floats -> [payload_bytes] uint8. UserError for one that is not finite or real."""
+        """Any shape, float32 or shorter floats -> [payload_bytes] uint8. UserError for complex ones; on a CPU if not finite."""
         return encode_finite(self.codec, self._filled(values), self.boundary)
 
     def unpack(self, payload: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:

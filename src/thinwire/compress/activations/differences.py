@@ -8,7 +8,8 @@ For sample s, at its visit t, with a the activation, m the copy that both sides 
 Both sides add the same decoded difference in the same arithmetic, so their copies are bit-equal at all times; the receiver
 goes on with m_t. Its error is the codec's on the difference, |m_t - a_t| <= bound(a_t - m_t-1) + one rounding to the buffer's
 dtype: it vanishes as activations settle, where coding them directly keeps the error of their size. Gradients that come back
-are coded directly (`activations.BoundaryCodec`), as in the paper.
+are coded directly (`activations.BoundaryCodec`), as in the paper. Where what arrives of a sample is not finite, both sides see
+it, and keep the copy that they had, or zeros.
 
 The price is memory: a copy of each sample's activation on both sides. Wang et al. 2022 (Fine-tuning language models over slow
 networks using activation compression with guarantees).
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from thinwire.compress.activations.boundary import BoundaryCodec, flat_float32
-from thinwire.compress.base import Codec
+from thinwire.compress.base import Codec, spoiled
 from thinwire.compress.codecs.floating import BFloat16, Float16, Float32
 from thinwire.errors import UserError
 
@@ -52,14 +53,15 @@ class Differences:
     def pack(self, ids: Sequence[int], activation: Tensor) -> Tensor:
         """The side that has the activations: [samples, ..] -> [payload_bytes] uint8.
 
-        UserError if a value is not finite; the copies then stay as they were.
+        UserError on a CPU if a value is not finite; the copies then stay as they were.
         """
         new, old = self._parted(ids)
         values, parts = flat_float32(activation, self._boundary).view(activation.shape), []
         if new:
-            parts.append(self._first.pack(values[new]))
+            parts.append(self._first.pack(torch.stack([values[place] for place in new])))
         if old:
-            parts.append(self._later.pack(values[old] - self._old_copies(ids, old, activation.shape)))
+            wanted = torch.stack([values[place] for place in old])
+            parts.append(self._later.pack(wanted - self._old_copies(ids, old, activation.shape)))
         payload = torch.cat(parts)
         self.unpack(payload, ids, activation.shape)
         return payload
@@ -70,12 +72,16 @@ class Differences:
         border = self._first.payload_bytes([len(new), *shape[1:]])
         arrived = torch.empty(tuple(shape), dtype=self._dtype, device=payload.device)
         if new:
-            arrived[new] = self._first.unpack(payload[:border].clone(), (len(new), *shape[1:]), self._dtype)
+            first = self._first.unpack(payload[:border].clone(), (len(new), *shape[1:]), self._dtype)
+            for place, values in zip(new, first, strict=True):
+                arrived[place] = values
         if old:
             difference = self._later.unpack(payload[border:].clone(), (len(old), *shape[1:]))
-            arrived[old] = (self._old_copies(ids, old, shape) + difference).to(self._dtype)
+            for place, values in zip(old, self._old_copies(ids, old, shape) + difference, strict=True):
+                arrived[place] = values
         for place, sample in enumerate(ids):
-            self.copies[sample] = arrived[place].clone()
+            before = self.copies.get(sample, arrived.new_zeros(()))
+            self.copies[sample] = torch.where(spoiled(arrived[place]), before, arrived[place])
         return arrived.to(dtype)
 
     def state_dict(self) -> dict[str, Any]:

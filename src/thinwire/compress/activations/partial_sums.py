@@ -15,7 +15,8 @@ shards of whole blocks; C a codec, D its decoder:
 
     |result - sum| <= sum over i != s of bound(x_i[s]) + bound(a[s]) + what float32 rounds off
 
-Without a codec x is all-reduced as it is, in its own dtype. Shoeybi et al. 2019 (Megatron-LM: f and g).
+On a device nothing is read on the host, and what is not finite arrives so on all ranks alike (`boundary`). Without a codec x is
+all-reduced as it is, in its own dtype. Shoeybi et al. 2019 (Megatron-LM: f and g).
 """
 
 from typing import Any
@@ -24,13 +25,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.metered_calls import all_reduce
+from thinwire.collectives.metered_calls import all_gather, all_reduce, all_to_all
 from thinwire.compress.activations.boundary import encode_finite, flat_float32
 from thinwire.compress.base import Codec, sum_in_order
 from thinwire.compress.twoshot import shard_length
-from thinwire.errors import UserError
 from thinwire.traffic import Transfer
 
 
@@ -50,7 +49,7 @@ def sum_transfers(values: tuple[int, torch.dtype], codec: Codec | None, axis: st
 
 
 def coded_sum(x: Tensor, group: dist.ProcessGroup, codec: Codec | None, ledger: Ledger, label: str) -> Tensor:
-    """The sum of x over `group`, bit-equal on all ranks; a new tensor. Collective. UserError if not finite, or not on a CPU."""
+    """The sum of x over `group`, bit-equal on all ranks; a new tensor. Collective. UserError if not finite, on a CPU."""
     p, rank = group.size(), group.rank()
     if p == 1 or x.numel() == 0:
         return x.detach().clone()
@@ -58,25 +57,21 @@ def coded_sum(x: Tensor, group: dist.ProcessGroup, codec: Codec | None, ledger: 
         total = x.detach().clone(memory_format=torch.contiguous_format)
         all_reduce(total, group, ledger, label).wait()
         return total
-    if x.device.type != "cpu":
-        raise UserError(f"{label} through {codec.name}: only on CPUs yet, and this tensor is on {x.device}; send it plain")
     length = shard_length(x.shape, p, codec.block)
     flat = flat_float32(x, label)
     shards = torch.nn.functional.pad(flat, (0, p * length - flat.numel())).view(p, length)
     size = codec.payload_bytes(length)
-    codes = torch.zeros(p, size, dtype=torch.uint8)
+    codes = flat.new_zeros(p, size, dtype=torch.uint8)
     for shard in range(p):
         if shard != rank:
             codes[shard] = encode_finite(codec, shards[shard], label)
     received = torch.empty_like(codes)
-    with ledger.label(f"{label} codes"):
-        dist.all_to_all_single(received, codes, group=group)
+    all_to_all(received, codes, group, ledger, f"{label} codes").wait()
     total = sum_in_order([shards[i] if i == rank else codec.decode(received[i], length) for i in range(p)])
     results = torch.empty_like(codes)
     code = encode_finite(codec, total, label)
-    with ledger.label(f"{label} sums"):
-        ALL_GATHER(results.view(-1), code, group=group)
-    decoded = torch.empty(p, length)
+    all_gather(results.view(-1), code, group, ledger, f"{label} sums").wait()
+    decoded = flat.new_empty(p, length)
     codec.decode_rows(results, decoded)
     return decoded.view(-1)[: x.numel()].view(x.shape).to(x.dtype)
 

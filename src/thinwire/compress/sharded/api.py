@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ from thinwire.compress.sharded.replicas import Replicas
 from thinwire.compress.sharded.residual import Residual, mean_residuals
 from thinwire.compress.sharded.units import Unit, find_units, prefetch
 from thinwire.compress.sharded.wire import CodedAllGather, CodedReduceScatter, Lane
+from thinwire.compress.stages import has_streams, launched
 from thinwire.config.compress import EXCLUDED, Coded, NoCompression, ShardedOptions, read_coding
 from thinwire.errors import UserError
 from thinwire.tomlfile import validate
@@ -76,7 +78,8 @@ def compress_sharded(
     set_modules_to_forward_prefetch was called: as it is.
     nonfinite: "average", the default: a gradient that is not finite on some rank arrives so at the rank that holds its shard, and
     what the backward pass has changed of the residuals is taken back on all: a GradScaler leaves the step out. "raise": every
-    rank raises a UserError that names parameter, ranks and step.
+    rank raises a UserError that names parameter, ranks and step; of parameters on a device in the next backward pass, or before a
+    state is saved.
 
     UserError for a model without `fully_shard`, an unknown name, an option that would have no effect, and uses of `fully_shard`
     that are not supported.
@@ -127,7 +130,8 @@ class ShardedCompression:
     ) -> None:
         """across: how the mean over the replicas travels, if there are any.
 
-        Makes a group and a thread for each kind of message. Collective over all ranks of the default group.
+        Makes a group for each kind of message, and a thread where parameters are on the CPU. Collective over all ranks of the
+        default group.
         """
         self._units, self._coding, self._ledger = units, coding, ledger
         self._group, self._storage = units[0].process_group, options.feedback or FEEDBACK
@@ -141,8 +145,9 @@ class ShardedCompression:
         self._replicas = None
         if replicas is not None and across is not None:
             exchange = make_exchange(across, ledger, "average")
-            self._replicas = Replicas(self.units, self._world_size, exchange, replicas, self._axis_of(replicas))
-        backward = BackwardPass(self._residuals, self._replicas, options.nonfinite)
+            self._replicas = Replicas(units, self._world_size, exchange, replicas, self._axis_of(replicas))
+        self._device = units[0].device
+        self._backward = backward = BackwardPass(self._residuals, self._replicas, options.nonfinite, self._device)
         weights = None if coding.stock_weights else self._lane("weights", self._group, self._axis)
         gradients = None if coding.stock_gradients else self._lane("gradients", self._group, self._axis)
         second: dict[str, Lane] = {}
@@ -155,7 +160,7 @@ class ShardedCompression:
             if gradients is not None:
                 row = coding.gradients_row(unit.shape, self._world_size)
                 if self._storage != NO_FEEDBACK and row.codec is not None:
-                    self._residuals[unit.name] = Residual(row, self._rank, self._storage)
+                    self._residuals[unit.name] = Residual(row, self._rank, self._storage, self._device)
                 reduce = CodedReduceScatter(unit, row, gradients, self._residuals.get(unit.name), backward, self._replicas)
             self._restore.append(unit.install(gather, reduce))
         if replicas is not None:
@@ -165,8 +170,10 @@ class ShardedCompression:
 
     def detach(self) -> None:
         """Puts FSDP2's own collectives back, after what is under way. Residuals stay in `state_dict`. Collective."""
-        for executor in {id(lane.executor): lane.executor for lane in self._lanes}.values():
+        for executor in {lane.executor for lane in self._lanes if lane.executor is not None}:
             executor.close()
+        if has_streams(self._device):
+            torch.accelerator.synchronize(self._device)
         if self._replicas is not None:
             self._replicas.exchange.detach()
         for lane in self._lanes:
@@ -198,7 +205,9 @@ class ShardedCompression:
         return {} if self._replicas is None else self._replicas.residuals()
 
     def state_dict(self) -> dict[str, Any]:
-        """Of this rank: its residuals, in the form in which they are stored. After `backward()`."""
+        """Of this rank: its residuals, in the form in which they are stored. After `backward()`. UserError if parameters are on a
+        device, a gradient in that pass was not finite, and an error was asked for."""
+        self._backward.check()
         own = {
             "storage": self._storage,
             "world_size": self._world_size,
@@ -249,7 +258,9 @@ class ShardedCompression:
     def _lane(self, kind: str, group: dist.ProcessGroup, axis: str, executor: Executor | None = None) -> Lane:
         own = private_copy(group, f"sharded {kind}")
         self._ledger.axes[own.group_name] = axis
-        self._lanes.append(Lane(own, self._ledger, executor or Executor(f"thinwire-{kind}")))
+        if executor is None and not launched(self._device):
+            executor = Executor(f"thinwire-{kind}")
+        self._lanes.append(Lane(own, self._ledger, executor))
         return self._lanes[-1]
 
     def _second(self, unit: Unit, weights: Lane, made: dict[str, Lane]) -> Lane | None:

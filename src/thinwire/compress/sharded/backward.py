@@ -6,20 +6,28 @@ and some gradient in this backward pass was not. The second one only grows, and 
 unit; so at the end of the pass all know, without a collective of their own, whether residuals are those of before. Over replicas
 what is not finite arrives so at all, value by value; ranks that know of another chunk put a nan into theirs for that. A pass that
 only adds up leaves what it has found to the next one.
+
+On the CPU reductions run on a thread, and are waited for here. On a device they are launched on the stream that FSDP2 has chosen
+for them, which all its own work waits for; what they have found are flags there, which choose what counts, and the host reads
+them one pass later, if an error was asked for (`passes`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from thinwire.compress.base import finite
+from thinwire.collectives.executor import Executor
+from thinwire.compress.base import spoiled
 from thinwire.compress.census import not_finite
 from thinwire.compress.exchange import at_end_of_backward
+from thinwire.compress.passes import Findings
 from thinwire.compress.sharded.replicas import Replicas
 from thinwire.compress.sharded.residual import Residual
+from thinwire.compress.stages import current_stream, launched
 from thinwire.config.compress import NonFinite
 from thinwire.errors import UserError
 
@@ -27,51 +35,76 @@ Future = torch.futures.Future[Tensor]
 
 
 class BackwardPass:
-    """The one that is under way, or the next one. `add` is called by the thread that runs it, the others by that of gradients."""
+    """The one that is under way, or the next one. `run` is called by the thread that runs it, the others by that of gradients."""
 
-    def __init__(self, residuals: Mapping[str, Residual], replicas: Replicas | None, nonfinite: NonFinite) -> None:
+    def __init__(
+        self, residuals: Mapping[str, Residual], replicas: Replicas | None, nonfinite: NonFinite, device: torch.device
+    ) -> None:
+        """device: of the gradients."""
         self._residuals, self._replicas, self._nonfinite = residuals, replicas, nonfinite
+        self._device, self.on_device = device, launched(device)
+        self._stream: torch.Stream | None = None
+        """The one on which reductions are launched."""
         self._step = 0
         self._reductions: list[Future] = []
-        self._means: list[tuple[Future, Tensor]] = []
+        self._means: list[tuple[Future, Tensor | None]] = []
         self._forgotten: list[Any] = []
         self._started = self._averaged = False
-        self.own: list[str] = []
-        """Names of parameters whose gradients on this rank are not finite."""
-        self.spoiled = False
-        """Whether this rank knows of any."""
+        self._findings = Findings()
+        self._clear()
 
-    def add(self, reduction: Future, *, later: bool) -> None:
-        """What was begun: it is waited for at the end of the backward pass, or, if somebody reads it sooner, now."""
-        self._reductions.append(reduction)
+    def _clear(self) -> None:
+        self.own = self.spoiled = torch.zeros((), dtype=torch.bool, device=self._device)
+        """Flags: some gradient of this rank is not finite; this rank knows of any."""
+        self._looked: list[tuple[Sequence[str], Tensor]] = []
+
+    def run(self, reduction: Callable[[], Tensor], executor: Executor | None, *, later: bool) -> None:
+        """Begin it: it is waited for at the end of the backward pass, or, if somebody reads it sooner, now.
+
+        executor: on the CPU."""
         self._started = True
+        if executor is not None:
+            self._reductions.append(executor.submit(reduction))
+        else:
+            self._stream = current_stream(self._device)
+            reduction()
         if not at_end_of_backward(self._settle):  # each time: a pass that failed has settled nothing
             self._settle()
         elif not later:
             self._wait()
 
-    def then(self, mean: Future, output: Tensor) -> None:
-        """`mean` over the replicas goes into `output` when it is there."""
+    def then(self, mean: Future, output: Tensor | None) -> None:
+        """`mean` over the replicas goes into `output` when it is there; None: it is there then."""
         self._means.append((mean, output))
         self._averaged = True
 
-    def found(self, names: Sequence[str]) -> None:
-        """Gradients of this rank that are not finite."""
-        self.own += names
-        self.spoiled = True
+    def found(self, bad: Tensor, names: Callable[[], tuple[Sequence[str], Tensor]]) -> None:
+        """What of a unit's gradients of this rank is not finite. bad: flags of its chunks; names: of parameters, with flags."""
+        if self._nonfinite == "raise" and (self.on_device or bool(bad.any())):
+            self._looked.append(names())
+        self.own = self.own | bad.any()
+        self.spoiled = self.spoiled | self.own
 
     def forget(self, parameters: Sequence[Any]) -> None:
         """At the end of the backward pass these have no gradient, as before it: what FSDP2 gives them is nothing yet."""
         self._forgotten += parameters
 
+    def check(self, *, all_of_them: bool = True) -> None:
+        """UserError, on all ranks, if a pass was spoiled and an error was asked for; else of all but the latest."""
+        if found := self._findings.next(all_of_them=all_of_them):
+            raise UserError(not_finite(_of_all_ranks(found.own), found.step))
+
+    @torch.no_grad()
     def _wait(self) -> None:
         for reduction in self._reductions:
             reduction.wait()
         self._reductions = []
+        if self._replicas is not None:
+            self._replicas.exchange.flush()
         for future, output in self._means:
             mean = self._mean(future)
-            self.spoiled |= not finite(mean)
-            if mean.data_ptr() != output.data_ptr():
+            self.spoiled = self.spoiled | spoiled(mean)
+            if output is not None:
                 output.copy_(mean)
         self._means = []
 
@@ -87,22 +120,34 @@ class BackwardPass:
         """At the end of the pass, on all ranks."""
         if not self._started:
             return
+        with self._stream or nullcontext():
+            self._end()
+        if self._stream is not None:  # means were waited for there
+            torch.accelerator.current_stream(self._device).wait_stream(self._stream)
+        self.check(all_of_them=not self.on_device)
+
+    @torch.no_grad()
+    def _end(self) -> None:
         self._wait()
         if self._replicas is not None:
             self._replicas.settle()
         for parameter in self._forgotten:
             parameter.grad = None
         for residual in self._residuals.values():
-            settle: Callable[[], None] = residual.rollback if self.spoiled else residual.commit
-            settle()
+            if self.on_device:
+                residual.commit(unless=self.spoiled)
+            elif self.spoiled:
+                residual.rollback()
+            else:
+                residual.commit()
         self._started, self._forgotten = False, []
         if self._replicas is not None and not self._averaged:
             return
         self._step += 1
-        own, spoiled = self.own, self.spoiled
-        self._averaged, self.own, self.spoiled = False, [], False
-        if spoiled and self._nonfinite == "raise":
-            raise UserError(not_finite(_of_all_ranks(own), self._step))
+        self._averaged = False
+        if self._nonfinite == "raise":
+            self._findings.add(self._step, self._step, self._looked, self.spoiled)
+        self._clear()
 
 
 def _of_all_ranks(own: Sequence[str]) -> dict[str, list[int]]:

@@ -25,7 +25,7 @@ from fnmatch import fnmatch
 import torch
 from torch import Tensor
 
-from thinwire.compress.base import Codec, finite, padded
+from thinwire.compress.base import Codec, padded, spoiled
 from thinwire.compress.precision import wide
 from thinwire.config.compress import EXCLUDED
 from thinwire.traffic import Transfer
@@ -106,9 +106,9 @@ class Row:
         if not coded and self.codec is None:
             return chunks
         if coded:
-            found = torch.zeros(chunks.shape[0], self.coded_values, dtype=wide(chunks.dtype))
+            found = chunks.new_zeros(chunks.shape[0], self.coded_values, dtype=wide(chunks.dtype))
         else:
-            found = torch.empty(chunks.shape[0], self.exact_values, dtype=chunks.dtype)
+            found = chunks.new_empty(chunks.shape[0], self.exact_values)
         for there, here in self._places(coded):
             found[:, here] = chunks[:, there]
         return found
@@ -121,10 +121,10 @@ class Row:
         for there, here in self._places(coded):
             chunks[:, there] = values[:, here]
 
-    def names_not_finite(self, chunks: Tensor) -> list[str]:
-        """Of the parameters, in the order of the buffer. chunks: [k, chunk]."""
+    def not_finite(self, chunks: Tensor) -> tuple[list[str], Tensor]:
+        """Names of the parameters, in the order of the buffer, and whether each is not, [parameters] bool. chunks: [k, chunk]."""
         parts = chunks.split(self.lengths, dim=1)
-        return [parameter.name for parameter, part in zip(self.parameters, parts, strict=True) if not finite(part)]
+        return [parameter.name for parameter in self.parameters], torch.stack([spoiled(part) for part in parts])
 
     def _places(self, coded: bool) -> Iterator[tuple[slice, slice]]:
         """Where each coded (or exact) parameter lies in a chunk, and among its like."""

@@ -23,6 +23,7 @@ from thinwire.compress.coded import CodedExchange
 from thinwire.compress.exchange import Exchange
 from thinwire.compress.sharded.layout import UnitShape, label_of, shard_length
 from thinwire.compress.sharded.residual import mean_over_replicas
+from thinwire.compress.sharded.units import Unit
 from thinwire.errors import UserError
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
@@ -31,13 +32,14 @@ from thinwire.workload import Parameter
 class Replicas:
     """Those that hold the shard which this rank holds. number: R."""
 
-    def __init__(self, units: Sequence[UnitShape], shards: int, exchange: Exchange, group: dist.ProcessGroup, axis: str) -> None:
+    def __init__(self, units: Sequence[Unit], shards: int, exchange: Exchange, group: dist.ProcessGroup, axis: str) -> None:
         """exchange: not attached yet. axis: of `group`. Collective over all ranks."""
         self._shards, self._group, self._axis, self.exchange = shards, group, axis, exchange
         self.number = group.size()
-        self._pieces = {unit.name: pieces(unit, shards) for unit in units}
-        self._started = False
-        exchange.attach(group, axis, {piece.name: piece.shape for unit in self._pieces.values() for piece in unit})
+        self._pieces = {unit.name: pieces(unit.shape, shards) for unit in units}
+        self._started, self._device = False, units[0].device
+        known = {piece.name: piece.shape for unit in self._pieces.values() for piece in unit}
+        exchange.attach(group, axis, known, self._device)
 
     def transfers(self, unit: UnitShape) -> list[Transfer]:
         """What the chunk of a unit sends."""
@@ -88,7 +90,7 @@ class Replicas:
     def settle(self) -> None:
         """At the end of the backward pass: the step ends with what was started. UserError if that went wrong."""
         if self._started and self.exchange.settles:
-            self.exchange.start(torch.empty(0), [], "end", last=True)
+            self.exchange.start(torch.empty(0, device=self._device), [], "end", last=True)
             self.exchange.settle()
         self._started = False
 

@@ -31,10 +31,10 @@ from thinwire.workload import ITEM_BYTES
 
 
 class Residual:
-    """Of one unit on one rank. `row` says what is coded; storage is "int8" or "float32"."""
+    """Of one unit on one rank. `row` says what is coded; storage is "int8" or "float32"; device: where it is kept."""
 
-    def __init__(self, row: Row, rank: int, storage: str) -> None:
-        self._row, self._storage = row, storage
+    def __init__(self, row: Row, rank: int, storage: str, device: torch.device) -> None:
+        self._row, self._storage, self._device = row, storage, device
         self._stored: Tensor | None = None
         self._new: Tensor | None = None
         self._others = [shard for shard in range(row.world_size) if shard != rank]
@@ -57,10 +57,14 @@ class Residual:
         rows = [error[shard] for shard in self._others]
         self._new = torch.stack([BLOCKS.encode(row.float()) for row in rows] if self._storage == "int8" else rows)
 
-    def commit(self) -> None:
-        """What `keep` was given last is the residual."""
-        if self._new is not None:
-            self._stored, self._new = self._new, None
+    def commit(self, unless: Tensor | None = None) -> None:
+        """What `keep` was given last is the residual; unless: a flag, [] bool: where it is true, it stays what it was."""
+        new = self._new
+        if new is None:
+            return
+        if unless is not None:
+            new = new.masked_fill_(unless, 0) if self._stored is None else torch.where(unless, self._stored, new)
+        self._stored, self._new = new, None
 
     def rollback(self) -> None:
         """The residual stays what it was at the last `commit`."""
@@ -78,7 +82,7 @@ class Residual:
                 f"unit {unit or 'root'} codes {len(mine)} parameters, the checkpoint's {len(theirs)} others; resume with the "
                 "same units and exclude, or use adopt()"
             )
-        self._stored = state["owed"]
+        self._stored = None if state["owed"] is None else state["owed"].to(self._device)
 
     def adopt(self, residuals: dict[str, Tensor]) -> None:
         """Takes out of `residuals` (the mean ones, flat, by parameter name) what belongs to this unit."""
@@ -86,7 +90,7 @@ class Residual:
         parts = []
         for parameter in self._row.coded:
             length = shard_length(parameter.shape, p)
-            vector = residuals.pop(parameter.name, torch.zeros(parameter.numel))
+            vector = residuals.pop(parameter.name, torch.zeros(parameter.numel)).to(self._device)
             if vector.numel() != parameter.numel:
                 raise UserError(
                     f"{parameter.name} has {parameter.numel} values, in the checkpoint {vector.numel()}; keep its shape"

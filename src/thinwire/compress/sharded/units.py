@@ -39,6 +39,12 @@ class Unit:
         return self.module._get_fsdp_state()._fsdp_param_group
 
     @property
+    def device(self) -> torch.device:
+        """On which it is gathered and reduced."""
+        device: torch.device = self.param_group.device
+        return device
+
+    @property
     def process_group(self) -> dist.ProcessGroup:
         """Over which it is sharded."""
         return self.param_group.mesh_info.shard_process_group
@@ -77,8 +83,8 @@ class Unit:
         return self.param_group.post_forward_mesh_info is not None and not (self.is_root and automatic)
 
     def may_wait_for_gradients(self) -> bool:
-        """Nobody reads the reduced gradients before the end of the backward pass: FSDP2 neither adds them to others, nor casts or
-        all-reduces them, and no hook of the user's takes them."""
+        """Nobody reads the reduced gradients before the end of the backward pass: FSDP2 neither adds them to others, nor casts,
+        all-reduces or offloads them, and no hook of the user's takes them."""
         group = self.param_group
         dtypes = {parameter.sharded_param.dtype for parameter in group.fsdp_params}
         return (
@@ -86,7 +92,9 @@ class Unit:
             and (group.mp_policy.reduce_dtype or group.mp_policy.param_dtype or next(iter(dtypes))) in dtypes
             and len(dtypes) == 1
             and all(
-                parameter.sharded_param.grad is None and not getattr(parameter.sharded_param, "_post_accumulate_grad_hooks", None)
+                parameter.sharded_param.grad is None
+                and not parameter.offload_to_cpu
+                and not getattr(parameter.sharded_param, "_post_accumulate_grad_hooks", None)
                 for parameter in group.fsdp_params
             )
         )
@@ -213,8 +221,6 @@ def _reasons_against(group: Any) -> Iterator[str]:
             yield f"has parameters of {shard.dtype}; compress_sharded takes real and complex numbers only"
         if dim != 0:
             yield f"shards a parameter along dim {dim}; compress_sharded wants dim 0"
-        if shard.device.type != "cpu":
-            yield f"has parameters on {shard.device}; compress_sharded is for CPUs only yet"
 
 
 def _described(name: str, parameter: Any) -> Parameter:

@@ -1,27 +1,33 @@
 """The two collectives of a `fully_shard` unit, coded: what FSDP2 calls in the place of its own.
 
-Each is a job of several steps (code, exchange, decode) on a thread that works in the order of the calls, on a process group of
-its own; weights and gradients have a thread and a group each. On CPUs FSDP2's own collectives are over when they return, so
-nothing overlaps. Here an all-gather is waited for when FSDP2 needs the weights, and a reduce-scatter at the end of the
-backward pass if nobody reads its gradients sooner; else it is waited for at once.
+Each is a job of several steps (code, exchange, decode), on a process group of its own.
+
+On CPUs it runs on a thread that works in the order of the calls; weights and gradients have a thread and a group each. There
+FSDP2's own collectives are over when they return, so nothing overlaps. Here an all-gather is waited for when FSDP2 needs the
+weights, and a reduce-scatter at the end of the backward pass if nobody reads its gradients sooner; else it is waited for at once.
+
+On a device all steps are launched on the current stream: FSDP2 calls with its own stream for all-gathers, or for reduce-scatters,
+records an event behind what was launched, and has others wait for that. Where it gathers on the computing stream (async_op), what
+is returned launches the decoding when it is waited for. Nothing is read on the host (`backward`).
 
 Sums are made in float32, of float64 in float64, in the order of ranks, and rounded once: same inputs, same bits. Complex numbers
 are pairs of real ones. Wang et al. 2023 (ZeRO++, arXiv 2306.10209).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from thinwire.collectives.backend import ALL_GATHER
 from thinwire.collectives.executor import Executor
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.base import finite, sum_in_order
+from thinwire.collectives.metered_calls import all_gather, all_to_all
+from thinwire.compress.base import spoiled, sum_in_order
 from thinwire.compress.precision import wide, widened
 from thinwire.compress.sharded.backward import BackwardPass
 from thinwire.compress.sharded.layout import Row, label_of
@@ -36,11 +42,11 @@ HERE, EARLIER = 1, 2
 
 @dataclass
 class Lane:
-    """A process group that nobody else uses, and the thread that works on it."""
+    """A process group that nobody else uses, and the thread that works on it; None: jobs are launched."""
 
     group: dist.ProcessGroup
     ledger: Ledger
-    executor: Executor
+    executor: Executor | None
 
 
 def real(flat: Tensor) -> Tensor:
@@ -65,6 +71,21 @@ class _FutureWork(dist.Work):
         return self._future.done()
 
 
+class _LaterWork(dist.Work):
+    """What is left to be launched, on the stream that waits."""
+
+    def __init__(self, launch: Callable[[], object]) -> None:
+        super().__init__()
+        self._launch: Callable[[], object] | None = launch
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Of the stream only."""
+        if self._launch is not None:
+            self._launch()
+            self._launch = None
+        return True
+
+
 class _Collective:
     """What FSDP2 asks of both."""
 
@@ -72,7 +93,7 @@ class _Collective:
         self._unit, self._row, self._lane = unit, row, lane
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A buffer that the thread may write into, also for a forward pass in inference mode."""
+        """A buffer that a thread may write into, also for a forward pass in inference mode."""
         with torch.inference_mode(False):
             return torch.empty(*size, dtype=dtype, device=device)
 
@@ -88,7 +109,7 @@ class _Collective:
     def _rows(self, number: int, exact: Tensor, *, flagged: bool = False) -> Tensor:
         """`number` rows with their exact parts filled in."""
         itemsize = exact.element_size()
-        rows = torch.empty(number, self._row.row_bytes(itemsize, flagged=flagged), dtype=torch.uint8)
+        rows = exact.new_empty(number, self._row.row_bytes(itemsize, flagged=flagged), dtype=torch.uint8)
         rows[:, : self._row.exact_values * itemsize].view(exact.dtype).copy_(exact)
         rows[:, self._row.exact_values * itemsize :] = 0
         return rows
@@ -117,35 +138,49 @@ class CodedAllGather(_Collective):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
-        """Never waits; FSDP2 waits for what is returned when it needs the weights."""
+        """Never waits; FSDP2 waits for what is returned when it needs the weights, or for the current stream."""
         output, own = real(output_tensor), real(input_tensor)
-        if self._second is not None and group == self._second_group:
-            lane = self._second
-            return _FutureWork(lane.executor.submit(lambda: self._gather_plain(output, own, lane)))
-        self._check(own, self._row.chunk)
-        gather = self._gather if self._row.codec is not None else self._gather_plain
-        return _FutureWork(self._lane.executor.submit(lambda: gather(output, own, self._lane)))
+        again = self._second is not None and group == self._second_group
+        lane = self._second if self._second is not None and again else self._lane
+        if not again:
+            self._check(own, self._row.chunk)
+        begin = self._begin_plain if again or self._row.codec is None else self._begin
 
-    def _gather_plain(self, output: Tensor, own: Tensor, lane: Lane) -> Tensor:
-        with lane.ledger.label(label_of(self._unit.name, "weights")):
-            ALL_GATHER(output, own, group=lane.group)
-        return output
+        def job() -> Tensor:
+            begin(output, own, lane)()
+            return output
 
-    def _gather(self, output: Tensor, own: Tensor, lane: Lane) -> Tensor:
+        if lane.executor is not None:
+            return _FutureWork(lane.executor.submit(job))
+        if async_op:
+            return _LaterWork(begin(output, own, lane))
+        job()
+        return None
+
+    def _begin_plain(self, output: Tensor, own: Tensor, lane: Lane) -> Callable[[], object]:
+        """Returns what is left to do."""
+        return all_gather(output, own, lane.group, lane.ledger, label_of(self._unit.name, "weights")).wait
+
+    def _begin(self, output: Tensor, own: Tensor, lane: Lane) -> Callable[[], object]:
+        """Returns what is left to do."""
         row, size = self._row, own.element_size()
         assert row.codec is not None
-        chunk = own.view(1, -1)
+        decode, chunk = row.codec.decode, own.view(1, -1)
         sent = self._rows(1, row.take(chunk, False))
         self._codes(sent[0], size).copy_(row.codec.encode(row.take(chunk, True)[0].float()))
-        received = torch.empty(row.world_size, row.row_bytes(size), dtype=torch.uint8)
-        with lane.ledger.label(label_of(self._unit.name, "weights")):
-            ALL_GATHER(received.view(-1), sent.view(-1), group=lane.group)
-        chunks = output.view(row.world_size, -1)
-        row.put(chunks, self._exact(received, own.dtype), False)
-        for source in range(row.world_size):
-            values = row.codec.decode(self._codes(received[source], size), row.coded_values)
-            row.put(chunks[source : source + 1], values.view(1, -1), True)
-        return output
+        received = sent.new_empty(row.world_size, row.row_bytes(size))
+        label = label_of(self._unit.name, "weights")
+        work = all_gather(received.view(-1), sent.view(-1), lane.group, lane.ledger, label)
+
+        def finish() -> None:
+            work.wait()
+            chunks = output.view(row.world_size, -1)
+            row.put(chunks, self._exact(received, own.dtype), False)
+            for source in range(row.world_size):
+                values = decode(self._codes(received[source], size), row.coded_values)
+                row.put(chunks[source : source + 1], values.view(1, -1), True)
+
+        return finish
 
 
 class CodedReduceScatter(_Collective):
@@ -173,24 +208,23 @@ class CodedReduceScatter(_Collective):
         if adds_up:
             output.zero_()  # until then FSDP2 adds nothing to what there is
             self._backward.forget(self._unit.without_gradients())
-        future = self._lane.executor.submit(lambda: self._averaged(output, gradients, factor, adds_up))
         later = op != dist.ReduceOp.SUM and self._unit.may_wait_for_gradients()  # after a SUM FSDP2 divides the output itself
-        self._backward.add(future, later=later or adds_up)
+        job = partial(self._averaged, output, gradients, factor, adds_up)
+        self._backward.run(job, self._lane.executor, later=later or adds_up)
         return None
 
     def _averaged(self, output: Tensor, gradients: Tensor, factor: float, adds_up: bool) -> Tensor:
         if self._replicas is None:
             return self._reduce(output, gradients, factor)
         exact = output.dtype in (torch.float32, torch.float64) and not adds_up
-        chunk = output if exact else torch.empty(output.shape, dtype=wide(output.dtype))
+        chunk = output if exact else output.new_empty(output.shape, dtype=wide(output.dtype))
         self._reduce(chunk, gradients, factor)
         if self._partial is not None:
             chunk += self._partial
-        if self._backward.spoiled:
-            chunk[0] = torch.nan  # for the other replicas, also of those chunks that are finite
+        chunk[:1].masked_fill_(self._backward.spoiled, torch.nan)  # for the other replicas, also of those chunks that are finite
         self._partial = chunk if adds_up else None
         if not adds_up:
-            self._backward.then(self._replicas.average(self._unit.name, chunk), output)
+            self._backward.then(self._replicas.average(self._unit.name, chunk), None if exact else output)
         return output
 
     def _reduce(self, output: Tensor, gradients: Tensor, factor: float) -> Tensor:
@@ -198,18 +232,19 @@ class CodedReduceScatter(_Collective):
         chunks = gradients.view(row.world_size, -1)
         sent = self._rows(row.world_size, row.take(chunks, False), flagged=True)
         values = row.take(chunks, True)
-        broken = self._flag(sent, gradients)
+        bad = torch.stack([spoiled(chunk) for chunk in chunks])
+        self._backward.found(bad, lambda: row.not_finite(chunks))
+        sent[:, -1] = HERE * bad + EARLIER * self._backward.own
         if self.residual is not None:
             self.residual.add_to(values)
         others = [shard for shard in range(row.world_size) if shard != rank]
         if row.codec is not None:
+            if self._backward.on_device or bool(bad.any()):
+                values.masked_fill_(bad.view(-1, 1), 0)  # codes of what is not finite say nothing; the flag does
             for shard in others:
-                if broken[shard]:
-                    values[shard] = 0  # codes of what is not finite say nothing; the flag does
                 self._codes(sent[shard], size).copy_(row.codec.encode(values[shard].float()))
         received = torch.empty_like(sent)
-        with self._lane.ledger.label(label_of(self._unit.name, "gradients")):
-            work = dist.all_to_all_single(received, sent, group=self._lane.group, async_op=True)
+        work = all_to_all(received, sent, self._lane.group, self._lane.ledger, label_of(self._unit.name, "gradients"))
         own = values[rank]
         if self.residual is not None and row.codec is not None:  # while the codes travel
             for shard in others:
@@ -217,27 +252,15 @@ class CodedReduceScatter(_Collective):
             self.residual.keep(values)
         work.wait()
 
-        flags = received[:, -1].tolist()
-        self._backward.spoiled |= any(flags)
+        flags = received[:, -1]
+        self._backward.spoiled = self._backward.spoiled | (flags != 0).any()
         result = output.view(1, -1)
         exact = widened(self._exact(received, gradients.dtype))
         row.put(result, sum_in_order(list(exact)).mul_(factor).view(1, -1), False)
         if row.codec is not None:
             decode, number = row.codec.decode, row.coded_values
             parts = [own if i == rank else decode(self._codes(received[i], size), number) for i in range(row.world_size)]
-            mean = sum_in_order([part.to(own.dtype) for part in parts]).mul_(factor)
-            if any(flag & HERE for flag in flags):
-                mean.fill_(torch.nan)
-            row.put(result, mean.view(1, -1), True)
+            scale = torch.full((), factor, dtype=own.dtype, device=own.device)
+            scale.masked_fill_((flags & HERE != 0).any(), torch.nan)
+            row.put(result, sum_in_order([part.to(own.dtype) for part in parts]).mul_(scale).view(1, -1), True)
         return output
-
-    def _flag(self, sent: Tensor, gradients: Tensor) -> list[bool]:
-        """Which chunks are not finite, which the last byte of each row says, and whether any was in this backward pass."""
-        chunks = gradients.view(self._row.world_size, -1)
-        broken = [False] * len(chunks)
-        if not finite(gradients):
-            broken = [not finite(chunk) for chunk in chunks]
-            self._backward.found(self._row.names_not_finite(chunks))
-        for shard, here in enumerate(broken):
-            sent[shard, -1] = HERE * here + EARLIER * bool(self._backward.own)
-        return broken
