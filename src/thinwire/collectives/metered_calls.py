@@ -3,25 +3,25 @@
 The metered backend enters its calls itself; those over any other (NCCL on CUDA) are entered here.
 """
 
-import time
 from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from thinwire.collectives.backend import MeteredGroup, bytes_of
+from thinwire.collectives.clock import clock_of
 from thinwire.collectives.ledger import Group, Ledger, axis_of
 
 
 def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup, ledger: Ledger, label: str) -> dist.Work:
     """Sum `tensor` over `group` in place, asynchronously. Collective: every rank of the group, in the same order."""
+    clock = clock_of(tensor.device)
     with ledger.label(label):
-        issued = time.perf_counter()
+        issued = clock.now()
         total = None if isinstance(group, MeteredGroup) else ledger.enter("all_reduce", bytes_of(tensor), _group(group))
         work = dist.all_reduce(tensor, group=group, async_op=True)
     if total is not None:
-        # On CUDA the callback runs when the call is enqueued on its stream, so the seconds are those of the launch.
-        work.get_future().add_done_callback(partial(ledger.completed, total, issued))
+        work.get_future().add_done_callback(partial(ledger.completed, total, clock, issued))
     return work
 
 
@@ -31,8 +31,9 @@ def swap(tensor: torch.Tensor, peer: int, group: dist.ProcessGroup, ledger: Ledg
     Both directions are begun before either is waited for, so that nobody must go first.
     """
     theirs = torch.empty_like(tensor)
+    clock = clock_of(tensor.device)
     with ledger.label(label):
-        issued = time.perf_counter()
+        issued = clock.now()
         total = None if isinstance(group, MeteredGroup) else ledger.enter("send", bytes_of(tensor), _group(group))
         calls = [
             dist.P2POp(dist.isend, tensor, group=group, group_peer=peer),
@@ -41,7 +42,7 @@ def swap(tensor: torch.Tensor, peer: int, group: dist.ProcessGroup, ledger: Ledg
         for work in dist.batch_isend_irecv(calls):
             work.wait()
     if total is not None:
-        ledger.completed(total, issued)
+        ledger.completed(total, clock, issued)
     return theirs
 
 

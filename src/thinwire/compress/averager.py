@@ -34,6 +34,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from thinwire.collectives.clock import has_streams
 from thinwire.compress.base import finite, spoiled
 from thinwire.compress.memory import Memory, Stateless
 from thinwire.traffic import Transfer
@@ -272,9 +273,7 @@ class Counting(Averager):
 
 def sent_over(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """[len(values)] on `device`, for which the host does not wait."""
-    accelerator = torch.accelerator.current_accelerator()
-    pinned = accelerator is not None and accelerator.type == device.type
-    return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)
+    return torch.tensor(values, dtype=dtype, pin_memory=has_streams(device)).to(device, non_blocking=True)
 
 
 def ring_bytes(numel: int, world_size: int, item_bytes: int = 4) -> float:

@@ -30,6 +30,7 @@ from typing import Protocol
 
 import torch
 
+from thinwire.collectives.clock import has_streams
 from thinwire.collectives.executor import Executor
 
 Future = torch.futures.Future[torch.Tensor]
@@ -176,7 +177,4 @@ def make_stages(device: torch.device) -> Stages:
 
 def new_stream(device: torch.device) -> torch.Stream | None:
     """Of a device that has streams, before others in its queue: what it computes is what the wire waits for."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or accelerator.type != device.type:
-        return None
-    return torch.Stream(device, priority=-1)
+    return torch.Stream(device, priority=-1) if has_streams(device) else None
