@@ -46,6 +46,8 @@ Snapshot = dict[Call, Total]
 class Clock(Protocol):
     """What `thinwire.collectives.clock` has for hosts and devices."""
 
+    on_device: bool
+
     def now(self) -> Any: ...
 
     def passed(self, moment: Any) -> bool: ...
