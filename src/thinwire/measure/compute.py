@@ -2,7 +2,9 @@
 
 The rate is that of forward and backward of a small transformer (flops counted as in `thinwire.workload`) without the
 optimizer and without any exchange, while every rank of the probe does the same: ranks that share a machine share its
-cores and its memory. A large matrix product is timed as well; it is the ceiling, not what training achieves.
+cores, its GPUs and its memory. A large matrix product is timed as well; it is the ceiling, not what training achieves. And the
+copy of a large buffer: an optimizer does little else than read and write. All of it warm: on a device first steps compile, and
+choose kernels.
 """
 
 import time
@@ -20,16 +22,20 @@ from thinwire.workload import Workload
 
 STEP_S = 1.2
 MIN_STEPS = 3
+WARM_STEPS = 5
+"""On a device; one on the CPU."""
 MATMUL_S = 0.4
+COPIES = 8
 BFLOAT16_PAYS_BELOW = 0.75
 
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """Of one rank: flop/s of each timed training step, and of a matrix product."""
+    """Of one rank: flop/s of each timed training step, and of a matrix product; bytes that a copy reads and writes."""
 
     steps_flops_per_s: tuple[float, ...]
     matmul_flops_per_s: float
+    memory_bytes_per_s: float
 
 
 def find_device(local_rank: int) -> torch.device:
@@ -87,7 +93,8 @@ def compute(device: torch.device, dtype: str, barrier: Callable[[], None]) -> Co
         _wait(device)
 
     barrier()
-    step()
+    for _ in range(1 if on_cpu else WARM_STEPS):
+        step()
     rates: list[float] = []
     begun = time.perf_counter()
     while len(rates) < MIN_STEPS or time.perf_counter() - begun < STEP_S:
@@ -95,7 +102,21 @@ def compute(device: torch.device, dtype: str, barrier: Callable[[], None]) -> Co
         step()
         rates.append(flops / (time.perf_counter() - started))
     barrier()
-    return Computed(tuple(rates), _matmul_flops_per_s(device, torch.bfloat16 if dtype == "bfloat16" else torch.float32))
+    matmul = _matmul_flops_per_s(device, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    barrier()
+    return Computed(tuple(rates), matmul, copy_bytes_per_s(device))
+
+
+def copy_bytes_per_s(device: torch.device) -> float:
+    """The fastest of some copies of a buffer that no cache holds, read and written."""
+    source = torch.ones(2**25 if device.type == "cpu" else 2**27, device=device)
+    target, fastest_s = source.clone(), float("inf")
+    for _ in range(COPIES):
+        started = time.perf_counter()
+        target.copy_(source)
+        _wait(device)
+        fastest_s = min(fastest_s, time.perf_counter() - started)
+    return 2 * source.nbytes / fastest_s
 
 
 def _matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
@@ -109,5 +130,5 @@ def _side(device: torch.device) -> int:
 
 
 def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

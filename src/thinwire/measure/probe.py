@@ -100,4 +100,5 @@ def _host(index: int, home: _Home, network: Network | None, computed: Sequence[t
         flops_per_s=estimate([rate for done, _ in computed for rate in done.steps_flops_per_s]),
         matmul_flops_per_s=median(done.matmul_flops_per_s for done, _ in computed),
         memory_bytes=min(memory for _, memory in computed),
+        memory_bytes_per_s=median(done.memory_bytes_per_s for done, _ in computed),
     )

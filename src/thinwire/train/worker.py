@@ -22,6 +22,7 @@ from thinwire.environment import Environment, Place
 from thinwire.errors import UserError
 from thinwire.lab.commands import TRAINING
 from thinwire.layout import AXES, REPLICAS, Layout
+from thinwire.measure.compute import kind_of
 from thinwire.measure.gather import gather
 from thinwire.plan import memory
 from thinwire.plan.cost import Prediction, Setting, predict
@@ -124,7 +125,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     ledger.axes[group.group_name] = axis  # an axis as large as the world uses the default group, which has no axis
     if isinstance(group, backend.MeteredGroup):
         backend.self_test(group, ledger)
-    cluster = setup.find_cluster(config, rank.environment, layout.world_size)
+    cluster = setup.find_cluster(config, rank.environment, layout.world_size, kind_of(rank.device))
     folder, disks = setup.agree_on_folder(config, resume)
     task = setup.make_task(config, layout, rank.environment)
     room = setup.find_room(rank.device, rank.host)
@@ -239,6 +240,7 @@ def _predict(
         rates_are=rates_are,
         optimizer=config.train.optimizer.kind,
         assignment=assignment,
+        kind=kind_of(rank.device),
     )
     transfers = stepper.sync.traffic(task.workload, layout) + report_traffic(config.train, layout.replica_axis, layout.replicas)
     carrier = setup.choose_carrier(rank.tuner, cluster, groups, transfers)
