@@ -38,14 +38,24 @@ class Computed:
     memory_bytes_per_s: float
 
 
-def find_device(local_rank: int) -> torch.device:
-    """The rank's card if this torch has CUDA, else the CPU with one thread a rank."""
+def find_device(number: int, *, alone: bool = False) -> torch.device:
+    """A GPU if this torch has CUDA, by the rank's number on this machine modulo theirs, else the CPU with one thread a rank.
+
+    alone: no other rank needs a core.
+    """
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        device = torch.device("cuda", number % torch.cuda.device_count())
         torch.cuda.set_device(device)
         return device
-    torch.set_num_threads(1)
+    if not alone:
+        torch.set_num_threads(1)
     return torch.device("cpu")
+
+
+def shared_gpus(ranks: int) -> str:
+    """A line about so many ranks on this machine; "" where each has a GPU of its own, or there is none."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return f"{ranks} ranks share {gpus} GPU{'s' * (gpus > 1)}" if 0 < gpus < ranks else ""
 
 
 def kind_of(device: torch.device) -> str:

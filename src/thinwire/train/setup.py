@@ -139,12 +139,12 @@ def make_task(config: RunConfig, layout: Layout, environment: Environment) -> La
     return task
 
 
-def find_room(device: torch.device, host: str) -> list[Room]:
-    """Where the ranks share memory, and how much of it is free."""
+def find_room(device: torch.device, host: str, *, in_lab: bool = False) -> list[Room]:
+    """Where the ranks share memory, and how much of it is free. in_lab: all hosts have the same GPUs."""
     mine: tuple[str, Free | None] = host, free_memory()
-    if device.type == "cuda":
-        name = f"{host} {device}"
-        mine = name, Free(float(torch.cuda.mem_get_info(device)[0]), name)
+    if device.type != "cpu":
+        name = str(device) if in_lab else f"{host} {device}"
+        mine = name, Free(float(torch.get_device_module(device).mem_get_info(device)[0]), name)
     return rooms(gather(mine))
 
 
