@@ -3,13 +3,14 @@
 PYTHON ?= python3
 CLUSTER ?= clusters/four-hosts-100mbit.toml
 BIN := .venv/bin
+GPU_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON))
 JOBS ?= 3
 TESTS := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all conformance check format docs outputs clean
+.PHONY: help setup train test test-all conformance gpu check format docs outputs clean
 
 help: ## print these targets
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +41,12 @@ test-all: setup ## run every test, the long ones too
 
 conformance: setup ## run PyTorch's own tests of torch.distributed on our backend, metered and with chosen collectives
 	@$(BIN)/python tools/conformance.py
+
+gpu: ## on a machine with a GPU: its tests and benchmarks, in .venv or, where there is none, with the torch that PYTHON has
+	@mkdir -p runs
+	@export PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH}; $(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else f"torch {torch.__version__} of {sys.executable} finds no GPU")' && \
+	$(GPU_PYTHON) -m pytest -m gpu && \
+	$(GPU_PYTHON) -m thinwire bench gpu --cluster four-hosts-1gbit --json runs/gpu.json
 
 check: setup ## lint, format, types, floors
 	@$(BIN)/ruff check .

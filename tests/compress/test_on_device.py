@@ -5,6 +5,7 @@ two devices) is held on fake tensors, with `meta` in place of a device.
 """
 
 import math
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -201,3 +202,36 @@ def test_nothing_is_read_on_the_host_and_no_device_is_mixed(kind: str) -> None:
     done = subprocess.run([sys.executable, str(FAKE), kind], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("all on the device")
+
+
+RANKS = Path(__file__).parent / "device_ranks.py"
+
+
+def ranks_on(device: str, kind: str) -> None:
+    """Two ranks of `device_ranks`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    commands = [[sys.executable, str(RANKS), str(rank), "2", str(port), device, kind] for rank in range(2)]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    try:
+        for process in running:
+            _, errors = process.communicate(timeout=200)
+            assert process.returncode == 0, errors[-2000:]
+    finally:
+        for process in running:
+            process.kill()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_delivers_what_a_cpu_delivers(kind: str) -> None:
+    """Two ranks that share it, over NCCL, against gloo and threads: to the bit where the arithmetic is exact."""
+    ranks_on("cuda", kind)
+
+
+@pytest.mark.long
+def test_the_test_for_gpus_runs_without_one() -> None:
+    ranks_on("cpu", "int4")

@@ -26,6 +26,7 @@ BENCHMARKS = (
     "compress",
     "ddp",
     "fsdp",
+    "gpu",
     "lab",
     "ledger",
     "probe",

@@ -1,7 +1,7 @@
 """One rank of a script of this folder: python -m thinwire.bench.peers.rank SCRIPT RESULTS '{"a setting": 1, ...}'
 
 A script has `measure(rank)`; what it returns on rank 0 becomes RESULTS/SCRIPT.json. Before the process group is made,
-`register(rank)` of a script may choose the backend; else it is the metered one.
+`register(rank)` of a script may register the backend, or return the name of another; else it is the metered one.
 """
 
 import importlib
@@ -73,11 +73,12 @@ def main(script, results, settings):
     module = importlib.import_module(f"thinwire.bench.peers.{script}")
     torch.set_num_threads(1)
     rank = Rank(json.loads(settings), Path(results))
+    name = backend.NAME
     if hasattr(module, "register"):
-        module.register(rank)
+        name = module.register(rank) or name
     else:
         backend.register(rank.ledger)
-    with process_group(rank.place, backend.NAME, rank.settings.get("timeout_s", TIMEOUT_S)):
+    with process_group(rank.place, name, rank.settings.get("timeout_s", TIMEOUT_S)):
         found = module.measure(rank)
         if found is not None and rank.place.rank == 0:
             (rank.results / f"{script}.json").write_text(json.dumps(found))

@@ -4,6 +4,9 @@
 
 Headers are bf16, not fp16: the same two bytes, but fp16 ends at 6e-8, where gradients go on. Where kernels are not fused, the
 vector is walked in pieces that stay in the processor's cache, so that memory is read once and not once an operation.
+
+On a device kernels are fused wherever Triton is there, without being asked: each operation by itself would read all of memory.
+Scratch memory is then the codes of the vectors; else some times PIECE_ON_DEVICE values.
 """
 
 from collections.abc import Callable
@@ -13,12 +16,15 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton
 
 from thinwire.compress.base import Codec, check_payload, check_values
 from thinwire.compress.codecs.fused import compiled, fused_or_reason
 
 PIECE = 1 << 17
 """Values a piece has at most: half a MiB."""
+PIECE_ON_DEVICE = 1 << 24
+"""As PIECE: enough to keep a device busy, 64 MiB."""
 TOGETHER = 4
 """Payloads that one fused kernel adds up at most: each number of them is a kernel of its own."""
 
@@ -90,7 +96,7 @@ class Blocked(Codec):
 
     def encode_rows(self, rows: Tensor, payloads: Tensor, *, subtract: bool = False) -> None:
         blocks = rows.shape[1] // self.block
-        fused = self._fused_for(blocks)
+        fused = self._fused_for(blocks, rows.device)
         header, codes = self._parts(payloads, blocks)
         kernels = fused or self.kernels
         kernel = kernels.subtract if subtract else kernels.encode
@@ -107,7 +113,7 @@ class Blocked(Codec):
 
     def decode_rows(self, payloads: Tensor, rows: Tensor) -> None:
         blocks = rows.shape[1] // self.block
-        fused = self._fused_for(blocks)
+        fused = self._fused_for(blocks, rows.device)
         header, codes = self._parts(payloads, blocks)
         if fused is None:
             self._walk(self.kernels.decode, rows, header, codes)
@@ -117,7 +123,7 @@ class Blocked(Codec):
     def add_rows(self, payloads: Tensor, total: Tensor) -> None:
         rows = self.rows(total)
         blocks = len(rows)
-        fused = self._fused_for(blocks)
+        fused = self._fused_for(blocks, rows.device)
         kernels, width, step = (self.kernels, 1, self._step(rows)) if fused is None else (fused, TOGETHER, blocks)
         header, codes = self._parts(payloads, blocks)
         for first in range(0, blocks, step):
@@ -156,12 +162,19 @@ class Blocked(Codec):
         codes = payloads[:, border : border + self.code_bytes * blocks].view(torch.int8).view(r, blocks, self.code_bytes)
         return header, codes
 
-    def _fused_for(self, blocks: int) -> Kernels | None:
-        return self.fused_kernels if blocks > 1 else None  # torch.compile makes a kernel of its own for lengths of 1
+    @cached_property
+    def device_kernels(self) -> Kernels | None:
+        """Each in one pass, where a device can have them."""
+        return Kernels(*(compiled(kernel) for kernel in self.kernels)) if has_triton() else None
+
+    def _fused_for(self, blocks: int, device: torch.device) -> Kernels | None:
+        if blocks < 2:  # torch.compile makes a kernel of its own for lengths of 1
+            return None
+        return self.fused_kernels if device.type == "cpu" else self.device_kernels
 
     def _step(self, rows: Tensor) -> int:
         """Blocks to take at a time."""
-        return PIECE // self.block if rows.device.type == "cpu" else max(1, len(rows))
+        return (PIECE if rows.device.type == "cpu" else PIECE_ON_DEVICE) // self.block
 
     def _walk(self, kernel: Kernel, rows: Tensor, header: Tensor, codes: Tensor) -> None:
         """Row by row and piece by piece."""
