@@ -1,7 +1,9 @@
-"""gloo as if its messages had no tags, as NCCL's have none: they match in order, and what begins as one is one Work."""
+"""gloo with two ways of NCCL. Its messages have no tags: they match in order, and what begins as one is one Work. And a call
+that need not be waited for gives no Work."""
 
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,6 +62,26 @@ class TaglessTransport(GlooTransport):
         return Tagless(super().new_group(name, order))
 
 
+class Workless:
+    """A gloo group."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._group, name)
+        return partial(_called, found) if callable(found) and name not in ("rank", "size") else found
+
+
+def _called(call: Any, *arguments: Any) -> Any:
+    work = call(*arguments)
+    if getattr(arguments[-1], "asyncOp", True):
+        return work
+    work.wait()
+    return None
+
+
 def over_tagless(options: Any, place: Place) -> tuple[Any, TaglessTransport]:
     """An `InnerFactory`."""
-    return dist.ProcessGroupGloo(options.store, place.rank, place.size, place.timeout), TaglessTransport(place)
+    gloo = dist.ProcessGroupGloo(options.store, place.rank, place.size, place.timeout)
+    return Workless(gloo), TaglessTransport(place)

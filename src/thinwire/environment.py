@@ -53,6 +53,13 @@ class Environment:
     results: Path | None
     """The folder in which the launcher looks for `run_folder`, a file with the path of the run folder."""
 
+    @property
+    def here(self) -> tuple[int, int]:
+        """This rank's number among the ranks on this machine, and how many they are: in a lab all, which share its GPUs."""
+        if self.place is None:
+            return 0, 1
+        return (self.place.rank, self.place.world_size) if self.lab else (self.place.local_rank, self.place.local_size or 1)
+
 
 def read_environment() -> Environment:
     """Read the environment. place is None when nobody has started several ranks."""
@@ -70,6 +77,21 @@ def read_environment() -> Environment:
 def loopback_environment() -> dict[str, str]:
     """Variables for ranks that all run on this machine: gloo talks over loopback, whatever the host's name resolves to."""
     return {"GLOO_SOCKET_IFNAME": "lo" if Path("/sys/class/net/lo").exists() else "lo0"}
+
+
+def shared_gpu_variables(place: Place, gpus: int, host: str) -> dict[str, str]:
+    """Variables for a rank whose host has more ranks than GPUs: NCCL takes two ranks on one GPU only if it thinks them on two
+    hosts. Its hosts talk through sockets; those of one machine need no card for that."""
+    if not 0 < gpus < place.local_size:
+        return {}
+    alone = {"NCCL_SOCKET_IFNAME": "lo"} if place.local_size == place.world_size else {}
+    return {"NCCL_HOSTID": f"{host}-{place.rank}", **alone}
+
+
+def set_variables(variables: dict[str, str]) -> None:
+    """Set `variables` for libraries of this process that read them later; those already set are the user's and stay."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
 
 
 @contextmanager

@@ -107,6 +107,8 @@ class StepCost(Entry):
     exposed_s: Number = math.nan
     waiting_s: Number = math.nan
     optimizer_s: Number = math.nan
+    host_s: Number = math.nan
+    """Of a device: it had nothing to do. The other parts are then those of its stream."""
     tokens_per_s: Number = math.nan
     wire_bytes_per_step: Number = math.nan
     assumptions: tuple[str, ...] = ()
@@ -173,6 +175,7 @@ class Step(_Event):
     exposed_s: Number = math.nan
     waiting_s: Number = math.nan
     optimizer_s: Number = math.nan
+    host_s: Number = math.nan
     tokens_per_s: Number = math.nan
     wire_bytes: Number = math.nan
     learning_rate: Number = math.nan

@@ -1,7 +1,7 @@
 """Numbers with units, as people write them in files and as the tables show them.
 
-Base units: bit/s for rates (networks count bits), s, B (bytes), flop/s. Decimal prefixes k M G T P multiply by 1000;
-Ki Mi Gi Ti by 1024 and are for bytes only.
+Base units: bit/s for rates (networks count bits), s, B (bytes), B/s (of memory), flop/s. Decimal prefixes k M G T P multiply
+by 1000; Ki Mi Gi Ti by 1024 and are for bytes only.
 """
 
 import re
@@ -18,16 +18,17 @@ _FACTORS: dict[str, dict[str, float]] = {
     "bit/s": {f"{prefix}bit/s": factor for prefix, factor in _DECIMAL.items()}
     | {f"{prefix}B/s": 8 * factor for prefix, factor in _DECIMAL.items()},
     "s": _SECONDS,
+    "B/s": {f"{prefix}B/s": factor for prefix, factor in _DECIMAL.items()},
     "B": {f"{prefix}B": factor for prefix, factor in (_DECIMAL | _BINARY).items()},
     "flop/s": {f"{prefix}flop/s": factor for prefix, factor in _DECIMAL.items()},
     "": {"": 1.0, "%": 0.01},
 }
-_EXAMPLES = {"bit/s": "100 Mbit/s", "s": "50 us", "B": "4 GiB", "flop/s": "10 Gflop/s", "": "0.5 or 50 %"}
+_EXAMPLES = {"bit/s": "100 Mbit/s", "s": "50 us", "B": "4 GiB", "B/s": "2 TB/s", "flop/s": "10 Gflop/s", "": "0.5 or 50 %"}
 _NUMBER = re.compile(r"\s*([+-]?[0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*(\S*)\s*")
 
 
 def parse(value: int | float | str, unit: str) -> float:
-    """Return `value` in the base unit `unit` ("bit/s", "s", "B", "flop/s" or "" for a plain fraction).
+    """Return `value` in the base unit `unit` ("bit/s", "s", "B", "B/s", "flop/s" or "" for a plain fraction).
 
     A bare number is already in the base unit. Raises UserError naming the allowed units otherwise.
     """

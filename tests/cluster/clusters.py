@@ -26,10 +26,11 @@ def devices(draw: st.DrawFn, host: str) -> tuple[Device, ...]:
     )
     alike = draw(st.booleans())
     common = (draw(st.none() | quantities()), draw(st.none() | quantities()), draw(st.sampled_from(["cpu", "h100"])))
+    rate = draw(st.none() | quantities())
     result = []
     for name in names:
         flops, memory, kind = common if alike else (draw(st.none() | quantities()), None, name)
-        result.append(Device(name=f"{host}/{name}", kind=kind, flops_per_s=flops, memory_bytes=memory))
+        result.append(Device(name=f"{host}/{name}", kind=kind, flops_per_s=flops, memory_bytes=memory, memory_bytes_per_s=rate))
     return tuple(result)
 
 

@@ -13,9 +13,11 @@ from thinwire.cluster.graph import Routes
 SHIPPED = {
     "laptop": 4,
     "four-hosts-100mbit": 4,
+    "four-hosts-1gbit": 4,
     "four-hosts-of-two-100mbit": 8,
     "eight-hosts-100mbit": 8,
     "two-racks": 8,
+    "two-racks-gpu": 8,
     "one-slow-host": 8,
     "two-sites": 4,
     "home-internet": 4,
@@ -50,11 +52,13 @@ def test_any_cluster_comes_back_equal(cluster) -> None:
         assert load_cluster(Path(folder) / "cluster.toml") == cluster
 
 
-def test_two_racks_share_uplinks_as_fast_as_one_card_and_ranks_alternate() -> None:
-    cluster = load_cluster("two-racks")
+@pytest.mark.parametrize(("name", "rate_bps"), [("two-racks", 1e8), ("two-racks-gpu", 1e9)])
+def test_two_racks_share_uplinks_as_fast_as_one_card_and_ranks_alternate(name: str, rate_bps: float) -> None:
+    cluster = load_cluster(name)
+    assert {link.bandwidth_bps.value for link in cluster.links} == {rate_bps}
     assert [cluster.host_of(rank).rack for rank in range(8)] == ["rack-a", "rack-b"] * 4
     uplinks = [link for link in cluster.links if "switch" in (link.source, link.target)]
-    assert len(uplinks) == 4 and {link.bandwidth_bps.value for link in uplinks} == {1e8}
+    assert len(uplinks) == 4
     assert [link.target for link in Routes(cluster).between(0, 1)] == ["rack-a", "switch", "rack-b", "b0"]
     assert [link.target for link in Routes(cluster).between(0, 2)] == ["rack-a", "a1"]
 

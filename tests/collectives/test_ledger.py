@@ -3,9 +3,12 @@
 import json
 import threading
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fake_stream import Device
+from thinwire.collectives.clock import DeviceClock, HostClock
 from thinwire.collectives.ledger import SETUP_STEP, Call, Group, Ledger, Total, difference
 from thinwire.collectives.wire import sent_bytes
 
@@ -84,9 +87,36 @@ def test_steps_and_seconds() -> None:
         enter(ledger, "", "all_reduce", 8, 0)
     (entry,) = ledger.snapshot().values()
     assert (entry.first_step, entry.last_step, entry.calls, entry.seconds) == (SETUP_STEP, 7, 4, 0.0)
-    ledger.completed(total, issued=0.0)
+    ledger.completed(total, HostClock(), issued=0.0)
     (entry,) = ledger.snapshot().values()
     assert entry.seconds > 0
+
+
+def test_on_a_device_seconds_lie_between_events_and_nobody_waits_for_them() -> None:
+    """Three calls of 2 s of a device that the host is ahead of: what is not over is missing, and comes with a later look."""
+    device, ledger = Device(), Ledger()
+    clock = DeviceClock(device.event)
+    for _ in range(3):
+        issued = clock.now()
+        total = enter(ledger, "", "all_reduce", 8, 0)
+        device.enqueue(2.0)
+        ledger.completed(total, clock, issued)
+    for after_s, seconds in ((1.9, 0.0), (4.1, 4.0), (6.0, 6.0), (9.0, 6.0)):
+        device.reach(after_s)
+        (entry,) = ledger.snapshot().values()
+        assert (entry.calls, entry.seconds) == (3, pytest.approx(seconds))
+    assert device.waits == 0 and not ledger._under_way
+
+
+def test_calls_that_are_over_do_not_pile_up_unread() -> None:
+    device, ledger = Device(), Ledger()
+    clock = DeviceClock(device.event)
+    for _ in range(100):
+        total = enter(ledger, "", "all_reduce", 8, 0)
+        ledger.completed(total, clock, clock.now())
+        device.enqueue(1.0)
+        device.reach(device.end_s)
+    assert len(ledger._under_way) <= 1
 
 
 def test_the_axis_is_the_groups_own_until_the_ledger_knows_better() -> None:

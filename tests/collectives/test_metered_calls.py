@@ -4,7 +4,9 @@ import torch
 import torch.distributed as dist
 
 from pool import Pool, Rank
-from thinwire.collectives.ledger import Call, Total
+from tagless import over_tagless
+from thinwire.collectives.backend import register
+from thinwire.collectives.ledger import Call, Ledger, Total
 from thinwire.collectives.metered_calls import all_reduce, swap
 
 N = 24
@@ -15,6 +17,25 @@ def through_the_seam(context: Rank, backend: str) -> tuple[float, list[tuple[Cal
     x = torch.ones(N)
     all_reduce(x, group, context.ledger, "bucket 0").wait()
     return float(x.sum()), list(context.recorded().items())
+
+
+def waited_for(context: Rank) -> tuple[list[float], dict[Call, Total]]:
+    """By a metered group whose inner one gives no Work where nobody need wait: each call, and a barrier."""
+    ledger = Ledger()
+    register(ledger, "workless", over_tagless)
+    group = dist.new_group(backend="workless")
+    x, parts = torch.ones(N), [torch.zeros(N) for _ in range(4)]
+    dist.all_reduce(x, group=group)
+    dist.all_gather(parts, x, group=group)
+    dist.barrier(group=group)
+    return [float(part.sum()) for part in parts], ledger.snapshot()
+
+
+def test_a_synchronous_call_need_not_give_a_work(ranks4: Pool) -> None:
+    for sums, entries in ranks4.run(waited_for):
+        assert sums == [4.0 * N] * 4
+        assert [call.op for call in entries] == ["all_reduce", "all_gather", "barrier"]
+        assert all(total.calls == 1 and total.seconds > 0 for total in entries.values())
 
 
 def test_a_call_is_entered_once_whatever_the_backend(ranks4: Pool) -> None:

@@ -34,6 +34,7 @@ def make(racks: list[int | None], rates: list[float], devices: int = 1, together
             flops_per_s=around(1e10),
             matmul_flops_per_s=2e10,
             memory_bytes=2.0**33,
+            memory_bytes_per_s=3e9 * (index + 1),
         )
         for index, rack in enumerate(racks)
     )

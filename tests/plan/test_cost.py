@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinwire.cluster import load_cluster
+from thinwire.cluster import Device, Quantity, load_cluster
 from thinwire.cluster.equal import equal_hosts
 from thinwire.collectives.price import price
 from thinwire.config.model import preset
@@ -139,3 +139,29 @@ def test_racks_are_priced_by_their_uplink() -> None:
     from thinwire.cluster.graph import Routes
 
     assert found.transfers[0].seconds == price(Routes(cluster), "all_reduce", 2**22, range(8))
+
+
+def on_devices(rank_1: Device, kind: str = "") -> Prediction:
+    """Of rank 1 of two."""
+    made = setting(ranks=2)
+    first, second = made.cluster.hosts
+    second = replace(second, devices=(replace(rank_1, name=second.devices[0].name),))
+    return predict(replace(made, cluster=replace(made.cluster, hosts=(first, second)), kind=kind), [], rank=1)
+
+
+def test_the_optimizer_costs_what_it_touches_at_the_rate_of_its_own_device() -> None:
+    touched = 3 * WORKLOAD.stored_bytes + 2 * WORKLOAD.optimizer_bytes("adamw")
+    fast = on_devices(Device(name="", kind="h100", memory_bytes_per_s=Quantity(2e12, "measured")))
+    assert fast.optimizer_s == pytest.approx(touched / 2e12) and "memory rate: measured" in fast.assumptions
+    core = on_devices(Device(name="", memory_bytes_per_s=Quantity(8e9)))
+    assert core.optimizer_s == pytest.approx(touched / 8e9) and "memory rate: declared" in core.assumptions
+
+
+def test_a_rate_that_is_not_known_is_taken_by_kind_and_said_of_a_gpu() -> None:
+    core, gpu = on_devices(Device(name="")), on_devices(Device(name="", kind="h100"))
+    assert core.optimizer_s == pytest.approx(predict(setting(), []).optimizer_s)
+    assert not any("memory rate" in line for line in core.assumptions)
+    assert gpu.optimizer_s < core.optimizer_s / 100
+    assert "memory rate: taken as 1 TB/s, the cluster file has no memory_bytes_per_s of h100" in gpu.assumptions
+    rated = Device(name="", memory_bytes_per_s=Quantity(8e9))
+    assert on_devices(rated, kind="h100").optimizer_s == gpu.optimizer_s, "that of a CPU says nothing of the GPU beside it"

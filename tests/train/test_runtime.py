@@ -1,14 +1,15 @@
 """Who started this process: each launcher's variables."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from thinwire.environment import Place, read_environment
+from thinwire.environment import Place, read_environment, set_variables, shared_gpu_variables
 from thinwire.errors import UserError
 
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "THINWIRE_LAB")
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "THINWIRE_LAB")
 
 
 @pytest.fixture(autouse=True)
@@ -71,3 +72,36 @@ def test_the_lab_tells_where_a_process_is(monkeypatch: pytest.MonkeyPatch, tmp_p
     (tmp_path / "lab.json").write_text("{}")
     with pytest.raises(UserError, match="THINWIRE_LAB"):
         read_environment()
+
+
+def at(rank: int, world_size: int, local_rank: int, local_size: int) -> Place:
+    return Place(
+        rank=rank, world_size=world_size, local_rank=local_rank, local_size=local_size, master_address="a", master_port=1
+    )
+
+
+def test_ranks_that_share_a_gpu_are_hosts_of_their_own_to_nccl() -> None:
+    """On one machine over its loopback; on two by the cards; and where each has its own, nothing is set."""
+    ids = [shared_gpu_variables(at(rank, 4, rank, 4), 1, "node") for rank in range(4)]
+    assert len({one["NCCL_HOSTID"] for one in ids}) == 4 and {one["NCCL_SOCKET_IFNAME"] for one in ids} == {"lo"}
+    apart = [shared_gpu_variables(at(2 * host + local, 4, local, 2), 1, f"node{host}") for host in (0, 1) for local in (0, 1)]
+    assert len({one["NCCL_HOSTID"] for one in apart}) == 4 and all(len(one) == 1 for one in apart)
+    assert shared_gpu_variables(at(1, 4, 1, 4), 4, "node") == shared_gpu_variables(at(1, 4, 1, 4), 0, "node") == {}
+
+
+def test_variables_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_HOSTID", "mine")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "")
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME")
+    set_variables({"NCCL_HOSTID": "ours", "NCCL_SOCKET_IFNAME": "lo"})
+    assert (os.environ["NCCL_HOSTID"], os.environ["NCCL_SOCKET_IFNAME"]) == ("mine", "lo")
+
+
+def test_all_ranks_of_a_lab_are_on_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    launched = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert read_environment().here == (0, 1)
+    assert place_of(monkeypatch, **launched) is not None and read_environment().here == (1, 2)
+    told = {"cluster": "/c.toml", "host": "host2", "paced": True, "delay": "none", "results": "/results"}
+    (tmp_path / "lab.json").write_text(json.dumps(told))
+    monkeypatch.setenv("THINWIRE_LAB", str(tmp_path / "lab.json"))
+    assert read_environment().here == (5, 8)

@@ -107,7 +107,7 @@ def test_descent_by_signs_is_its_formula() -> None:
 class Alone:
     """A synchroniser of one rank, as far as a step calls it."""
 
-    ready_at = 0.0
+    ready_at = None
 
     def microbatch(self, *, last: bool) -> Any:
         return nullcontext()

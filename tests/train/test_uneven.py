@@ -1,6 +1,5 @@
 """Micro-batches assigned by speed, on real ranks: the mathematics of one global batch, resumed bit for bit."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from thinwire.train.checkpoint.files import newest_whole, read_progress
 from thinwire.train.checkpoint.saver import Saver
 from thinwire.train.checkpoint.state import Parts
 from thinwire.train.runtime import StopRequest
-from thinwire.train.step import Stepper, StepTimes
+from thinwire.train.step import Ran, Stepper, StepTimes
 from thinwire.train.trainer import Trainer
 from thinwire.train.worker import Outcome, train_as
 from thinwire.train.worker import Rank as TrainingRank
@@ -65,9 +64,11 @@ def one_process(steps: int, total: int) -> tuple[list[torch.Tensor], list[float]
 class Declared(Stepper):
     """A stepper whose micro-batches take as long as `seconds(step)` declares, whatever the machine does."""
 
-    def run(self, step: int, batches: Any, num_micro: int, mean_micro: float | None = None) -> tuple[float, StepTimes]:
-        loss, times = super().run(step, batches, num_micro, mean_micro)
-        return loss, replace(times, compute_s=num_micro * self.seconds(step), wait_s=10.0)
+    def run(self, step: int, batches: Any, num_micro: int, mean_micro: float | None = None) -> Ran:
+        ran = super().run(step, batches, num_micro, mean_micro)
+        parts = StepTimes(compute_s=num_micro * self.seconds(step), wait_s=10.0, optimizer_s=0.0)
+        object.__setattr__(ran, "times", lambda: parts)
+        return ran
 
     def seconds(self, step: int) -> float:
         raise NotImplementedError

@@ -45,6 +45,7 @@ def run(
     from thinwire.lab.commands import processes_for
     from thinwire.lab.run import LabOptions, launch, prepare
     from thinwire.lab.stalls import Stall
+    from thinwire.measure.memory import has_gpu
     from thinwire.record import Cards
 
     network = load_cluster(cluster)
@@ -58,6 +59,11 @@ def run(
         typer.echo("thinwire: lab: compute is not paced; hosts that wait lend their cores to the others", err=True)
     size = f"{len(network.hosts)} hosts, {len(network.links)} links"
     typer.echo(f"lab: {network.name}, {size}; starting {len(processes)} processes (torch takes some seconds to load)")
+    if has_gpu():
+        from thinwire.measure.compute import shared_gpus
+
+        if line := shared_gpus(network.world_size):
+            typer.echo(f"lab: {line}")
     result = launch(network, processes, options, prepared)
     _show_cards(result)
     if result.run_folder and result.failure is None:

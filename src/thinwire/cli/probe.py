@@ -57,6 +57,7 @@ def probe(
 
 def _work(environment: "Environment", files: tuple[Path, Path | None], name: str, how: tuple[str, float, str]) -> None:
     from thinwire.collectives.address import address_of_default_group
+    from thinwire.measure.compute import shared_gpus
     from thinwire.measure.gather import gather
     from thinwire.measure.probe import measure
     from thinwire.train.runtime import process_group
@@ -70,7 +71,10 @@ def _work(environment: "Environment", files: tuple[Path, Path | None], name: str
             raise UserError(problem)
         if problem:
             leave(USER_ERROR)
-        findings = measure(place.local_rank, address_of_default_group(), dtype, lambda line: print(line, flush=True))
+        number, ranks_here = environment.here
+        if place.rank == 0 and (line := shared_gpus(ranks_here)):
+            print(line, flush=True)
+        findings = measure(number, address_of_default_group(), dtype, lambda line: print(line, flush=True))
         if place.rank == 0:
             _conclude(findings, files, name, paced=bool(environment.lab and environment.lab.paced))
 

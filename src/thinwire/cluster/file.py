@@ -7,6 +7,7 @@
     name = "host{i}"                # {i} counts 0 .. count-1
     count = 4
     device = { kind = "cpu", flops_per_s = "10 Gflop/s", memory_bytes = "4 GiB" }       # a list where devices differ
+                                    # kind: "cpu", or any name of a GPU; memory_bytes_per_s = "2 TB/s": what a copy does
     card = { bandwidth_bps = "100 Mbit/s", latency_s = "100 us" }      # a cable to the switch of its rack, or to `to`
 
     [[rack]]                        # shorthand: a switch, and a cable from it to the core switch
@@ -83,7 +84,7 @@ def dump_cluster(cluster: Cluster, path: Path) -> None:
 def _devices(host: Host) -> dict[str, Any] | list[dict[str, Any]]:
     """One table with a count where the devices are equal and numbered from 0, else a table each."""
     names = [device.name.removeprefix(f"{host.name}/") for device in host.devices]
-    tables = [_table(device, ("kind", "flops_per_s", "memory_bytes")) for device in host.devices]
+    tables = [_table(device, ("kind", "flops_per_s", "memory_bytes", "memory_bytes_per_s")) for device in host.devices]
     stem = re.sub(r"0$", "", names[0])
     if all(table == tables[0] for table in tables) and names == [f"{stem}{j}" for j in range(len(names))]:
         return tables[0] | {"name": stem + "{j}", "count": len(names)}

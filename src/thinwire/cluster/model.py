@@ -27,12 +27,14 @@ class Quantity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """What computes: `name` is global ("host0/cpu0"); flops_per_s is what a training step achieves, not the peak."""
+    """What computes: `name` is global ("host0/cpu0"); flops_per_s is what a training step achieves, not the peak;
+    memory_bytes_per_s what a copy of a large buffer does, read and written. kind: "cpu", or that of a GPU."""
 
     name: str
     kind: str = "cpu"
     flops_per_s: Quantity | None = None
     memory_bytes: Quantity | None = None
+    memory_bytes_per_s: Quantity | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +92,10 @@ class Cluster:
         return {device.name: host for host in self.hosts for device in host.devices}
 
     @cached_property
+    def _device(self) -> dict[str, Device]:
+        return {device.name: device for device in self.devices}
+
+    @cached_property
     def _linked(self) -> set[str]:
         return {end for link in self.links for end in (link.source, link.target)}
 
@@ -141,11 +147,13 @@ class Cluster:
     def host_of(self, rank: int) -> Host:
         return self._host_of_device[self.ranks[rank]]
 
+    def device_of(self, rank: int) -> Device:
+        return self._device[self.ranks[rank]]
+
     @property
     def declared_rates(self) -> tuple[float, ...] | None:
         """flops_per_s of each rank's device; None if one does not declare it."""
-        by_device = {device.name: device.flops_per_s for device in self.devices}
-        rates = [by_device[name] for name in self.ranks]
+        rates = [self.device_of(rank).flops_per_s for rank in range(self.world_size)]
         known = tuple(rate.value for rate in rates if rate is not None)
         return known if len(known) == len(rates) else None
 

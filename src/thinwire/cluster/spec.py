@@ -46,6 +46,7 @@ def _quantity(unit: str, *, zero: bool = False) -> BeforeValidator:
 Bandwidth = Annotated[Quantity, _quantity("bit/s")]
 Latency = Annotated[Quantity, _quantity("s", zero=True)]
 Memory = Annotated[Quantity, _quantity("B")]
+MemoryRate = Annotated[Quantity, _quantity("B/s")]
 Burst = Annotated[Quantity, _quantity("B", zero=True)]
 Rate = Annotated[Quantity, _quantity("flop/s")]
 
@@ -62,6 +63,7 @@ class DeviceSpec(_Spec):
     count: Count = 1
     flops_per_s: Rate | None = None
     memory_bytes: Memory | None = None
+    memory_bytes_per_s: MemoryRate | None = None
 
 
 class Cable(_Spec):
@@ -185,6 +187,7 @@ def _host(spec: HostSpec, index: int) -> Host:
             kind=device.kind,
             flops_per_s=device.flops_per_s,
             memory_bytes=device.memory_bytes,
+            memory_bytes_per_s=device.memory_bytes_per_s,
         )
         for device in spec.device
         for j in range(device.count)

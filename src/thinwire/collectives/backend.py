@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
+from thinwire.collectives.clock import clock_of
 from thinwire.collectives.groups import timeout_of
 from thinwire.collectives.ledger import Group, Ledger, axis_of
 from thinwire.collectives.run.transport import InnerFactory, OverGloo, Place
@@ -121,6 +122,7 @@ class MeteredGroup(dist.ProcessGroup):
         """store: of this group alone, where ranks write down which barrier they have come to. device_type: of the tensors."""
         super().__init__(inner.rank(), inner.size())
         self._ledger, self._inner = ledger, inner
+        self._clock = clock_of(torch.device(device_type))
         self._store, self._barriers = store, 0
         self._desc = ""
         self._over_gloo = isinstance(inner, dist.ProcessGroupGloo)
@@ -156,18 +158,20 @@ class MeteredGroup(dist.ProcessGroup):
         return self._desc
 
     def _entered(
-        self, op: str, tensors: Any, issue: Callable[..., dist.Work], arguments: Sequence[Any], opts: Any, peer: int = 0
+        self, op: str, tensors: Any, issue: Callable[..., dist.Work | None], arguments: Sequence[Any], opts: Any, peer: int = 0
     ) -> dist.Work:
         """The Work of `issue`, which is called with `arguments` and `opts` (if any). tensors: what the message consists of."""
-        issued = time.perf_counter()
+        clock, issued = self._clock, self._clock.now()
         total = self._ledger.enter(op, bytes_of(tensors), self._group, getattr(opts, "rootRank", peer))
-        work = issue(*arguments) if opts is None else issue(*arguments, opts)
+        work: Any = issue(*arguments) if opts is None else issue(*arguments, opts)
         if not getattr(opts, "asyncOp", True):  # the caller will wait at once: here no other thread need wake up to note it
+            work = work or _WaitedWork([])  # NCCL gives None: the call is on the caller's stream, and so before what follows
             work.wait()
-            self._ledger.completed(total, issued)
+            self._ledger.completed(total, clock, issued)
             return work
+        # On a device the callback runs at once, on a stream that waits for the call; so the event it records is the call's end.
         # Holds the ledger only: gloo's thread drops it, late, and as the last holder of a group would have to join itself.
-        done = partial(self._ledger.completed, total, issued)
+        done = partial(self._ledger.completed, total, clock, issued)
         if op in ("send", "recv") or (op == "reduce_scatter" and self._over_gloo):  # which gloo gives no future
             return _WaitedWork([work], done)
         try:
@@ -252,8 +256,9 @@ class MeteredGroup(dist.ProcessGroup):
                 f"{', '.join(f'rank {rank}' for rank in missing)}; are they alive, and does each call it?"
             )
 
-        def issue(options: Any) -> dist.Work:
-            return _Barrier(self._inner.barrier(options), explained)
+        def issue(options: Any) -> dist.Work | None:
+            work = self._inner.barrier(options)
+            return None if work is None else _Barrier(work, explained)
 
         return self._entered("barrier", (), issue, (), opts or dist.BarrierOptions())
 

@@ -1,14 +1,16 @@
 """The ledger: what was really sent. Whoever issues a collective writes it; it knows nothing of predictions.
 
-Calls are summed by (label, axis, op, message bytes); two snapshots subtract, so any stretch of a run can be read.
+Calls are summed by (label, axis, op, message bytes); two snapshots subtract, so any stretch of a run can be read. Seconds are the
+wire's: on a device, where the host only enqueues, they lie between two events, and are added when both have happened. Nobody
+waits for that: it is looked up when a call ends and when the ledger is read.
 """
 
 import threading
-import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from thinwire.collectives.wire import sent_bytes
 
@@ -29,7 +31,7 @@ class Call:
 
 @dataclass(slots=True)
 class Total:
-    """Sums over alike calls of this rank. seconds: from issuing to completion, as the caller could see it."""
+    """Sums over alike calls of this rank. seconds: from issuing to completion, as the caller, or his stream, could see it."""
 
     calls: int = 0
     wire_bytes: int = 0
@@ -41,6 +43,18 @@ class Total:
 Snapshot = dict[Call, Total]
 
 
+class Clock(Protocol):
+    """What `thinwire.collectives.clock` has for hosts and devices."""
+
+    on_device: bool
+
+    def now(self) -> Any: ...
+
+    def passed(self, moment: Any) -> bool: ...
+
+    def seconds(self, begin: Any, end: Any) -> float: ...
+
+
 @dataclass
 class Ledger:
     """One per rank. `step` is set by the training loop; `axes` names process groups by mesh axis."""
@@ -49,6 +63,8 @@ class Ledger:
     axes: dict[str, str] = field(default_factory=dict)
     sent_bytes: int = 0
     _totals: Snapshot = field(default_factory=dict)
+    _under_way: deque[tuple[Total, Clock, Any, Any]] = field(default_factory=deque)
+    """Calls whose seconds are not added yet: when they were issued, and are over."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _local: threading.local = field(default_factory=threading.local)
 
@@ -86,15 +102,25 @@ class Ledger:
             self.sent_bytes += wire_bytes
         return total
 
-    def completed(self, total: Total, issued: float, _future: Any = None) -> None:
-        """Add the time since `issued` (time.perf_counter) to `total`; a callback of futures too."""
-        seconds = time.perf_counter() - issued
+    def completed(self, total: Total, clock: Clock, issued: Any, _future: Any = None) -> None:
+        """Add the time since `issued`, a moment of `clock`, to `total`; a callback of futures too."""
+        ended = clock.now()
         with self._lock:
-            total.seconds += seconds
+            self._under_way.append((total, clock, issued, ended))
+            while self._under_way and self._add(*self._under_way[0]):
+                self._under_way.popleft()
+
+    def _add(self, total: Total, clock: Clock, issued: Any, ended: Any) -> bool:
+        """Whether the call is over; then its seconds count."""
+        if not (clock.passed(issued) and clock.passed(ended)):
+            return False
+        total.seconds += clock.seconds(issued, ended)
+        return True
 
     def snapshot(self) -> Snapshot:
-        """A copy of all totals so far."""
+        """A copy of all totals so far; of calls that a device still works on the seconds are missing."""
         with self._lock:
+            self._under_way = deque(call for call in self._under_way if not self._add(*call))
             return {call: replace(total) for call, total in self._totals.items()}
 
     def entries(self, rank: int) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 The metered backend enters its calls itself; those over any other (NCCL on CUDA) are entered here.
 """
 
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from thinwire.collectives.backend import ALL_GATHER, MeteredGroup, bytes_of
+from thinwire.collectives.clock import clock_of
 from thinwire.collectives.ledger import Group, Ledger, axis_of
 
 
@@ -33,13 +33,13 @@ def all_to_all(output: torch.Tensor, rows: torch.Tensor, group: dist.ProcessGrou
 def _issued(
     op: str, message: torch.Tensor, group: dist.ProcessGroup, ledger: Ledger, label: str, issue: Callable[[], dist.Work]
 ) -> dist.Work:
+    clock = clock_of(message.device)
     with ledger.label(label):
-        issued = time.perf_counter()
+        issued = clock.now()
         total = None if isinstance(group, MeteredGroup) else ledger.enter(op, bytes_of(message), _group(group))
         work = issue()
     if total is not None:
-        # On CUDA the callback runs when the call is enqueued on its stream, so the seconds are those of the launch.
-        work.get_future().add_done_callback(partial(ledger.completed, total, issued))
+        work.get_future().add_done_callback(partial(ledger.completed, total, clock, issued))
     return work
 
 
@@ -49,8 +49,9 @@ def swap(tensor: torch.Tensor, peer: int, group: dist.ProcessGroup, ledger: Ledg
     Both directions are begun before either is waited for, so that nobody must go first.
     """
     theirs = torch.empty_like(tensor)
+    clock = clock_of(tensor.device)
     with ledger.label(label):
-        issued = time.perf_counter()
+        issued = clock.now()
         total = None if isinstance(group, MeteredGroup) else ledger.enter("send", bytes_of(tensor), _group(group))
         calls = [
             dist.P2POp(dist.isend, tensor, group=group, group_peer=peer),
@@ -59,7 +60,7 @@ def swap(tensor: torch.Tensor, peer: int, group: dist.ProcessGroup, ledger: Ledg
         for work in dist.batch_isend_irecv(calls):
             work.wait()
     if total is not None:
-        ledger.completed(total, issued)
+        ledger.completed(total, clock, issued)
     return theirs
 
 

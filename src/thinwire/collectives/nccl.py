@@ -6,8 +6,8 @@ A group whose ranks are all on one host has NCCL's own collectives: in there NCC
 hosts they are chosen as on CPUs; NCCL's own are among what is measured, and stay unless a schedule is faster.
 
 The host only enqueues work on the device. A schedule runs on a stream of the group's own, behind all that the caller's stream had
-been given before; whoever waits makes his own stream wait. Seconds in the ledger are those of enqueueing. NCCL's messages have no
-tags (`run.compiler`); agreements go over gloo.
+been given before; whoever waits makes his own stream wait. Seconds in the ledger lie between events on these streams. NCCL's
+messages have no tags (`run.compiler`); agreements go over gloo.
 
 Ranks whose calls differ are found as on CPUs where they have not agreed yet, and else by NCCL's watchdog, after the time-out.
 """

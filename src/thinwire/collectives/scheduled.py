@@ -9,7 +9,6 @@ are there. They are entered only while somebody profiles, so that they cost noth
 """
 # mypy: disable-error-code="override,assignment,attr-defined,call-arg"
 
-import time
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -114,7 +113,7 @@ class ScheduledGroup(MeteredGroup):
         chosen = self._implementation(call)
         if chosen.native:
             return native()
-        engine, ledger, issued = self._engine, self._ledger, time.perf_counter()
+        engine, ledger, clock, issued = self._engine, self._ledger, self._clock, self._clock.now()
         total = ledger.enter(call.op, call.message_bytes, self._group, call.root, wire_bytes(chosen, call, engine))
         end_of_event = _traced(f"{NAME}:{call.op}", given)
 
@@ -124,7 +123,7 @@ class ScheduledGroup(MeteredGroup):
             finally:
                 if end_of_event is not None:
                     end_of_event()
-            ledger.completed(total, issued)
+            ledger.completed(total, clock, issued)  # on a device on the stream of the job
 
         # An event that ends on the thread where it began would be taken for one that kept this thread busy.
         blocking = not getattr(opts, "asyncOp", True) and end_of_event is None

@@ -1,8 +1,10 @@
 """`thinwire.init()`: torch.distributed over gloo, MPI or NCCL, with collectives chosen for the network that it runs on."""
 
+import socket
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
+import torch
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
@@ -14,7 +16,7 @@ from thinwire.collectives.nccl import register_nccl
 from thinwire.collectives.scheduled import register_scheduled
 from thinwire.collectives.store import open_store
 from thinwire.collectives.tuned.tuner import make_tuner
-from thinwire.environment import agent_has_store, read_environment
+from thinwire.environment import agent_has_store, read_environment, set_variables, shared_gpu_variables
 from thinwire.errors import UserError
 
 Collectives = Literal["measured", "priced", "native"]
@@ -69,6 +71,8 @@ def init(
     elif bind:
         raise UserError(f"bind = {bind!r}: here somebody else opens the store, torchrun or who has given it; leave it out")
     if inner == "nccl":
+        if place := read_environment().place:
+            set_variables(shared_gpu_variables(place, torch.cuda.device_count(), socket.gethostname()))
         register_nccl(ledger, tuner)
     else:
         register_scheduled(ledger, tuner, inner=mpi.inner if mpi else None)

@@ -34,9 +34,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from thinwire.collectives.clock import has_streams
 from thinwire.compress.base import finite, spoiled
 from thinwire.compress.memory import Memory, Stateless
-from thinwire.compress.stages import has_streams
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
 
@@ -227,6 +227,8 @@ class Averager(Stateless, ABC):
     """Whether flags of use travel with it."""
     codes = True
     """Whether it sends codes, which say nothing of what is not finite; else sums."""
+    device = torch.device("cpu")
+    """Of what it averages, where it times its codes."""
     _first: dist.ProcessGroup
     _second: dist.ProcessGroup
 
@@ -242,9 +244,9 @@ class Averager(Stateless, ABC):
     def transfers(self, label: str, parameters: Parameters, exact: Parameters, axis: str, world_size: int) -> list[Transfer]:
         """What `average` will send for `parameters` of one bucket and what rides along, to the byte; no communication."""
 
-    def attach(self, first: dist.ProcessGroup, second: dist.ProcessGroup) -> None:
-        """Before the first `average`: the groups of the first two stages; the third sends nothing."""
-        self._first, self._second = first, second
+    def attach(self, first: dist.ProcessGroup, second: dist.ProcessGroup, device: torch.device | None = None) -> None:
+        """Before the first `average`: the groups of the first two stages; the third sends nothing. device: of the buffers."""
+        self._first, self._second, self.device = first, second, device or self.device
 
     @abstractmethod
     def average(self, share: Share) -> Iterator[None]:

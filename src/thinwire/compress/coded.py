@@ -140,7 +140,7 @@ class CodedExchange(Stateless):
         for one in self._private:
             self._ledger.axes[one.group_name] = axis
         for averager in self._averagers:
-            averager.attach(*self._private)
+            averager.attach(self._private[0], self._private[1], device)
         self._stages = self._make_stages(device)
         self._passes = Passes(self._nonfinite, self._memory, on_device=self._stages.on_device, tracks_use=tracks_use)
         self._passes.meet(self._meeting, group)

@@ -39,7 +39,7 @@ class Gather(Averager):
         """One all-gather. Times the codec."""
         size = sum(self._codec.payload_bytes(parameter.shape) for parameter in parameters)
         size += exact_bytes([*exact, flags_of([*parameters, *exact], 1)])
-        seconds = [seconds_of_tensor(self._codec, parameter.shape) for parameter in parameters]
+        seconds = [seconds_of_tensor(self._codec, parameter.shape, self.device) for parameter in parameters]
         work = sum(encode_s + world_size * decode_s for encode_s, decode_s in seconds)
         return [Transfer(label=f"{label} gathered", axis=axis, op="all_gather", message_bytes=size, item_bytes=1, work_s=work)]
 

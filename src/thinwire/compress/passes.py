@@ -15,10 +15,10 @@ from itertools import count
 import torch
 import torch.distributed as dist
 
+from thinwire.collectives.clock import has_streams
 from thinwire.collectives.groups import timeout_of
 from thinwire.compress.census import Meeting, not_finite
 from thinwire.compress.memory import Memory
-from thinwire.compress.stages import has_streams
 from thinwire.config.compress import NonFinite
 from thinwire.errors import UserError
 

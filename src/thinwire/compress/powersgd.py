@@ -69,7 +69,7 @@ class PowerSGD(Averager):
     def __init__(self, memory: Memory, ledger: Ledger, *, rank: int = 4) -> None:
         self._memory, self._ledger, self._rank = memory, ledger, rank
         self._rights: dict[str, Tensor] = {}
-        self._seconds: dict[tuple[int, int], tuple[float, float]] = {}
+        self._seconds: dict[tuple[tuple[int, int], torch.device], tuple[float, float]] = {}
 
     def sent_bytes(self, shape: Sequence[int], world_size: int) -> float | None:
         """Of P and Q; None where they are not worth it."""
@@ -160,11 +160,12 @@ class PowerSGD(Averager):
 
     def _work_s(self, shape: tuple[int, int]) -> tuple[float, float]:
         """Before P and after it, measured here on a bucket full of such matrices or of their rows."""
-        if shape not in self._seconds:
+        if (shape, self.device) not in self._seconds:
             height, columns = shape
             rows = min(height, max(self._rank, TRIED_VALUES // columns))
             count = max(1, TRIED_VALUES // (rows * columns))
-            values, right = torch.ones(count, rows, columns), first_right("", self._rank, columns)
+            values = torch.ones(count, rows, columns, device=self.device)
+            right = first_right("", self._rank, columns).to(self.device)
 
             def run() -> Iterator[None]:
                 wanted = [value + value if self._memory.keeps else value for value in values]
@@ -177,7 +178,7 @@ class PowerSGD(Averager):
                     torch.mm(base, own, out=value)
                 yield
 
-            before, after = seconds_of_stages(run)
+            before, after = seconds_of_stages(run, self.device)
             scale = height / rows / count
-            self._seconds[shape] = before * scale, after * scale
-        return self._seconds[shape]
+            self._seconds[shape, self.device] = before * scale, after * scale
+        return self._seconds[shape, self.device]

@@ -19,7 +19,6 @@ Wangni et al. 2018; Stich et al. 2018 (sparsified SGD with memory: random k).
 import zlib
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from functools import cached_property
 from math import ceil, prod
 
 import torch
@@ -60,6 +59,8 @@ class RandomK(Counting):
         self._memory, self._ledger = memory, ledger
         self._fraction = Fraction(str(fraction))  # as it was written: 0.07 of 100 are 7, not 8
         self._counts: dict[str, int] = {}
+        self._seconds: dict[torch.device, float] = {}
+        """Of a value, by where that was measured."""
 
     def sent_bytes(self, shape: Sequence[int], world_size: int) -> float:
         """Of the chosen values."""
@@ -69,7 +70,9 @@ class RandomK(Counting):
         """One all-reduce. Times the choice."""
         chosen = sum(self._chosen(parameter.numel) for parameter in parameters)
         size = exact_bytes([*exact, flags_of([*parameters, *exact], chosen + 1)])
-        work = self._seconds_per_value * sum(parameter.numel for parameter in parameters)
+        if self.device not in self._seconds:
+            self._seconds[self.device] = self._seconds_per_value()
+        work = self._seconds[self.device] * sum(parameter.numel for parameter in parameters)
         return [Transfer(label=f"{label} chosen", axis=axis, op="all_reduce", message_bytes=size, work_s=work)]
 
     def average(self, share: Share) -> Iterator[None]:
@@ -99,19 +102,18 @@ class RandomK(Counting):
     def _chosen(self, numel: int) -> int:
         return ceil(self._fraction * numel)
 
-    @cached_property
     def _seconds_per_value(self) -> float:
         """Of a parameter, measured here on a bucket's size."""
-        values = torch.ones(TRIED_VALUES)
+        values = torch.ones(TRIED_VALUES, device=self.device)
 
         def run() -> Iterator[None]:
             wanted = values + values if self._memory.keeps else values
             finite(wanted)
-            where = places("", 0, TRIED_VALUES, self._chosen(TRIED_VALUES))
+            where = places("", 0, TRIED_VALUES, self._chosen(TRIED_VALUES), self.device)
             sent = wanted[where]
             if self._memory.keeps:
                 wanted.index_fill(0, where, 0.0).clone()
             values.zero_()[where] = sent
             yield
 
-        return seconds_of_stages(run)[0] / TRIED_VALUES
+        return seconds_of_stages(run, self.device)[0] / TRIED_VALUES

@@ -1,4 +1,4 @@
-"""What coding takes on this machine, timed once per codec: the fastest of a few tries."""
+"""What coding takes on a device of this machine, timed once per codec: the fastest of a few tries."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,28 +13,37 @@ from thinwire.compress.base import Codec, Flat, TensorCodec
 TRIED_VALUES, TRIES = 2**17, 3
 
 
-def seconds_of_stages(run: Callable[[], Iterator[None]]) -> tuple[float, ...]:
-    """Of each stage of what `run` makes, which yields at the end of each."""
+CPU = torch.device("cpu")
+
+
+def seconds_of_stages(run: Callable[[], Iterator[None]], device: torch.device = CPU) -> tuple[float, ...]:
+    """Of each stage of what `run` makes, which yields at the end of each; on a device until that is through."""
+
+    def now() -> float:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
     tries = []
     for _ in range(TRIES):
-        times = [time.perf_counter()]
-        times += [time.perf_counter() for _ in run()]
+        times = [now()]
+        times += [now() for _ in run()]
         tries.append([end - begin for begin, end in pairwise(times)])
     return tuple(min(stage) for stage in zip(*tries, strict=True))
 
 
 @lru_cache(maxsize=256)
-def seconds_per_value(codec: Codec) -> tuple[float, float]:
+def seconds_per_value(codec: Codec, device: torch.device = CPU) -> tuple[float, float]:
     """(encode, decode) of one value, in a vector of a bucket's size."""
     numel = max(1, TRIED_VALUES // codec.block) * codec.block
-    encode_s, decode_s = seconds_of_tensor(Flat(codec), (numel,))
+    encode_s, decode_s = seconds_of_tensor(Flat(codec), (numel,), device)
     return encode_s / numel, decode_s / numel
 
 
 @lru_cache(maxsize=1024)
-def seconds_of_tensor(codec: TensorCodec, shape: Sequence[int]) -> tuple[float, float]:
+def seconds_of_tensor(codec: TensorCodec, shape: Sequence[int], device: torch.device = CPU) -> tuple[float, float]:
     """(encode, decode) of one tensor of this shape."""
-    values = torch.linspace(-1, 1, prod(shape)).view(*shape)
+    values = torch.linspace(-1, 1, prod(shape), device=device).view(*shape)
 
     def run() -> Iterator[None]:
         payload = codec.encode(values)
@@ -42,5 +51,5 @@ def seconds_of_tensor(codec: TensorCodec, shape: Sequence[int]) -> tuple[float, 
         codec.decode(payload, shape)
         yield
 
-    encode_s, decode_s = seconds_of_stages(run)
+    encode_s, decode_s = seconds_of_stages(run, device)
     return encode_s, decode_s

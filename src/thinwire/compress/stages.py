@@ -30,6 +30,7 @@ from typing import Protocol
 
 import torch
 
+from thinwire.collectives.clock import has_streams
 from thinwire.collectives.executor import Executor
 
 Future = torch.futures.Future[torch.Tensor]
@@ -177,12 +178,6 @@ def launched(device: torch.device) -> bool:
 def make_stages(device: torch.device) -> Stages:
     """Threads for the CPU, launches for all that computes beside the host."""
     return Launches(device) if launched(device) else Threads()
-
-
-def has_streams(device: torch.device) -> bool:
-    """Whether it computes on streams, copies to it go on by themselves from pinned memory, and futures are of it."""
-    accelerator = torch.accelerator.current_accelerator()
-    return accelerator is not None and accelerator.type == device.type
 
 
 def new_stream(device: torch.device) -> torch.Stream | None:

@@ -54,7 +54,7 @@ class TwoShot(Averager):
         length = sum(shard_length(parameter.shape, world_size, self._codec.block) for parameter in parameters)
         flag_bytes = exact_bytes([flags_of([*parameters, *exact], 1)])
         size = self._codec.payload_bytes(length) + -(-exact_bytes(exact) // (flag_bytes * world_size)) * flag_bytes
-        encode_s, decode_s = seconds_per_value(self._codec)
+        encode_s, decode_s = seconds_per_value(self._codec, self.device)
         others = (world_size - 1) * length
         if self._memory.keeps:
             encode_s += decode_s  # at most: what is lost is known after decoding

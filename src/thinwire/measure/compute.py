@@ -2,7 +2,9 @@
 
 The rate is that of forward and backward of a small transformer (flops counted as in `thinwire.workload`) without the
 optimizer and without any exchange, while every rank of the probe does the same: ranks that share a machine share its
-cores and its memory. A large matrix product is timed as well; it is the ceiling, not what training achieves.
+cores, its GPUs and its memory. A large matrix product is timed as well; it is the ceiling, not what training achieves. And the
+copy of a large buffer: an optimizer does little else than read and write. All of it warm: on a device first steps compile, and
+choose kernels.
 """
 
 import time
@@ -20,26 +22,40 @@ from thinwire.workload import Workload
 
 STEP_S = 1.2
 MIN_STEPS = 3
+WARM_STEPS = 5
+"""On a device; one on the CPU."""
 MATMUL_S = 0.4
+COPIES = 8
 BFLOAT16_PAYS_BELOW = 0.75
 
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """Of one rank: flop/s of each timed training step, and of a matrix product."""
+    """Of one rank: flop/s of each timed training step, and of a matrix product; bytes that a copy reads and writes."""
 
     steps_flops_per_s: tuple[float, ...]
     matmul_flops_per_s: float
+    memory_bytes_per_s: float
 
 
-def find_device(local_rank: int) -> torch.device:
-    """The rank's card if this torch has CUDA, else the CPU with one thread a rank."""
+def find_device(number: int, *, alone: bool = False) -> torch.device:
+    """A GPU if this torch has CUDA, by the rank's number on this machine modulo theirs, else the CPU with one thread a rank.
+
+    alone: no other rank needs a core.
+    """
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        device = torch.device("cuda", number % torch.cuda.device_count())
         torch.cuda.set_device(device)
         return device
-    torch.set_num_threads(1)
+    if not alone:
+        torch.set_num_threads(1)
     return torch.device("cpu")
+
+
+def shared_gpus(ranks: int) -> str:
+    """A line about so many ranks on this machine; "" where each has a GPU of its own, or there is none."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return f"{ranks} ranks share {gpus} GPU{'s' * (gpus > 1)}" if 0 < gpus < ranks else ""
 
 
 def kind_of(device: torch.device) -> str:
@@ -87,7 +103,8 @@ def compute(device: torch.device, dtype: str, barrier: Callable[[], None]) -> Co
         _wait(device)
 
     barrier()
-    step()
+    for _ in range(1 if on_cpu else WARM_STEPS):
+        step()
     rates: list[float] = []
     begun = time.perf_counter()
     while len(rates) < MIN_STEPS or time.perf_counter() - begun < STEP_S:
@@ -95,7 +112,21 @@ def compute(device: torch.device, dtype: str, barrier: Callable[[], None]) -> Co
         step()
         rates.append(flops / (time.perf_counter() - started))
     barrier()
-    return Computed(tuple(rates), _matmul_flops_per_s(device, torch.bfloat16 if dtype == "bfloat16" else torch.float32))
+    matmul = _matmul_flops_per_s(device, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    barrier()
+    return Computed(tuple(rates), matmul, copy_bytes_per_s(device))
+
+
+def copy_bytes_per_s(device: torch.device) -> float:
+    """The fastest of some copies of a buffer that no cache holds, read and written."""
+    source = torch.ones(2**25 if device.type == "cpu" else 2**27, device=device)
+    target, fastest_s = source.clone(), float("inf")
+    for _ in range(COPIES):
+        started = time.perf_counter()
+        target.copy_(source)
+        _wait(device)
+        fastest_s = min(fastest_s, time.perf_counter() - started)
+    return 2 * source.nbytes / fastest_s
 
 
 def _matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
@@ -109,5 +140,5 @@ def _side(device: torch.device) -> int:
 
 
 def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

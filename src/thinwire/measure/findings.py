@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from rich.console import Group
@@ -38,6 +38,7 @@ class HostFound:
     flops_per_s: Estimate
     matmul_flops_per_s: float
     memory_bytes: float
+    memory_bytes_per_s: float
 
     @property
     def device_prefix(self) -> str:
@@ -106,8 +107,14 @@ def to_cluster(findings: Findings, name: str) -> Cluster:
         own = [f"{host.device_prefix}{index}" for index in range(len(host.ranks))]
         for rank, device in zip(host.ranks, own, strict=True):
             devices[rank] = device
-        flops, memory = measured(host.flops_per_s), Quantity(host.memory_bytes, "measured", date=findings.date)
-        made = tuple(Device(name=device, kind=host.kind, flops_per_s=flops, memory_bytes=memory) for device in own)
+        found = Device(
+            name="",
+            kind=host.kind,
+            flops_per_s=measured(host.flops_per_s),
+            memory_bytes=Quantity(host.memory_bytes, "measured", date=findings.date),
+            memory_bytes_per_s=Quantity(host.memory_bytes_per_s, "measured", date=findings.date),
+        )
+        made = tuple(replace(found, name=device) for device in own)
         hosts.append(Host(name=host.name, devices=made, rack=host.rack, address=host.address))
         if host.send_bps and host.receive_bps and host.latency_s:
             to, latency = host.rack or CORE, measured(host.latency_s)
@@ -130,11 +137,12 @@ def table(findings: Findings) -> Group:
     slow = {host.name for host, _, _ in findings.slow_hosts()}
     names = {host.name: f"[red]{host.name}[/]" if host.name in slow else host.name for host in findings.hosts}
     devices = Table("host", "devices", title=None if len(findings.hosts) > 1 else title, title_justify="left")
-    for column in ("training step", "matmul", "memory"):
+    for column in ("training step", "matmul", "memory", "copy"):
         devices.add_column(f"{column}, each", justify="right")
     for host in findings.hosts:
         rates = (show(rate, "flop/s") for rate in (host.flops_per_s.value, host.matmul_flops_per_s))
-        devices.add_row(names[host.name], f"{len(host.ranks)} x {host.kind}", *rates, show(host.memory_bytes, "B"))
+        memory = show(host.memory_bytes, "B"), show(host.memory_bytes_per_s, "B/s")
+        devices.add_row(names[host.name], f"{len(host.ranks)} x {host.kind}", *rates, *memory)
     if len(findings.hosts) == 1:
         return Group(devices)
     rated = [rate.value for host in findings.hosts for rate in (host.send_bps, host.receive_bps) if rate]

@@ -37,18 +37,18 @@ class _Home:
     kind: str
 
 
-def measure(local_rank: int, address: str, dtype: str, print_line: Callable[[str], None]) -> Findings:
+def measure(number: int, address: str, dtype: str, print_line: Callable[[str], None]) -> Findings:
     """Probe as one of the ranks of the default group. Collective.
 
-    address: where other hosts reach this one; it listens there. dtype: "float32", "bfloat16" or "auto". `print_line` gets a line
-    a phase on rank 0.
+    number: of this rank among those on this machine. address: where other hosts reach this one; it listens there. dtype:
+    "float32", "bfloat16" or "auto". `print_line` gets a line a phase on rank 0.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size < 2:
         raise UserError("a probe measures between ranks, but only one was started; start one on each machine")
     begun = time.perf_counter()
     phase = Phases(print_line if rank == 0 else lambda _: None)
-    device = compute.find_device(local_rank)
+    device = compute.find_device(number)
     with listen(address, 0, f"the probe at {address}") as listener:
         own = Peer(socket.gethostname(), address, listener.getsockname()[1])
         homes = _homes(gather((own, compute.kind_of(device))))
@@ -100,4 +100,5 @@ def _host(index: int, home: _Home, network: Network | None, computed: Sequence[t
         flops_per_s=estimate([rate for done, _ in computed for rate in done.steps_flops_per_s]),
         matmul_flops_per_s=median(done.matmul_flops_per_s for done, _ in computed),
         memory_bytes=min(memory for _, memory in computed),
+        memory_bytes_per_s=median(done.memory_bytes_per_s for done, _ in computed),
     )

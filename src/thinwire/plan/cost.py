@@ -4,7 +4,7 @@ compute_s    flops of the rank's micro-batches / its flops_per_s (what a trainin
 waiting_s    until the last rank has computed:  max over ranks compute_s - compute_s of this rank
 exposed_s    the wire works on the transfers in the order in which they become ready, one after the other;
              what remains when the slowest rank has computed everything is exposed
-optimizer_s  bytes that the update touches / memory rate
+optimizer_s  bytes that the update touches / memory rate of the rank's device
 
 ready_k = max over ranks of (compute_s - window_k / flops_per_s)
 end_k   = max(ready_k, end_{k-1}) + calls * (price + work_k)
@@ -23,17 +23,21 @@ from thinwire.collectives.price import Carrier, link_seconds
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.traffic import Transfer
+from thinwire.units import show
 from thinwire.workload import Workload
 
 MEMORY_BYTES_PER_S = 4e9
-"""One core updating weights: read and written, four arrays at once."""
+"""Where it is not known, of one core updating weights: read and written, four arrays at once."""
+GPU_MEMORY_BYTES_PER_S = 1e12
+"""Of a GPU where it is not known: about what one with GDDR6X has, and a third of one with HBM3."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What a prediction is made for. flops_per_s: by rank, what a training step achieves there; rates_are: how they are known.
 
-    micro_batches: of a step and replica; where they differ that is their mean, and `assignment` has those of each replica.
+    kind: of the devices on which ranks run, where that is known; else as the cluster says. micro_batches: of a step and replica;
+    where they differ that is their mean, and `assignment` has those of each replica.
     """
 
     cluster: Cluster
@@ -44,6 +48,7 @@ class Setting:
     rates_are: str = "declared"
     optimizer: str = "adamw"
     assignment: tuple[int, ...] = ()
+    kind: str = ""
 
     @property
     def compute_s(self) -> tuple[float, ...]:
@@ -52,11 +57,22 @@ class Setting:
         flops = self.workload.flops_per_microbatch
         return tuple(counts[self.layout.replica(rank)] * flops / rate for rank, rate in enumerate(self.flops_per_s))
 
-    @property
-    def optimizer_s(self) -> float:
+    def optimizer_s(self, rank: int) -> float:
         """Gradients and weights are read, weights and state read and written."""
         touched = 3 * self.workload.stored_bytes + 2 * self.workload.optimizer_bytes(self.optimizer)
-        return touched / MEMORY_BYTES_PER_S
+        return touched / self.memory_rate(rank)[0]
+
+    def memory_rate(self, rank: int) -> tuple[float, str]:
+        """Bytes a second, read or written, of the rank's device; and how it is known, if that should be said."""
+        device = self.cluster.device_of(rank)
+        kind = self.kind or device.kind
+        known = device.memory_bytes_per_s if (kind == "cpu") == (device.kind == "cpu") else None
+        if known is not None:
+            return known.value, f"memory rate: {known.source}"
+        if kind == "cpu":
+            return MEMORY_BYTES_PER_S, ""
+        taken = show(GPU_MEMORY_BYTES_PER_S, "B/s")
+        return GPU_MEMORY_BYTES_PER_S, f"memory rate: taken as {taken}, the cluster file has no memory_bytes_per_s of {kind}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,12 +175,13 @@ def predict(
         compute_s=compute_s,
         waiting_s=slowest_s - compute_s,
         exposed_s=max(0.0, wire_end - slowest_s) + sum(max(0.0, one_s) / every for one_s, every in uncovered_s.values()),
-        optimizer_s=setting.optimizer_s,
+        optimizer_s=setting.optimizer_s(rank),
         tokens_per_step=setting.workload.tokens_per_microbatch * setting.micro_batches * layout.replicas,
         transfers=tuple(priced),
         links=dict(links),
         assumptions=(
             f"compute rate: {setting.rates_are}",
+            *filter(None, [setting.memory_rate(rank)[1]]),
             f"links: {' and '.join(sorted(sources)) or 'none between the ranks, so the wire costs nothing'}",
             f"{carrier.about()}; no other traffic on the links",
         ),

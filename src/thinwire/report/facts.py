@@ -18,6 +18,7 @@ PARTS = {
     "exposed_s": "waiting for the wire",
     "waiting_s": "waiting for slower ranks",
     "optimizer_s": "optimizer",
+    "host_s": "idle until the host",
 }
 """The parts of a step by key, in the order in which they are drawn; what they leave of the step is `OTHER`."""
 OTHER = "not accounted for"
@@ -139,6 +140,8 @@ def step_rows(facts: Facts) -> list[Row]:
         return Row(key, name, unit, *(getattr(cost, key) if cost else math.nan for cost in (predicted, measured)))
 
     rows = [row(key, name, "s") for key, name in PARTS.items()]
+    if math.isnan(rows[-1].predicted) and math.isnan(rows[-1].measured):  # of devices only
+        del rows[-1]
     rest = Row("other_s", OTHER, "s", unaccounted(predicted), unaccounted(measured))
     if max(rest.predicted, rest.measured, 0.0) > 0.005 * max(cost.step_s for cost in (predicted, measured) if cost):
         rows.append(rest)

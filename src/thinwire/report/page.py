@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from thinwire.record import RunFolder, StepCost
-from thinwire.report.charts import BLUE, GREEN, GREY, ORANGE, PINK, Segment, Series, legend, line_chart, stacked_bars
+from thinwire.report.charts import BLUE, GREEN, GREY, ORANGE, PINK, SKY, Segment, Series, legend, line_chart, stacked_bars
 from thinwire.report.diagram import RAMP, busy_share, cables, diagram
 from thinwire.report.facts import (
     OTHER,
@@ -29,7 +29,7 @@ from thinwire.report.table import cells, circumstances
 from thinwire.report.text import UNKNOWN, Scale, moment, percent, plain, quantity, share, verdict, whole
 
 MAX_LINES = 12
-PART_COLOURS = {"compute_s": BLUE, "exposed_s": ORANGE, "waiting_s": PINK, "optimizer_s": GREEN}
+PART_COLOURS = {"compute_s": BLUE, "exposed_s": ORANGE, "waiting_s": PINK, "optimizer_s": GREEN, "host_s": SKY}
 
 
 def write_report(folder: RunFolder) -> Path:

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from thinwire.collectives.clock import HostClock
+from thinwire.collectives.ledger import Clock
 from thinwire.layout import Layout
 from thinwire.traffic import Transfer
 from thinwire.workload import Workload
@@ -33,11 +35,14 @@ class Synchroniser(ABC):
     def __init__(self, num_micro: int = 1) -> None:
         self.num_micro = num_micro
         """Micro-batches of a step: the mean over the ranks, by which gradients are divided."""
-        self._ready_at = 0.0
+        self._clock: Clock = HostClock()
+        """Of the device of the parameters, from `attached` on."""
+        self._ready_at: Any = None
 
     @property
-    def ready_at(self) -> float:
-        """time.perf_counter() when the last gradient of the step was ready; what follows it in backward is waiting."""
+    def ready_at(self) -> Any:
+        """The moment of that clock when the last gradient of this rank was ready; what follows it in backward is waiting. None
+        before the first."""
         return self._ready_at
 
     @property

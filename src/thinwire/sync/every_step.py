@@ -9,7 +9,6 @@ in another order; so that a resumed run adds up as the uninterrupted one did, th
 exchanges nothing.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
+from thinwire.collectives.clock import clock_of
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.exchange import Exchange
 from thinwire.compress.plain import PlainExchange
@@ -69,6 +69,7 @@ class EveryStepSync(Synchroniser):
                 gradient_as_bucket_view=True,
             )
             self._names = Names(model)
+            self._clock = clock_of(self._names.device)
             self._exchange.attach(group, self._axis, self._names.shapes, self._names.device)
         self._replica.register_comm_hook(self, _hook)
         try:
@@ -107,7 +108,8 @@ class EveryStepSync(Synchroniser):
 
 def _hook(sync: EveryStepSync, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """The communication hook: called on each rank, in the same order, as soon as a bucket is full."""
-    sync._ready_at = time.perf_counter()
+    if bucket.is_last():
+        sync._ready_at = sync._clock.now()
     if sync._rehearsing:
         done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         done.set_result(bucket.buffer())

@@ -9,7 +9,8 @@ from contextlib import nullcontext
 
 import torch
 
-from thinwire.compress.stages import current_stream, has_streams, new_stream
+from thinwire.collectives.clock import has_streams
+from thinwire.compress.stages import current_stream, new_stream
 
 
 class HostMemory:

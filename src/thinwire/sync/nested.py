@@ -152,7 +152,7 @@ class NestedSynchroniser(Synchroniser):
         self._done = 0
 
     @property
-    def ready_at(self) -> float:
+    def ready_at(self) -> Any:
         return self.inner.ready_at
 
     @property

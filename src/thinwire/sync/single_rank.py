@@ -1,12 +1,12 @@
 """A replica of one rank: nothing to exchange inside."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from thinwire.collectives.clock import clock_of
 from thinwire.compress.memory import Stateless
 from thinwire.layout import Layout
 from thinwire.sync.base import Synchroniser
@@ -22,10 +22,11 @@ class SingleRank(Stateless, Synchroniser):
 
     @contextmanager
     def attached(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> Iterator[torch.nn.Module]:
+        self._clock = clock_of(next(model.parameters()).device)
         yield model
 
     @contextmanager
     def microbatch(self, last: bool) -> Iterator[None]:
         """Gradients are ready when the backward pass is over."""
         yield
-        self._ready_at = time.perf_counter()
+        self._ready_at = self._clock.now()

@@ -4,6 +4,7 @@ import datetime
 import platform
 import time
 from dataclasses import dataclass, field
+from math import isfinite
 from statistics import median
 from typing import Any
 
@@ -51,7 +52,7 @@ class Reporter:
             flush=True,
         )
         self._scalars(event.step, {"loss/train": event.loss, "learning_rate": event.learning_rate})
-        self._scalars(event.step, {f"step/{name}": getattr(event, name) for name in (*TIMES, "wire_bytes")})
+        self._scalars(event.step, {f"step/{name}": getattr(event, name) for name in (*self._times(), "wire_bytes")})
 
     def evaluation(self, step: int, tokens: int, loss: float) -> None:
         """After an evaluation on the held-out part."""
@@ -79,7 +80,11 @@ class Reporter:
     def medians(self) -> dict[str, float]:
         """Of the seconds of a step over the intervals, without the first, in which buffers are made and caches are cold."""
         steady = self._intervals[1:] or self._intervals
-        return {name: median(getattr(event, name) for event in steady) for name in TIMES} if steady else {}
+        return {name: median(getattr(event, name) for event in steady) for name in self._times()} if steady else {}
+
+    def _times(self) -> list[str]:
+        """With that of the host where it is known: on a device."""
+        return [*TIMES, *(["host_s"] if isfinite(self._intervals[-1].host_s) else [])]
 
     @property
     def now_s(self) -> float:

@@ -37,6 +37,8 @@ from thinwire.train.step import Stepper, without_trace
 from thinwire.train.task import LanguageModel, Task
 
 TIMED_PASSES = 3
+WARM_PASSES = 5
+"""Before them on a device, whose first ones compile and choose kernels; one on the CPU."""
 
 
 def uses_mpi(backend: str, place: Place, device: torch.device) -> bool:
@@ -64,11 +66,12 @@ def mpi_ranks(place: Place, timeout_s: float) -> Iterator[tuple[Place, Mpi]]:
         yield replace(place, master_address=address, master_port=port), mpi
 
 
-def find_cluster(config: RunConfig, environment: Environment, world_size: int) -> Cluster:
-    """The lab's cluster, else the named one, else `world_size` ranks with no wire between them. UserError if the size differs."""
+def find_cluster(config: RunConfig, environment: Environment, world_size: int, kind: str = "cpu") -> Cluster:
+    """The lab's cluster, else the named one, else `world_size` ranks on devices of this kind with no wire between them. UserError
+    if the size differs."""
     lab, named = environment.lab, config.cluster.file
     if lab is None and not named:
-        devices = tuple(Device(name=f"here/cpu{index}") for index in range(world_size))
+        devices = tuple(Device(name=f"here/{'cpu' if kind == 'cpu' else 'gpu'}{index}", kind=kind) for index in range(world_size))
         return Cluster(name="here", hosts=(Host(name="here", devices=devices),))
     cluster = load_cluster(lab.cluster if lab else named)
     if cluster.world_size != world_size:
@@ -136,12 +139,12 @@ def make_task(config: RunConfig, layout: Layout, environment: Environment) -> La
     return task
 
 
-def find_room(device: torch.device, host: str) -> list[Room]:
-    """Where the ranks share memory, and how much of it is free."""
+def find_room(device: torch.device, host: str, *, in_lab: bool = False) -> list[Room]:
+    """Where the ranks share memory, and how much of it is free. in_lab: all hosts have the same GPUs."""
     mine: tuple[str, Free | None] = host, free_memory()
-    if device.type == "cuda":
-        name = f"{host} {device}"
-        mine = name, Free(float(torch.cuda.mem_get_info(device)[0]), name)
+    if device.type != "cpu":
+        name = str(device) if in_lab else f"{host} {device}"
+        mine = name, Free(float(torch.get_device_module(device).mem_get_info(device)[0]), name)
     return rooms(gather(mine))
 
 
@@ -166,14 +169,15 @@ def timed_rates(task: Task, stepper: Stepper, layout: Layout, ledger: Ledger) ->
     seconds = []
     with ledger.label("calibration"), without_trace(stepper.model):
         dist.barrier()
-        for _ in range(TIMED_PASSES):
+        warm = WARM_PASSES if stepper.clock.on_device else 1
+        for _ in range(warm + TIMED_PASSES - 1):
             begun = time.perf_counter()
             with stepper.sync.microbatch(last=False):
                 with stepper.precision():
                     loss = stepper.loss(stepper.model, batch)
                 loss.backward()
-            if loss.is_cuda:
-                torch.cuda.synchronize()
+            if stepper.clock.on_device:
+                torch.accelerator.synchronize(loss.device)
             seconds.append(time.perf_counter() - begun)
         stepper.optimizer.zero_grad(set_to_none=False)
-        return tuple(gather(task.workload.flops_per_microbatch / min(seconds[1:])))
+        return tuple(gather(task.workload.flops_per_microbatch / min(seconds[warm:])))

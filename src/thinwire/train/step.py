@@ -1,14 +1,21 @@
-"""One optimizer step: micro-batches forward and backward, clipping, update; and the seconds that each part took."""
+"""One optimizer step: micro-batches forward and backward, clipping, update; and the seconds that each part took.
+
+The parts lie between moments of the device's clock (`collectives.clock`): on a GPU events on the stream that computes, so that
+the host may run ahead, and seconds are known when somebody asks for them. Nothing here reads a value of the device.
+"""
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from thinwire.collectives.clock import clock_of, has_streams
+from thinwire.collectives.ledger import Clock
 from thinwire.config.run import TrainSection
 from thinwire.sync.base import Synchroniser
 
@@ -22,9 +29,27 @@ class StepTimes:
     wait_s: float
     optimizer_s: float
 
-    @property
-    def step_s(self) -> float:
-        return self.compute_s + self.wait_s + self.optimizer_s
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """A step that was called: this rank's loss ([], on the device), and moments. ready: when the last gradient was."""
+
+    loss: Tensor
+    clock: Clock
+    started: Any
+    ready: Any
+    exchanged: Any
+    updated: Any
+    synchronised: Any
+
+    def times(self) -> StepTimes:
+        """Waits until the device has done it."""
+        seconds = self.clock.seconds
+        return StepTimes(
+            compute_s=seconds(self.started, self.ready),
+            wait_s=seconds(self.ready, self.exchanged) + seconds(self.updated, self.synchronised),
+            optimizer_s=seconds(self.exchanged, self.updated),
+        )
 
 
 @contextmanager
@@ -34,8 +59,8 @@ def without_trace(model: nn.Module) -> Iterator[None]:
     A resumed run makes them too, and must go on as if it had not. Gradients are the caller's to clear.
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    with torch.random.fork_rng(devices):
+    devices = {parameter.device for parameter in model.parameters() if has_streams(parameter.device)}
+    with torch.random.fork_rng(devices, device_type=next(iter(devices)).type) if devices else torch.random.fork_rng([]):
         yield
     with torch.no_grad():
         for buffer, before in buffers:
@@ -62,6 +87,11 @@ class Stepper:
     precision: Callable[[], AbstractContextManager]
     train: TrainSection
 
+    @cached_property
+    def clock(self) -> Clock:
+        """Of the model's device."""
+        return clock_of(next(self.model.parameters()).device)
+
     def rehearse(self, batch: object) -> None:
         """Once before training, on any batch of this rank: the synchroniser learns in which order gradients come. Collective."""
         with self.sync.rehearsal(), without_trace(self.model):
@@ -69,15 +99,14 @@ class Stepper:
                 self.loss(self.model, batch).backward()
         self.optimizer.zero_grad(set_to_none=False)
 
-    def run(
-        self, step: int, batches: Iterable[object], num_micro: int, mean_micro: float | None = None
-    ) -> tuple[float, StepTimes]:
-        """Returns this rank's loss, and the times. Collective over the synchroniser's axis.
+    def run(self, step: int, batches: Iterable[object], num_micro: int, mean_micro: float | None = None) -> Ran:
+        """Collective over the synchroniser's axis. On a device what is returned may still be under way.
 
         num_micro: micro-batches of this rank; mean_micro: the mean over the ranks, if that differs. Losses are divided by the
         mean, so that the ranks' average, of gradients and of what is returned, is over the whole step's micro-batches.
         """
-        started = time.perf_counter()
+        clock, ready_before = self.clock, self.sync.ready_at
+        started = clock.now()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.train, step)
         losses = []
@@ -87,16 +116,20 @@ class Stepper:
                     loss = self.loss(self.model, batch) / (mean_micro or num_micro)
                 loss.backward()
                 losses.append(loss.detach())
-        exchanged = time.perf_counter()
+        exchanged = clock.now()
         if self.train.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)  # gradients are views of the buckets
-        updated = time.perf_counter()
+        updated = clock.now()
         self.sync.after_step(step)
-        synchronised = time.perf_counter()
-        mean_loss = float(torch.stack(losses).sum())
-        ready = min(max(self.sync.ready_at, started), exchanged)
-        waited = (exchanged - ready) + (synchronised - updated)
-        times = StepTimes(ready - started, waited, time.perf_counter() - exchanged - (synchronised - updated))
-        return mean_loss, times
+        synchronised, ready = clock.now(), self.sync.ready_at
+        return Ran(
+            loss=torch.stack(losses).sum(),
+            clock=clock,
+            started=started,
+            ready=exchanged if ready == ready_before else ready,
+            exchanged=exchanged,
+            updated=updated,
+            synchronised=synchronised,
+        )

@@ -20,10 +20,11 @@ from thinwire.train.assign import Assignment, index_in_step, reassign
 from thinwire.train.checkpoint.files import Progress
 from thinwire.train.checkpoint.saver import Saver
 from thinwire.train.checkpoint.state import Parts
+from thinwire.train.interval import Interval
 from thinwire.train.pace import Pacer
 from thinwire.train.results import Reporter
 from thinwire.train.runtime import StopRequest
-from thinwire.train.step import Stepper, StepTimes, learning_rate
+from thinwire.train.step import Stepper, learning_rate
 from thinwire.train.task import Task
 
 NUMBER_BYTES = 8
@@ -70,9 +71,7 @@ class Trainer:
     tokens: int = 0
     saved_step: int = -1
     """Of the newest checkpoint, if there is one."""
-    _interval: list[StepTimes] = field(default_factory=list)
-    _interval_loss: float = 0.0
-    _interval_started: float = 0.0
+    _interval: Interval = field(init=False)
     _interval_bytes: int = 0
     _steady: tuple[int, Snapshot] | None = None
     _last: tuple[int, Snapshot] | None = None
@@ -96,9 +95,8 @@ class Trainer:
             num_micro = self.assignment[self.replica]
             batches = (self.task.batch(step, index_in_step(self.assignment, self.replica, micro)) for micro in range(num_micro))
             with self.ledger.label("replica"):
-                loss, times = self.stepper.run(step, batches, num_micro, sum(self.assignment) / len(self.assignment))
-            self._interval.append(times)
-            self._interval_loss += loss
+                ran = self.stepper.run(step, batches, num_micro, sum(self.assignment) / len(self.assignment))
+            self._interval.add(ran)
             self.tokens += self.task.workload.tokens_per_microbatch * sum(self.assignment)
             done = step + 1
             due = False
@@ -107,12 +105,14 @@ class Trainer:
                 if stop:
                     reason = "interrupted"
                     break
-            pause = time.perf_counter()
-            if train.eval_every and done % train.eval_every == 0 and done < train.steps:
-                self.evaluate(done)
-            if due or (train.checkpoint_every and done % train.checkpoint_every == 0):
-                self.save(done)
-            self._interval_started += time.perf_counter() - pause
+            evaluates = train.eval_every and done % train.eval_every == 0 and done < train.steps
+            saves = due or (train.checkpoint_every and done % train.checkpoint_every == 0)
+            if evaluates or saves:
+                with self._interval.paused():
+                    if evaluates:
+                        self.evaluate(done)
+                    if saves:
+                        self.save(done)
         else:
             done = max(first_step, train.steps)
         if reason == "done":
@@ -202,18 +202,17 @@ class Trainer:
     def _report(self, done: int) -> tuple[bool, bool]:
         """End an interval: all ranks exchange loss, stop requests and compute times. Returns whether any rank was asked to stop,
         and whether it is time for a checkpoint, by rank 0's clock."""
-        count = len(self._interval)
-        compute = sum(times.compute_s for times in self._interval) / count
-        wait = sum(times.wait_s for times in self._interval) / count
-        usual = median(times.compute_s for times in self._interval)  # one disturbed step is no sign of a rank's speed
+        count, mean_loss, times = len(self._interval), self._interval.loss(), self._interval.times()
+        usual = median(one.compute_s for one in times)  # one disturbed step is no sign of a rank's speed
         vector = torch.zeros(SUMMARY + self.group.size(), dtype=torch.float64)
-        vector[:SUMMARY] = torch.tensor([self._interval_loss / count, self.stop.requested, self._due(), self.saver.failed])
+        vector[:SUMMARY] = torch.tensor([mean_loss, self.stop.requested, self._due(), self.saver.failed])
         vector[SUMMARY + self.replica] = usual
         vector = self._sum(vector, "summary")
         loss, stops, due, failed = vector[:SUMMARY].tolist()
         computing = vector[SUMMARY:].tolist()
+        seconds = self._interval.end(times)
+        wait = seconds.pop("wait_s")
         waiting = min(wait, max(0.0, max(computing) - usual))
-        seconds = (time.perf_counter() - self._interval_started) / count
         if self.reporter:
             tokens = self.task.workload.tokens_per_microbatch * sum(self.assignment)
             self.reporter.step(
@@ -222,12 +221,10 @@ class Trainer:
                     time_s=0.0,
                     tokens=self.tokens,
                     loss=loss / self.group.size(),
-                    step_s=seconds,
-                    compute_s=compute,
                     exposed_s=wait - waiting,
                     waiting_s=waiting,
-                    optimizer_s=max(0.0, seconds - compute - wait),
-                    tokens_per_s=tokens / seconds,
+                    **seconds,
+                    tokens_per_s=tokens / seconds["step_s"],
                     wire_bytes=(self.ledger.sent_bytes - self._interval_bytes) / count,
                     learning_rate=learning_rate(self.train, done - 1),
                 )
@@ -257,8 +254,7 @@ class Trainer:
             self.reporter.assigned(done, self.assignment)
 
     def _begin_interval(self) -> None:
-        self._interval, self._interval_loss = [], 0.0
-        self._interval_started, self._interval_bytes = time.perf_counter(), self.ledger.sent_bytes
+        self._interval, self._interval_bytes = Interval(self.stepper.clock), self.ledger.sent_bytes
 
     def _sum(self, vector: torch.Tensor, label: str) -> torch.Tensor:
         vector = vector.to(self.device)

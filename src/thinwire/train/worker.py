@@ -18,10 +18,11 @@ from thinwire.collectives.groups import give_timeout
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.tuned.tuner import Tuner
 from thinwire.config.run import RunConfig
-from thinwire.environment import Environment, Place
+from thinwire.environment import Environment, set_variables, shared_gpu_variables
 from thinwire.errors import UserError
 from thinwire.lab.commands import TRAINING
 from thinwire.layout import AXES, REPLICAS, Layout
+from thinwire.measure.compute import find_device, kind_of, shared_gpus
 from thinwire.measure.gather import gather
 from thinwire.plan import memory
 from thinwire.plan.cost import Prediction, Setting, predict
@@ -82,7 +83,7 @@ def work(
     stop = StopRequest()
     stop.listen()
     ledger = Ledger()
-    device, group_backend = _device(place)
+    device, group_backend = _device(environment)
     if config.sync.by_speed and device.type != "cpu":
         raise UserError(f"sync.assign = 'by_speed' times the processor, not {device.type}; set it to 'equal'")
     rank = Rank(config=config, environment=environment, layout=layout, ledger=ledger, device=device, stop=stop)
@@ -95,6 +96,7 @@ def work(
             rank = replace(rank, tuner=setup.set_collectives(config, environment, ledger, mpi))
         elif config.collectives.kind != "native":
             raise UserError(f"collectives.kind = {config.collectives.kind!r} is for CPUs; set it to 'native'")
+        set_variables(shared_gpu_variables(place, torch.cuda.device_count(), rank.host))
         place = stack.enter_context(process_group(place, group_backend, timeout_s, bind, None if mpi else store))
         heartbeat = stack.enter_context(Heartbeat(place, rank.host, timeout_s))
         try:
@@ -124,10 +126,10 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     ledger.axes[group.group_name] = axis  # an axis as large as the world uses the default group, which has no axis
     if isinstance(group, backend.MeteredGroup):
         backend.self_test(group, ledger)
-    cluster = setup.find_cluster(config, rank.environment, layout.world_size)
+    cluster = setup.find_cluster(config, rank.environment, layout.world_size, kind_of(rank.device))
     folder, disks = setup.agree_on_folder(config, resume)
     task = setup.make_task(config, layout, rank.environment)
-    room = setup.find_room(rank.device, rank.host)
+    room = setup.find_room(rank.device, rank.host, in_lab=rank.environment.lab is not None)
     needed = partial(memory.need, config, task.shape, layout, on_device=rank.device.type != "cpu")
     memory.check(needed(casts=config.train.dtype == "bfloat16"), room)
     dtype = setup.agree_on_dtype(config, rank.device, folder if resume else None, task)
@@ -202,15 +204,20 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     return Outcome(reason=reason, folder=folder.path)
 
 
-def _device(place: Place) -> tuple[torch.device, str]:
+def _device(environment: Environment) -> tuple[torch.device, str]:
     """This rank's device and the backend of its group. Ranks that share a CPU get one thread each."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        return device, "cpu:gloo,cuda:nccl"
-    if place.world_size > 1:
-        torch.set_num_threads(1)
-    return torch.device("cpu"), backend.NAME
+    place, (number, ranks_here) = environment.place, environment.here
+    assert place is not None
+    device = find_device(number, alone=place.world_size == 1)
+    if device.type == "cpu":
+        return device, backend.NAME
+    if place.rank == 0 and (line := shared_gpus(ranks_here)):
+        print(line, flush=True)
+    if dist.is_nccl_available():
+        return device, f"cpu:gloo,{device.type}:nccl"
+    if place.rank == 0:
+        print("the ranks talk over gloo, through pinned memory of the host: this torch has no NCCL", flush=True)
+    return device, f"cpu:gloo,{device.type}:gloo"
 
 
 def _predict(
@@ -225,7 +232,7 @@ def _predict(
     micro-batches. Collective."""
     lab, layout, config = rank.environment.lab, rank.layout, rank.config
     declared, pacer = cluster.declared_rates, None
-    if lab and lab.paced and declared:
+    if lab and lab.paced and declared and rank.device.type == "cpu":  # a host that sleeps holds up no device
         rates, rates_are = declared, "declared, and kept by pacing"
         pacer = Pacer.of(task.workload, declared[dist.get_rank()])
     else:
@@ -240,6 +247,7 @@ def _predict(
         rates_are=rates_are,
         optimizer=config.train.optimizer.kind,
         assignment=assignment,
+        kind=kind_of(rank.device),
     )
     transfers = stepper.sync.traffic(task.workload, layout) + report_traffic(config.train, layout.replica_axis, layout.replicas)
     carrier = setup.choose_carrier(rank.tuner, cluster, groups, transfers)

@@ -188,7 +188,7 @@ def take_turn(race, contender, task):
     used = race.processor_s()
     started = time.perf_counter()
     for step in range(contender.done, contender.done + contender.steps):
-        times.append(race.step(contender.stepper, task, step)[1])
+        times.append(race.step(contender.stepper, task, step).times())
     dist.barrier()
     seconds, used = time.perf_counter() - started, race.processor_s() - used
     sent = race.sum([card_bytes() - sent if counts else 0])[0]

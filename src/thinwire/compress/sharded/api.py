@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from thinwire.collectives.clock import has_streams
 from thinwire.collectives.executor import Executor
 from thinwire.collectives.groups import private_copy, release
 from thinwire.collectives.ledger import Ledger, axis_of
@@ -33,7 +34,7 @@ from thinwire.compress.sharded.replicas import Replicas
 from thinwire.compress.sharded.residual import Residual, mean_residuals
 from thinwire.compress.sharded.units import Unit, find_units, prefetch
 from thinwire.compress.sharded.wire import CodedAllGather, CodedReduceScatter, Lane
-from thinwire.compress.stages import has_streams, launched
+from thinwire.compress.stages import launched
 from thinwire.config.compress import EXCLUDED, Coded, NoCompression, ShardedOptions, read_coding
 from thinwire.errors import UserError
 from thinwire.tomlfile import validate

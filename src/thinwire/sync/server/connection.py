@@ -15,7 +15,6 @@ import errno
 import select
 import socket
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -23,11 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thinwire.collectives.clock import HostClock
 from thinwire.collectives.ledger import Group, Ledger
 from thinwire.errors import UserError
 from thinwire.sync.server.message import HEAD_BYTES, TEXT_BYTES, BadMessage, Head, Kind, as_bytes
 
 _HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+CLOCK = HostClock()
 PIECE_BYTES = 2**20
 TURN_PIECES = 16
 """The most that one turn of reading takes, so that others have theirs."""
@@ -156,14 +157,14 @@ class Connection:
 
     def _send(self, data: object, label: str) -> None:
         size = memoryview(data).nbytes  # type: ignore[arg-type]
-        issued = time.perf_counter()
+        issued = CLOCK.now()
         with self._ledger.label(label):
             total = self._ledger.enter("send", size, self._place)
         try:
             send(self.sock, data, self._timeout_s, self.between)
         except OSError as error:
             raise self.lost(error) from None
-        self._ledger.completed(total, issued)
+        self._ledger.completed(total, CLOCK, issued)
 
 
 def only(kind: Kind, most_bytes: int) -> Sizes:

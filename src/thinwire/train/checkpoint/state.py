@@ -41,8 +41,8 @@ class Snapshot:
 def snapshot(parts: Parts, *, alike: bool) -> Snapshot:
     """The state as it is now. Between steps, on every rank; no communication."""
     own: dict[str, Any] = {"sync": parts.sync.state_dict(), "random": torch.get_rng_state()}
-    if (device := next(parts.model.parameters()).device).type == "cuda":
-        own["device_random"] = torch.cuda.get_rng_state(device)
+    if (device := next(parts.model.parameters()).device).type != "cpu":
+        own["device_random"] = torch.get_device_module(device).get_rng_state(device)
     if parts.sync.replicas_differ:
         own["model"], own["optimizer"] = parts.model.state_dict(), parts.optimizer.state_dict()
     own = _copied(own)
@@ -92,7 +92,8 @@ def load(path: Path, parts: Parts, *, with_own: bool) -> None:
         parts.sync.load_state_dict(own["sync"])
         torch.set_rng_state(own["random"])
         if "device_random" in own:
-            torch.cuda.set_rng_state(own["device_random"], next(parts.model.parameters()).device)
+            device = next(parts.model.parameters()).device
+            torch.get_device_module(device).set_rng_state(own["device_random"], device)
 
 
 def load_weights(path: Path, model: torch.nn.Module) -> Progress:
