@@ -1,9 +1,10 @@
 """Runs exchanges on fake tensors of `meta`, which stands for a device: what fails here would fail or wait on a GPU.
 
-python fake_device.py KIND
+python fake_device.py KIND ...
 """
 
 import sys
+from itertools import product
 from typing import Any
 
 import torch
@@ -69,9 +70,9 @@ def main() -> None:
     thinwire.compress.coded.release = lambda *_: None
     thinwire.compress.coded.backend_of = lambda *_: "fake"
     with FakeTensorMode(), FromTheDevice():
-        for dtype in DTYPES:
-            for tracks_use in (False, True):
-                run(sys.argv[1], dtype, tracks_use)
+        for kind, dtype, tracks_use in product(sys.argv[1:], DTYPES, (False, True)):
+            print(kind, dtype, "use is tracked" if tracks_use else "")
+            run(kind, dtype, tracks_use)
     print("all on the device")
 
 

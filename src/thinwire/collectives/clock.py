@@ -56,7 +56,7 @@ def clock_of(device: torch.device) -> HostClock | DeviceClock:
 
 
 def has_streams(device: torch.device) -> bool:
-    """Whether `device` computes on streams beside the host, and there is one here: then futures are of it, and what is copied to it
-    from pinned memory goes on by itself."""
+    """Whether `device` computes on streams beside the host, and there is one here: then futures are of it, and copies to it from
+    pinned memory go on by themselves."""
     accelerator = torch.accelerator.current_accelerator()
     return accelerator is not None and accelerator.type == device.type
