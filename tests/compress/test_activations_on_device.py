@@ -79,6 +79,7 @@ def test_both_sides_stay_equal_and_finite_over_what_is_not(kind: str) -> None:
 FAKE = Path(__file__).parent / "fake_device_activations.py"
 
 
+@pytest.mark.timeout(300)
 def test_nothing_is_read_on_the_host_and_no_device_is_mixed() -> None:
     done = subprocess.run([sys.executable, str(FAKE)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -132,6 +132,7 @@ FAKE = Path(__file__).parent / "fake_device_rarely.py"
 
 
 @pytest.mark.parametrize("kinds", [("streaming-host", "noloco"), long(tuple(KINDS))], ids=["two", "all"])
+@pytest.mark.timeout(300)
 def test_nothing_is_read_on_the_host_and_no_device_is_mixed(kinds: tuple[str, ...]) -> None:
     """On `meta`, with fake tensors; copies to the host are refused unless they go on by themselves."""
     done = subprocess.run([sys.executable, str(FAKE), *kinds], capture_output=True, text=True, timeout=240)
