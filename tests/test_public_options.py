@@ -115,6 +115,7 @@ ROUNDS: dict[str, Any] = {
     "layers_per_fragment": 2,
     "overlap": 2,
     "mixing": 0.25,
+    "outer_device": "host",
     "compress": "fp16",
 }
 """A value for each option of the kinds of local steps that is no kind's default."""
