@@ -12,9 +12,9 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from on_device import Given
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.exchange import Exchange, make_exchange
 from thinwire.compress.stages import Launches
@@ -28,22 +28,10 @@ LOOSE = {"powersgd": 1e-4, "svd": 1e-4, "demo": 1e-2, "sign": 1e-6, "ternary": 1
 """Kinds whose arithmetic may be rounded otherwise on a device, and by how much their results may differ."""
 
 
-class Given(nn.Module):
-    """Its gradients are what it is given."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        for name, shape in SHAPES.items():
-            self.register_parameter(name, nn.Parameter(torch.ones(shape, device=device)))
-
-    def forward(self, wanted: dict[str, torch.Tensor]) -> torch.Tensor:
-        return torch.stack([(getattr(self, name) * values).sum() for name, values in wanted.items()]).sum()
-
-
 class Side:
     def __init__(self, device: torch.device, group: dist.ProcessGroup, kind: str, exchange: Exchange) -> None:
         self.device = device
-        self.model = Given(device)
+        self.model = Given(SHAPES, device)
         self.replica = DistributedDataParallel(self.model, bucket_cap_mb=0.02, process_group=group)
         self.exchange, names = exchange, Names(self.model)
         exchange.attach(group, "data", names.shapes, device)

@@ -11,32 +11,18 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import thinwire.compress.coded
+from on_device import DEVICE, FromTheDevice
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.averager import Piece
 from thinwire.compress.exchange import make_exchange
 from thinwire.config.compress import Coded
 from thinwire.tomlfile import validate
 
-DEVICE = torch.device("meta")
 SHAPES = {"word": (96, 64), "one.weight": (160, 96), "one.bias": (160,), "conv": (8, 16, 5, 5), "two.weight": (64, 130)}
 CASES = ((torch.float32, True), (torch.bfloat16, False), (torch.float64, False))
 """dtype, and whether use is tracked."""
-
-
-class FromTheDevice(TorchDispatchMode):
-    """Refuses what copies from the device to the host."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = [one for one in args if isinstance(one, torch.Tensor)]
-        result = function(*args, **kwargs)
-        on_host = isinstance(result, torch.Tensor) and result.device.type == "cpu"
-        if on_host and any(one.device == DEVICE for one in given):
-            raise AssertionError(f"{function} copies from the device to the host")
-        return result
 
 
 def run(kind: str, dtype: torch.dtype, tracks_use: bool) -> None:

@@ -5,11 +5,11 @@ python fake_device_activations.py
 
 import torch
 import torch.distributed as dist
-from fake_device import DEVICE, FromTheDevice
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from vectors import ALL, codec_of
 
+from on_device import DEVICE, FromTheDevice
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.activations.boundary import BoundaryCodec, CodedBoundary
 from thinwire.compress.activations.differences import Differences

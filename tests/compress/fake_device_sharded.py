@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fake_device import DEVICE, FromTheDevice
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import thinwire.compress.coded
 import thinwire.compress.passes
+from on_device import DEVICE, FromTheDevice
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.exchange import make_exchange
 from thinwire.compress.passes import Found

@@ -1,8 +1,6 @@
 """Coded activations as on a device: on CPU tensors to the bit as the CPU has it; on fake tensors without a read on the host."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -11,6 +9,7 @@ import torch
 import torch.distributed as dist
 from vectors import ALL, codec_of, vector
 
+from on_device import alone
 from pool import Pool, Rank
 from thinwire.compress.activations.boundary import BoundaryCodec
 from thinwire.compress.activations.differences import Differences
@@ -81,6 +80,4 @@ FAKE = Path(__file__).parent / "fake_device_activations.py"
 
 @pytest.mark.timeout(300)
 def test_nothing_is_read_on_the_host_and_no_device_is_mixed() -> None:
-    done = subprocess.run([sys.executable, str(FAKE)], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("all on the device") == len(ALL)
+    assert alone(FAKE).count("all on the device") == len(ALL)

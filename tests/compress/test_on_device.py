@@ -5,9 +5,6 @@ two devices) is held on fake tensors, with `meta` in place of a device.
 """
 
 import math
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from on_device import alone, two_ranks
 from pool import Pool, Rank
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.exchange import Exchange, make_exchange
@@ -200,28 +198,10 @@ FAKE = Path(__file__).parent / "fake_device.py"
 @pytest.mark.parametrize("kinds", [("int4", "powersgd"), pytest.param(KINDS, marks=pytest.mark.long)], ids=["two", "all"])
 def test_nothing_is_read_on_the_host_and_no_device_is_mixed(kinds: tuple[str, ...]) -> None:
     """On `meta`, with fake tensors: `.item()` and tensors of two devices are refused there, copies to the CPU by the test."""
-    done = subprocess.run([sys.executable, str(FAKE), *kinds], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("all on the device")
+    assert alone(FAKE, *kinds).strip().endswith("all on the device")
 
 
 RANKS = Path(__file__).parent / "device_ranks.py"
-
-
-def ranks_on(device: str, kind: str) -> None:
-    """Two ranks of `device_ranks`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    commands = [[sys.executable, str(RANKS), str(rank), "2", str(port), device, kind] for rank in range(2)]
-    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    try:
-        for process in running:
-            _, errors = process.communicate(timeout=200)
-            assert process.returncode == 0, errors[-2000:]
-    finally:
-        for process in running:
-            process.kill()
 
 
 @pytest.mark.gpu
@@ -230,9 +210,9 @@ def ranks_on(device: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gpu_delivers_what_a_cpu_delivers(kind: str) -> None:
     """Two ranks that share it, over NCCL, against gloo and threads: to the bit where the arithmetic is exact."""
-    ranks_on("cuda", kind)
+    two_ranks(RANKS, "cuda", kind)
 
 
 @pytest.mark.long
 def test_the_test_for_gpus_runs_without_one() -> None:
-    ranks_on("cpu", "int4")
+    two_ranks(RANKS, "cpu", "int4")

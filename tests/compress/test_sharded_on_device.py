@@ -4,8 +4,6 @@ That nothing is read on the host is held on fake tensors, with `meta` in place o
 """
 
 import math
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 import thinwire
+from on_device import alone
 from pool import Pool, Rank
 from thinwire.compress.sharded.api import GRADIENT_KINDS, WEIGHT_KINDS
 from thinwire.errors import UserError
@@ -152,6 +151,4 @@ FAKE = Path(__file__).parent / "fake_device_sharded.py"
 @pytest.mark.timeout(300)
 def test_nothing_is_read_on_the_host_and_no_device_is_mixed() -> None:
     """On `meta`, with fake tensors: what copies to the host is refused."""
-    done = subprocess.run([sys.executable, str(FAKE)], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("all on the device") == len(GRADIENT_KINDS) + len(WEIGHT_KINDS)
+    assert alone(FAKE).count("all on the device") == len(GRADIENT_KINDS) + len(WEIGHT_KINDS)

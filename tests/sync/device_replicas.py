@@ -13,25 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rarely_kinds import KINDS
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 import thinwire
+from on_device import Given
 
 SHAPES = {"up": (130, 96), "norm": (130,), "down": (64, 130)}
-
-
-class Given(nn.Module):
-    """Its gradients are what it is given."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        for name, shape in SHAPES.items():
-            self.register_parameter(name, nn.Parameter(torch.ones(shape, device=device)))
-
-    def forward(self, wanted: dict[str, torch.Tensor]) -> torch.Tensor:
-        return torch.stack([(getattr(self, name) * values).sum() for name, values in wanted.items()]).sum()
 
 
 def given(step: int, rank: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -41,7 +29,7 @@ def given(step: int, rank: int, device: torch.device) -> dict[str, torch.Tensor]
 
 def rarely(device: torch.device, group: dist.ProcessGroup, options: dict[str, Any]) -> list[torch.Tensor]:
     """What the model holds after each step and at the end, and what the state holds."""
-    model = Given(device)
+    model = Given(SHAPES, device)
     optimizer, found = torch.optim.SGD(model.parameters(), lr=0.1), []
     with thinwire.DiLoCo(model, optimizer, group=group, **options) as outer:
         for step in range(9):
@@ -56,7 +44,7 @@ def rarely(device: torch.device, group: dist.ProcessGroup, options: dict[str, An
 
 def sharded(device: torch.device, mesh: DeviceMesh, options: dict[str, Any]) -> list[torch.Tensor]:
     """Gradients and residuals of each step but the third one, which is spoiled, and weights as they are gathered."""
-    model = fully_shard(Given(device), mesh=mesh)
+    model = fully_shard(Given(SHAPES, device), mesh=mesh)
     compression, found = thinwire.compress_sharded(model, **options), []
     for step in range(5):
         model.zero_grad()

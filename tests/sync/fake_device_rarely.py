@@ -13,30 +13,14 @@ from rarely_kinds import KINDS, net
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import thinwire.compress.coded
 import thinwire.compress.passes
 import thinwire.sync.noloco
 import thinwire.sync.standalone
+from on_device import DEVICE, FromTheDevice
 from thinwire.compress.passes import Found
 from thinwire.sync.shards import Shards
-
-DEVICE = torch.device("meta")
-
-
-class FromTheDevice(TorchDispatchMode):
-    """Refuses what copies from the device to the host, and does not go on by itself."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = [one for one in args if isinstance(one, torch.Tensor)]
-        result = function(*args, **kwargs)
-        on_host = isinstance(result, torch.Tensor) and result.device.type == "cpu"
-        by_itself = function is torch.ops.aten.copy_.default and (args[2:] or [kwargs.get("non_blocking")])[0]
-        if on_host and not by_itself and any(one.device == DEVICE for one in given):
-            raise AssertionError(f"{function} copies from the device to the host")
-        return result
 
 
 def fetched(step: int, number: int, names: list[str], spoiled: torch.Tensor, bad: torch.Tensor) -> Found:
@@ -46,7 +30,7 @@ def fetched(step: int, number: int, names: list[str], spoiled: torch.Tensor, bad
 
 
 def run(options: dict[str, Any]) -> None:
-    with FakeTensorMode(), FromTheDevice():
+    with FakeTensorMode(), FromTheDevice(by_itself=True):
         model, state = net("meta"), None
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for life in range(2):

@@ -4,9 +4,6 @@ That nothing is read on the host is held on fake tensors, with `meta` in place o
 """
 
 import math
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +15,7 @@ from rarely_kinds import KINDS, net
 from torch import nn
 
 import thinwire
+from on_device import alone, two_ranks
 from pool import Pool, Rank
 from thinwire.errors import UserError
 
@@ -135,28 +133,10 @@ FAKE = Path(__file__).parent / "fake_device_rarely.py"
 @pytest.mark.timeout(300)
 def test_nothing_is_read_on_the_host_and_no_device_is_mixed(kinds: tuple[str, ...]) -> None:
     """On `meta`, with fake tensors; copies to the host are refused unless they go on by themselves."""
-    done = subprocess.run([sys.executable, str(FAKE), *kinds], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("all on the device") == len(kinds)
+    assert alone(FAKE, *kinds).count("all on the device") == len(kinds)
 
 
 RANKS = Path(__file__).parent / "device_replicas.py"
-
-
-def replicas_on(device: str) -> None:
-    """Two ranks of `device_replicas`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    commands = [[sys.executable, str(RANKS), str(rank), "2", str(port), device] for rank in range(2)]
-    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    try:
-        for process in running:
-            _, errors = process.communicate(timeout=250)
-            assert process.returncode == 0, errors[-2000:]
-    finally:
-        for process in running:
-            process.kill()
 
 
 @pytest.mark.gpu
@@ -164,9 +144,9 @@ def replicas_on(device: str) -> None:
 @pytest.mark.timeout(300)
 def test_a_gpu_computes_what_a_cpu_computes() -> None:
     """DiLoCo with all its kinds, and FSDP2: two ranks that share it, over NCCL, against gloo and threads."""
-    replicas_on("cuda")
+    two_ranks(RANKS, "cuda")
 
 
 @pytest.mark.long
 def test_the_test_for_gpus_runs_without_one() -> None:
-    replicas_on("cpu")
+    two_ranks(RANKS, "cpu")

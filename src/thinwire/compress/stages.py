@@ -20,7 +20,7 @@ are launched by the thread that hands the bucket over, skewed by one bucket each
 Between first(k) and second(k) lies the launch of first(k+1), so while the stream waits for the codes of bucket k those of k + 1
 are on the wire already. One stream, because the memory of a device is given back to the stream that it was taken on: what a first
 stage has made may be used by the third one without any event of ours. Nothing there reads a value on the host: what an exchange
-learns of values stays a flag on the device (`verdict`).
+learns of values stays a flag on the device (`averager`).
 """
 
 from collections import deque
@@ -136,10 +136,11 @@ class Launches:
         """The latest buckets, oldest first: the last one's second stage is still to come, the third of the one before it."""
 
     def run(self, first: Stage, second: Stage, third: Last, buffer: torch.Tensor, failed: Failed, *, last: bool) -> Future:
-        future: Future = torch.futures.Future(devices=[self._device] if self._stream is not None else None)
+        future = _new_future(self._device)
         bucket = _Bucket(second, third, buffer, failed, future)
-        if self._stream is not None:
-            self._stream.wait_stream(torch.accelerator.current_stream(self._device))
+        caller = current_stream(self._device)
+        if self._stream is not None and caller is not None:
+            self._stream.wait_stream(caller)
         with self._on_stream():
             bucket.first(first)
             if self._pending:
@@ -192,6 +193,10 @@ def current_stream(device: torch.device) -> torch.Stream | None:
 
 def done(tensor: torch.Tensor) -> Future:
     """A future of what is there already, or will be when the current stream has come so far."""
-    future: Future = torch.futures.Future(devices=[tensor.device] if has_streams(tensor.device) else None)
+    future = _new_future(tensor.device)
     future.set_result(tensor)
     return future
+
+
+def _new_future(device: torch.device) -> Future:
+    return torch.futures.Future(devices=[device] if has_streams(device) else None)
