@@ -119,22 +119,32 @@ class Transformer(nn.Module):
                 parameter.normal_(0.0, std, generator=generator)
 
     def forward(self, tokens_BL: Tensor, targets_BL: Tensor | None = None) -> Tensor:
-        length = tokens_BL.shape[1]
-        if length > self.config.context:
-            raise ValueError(f"a sequence of {length} tokens is longer than the context of {self.config.context}")
-        x_BLM, rotation = self.embed(tokens_BL), None
-        if self.positions is not None:
-            x_BLM = x_BLM + self.positions.weight[:length]
-        else:
-            rotation = make_rotation(length, self.config.width // self.config.heads, self.config.rotary_base, x_BLM)
+        x_BLM = embed(tokens_BL, self.embed, self.positions, self.config)
+        rotation = rotation_of(x_BLM, self.config)
         for block in self.blocks:
             x_BLM = block(x_BLM, rotation)
-        head_VM = self.embed.weight if self.head is None else self.head.weight
-        logits_BLV = F.linear(self.norm(x_BLM), head_VM)
-        if targets_BL is None:
-            return logits_BLV
-        precise = torch.promote_types(logits_BLV.dtype, torch.float32)
-        return F.cross_entropy(logits_BLV.flatten(0, 1).to(precise), targets_BL.flatten())
+        logits_BLV = project(x_BLM, self.norm, self.embed if self.head is None else self.head)
+        return logits_BLV if targets_BL is None else cross_entropy(logits_BLV, targets_BL)
+
+
+def embed(tokens_BL: Tensor, embedding: nn.Embedding, positions: nn.Embedding | None, config: ModelConfig) -> Tensor:
+    """What the first block gets, x_BLM."""
+    length = tokens_BL.shape[1]
+    if length > config.context:
+        raise ValueError(f"a sequence of {length} tokens is longer than the context of {config.context}")
+    x_BLM = embedding(tokens_BL)
+    return x_BLM if positions is None else x_BLM + positions.weight[:length]
+
+
+def project(x_BLM: Tensor, norm: nn.Module, head: nn.Embedding | nn.Linear) -> Tensor:
+    """What the last block gives, to logits_BLV. head: with the weight [V, M], which may be the embedding's."""
+    return F.linear(norm(x_BLM), head.weight)
+
+
+def cross_entropy(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
+    """Mean over the targets that count, in nats; in float32, or float64 if the logits are."""
+    precise = torch.promote_types(logits_BLV.dtype, torch.float32)
+    return F.cross_entropy(logits_BLV.flatten(0, 1).to(precise), targets_BL.flatten())
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -142,6 +152,13 @@ def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rms":
         return nn.RMSNorm(config.width, eps=NORM_EPSILON)
     return nn.LayerNorm(config.width, eps=NORM_EPSILON, bias=False)
+
+
+def rotation_of(x_BLM: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor] | None:
+    """What every block gets beside x: the rotation of its positions, None if positions are learned."""
+    if config.positions != "rotary":
+        return None
+    return make_rotation(x_BLM.shape[1], config.width // config.heads, config.rotary_base, x_BLM)
 
 
 def make_rotation(length: int, head_width: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:

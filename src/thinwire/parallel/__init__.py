@@ -1,0 +1,1 @@
+"""Models cut into parts for several ranks, from outside: stages of a pipeline."""

@@ -1,0 +1,55 @@
+"""Where to cut a chain of units into stages, so that the slowest stage is as fast as can be. No torch.
+
+With c_u the cost of unit u, r_s the rate of the rank that has stage s, b_u what crosses behind unit u and l_s the seconds that
+one byte takes from stage s to the next, a stage that holds the units i..j is busy for
+
+    t_s(i, j) = max(sum of c_i..c_j / r_s, b_j l_s)
+
+since its sends run beside its compute. In the steady state a pipeline is as fast as its slowest stage, so the largest t_s is made
+smallest, exactly, by dynamic programming over (stages, units); of equal ones the cut with the least sum over what crosses:
+
+    T(s, j) = min over i of max(T(s - 1, i - 1), t_s(i, j))
+
+PipeDream's partition (Narayanan et al. 2019) without replication.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+from thinwire.errors import UserError
+
+
+def cut(
+    costs: Sequence[float],
+    stages: int,
+    rates: Sequence[float] | None = None,
+    crossing_bytes: Sequence[float] | None = None,
+    seconds_per_byte: Sequence[float] | None = None,
+) -> list[range]:
+    """The units of each stage. rates: by stage; crossing_bytes: behind each unit; seconds_per_byte: behind each stage but the last.
+
+    UserError for more stages than units.
+    """
+    units = len(costs)
+    if not 1 <= stages <= units:
+        raise UserError(f"{stages} stages cannot be made of {units} units, of which each has at least one; take at most {units}")
+    rates = rates or (1.0,) * stages
+    crossing = crossing_bytes or (0.0,) * units
+    per_byte = (*(seconds_per_byte or (0.0,) * (stages - 1)), 0.0)
+    before = [0.0, *accumulate(costs)]
+    # best[j]: (slowest stage, sum of what crosses, cuts) of the first s stages over the first j units
+    best: list[tuple[float, float, tuple[int, ...]] | None] = [(0.0, 0.0, ())] + [None] * units
+    for stage in range(stages):
+        following: list[tuple[float, float, tuple[int, ...]] | None] = [None] * (units + 1)
+        for end in range(stage + 1, units - (stages - stage - 1) + 1):
+            crosses = crossing[end - 1] * per_byte[stage]
+            found = [
+                (max(so_far[0], (before[end] - before[begin]) / rates[stage], crosses), so_far[1] + crosses, (*so_far[2], end))
+                for begin in range(stage, end)
+                if (so_far := best[begin]) is not None
+            ]
+            following[end] = min(found, key=lambda one: one[:2]) if found else None
+        best = following
+    chosen = best[units]
+    assert chosen is not None, "each stage has a unit"
+    return [range(begin, end) for begin, end in zip((0, *chosen[2]), chosen[2], strict=False)]

@@ -1,0 +1,126 @@
+"""A stage of torch.distributed.pipelining whose sends are coded: activations going forward, their gradients going back.
+
+What is sent is the payload of a `BoundaryCodec`, whose size follows from the shape alone; it is decoded into the buffer that
+PyTorch's stage has for what arrives, just before the stage uses it. Sends of stages on the same rank (V schedules) stay as they
+are: nothing crosses a wire.
+
+The stage also notes when it computed what, by the clock of its device: from these moments come the seconds of a step and the
+timeline of the report. PyTorch's stage calls these methods on every torch that we run on; `tests/parallel/test_pipeline.py` would
+fail where it does not.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+
+from thinwire.collectives.clock import clock_of
+from thinwire.compress.activations.boundary import BoundaryCodec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crossing:
+    """How a stage's neighbours are reached: codecs of what is sent each way, None: as it is. Shapes are of one micro-batch."""
+
+    arriving: tuple[Tensor, ...]
+    """What the stage gets, on `meta`."""
+    leaving: tuple[Tensor, ...]
+    """What it gives, on `meta`."""
+    activations_in: BoundaryCodec | None = None
+    activations_out: BoundaryCodec | None = None
+    gradients_in: BoundaryCodec | None = None
+    gradients_out: BoundaryCodec | None = None
+
+
+@dataclass(frozen=True)
+class Computed:
+    """One pass of one micro-batch through a stage. kind: F forward, B backward, I of inputs only, W of weights only."""
+
+    kind: str
+    stage: int
+    micro: int
+    begin: Any
+    end: Any
+
+
+class CodedStage(PipelineStage):
+    """One per stage and rank."""
+
+    def __init__(
+        self, module: nn.Module, place: tuple[int, int], group: dist.ProcessGroup, device: torch.device, crossing: Crossing
+    ) -> None:
+        """place: the stage's index, and the number of stages."""
+        self._crossing = crossing
+        self._payloads: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
+        self._clock = clock_of(device)
+        self.computed: list[Computed] = []
+        """Since the last `clear_runtime_states`, which begins a step."""
+        super().__init__(
+            module,
+            *place,
+            device,
+            input_args=crossing.arriving,
+            output_args=crossing.leaving,
+            group=group,
+        )
+
+    def clear_runtime_states(self) -> None:
+        super().clear_runtime_states()
+        self.computed.clear()
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._receiving("F", fwd_chunk_id, super().get_fwd_recv_ops(fwd_chunk_id), self._crossing.activations_in)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._receiving("B", bwd_chunk_id, super().get_bwd_recv_ops(bwd_chunk_id), self._crossing.gradients_in)
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return _sending(super().get_fwd_send_ops(fwd_chunk_id), self._crossing.activations_out)
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return _sending(super().get_bwd_send_ops(bwd_chunk_id), self._crossing.gradients_out)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            self._decode("F", fwd_chunk_id, self._crossing.activations_in)
+        return self._noted("F", fwd_chunk_id, super().forward_one_chunk, *args, **kwargs)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            self._decode("B", bwd_chunk_id, self._crossing.gradients_in)
+        kind = "B" if kwargs.get("full_backward", True) else "I"
+        return self._noted(kind, bwd_chunk_id, super().backward_one_chunk, *args, **kwargs)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        return self._noted("W", bwd_chunk_id, super().backward_weight_one_chunk, *args, **kwargs)
+
+    def _noted(self, kind: str, chunk: int, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        begin = self._clock.now()
+        result = run(chunk, *args, **kwargs)
+        self.computed.append(Computed(kind, self.stage_index, chunk, begin, self._clock.now()))
+        return result
+
+    def _receiving(self, kind: str, chunk: int, ops: list[dist.P2POp], codec: BoundaryCodec | None) -> list[dist.P2POp]:
+        """The same, of payloads."""
+        if codec is not None:
+            for op in ops:
+                target, size = op.tensor, codec.payload_bytes(op.tensor.shape)
+                op.tensor = torch.empty(size, dtype=torch.uint8, device=target.device)
+                self._payloads.setdefault((kind, chunk), []).append((op.tensor, target))
+        return ops
+
+    def _decode(self, kind: str, chunk: int, codec: BoundaryCodec | None) -> None:
+        for payload, target in self._payloads.pop((kind, chunk), ()):
+            assert codec is not None, "there are payloads only where there is a codec"
+            target.copy_(codec.unpack(payload, target.shape, target.dtype))
+
+
+def _sending(ops: list[dist.P2POp], codec: BoundaryCodec | None) -> list[dist.P2POp]:
+    for op in ops if codec is not None else ():
+        assert codec is not None
+        op.tensor = codec.pack(op.tensor)
+    return ops

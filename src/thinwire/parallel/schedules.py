@@ -1,0 +1,81 @@
+"""Schedules of a pipeline, as PyTorch makes them: which rank computes what of which micro-batch in which order.
+
+All run on PyTorch's runtime of actions, which posts a send as soon as its tensor is there and a receive as soon as the other side
+sends, and waits for sends at the end of a step only: gpipe and 1f1b too, there with one stage a rank. (PyTorch's classes of these
+names wait for a send before the next one, which on a thin link costs the time of the link.)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.distributed import pipelining
+
+from thinwire.errors import UserError
+
+CLASSES: Mapping[str, Callable[..., Any]] = {
+    "gpipe": pipelining.ScheduleLoopedBFS,
+    "1f1b": pipelining.ScheduleInterleaved1F1B,
+    "interleaved": pipelining.ScheduleInterleaved1F1B,
+    "zb1p": pipelining.ScheduleInterleavedZeroBubble,
+    "zbv": pipelining.ScheduleZBVZeroBubble,
+    "dualpipev": pipelining.ScheduleDualPipeV,
+}
+V_SHAPED = ("zbv", "dualpipev")
+"""In which the stages run down the ranks and up again."""
+KINDS = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
+
+Order = list[tuple[str, int, int]]
+"""What one rank computes: (F forward, B backward, I backward of inputs, W of weights; stage; micro-batch)."""
+
+
+def stages_of(schedule: str, ranks: int, per_rank: int, rank: int) -> list[int]:
+    """The stages that a rank has, first ones first."""
+    if schedule in V_SHAPED:
+        return [rank, 2 * ranks - 1 - rank]
+    return [rank + ranks * turn for turn in range(per_rank)]
+
+
+def make_schedule(
+    schedule: str, stages: Sequence[Any], num_micro: int, loss: Callable[[torch.Tensor, Any], torch.Tensor] | None
+) -> Any:
+    """PyTorch's schedule over this rank's stages. Losses are neither averaged nor divided. UserError for a number of micro-batches
+    that it cannot take."""
+    ranks = stages[0].group_size
+    try:
+        return CLASSES[schedule](list(stages), num_micro, loss_fn=loss, scale_grads=False)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"schedule {schedule!r} over {ranks} ranks cannot run {num_micro} micro-batches "
+            f"({str(error).splitlines()[0]}); set sync.accumulate to a multiple of {ranks}"
+        ) from None
+
+
+def orders(schedule: str, ranks: int, per_rank: int, num_micro: int) -> list[Order]:
+    """What each rank computes, in order. No process group is needed. UserError as for `make_schedule`."""
+    fake = [
+        SimpleNamespace(
+            num_stages=ranks * per_rank,
+            group_size=ranks,
+            group_rank=0,
+            stage_index=index,
+            is_first=index == 0,
+            is_last=index == ranks * per_rank - 1,
+            stage_index_to_group_rank={},
+            submod=torch.nn.Identity(),
+        )
+        for index in stages_of(schedule, ranks, per_rank, 0)
+    ]
+    made = make_schedule(schedule, fake, num_micro, lambda output, target: output)
+    return [_flat(made.pipeline_order[rank]) for rank in range(ranks)]
+
+
+def _flat(actions: Sequence[Any]) -> Order:
+    """Without bubbles; of two that overlap, one after the other."""
+    found: Order = []
+    for action in actions:
+        for one in () if action is None else action.sub_actions or (action,):
+            if (kind := KINDS.get(one.computation_type.name)) is not None:
+                found.append((kind, one.stage_index, one.microbatch_index))
+    return found

@@ -1,0 +1,254 @@
+"""One step of a pipeline on a cluster, event by event: when each stage computes which micro-batch, and what the wire holds up.
+
+    rank         works off its order of passes, one after the other. A pass begins when the rank is free and what it needs has
+                 arrived: a forward pass the activation of the stage before, a backward pass the gradient of the stage behind;
+                 weights alone (W) need nothing.
+    message      leaves when the pass before it is over; messages of one (source, target) pair travel one after the other, in the
+                 order in which they were handed over
+    link         connections share it max-min fairly; payload passes at bandwidth / FRAME_OVERHEAD
+    latency      of the route, and MESSAGE_OVERHEAD_S of software, when the last byte has passed
+    one rank     stages on it hand over without a message
+
+All pipelines of a layout run at once and share the links. bubble: the part of the ranks' time in which they compute nothing.
+(Schedules: Huang et al. 2019, Narayanan et al. 2021, Qi et al. 2024.)
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+import numpy as np
+
+from thinwire.cluster import FRAME_OVERHEAD, Link
+from thinwire.cluster.graph import Routes
+from thinwire.collectives.choose.costs import Costs
+from thinwire.collectives.choose.links import Buckets, Sharing
+from thinwire.collectives.price import MESSAGE_OVERHEAD_S
+
+Pass = tuple[str, int, int]
+"""(F forward, B backward, I backward of inputs, W of weights; stage; micro-batch)."""
+_SAME_S = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipelines:
+    """What is simulated. orders: of each rank of a pipeline, what it computes; groups: the global ranks of each pipeline.
+
+    seconds: of a pass, by (kind, stage) and position in the group; activation_bytes and gradient_bytes: of one message across each
+    boundary, gradients going back.
+    """
+
+    orders: Sequence[Sequence[Pass]]
+    groups: Sequence[Sequence[int]]
+    seconds: Mapping[tuple[str, int], float]
+    activation_bytes: Sequence[int]
+    gradient_bytes: Sequence[int]
+
+    @property
+    def rank_of(self) -> dict[int, int]:
+        """Position in the group by stage."""
+        return {stage: rank for rank, order in enumerate(self.orders) for _, stage, _ in order}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One pass as it ran, of pipeline `group`, on the rank at `position` in it."""
+
+    group: int
+    position: int
+    done: Pass
+    begin_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """seconds: until the last pass of all ranks is over. ends_s: of each position's last pass, the latest of all pipelines."""
+
+    seconds: float
+    ends_s: tuple[float, ...]
+    passes: tuple[Ran, ...]
+    link_bytes: Mapping[Link, int]
+
+    @property
+    def bubble(self) -> float:
+        """1 - computing / (ranks * seconds)."""
+        busy = sum(ran.end_s - ran.begin_s for ran in self.passes)
+        ranks = len({(ran.group, ran.position) for ran in self.passes})
+        return 1 - busy / (ranks * self.seconds) if self.seconds else 0.0
+
+
+def simulate(pipelines: Pipelines, routes: Routes) -> Simulated:
+    """One step, from when all ranks begin it."""
+    return _Run(pipelines, routes).result()
+
+
+@dataclass(slots=True)
+class _Message:
+    group: int
+    arrives: Pass
+    """The pass that may begin when it is there."""
+    size: int
+
+
+@dataclass(slots=True)
+class _Connection:
+    latency_s: float
+    links: list[int]
+    queue: deque[_Message] = field(default_factory=deque)
+
+
+class _Run:
+    def __init__(self, pipelines: Pipelines, routes: Routes) -> None:
+        self._pipelines, self._routes = pipelines, routes
+        self._stages = len(pipelines.activation_bytes) + 1
+        self._rank_of = pipelines.rank_of
+        self._links: dict[Link, int] = {}
+        self._connections: list[_Connection] = []
+        self._pairs: dict[tuple[int, int], int] = {}
+        back: list[list[int]] = []
+        for group in pipelines.groups:
+            for source, target in self._neighbours(group):
+                if (source, target) not in self._pairs and (route := routes.between(source, target)):
+                    self._pairs[source, target] = len(self._connections)
+                    self._connections.append(_Connection(sum(link.latency_s.value for link in route), self._numbers(route)))
+                    back.append(self._numbers(routes.between(target, source)))
+        self._capacity = [link.bandwidth_bps.value / (8 * FRAME_OVERHEAD) for link in self._links]
+        self._carried = [0] * len(self._capacity)
+        self._sharing = Sharing([one.links for one in self._connections], self._capacity, back, Costs().acknowledged)
+        self._buckets = Buckets(list(self._links), self._capacity)
+        self._left = np.zeros(len(self._connections))
+        self._active: set[int] = set()
+        self._changed = False
+        self._there: set[tuple[int, Pass]] = set()
+        self._at = {(group, rank): 0 for group in range(len(pipelines.groups)) for rank in range(len(pipelines.orders))}
+        self._busy: set[tuple[int, int]] = set()
+        self._events: list[tuple[float, int]] = []
+        self._number = 0
+        self._happenings: dict[int, Ran | _Message] = {}
+        self._passes: list[Ran] = []
+        self._work()
+
+    def _neighbours(self, group: Sequence[int]) -> list[tuple[int, int]]:
+        pairs = []
+        for stage in range(self._stages - 1):
+            one, other = group[self._rank_of[stage]], group[self._rank_of[stage + 1]]
+            if one != other:
+                pairs += [(one, other), (other, one)]
+        return pairs
+
+    def _numbers(self, route: Sequence[Link]) -> list[int]:
+        return [self._links.setdefault(link, len(self._links)) for link in route]
+
+    def _work(self) -> None:
+        for group, rank in self._at:
+            self._begin_next(group, rank, 0.0)
+        now = advanced = 0.0
+        soonest, active = inf, np.empty(0, dtype=np.int64)
+        rates, carried = self._sharing.rates(active)
+        while self._events or self._active:
+            now = min(soonest, self._events[0][0] if self._events else inf)
+            self._left[active] -= rates * (now - advanced)
+            self._buckets.rest(now - advanced, carried)
+            advanced = now
+            if soonest <= now + _SAME_S:
+                for pair in active[self._left[active] <= rates * _SAME_S].tolist():
+                    self._message_left(pair, now)
+            while self._events and self._events[0][0] <= now + _SAME_S:
+                time, number = heapq.heappop(self._events)
+                happened = self._happenings.pop(number)
+                if isinstance(happened, Ran):
+                    self._pass_over(happened)
+                else:
+                    self._arrived(happened, time)
+            if self._changed:
+                self._changed = False
+                active = np.array(sorted(self._active), dtype=np.int64)
+                rates, carried = self._sharing.rates(active)
+            soonest = now + float((self._left[active] / rates).min()) if len(active) else inf
+
+    def _later(self, time: float, happening: Ran | _Message) -> None:
+        self._number += 1
+        self._happenings[self._number] = happening
+        heapq.heappush(self._events, (time, self._number))
+
+    def _begin_next(self, group: int, rank: int, time: float) -> None:
+        place, order = self._at[group, rank], self._pipelines.orders[rank]
+        if (group, rank) in self._busy or place == len(order) or not self._ready(group, order[place]):
+            return
+        self._busy.add((group, rank))
+        self._at[group, rank] += 1
+        takes = self._pipelines.seconds[order[place][:2]]
+        self._later(time + takes, Ran(group, rank, order[place], time, time + takes))
+
+    def _ready(self, group: int, one: Pass) -> bool:
+        kind, stage, _ = one
+        if kind == "W" or (kind == "F" and stage == 0) or (kind != "F" and stage == self._stages - 1):
+            return True
+        return (group, _arrival(one)) in self._there
+
+    def _pass_over(self, ran: Ran) -> None:
+        self._passes.append(ran)
+        self._busy.discard((ran.group, ran.position))
+        kind, stage, micro = ran.done
+        if kind == "F" and stage < self._stages - 1:
+            self._hand_over(ran, ("F", stage + 1, micro), self._pipelines.activation_bytes[stage])
+        elif kind in "BI" and stage > 0:
+            self._hand_over(ran, ("B", stage - 1, micro), self._pipelines.gradient_bytes[stage - 1])
+        self._begin_next(ran.group, ran.position, ran.end_s)
+
+    def _hand_over(self, ran: Ran, arrives: Pass, size: int) -> None:
+        group = self._pipelines.groups[ran.group]
+        pair = self._pairs.get((group[ran.position], group[self._rank_of[arrives[1]]]))
+        message = _Message(ran.group, arrives, size)
+        if pair is None:
+            self._arrived(message, ran.end_s)
+            return
+        connection = self._connections[pair]
+        for link in connection.links:
+            self._carried[link] += size
+        connection.queue.append(message)
+        if len(connection.queue) == 1:
+            self._start(pair)
+            self._active.add(pair)
+            self._changed = True
+
+    def _start(self, pair: int) -> None:
+        """The first message in the queue of a connection goes on the wire."""
+        connection = self._connections[pair]
+        size = connection.queue[0].size
+        self._left[pair] = size - self._buckets.taken(connection.links, size)
+
+    def _message_left(self, pair: int, time: float) -> None:
+        connection = self._connections[pair]
+        self._later(time + connection.latency_s + MESSAGE_OVERHEAD_S, connection.queue.popleft())
+        if connection.queue:
+            self._start(pair)
+        else:
+            self._active.remove(pair)
+            self._changed = True
+
+    def _arrived(self, message: _Message, time: float) -> None:
+        self._there.add((message.group, message.arrives))
+        self._begin_next(message.group, self._rank_of[message.arrives[1]], time)
+
+    def result(self) -> Simulated:
+        unfinished = [key for key, place in self._at.items() if place < len(self._pipelines.orders[key[1]])]
+        assert not unfinished, f"the schedule never gets to what ranks {unfinished} wait for"
+        ends = [0.0] * len(self._pipelines.orders)
+        for ran in self._passes:
+            ends[ran.position] = max(ends[ran.position], ran.end_s)
+        return Simulated(
+            seconds=max(ends),
+            ends_s=tuple(ends),
+            passes=tuple(self._passes),
+            link_bytes=dict(zip(self._links, self._carried, strict=True)),
+        )
+
+
+def _arrival(one: Pass) -> Pass:
+    """What a pass waits for: gradients are there for B and for I alike."""
+    kind, stage, micro = one
+    return ("F" if kind == "F" else "B", stage, micro)

@@ -1,0 +1,129 @@
+"""Gradients averaged over an axis in each step, when a rank's backward passes are over: for models whose passes a pipeline runs.
+
+DistributedDataParallel counts on one backward pass a step, through one module. A rank of a pipeline makes several of several
+stages, and a schedule may compute weights apart from inputs; so here gradients lie in buckets from the beginning, each a view of
+its part, and when the schedule is through the buckets go out, all at once, to the exchange. Stages that end early, the last ones,
+send while the others still compute.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from thinwire.collectives.clock import clock_of
+from thinwire.collectives.ledger import Ledger
+from thinwire.compress.averager import Piece
+from thinwire.compress.exchange import Exchange
+from thinwire.compress.plain import PlainExchange
+from thinwire.config.run import EveryStep
+from thinwire.layout import Layout
+from thinwire.sync.base import Synchroniser
+from thinwire.sync.buckets import Names, assign_buckets, real_shape
+from thinwire.sync.initial_values import make_same
+from thinwire.traffic import Transfer
+from thinwire.workload import Parameter, Workload
+
+
+class AfterBackwardSync(Synchroniser):
+    """See the top of the file. One per rank; `axis` is the mesh axis along which the replicas lie."""
+
+    def __init__(self, config: EveryStep, axis: str, ledger: Ledger, exchange: Exchange | None = None) -> None:
+        super().__init__(config.accumulate)
+        self._config, self._axis, self._ledger = config, axis, ledger
+        self._exchange: Exchange = exchange or PlainExchange(ledger)
+        self._buckets: list[tuple[torch.Tensor, list[Piece]]] = []
+        self._rehearsing = False
+
+    @property
+    def settled_after(self) -> int:
+        return self._exchange.settled_after
+
+    def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
+        """What each bucket sends; nothing of it hides."""
+        degree = getattr(layout, self._axis)
+        buckets = assign_buckets(workload.parameters, self._config.bucket_bytes)
+        return [
+            transfer
+            for index, bucket in enumerate(buckets)
+            for transfer in self._exchange.transfers(f"bucket {index}", bucket, self._axis, degree)
+        ]
+
+    @contextmanager
+    def attached(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> Iterator[torch.nn.Module]:
+        """Puts the gradients of `model` into buckets; the first replica's values go to the others if any differ. Collective."""
+        group = mesh.get_group(self._axis)
+        names = Names(model)
+        with self._ledger.label("replica set-up"):
+            make_same({**dict(model.named_parameters()), **dict(model.named_buffers())}, group)
+            self._clock = clock_of(names.device)
+            self._exchange.attach(group, self._axis, names.shapes, names.device)
+        self._buckets = [_filled(bucket, model) for bucket in self._assigned(model)]
+        try:
+            yield model
+        finally:
+            self._exchange.detach()
+            self._buckets = []
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        self._rehearsing = True
+        try:
+            yield
+        finally:
+            self._rehearsing = False
+
+    @contextmanager
+    def microbatch(self, last: bool) -> Iterator[None]:
+        """Around forward and backward passes; at the end of the last the gradients are exchanged. Collective then."""
+        yield
+        self._ready_at = self._clock.now()
+        if not last or self._rehearsing:
+            return
+        ends = len(self._buckets) - 1
+        futures = [
+            self._exchange.start(buffer, pieces, f"bucket {index}", last=index == ends)
+            for index, (buffer, pieces) in enumerate(self._buckets)
+        ]
+        for (buffer, _), future in zip(self._buckets, futures, strict=True):
+            averaged = future.wait()
+            if averaged.data_ptr() != buffer.data_ptr():
+                buffer.copy_(averaged)
+        self._exchange.settle()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the exchange carries from step to step; nothing without compression."""
+        return self._exchange.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._exchange.load_state_dict(state)
+
+    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
+        """What all ranks of a run with another number of ranks carried. Before `attached`."""
+        self._exchange.adopt(states)
+
+    def _assigned(self, model: torch.nn.Module) -> list[list[Parameter]]:
+        listed = [
+            Parameter(name, real_shape(one), dtype=str(torch.view_as_real(one).dtype if one.is_complex() else one.dtype)[6:])
+            for name, one in model.named_parameters()
+            if one.requires_grad
+        ]
+        return assign_buckets(listed, self._config.bucket_bytes)
+
+
+def _filled(bucket: Sequence[Parameter], model: torch.nn.Module) -> tuple[torch.Tensor, list[Piece]]:
+    """A buffer, and whose gradient lies where in it; from now on the parameters' gradients are views of it."""
+    trained = dict(model.named_parameters())
+    first_one = trained[bucket[0].name]
+    dtype = getattr(torch, bucket[0].dtype)
+    buffer = torch.zeros(sum(one.numel for one in bucket), dtype=dtype, device=first_one.device)
+    pieces, first = [], 0
+    for one in bucket:
+        pieces.append(Piece(one.name, first, one.shape))
+        part = buffer[first : first + one.numel].view(one.shape)
+        parameter = trained[one.name]
+        parameter.grad = torch.view_as_complex(part.view(*parameter.shape, 2)) if parameter.is_complex() else part
+        first += one.numel
+    return buffer, pieces

@@ -1,0 +1,220 @@
+"""A pipeline gives what one rank with the whole model gives, for every schedule, alone and with replicas; and sends what it says."""
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from pool import Pool, Rank
+from thinwire.collectives.ledger import Ledger
+from thinwire.compress.exchange import make_exchange
+from thinwire.config.compress import read_coding
+from thinwire.config.model import ModelConfig
+from thinwire.config.pipeline import PipelineSection
+from thinwire.config.sync import EveryStep
+from thinwire.errors import UserError
+from thinwire.layout import AXES, Layout
+from thinwire.models.transformer import Transformer, cross_entropy
+from thinwire.parallel.balance import cut as balance
+from thinwire.parallel.chain import boundaries, chain_of
+from thinwire.parallel.pipeline import Cut, Pipeline
+from thinwire.parallel.schedules import orders
+from thinwire.sync.after_backward import AfterBackwardSync
+from thinwire.workload import Workload
+
+LENGTH, ROWS, STEPS = 12, 2, 4
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb1p", "zbv", "dualpipev")
+
+
+def shape(tied: bool = True, positions: str = "rotary") -> ModelConfig:
+    return ModelConfig(
+        layers=6, width=32, heads=4, kv_heads=2, vocabulary=50, context=16, tied=tied, positions=positions, dtype="float64"
+    )
+
+
+def new_model(config: ModelConfig) -> Transformer:
+    torch.manual_seed(3)
+    return Transformer(config).double()
+
+
+def micro(step: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(0, 50, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(1000 * step + index))
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def on_one_rank(config: ModelConfig, num_micro: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    model = new_model(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for step in range(STEPS):
+        total = 0.0
+        for index in range(num_micro):
+            loss = model(*micro(step, index)) / num_micro
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses, {name: one.detach().clone() for name, one in model.named_parameters()}
+
+
+def new_cut(model: nn.Module, options: PipelineSection, ranks: int, example: torch.Tensor) -> Cut:
+    chain = chain_of(model)
+    return Cut(
+        chain=chain,
+        stages=tuple(balance([1.0] * len(chain), ranks * options.per_rank)),
+        entering=example.to("meta"),
+        crossing=tuple(boundaries(model, chain, example)[units[-1]] for units in balance([1.0] * len(chain), ranks * options.per_rank)),
+        options=options,
+        ranks=ranks,
+    )
+
+
+def train(
+    rank: Rank, layout: Layout, options: PipelineSection, config: ModelConfig, num_micro: int, compress: str = "none"
+) -> dict:
+    mesh = init_device_mesh("cpu", layout.degrees, mesh_dim_names=AXES)
+    pipe, ledger = mesh.get_group("pipe"), rank.ledger
+    model = new_model(config)
+    cut = new_cut(model, options, layout.pipe, micro(0, 0)[0])
+    pipeline = Pipeline(model, cut, pipe, ledger, cross_entropy)
+    del model
+    sync = AfterBackwardSync(EveryStep(), "data", ledger, make_exchange(read_coding(compress, "compress"), ledger))
+    optimizer = torch.optim.AdamW(pipeline.owner.parameters(), lr=1e-2)
+    replica, losses, sent = mesh.get_group("data").rank(), [], []
+    with sync.attached(pipeline.owner, optimizer, mesh):
+        for step in range(STEPS):
+            before = ledger.snapshot()
+            batches = [micro(step, replica * num_micro + index) for index in range(num_micro)]
+            with sync.microbatch(last=True):
+                found = pipeline.step([x for x, _ in batches], [y for _, y in batches], 1 / num_micro)
+                pipeline.add_up_tied()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            losses.append(sum(map(float, found)) / num_micro)
+            sent.append(_sent(ledger, before))
+        held_out = [float(one) for one in pipeline.evaluate([micro(99, index) for index in range(2)])]
+    predicted = {}
+    tied = [pipeline.owner.get_submodule(name).weight.nbytes for name in cut.tied()]
+    for transfer in cut.traffic(pipe.rank(), num_micro, tied):
+        key = transfer.label, transfer.op, transfer.message_bytes
+        predicted[key] = predicted.get(key, 0) + transfer.calls
+    return {
+        "losses": losses,
+        "weights": {name: one.detach() for name, one in pipeline.owner.named_parameters()},
+        "sent": sent[-1],
+        "predicted": predicted,
+        "held_out": held_out,
+        "order": [(one.kind, one.stage, one.micro) for one in sorted(pipeline.computed, key=lambda one: one.begin)],
+        "last": pipeline.has_last,
+    }
+
+
+def _sent(ledger: Ledger, before: dict) -> dict:
+    from thinwire.collectives.ledger import difference
+
+    after = difference(ledger.snapshot(), before)
+    return {(call.label, call.op, call.message_bytes): total.calls for call, total in after.items() if call.op == "send"}
+
+
+def check_equal(results: list[dict], layout: Layout, config: ModelConfig, num_micro: int) -> None:
+    losses, weights = on_one_rank(config, num_micro * layout.data)
+    for step, expected in enumerate(losses):
+        got = sum(one["losses"][step] for one in results if one["last"]) / layout.data
+        assert got == pytest.approx(expected, rel=1e-9)
+    seen: dict[str, torch.Tensor] = {}
+    for result in results:
+        for name, value in result["weights"].items():
+            assert torch.allclose(value, weights[name], rtol=1e-9, atol=1e-12), name
+            assert torch.equal(value, seen.setdefault(name, value)), f"{name} differs between ranks"
+    assert seen.keys() == weights.keys()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_pipeline_of_two_equals_one_rank(ranks2: Pool, schedule: str) -> None:
+    layout, config = Layout(pipe=2), shape()
+    results = ranks2.run(train, layout, PipelineSection(schedule=schedule), config, 4)
+    check_equal(results, layout, config, 4)
+    for rank, result in enumerate(results):
+        assert result["sent"] == result["predicted"]
+        assert result["order"] == orders(schedule, 2, PipelineSection(schedule=schedule).per_rank, 4)[rank]
+
+
+@pytest.mark.parametrize(("schedule", "pipe", "tied"), [("1f1b", 4, False), ("interleaved", 2, True), ("zb1p", 2, True), ("gpipe", 2, False)])
+def test_with_replicas_too(ranks4: Pool, schedule: str, pipe: int, tied: bool) -> None:
+    layout = Layout(pipe=pipe, data=4 // pipe)
+    config = shape(tied=tied, positions="learned")
+    results = ranks4.run(train, layout, PipelineSection(schedule=schedule), config, 4)
+    check_equal(results, layout, config, 4)
+    for result in results:
+        assert result["sent"] == result["predicted"]
+
+
+@pytest.mark.parametrize(("activations", "gradients", "within"), [("int8", "int8", 0.01), ("bf16", "int4", 0.03)])
+def test_codes_send_less_and_change_little(ranks2: Pool, activations: str, gradients: str, within: float) -> None:
+    config = shape()
+    options = PipelineSection(activations=activations, gradients=gradients)
+    results = ranks2.run(train, Layout(pipe=2), options, config, 4)
+    losses, _ = on_one_rank(config, 4)
+    assert results[1]["losses"] == pytest.approx(losses, rel=within)
+    assert results[1]["losses"] != pytest.approx(losses, rel=1e-12)
+    for result in results:
+        assert result["sent"] == result["predicted"]
+    whole = sum(size for label, _, size in results[0]["sent"] if label == "pipeline")
+    assert whole < ROWS * LENGTH * 32 * 8 / 2
+
+
+def test_gradients_of_replicas_of_a_stage_are_coded(ranks4: Pool) -> None:
+    results = ranks4.run(train, Layout(pipe=2, data=2), PipelineSection(), shape(), 4, "int8")
+    seen: dict[str, torch.Tensor] = {}
+    for result in results:
+        for name, value in result["weights"].items():
+            assert torch.equal(value, seen.setdefault(name, value)), f"{name} differs between ranks"
+
+
+def test_evaluation_is_the_whole_models(ranks2: Pool) -> None:
+    results = ranks2.run(train, Layout(pipe=2), PipelineSection(schedule="zbv"), shape(), 4)
+    _, weights = on_one_rank(shape(), 4)
+    model = new_model(shape())
+    model.load_state_dict(weights)
+    expected = [model(*micro(99, index)).item() for index in range(2)]
+    assert results[0]["held_out"] == pytest.approx(expected, rel=1e-8)
+    assert results[1]["held_out"] == []
+
+
+def of_layers(rank: Rank) -> tuple[list[float], list[float]]:
+    """A pipeline of an nn.Sequential whose boundaries differ in shape, beside the whole."""
+
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        layers = (nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 6), nn.Tanh(), nn.Linear(6, 3))
+        return nn.Sequential(*layers).double()
+
+    inputs = [torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    targets = [torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(9 + i)) for i in range(2)]
+    whole = build()
+    expected = [nn.functional.mse_loss(whole(x), y).item() for x, y in zip(inputs, targets, strict=True)]
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("pipe",))
+    model = build()
+    pipeline = Pipeline(
+        model, new_cut(model, PipelineSection(), 2, inputs[0]), mesh.get_group(), rank.ledger, nn.functional.mse_loss
+    )
+    return [float(loss) for loss in pipeline.step(inputs, targets)], expected
+
+
+def test_any_sequential_model(ranks2: Pool) -> None:
+    (nothing, _), (losses, expected) = ranks2.run(of_layers)
+    assert nothing == []
+    assert losses == pytest.approx(expected, rel=1e-12)
+
+
+def test_what_is_no_chain_is_refused() -> None:
+    with pytest.raises(UserError, match="cannot be cut into stages"):
+        chain_of(nn.Linear(3, 3))
+
+
+def test_workload_is_known_for_each_parameter_of_a_stage() -> None:
+    config = shape()
+    names = {parameter.name for parameter in Workload.of_transformer(config, ROWS, LENGTH).parameters}
+    model = new_model(config)
+    assert {name for name, _ in model.named_parameters()} == names
