@@ -88,4 +88,5 @@ class Synchroniser(ABC):
 
     @abstractmethod
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
-        """Instead of load_state_dict: the states of all ranks of a run with another number of ranks. Before `attached`."""
+        """Instead of load_state_dict: the states of all replicas of a run with another number of ranks, or with other parts of
+        the model on them (`joined`). Before `attached`."""

@@ -20,6 +20,7 @@ What is common to all replicas that go alone is in `nested`.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -219,6 +220,7 @@ class LocalStepsSync(NestedSynchroniser):
         fragment.settle()
         return {
             "names": [piece.name for piece in fragment.pieces],
+            "sizes": [piece.numel for piece in fragment.pieces],
             "anchor": fragment.values.clone(),
             "momentum": fragment.momentum.clone(),
             "sent_at": fragment.sent_at,
@@ -227,6 +229,8 @@ class LocalStepsSync(NestedSynchroniser):
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._done = state["done"]
+        if self._adopted:
+            state = state | {"fragments": _regrouped(state["fragments"], self._fragments)}
         mine = [([piece.name for piece in fragment.pieces], fragment.values) for fragment in self._fragments]
         theirs = [(saved["names"], saved["anchor"]) for saved in state["fragments"]]
         if [(names, counted([anchor])) for names, anchor in mine] != [(names, counted([anchor])) for names, anchor in theirs]:
@@ -241,6 +245,31 @@ class LocalStepsSync(NestedSynchroniser):
             fragment.sent_at = saved["sent_at"]
             if saved["under_way"] is not None:
                 fragment.under_way = done(saved["under_way"].to(self._shards.device, copy=True))
+
+
+def _regrouped(saved: list[dict[str, Any]], fragments: Sequence[_Fragment]) -> list[dict[str, Any]]:
+    """What was saved of other fragments, as of these; as it is, if it does not hold all that these do, or has no `sizes` yet."""
+    keys, by_name = ("anchor", "momentum", "under_way"), dict[str, dict[str, Any]]()
+    for one in saved:
+        sizes = one.get("sizes", ())
+        for name, first, size in zip(one["names"], accumulate(sizes, initial=0), sizes, strict=False):
+            flat = {key: one[key][first : first + size] if one[key] is not None else None for key in keys}
+            by_name.setdefault(name, {"sent_at": one["sent_at"], **flat})
+    found = []
+    for fragment in fragments:
+        names = [piece.name for piece in fragment.pieces]
+        if not by_name.keys() >= set(names):
+            return saved
+        its = [by_name[name] for name in names]
+        sent_at, away = {one["sent_at"] for one in its}, [one["under_way"] is not None for one in its]
+        if any(away) and (len(sent_at) > 1 or not all(away)):
+            raise UserError(
+                f"the checkpoint holds an average under way of {names[away.index(True)]}, but not of all {len(names)} parameters "
+                "that are one fragment here; resume with the layout and the fragments that it was made with"
+            )
+        flat = {key: torch.cat([one[key] for one in its]) for key in keys[: 2 + all(away)]}
+        found.append({"names": names, "sent_at": min(sent_at), "under_way": None} | flat)
+    return found
 
 
 def fragments(names: Sequence[str], layers_per_fragment: int) -> list[list[str]]:

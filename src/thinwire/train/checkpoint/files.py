@@ -1,12 +1,14 @@
 """A checkpoint on one disk: a folder `step-000120` that is whole once it has that name.
 
     .metadata, __0_0.distcp    model and optimizer, by torch.distributed.checkpoint: what is alike on all ranks
+    part-00-of-02.pt           instead, where ranks hold parts of the model: {"model", "optimizer"} of one part, by `torch.save`
     rank-00003.pt              what is rank 3's own (random state, synchroniser; where replicas differ, model and optimizer)
     progress.json              the step, and who trained
     checksums.json             SHA-256 of all the others
 
 It is written aside as `.step-000120.tmp`; files and folder are synced before it is renamed, so that a power cut leaves either all
-of it or what was there before. Where hosts share no disk each holds such a folder, with what is alike and its own ranks' files.
+of it or what was there before. Where hosts share no disk each holds such a folder, with what is alike (of parts those of its own
+ranks) and its own ranks' files.
 Which disks hold enough together is found by `restore`.
 """
 
@@ -31,12 +33,17 @@ PROGRESS, CHECKSUMS = "progress.json", "checksums.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands: the next step to train, tokens seen, world size, micro-batches by replica."""
+    """Where a run stands: the next step to train, tokens seen, world size, micro-batches by replica.
+
+    num_parts, cut: into how many parts the model is divided among the ranks, and a checksum of how (`division`); `Saver` knows.
+    """
 
     step: int
     tokens: int
     world_size: int
     assignment: Assignment
+    num_parts: int = 1
+    cut: str = ""
 
     @property
     def name(self) -> str:
@@ -55,9 +62,26 @@ class Held:
 
     @property
     def alike(self) -> bool:
-        """Whether all is here that is alike on all ranks."""
+        """Whether all is here that is alike on all ranks, or on those of each part."""
+        if self.num_parts > 1:
+            return not self.absent
         lost = any(not line.startswith("rank-") for line in self.damage)
         return self.progress is not None and not lost and any(not is_own(name) for name in self.sums if name != PROGRESS)
+
+    @property
+    def absent(self) -> list[str]:
+        """Files of parts that are not here, or not whole."""
+        return [name for name in part_files(self.num_parts) if name not in self.sums]
+
+    @property
+    def num_parts(self) -> int:
+        """Of the model; 1 also where nothing is whole."""
+        return 1 if self.progress is None else self.progress.num_parts
+
+
+def part_files(num_parts: int) -> list[str]:
+    """The names of what is alike on the ranks of each part, by part; none if there is but one."""
+    return [f"part-{part:02d}-of-{num_parts:02d}.pt" for part in range(num_parts)] if num_parts > 1 else []
 
 
 def rank_file(rank: int) -> str:
@@ -86,7 +110,10 @@ def aside_of(folder: Path, progress: Progress) -> Path:
 def finish(aside: Path, progress: Progress, sums: Mapping[str, str]) -> Path:
     """Sync the folder and give it its name, which is returned. sums: of files that have been summed already."""
     final = aside.with_name(progress.name)
-    _write_synced(aside / PROGRESS, json.dumps(asdict(progress)))
+    content = asdict(progress)
+    if progress.num_parts == 1:  # as before there were parts
+        del content["num_parts"], content["cut"]
+    _write_synced(aside / PROGRESS, json.dumps(content))
     everything = {path.name: sums.get(path.name) or sha256(path) for path in sorted(aside.iterdir())}
     _write_synced(aside / CHECKSUMS, json.dumps(everything, indent=1))
     sync(aside)
@@ -144,7 +171,8 @@ def newest_whole(folder: Path) -> Path:
             for line in passed:
                 print(f"{line}; going on with {name}", flush=True)
             return folder / name
-        passed.append(f"checkpoint {folder / name} is damaged: {held.damage[0]}")
+        lost = [*held.damage, *(f"{part} is not on this disk; copy it from the host that has it" for part in held.absent)]
+        passed.append(f"checkpoint {folder / name} is {'damaged' if held.damage else 'not whole'}: {lost[0]}")
     raise UserError(
         f"{passed[0]}; there is no other" if passed else f"{folder} holds no checkpoint; a run writes one when it ends"
     )

@@ -1,14 +1,15 @@
 """Writes checkpoints on a thread of its own while training goes on.
 
     rank's main thread    takes a copy of its state between two steps (`snapshot`), and goes on
-    this thread           own file -> leader of the disk: what is alike, progress, checksums, name -> whole on every disk -> older
-                          ones go
+    this thread           own file; if there are parts, its own, which the lowest rank with it on a disk writes ->
+                          leader of the disk: what is alike on all ranks, progress, checksums, name -> whole on every disk ->
+                          older ones go
 
 Threads agree through the store by which the ranks met, never by a collective: those are the training's. A checkpoint counts when
 it is whole on every disk; what goes wrong on one rank, all learn, and the run ends in one line at the next report.
 
-With copies = 2 each disk's leader also sends the files of its ranks to the next disk, so that any one of them may be lost; that
-goes over the links that training uses.
+With copies = 2 each disk's leader also sends the files of its ranks to the next disk, but for parts that this one has, so that
+any one of them may be lost; that goes over the links that training uses.
 """
 
 import json
@@ -17,7 +18,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ import torch.distributed as dist
 from thinwire.collectives.ledger import Ledger
 from thinwire.errors import UserError
 from thinwire.train.checkpoint.disks import Disks
-from thinwire.train.checkpoint.files import Progress, aside_of, finish, one_line, prune, sha256
-from thinwire.train.checkpoint.state import Parts, Snapshot, quiet, snapshot, write_alike, write_own
+from thinwire.train.checkpoint.division import Division, find_division
+from thinwire.train.checkpoint.files import Progress, aside_of, finish, one_line, part_files, prune, sha256
+from thinwire.train.checkpoint.state import Parts, Snapshot, quiet, snapshot, write_alike, write_own, write_part
 from thinwire.train.checkpoint.transfer import receive_file, send_file
 
 POLL_S = 0.02
@@ -51,6 +53,8 @@ class _Job:
     key: str
     """Of what its threads say in the store."""
     blocked_s: float
+    part: str
+    """The file of this rank's part, if there are several; "" if not."""
     ended: threading.Event = field(default_factory=threading.Event)
     save_s: float = 0.0
     error: str = ""
@@ -69,17 +73,29 @@ class Saver:
         store: Any = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(f"checkpoint-{disks.token}", store.clone())  # one client answers one thread at a time
         self._job: _Job | None = None
+        self._division: Division | None = None
         self._begun = 0
         quiet()
 
     def begin(self, parts: Parts, progress: Progress) -> None:
-        """Take a copy of `parts` and begin to write it. On every rank between the same two steps, when none is being written."""
+        """Take a copy of `parts` and begin to write it. On every rank between the same two steps, when none is being written.
+
+        Collective over the default group at the first time, if there are several parts.
+        """
         assert self._job is None, "a checkpoint is being written"
         began = time.perf_counter()
-        taken = snapshot(parts, alike=self._disks.leads)
+        if self._division is None:
+            with parts.ledger.label("checkpoint"):
+                self._division = find_division(parts)
+        taken = snapshot(parts, alike=self._division.writes(self._disks))
         key, self._begun = str(self._begun), self._begun + 1
-        blocked_s = time.perf_counter() - began
-        self._job = _Job(progress=progress, ledger=parts.ledger, key=key, blocked_s=blocked_s)
+        self._job = _Job(
+            progress=replace(progress, world_size=len(self._disks.leader_of), num_parts=parts.num_parts, cut=self._division.cut),
+            ledger=parts.ledger,
+            key=key,
+            blocked_s=time.perf_counter() - began,
+            part=part_files(parts.num_parts)[parts.part] if parts.num_parts > 1 else "",
+        )
         threading.Thread(target=self._run, args=(self._job, taken), name="checkpoint", daemon=True).start()
 
     @property
@@ -127,10 +143,13 @@ class Saver:
         else:
             aside = self._folder / f".{progress.name}.tmp"
             self._wait([f"{key}/begun/{disks.leader}"], key)
-        own = write_own(aside, rank, taken)
-        self._store.set(f"{key}/own/{rank}", json.dumps({own.name: [sha256(own), own.stat().st_size]}))
+        written = [write_own(aside, rank, taken)]
+        if job.part and taken.alike is not None:
+            written.append(write_part(aside / job.part, taken))
+        self._store.set(f"{key}/own/{rank}", json.dumps({file.name: [sha256(file), file.stat().st_size] for file in written}))
         if disks.leads:
-            write_alike(aside, taken)
+            if not job.part:
+                write_alike(aside, taken)
             mine = self._files_of(rank, key)
             if missing := [name for name in mine if not (aside / name).exists()]:
                 raise UserError(f"checkpoint {aside}: {missing[0]}, which its rank has written, is not there; look at the disk")
@@ -153,20 +172,22 @@ class Saver:
         leaders = self._disks.leaders
         index = leaders.index(self._disks.rank)
         after, before = leaders[(index + 1) % len(leaders)], leaders[index - 1]
-        mine, theirs = self._files_of(leaders[index], job.key), self._files_of(before, job.key)
+        there, mine, theirs = (self._files_of(leader, job.key) for leader in (after, leaders[index], before))
+        taken = {name: about for name, about in theirs.items() if name not in mine}
 
         def send() -> None:
             for name, (_, size) in mine.items():
-                send_file(aside / name, size, after, self._leaders)
+                if name not in there:
+                    send_file(aside / name, size, after, self._leaders)
 
         def take() -> None:
-            for name, (_, size) in theirs.items():
+            for name, (_, size) in taken.items():
                 receive_file(aside / name, size, before, self._leaders)
 
         with job.ledger.label("checkpoint copies"):
             for one in (send, take) if index % 2 == 0 else (take, send):
                 one()
-        return theirs
+        return taken
 
     def _wait(self, keys: Sequence[str], key: str) -> None:
         """Until all are in the store. By asking again and again: a client that waits in the store serves nobody else."""

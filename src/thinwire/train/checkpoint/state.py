@@ -1,33 +1,40 @@
 """What a checkpoint keeps of a run: taken from it, written, and put back bit for bit.
 
-Alike on all ranks are the model and the optimizer, of replicas that differ their average and the first one's. A rank's own are
-its random state, its synchroniser and, where replicas differ, its model and optimizer.
+Alike on all ranks are the model and the optimizer, of replicas that differ their average and the first one's; where ranks hold
+parts of the model, alike on those with the same part. A rank's own are its random state, its synchroniser and, where replicas
+differ, its model and optimizer. What is alike is put back by parameter name, whatever the parts of the ranks that wrote it.
 """
 
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.utils import _pytree
 
 from thinwire.collectives.ledger import Ledger
+from thinwire.errors import UserError
 from thinwire.sync.base import Synchroniser
-from thinwire.train.checkpoint.files import Progress, one_line, rank_file, read_progress, sync
+from thinwire.sync.joined import joined
+from thinwire.train.checkpoint.files import Progress, one_line, part_files, rank_file, read_progress, sync
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What is saved."""
+    """What is saved. model: this rank's part of it, number `part` of `num_parts`, under the names of the whole model."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     sync: Synchroniser
     ledger: Ledger
     rank: int
+    part: int = 0
+    num_parts: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +50,8 @@ def snapshot(parts: Parts, *, alike: bool) -> Snapshot:
     own: dict[str, Any] = {"sync": parts.sync.state_dict(), "random": torch.get_rng_state()}
     if (device := next(parts.model.parameters()).device).type != "cpu":
         own["device_random"] = torch.get_device_module(device).get_rng_state(device)
+    if parts.num_parts > 1:
+        own["part"] = parts.part
     if parts.sync.replicas_differ:
         own["model"], own["optimizer"] = parts.model.state_dict(), parts.optimizer.state_dict()
     own = _copied(own)
@@ -62,13 +71,23 @@ def write_own(folder: Path, rank: int, taken: Snapshot) -> Path:
 
 
 def write_alike(folder: Path, taken: Snapshot) -> None:
-    """As `write_own`."""
+    """As `write_own`, where there is one part."""
     assert taken.alike is not None, "this rank has taken no copy of what is alike"
     dcp.save(taken.alike, checkpoint_id=folder, no_dist=True)  # syncs its files
 
 
+def write_part(path: Path, taken: Snapshot) -> Path:
+    """As `write_own`, what is alike on the ranks with the same part."""
+    assert taken.alike is not None, "this rank has taken no copy of its part"
+    torch.save(taken.alike, path)
+    sync(path)
+    return path
+
+
 def load(path: Path, parts: Parts, *, with_own: bool) -> None:
     """Put a whole checkpoint into `parts`, before the first backward pass. On every rank; no communication.
+
+    Its own parts may be others than this rank's: what this rank's model has is taken by name. UserError for what is not there.
 
     with_own: each rank goes on with its own file, as many ranks as wrote it. Without, what the files that are there say of the
     ranks' residuals is shared out anew (`Synchroniser.adopt`), and random states begin afresh; replicas that differed begin from
@@ -79,11 +98,16 @@ def load(path: Path, parts: Parts, *, with_own: bool) -> None:
     quiet()
     with one_line(f"checkpoint {path}", "read"):
         model, optimizer = get_state_dict(parts.model, parts.optimizer)
+        groups = optimizer["param_groups"]
         state: dict[str, Any] = {"model": model, "optimizer": optimizer}
-        dcp.load(state, checkpoint_id=path, no_dist=True)
-        set_state_dict(parts.model, parts.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        _read(path, state)
+        parts.model.load_state_dict(state["model"])
+        groups = [_hyperparameters(group, state["optimizer"]["param_groups"]) for group in groups]
+        parts.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         if not with_own:
-            parts.sync.adopt([torch.load(file, weights_only=True)["sync"] for file in sorted(path.glob("rank-*.pt"))])
+            owns = [torch.load(file, weights_only=True) for file in sorted(path.glob("rank-*.pt"))]
+            if owns:
+                parts.sync.adopt(_by_replica(owns, parts))
             return
         own = torch.load(path / rank_file(parts.rank), weights_only=True)
         if "model" in own:
@@ -102,7 +126,7 @@ def load_weights(path: Path, model: torch.nn.Module) -> Progress:
     state = {"model": model.state_dict()}
     quiet()
     with one_line(f"checkpoint {path}", "read"):
-        dcp.load(state, checkpoint_id=path, no_dist=True)
+        _read(path, state)
     model.load_state_dict(state["model"])
     return progress
 
@@ -111,6 +135,60 @@ def quiet() -> None:
     """torch.distributed.checkpoint warns of each rank that reads or writes by itself, as is meant here. For the whole process,
     because threads have no warnings of their own."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+
+
+def _read(path: Path, state: dict[str, Any]) -> None:
+    """Into the tensors of `state`, {"model"} or {"model", "optimizer"}, by names of parameters. Of groups all that were saved."""
+    files = part_files(read_progress(path).num_parts)
+    if not files:
+        dcp.load(state, checkpoint_id=path, no_dist=True)
+        return
+    wanted, moments, groups = dict(state["model"]), state.get("optimizer", {}).get("state", {}), list[Any]()
+    for file in (path / name for name in files if wanted and (path / name).exists()):  # a disk need not hold all
+        saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        groups += saved["optimizer"]["param_groups"]
+        for name in wanted.keys() & saved["model"].keys():  # what several have is taken from the first
+            _put(state["model"], saved["model"], [name], str(file))
+            if name in moments:
+                _put(moments[name], saved["optimizer"]["state"].get(name, {}), moments[name], f"{file}, optimizer, {name}:")
+            del wanted[name]
+    if wanted:
+        raise UserError(f"checkpoint {path} holds no {next(iter(wanted))}; resume with the model that it was made with")
+    if "optimizer" in state:
+        state["optimizer"]["param_groups"] = groups
+
+
+@torch.no_grad()
+def _put(mine: dict[str, Any], saved: Mapping[str, Any], keys: Iterable[str], what: str) -> None:
+    for key in list(keys):
+        shape = getattr(mine[key], "shape", None)
+        if key not in saved or getattr(saved[key], "shape", None) != shape:
+            of_shape = f" of shape {list(shape)}" if shape else ""
+            raise UserError(f"{what} holds no {key}{of_shape}; resume with the model and the optimizer that it was made with")
+        if isinstance(mine[key], torch.Tensor):
+            mine[key].copy_(saved[key])
+        else:
+            mine[key] = saved[key]
+
+
+def _hyperparameters(group: dict[str, Any], saved: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`group` with those of the saved group that its parameters were in; as it is, if it has no parameters."""
+    its = next((one for one in saved if set(group["params"]) & set(one["params"])), group)
+    return {**its, "params": group["params"]}
+
+
+def _by_replica(owns: Sequence[Mapping[str, Any]], parts: Parts) -> list[dict[str, Any]]:
+    """States of synchronisers by replica, its parts' put together, of the parameters of this rank."""
+    if parts.num_parts == 1 and not any("part" in own for own in owns):
+        return [own["sync"] for own in owns]
+    by_part: dict[int, list[dict[str, Any]]] = {}
+    for own in owns:
+        by_part.setdefault(own.get("part", 0), []).append(own["sync"])
+    found, names = [], parts.model.state_dict()
+    for row in zip_longest(*(by_part[part] for part in sorted(by_part))):
+        states = {part: state for part, state in zip(sorted(by_part), row, strict=True) if state is not None}
+        found.append(joined(list(states.values()), names, list(states).index(parts.part) if parts.part in states else 0))
+    return found
 
 
 def _copied(tree: dict[str, Any]) -> dict[str, Any]:
