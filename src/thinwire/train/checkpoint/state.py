@@ -98,7 +98,7 @@ def load(path: Path, parts: Parts, *, with_own: bool) -> None:
     quiet()
     with one_line(f"checkpoint {path}", "read"):
         model, optimizer = get_state_dict(parts.model, parts.optimizer)
-        groups = optimizer["param_groups"]
+        groups = [dict(group) for group in optimizer["param_groups"]]  # of this rank's parameters, which reading replaces
         state: dict[str, Any] = {"model": model, "optimizer": optimizer}
         _read(path, state)
         parts.model.load_state_dict(state["model"])
