@@ -339,6 +339,7 @@ def test_a_lost_disk_costs_nothing_where_there_are_two_copies(ranks4: Pool, tmp_
     if copies == 1:
         assert all("step-000002 is not whole: part-01-of-02.pt is on none of the disks; there is no" in line for line in read)
         return
+    assert files(tmp_path / "host1", 2) == ["part-01-of-02.pt", "rank-00002.pt", "rank-00003.pt"], "no more than it needs"
     for (_, after), (with_own, _, later, _) in zip(written, read, strict=True):
         assert with_own
         for key in ("model", "optimizer", "residuals"):

@@ -97,9 +97,8 @@ def load(path: Path, parts: Parts, *, with_own: bool) -> None:
     assert all(parameter.grad is None for parameter in parts.model.parameters()), "load before the first backward pass"
     quiet()
     with one_line(f"checkpoint {path}", "read"):
-        model, optimizer = get_state_dict(parts.model, parts.optimizer)
-        groups = [dict(group) for group in optimizer["param_groups"]]  # of this rank's parameters, which reading replaces
-        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+        state: dict[str, Any] = dict(zip(("model", "optimizer"), get_state_dict(parts.model, parts.optimizer), strict=True))
+        groups = [dict(group) for group in state["optimizer"]["param_groups"]]  # of this rank's parameters; reading replaces them
         _read(path, state)
         parts.model.load_state_dict(state["model"])
         groups = [_hyperparameters(group, state["optimizer"]["param_groups"]) for group in groups]
