@@ -13,6 +13,7 @@ import torch
 from torch.distributed import pipelining
 
 from thinwire.errors import UserError
+from thinwire.parallel.balance import stages_of
 
 CLASSES: Mapping[str, Callable[..., Any]] = {
     "gpipe": pipelining.ScheduleLoopedBFS,
@@ -22,26 +23,17 @@ CLASSES: Mapping[str, Callable[..., Any]] = {
     "zbv": pipelining.ScheduleZBVZeroBubble,
     "dualpipev": pipelining.ScheduleDualPipeV,
 }
-V_SHAPED = ("zbv", "dualpipev")
-"""In which the stages run down the ranks and up again."""
 KINDS = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
 
 Order = list[tuple[str, int, int]]
 """What one rank computes: (F forward, B backward, I backward of inputs, W of weights; stage; micro-batch)."""
 
 
-def stages_of(schedule: str, ranks: int, per_rank: int, rank: int) -> list[int]:
-    """The stages that a rank has, first ones first."""
-    if schedule in V_SHAPED:
-        return [rank, 2 * ranks - 1 - rank]
-    return [rank + ranks * turn for turn in range(per_rank)]
-
-
 def make_schedule(
     schedule: str, stages: Sequence[Any], num_micro: int, loss: Callable[[torch.Tensor, Any], torch.Tensor] | None
 ) -> Any:
-    """PyTorch's schedule over this rank's stages. Losses are neither averaged nor divided. UserError for a number of micro-batches
-    that it cannot take."""
+    """PyTorch's schedule over this rank's stages. Losses are neither averaged nor divided. UserError for a number of
+    micro-batches that it cannot take."""
     ranks = stages[0].group_size
     try:
         return CLASSES[schedule](list(stages), num_micro, loss_fn=loss, scale_grads=False)
