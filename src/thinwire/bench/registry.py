@@ -28,6 +28,7 @@ BENCHMARKS = (
     "fsdp",
     "gpu",
     "lab",
+    "layouts",
     "ledger",
     "probe",
     "sync",

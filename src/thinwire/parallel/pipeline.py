@@ -90,7 +90,7 @@ class Pipeline:
         """
         num_micro = len(inputs)
         if num_micro not in self._schedules:
-            self._schedules[num_micro] = make_schedule(self.cut.options.schedule, self.stages, num_micro, self._scaled_loss)
+            self._schedules[num_micro] = make_schedule(self.cut.options.schedule, self.stages, num_micro, self.scaled_loss)
         losses: list[Tensor] = []
         self._scale = scale
         arguments = (torch.cat(list(inputs)).to(self.device),) if self.has_first else ()
@@ -146,7 +146,12 @@ class Pipeline:
         }
         return [one for one in self.owner.parameters() if id(one) not in elsewhere]
 
-    def _scaled_loss(self, output: Tensor, target: Tensor) -> Tensor:
+    def use(self, schedule: Any, num_micro: int) -> None:
+        """A schedule of PyTorch's own over `stages`, with the loss `scaled_loss`, for steps of so many micro-batches."""
+        self._schedules[num_micro] = schedule
+
+    def scaled_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Of one micro-batch, as the step under way scales it."""
         with self._precision():
             return self.loss(output, target) * self._scale
 
