@@ -25,6 +25,7 @@ BENCHMARKS = (
     "collective_steps",
     "compress",
     "ddp",
+    "equality",
     "fsdp",
     "gpu",
     "lab",
