@@ -1,8 +1,8 @@
 """Every layout gives the losses of one rank: all mixtures that fit on 1, 2, 4 and 8 ranks, every schedule, in float64.
 
 Loopback, 20 steps of AdamW with clipping on the same tokens, 16 micro-batches a step shared out to the replicas. `error` is the
-largest relative difference of the loss of a step from that of one rank with the whole model; the bar is 1e-9. Rare exchange must be
-equal in one case only, which is there too: local SGD that averages after each step, under plain SGD.
+largest relative difference of the loss of a step from that of one rank with the whole model; the bar is 1e-9. Rare exchange must
+be equal in one case only, which is there too: local SGD that averages after each step, under plain SGD.
 """
 
 from collections.abc import Mapping
