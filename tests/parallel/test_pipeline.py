@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+import thinwire
 from pool import Pool, Rank
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.exchange import make_exchange
@@ -183,11 +184,14 @@ def of_layers(rank: Rank) -> tuple[list[float], list[float]]:
     targets = [torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(9 + i)) for i in range(2)]
     whole = build()
     expected = [nn.functional.mse_loss(whole(x), y).item() for x, y in zip(inputs, targets, strict=True)]
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("pipe",))
-    model = build()
-    cut = cut_model(model, inputs[0], PipelineSection(), 2)
-    pipeline = Pipeline(model, cut, mesh.get_group(), rank.ledger, nn.functional.mse_loss)
-    return [float(loss) for loss in pipeline.step(inputs, targets)], expected
+    pipeline = thinwire.pipeline(build(), inputs[0], nn.functional.mse_loss, schedule="gpipe")
+    losses = [float(loss) for loss in pipeline.step(inputs, targets)]
+    pipeline.step(inputs, targets)
+    sent = sum(transfer.calls * transfer.message_bytes for transfer in pipeline.traffic(2))
+    before = pipeline.ledger.sent_bytes
+    pipeline.step(inputs, targets)
+    assert pipeline.ledger.sent_bytes - before == sent > 0
+    return losses, expected
 
 
 def test_any_sequential_model(ranks2: Pool) -> None:
@@ -206,3 +210,13 @@ def test_workload_is_known_for_each_parameter_of_a_stage() -> None:
     names = {parameter.name for parameter in Workload.of_transformer(config, ROWS, LENGTH).parameters}
     model = new_model(config)
     assert {name for name, _ in model.named_parameters()} == names
+
+
+@pytest.mark.parametrize(("schedule", "num_micro"), [("1f1b", 9), ("dualpipev", 3)])
+def test_a_number_of_micro_batches_that_cannot_be_is_refused_with_the_nearest_that_can(schedule: str, num_micro: int) -> None:
+    per_rank = PipelineSection(schedule=schedule).per_rank
+    with pytest.raises(UserError, match="cannot run") as raised:
+        orders(schedule, 4, per_rank, num_micro)
+    assert "\n" not in str(raised.value)
+    nearest = int(str(raised.value).split("sync.accumulate to ")[1].split(",")[0])
+    assert len(orders(schedule, 4, per_rank, nearest)) == 4
