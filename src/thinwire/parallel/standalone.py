@@ -38,10 +38,10 @@ def pipeline(
 ) -> Pipeline:
     """Stages of `model` on the ranks of `group` (None: all ranks), in their order. Collective over all ranks.
 
-    model: a `Transformer` of thinwire or an nn.Sequential, built alike on every rank, on the device where it is to run.
-    example: the input of one micro-batch; loss(output, target): the mean of a micro-batch, a scalar. costs: of each unit of the model, such
-    as its seconds, so that stages are balanced; None: by its number of parameters. options: as in [pipeline] of run.toml:
-    schedule, stages_per_rank, activations, gradients. What is sent on CPUs is in `ledger`. UserError for what cannot be cut so.
+    model: a `Transformer` of thinwire or an nn.Sequential, alike on every rank, on the device where it is to run; example: the
+    input of one micro-batch; loss(output, target): the mean of a micro-batch, a scalar. costs: of each unit of the model, such as
+    its seconds, so that stages are balanced; None: by its number of parameters. options: as in [pipeline] of run.toml: schedule,
+    stages_per_rank, activations, gradients. What is sent on CPUs is in `ledger`. UserError for what cannot be cut so.
     """
     if not dist.is_initialized():
         raise UserError('pipeline: there is no process group; call torch.distributed.init_process_group("gloo") before')
