@@ -35,6 +35,7 @@ def test_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: st
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.long
 def test_missing_files(tmp_path: Path) -> None:
     for arguments, expected in (
         (("train", "gone.toml"), "gone.toml: there is no such file"),

@@ -78,6 +78,7 @@ def test_both_sides_stay_equal_and_finite_over_what_is_not(kind: str) -> None:
 FAKE = Path(__file__).parent / "fake_device_activations.py"
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_nothing_is_read_on_the_host_and_no_device_is_mixed() -> None:
     assert alone(FAKE).count("all on the device") == len(ALL)

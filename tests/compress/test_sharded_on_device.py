@@ -148,6 +148,7 @@ def test_a_gradient_that_is_not_finite_is_named_one_step_later_or_before_a_state
 FAKE = Path(__file__).parent / "fake_device_sharded.py"
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_nothing_is_read_on_the_host_and_no_device_is_mixed() -> None:
     """On `meta`, with fake tensors: what copies to the host is refused."""

@@ -210,7 +210,7 @@ def test_a_power_cut_at_any_moment_leaves_a_whole_checkpoint(ranks2: Pool, tmp_p
 
     cutter = threading.Thread(target=cut)
     cutter.start()
-    assert ranks2.run(save_often, folder, stop)[0] > 10
+    assert ranks2.run(save_often, folder, stop)[0] > 3, "some are pruned meanwhile"
     cutter.join()
     for copy in copies:
         for progress, own, weight in ranks2.run(resumed_weight, copy):
