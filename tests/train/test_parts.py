@@ -115,7 +115,7 @@ def new_part(context: Rank, units: Units, compress: Any = "none", layers: int = 
 
 def save(part: Part, folder: Path, step: int, copies: int = 1) -> str:
     """Returns why it could not be written, "" if it was."""
-    saver = Saver(folder, find_disks(folder), 9, copies)
+    saver = Saver(folder, find_disks(folder), 9, copies, part.parts)
     saver.begin(part.parts, Progress(step=step, tokens=7, world_size=part.mesh.size(), assignment=(1,)))
     while saver.busy:
         time.sleep(0.001)

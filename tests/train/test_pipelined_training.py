@@ -1,5 +1,6 @@
 """Whole runs whose layers lie on several ranks learn what one rank with the same tokens learns, and send what was predicted."""
 
+import shutil
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,6 +13,7 @@ from thinwire.config.run import RunConfig
 from thinwire.errors import UserError
 from thinwire.record import RunFolder
 from thinwire.report import Facts, as_json
+from thinwire.train.trained import open_trained
 
 
 def config_of(folder: Path, layout: dict[str, int], num_micro: int = 4, **sections: Any) -> RunConfig:
@@ -77,6 +79,28 @@ def test_codes_between_stages_learn_alike(ranks2: Pool, tmp_path: Path) -> None:
     assert scores(coded.folder)[12] == pytest.approx(scores(plain.folder)[12], rel=0.01)
     sent = [RunFolder.open(one.folder).predicted().wire_bytes_per_step for one in (plain, coded)]  # type: ignore[union-attr]
     assert sent[1] < 0.5 * sent[0]
+
+
+@pytest.mark.parametrize("sync", [{}, {"kind": "diloco", "every": 4}])
+def test_resumed_equals_uninterrupted_and_any_layout_may_go_on(
+    ranks1: Pool, ranks2: Pool, ranks4: Pool, tmp_path: Path, sync: dict[str, Any]
+) -> None:
+    """In another layout too as if nothing had happened; but replicas that differ begin there from their average."""
+    ranks, layout, alone = (ranks4, {"outer": 2, "pipe": 2}, {"outer": 2}) if sync else (ranks2, {"pipe": 2}, {})
+    config = config_of(tmp_path, layout, sync=sync)
+    whole = ranks.run(run_training, config)[0].folder
+    cut = config_of(tmp_path, layout, sync=sync, train={"run": str(tmp_path / "cut")})
+    assert {one.reason for one in ranks.run(run_training, cut, None, 6)} == {"interrupted"}
+    shutil.copytree(tmp_path / "cut", tmp_path / "other")
+    assert {one.reason for one in ranks.run(run_training, cut, tmp_path / "cut")} == {"done"}
+    assert losses(tmp_path / "cut") == losses(whole) and scores(tmp_path / "cut") == scores(whole)
+    other = config_of(tmp_path, alone, sync=sync, train={"run": str(tmp_path / "other")})
+    assert {one.reason for one in (ranks2 if sync else ranks1).run(run_training, other, tmp_path / "other")} == {"done"}
+    if not sync:
+        assert losses(tmp_path / "other") == pytest.approx(losses(whole), rel=1e-9)
+    for folder in (whole, tmp_path / "other"):
+        trained = open_trained(folder, tmp_path / "cache")
+        assert trained.step == 12 and trained.held_out_loss() == pytest.approx(trained.recorded, rel=1e-9)
 
 
 def test_what_cannot_work_is_refused_before_ranks_start(tmp_path: Path) -> None:

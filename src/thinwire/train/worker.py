@@ -145,11 +145,19 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     part = take_part(task, config, layout, cluster.declared_rates, groups["pipe"], ledger, precision)
     sync = make_synchroniser(config.sync, config.compress, layout, ledger)
     optimizer = make_optimizer(part.module, config.train)
-    parts = Parts(model=part.module, optimizer=optimizer, sync=sync, ledger=ledger, rank=number)
+    parts = Parts(
+        model=part.module,
+        optimizer=optimizer,
+        sync=sync,
+        ledger=ledger,
+        rank=number,
+        part=part.number,
+        num_parts=part.count,
+    )
     progress = Progress(step=0, tokens=0, world_size=layout.world_size, assignment=())
     if resume is not None:
         with ledger.label("checkpoint"):
-            found = find_checkpoint(folder.path / "checkpoints", disks)
+            found = find_checkpoint(folder.path / "checkpoints", disks, parts)
         load(found.path, parts, with_own=found.with_own)
         progress = found.progress
     attached = stack.enter_context(sync.attached(part.module, optimizer, mesh))
@@ -192,7 +200,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         replica=replica,
         device=rank.device,
         stop=rank.stop,
-        saver=Saver(folder.path / "checkpoints", disks, config.train.checkpoints_kept, config.train.checkpoint_copies),
+        saver=Saver(folder.path / "checkpoints", disks, config.train.checkpoints_kept, config.train.checkpoint_copies, parts),
         reporter=reporter,
         assignment=assignment,
         bubble_s=prediction.waiting_s if part.pipeline else 0.0,

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from thinwire.collectives.ledger import Ledger
 from thinwire.errors import UserError
 from thinwire.train.checkpoint.disks import Disks
-from thinwire.train.checkpoint.division import Division, find_division
+from thinwire.train.checkpoint.division import find_division
 from thinwire.train.checkpoint.files import Progress, aside_of, finish, one_line, part_files, prune, sha256
 from thinwire.train.checkpoint.state import Parts, Snapshot, quiet, snapshot, write_alike, write_own, write_part
 from thinwire.train.checkpoint.transfer import receive_file, send_file
@@ -63,30 +63,25 @@ class _Job:
 class Saver:
     """Of one rank, one for each Disks. folder: `checkpoints` of the run, on this rank's disk. keep: how many checkpoints stay.
 
-    copies: on how many disks each rank's own file is kept, 1 or 2.
+    copies: on how many disks each rank's own file is kept, 1 or 2. parts: those that will be saved; None: one.
     """
 
-    def __init__(self, folder: Path, disks: Disks, keep: int, copies: int = 1) -> None:
+    def __init__(self, folder: Path, disks: Disks, keep: int, copies: int = 1, parts: Parts | None = None) -> None:
         """Collective."""
         self._leaders = dist.new_group(disks.leaders) if copies > 1 and len(disks.leaders) > 1 else None
         self._folder, self._disks, self._keep = folder, disks, keep
         store: Any = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(f"checkpoint-{disks.token}", store.clone())  # one client answers one thread at a time
         self._job: _Job | None = None
-        self._division: Division | None = None
+        self._division = find_division(parts)
         self._begun = 0
         quiet()
 
     def begin(self, parts: Parts, progress: Progress) -> None:
-        """Take a copy of `parts` and begin to write it. On every rank between the same two steps, when none is being written.
-
-        Collective over the default group at the first time, if there are several parts.
-        """
+        """Take a copy of `parts` and begin to write it. On every rank between the same two steps, when none is being written."""
         assert self._job is None, "a checkpoint is being written"
+        assert parts.num_parts == len(set(self._division.part_of)), "parts as at the beginning"
         began = time.perf_counter()
-        if self._division is None:
-            with parts.ledger.label("checkpoint"):
-                self._division = find_division(parts)
         taken = snapshot(parts, alike=self._division.writes(self._disks))
         key, self._begun = str(self._begun), self._begun + 1
         self._job = _Job(
