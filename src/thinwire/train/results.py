@@ -158,7 +158,8 @@ def write_resume(folder: RunFolder, reporter: Reporter, progress: Progress, worl
     reporter.started -= kept.time_s
     print(f"resumed {folder.path} at step {progress.step}; {kept.dropped} later events dropped", flush=True)
     if progress.world_size != world_size:
-        times = world_size / progress.world_size
-        print(f"{world_size} ranks instead of {progress.world_size}: a step now counts {times:g} times the tokens", flush=True)
+        times = len(assignment) / len(progress.assignment)  # replicas
+        tokens = "as many tokens" if times == 1 else f"{times:g} times the tokens"
+        print(f"{world_size} ranks instead of {progress.world_size}: a step now counts {tokens}", flush=True)
     if progress.assignment != assignment and len({*progress.assignment, *assignment}) > 1:
         print(f"assigned anew, {shown(assignment)}; it was {' '.join(map(str, progress.assignment))}", flush=True)
