@@ -25,9 +25,11 @@ from thinwire.parallel import tensor
 from thinwire.parallel.balance import cut as balance
 from thinwire.parallel.chain import boundaries, chain_of
 from thinwire.parallel.pipeline import Cut, Pipeline
+from thinwire.parallel.tensor_boundary import boundary_traffic, split_boundaries
 from thinwire.parallel.tensor_loss import tensor_cross_entropy
 from thinwire.parallel.tensor_parts import check, local_workload, parts_of, words_of
 from thinwire.parallel.tensor_state import part, whole
+from thinwire.plan.memory import ALLOCATOR, activations_bytes
 from thinwire.sync.after_backward import AfterBackwardSync
 from thinwire.workload import Workload
 
@@ -49,6 +51,7 @@ class Case:
     config: ModelConfig
     codec: str = "none"
     schedule: str = ""
+    boundary: str = "none"
 
     @property
     def clips(self) -> bool:
@@ -103,11 +106,13 @@ def train(rank: Rank, case: Case) -> dict:
     codec = make_codec(read_coding(case.codec, "tensor.codec"))
     model = new_model(case.config)
     parts = tensor.apply(model, group, ledger, codec)
-    pipeline, owner, units = None, model, None
+    pipeline, owner, units, cuts = None, model, None, []
     if layout.pipe > 1:
-        options = PipelineSection(schedule=case.schedule)
+        options = PipelineSection(schedule=case.schedule, activations=case.boundary, gradients=case.boundary)
         chain, example = chain_of(model), micro(0, 0)[0]
         stages = tuple(balance([1.0] * len(chain), layout.pipe * options.per_rank))
+        cuts = [one[-1] for one in stages[:-1]]
+        chain = split_boundaries(chain, cuts, group, ledger)
         crossing = tuple(boundaries(model, chain, example)[one[-1]] for one in stages)
         cut = Cut(chain=chain, stages=stages, entering=example.to("meta"), crossing=crossing, options=options, ranks=layout.pipe)
         pipeline = Pipeline(model, cut, mesh.get_group("pipe"), ledger, model.loss)
@@ -136,15 +141,14 @@ def train(rank: Rank, case: Case) -> dict:
             sent = sent_over_the_axis(difference(ledger.snapshot(), before))
     passes = tensor.Passes(micro_batch=ROWS, sequence=LENGTH, num_micro=MICRO, units=units, clips=case.clips)
     predicted: dict = {}
-    for one in tensor.traffic(case.config, group.size(), passes, codec):
+    transfers = tensor.traffic(case.config, group.size(), passes, codec)
+    for one in transfers + boundary_traffic(case.config, group.size(), passes, cuts):
         wire = one.calls * sent_bytes(one.op, one.message_bytes, group.size(), group.rank())
         calls, before_bytes = predicted.get((one.label, one.op, one.message_bytes), (0, 0))
         predicted[one.label, one.op, one.message_bytes] = calls + one.calls, before_bytes + wire
-    held_out: list[float] = []
     before = ledger.snapshot()
-    if pipeline is None:
-        with torch.no_grad():
-            held_out.append(model(*micro(99, 0)).item())
+    with torch.no_grad():
+        held_out = pipeline.evaluate([micro(99, 0)]) if pipeline is not None else [model(*micro(99, 0))]
     return {
         "place": layout.coordinates(rank.rank),
         "losses": losses if pipeline is None or pipeline.has_last else [],
@@ -153,7 +157,7 @@ def train(rank: Rank, case: Case) -> dict:
         "whole": gradients,
         "sent": sent,
         "predicted": predicted,
-        "held_out": held_out,
+        "held_out": [float(one) for one in held_out],
         "evaluation": {key[0] for key in sent_over_the_axis(difference(ledger.snapshot(), before))},
     }
 
@@ -170,7 +174,7 @@ def check_alike(results: list[dict]) -> None:
     """Ledger and prediction; and the bits of what several ranks hold."""
     for result in results:
         assert result["sent"] == result["predicted"] and result["sent"]
-        assert not result["held_out"] or result["evaluation"] == {"evaluation"}
+        assert result["evaluation"] == {"evaluation"}
     for group in by_group(results):
         for one, other in pairwise(group):
             assert one["losses"] == other["losses"] and one["held_out"] == other["held_out"]
@@ -186,6 +190,8 @@ def check_equal(results: list[dict], case: Case) -> None:
     with_losses = [one["losses"] for one in results if one["losses"]]
     for step, expected in enumerate(losses):
         assert sum(one[step] for one in with_losses) / len(with_losses) == pytest.approx(expected, rel=1e-9)
+    held_out = model(*micro(99, 0)).item()
+    assert all(one["held_out"] == pytest.approx([held_out], rel=1e-9) for one in results if one["held_out"])
     expected_weights = {name: one.detach() for name, one in model.named_parameters()}
     seen: set[str] = set()
     for group in by_group(results):
@@ -209,14 +215,11 @@ CASES = [
 def test_two_tensor_ranks_equal_one(ranks2: Pool, case: Case) -> None:
     results = ranks2.run(train, case)
     check_equal(results, case)
-    _, model = on_one_rank(case)
     shapes = {
         one.name: one.shape
         for one in local_workload(Workload.of_transformer(case.config, ROWS, LENGTH), case.config, 2).parameters
     }
     assert shapes == {name: tuple(one.shape) for name, one in results[0]["weights"].items()}
-    with torch.no_grad():
-        assert results[0]["held_out"] == pytest.approx([model(*micro(99, 0)).item()], rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +253,7 @@ def test_coded_sums_send_less_and_learn_alike(ranks2: Pool, codec: str) -> None:
 @pytest.mark.parametrize("layout", [Layout(tensor=4), Layout(tensor=2, pipe=2), Layout(tensor=2, data=2)], ids=str)
 @pytest.mark.long
 def test_coded_sums_of_four_ranks(ranks4: Pool, layout: Layout) -> None:
-    case = Case(layout, shape(), "int8", schedule="1f1b")
+    case = Case(layout, shape(), "int8", schedule="1f1b", boundary="int8")
     results = ranks4.run(train, case)
     check_alike(results)
     losses, _ = on_one_rank(case)
@@ -279,6 +282,33 @@ def test_under_autocast_products_are_added_up_in_16_bits(ranks2: Pool) -> None:
     for sent, predicted, loss in ranks2.run(under_autocast):
         assert sent == predicted
         assert loss == pytest.approx(new_model(LLAMA.model_copy(update={"dtype": "float32"}))(*micro(0, 0)).item(), rel=0.01)
+
+
+def kept_bytes(rank: Rank, layers: int) -> int:
+    """By autograd between a forward and a backward pass, without the parameters."""
+    config = shape(layers=layers, width=64, hidden=128, dtype="float32")
+    mesh, model = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",)), new_model(config)
+    tensor.apply(model, mesh.get_group(), rank.ledger)
+    parameters = {one.untyped_storage().data_ptr() for one in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(value: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(value.untyped_storage().data_ptr(), value)
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        model(*micro(0, 0))
+    return sum(one.untyped_storage().nbytes() for place, one in kept.items() if place not in parameters)
+
+
+def test_a_block_keeps_the_memory_that_is_predicted(ranks2: Pool) -> None:
+    def predicted(layers: int) -> float:
+        config = shape(layers=layers, width=64, hidden=128, dtype="float32")
+        workload = local_workload(Workload.of_transformer(config, ROWS, LENGTH), config, 2)
+        return activations_bytes(config, workload, casts=False, tensor=2) / ALLOCATOR
+
+    short, long = ranks2.run(kept_bytes, 1)[0], ranks2.run(kept_bytes, 4)[0]
+    assert long - short == pytest.approx(predicted(4) - predicted(1), rel=0.05)
 
 
 # -- the loss ---------------------------------------------------------------------------------------------------------

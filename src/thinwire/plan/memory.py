@@ -16,8 +16,8 @@ K of keys, F hidden, V vocabulary, as autograd keeps them (`models.transformer`)
     loss       3 max(a, 4) V, and c V if c < 4, while its gradient is formed
     block      2 norm + attention + mlp
 
-Under autocast a copy of all matrices in 2 bytes a value goes along. What blocks keep comes and goes in pieces of some MiB, among
-which the allocator loses room.
+One of t tensor ranks has the t-th part of matrices, and of attention, mlp and loss. Under autocast a copy of all matrices in 2
+bytes a value goes along. What blocks keep comes and goes in pieces of some MiB, among which the allocator loses room.
 """
 
 from collections.abc import Sequence
@@ -30,6 +30,7 @@ from thinwire.config.sync import EveryStep, NoLoCo, SparseLoCo, Streaming
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.measure.memory import Room
+from thinwire.parallel.tensor_parts import local_workload
 from thinwire.units import show
 from thinwire.workload import ITEM_BYTES, OPTIMIZER_VALUES_PER_PARAMETER, Workload
 
@@ -90,7 +91,7 @@ def need(config: RunConfig, shape: ModelConfig, layout: Layout, *, casts: bool, 
     on_device: in memory of a device, which is not the host's.
     """
     train = config.train
-    workload = Workload.of_transformer(shape, train.micro_batch, train.sequence)
+    workload = local_workload(Workload.of_transformer(shape, train.micro_batch, train.sequence), shape, layout.tensor)
     weights = workload.stored_bytes
     optimizer = weights * OPTIMIZER_VALUES_PER_PARAMETER[train.optimizer.kind]
     exchange, under_way = _exchange(config, workload, layout, on_device)
@@ -101,7 +102,7 @@ def need(config: RunConfig, shape: ModelConfig, layout: Layout, *, casts: bool, 
         gradients_bytes=max(weights, 2 * weights - optimizer - exchange) if buckets else weights,
         optimizer_bytes=optimizer,
         exchange_bytes=exchange,
-        activations_bytes=activations_bytes(shape, workload, casts=casts),
+        activations_bytes=activations_bytes(shape, workload, casts=casts, tensor=layout.tensor),
         under_way_bytes=max(under_way, 2 * max(parameter.stored_bytes for parameter in workload.parameters)),
         copied_bytes=exchange + (state if config.sync.rare else 0),
         copied_once_bytes=state,
@@ -129,8 +130,8 @@ def line(need: Need, rooms: Sequence[Room]) -> str:
     return f"{about}; {tight.name} has {show(tight.free_bytes, 'B')} free for {tight.ranks} rank{'s' * (tight.ranks > 1)}"
 
 
-def activations_bytes(shape: ModelConfig, workload: Workload, *, casts: bool) -> int:
-    """Of one micro-batch, when its loss is known."""
+def activations_bytes(shape: ModelConfig, workload: Workload, *, casts: bool, tensor: int = 1) -> int:
+    """Of one micro-batch, when its loss is known. workload: of one of `tensor` ranks."""
     kept = ITEM_BYTES[shape.dtype]
     wide, product = max(kept, 4), 2 if casts else kept
     norm = shape.width * (product + (2 * wide if shape.norm == "rms" else kept))
@@ -139,9 +140,9 @@ def activations_bytes(shape: ModelConfig, workload: Workload, *, casts: bool) ->
     mlp = product * (shape.up_width + shape.hidden * (2 if shape.mlp == "swiglu" else 1))
     loss = shape.vocabulary * (3 * wide + (product if product < 4 else 0))
     backward = product * (shape.up_width + 2 * shape.hidden)
-    blocks = ALLOCATOR * shape.layers * (2 * norm + attention + mlp)
+    blocks = ALLOCATOR * shape.layers * (2 * norm + (attention + mlp) / tensor)
     matrices = sum(parameter.numel for parameter in workload.parameters if len(parameter.shape) == 2)
-    return int(workload.tokens_per_microbatch * (blocks + norm + max(loss, backward))) + (2 * matrices if casts else 0)
+    return int(workload.tokens_per_microbatch * (blocks + norm + max(loss, backward) / tensor)) + (2 * matrices if casts else 0)
 
 
 def _exchange(config: RunConfig, workload: Workload, layout: Layout, on_device: bool) -> tuple[int, int]:
