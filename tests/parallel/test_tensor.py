@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -31,6 +32,7 @@ from thinwire.parallel.tensor_parts import check, local_workload, parts_of, word
 from thinwire.parallel.tensor_state import part, whole
 from thinwire.plan.memory import ALLOCATOR, activations_bytes
 from thinwire.sync.after_backward import AfterBackwardSync
+from thinwire.traffic import Transfer
 from thinwire.workload import Workload
 
 LENGTH, ROWS, STEPS, MICRO, VOCABULARY, CLIP = 12, 2, 4, 2, 51, 0.5
@@ -92,12 +94,23 @@ def on_one_rank(case: Case) -> tuple[list[float], Transformer]:
     return losses, model
 
 
-def sent_over_the_axis(snapshot: Snapshot) -> dict:
+def sent_over(axis: str, snapshot: Snapshot) -> dict:
     return {
         (call.label, call.op, call.message_bytes): (total.calls, total.wire_bytes)
         for call, total in snapshot.items()
-        if call.axis == "tensor"
+        if call.axis == axis
     }
+
+
+def priced(transfers: list[Transfer], group: dist.ProcessGroup) -> dict:
+    """Calls and bytes on the wire, as `sent_over`."""
+    found: dict[tuple[str, str, int], tuple[int, int]] = {}
+    for one in transfers:
+        key = one.label, one.op, one.message_bytes
+        calls, wire_bytes = found.get(key, (0, 0))
+        wire = one.calls * sent_bytes(one.op, one.message_bytes, group.size(), group.rank())
+        found[key] = calls + one.calls, wire_bytes + wire
+    return found
 
 
 def train(rank: Rank, case: Case) -> dict:
@@ -138,14 +151,14 @@ def train(rank: Rank, case: Case) -> dict:
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
             losses.append(sum(map(float, found)) / MICRO)
-            sent = sent_over_the_axis(difference(ledger.snapshot(), before))
+            step_sent = difference(ledger.snapshot(), before)
     passes = tensor.Passes(micro_batch=ROWS, sequence=LENGTH, num_micro=MICRO, units=units, clips=case.clips)
-    predicted: dict = {}
-    transfers = tensor.traffic(case.config, group.size(), passes, codec)
-    for one in transfers + boundary_traffic(case.config, group.size(), passes, cuts):
-        wire = one.calls * sent_bytes(one.op, one.message_bytes, group.size(), group.rank())
-        calls, before_bytes = predicted.get((one.label, one.op, one.message_bytes), (0, 0))
-        predicted[one.label, one.op, one.message_bytes] = calls + one.calls, before_bytes + wire
+    predicted = priced(
+        tensor.traffic(case.config, group.size(), passes, codec) + boundary_traffic(case.config, group.size(), passes, cuts),
+        group,
+    )
+    workload = local_workload(Workload.of_transformer(case.config, ROWS, LENGTH), case.config, group.size())
+    of_replicas = priced(sync.traffic(workload, layout), mesh.get_group("data"))
     before = ledger.snapshot()
     with torch.no_grad():
         held_out = pipeline.evaluate([micro(99, 0)]) if pipeline is not None else [model(*micro(99, 0))]
@@ -153,12 +166,13 @@ def train(rank: Rank, case: Case) -> dict:
         "place": layout.coordinates(rank.rank),
         "losses": losses if pipeline is None or pipeline.has_last else [],
         "weights": {name: one.detach() for name, one in owner.named_parameters()},
-        "moments": {name: optimizer.state[one]["exp_avg_sq"] for name, one in owner.named_parameters()},
         "whole": gradients,
-        "sent": sent,
+        "sent": sent_over("tensor", step_sent),
         "predicted": predicted,
+        "sent to replicas": sent_over("data", step_sent) if layout.data > 1 else {},
+        "predicted to replicas": of_replicas if layout.data > 1 else {},
         "held_out": [float(one) for one in held_out],
-        "evaluation": {key[0] for key in sent_over_the_axis(difference(ledger.snapshot(), before))},
+        "evaluation": {key[0] for key in sent_over("tensor", difference(ledger.snapshot(), before))},
     }
 
 
@@ -174,6 +188,7 @@ def check_alike(results: list[dict]) -> None:
     """Ledger and prediction; and the bits of what several ranks hold."""
     for result in results:
         assert result["sent"] == result["predicted"] and result["sent"]
+        assert result["sent to replicas"] == result["predicted to replicas"]
         assert result["evaluation"] == {"evaluation"}
     for group in by_group(results):
         for one, other in pairwise(group):
@@ -269,13 +284,9 @@ def under_autocast(rank: Rank) -> tuple[dict, dict, float]:
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(*micro(0, 0))
     loss.backward()
-    sent = sent_over_the_axis(difference(rank.ledger.snapshot(), before))
-    found = tensor.traffic(config, 2, tensor.Passes(micro_batch=ROWS, sequence=LENGTH, casts=True))
-    predicted: dict = {}
-    for one in found:
-        key = one.label, one.op, one.message_bytes
-        predicted[key] = predicted.get(key, 0) + one.calls
-    return {key: calls for key, (calls, _) in sent.items()}, predicted, loss.item()
+    sent = sent_over("tensor", difference(rank.ledger.snapshot(), before))
+    passes = tensor.Passes(micro_batch=ROWS, sequence=LENGTH, casts=True)
+    return sent, priced(tensor.traffic(config, 2, passes), mesh.get_group()), loss.item()
 
 
 def test_under_autocast_products_are_added_up_in_16_bits(ranks2: Pool) -> None:

@@ -93,8 +93,8 @@ class Transformer(nn.Module):
     """forward(tokens_BL) gives logits_BLV; with `targets_BL` it gives the mean cross-entropy in nats, in float32 or
     float64 if the weights are.
 
-    Targets of -100 do not count. There are no buffers: built on `torch.device("meta")`, the model is complete after
-    `to_empty` and `init_weights`.
+    Targets of -100 do not count; `loss` may be replaced. There are no buffers: built on `torch.device("meta")`, the model is
+    complete after `to_empty` and `init_weights`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
