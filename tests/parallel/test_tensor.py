@@ -157,6 +157,11 @@ def train(rank: Rank, case: Case) -> dict:
         tensor.traffic(case.config, group.size(), passes, codec) + boundary_traffic(case.config, group.size(), passes, cuts),
         group,
     )
+    along_pipe: dict = {}
+    if pipeline is not None:
+        assert [one.shape[-1] for one in cut.crossing[:-1]] == [case.config.width // layout.tensor] * len(cuts)
+        tied = [owner.get_submodule(name).weight.nbytes for name in cut.tied()]
+        along_pipe = priced(cut.traffic(pipeline.rank, MICRO, tied), mesh.get_group("pipe"))
     workload = local_workload(Workload.of_transformer(case.config, ROWS, LENGTH), case.config, group.size())
     of_replicas = priced(sync.traffic(workload, layout), mesh.get_group("data"))
     before = ledger.snapshot()
@@ -171,6 +176,8 @@ def train(rank: Rank, case: Case) -> dict:
         "predicted": predicted,
         "sent to replicas": sent_over("data", step_sent) if layout.data > 1 else {},
         "predicted to replicas": of_replicas if layout.data > 1 else {},
+        "sent along the pipe": {key: sent for key, sent in sent_over("pipe", step_sent).items() if key[1] == "send"},
+        "predicted along the pipe": along_pipe,
         "held_out": [float(one) for one in held_out],
         "evaluation": {key[0] for key in sent_over("tensor", difference(ledger.snapshot(), before))},
     }
@@ -189,6 +196,7 @@ def check_alike(results: list[dict]) -> None:
     for result in results:
         assert result["sent"] == result["predicted"] and result["sent"]
         assert result["sent to replicas"] == result["predicted to replicas"]
+        assert result["sent along the pipe"] == result["predicted along the pipe"]
         assert result["evaluation"] == {"evaluation"}
     for group in by_group(results):
         for one, other in pairwise(group):

@@ -106,7 +106,7 @@ class _Embedding(nn.Embedding):
     """Some words' rows of an embedding; what it gives is the whole one's."""
 
     def __init__(self, rows: nn.Embedding, words: range, vocabulary: int, sums: _Sums) -> None:
-        super().__init__(*rows.weight.shape, _weight=rows.weight)
+        super().__init__(rows.weight.shape[0], rows.weight.shape[1], _weight=rows.weight)
         self.weight = rows.weight
         self._words, self._vocabulary, self._sums = words, vocabulary, sums
 
@@ -131,7 +131,8 @@ def gradient_norm(named: Iterable[tuple[str, nn.Parameter]], parts: Parts, group
 
     What is split is added up over the ranks, what each has whole counts once. In float32, or float64 of float64. Collective.
     """
-    split, whole = [], []
+    split: list[Tensor] = []
+    whole: list[Tensor] = []
     for name, parameter in named:
         if parameter.grad is not None:
             precise = torch.promote_types(parameter.grad.dtype, torch.float32)

@@ -86,9 +86,9 @@ class _Gather(torch.autograd.Function):
 class _Part(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, ledger: Ledger) -> Tensor:
-        ctx.arguments = group, ledger
+        ctx.group, ctx.ledger = group, ledger
         return _part(x, group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _gathered(gradients[0], *ctx.arguments, LABEL), None, None
+        return _gathered(gradients[0], ctx.group, ctx.ledger, LABEL), None, None
