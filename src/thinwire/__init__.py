@@ -5,7 +5,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["AsyncDiLoCo", "DiLoCo", "ParameterServerWorker", "compress_gradients", "compress_sharded", "init"]
+__all__ = ["AsyncDiLoCo", "DiLoCo", "ParameterServerWorker", "compress_gradients", "compress_sharded", "init", "pipeline"]
 
 _HOMES = {
     "AsyncDiLoCo": "thinwire.sync.server.worker",
@@ -14,6 +14,7 @@ _HOMES = {
     "compress_gradients": "thinwire.sync.hook",
     "compress_sharded": "thinwire.compress.sharded.api",
     "init": "thinwire.collectives.start",
+    "pipeline": "thinwire.parallel.standalone",
 }
 
 

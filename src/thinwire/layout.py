@@ -11,6 +11,8 @@ from thinwire.errors import UserError
 AXES = ("outer", "pipe", "data", "seq", "tensor")
 REPLICAS = "replicas"
 """Not an axis of its own: the ranks that differ on outer and data only, each of which sees other tokens."""
+EVERYONE = "everyone"
+"""All ranks, where they differ on other axes too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,13 @@ class Layout:
         """The axis along which replicas lie, REPLICAS if both are used."""
         return "data" if self.outer == 1 else "outer" if self.data == 1 else REPLICAS
 
+    @property
+    def report_axis(self) -> str:
+        """The axis along which all ranks lie: EVERYONE if replicas of several ranks are several."""
+        if self.replicas == self.world_size:
+            return self.replica_axis
+        return next((axis for axis in AXES if getattr(self, axis) == self.world_size), EVERYONE)
+
     def replica(self, rank: int) -> int:
         """The number of the replica that `rank` belongs to."""
         place = self.coordinates(rank)
@@ -71,9 +80,9 @@ class Layout:
 
     def groups(self, axis: str) -> list[tuple[int, ...]]:
         """The groups of ranks that differ on `axis` only, each in the order of the axis. UserError for an unknown axis."""
-        if axis not in (*AXES, REPLICAS):
+        if axis not in (*AXES, REPLICAS, EVERYONE):
             raise UserError(f"there is no axis {axis!r}; axes: {', '.join(AXES)}")
-        varied = ("outer", "data") if axis == REPLICAS else (axis,)
+        varied = {REPLICAS: ("outer", "data"), EVERYONE: AXES}.get(axis, (axis,))
         members: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
             place = self.coordinates(rank)

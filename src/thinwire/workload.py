@@ -15,9 +15,9 @@ backward of everything that ran before the parameter's first use: twice `Paramet
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from thinwire.config.model import ModelConfig
 from thinwire.errors import UserError
@@ -146,6 +146,27 @@ class Workload:
     @property
     def flops_per_microbatch(self) -> float:
         return self.flops_per_token * self.tokens_per_microbatch
+
+    @property
+    def chain_flops_per_token(self) -> tuple[float, ...]:
+        """Forward, of each unit between which a transformer may be cut: embeddings, each block, the last norm with the head."""
+        first = [next(one for one in self.parameters if one.name.startswith(f"{block}.")) for block in self.block_names]
+        last = self.parameter("norm.weight")
+        begins = [*(one.forward_flops_before for one in first), last.forward_flops_before, self.forward_flops_per_token]
+        return (0.0, *(end - begin for begin, end in pairwise(begins)))
+
+    def part(self, names: Collection[str], forward_flops_per_token: float) -> Workload:
+        """Of a rank that has these parameters of the model, and computes so much of a forward pass."""
+        kept = [one for one in self.parameters if one.name in names]
+        blocks = tuple(block for block in self.block_names if any(one.name.startswith(f"{block}.") for one in kept))
+        inside = [one.forward_flops_before for one in kept if one.name.startswith(tuple(f"{block}." for block in blocks))]
+        begin = min(inside, default=0.0)
+        return replace(
+            self,
+            parameters=tuple(replace(one, forward_flops_before=max(0.0, one.forward_flops_before - begin)) for one in kept),
+            forward_flops_per_token=forward_flops_per_token,
+            block_names=blocks,
+        )
 
     def parameter(self, name: str) -> Parameter:
         """UserError if the model has no such parameter."""

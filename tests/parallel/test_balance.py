@@ -28,9 +28,7 @@ def test_no_cut_has_a_faster_slowest_stage(costs: list[int], data: st.DataObject
     assert [unit for units in found for unit in units] == list(range(len(costs)))
     assert all(len(units) > 0 for units in found)
     bounds = (((0, *ends), (*ends, len(costs))) for ends in combinations(range(1, len(costs)), stages - 1))
-    best = min(
-        slowest([range(a, b) for a, b in zip(*ends, strict=True)], costs, rates, crossing, per_byte) for ends in bounds
-    )
+    best = min(slowest([range(a, b) for a, b in zip(*ends, strict=True)], costs, rates, crossing, per_byte) for ends in bounds)
     assert slowest(found, costs, rates, crossing, per_byte) == pytest.approx(best)
 
 

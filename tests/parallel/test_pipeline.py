@@ -1,10 +1,11 @@
-"""A pipeline gives what one rank with the whole model gives, for every schedule, alone and with replicas; and sends what it says."""
+"""A pipeline gives what one rank with the whole model gives, for every schedule, and sends what it says."""
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+import thinwire
 from pool import Pool, Rank
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.exchange import make_exchange
@@ -15,9 +16,9 @@ from thinwire.config.sync import EveryStep
 from thinwire.errors import UserError
 from thinwire.layout import AXES, Layout
 from thinwire.models.transformer import Transformer, cross_entropy
-from thinwire.parallel.balance import cut as balance
-from thinwire.parallel.chain import boundaries, chain_of
-from thinwire.parallel.pipeline import Cut, Pipeline
+from thinwire.parallel.chain import chain_of
+from thinwire.parallel.cut import cut_model
+from thinwire.parallel.pipeline import Pipeline
 from thinwire.parallel.schedules import orders
 from thinwire.sync.after_backward import AfterBackwardSync
 from thinwire.workload import Workload
@@ -58,25 +59,13 @@ def on_one_rank(config: ModelConfig, num_micro: int) -> tuple[list[float], dict[
     return losses, {name: one.detach().clone() for name, one in model.named_parameters()}
 
 
-def new_cut(model: nn.Module, options: PipelineSection, ranks: int, example: torch.Tensor) -> Cut:
-    chain = chain_of(model)
-    return Cut(
-        chain=chain,
-        stages=tuple(balance([1.0] * len(chain), ranks * options.per_rank)),
-        entering=example.to("meta"),
-        crossing=tuple(boundaries(model, chain, example)[units[-1]] for units in balance([1.0] * len(chain), ranks * options.per_rank)),
-        options=options,
-        ranks=ranks,
-    )
-
-
 def train(
     rank: Rank, layout: Layout, options: PipelineSection, config: ModelConfig, num_micro: int, compress: str = "none"
 ) -> dict:
     mesh = init_device_mesh("cpu", layout.degrees, mesh_dim_names=AXES)
     pipe, ledger = mesh.get_group("pipe"), rank.ledger
     model = new_model(config)
-    cut = new_cut(model, options, layout.pipe, micro(0, 0)[0])
+    cut = cut_model(model, micro(0, 0)[0], options, layout.pipe)
     pipeline = Pipeline(model, cut, pipe, ledger, cross_entropy)
     del model
     sync = AfterBackwardSync(EveryStep(), "data", ledger, make_exchange(read_coding(compress, "compress"), ledger))
@@ -95,8 +84,7 @@ def train(
             sent.append(_sent(ledger, before))
         held_out = [float(one) for one in pipeline.evaluate([micro(99, index) for index in range(2)])]
     predicted = {}
-    tied = [pipeline.owner.get_submodule(name).weight.nbytes for name in cut.tied()]
-    for transfer in cut.traffic(pipe.rank(), num_micro, tied):
+    for transfer in pipeline.traffic(num_micro):
         key = transfer.label, transfer.op, transfer.message_bytes
         predicted[key] = predicted.get(key, 0) + transfer.calls
     return {
@@ -140,7 +128,9 @@ def test_a_pipeline_of_two_equals_one_rank(ranks2: Pool, schedule: str) -> None:
         assert result["order"] == orders(schedule, 2, PipelineSection(schedule=schedule).per_rank, 4)[rank]
 
 
-@pytest.mark.parametrize(("schedule", "pipe", "tied"), [("1f1b", 4, False), ("interleaved", 2, True), ("zb1p", 2, True), ("gpipe", 2, False)])
+@pytest.mark.parametrize(
+    ("schedule", "pipe", "tied"), [("1f1b", 4, False), ("interleaved", 2, True), ("zb1p", 2, True), ("gpipe", 2, False)]
+)
 def test_with_replicas_too(ranks4: Pool, schedule: str, pipe: int, tied: bool) -> None:
     layout = Layout(pipe=pipe, data=4 // pipe)
     config = shape(tied=tied, positions="learned")
@@ -194,12 +184,14 @@ def of_layers(rank: Rank) -> tuple[list[float], list[float]]:
     targets = [torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(9 + i)) for i in range(2)]
     whole = build()
     expected = [nn.functional.mse_loss(whole(x), y).item() for x, y in zip(inputs, targets, strict=True)]
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("pipe",))
-    model = build()
-    pipeline = Pipeline(
-        model, new_cut(model, PipelineSection(), 2, inputs[0]), mesh.get_group(), rank.ledger, nn.functional.mse_loss
-    )
-    return [float(loss) for loss in pipeline.step(inputs, targets)], expected
+    pipeline = thinwire.pipeline(build(), inputs[0], nn.functional.mse_loss, schedule="gpipe")
+    losses = [float(loss) for loss in pipeline.step(inputs, targets)]
+    pipeline.step(inputs, targets)
+    sent = sum(transfer.calls * transfer.message_bytes for transfer in pipeline.traffic(2))
+    before = pipeline.ledger.sent_bytes
+    pipeline.step(inputs, targets)
+    assert pipeline.ledger.sent_bytes - before == sent > 0
+    return losses, expected
 
 
 def test_any_sequential_model(ranks2: Pool) -> None:
@@ -218,3 +210,13 @@ def test_workload_is_known_for_each_parameter_of_a_stage() -> None:
     names = {parameter.name for parameter in Workload.of_transformer(config, ROWS, LENGTH).parameters}
     model = new_model(config)
     assert {name for name, _ in model.named_parameters()} == names
+
+
+@pytest.mark.parametrize(("schedule", "num_micro"), [("1f1b", 9), ("dualpipev", 3)])
+def test_a_number_of_micro_batches_that_cannot_be_is_refused_with_the_nearest_that_can(schedule: str, num_micro: int) -> None:
+    per_rank = PipelineSection(schedule=schedule).per_rank
+    with pytest.raises(UserError, match="cannot run") as raised:
+        orders(schedule, 4, per_rank, num_micro)
+    assert "\n" not in str(raised.value)
+    nearest = int(str(raised.value).split("sync.accumulate to ")[1].split(",")[0])
+    assert len(orders(schedule, 4, per_rank, nearest)) == 4

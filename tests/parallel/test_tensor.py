@@ -1,6 +1,6 @@
 """Tensor ranks give what one rank with the whole model gives, alone, with replicas and in a pipeline; and send what they say."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -23,9 +23,8 @@ from thinwire.errors import UserError
 from thinwire.layout import AXES, Layout
 from thinwire.models.transformer import Transformer, cross_entropy
 from thinwire.parallel import tensor
-from thinwire.parallel.balance import cut as balance
-from thinwire.parallel.chain import boundaries, chain_of
-from thinwire.parallel.pipeline import Cut, Pipeline
+from thinwire.parallel.cut import cut_model
+from thinwire.parallel.pipeline import Pipeline
 from thinwire.parallel.tensor_boundary import boundary_traffic, split_boundaries
 from thinwire.parallel.tensor_loss import tensor_cross_entropy
 from thinwire.parallel.tensor_parts import check, local_workload, parts_of, words_of
@@ -119,17 +118,13 @@ def train(rank: Rank, case: Case) -> dict:
     codec = make_codec(read_coding(case.codec, "tensor.codec"))
     model = new_model(case.config)
     parts = tensor.apply(model, group, ledger, codec)
-    pipeline, owner, units, cuts = None, model, None, []
+    pipeline, owner, units = None, model, None
     if layout.pipe > 1:
         options = PipelineSection(schedule=case.schedule, activations=case.boundary, gradients=case.boundary)
-        chain, example = chain_of(model), micro(0, 0)[0]
-        stages = tuple(balance([1.0] * len(chain), layout.pipe * options.per_rank))
-        cuts = [one[-1] for one in stages[:-1]]
-        chain = split_boundaries(chain, cuts, group, ledger)
-        crossing = tuple(boundaries(model, chain, example)[one[-1]] for one in stages)
-        cut = Cut(chain=chain, stages=stages, entering=example.to("meta"), crossing=crossing, options=options, ranks=layout.pipe)
+        whole_cut = cut_model(model, micro(0, 0)[0], options, layout.pipe)
+        cut = split_boundaries(whole_cut, group, ledger)
         pipeline = Pipeline(model, cut, mesh.get_group("pipe"), ledger, model.loss)
-        owner, units = pipeline.owner, [unit for stage in cut.stages_of(pipeline.rank) for unit in stages[stage]]
+        owner, units = pipeline.owner, [unit for stage in cut.stages_of(pipeline.rank) for unit in cut.stages[stage]]
     sync, optimizer = AfterBackwardSync(EveryStep(), "data", ledger), optimizer_of(owner)
     losses, gradients = [], {}
     with sync.attached(owner, optimizer, mesh):
@@ -153,15 +148,15 @@ def train(rank: Rank, case: Case) -> dict:
             losses.append(sum(map(float, found)) / MICRO)
             step_sent = difference(ledger.snapshot(), before)
     passes = tensor.Passes(micro_batch=ROWS, sequence=LENGTH, num_micro=MICRO, units=units, clips=case.clips)
-    predicted = priced(
-        tensor.traffic(case.config, group.size(), passes, codec) + boundary_traffic(case.config, group.size(), passes, cuts),
-        group,
-    )
-    along_pipe: dict = {}
+    transfers, along_pipe = tensor.traffic(case.config, group.size(), passes, codec), []
+    in_evaluation = tensor.traffic(case.config, group.size(), replace(passes, num_micro=1, clips=False, evaluates=True), codec)
     if pipeline is not None:
-        assert [one.shape[-1] for one in cut.crossing[:-1]] == [case.config.width // layout.tensor] * len(cuts)
-        tied = [owner.get_submodule(name).weight.nbytes for name in cut.tied()]
-        along_pipe = priced(cut.traffic(pipeline.rank, MICRO, tied), mesh.get_group("pipe"))
+        in_evaluation += boundary_traffic(cut, pipeline.rank, group.size(), 1, evaluates=True)
+        transfers += boundary_traffic(cut, pipeline.rank, group.size(), MICRO)
+        along_pipe = pipeline.traffic(MICRO)
+        for boundary, whole_one in enumerate(whole_cut.crossing):
+            parts_of_it = layout.tensor if cut.crosses(boundary) else 1
+            assert cut.crossing[boundary].nbytes * parts_of_it == whole_one.nbytes
     workload = local_workload(Workload.of_transformer(case.config, ROWS, LENGTH), case.config, group.size())
     of_replicas = priced(sync.traffic(workload, layout), mesh.get_group("data"))
     before = ledger.snapshot()
@@ -173,13 +168,14 @@ def train(rank: Rank, case: Case) -> dict:
         "weights": {name: one.detach() for name, one in owner.named_parameters()},
         "whole": gradients,
         "sent": sent_over("tensor", step_sent),
-        "predicted": predicted,
+        "predicted": priced(transfers, group),
         "sent to replicas": sent_over("data", step_sent) if layout.data > 1 else {},
         "predicted to replicas": of_replicas if layout.data > 1 else {},
         "sent along the pipe": {key: sent for key, sent in sent_over("pipe", step_sent).items() if key[1] == "send"},
-        "predicted along the pipe": along_pipe,
+        "predicted along the pipe": priced(along_pipe, mesh.get_group("pipe")),
         "held_out": [float(one) for one in held_out],
-        "evaluation": {key[0] for key in sent_over("tensor", difference(ledger.snapshot(), before))},
+        "sent in evaluation": sent_over("tensor", difference(ledger.snapshot(), before)),
+        "predicted in evaluation": priced(in_evaluation, group),
     }
 
 
@@ -197,7 +193,7 @@ def check_alike(results: list[dict]) -> None:
         assert result["sent"] == result["predicted"] and result["sent"]
         assert result["sent to replicas"] == result["predicted to replicas"]
         assert result["sent along the pipe"] == result["predicted along the pipe"]
-        assert result["evaluation"] == {"evaluation"}
+        assert result["sent in evaluation"] == result["predicted in evaluation"]
     for group in by_group(results):
         for one, other in pairwise(group):
             assert one["losses"] == other["losses"] and one["held_out"] == other["held_out"]

@@ -10,7 +10,9 @@ from thinwire.plan.pipeline import Pipelines, Simulated, simulate
 FORWARD_S, BACKWARD_S = 1.0, 2.0
 
 
-def run(schedule: str, ranks: int, num_micro: int, message_bytes: int = 0, per_rank: int = 1, groups: list | None = None) -> Simulated:
+def run(
+    schedule: str, ranks: int, num_micro: int, message_bytes: int = 0, per_rank: int = 1, groups: list | None = None
+) -> Simulated:
     stages = ranks * per_rank
     seconds = {
         (kind, stage): value / per_rank

@@ -115,6 +115,10 @@ def _ranks_alone(config: "RunConfig") -> int:
 
     ranks = config.train.ranks or (load_cluster(config.cluster.file).world_size if config.cluster.file else 2)
     layout = config.layout.resolve(ranks, rare=config.sync.rare)
+    if layout.pipe > 1:
+        from thinwire.parallel.schedules import orders
+
+        orders(config.pipeline.schedule, layout.pipe, config.pipeline.per_rank, config.sync.accumulate)
     if config.train.backend == "mpi":
         raise UserError(f"train.backend = 'mpi': ranks that talk over MPI are started by mpiexec -n {ranks} thinwire train ...")
     if (free := free_memory()) and not has_gpu():  # ranks look at their GPUs

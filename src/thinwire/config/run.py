@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from thinwire.config.compress import SPARSELOCO, Compress, NoCompression
 from thinwire.config.data import DataSection
 from thinwire.config.model import ModelConfig, preset
+from thinwire.config.pipeline import PipelineSection
 from thinwire.config.sync import EveryStep, Sync
 from thinwire.errors import UserError
 from thinwire.layout import Layout
@@ -71,6 +72,7 @@ class LayoutSection(Section):
     outer: int = Field(0, ge=0)
     """Replicas that exchange rarely; 0: all ranks that the other axes leave if sync.kind is such a one, else 1."""
     pipe: int = Field(1, ge=1)
+    """Ranks among which the layers of the model are shared out; see [pipeline]."""
     data: int = Field(0, ge=0)
     """Replicas that average gradients in each step; 0: all ranks that the other axes leave, but 1 beside a rare sync.kind."""
     seq: int = Field(1, ge=1)
@@ -78,7 +80,7 @@ class LayoutSection(Section):
 
     def resolve(self, world_size: int, *, rare: bool) -> Layout:
         """The Layout for `world_size` ranks. rare: of sync.kind. UserError if it does not fit, or uses an axis not built yet."""
-        for axis in ("pipe", "seq", "tensor"):
+        for axis in ("seq", "tensor"):
             if getattr(self, axis) > 1:
                 raise UserError(f"layout.{axis} = {getattr(self, axis)}: training over this axis does not exist yet; set it to 1")
         if self.outer > 1 and not rare:
@@ -189,6 +191,7 @@ class RunConfig(Section):
     model: ModelSection = ModelSection.model_validate({})
     data: DataSection = DataSection()
     layout: LayoutSection = LayoutSection()
+    pipeline: PipelineSection = PipelineSection()
     sync: Sync = EveryStep()
     compress: Compress = NoCompression()
     train: TrainSection = TrainSection()
@@ -205,6 +208,8 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         if self.train.sequence > self.model.context:
             raise ValueError(f"train.sequence {self.train.sequence} is longer than model.context {self.model.context}")
+        if self.layout.pipe > 1:
+            self._check_pipeline()
         dtype, optimizer = self.model.dtype, self.train.optimizer
         if dtype != "float32" and self.train.dtype not in ("auto", dtype):
             raise ValueError(
@@ -218,6 +223,19 @@ class RunConfig(Section):
                 "'bfloat16'"
             )
         return self
+
+    def _check_pipeline(self) -> None:
+        stages, units = self.layout.pipe * self.pipeline.per_rank, self.model.layers + 2
+        if stages > units:
+            raise ValueError(
+                f"layout.pipe = {self.layout.pipe} with {self.pipeline.per_rank} stages a rank is {stages} stages, and a model "
+                f"of {self.model.layers} layers has {units} units to share out; take layout.pipe = "
+                f"{units // self.pipeline.per_rank} or less"
+            )
+        if self.sync.by_speed:
+            raise ValueError(
+                "sync.assign = 'by_speed' assigns micro-batches to replicas of one rank; leave it out with layout.pipe"
+            )
 
 
 def load_run(path: Path | None, changes: list[str] = []) -> RunConfig:  # noqa: B006 (never changed)

@@ -18,6 +18,30 @@ from itertools import accumulate
 
 from thinwire.errors import UserError
 
+V_SHAPED = ("zbv", "dualpipev")
+"""Schedules in which the stages run down the ranks and up again."""
+
+
+def stages_of(schedule: str, ranks: int, per_rank: int, rank: int) -> list[int]:
+    """The stages that a rank has, first ones first."""
+    if schedule in V_SHAPED:
+        return [rank, 2 * ranks - 1 - rank]
+    return [rank + ranks * turn for turn in range(per_rank)]
+
+
+def in_flight(schedule: str, ranks: int, per_rank: int, rank: int, num_micro: int) -> int:
+    """Passes forward of which a rank holds the activations at the most: one is of one micro-batch through one stage.
+
+    1f1b, interleaved: Narayanan et al. 2021, section 2.2; zb1p: as 1f1b; zbv, dualpipev: two for each rank.
+    """
+    everything = num_micro * per_rank
+    if schedule == "gpipe":
+        return everything
+    if schedule in V_SHAPED:
+        return min(everything, 2 * ranks)
+    warm = 2 * (ranks - rank - 1) + (per_rank - 1) * ranks if per_rank > 1 else ranks - rank - 1
+    return min(everything, warm + 1)
+
 
 def cut(
     costs: Sequence[float],
@@ -26,7 +50,7 @@ def cut(
     crossing_bytes: Sequence[float] | None = None,
     seconds_per_byte: Sequence[float] | None = None,
 ) -> list[range]:
-    """The units of each stage. rates: by stage; crossing_bytes: behind each unit; seconds_per_byte: behind each stage but the last.
+    """The units of each stage. rates: by stage; crossing_bytes: behind each unit; seconds_per_byte: behind all stages but one.
 
     UserError for more stages than units.
     """

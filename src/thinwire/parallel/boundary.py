@@ -10,6 +10,7 @@ fail where it does not.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,14 +52,22 @@ class CodedStage(PipelineStage):
     """One per stage and rank."""
 
     def __init__(
-        self, module: nn.Module, place: tuple[int, int], group: dist.ProcessGroup, device: torch.device, crossing: Crossing
+        self,
+        module: nn.Module,
+        place: tuple[int, int],
+        group: dist.ProcessGroup,
+        device: torch.device,
+        crossing: Crossing,
+        precision: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
-        """place: the stage's index, and the number of stages."""
-        self._crossing = crossing
+        """place: the stage's index, and the number of stages. precision: entered around each forward pass."""
+        self._crossing, self._precision = crossing, precision
         self._payloads: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
         self._clock = clock_of(device)
         self.computed: list[Computed] = []
         """Since the last `clear_runtime_states`, which begins a step."""
+        self.hold: Callable[[str, Any], None] | None = None
+        """Called with the kind of a pass and the moment when it began, before it counts as over: paced compute."""
         super().__init__(
             module,
             *place,
@@ -87,7 +96,8 @@ class CodedStage(PipelineStage):
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             self._decode("F", fwd_chunk_id, self._crossing.activations_in)
-        return self._noted("F", fwd_chunk_id, super().forward_one_chunk, *args, **kwargs)
+        with self._precision():
+            return self._noted("F", fwd_chunk_id, super().forward_one_chunk, *args, **kwargs)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
@@ -101,6 +111,8 @@ class CodedStage(PipelineStage):
     def _noted(self, kind: str, chunk: int, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         begin = self._clock.now()
         result = run(chunk, *args, **kwargs)
+        if self.hold is not None:
+            self.hold(kind, begin)
         self.computed.append(Computed(kind, self.stage_index, chunk, begin, self._clock.now()))
         return result
 

@@ -39,8 +39,8 @@ def chain_of(model: nn.Module) -> Chain:
     if isinstance(model, nn.Sequential):
         return tuple(Unit((name,), partial(_call, name)) for name, _ in model.named_children())
     raise UserError(
-        f"a {type(model).__name__} cannot be cut into stages: pipelines take thinwire's Transformer and nn.Sequential; write it as "
-        "an nn.Sequential, or train it without layout.pipe"
+        f"a {type(model).__name__} cannot be cut into stages: pipelines take thinwire's Transformer and nn.Sequential; write it "
+        "as an nn.Sequential, or train it without layout.pipe"
     )
 
 
@@ -77,7 +77,8 @@ def boundaries(model: nn.Module, chain: Chain, example: Tensor) -> list[Tensor]:
     """What crosses behind each unit, as tensors on `meta`, for an input like `example`. Nothing is computed."""
     found: list[Tensor] = []
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        x, shared = mode.from_tensor(example), Shared()
+        shared: Shared = {}
+        x: Tensor = mode.from_tensor(example)
         for unit in chain:
             x = unit.run(model, x, shared)
             found.append(torch.empty(tuple(x.shape), dtype=x.dtype, device="meta"))

@@ -13,6 +13,7 @@ import torch
 from torch.distributed import pipelining
 
 from thinwire.errors import UserError
+from thinwire.parallel.balance import stages_of
 
 CLASSES: Mapping[str, Callable[..., Any]] = {
     "gpipe": pipelining.ScheduleLoopedBFS,
@@ -22,53 +23,68 @@ CLASSES: Mapping[str, Callable[..., Any]] = {
     "zbv": pipelining.ScheduleZBVZeroBubble,
     "dualpipev": pipelining.ScheduleDualPipeV,
 }
-V_SHAPED = ("zbv", "dualpipev")
-"""In which the stages run down the ranks and up again."""
 KINDS = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
 
 Order = list[tuple[str, int, int]]
 """What one rank computes: (F forward, B backward, I backward of inputs, W of weights; stage; micro-batch)."""
 
 
-def stages_of(schedule: str, ranks: int, per_rank: int, rank: int) -> list[int]:
-    """The stages that a rank has, first ones first."""
-    if schedule in V_SHAPED:
-        return [rank, 2 * ranks - 1 - rank]
-    return [rank + ranks * turn for turn in range(per_rank)]
-
-
 def make_schedule(
     schedule: str, stages: Sequence[Any], num_micro: int, loss: Callable[[torch.Tensor, Any], torch.Tensor] | None
 ) -> Any:
-    """PyTorch's schedule over this rank's stages. Losses are neither averaged nor divided. UserError for a number of micro-batches
-    that it cannot take."""
+    """PyTorch's schedule over this rank's stages. Losses are neither averaged nor divided. UserError for a number of
+    micro-batches that it cannot take."""
     ranks = stages[0].group_size
     try:
         return CLASSES[schedule](list(stages), num_micro, loss_fn=loss, scale_grads=False)
     except (ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"schedule {schedule!r} over {ranks} ranks cannot run {num_micro} micro-batches "
-            f"({str(error).splitlines()[0]}); set sync.accumulate to a multiple of {ranks}"
-        ) from None
+        reason = " ".join(str(error).split())
+    nearest = min(
+        (count for count in range(1, 4 * num_micro + 4 * len(stages) * ranks) if _takes(schedule, stages, count)),
+        key=lambda count: abs(count - num_micro),
+        default=None,
+    )
+    raise UserError(
+        f"pipeline.schedule = {schedule!r} over {ranks} ranks cannot run {num_micro} micro-batches ({reason[:150]}); "
+        f"set sync.accumulate to {nearest}, or take '1f1b'"
+    )
 
 
 def orders(schedule: str, ranks: int, per_rank: int, num_micro: int) -> list[Order]:
     """What each rank computes, in order. No process group is needed. UserError as for `make_schedule`."""
-    fake = [
+    made = make_schedule(schedule, _placeholders(schedule, ranks, per_rank), num_micro, _no_loss)
+    return [_flat(made.pipeline_order[rank]) for rank in range(ranks)]
+
+
+def _placeholders(schedule: str, ranks: int, per_rank: int) -> list[SimpleNamespace]:
+    """In the place of a first rank's stages, as far as schedules ask for them when they are made."""
+    stages = ranks * per_rank
+    return [
         SimpleNamespace(
-            num_stages=ranks * per_rank,
+            num_stages=stages,
             group_size=ranks,
             group_rank=0,
             stage_index=index,
             is_first=index == 0,
-            is_last=index == ranks * per_rank - 1,
+            is_last=index == stages - 1,
             stage_index_to_group_rank={},
             submod=torch.nn.Identity(),
         )
         for index in stages_of(schedule, ranks, per_rank, 0)
     ]
-    made = make_schedule(schedule, fake, num_micro, lambda output, target: output)
-    return [_flat(made.pipeline_order[rank]) for rank in range(ranks)]
+
+
+def _takes(schedule: str, stages: Sequence[Any], num_micro: int) -> bool:
+    placeholders = _placeholders(schedule, stages[0].group_size, len(stages))
+    try:
+        CLASSES[schedule](placeholders, num_micro, loss_fn=_no_loss)
+    except (ValueError, RuntimeError, AssertionError):
+        return False
+    return True
+
+
+def _no_loss(output: torch.Tensor, target: Any) -> torch.Tensor:
+    return output
 
 
 def _flat(actions: Sequence[Any]) -> Order:

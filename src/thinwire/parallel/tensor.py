@@ -37,10 +37,10 @@ from thinwire.compress.base import Codec
 from thinwire.config.model import ModelConfig
 from thinwire.errors import UserError
 from thinwire.models.transformer import Transformer
-from thinwire.parallel.tensor_loss import EVALUATION, LOSS, check_words, tensor_cross_entropy
+from thinwire.parallel.tensor_loss import LOSS, check_words, tensor_cross_entropy
 from thinwire.parallel.tensor_parts import Part, Parts, parts_of, words_of
 from thinwire.parallel.tensor_state import cut_out
-from thinwire.traffic import Transfer
+from thinwire.traffic import EVALUATION, Transfer
 from thinwire.workload import plain_name
 
 ACTIVATIONS = "activations"
@@ -150,6 +150,7 @@ class Passes:
     """What a rank computes in a step.
 
     units: of `chain_of(model)` that are its; None: all. casts: autocast multiplies in bfloat16. clips: with `gradient_norm`.
+    evaluates: without gradients, so plain and forward only.
     """
 
     micro_batch: int
@@ -158,10 +159,11 @@ class Passes:
     units: Sequence[int] | None = None
     casts: bool = False
     clips: bool = False
+    evaluates: bool = False
 
 
 def traffic(config: ModelConfig, degree: int, passes: Passes, codec: Codec | None = None) -> list[Transfer]:
-    """What a rank sends over the axis in a step, exactly; nothing of it hides. Coding time is the caller's to add (`work_s`)."""
+    """What a rank sends over the axis for it, exactly; nothing of it hides. Coding time is the caller's to add (`work_s`)."""
     if degree == 1:
         return []
     last = config.layers + 1
@@ -169,13 +171,14 @@ def traffic(config: ModelConfig, degree: int, passes: Passes, codec: Codec | Non
     blocks, embeds, projects = sum(0 < unit < last for unit in units), int(0 in units), int(last in units)
     kept: torch.dtype = getattr(torch, config.dtype)
     product = torch.bfloat16 if passes.casts else kept
+    codec = None if passes.evaluates else codec
     tokens = passes.micro_batch * passes.sequence
     sent = [
         replace(transfer, calls=calls * passes.num_micro)
         for label, dtype, calls in (
             (ACTIVATIONS, kept, embeds),
             (ACTIVATIONS, product, 2 * blocks),
-            (GRADIENTS, kept, 2 * blocks + projects),
+            (GRADIENTS, kept, 0 if passes.evaluates else 2 * blocks + projects),
         )
         for transfer in sum_transfers((tokens * config.width, dtype), codec, "tensor", degree, label)
         if calls
@@ -190,4 +193,4 @@ def traffic(config: ModelConfig, degree: int, passes: Passes, codec: Codec | Non
     if passes.clips:
         item = torch.promote_types(kept, torch.float32).itemsize
         sent.append(Transfer(label=NORM, axis="tensor", op="all_reduce", message_bytes=item, item_bytes=item))
-    return sent
+    return [replace(transfer, label=EVALUATION) for transfer in sent] if passes.evaluates else sent

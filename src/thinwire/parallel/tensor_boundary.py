@@ -12,51 +12,67 @@ What is coded at the boundary is coded in parts, and decoded before it is gather
 (Narayanan et al. 2021, Efficient large-scale language model training on GPU clusters, section 4.1.)
 """
 
-from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.metered_calls import all_gather
-from thinwire.config.model import ModelConfig
-from thinwire.parallel.chain import Chain, Shared, Unit
-from thinwire.parallel.tensor import Passes
-from thinwire.parallel.tensor_loss import EVALUATION
-from thinwire.traffic import Transfer
+from thinwire.parallel.chain import Shared, Unit
+from thinwire.parallel.cut import Cut
+from thinwire.traffic import EVALUATION, Transfer
 
 LABEL = "boundary parts"
 
 
-def split_boundaries(chain: Chain, cuts: Collection[int], group: dist.ProcessGroup, ledger: Ledger) -> Chain:
-    """The chain of a model that `tensor.apply` was called on, to be cut behind the units `cuts`, of which the next is on another
-    rank. Of their outputs, last dim the width, the chain has parts."""
+def split_boundaries(cut: Cut, group: dist.ProcessGroup, ledger: Ledger) -> Cut:
+    """Of a model that `tensor.apply` was called on: the same cut, whose stages hand on parts of the width wherever they send."""
+    degree = group.size()
+    sending = [number for number in range(len(cut.stages)) if cut.crosses(number)] if degree > 1 else []
+    ends = {cut.stages[number][-1] for number in sending}
 
     def changed(index: int, unit: Unit) -> Unit:
         def run(owner: nn.Module, x: Tensor, shared: Shared) -> Tensor:
-            if index - 1 in cuts:
+            if index - 1 in ends:
                 x = _Gather.apply(x, group, ledger, LABEL if torch.is_grad_enabled() else EVALUATION)
             x = unit.run(owner, x, shared)
-            return _Part.apply(x, group, ledger) if index in cuts else x
+            return _Part.apply(x, group, ledger) if index in ends else x
 
         return replace(unit, run=run)
 
-    return tuple(changed(index, unit) for index, unit in enumerate(chain)) if group.size() > 1 else chain
+    def crosses(number: int, like: Tensor) -> Tensor:
+        return like.new_empty((*like.shape[:-1], like.shape[-1] // degree)) if number in sending else like
+
+    return replace(
+        cut,
+        chain=tuple(changed(index, unit) for index, unit in enumerate(cut.chain)),
+        crossing=tuple(crosses(number, like) for number, like in enumerate(cut.crossing)),
+    )
 
 
-def boundary_traffic(config: ModelConfig, degree: int, passes: Passes, cuts: Collection[int]) -> list[Transfer]:
-    """What a rank sends over the tensor axis for it in a step, exactly. passes.units: the rank's."""
-    gathers = sum((unit in cuts) + (unit - 1 in cuts) for unit in passes.units or ())
-    if degree == 1 or not gathers:
-        return []
-    item = getattr(torch, config.dtype).itemsize
-    size = passes.micro_batch * passes.sequence * config.width // degree * item
-    calls = gathers * passes.num_micro
-    return [Transfer(label=LABEL, axis="tensor", op="all_gather", message_bytes=size, item_bytes=item, calls=calls)]
+def boundary_traffic(cut: Cut, rank: int, degree: int, num_micro: int, *, evaluates: bool = False) -> list[Transfer]:
+    """What rank `rank` of a pipeline sends over the tensor axis for it, exactly. cut: of `split_boundaries`; evaluates: as in
+    `Passes`."""
+    gathered = [
+        cut.crossing[boundary]
+        for stage in cut.stages_of(rank)
+        for boundary in ((stage - 1,) if evaluates else (stage - 1, stage))
+        if degree > 1 and cut.crosses(boundary)
+    ]
+    return [
+        Transfer(
+            label=EVALUATION if evaluates else LABEL,
+            axis="tensor",
+            op="all_gather",
+            message_bytes=part.nbytes,
+            item_bytes=part.element_size(),
+            calls=num_micro,
+        )
+        for part in gathered
+    ]
 
 
 def _part(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -64,10 +80,7 @@ def _part(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _gathered(part: Tensor, group: dist.ProcessGroup, ledger: Ledger, label: str) -> Tensor:
-    degree = group.size()
-    if isinstance(part, FakeTensor):
-        return torch.cat([part] * degree, dim=-1)
-    parts = part.new_empty(degree, *part.shape)
+    parts = part.new_empty(group.size(), *part.shape)
     all_gather(parts.view(-1), part.contiguous().view(-1), group, ledger, label).wait()
     return torch.cat(parts.unbind(), dim=-1)
 

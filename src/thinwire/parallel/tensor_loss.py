@@ -24,11 +24,10 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.metered_calls import all_reduce
 from thinwire.errors import UserError
 from thinwire.parallel.tensor_parts import words_of
+from thinwire.traffic import EVALUATION
 
 IGNORED = -100
 LOSS = "loss"
-EVALUATION = "evaluation"
-"""The label of all calls without gradients, which are no part of a step."""
 
 
 def tensor_cross_entropy(group: dist.ProcessGroup, ledger: Ledger, vocabulary: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -10,6 +10,11 @@ ready_k = max over ranks of (compute_s - window_k / flops_per_s)
 end_k   = max(ready_k, end_{k-1}) + calls * (price + work_k)
 exposed = max(0, end_last - max compute_s)
           + sum over events every H > 1 steps of max(0, sum over their transfers of calls * (price + work) - window) / H
+
+In a pipeline the passes of a step are simulated (`pipeline`), with the wires as they are and with idle ones:
+
+waiting_s    until the step would be over on idle wires: the bubble of the schedule, and slower stages
+exposed_s    by how much later it is over, and what is sent when all passes are over
 """
 
 from collections import Counter
@@ -22,7 +27,8 @@ from thinwire.cluster.graph import Routes
 from thinwire.collectives.price import Carrier, link_seconds
 from thinwire.errors import UserError
 from thinwire.layout import Layout
-from thinwire.traffic import Transfer
+from thinwire.plan.pipeline import Stages, simulate
+from thinwire.traffic import PIPELINE, Transfer
 from thinwire.units import show
 from thinwire.workload import Workload
 
@@ -37,7 +43,8 @@ class Setting:
     """What a prediction is made for. flops_per_s: by rank, what a training step achieves there; rates_are: how they are known.
 
     kind: of the devices on which ranks run, where that is known; else as the cluster says. micro_batches: of a step and replica;
-    where they differ that is their mean, and `assignment` has those of each replica.
+    where they differ that is their mean, and `assignment` has those of each replica. stages: where layout.pipe is used; workload
+    is then of the part of the model that the predicted rank has.
     """
 
     cluster: Cluster
@@ -49,6 +56,7 @@ class Setting:
     optimizer: str = "adamw"
     assignment: tuple[int, ...] = ()
     kind: str = ""
+    stages: Stages | None = None
 
     @property
     def compute_s(self) -> tuple[float, ...]:
@@ -165,16 +173,25 @@ def predict(
             event = transfer.event or f"transfer {number}"
             so_far_s, _ = uncovered_s.get(event, (-transfer.window_flops / slowest_rate, 0))
             uncovered_s[event] = so_far_s + seconds, transfer.every
-        for group in groups:
+        for group in groups if transfer.label != PIPELINE else ():
             placed = [(group[a], group[b], size) for a, b, size in carrier.flows(transfer, group)]
             for link, payload in routes.load(placed).items():
                 links[link] += payload * transfer.calls / transfer.every  # type: ignore[assignment]
+    waiting_s, exposed_s = slowest_s - compute_s, max(0.0, wire_end - slowest_s)
+    if setting.stages is not None:
+        ran = simulate(setting.stages.pipelines(layout, setting.flops_per_s), routes)
+        idle = simulate(setting.stages.pipelines(layout, setting.flops_per_s, idle_wires=True), routes)
+        compute_s = ran.computing_s(layout.coordinates(rank)["pipe"])
+        waiting_s, exposed_s = idle.seconds - compute_s, ran.seconds - idle.seconds
+        exposed_s += sum(one.seconds for one in priced if one.transfer.every == 1 and one.transfer.label != PIPELINE)
+        for link, payload in ran.link_bytes.items():
+            links[link] += payload
     sources = {link.bandwidth_bps.source for link in setting.cluster.links}
     return Prediction(
         rank=rank,
         compute_s=compute_s,
-        waiting_s=slowest_s - compute_s,
-        exposed_s=max(0.0, wire_end - slowest_s) + sum(max(0.0, one_s) / every for one_s, every in uncovered_s.values()),
+        waiting_s=waiting_s,
+        exposed_s=exposed_s + sum(max(0.0, one_s) / every for one_s, every in uncovered_s.values()),
         optimizer_s=setting.optimizer_s(rank),
         tokens_per_step=setting.workload.tokens_per_microbatch * setting.micro_batches * layout.replicas,
         transfers=tuple(priced),

@@ -16,6 +16,8 @@ K of keys, F hidden, V vocabulary, as autograd keeps them (`models.transformer`)
     loss       3 max(a, 4) V, and c V if c < 4, while its gradient is formed
     block      2 norm + attention + mlp
 
+Ranks of a pipeline hold the activations of as many micro-batches as the schedule has under way (`parallel.balance.in_flight`).
+
 One of t tensor ranks has the t-th part of matrices, and of attention, mlp and loss. Under autocast a copy of all matrices in 2
 bytes a value goes along. What blocks keep comes and goes in pieces of some MiB, among which the allocator loses room.
 """
@@ -30,6 +32,7 @@ from thinwire.config.sync import EveryStep, NoLoCo, SparseLoCo, Streaming
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.measure.memory import Room
+from thinwire.parallel.balance import cut, in_flight, stages_of
 from thinwire.parallel.tensor_parts import local_workload
 from thinwire.units import show
 from thinwire.workload import ITEM_BYTES, OPTIMIZER_VALUES_PER_PARAMETER, Workload
@@ -86,27 +89,70 @@ class Need:
 
 
 def need(config: RunConfig, shape: ModelConfig, layout: Layout, *, casts: bool, on_device: bool = False) -> Need:
-    """Of a rank. shape: of the model, with the vocabulary that it gets; casts: whether autocast multiplies in bfloat16.
+    """Of a rank; of a pipeline's, of the one that needs most. shape: of the model, with the vocabulary that it gets; casts:
+    whether autocast multiplies in bfloat16.
 
     on_device: in memory of a device, which is not the host's.
     """
     train = config.train
     workload = local_workload(Workload.of_transformer(shape, train.micro_batch, train.sequence), shape, layout.tensor)
+    if layout.pipe > 1:
+        pieces = _pieces(config, shape, workload, layout, casts=casts)
+    else:
+        pieces = [(workload, activations_bytes(shape, workload, casts=casts, tensor=layout.tensor))]
+    needs = [_need(config, one, layout, activations, on_device=on_device) for one, activations in pieces]
+    return max(needs, key=lambda one: one.rank_bytes)
+
+
+def _need(config: RunConfig, workload: Workload, layout: Layout, activations: int, *, on_device: bool) -> Need:
+    """Of a rank that has the parameters of `workload`."""
     weights = workload.stored_bytes
-    optimizer = weights * OPTIMIZER_VALUES_PER_PARAMETER[train.optimizer.kind]
+    optimizer = weights * OPTIMIZER_VALUES_PER_PARAMETER[config.train.optimizer.kind]
     exchange, under_way = _exchange(config, workload, layout, on_device)
     buckets = layout.data > 1 or isinstance(config.sync, EveryStep)
     state = weights + optimizer
+    gradients = max(weights, 2 * weights - optimizer - exchange) if buckets and layout.pipe == 1 else weights
     return Need(
         weights_bytes=weights,
-        gradients_bytes=max(weights, 2 * weights - optimizer - exchange) if buckets else weights,
+        gradients_bytes=gradients,
         optimizer_bytes=optimizer,
         exchange_bytes=exchange,
-        activations_bytes=activations_bytes(shape, workload, casts=casts, tensor=layout.tensor),
+        activations_bytes=activations,
         under_way_bytes=max(under_way, 2 * max(parameter.stored_bytes for parameter in workload.parameters)),
         copied_bytes=exchange + (state if config.sync.rare else 0),
         copied_once_bytes=state,
     )
+
+
+def _pieces(
+    config: RunConfig, shape: ModelConfig, workload: Workload, layout: Layout, *, casts: bool
+) -> list[tuple[Workload, int]]:
+    """What each rank of a pipeline has of the model, of equal ranks, and its activations when it holds most of them.
+
+    A boundary has a buffer for each micro-batch, of what arrives and of the gradient that comes back.
+    """
+    options, num_micro = config.pipeline, config.sync.accumulate
+    costs = workload.chain_flops_per_token
+    stages = cut(costs, layout.pipe * options.per_rank)
+    names = [
+        ("embed", "positions"),
+        *((f"{block}.",) for block in workload.block_names),
+        ("norm", "embed" if shape.tied else "head"),
+    ]
+    crossing = workload.tokens_per_microbatch * shape.width * ITEM_BYTES[shape.dtype] // layout.tensor
+    found = []
+    for rank in range(layout.pipe):
+        units = [unit for stage in stages_of(options.schedule, layout.pipe, options.per_rank, rank) for unit in stages[stage]]
+        prefixes = tuple(prefix for unit in units for prefix in names[unit])
+        mine = {one.name for one in workload.parameters if one.name.startswith(prefixes)}
+        blocks = sum(0 < unit < len(names) - 1 for unit in units)
+        held = in_flight(options.schedule, layout.pipe, options.per_rank, rank, num_micro) / options.per_rank
+        projects = len(names) - 1 in units
+        whole = activations_bytes(shape, workload, casts=casts, blocks=held * blocks, loss=projects, tensor=layout.tensor)
+        found.append(
+            (workload.part(mine, sum(costs[unit] for unit in units)), whole + 2 * options.per_rank * num_micro * crossing)
+        )
+    return found
 
 
 def check(need: Need, rooms: Sequence[Room]) -> None:
@@ -130,19 +176,24 @@ def line(need: Need, rooms: Sequence[Room]) -> str:
     return f"{about}; {tight.name} has {show(tight.free_bytes, 'B')} free for {tight.ranks} rank{'s' * (tight.ranks > 1)}"
 
 
-def activations_bytes(shape: ModelConfig, workload: Workload, *, casts: bool, tensor: int = 1) -> int:
-    """Of one micro-batch, when its loss is known. workload: of one of `tensor` ranks."""
+def activations_bytes(
+    shape: ModelConfig, workload: Workload, *, casts: bool, blocks: float | None = None, loss: bool = True, tensor: int = 1
+) -> int:
+    """Of one micro-batch, when its loss is known, on one of `tensor` ranks, of which is `workload`.
+
+    blocks: so many, counted for each micro-batch; None: all. loss: with it.
+    """
     kept = ITEM_BYTES[shape.dtype]
     wide, product = max(kept, 4), 2 if casts else kept
     norm = shape.width * (product + (2 * wide if shape.norm == "rms" else kept))
     rotated = (shape.heads + shape.kv_heads) * shape.head_width if shape.positions == "rotary" else 0
     attention = product * (shape.qkv_width + rotated + shape.width) + 4 * shape.heads
     mlp = product * (shape.up_width + shape.hidden * (2 if shape.mlp == "swiglu" else 1))
-    loss = shape.vocabulary * (3 * wide + (product if product < 4 else 0))
-    backward = product * (shape.up_width + 2 * shape.hidden)
-    blocks = ALLOCATOR * shape.layers * (2 * norm + (attention + mlp) / tensor)
+    at_loss = norm + shape.vocabulary * (3 * wide + (product if product < 4 else 0)) / tensor if loss else 0
+    backward = product * (shape.up_width + 2 * shape.hidden) / tensor
+    kept_bytes = ALLOCATOR * (shape.layers if blocks is None else blocks) * (2 * norm + (attention + mlp) / tensor)
     matrices = sum(parameter.numel for parameter in workload.parameters if len(parameter.shape) == 2)
-    return int(workload.tokens_per_microbatch * (blocks + norm + max(loss, backward) / tensor)) + (2 * matrices if casts else 0)
+    return int(workload.tokens_per_microbatch * (kept_bytes + max(at_loss, norm + backward))) + (2 * matrices if casts else 0)
 
 
 def _exchange(config: RunConfig, workload: Workload, layout: Layout, on_device: bool) -> tuple[int, int]:

@@ -4,7 +4,7 @@
                  arrived: a forward pass the activation of the stage before, a backward pass the gradient of the stage behind;
                  weights alone (W) need nothing.
     message      leaves when the pass before it is over; messages of one (source, target) pair travel one after the other, in the
-                 order in which they were handed over
+                 order in which they were handed over; one of no bytes is there at once
     link         connections share it max-min fairly; payload passes at bandwidth / FRAME_OVERHEAD
     latency      of the route, and MESSAGE_OVERHEAD_S of software, when the last byte has passed
     one rank     stages on it hand over without a message
@@ -26,6 +26,8 @@ from thinwire.cluster.graph import Routes
 from thinwire.collectives.choose.costs import Costs
 from thinwire.collectives.choose.links import Buckets, Sharing
 from thinwire.collectives.price import MESSAGE_OVERHEAD_S
+from thinwire.layout import Layout
+from thinwire.workload import BACKWARD_OVER_FORWARD
 
 Pass = tuple[str, int, int]
 """(F forward, B backward, I backward of inputs, W of weights; stage; micro-batch)."""
@@ -36,8 +38,7 @@ _SAME_S = 1e-9
 class Pipelines:
     """What is simulated. orders: of each rank of a pipeline, what it computes; groups: the global ranks of each pipeline.
 
-    seconds: of a pass, by (kind, stage) and position in the group; activation_bytes and gradient_bytes: of one message across each
-    boundary, gradients going back.
+    seconds: of a pass, by (kind, stage); activation_bytes and gradient_bytes: of one message across each boundary.
     """
 
     orders: Sequence[Sequence[Pass]]
@@ -50,6 +51,43 @@ class Pipelines:
     def rank_of(self) -> dict[int, int]:
         """Position in the group by stage."""
         return {stage: rank for rank, order in enumerate(self.orders) for _, stage, _ in order}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """A model in stages on the "pipe" axis of a layout. orders, activation_bytes, gradient_bytes: as in `Pipelines`.
+
+    forward_flops: of one micro-batch, by stage.
+    """
+
+    orders: Sequence[Sequence[Pass]]
+    forward_flops: Sequence[float]
+    activation_bytes: Sequence[int]
+    gradient_bytes: Sequence[int]
+
+    def pipelines(self, layout: Layout, flops_per_s: Sequence[float], *, idle_wires: bool = False) -> Pipelines:
+        """flops_per_s: by global rank; a stage is as fast as the slowest of its replicas. idle_wires: nothing is sent."""
+        groups = layout.groups("pipe")
+        seconds: dict[tuple[str, int], float] = {}
+        for position, order in enumerate(self.orders):
+            rate = min(flops_per_s[group[position]] for group in groups)
+            for stage in {stage for _, stage, _ in order}:
+                forward_s = self.forward_flops[stage] / rate
+                weights_s = forward_s * BACKWARD_OVER_FORWARD / 2
+                seconds |= {
+                    ("F", stage): forward_s,
+                    ("B", stage): 2 * weights_s,
+                    ("I", stage): weights_s,
+                    ("W", stage): weights_s,
+                }
+        nothing = (0,) * len(self.activation_bytes)
+        return Pipelines(
+            orders=self.orders,
+            groups=groups,
+            seconds=seconds,
+            activation_bytes=nothing if idle_wires else self.activation_bytes,
+            gradient_bytes=nothing if idle_wires else self.gradient_bytes,
+        )
 
 
 @dataclass(frozen=True)
@@ -71,6 +109,10 @@ class Simulated:
     ends_s: tuple[float, ...]
     passes: tuple[Ran, ...]
     link_bytes: Mapping[Link, int]
+
+    def computing_s(self, position: int, group: int = 0) -> float:
+        """Of the passes of one rank."""
+        return sum(ran.end_s - ran.begin_s for ran in self.passes if (ran.group, ran.position) == (group, position))
 
     @property
     def bubble(self) -> float:
@@ -203,7 +245,7 @@ class _Run:
         group = self._pipelines.groups[ran.group]
         pair = self._pairs.get((group[ran.position], group[self._rank_of[arrives[1]]]))
         message = _Message(ran.group, arrives, size)
-        if pair is None:
+        if pair is None or not size:
             self._arrived(message, ran.end_s)
             return
         connection = self._connections[pair]

@@ -40,12 +40,13 @@ muloco       diloco whose inner optimizer is Muon, `train.optimizer.kind = "muon
 from dataclasses import replace
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.exchange import make_exchange
+from thinwire.compress.exchange import Exchange, make_exchange
 from thinwire.compress.plain import PlainExchange
 from thinwire.config.compress import Coded, NoCompression
 from thinwire.config.sync import DiLoCo, EveryStep, LocalSGD, MuLoCo, NoLoCo, SparseLoCo, Streaming, Sync
 from thinwire.errors import UserError
 from thinwire.layout import Layout
+from thinwire.sync.after_backward import AfterBackwardSync
 from thinwire.sync.base import Synchroniser
 from thinwire.sync.every_step import EveryStepSync
 from thinwire.sync.local_steps import LocalStepsSync, Schedule
@@ -65,7 +66,7 @@ def make_synchroniser(config: Sync, compress: NoCompression | Coded, layout: Lay
     Compression belongs to the rare exchange if there is one; inside, gradients travel as they are.
     """
     if isinstance(config, EveryStep):
-        return EveryStepSync(config, DATA, ledger, make_exchange(compress, ledger))
+        return _every_step(config, layout, ledger, make_exchange(compress, ledger))
     if isinstance(config, NoLoCo):
         return NoLoCoSync(config, compress, OUTER, ledger, _inside(config, layout, ledger))
     schedule, outer = method(config, layout.outer)
@@ -114,4 +115,10 @@ def _inside(config: Sync, layout: Layout, ledger: Ledger) -> Synchroniser:
         schedule = Schedule(every=config.every_inside, on_host=config.outer_device == "host")
         return LocalStepsSync(schedule, AVERAGE, DATA, ledger, PlainExchange(ledger), alone)
     inner = EveryStep(accumulate=config.accumulate, bucket_bytes=config.bucket_bytes)
-    return EveryStepSync(inner, DATA, ledger, PlainExchange(ledger))
+    return _every_step(inner, layout, ledger, PlainExchange(ledger))
+
+
+def _every_step(config: EveryStep, layout: Layout, ledger: Ledger, exchange: Exchange) -> Synchroniser:
+    """Within the backward pass, but where a pipeline makes many."""
+    kind = EveryStepSync if layout.pipe == 1 else AfterBackwardSync
+    return kind(config, DATA, ledger, exchange)

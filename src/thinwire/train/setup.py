@@ -34,7 +34,8 @@ from thinwire.record import RunFolder
 from thinwire.traffic import Transfer
 from thinwire.train.checkpoint.disks import Disks, find_disks, share_run_files
 from thinwire.train.step import Stepper, without_trace
-from thinwire.train.task import LanguageModel, Task
+from thinwire.train.task import LanguageModel
+from thinwire.workload import Workload
 
 TIMED_PASSES = 3
 WARM_PASSES = 5
@@ -163,21 +164,17 @@ def agree_on_dtype(config: RunConfig, device: torch.device, resumed: RunFolder |
     return chosen[0]
 
 
-def timed_rates(task: Task, stepper: Stepper, layout: Layout, ledger: Ledger) -> tuple[float, ...]:
-    """Flop/s of each rank on one micro-batch, all computing at once, nothing exchanged."""
-    batch = task.batch(0, layout.replica(dist.get_rank()))
+def timed_rates(workload: Workload, batch: object, stepper: Stepper, ledger: Ledger) -> tuple[float, ...]:
+    """Flop/s of each rank on one micro-batch, all computing at once, nothing exchanged. workload: of this rank's part."""
     seconds = []
     with ledger.label("calibration"), without_trace(stepper.model):
         dist.barrier()
         warm = WARM_PASSES if stepper.clock.on_device else 1
         for _ in range(warm + TIMED_PASSES - 1):
             begun = time.perf_counter()
-            with stepper.sync.microbatch(last=False):
-                with stepper.precision():
-                    loss = stepper.loss(stepper.model, batch)
-                loss.backward()
+            stepper.timed_pass(batch)
             if stepper.clock.on_device:
-                torch.accelerator.synchronize(loss.device)
+                torch.accelerator.synchronize(next(stepper.model.parameters()).device)
             seconds.append(time.perf_counter() - begun)
         stepper.optimizer.zero_grad(set_to_none=False)
-        return tuple(gather(task.workload.flops_per_microbatch / min(seconds[warm:])))
+        return tuple(gather(workload.flops_per_microbatch / min(seconds[warm:])))

@@ -5,7 +5,7 @@ the host may run ahead, and seconds are known when somebody asks for them. Nothi
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +18,7 @@ from thinwire.collectives.clock import clock_of, has_streams
 from thinwire.collectives.ledger import Clock
 from thinwire.config.run import TrainSection
 from thinwire.sync.base import Synchroniser
+from thinwire.traffic import Transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,10 @@ class StepTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class Ran:
-    """A step that was called: this rank's loss ([], on the device), and moments. ready: when the last gradient was."""
+    """A step that was called: this rank's loss ([], on the device), and moments. ready: when the last gradient was.
+
+    computing: when this rank computed, from and to, if in a pipeline it waited in between; then the rest is waiting.
+    """
 
     loss: Tensor
     clock: Clock
@@ -41,13 +45,19 @@ class Ran:
     exchanged: Any
     updated: Any
     synchronised: Any
+    computing: Sequence[tuple[Any, Any]] = ()
 
     def times(self) -> StepTimes:
         """Waits until the device has done it."""
         seconds = self.clock.seconds
+        compute_s, wait_s = seconds(self.started, self.ready), seconds(self.ready, self.exchanged)
+        if self.computing:
+            wait_s += compute_s
+            compute_s = sum(seconds(*ends) for ends in self.computing)
+            wait_s -= compute_s
         return StepTimes(
-            compute_s=seconds(self.started, self.ready),
-            wait_s=seconds(self.ready, self.exchanged) + seconds(self.updated, self.synchronised),
+            compute_s=compute_s,
+            wait_s=wait_s + seconds(self.updated, self.synchronised),
             optimizer_s=seconds(self.exchanged, self.updated),
         )
 
@@ -109,27 +119,59 @@ class Stepper:
         started = clock.now()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.train, step)
-        losses = []
-        for index, batch in enumerate(batches):
-            with self.sync.microbatch(last=index == num_micro - 1):
-                with self.precision():
-                    loss = self.loss(self.model, batch) / (mean_micro or num_micro)
-                loss.backward()
-                losses.append(loss.detach())
+        loss = self._passes(batches, num_micro, mean_micro or num_micro)
         exchanged = clock.now()
         if self.train.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip)
+            self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)  # gradients are views of the buckets
         updated = clock.now()
         self.sync.after_step(step)
         synchronised, ready = clock.now(), self.sync.ready_at
         return Ran(
-            loss=torch.stack(losses).sum(),
+            loss=loss,
             clock=clock,
             started=started,
             ready=exchanged if ready == ready_before else ready,
             exchanged=exchanged,
             updated=updated,
             synchronised=synchronised,
+            computing=self._computing(),
         )
+
+    def score(self, task: Any, model: nn.Module, replica: int) -> tuple[float, float]:
+        """As `Task.score`: of the held-out part that is this replica's."""
+        total, weight = task.score(model, replica)
+        return total, weight
+
+    def timed_pass(self, batch: object) -> None:
+        """Forward and backward of one micro-batch, as a step has them, for its time; nothing is exchanged."""
+        with self.sync.microbatch(last=False):
+            with self.precision():
+                loss = self.loss(self.model, batch)
+            loss.backward()
+
+    def norm_traffic(self) -> list[Transfer]:
+        """What clipping sends in a step: nothing where a rank has the whole gradient."""
+        return []
+
+    def evaluation_traffic(self, task: Any, replica: int) -> list[Transfer]:
+        """What `score` sends in one evaluation: nothing where a rank has the whole model."""
+        return []
+
+    def _passes(self, batches: Iterable[object], num_micro: int, mean_micro: float) -> Tensor:
+        """All micro-batches forward and backward, and the exchange of gradients. Returns this rank's part of the loss."""
+        losses = []
+        for index, batch in enumerate(batches):
+            with self.sync.microbatch(last=index == num_micro - 1):
+                with self.precision():
+                    loss = self.loss(self.model, batch) / mean_micro
+                loss.backward()
+                losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def _clip(self) -> None:
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip)
+
+    def _computing(self) -> Sequence[tuple[Any, Any]]:
+        return ()

@@ -1,5 +1,6 @@
 """What is trained, as the trainer sees it: batches, a loss, a score and their unit. A language model is the first Task."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,14 +83,19 @@ class LanguageModel:
         inputs, targets = (tensor.to(_device(model)) for tensor in batch)
         return model(inputs, targets)
 
-    @torch.no_grad()
-    def score(self, model: nn.Module, replica: int) -> tuple[float, float]:
-        total, count, train, device = 0.0, 0, self._config.train, _device(model)
-        replicas = self._layout.replicas
+    def held_out(self, replica: int) -> Iterator[tuple[Batch, int]]:
+        """This replica's share of the held-out part: batches with targets, and how many count in each."""
+        train, replicas = self._config.train, self._layout.replicas
         for inputs, targets in held_out_batches(self._held_out, train.sequence, train.micro_batch, replica, replicas):
             if scored := int((targets != IGNORED).sum()):
-                total += float(model(inputs.to(device), targets.to(device))) * scored
-                count += scored
+                yield (inputs, targets), scored
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, replica: int) -> tuple[float, float]:
+        total, count, device = 0.0, 0, _device(model)
+        for (inputs, targets), scored in self.held_out(replica):
+            total += float(model(inputs.to(device), targets.to(device))) * scored
+            count += scored
         return total, float(count)
 
     def describe(self) -> dict[str, Any]:

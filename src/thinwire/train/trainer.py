@@ -22,6 +22,7 @@ from thinwire.train.checkpoint.saver import Saver
 from thinwire.train.checkpoint.state import Parts
 from thinwire.train.interval import Interval
 from thinwire.train.pace import Pacer
+from thinwire.train.pipelined import Pace
 from thinwire.train.results import Reporter
 from thinwire.train.runtime import StopRequest
 from thinwire.train.step import Stepper, learning_rate
@@ -53,19 +54,24 @@ def report_traffic(train: TrainSection, axis: str, world_size: int) -> list[Tran
 
 @dataclass(kw_only=True)
 class Trainer:
-    """One per rank; everything it does is collective over `group`, the replicas. `reporter` on rank 0 only."""
+    """One per rank; everything it does is collective over `group`, all ranks. `reporter` on rank 0 only.
+
+    replica: of this rank, among `len(assignment)`. bubble_s: what a step of a pipeline waits even on idle wires, as predicted.
+    """
 
     task: Task
     stepper: Stepper
     train: TrainSection
     parts: Parts
     group: dist.ProcessGroup
+    replica: int
     device: torch.device
     stop: StopRequest
     saver: Saver
     reporter: Reporter | None
     assignment: Assignment
     """Micro-batches of a step by replica."""
+    bubble_s: float = 0.0
     by_speed: bool = False
     """Whether `assignment` follows the seconds in the reports."""
     tokens: int = 0
@@ -76,11 +82,6 @@ class Trainer:
     _steady: tuple[int, Snapshot] | None = None
     _last: tuple[int, Snapshot] | None = None
     _saved_at: float = field(default_factory=time.perf_counter)
-
-    @property
-    def replica(self) -> int:
-        """The number of this replica."""
-        return self.group.rank()
 
     @property
     def ledger(self) -> Ledger:
@@ -128,7 +129,7 @@ class Trainer:
     def evaluate(self, step: int) -> float:
         """The score on the held-out part, over all ranks."""
         with self.parts.sync.averaged():
-            total, weight = self.task.score(self.parts.model, self.replica)
+            total, weight = self.stepper.score(self.task, self.parts.model, self.replica)
         sums = self._sum(torch.tensor([total, weight], dtype=torch.float64), "evaluation")
         score = float(sums[0] / sums[1])
         if self.reporter:
@@ -178,9 +179,9 @@ class Trainer:
             for call, total in difference(self._last[1], self._steady[1]).items()
         ]
 
-    def write_end(self, pacer: Pacer | None, results: Path | None) -> None:
+    def write_end(self, pacer: Pacer | Pace | None, results: Path | None) -> None:
         """After the last step: gather the ledgers of all ranks; rank 0 writes what was measured, and into `results` where."""
-        mine = {"entries": self.ledger.entries(self.replica), "missed": pacer.missed_fraction if pacer else None}
+        mine = {"entries": self.ledger.entries(self.group.rank()), "missed": pacer.missed_fraction if pacer else None}
         gathered: list[Any] = [None] * self.group.size()
         with self.ledger.label("results"):
             dist.gather_object(mine, gathered if self.reporter else None, dst=0)
@@ -206,13 +207,13 @@ class Trainer:
         usual = median(one.compute_s for one in times)  # one disturbed step is no sign of a rank's speed
         vector = torch.zeros(SUMMARY + self.group.size(), dtype=torch.float64)
         vector[:SUMMARY] = torch.tensor([mean_loss, self.stop.requested, self._due(), self.saver.failed])
-        vector[SUMMARY + self.replica] = usual
+        vector[SUMMARY + self.group.rank()] = usual
         vector = self._sum(vector, "summary")
         loss, stops, due, failed = vector[:SUMMARY].tolist()
         computing = vector[SUMMARY:].tolist()
         seconds = self._interval.end(times)
         wait = seconds.pop("wait_s")
-        waiting = min(wait, max(0.0, max(computing) - usual))
+        waiting = min(wait, max(0.0, max(computing) - usual, self.bubble_s))
         if self.reporter:
             tokens = self.task.workload.tokens_per_microbatch * sum(self.assignment)
             self.reporter.step(
@@ -220,7 +221,7 @@ class Trainer:
                     step=done,
                     time_s=0.0,
                     tokens=self.tokens,
-                    loss=loss / self.group.size(),
+                    loss=loss / len(self.assignment),
                     exposed_s=wait - waiting,
                     waiting_s=waiting,
                     **seconds,

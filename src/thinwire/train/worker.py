@@ -21,7 +21,7 @@ from thinwire.config.run import RunConfig
 from thinwire.environment import Environment, set_variables, shared_gpu_variables
 from thinwire.errors import UserError
 from thinwire.lab.commands import TRAINING
-from thinwire.layout import AXES, REPLICAS, Layout
+from thinwire.layout import AXES, EVERYONE, REPLICAS, Layout
 from thinwire.measure.compute import find_device, kind_of, shared_gpus
 from thinwire.measure.gather import gather
 from thinwire.plan import memory
@@ -37,6 +37,8 @@ from thinwire.train.checkpoint.state import Parts, load
 from thinwire.train.failure import Heartbeat
 from thinwire.train.optimizers import make_optimizer
 from thinwire.train.pace import Pacer
+from thinwire.train.part import Part, take_part
+from thinwire.train.pipelined import Pace
 from thinwire.train.runtime import StopRequest, process_group
 from thinwire.train.step import Stepper
 from thinwire.train.task import LanguageModel
@@ -119,10 +121,12 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     for made in groups.values():
         if not isinstance(made, backend.MeteredGroup):  # the metered backend has done so itself
             give_timeout(made, timedelta(seconds=config.train.timeout_s))
-    axis = layout.replica_axis
+    axis = layout.report_axis
     if axis == REPLICAS:
         groups[REPLICAS] = mesh["outer", "data"]._flatten(REPLICAS).get_group()
-    group = groups[axis]
+    elif axis == EVERYONE:
+        groups[EVERYONE] = dist.distributed_c10d._get_default_group()
+    group, replica = groups[axis], layout.replica(number)
     ledger.axes[group.group_name] = axis  # an axis as large as the world uses the default group, which has no axis
     if isinstance(group, backend.MeteredGroup):
         backend.self_test(group, ledger)
@@ -137,29 +141,24 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     if number == 0:
         print(memory.line(needed(casts=casts), room), flush=True)
 
-    model = task.build_model().to(rank.device)
+    precision = partial(torch.autocast, rank.device.type, dtype=torch.bfloat16) if casts else nullcontext
+    part = take_part(task, config, layout, cluster.declared_rates, groups["pipe"], ledger, precision)
     sync = make_synchroniser(config.sync, config.compress, layout, ledger)
-    optimizer = make_optimizer(model, config.train)
-    parts = Parts(model=model, optimizer=optimizer, sync=sync, ledger=ledger, rank=number)
+    optimizer = make_optimizer(part.module, config.train)
+    parts = Parts(model=part.module, optimizer=optimizer, sync=sync, ledger=ledger, rank=number)
     progress = Progress(step=0, tokens=0, world_size=layout.world_size, assignment=())
     if resume is not None:
         with ledger.label("checkpoint"):
             found = find_checkpoint(folder.path / "checkpoints", disks)
         load(found.path, parts, with_own=found.with_own)
         progress = found.progress
-    stepper = Stepper(
-        model=stack.enter_context(sync.attached(model, optimizer, mesh)),
-        optimizer=optimizer,
-        sync=sync,
-        loss=task.loss,
-        precision=partial(torch.autocast, rank.device.type, dtype=torch.bfloat16) if casts else nullcontext,
-        train=config.train,
-    )
+    attached = stack.enter_context(sync.attached(part.module, optimizer, mesh))
+    stepper = part.stepper(attached, optimizer, sync, task, config.train)
     with ledger.label("replica set-up"):
-        stepper.rehearse(task.batch(0, group.rank()))
-    prediction, pacer, assignment = _predict(rank, cluster, task, stepper, progress, groups)
+        stepper.rehearse(task.batch(0, replica))
+    prediction, pacer, assignment = _predict(rank, cluster, task, part, stepper, progress, groups)
     if pacer:
-        stack.enter_context(pacer.attached(model, task.workload))
+        stack.enter_context(part.paced(pacer))
 
     hosts = gather(rank.host)
     reporter = None
@@ -190,11 +189,13 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         train=config.train,
         parts=parts,
         group=group,
+        replica=replica,
         device=rank.device,
         stop=rank.stop,
         saver=Saver(folder.path / "checkpoints", disks, config.train.checkpoints_kept, config.train.checkpoint_copies),
         reporter=reporter,
         assignment=assignment,
+        bubble_s=prediction.waiting_s if part.pipeline else 0.0,
         by_speed=config.sync.by_speed,
         tokens=progress.tokens,
         saved_step=progress.step if resume else -1,
@@ -224,32 +225,41 @@ def _predict(
     rank: Rank,
     cluster: Cluster,
     task: LanguageModel,
+    part: Part,
     stepper: Stepper,
     progress: Progress,
     groups: Mapping[str, dist.ProcessGroup],
-) -> tuple[Prediction, Pacer | None, Assignment]:
+) -> tuple[Prediction, Pacer | Pace | None, Assignment]:
     """What a step will cost; the pacer that holds this rank to the declared rate, if the lab asks for one; and who has how many
     micro-batches. Collective."""
     lab, layout, config = rank.environment.lab, rank.layout, rank.config
     declared, pacer = cluster.declared_rates, None
     if lab and lab.paced and declared and rank.device.type == "cpu":  # a host that sleeps holds up no device
         rates, rates_are = declared, "declared, and kept by pacing"
-        pacer = Pacer.of(task.workload, declared[dist.get_rank()])
+        pacer = part.pacer(declared[dist.get_rank()])
     else:
-        rates, rates_are = setup.timed_rates(task, stepper, layout, rank.ledger), "timed on this model before training"
+        batch = task.batch(0, layout.replica(dist.get_rank()))
+        rates, rates_are = setup.timed_rates(part.workload, batch, stepper, rank.ledger), "timed on this model before training"
     assignment = _assign(config, layout, rates, progress.assignment)
     setting = Setting(
         cluster=cluster,
         layout=layout,
-        workload=task.workload,
+        workload=part.workload,
         micro_batches=config.sync.accumulate,
         flops_per_s=rates,
         rates_are=rates_are,
         optimizer=config.train.optimizer.kind,
         assignment=assignment,
         kind=kind_of(rank.device),
+        stages=part.stages,
     )
-    transfers = stepper.sync.traffic(task.workload, layout) + report_traffic(config.train, layout.replica_axis, layout.replicas)
+    transfers = [
+        *part.traffic(config.sync.accumulate),
+        *stepper.sync.traffic(part.workload, layout),
+        *stepper.norm_traffic(),
+        *stepper.evaluation_traffic(task, layout.replica(dist.get_rank())),
+        *report_traffic(config.train, layout.report_axis, layout.world_size),
+    ]
     carrier = setup.choose_carrier(rank.tuner, cluster, groups, transfers)
     return predict(setting, transfers, carrier=carrier), pacer, assignment
 

@@ -79,6 +79,7 @@ def train(case, config, task, checkpoints, rank, report):
             train=config.train,
             parts=Parts(model=model, optimizer=stepper.optimizer, sync=sync, ledger=rank.ledger, rank=number),
             group=mesh.get_group(AXIS),
+            replica=number,
             device=torch.device("cpu"),
             stop=StopRequest(),
             saver=Saver(folder, find_disks(folder), config.train.checkpoints_kept),

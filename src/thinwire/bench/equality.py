@@ -1,0 +1,67 @@
+"""Every layout gives the losses of one rank: all mixtures that fit on 1, 2, 4 and 8 ranks, every schedule, in float64.
+
+Loopback, 20 steps of AdamW with clipping on the same tokens, 16 micro-batches a step shared out to the replicas. `error` is the
+largest relative difference of the loss of a step from that of one rank with the whole model; the bar is 1e-9. Rare exchange must
+be equal in one case only, which is there too: local SGD that averages after each step, under plain SGD.
+"""
+
+from collections.abc import Mapping
+from itertools import product
+from typing import Any
+
+from thinwire.bench.ranks import run_script
+from thinwire.bench.registry import Rows
+from thinwire.config.pipeline import STAGES_PER_RANK
+
+DEFAULTS: Mapping[str, Any] = {"ranks": [1, 2, 4, 8], "steps": 20, "layers": 14, "micro_batches": 16}
+BAR = 1e-9
+DEGREES = (1, 2, 4, 8)
+
+
+def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
+    """A row a layout and schedule. No cluster is used."""
+    train = {
+        "steps": options["steps"],
+        "micro_batch": 1,
+        "sequence": 16,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "eval_tokens": 256,
+    }
+    model = {"layers": options["layers"], "width": 16, "heads": 2, "context": 16, "dtype": "float64", "init_std": 0.1}
+    rows: Rows = []
+    for ranks in options["ranks"]:
+        settings = {
+            "run": {"train": train, "model": model},
+            "micro_batches": options["micro_batches"],
+            "cases": _cases(ranks),
+        }
+        errors = run_script(ranks, "layout_equality", settings, title=f"{ranks} ranks").results["layout_equality"]
+        rows += [
+            {"case": name, "ranks": ranks, "error": error, "bar": BAR, "held": error <= BAR} for name, error in errors.items()
+        ]
+    return rows
+
+
+def _cases(ranks: int) -> list[dict[str, Any]]:
+    """Names, and the sections in which they differ from one rank."""
+    cases = []
+    for outer, pipe, data in product(DEGREES, repeat=3):
+        if outer * pipe * data != ranks:
+            continue
+        for schedule in STAGES_PER_RANK if pipe > 1 else ("",):
+            used = {"outer": outer, "pipe": pipe, "data": data}
+            name = " x ".join(f"{axis} {degree}" for axis, degree in used.items() if degree > 1) or "one rank"
+            sections: dict[str, Any] = {"layout": used}
+            if outer > 1:
+                sections["sync"] = {"kind": "local_sgd", "every": 1}
+            if schedule:
+                sections["pipeline"] = {"schedule": schedule}
+            cases.append(
+                {
+                    "name": f"{name}, {schedule}" if schedule else name,
+                    "sections": sections,
+                    "optimizer": "sgd" if outer > 1 else "adamw",
+                }
+            )
+    return cases

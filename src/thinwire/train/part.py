@@ -1,0 +1,132 @@
+"""What one rank has of the model, and who runs its steps: the whole model, or stages of a pipeline.
+
+module      all that this rank trains, under the names of the whole model: for the optimizer, the synchroniser and checkpoints
+workload    of these parameters and their passes
+stages      what a prediction needs to know of all ranks' stages
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from thinwire.collectives.ledger import Ledger
+from thinwire.config.run import RunConfig, TrainSection
+from thinwire.layout import Layout
+from thinwire.models.transformer import cross_entropy
+from thinwire.parallel.cut import Cut, cut_model
+from thinwire.parallel.pipeline import Pipeline
+from thinwire.parallel.schedules import orders
+from thinwire.plan.pipeline import Stages
+from thinwire.sync.base import Synchroniser
+from thinwire.traffic import Transfer
+from thinwire.train.pace import Pacer
+from thinwire.train.pipelined import Pace, PipelinedStepper
+from thinwire.train.step import Stepper
+from thinwire.train.task import LanguageModel
+from thinwire.workload import Workload
+
+Precision = Callable[[], AbstractContextManager]
+"""Entered around each forward pass, such as torch.autocast."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """See the top of the file. number: of the part, of `count` into which the model is cut."""
+
+    module: nn.Module
+    workload: Workload
+    precision: Precision
+    number: int = 0
+    count: int = 1
+    pipeline: Pipeline | None = None
+    stages: Stages | None = None
+
+    def stepper(
+        self, attached: nn.Module, optimizer: torch.optim.Optimizer, sync: Synchroniser, task: LanguageModel, train: TrainSection
+    ) -> Stepper:
+        """attached: `module`, as the synchroniser has it."""
+        if self.pipeline is None:
+            return Stepper(model=attached, optimizer=optimizer, sync=sync, loss=task.loss, precision=self.precision, train=train)
+        return PipelinedStepper(
+            model=attached,
+            optimizer=optimizer,
+            sync=sync,
+            loss=task.loss,
+            precision=self.precision,
+            train=train,
+            pipeline=self.pipeline,
+        )
+
+    def pacer(self, flops_per_s: float) -> Pacer | Pace:
+        """Of a device that achieves `flops_per_s` in training; see `paced`."""
+        if self.stages is None:
+            return Pacer.of(self.workload, flops_per_s)
+        return Pace({stage: flops / flops_per_s for stage, flops in enumerate(self.stages.forward_flops)})
+
+    def paced(self, pacer: Pacer | Pace) -> AbstractContextManager[None]:
+        """Inside, this rank computes at that rate."""
+        if isinstance(pacer, Pacer):
+            return pacer.attached(self.module, self.workload)
+        assert self.pipeline is not None, "only stages have such a pace"
+        return pacer.attached(self.pipeline)
+
+    def traffic(self, num_micro: int) -> list[Transfer]:
+        """What is sent within one replica in a step."""
+        return [] if self.pipeline is None else self.pipeline.traffic(num_micro)
+
+
+def take_part(
+    task: LanguageModel,
+    config: RunConfig,
+    layout: Layout,
+    rates: tuple[float, ...] | None,
+    pipe: dist.ProcessGroup,
+    ledger: Ledger,
+    precision: Precision,
+) -> Part:
+    """Build the model on its device and keep what is this rank's. No communication.
+
+    rates: flops_per_s by global rank where they are declared, so that slower ranks get fewer layers. pipe: this rank's pipeline.
+    """
+    model = task.build_model()
+    if layout.pipe == 1:
+        return Part(module=model, workload=task.workload, precision=precision)
+    example, _ = task.batch(0, 0)
+    slowest = None
+    if rates is not None:
+        slowest = [min(rates[group[position]] for group in layout.groups("pipe")) for position in range(layout.pipe)]
+    costs = task.workload.chain_flops_per_token
+    cut = cut_model(model, example, config.pipeline, layout.pipe, costs, slowest)
+    pipeline = Pipeline(model, cut, pipe, ledger, cross_entropy, precision)
+    return Part(
+        module=pipeline.owner,
+        workload=stage_workload(task.workload, cut, pipeline),
+        precision=precision,
+        number=pipeline.rank,
+        count=layout.pipe,
+        pipeline=pipeline,
+        stages=stages_of(task.workload, cut, config.sync.accumulate),
+    )
+
+
+def stages_of(workload: Workload, cut: Cut, num_micro: int) -> Stages:
+    """For predictions. workload: of the whole model."""
+    options, costs = cut.options, workload.chain_flops_per_token
+    boundaries = range(len(cut.stages) - 1)
+    return Stages(
+        orders=orders(options.schedule, cut.ranks, options.per_rank, num_micro),
+        forward_flops=[workload.tokens_per_microbatch * sum(costs[unit] for unit in units) for units in cut.stages],
+        activation_bytes=[cut.message_bytes("activations", boundary) for boundary in boundaries],
+        gradient_bytes=[cut.message_bytes("gradients", boundary) for boundary in boundaries],
+    )
+
+
+def stage_workload(workload: Workload, cut: Cut, pipeline: Pipeline) -> Workload:
+    """Of this rank's stages. workload: of the whole model."""
+    costs = workload.chain_flops_per_token
+    names = {name for name, _ in pipeline.owner.named_parameters()}
+    return workload.part(names, sum(costs[unit] for stage in cut.stages_of(pipeline.rank) for unit in cut.stages[stage]))

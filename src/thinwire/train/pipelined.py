@@ -1,0 +1,152 @@
+"""Steps of a model whose layers lie on several ranks: a pipeline runs the passes, everything else is as in `step`.
+
+The gradient's norm is that of the whole model: each rank adds up its own parameters, the first of two those that they share.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thinwire.collectives.metered_calls import all_reduce
+from thinwire.data.loader import IGNORED
+from thinwire.parallel.pipeline import EVALUATION, Pipeline
+from thinwire.traffic import Transfer
+from thinwire.train.step import Stepper, without_trace
+from thinwire.workload import BACKWARD_OVER_FORWARD
+
+NORM = "norm"
+SETUP = "replica set-up"
+NORM_BYTES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelinedStepper(Stepper):
+    """`model` is the pipeline's owner. Batches are (inputs, targets)."""
+
+    pipeline: Pipeline
+
+    def rehearse(self, batch: Any) -> None:
+        """The stages tell each other what they send; connections are made."""
+        inputs, targets = batch
+        count = self.sync.num_micro
+        with self.sync.rehearsal(), without_trace(self.model), self.sync.microbatch(last=True):
+            self.pipeline.step([inputs] * count, [targets] * count, label=SETUP)
+        self.optimizer.zero_grad(set_to_none=False)
+
+    def score(self, task: Any, model: nn.Module, replica: int) -> tuple[float, float]:
+        """Through the pipeline; the ranks with the last stage have the score, the others 0. Collective over the pipeline."""
+        total, count, batches = 0.0, 0, iter(task.held_out(replica))
+        while taken := list(islice(batches, self.sync.num_micro)):
+            padded = [_padded(batch, self.pipeline.cut.entering.shape) for batch, _ in taken]
+            for loss, (_, scored) in zip(self.pipeline.evaluate(padded), taken, strict=self.pipeline.has_last):
+                total += float(loss) * scored
+                count += scored
+        return total, float(count)
+
+    def timed_pass(self, batch: Any) -> None:
+        """Through this rank's stages, one after the other, on anything of the right shape."""
+        for stage in self.pipeline.stages:
+            arriving = self.pipeline.cut.crossing[stage.stage_index - 1]
+            with self.precision():
+                x = (
+                    batch[0].to(stage.device)
+                    if stage.is_first
+                    else torch.zeros(arriving.shape, dtype=arriving.dtype, device=stage.device)
+                )
+                output = stage.submod(x if stage.is_first else x.requires_grad_())
+                loss = self.pipeline.loss(output, batch[1].to(stage.device)) if stage.is_last else output.sum()
+            loss.backward()
+
+    def norm_traffic(self) -> list[Transfer]:
+        """Of `_clip`."""
+        if not self.train.clip:
+            return []
+        return [Transfer(label=NORM, axis="pipe", op="all_reduce", message_bytes=NORM_BYTES, item_bytes=NORM_BYTES)]
+
+    def evaluation_traffic(self, task: Any, replica: int) -> list[Transfer]:
+        """Of `score`; stages with several boundaries of one size are one line."""
+        cut, batches = self.pipeline.cut, sum(1 for _ in task.held_out(replica))
+        sizes = [cut.crossing[stage].nbytes for stage in cut.stages_of(self.pipeline.rank) if cut.crosses(stage)]
+        return [
+            Transfer(label=EVALUATION, axis="pipe", op="send", message_bytes=size, calls=batches, every=self.train.eval_every)
+            for size in sizes
+            if self.train.eval_every
+        ]
+
+    def _passes(self, batches: Iterable[Any], num_micro: int, mean_micro: float) -> Tensor:
+        taken = list(batches)
+        with self.sync.microbatch(last=True):
+            losses = self.pipeline.step([x for x, _ in taken], [y for _, y in taken], 1 / mean_micro)
+            self.pipeline.add_up_tied()
+        return torch.stack(losses).sum() / mean_micro if losses else torch.zeros((), device=self.pipeline.device)
+
+    def _clip(self) -> None:
+        counted = [one.grad for one in self.pipeline.counted() if one.grad is not None]
+        square = torch.zeros(1, dtype=torch.float64, device=self.pipeline.device)
+        for gradient in counted:
+            square += torch.linalg.vector_norm(gradient).double() ** 2
+        all_reduce(square, self.pipeline.group, self.pipeline.ledger, NORM).wait()
+        norm = square.sqrt()[0]
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), self.train.clip, norm.float())
+
+    def _computing(self) -> Sequence[tuple[Any, Any]]:
+        return [(one.begin, one.end) for one in self.pipeline.computed]
+
+
+@dataclass
+class Pace:
+    """Holds the passes of a rank's stages to the rate that its device declares, as `pace.Pacer` does with whole models.
+
+    forward_s: of one micro-batch, by stage.
+    """
+
+    forward_s: dict[int, float]
+    declared_s: float = 0.0
+    late_s: float = 0.0
+
+    @contextmanager
+    def attached(self, pipeline: Pipeline) -> Iterator[None]:
+        """Inside, passes take as long as declared."""
+        for stage in pipeline.stages:
+            stage.hold = self._holder(self.forward_s[stage.stage_index])
+        try:
+            yield
+        finally:
+            for stage in pipeline.stages:
+                stage.hold = None
+
+    @property
+    def missed_fraction(self) -> float:
+        """How much longer than declared the passes took so far."""
+        return self.late_s / self.declared_s if self.declared_s else 0.0
+
+    def _holder(self, forward_s: float) -> Callable[[str, float], None]:
+        backward_s = BACKWARD_OVER_FORWARD * forward_s
+        takes = {"F": forward_s, "B": backward_s, "I": backward_s / 2, "W": backward_s / 2}
+
+        def hold(kind: str, begun: float) -> None:
+            ahead = begun + takes[kind] - time.perf_counter()
+            self.declared_s += takes[kind]
+            self.late_s += max(0.0, -ahead)
+            if ahead > 0:
+                time.sleep(ahead)
+
+        return hold
+
+
+def _padded(batch: tuple[Tensor, Tensor], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """With rows that do not count, up to the pipeline's micro-batch."""
+    inputs, targets = batch
+    missing = shape[0] - inputs.shape[0]
+    if not missing:
+        return batch
+    return (
+        torch.cat([inputs, inputs[:1].expand(missing, -1)]),
+        torch.cat([targets, targets.new_full((missing, targets.shape[1]), IGNORED)]),
+    )

@@ -1,0 +1,88 @@
+"""Whole runs whose layers lie on several ranks learn what one rank with the same tokens learns, and send what was predicted."""
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+from small_run import losses, make_config, make_text, run_training, scores
+
+from pool import Pool
+from thinwire.config.run import RunConfig
+from thinwire.errors import UserError
+from thinwire.record import RunFolder
+from thinwire.report import Facts, as_json
+
+
+def config_of(folder: Path, layout: dict[str, int], num_micro: int = 4, **sections: Any) -> RunConfig:
+    """In float64, of four micro-batches for each replica."""
+    folder.mkdir(exist_ok=True)
+    text = make_text(folder / "text.txt")
+    given = {
+        "model": {"layers": 4, "width": 16, "heads": 2, "context": 16, "dtype": "float64"},
+        "data": {"source": str(text), "cache": str(folder / "cache")},
+        "sync": {"accumulate": num_micro},
+        "layout": layout,
+        "train": make_config(folder, dtype="auto").train.model_dump(),
+    }
+    return RunConfig.model_validate({**given, **{key: given.get(key, {}) | value for key, value in sections.items()}})
+
+
+def on_one_rank(ranks1: Pool, folder: Path, num_micro: int, **sections: Any) -> tuple[dict[int, float], dict[int, float]]:
+    outcome = ranks1.run(run_training, config_of(folder, {}, num_micro, **sections))[0]
+    return losses(outcome.folder), scores(outcome.folder)
+
+
+@pytest.mark.parametrize(
+    ("pool", "pipe", "schedule", "tied"),
+    [
+        ("ranks2", 2, "1f1b", True),
+        ("ranks4", 2, "zbv", True),
+        pytest.param("ranks4", 2, "interleaved", False, marks=pytest.mark.long),
+        pytest.param("ranks4", 4, "zb1p", True, marks=pytest.mark.long),
+    ],
+)
+def test_a_run_equals_one_rank_and_its_prediction(
+    ranks1: Pool, request: pytest.FixtureRequest, tmp_path: Path, pool: str, pipe: int, schedule: str, tied: bool
+) -> None:
+    ranks: Pool = request.getfixturevalue(pool)
+    replicas = ranks.world_size // pipe
+    model = {"tied": tied}
+    expected = on_one_rank(ranks1, tmp_path / "one", 4 * replicas, model=model)
+    config = config_of(tmp_path / "pipe", {"pipe": pipe}, model=model, pipeline={"schedule": schedule})
+    outcome = ranks.run(run_training, config)[0]
+    assert losses(outcome.folder) == pytest.approx(expected[0], rel=1e-9)
+    assert scores(outcome.folder) == pytest.approx(expected[1], rel=1e-9)
+    folder = RunFolder.open(outcome.folder)
+    facts = as_json(Facts(folder))
+    predicted = [row for row in facts["transfers"] if row["predicted_bytes"] is not None]
+    assert {"pipeline", "norm", "summary"} <= {row["label"] for row in predicted}
+    assert not [row for row in predicted if not row["equal"]]
+    each_step = sum(row.wire_bytes_per_step for row in folder.predicted().transfers if row.every == 1)  # type: ignore[union-attr]
+    assert median(event.wire_bytes for event in folder.steps()) == each_step
+
+
+def test_replicas_of_pipelines_exchange_rarely(ranks4: Pool, tmp_path: Path) -> None:
+    """Local steps of two pipelines equal those of two ranks with the whole model."""
+    sync = {"kind": "diloco", "every": 3}
+    whole = ranks4.run(run_training, config_of(tmp_path / "whole", {"outer": 2, "data": 2}, 2, sync=sync))[0]
+    piped = ranks4.run(run_training, config_of(tmp_path / "piped", {"outer": 2, "pipe": 2}, 4, sync=sync))[0]
+    assert scores(piped.folder) == pytest.approx(scores(whole.folder), rel=1e-9)
+
+
+def test_codes_between_stages_learn_alike(ranks2: Pool, tmp_path: Path) -> None:
+    plain = ranks2.run(run_training, config_of(tmp_path / "plain", {"pipe": 2}))[0]
+    options = {"activations": "int8", "gradients": "int8"}
+    coded = ranks2.run(run_training, config_of(tmp_path / "coded", {"pipe": 2}, pipeline=options))[0]
+    assert scores(coded.folder)[12] == pytest.approx(scores(plain.folder)[12], rel=0.01)
+    sent = [RunFolder.open(one.folder).predicted().wire_bytes_per_step for one in (plain, coded)]  # type: ignore[union-attr]
+    assert sent[1] < 0.5 * sent[0]
+
+
+def test_what_cannot_work_is_refused_before_ranks_start(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is 8 stages, and a model of 4 layers has 6 units"):
+        config_of(tmp_path, {"pipe": 8})
+    with pytest.raises(ValueError, match="by_speed"):
+        config_of(tmp_path, {"pipe": 2}, sync={"assign": "by_speed", "accumulate": 8})
+    with pytest.raises(UserError, match="needs 3 ranks"):
+        config_of(tmp_path, {"pipe": 3, "data": 1}).layout.resolve(4, rare=False)
