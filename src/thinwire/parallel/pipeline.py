@@ -21,9 +21,8 @@ from thinwire.parallel.boundary import CodedStage, Computed, Crossing
 from thinwire.parallel.chain import Owner, Stage
 from thinwire.parallel.cut import TIED, Cut
 from thinwire.parallel.schedules import make_schedule
-from thinwire.traffic import PIPELINE, Transfer
+from thinwire.traffic import EVALUATION, PIPELINE, Transfer
 
-EVALUATION = "evaluation passes"
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
