@@ -76,8 +76,11 @@ class PipelinedStepper(Stepper):
             return []
         cut, batches = self.pipeline.cut, sum(1 for _ in task.held_out(replica))
         sizes = Counter(cut.crossing[stage].nbytes for stage in cut.stages_of(self.pipeline.rank) if cut.crosses(stage))
-        usual = {"label": EVALUATION, "axis": "pipe", "op": "send", "every": self.train.eval_every}
-        return [Transfer(message_bytes=size, calls=count * batches, **usual) for size, count in sizes.items()]
+        every = self.train.eval_every
+        return [
+            Transfer(label=EVALUATION, axis="pipe", op="send", message_bytes=size, calls=count * batches, every=every)
+            for size, count in sizes.items()
+        ]
 
     def _passes(self, batches: Iterable[Any], num_micro: int, mean_micro: float) -> Tensor:
         taken = list(batches)
