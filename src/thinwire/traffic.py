@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 PIPELINE = "pipeline"
 """Label of what the stages of a pipeline hand on during the passes of a step."""
+EVALUATION = "evaluation passes"
+"""Label of all that passes without gradients send; no part of a step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

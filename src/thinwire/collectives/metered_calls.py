@@ -14,9 +14,12 @@ from thinwire.collectives.clock import clock_of
 from thinwire.collectives.ledger import Group, Ledger, axis_of
 
 
-def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup, ledger: Ledger, label: str) -> dist.Work:
+def all_reduce(
+    tensor: torch.Tensor, group: dist.ProcessGroup, ledger: Ledger, label: str, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> dist.Work:
     """Sum `tensor` over `group` in place, asynchronously. Collective: every rank of the group, in the same order."""
-    return _issued("all_reduce", tensor, group, ledger, label, lambda: dist.all_reduce(tensor, group=group, async_op=True))
+    issue = partial(dist.all_reduce, tensor, op, group=group, async_op=True)
+    return _issued("all_reduce", tensor, group, ledger, label, issue)
 
 
 def all_gather(output: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup, ledger: Ledger, label: str) -> dist.Work:

@@ -17,6 +17,7 @@ Shapes: B batch, L sequence, M width, N heads of queries, K heads of keys and va
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,20 +41,20 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x_BLM: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        batch, length, width = x_BLM.shape
+        batch, length, _ = x_BLM.shape
         qkv = self.qkv(x_BLM).view(batch, length, self.heads + 2 * self.kv_heads, self.head_width)
         qk, v_BLKD = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         if rotation is not None:
             qk = rotate(qk, *rotation)
         q_BLND, k_BLKD = qk.split([self.heads, self.kv_heads], dim=2)
         y_BNLD = F.scaled_dot_product_attention(
-            q_BLND.transpose(1, 2),  # transposed last: the kernel's output takes this layout, so the reshape copies nothing
+            q_BLND.transpose(1, 2),  # transposed last: the kernel's output takes this layout, so flatten copies nothing
             k_BLKD.transpose(1, 2),
             v_BLKD.transpose(1, 2),
             is_causal=True,
             enable_gqa=self.kv_heads != self.heads,
         )
-        return self.out(y_BNLD.transpose(1, 2).reshape(batch, length, width))
+        return self.out(y_BNLD.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -92,8 +93,8 @@ class Transformer(nn.Module):
     """forward(tokens_BL) gives logits_BLV; with `targets_BL` it gives the mean cross-entropy in nats, in float32 or
     float64 if the weights are.
 
-    Targets of -100 do not count. There are no buffers: built on `torch.device("meta")`, the model is complete after
-    `to_empty` and `init_weights`.
+    Targets of -100 do not count; `loss` may be replaced. There are no buffers: built on `torch.device("meta")`, the model is
+    complete after `to_empty` and `init_weights`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -104,6 +105,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = make_norm(config)
         self.head = None if config.tied else nn.Linear(config.width, config.vocabulary, bias=False)
+        self.loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
         self.init_weights()
 
     @torch.no_grad()
@@ -124,7 +126,7 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x_BLM = block(x_BLM, rotation)
         logits_BLV = project(x_BLM, self.norm, self.embed if self.head is None else self.head)
-        return logits_BLV if targets_BL is None else cross_entropy(logits_BLV, targets_BL)
+        return logits_BLV if targets_BL is None else self.loss(logits_BLV, targets_BL)
 
 
 def embed(tokens_BL: Tensor, embedding: nn.Embedding, positions: nn.Embedding | None, config: ModelConfig) -> Tensor:

@@ -4,6 +4,10 @@ What is sent is the payload of a `BoundaryCodec`, whose size follows from the sh
 PyTorch's stage has for what arrives, just before the stage uses it. Sends of stages on the same rank (V schedules) stay as they
 are: nothing crosses a wire.
 
+Receives can be posted before the step (`post`): a message then travels when it is sent, and not only when its receiver has got so
+far as to ask for it. In the order in which the other rank sends, by which gloo and MPI match them. On a device, whose calls on one
+communicator follow one another, the schedule's own order stays.
+
 The stage also notes when it computed what, by the clock of its device: from these moments come the seconds of a step and the
 timeline of the report. PyTorch's stage calls these methods on every torch that we run on; `tests/parallel/test_pipeline.py` would
 fail where it does not.
@@ -63,6 +67,7 @@ class CodedStage(PipelineStage):
         """place: the stage's index, and the number of stages. precision: entered around each forward pass."""
         self._crossing, self._precision = crossing, precision
         self._payloads: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
+        self._posted: dict[tuple[str, int], list[dist.Work]] = {}
         self._clock = clock_of(device)
         self.computed: list[Computed] = []
         """Since the last `clear_runtime_states`, which begins a step."""
@@ -81,10 +86,24 @@ class CodedStage(PipelineStage):
         super().clear_runtime_states()
         self.computed.clear()
 
+    @property
+    def ready_to_post(self) -> bool:
+        """Whether there are buffers, after the first step."""
+        return bool(self.args_recv_info) and self._clock.on_device is False
+
+    def post(self, kind: str, chunk: int) -> None:
+        """Begin to receive the activation ("F") or gradient ("B") of a micro-batch of the step that is about to begin."""
+        ops = self.get_fwd_recv_ops(chunk) if kind == "F" else self.get_bwd_recv_ops(chunk)
+        self._posted[kind, chunk] = dist.batch_isend_irecv(ops) if ops else []
+
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        if ("F", fwd_chunk_id) in self._posted:
+            return []
         return self._receiving("F", fwd_chunk_id, super().get_fwd_recv_ops(fwd_chunk_id), self._crossing.activations_in)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        if ("B", bwd_chunk_id) in self._posted:
+            return []
         return self._receiving("B", bwd_chunk_id, super().get_bwd_recv_ops(bwd_chunk_id), self._crossing.gradients_in)
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
@@ -126,6 +145,8 @@ class CodedStage(PipelineStage):
         return ops
 
     def _decode(self, kind: str, chunk: int, codec: BoundaryCodec | None) -> None:
+        for work in self._posted.pop((kind, chunk), ()):
+            work.wait()
         for payload, target in self._payloads.pop((kind, chunk), ()):
             assert codec is not None, "there are payloads only where there is a codec"
             target.copy_(codec.unpack(payload, target.shape, target.dtype))

@@ -20,10 +20,9 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.parallel.boundary import CodedStage, Computed, Crossing
 from thinwire.parallel.chain import Owner, Stage
 from thinwire.parallel.cut import TIED, Cut
-from thinwire.parallel.schedules import make_schedule
-from thinwire.traffic import PIPELINE, Transfer
+from thinwire.parallel.schedules import arrivals, make_schedule
+from thinwire.traffic import EVALUATION, PIPELINE, Transfer
 
-EVALUATION = "evaluation passes"
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -96,6 +95,7 @@ class Pipeline:
         arguments = (torch.cat(list(inputs)).to(self.device),) if self.has_first else ()
         target = torch.cat(list(targets)).to(self.device) if self.has_last else None
         with self.ledger.label(label):
+            self._post(self._schedules[num_micro])
             self._schedules[num_micro].step(*arguments, target=target, losses=losses, return_outputs=False)
         return [loss.detach() / scale for loss in losses] if self.has_last else []
 
@@ -154,6 +154,13 @@ class Pipeline:
         """Of one micro-batch, as the step under way scales it."""
         with self._precision():
             return self.loss(output, target) * self._scale
+
+    def _post(self, schedule: Any) -> None:
+        """Receives of the step that is about to begin."""
+        stages = {stage.stage_index: stage for stage in self.stages}
+        if all(stage.ready_to_post for stage in self.stages):
+            for kind, stage, micro in arrivals(schedule, self.rank):
+                stages[stage].post(kind, micro)
 
     def _crossing(self, number: int) -> Crossing:
         before = self.cut.crossing[number - 1] if number else self.cut.entering

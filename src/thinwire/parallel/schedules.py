@@ -56,6 +56,21 @@ def orders(schedule: str, ranks: int, per_rank: int, num_micro: int) -> list[Ord
     return [_flat(made.pipeline_order[rank]) for rank in range(ranks)]
 
 
+def arrivals(made: Any, rank: int) -> list[tuple[str, int, int]]:
+    """What arrives at `rank` in a step of the schedule that `make_schedule` has made: (F activation or B gradient, the stage that
+    gets it, micro-batch), of each sender in the order in which it sends. Empty for a schedule that does not say."""
+    places = made.stage_index_to_group_rank if hasattr(made, "pipeline_order_with_comms") else {}
+    found = []
+    for sender, actions in getattr(made, "pipeline_order_with_comms", {}).items():
+        for one in actions if sender != rank else ():
+            kind = one.computation_type.name
+            if kind in ("SEND_F", "SEND_B"):
+                stage = one.stage_index + (1 if kind == "SEND_F" else -1)
+                if places[stage] == rank:
+                    found.append((kind[-1], stage, one.microbatch_index))
+    return found
+
+
 def _placeholders(schedule: str, ranks: int, per_rank: int) -> list[SimpleNamespace]:
     """In the place of a first rank's stages, as far as schedules ask for them when they are made."""
     stages = ranks * per_rank

@@ -149,6 +149,7 @@ def predict(
     paces = set(zip(by_rank, setting.flops_per_s, strict=True))
 
     priced, wire_end, links = [], 0.0, Counter[Link]()
+    alike = setting.stages is None  # ranks of different stages have different parameters
     uncovered_s: dict[str, tuple[float, int]] = {}  # of each event: its transfers less its window, and every how many steps
     for number, transfer in enumerate(transfers):
         groups = layout.groups(transfer.axis)
@@ -163,7 +164,7 @@ def predict(
                 transfer=transfer,
                 wire_bytes_per_step=sent[rank] * transfer.calls / transfer.every,
                 seconds=seconds,
-                even=len({sent[one] for one in mine}) == 1,
+                even=len({sent[one] for one in mine}) == 1 and (alike or len(groups) == 1),
             )
         )
         if transfer.every == 1:

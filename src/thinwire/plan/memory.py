@@ -18,8 +18,8 @@ K of keys, F hidden, V vocabulary, as autograd keeps them (`models.transformer`)
 
 Ranks of a pipeline hold the activations of as many micro-batches as the schedule has under way (`parallel.balance.in_flight`).
 
-Under autocast a copy of all matrices in 2 bytes a value goes along. What blocks keep comes and goes in pieces of some MiB, among
-which the allocator loses room.
+One of t tensor ranks has the t-th part of matrices, and of attention, mlp and loss. Under autocast a copy of all matrices in 2
+bytes a value goes along. What blocks keep comes and goes in pieces of some MiB, among which the allocator loses room.
 """
 
 from collections.abc import Sequence
@@ -33,6 +33,7 @@ from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.measure.memory import Room
 from thinwire.parallel.balance import cut, in_flight, stages_of
+from thinwire.parallel.tensor_parts import local_workload
 from thinwire.units import show
 from thinwire.workload import ITEM_BYTES, OPTIMIZER_VALUES_PER_PARAMETER, Workload
 
@@ -94,11 +95,11 @@ def need(config: RunConfig, shape: ModelConfig, layout: Layout, *, casts: bool, 
     on_device: in memory of a device, which is not the host's.
     """
     train = config.train
-    workload = Workload.of_transformer(shape, train.micro_batch, train.sequence)
+    workload = local_workload(Workload.of_transformer(shape, train.micro_batch, train.sequence), shape, layout.tensor)
     if layout.pipe > 1:
         pieces = _pieces(config, shape, workload, layout, casts=casts)
     else:
-        pieces = [(workload, activations_bytes(shape, workload, casts=casts))]
+        pieces = [(workload, activations_bytes(shape, workload, casts=casts, tensor=layout.tensor))]
     needs = [_need(config, one, layout, activations, on_device=on_device) for one, activations in pieces]
     return max(needs, key=lambda one: one.rank_bytes)
 
@@ -138,7 +139,7 @@ def _pieces(
         *((f"{block}.",) for block in workload.block_names),
         ("norm", "embed" if shape.tied else "head"),
     ]
-    crossing = workload.tokens_per_microbatch * shape.width * ITEM_BYTES[shape.dtype]
+    crossing = workload.tokens_per_microbatch * shape.width * ITEM_BYTES[shape.dtype] // layout.tensor
     found = []
     for rank in range(layout.pipe):
         units = [unit for stage in stages_of(options.schedule, layout.pipe, options.per_rank, rank) for unit in stages[stage]]
@@ -146,7 +147,8 @@ def _pieces(
         mine = {one.name for one in workload.parameters if one.name.startswith(prefixes)}
         blocks = sum(0 < unit < len(names) - 1 for unit in units)
         held = in_flight(options.schedule, layout.pipe, options.per_rank, rank, num_micro) / options.per_rank
-        whole = activations_bytes(shape, workload, casts=casts, blocks=held * blocks, loss=len(names) - 1 in units)
+        projects = len(names) - 1 in units
+        whole = activations_bytes(shape, workload, casts=casts, blocks=held * blocks, loss=projects, tensor=layout.tensor)
         found.append(
             (workload.part(mine, sum(costs[unit] for unit in units)), whole + 2 * options.per_rank * num_micro * crossing)
         )
@@ -175,18 +177,21 @@ def line(need: Need, rooms: Sequence[Room]) -> str:
 
 
 def activations_bytes(
-    shape: ModelConfig, workload: Workload, *, casts: bool, blocks: float | None = None, loss: bool = True
+    shape: ModelConfig, workload: Workload, *, casts: bool, blocks: float | None = None, loss: bool = True, tensor: int = 1
 ) -> int:
-    """Of one micro-batch, when its loss is known. blocks: so many, counted for each micro-batch; None: all. loss: with it."""
+    """Of one micro-batch, when its loss is known, on one of `tensor` ranks, of which is `workload`.
+
+    blocks: so many, counted for each micro-batch; None: all. loss: with it.
+    """
     kept = ITEM_BYTES[shape.dtype]
     wide, product = max(kept, 4), 2 if casts else kept
     norm = shape.width * (product + (2 * wide if shape.norm == "rms" else kept))
     rotated = (shape.heads + shape.kv_heads) * shape.head_width if shape.positions == "rotary" else 0
     attention = product * (shape.qkv_width + rotated + shape.width) + 4 * shape.heads
     mlp = product * (shape.up_width + shape.hidden * (2 if shape.mlp == "swiglu" else 1))
-    at_loss = norm + shape.vocabulary * (3 * wide + (product if product < 4 else 0)) if loss else 0
-    backward = product * (shape.up_width + 2 * shape.hidden)
-    kept_bytes = ALLOCATOR * (shape.layers if blocks is None else blocks) * (2 * norm + attention + mlp)
+    at_loss = norm + shape.vocabulary * (3 * wide + (product if product < 4 else 0)) / tensor if loss else 0
+    backward = product * (shape.up_width + 2 * shape.hidden) / tensor
+    kept_bytes = ALLOCATOR * (shape.layers if blocks is None else blocks) * (2 * norm + (attention + mlp) / tensor)
     matrices = sum(parameter.numel for parameter in workload.parameters if len(parameter.shape) == 2)
     return int(workload.tokens_per_microbatch * (kept_bytes + max(at_loss, norm + backward))) + (2 * matrices if casts else 0)
 

@@ -4,6 +4,7 @@ The gradient's norm is that of the whole model: each rank adds up its own parame
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,13 +71,15 @@ class PipelinedStepper(Stepper):
         return [Transfer(label=NORM, axis="pipe", op="all_reduce", message_bytes=NORM_BYTES, item_bytes=NORM_BYTES)]
 
     def evaluation_traffic(self, task: Any, replica: int) -> list[Transfer]:
-        """Of `score`; stages with several boundaries of one size are one line."""
+        """Of `score`."""
+        if not self.train.eval_every:
+            return []
         cut, batches = self.pipeline.cut, sum(1 for _ in task.held_out(replica))
-        sizes = [cut.crossing[stage].nbytes for stage in cut.stages_of(self.pipeline.rank) if cut.crosses(stage)]
+        sizes = Counter(cut.crossing[stage].nbytes for stage in cut.stages_of(self.pipeline.rank) if cut.crosses(stage))
+        every = self.train.eval_every
         return [
-            Transfer(label=EVALUATION, axis="pipe", op="send", message_bytes=size, calls=batches, every=self.train.eval_every)
-            for size in sizes
-            if self.train.eval_every
+            Transfer(label=EVALUATION, axis="pipe", op="send", message_bytes=size, calls=count * batches, every=every)
+            for size, count in sizes.items()
         ]
 
     def _passes(self, batches: Iterable[Any], num_micro: int, mean_micro: float) -> Tensor:

@@ -206,7 +206,7 @@ class Trainer:
         count, mean_loss, times = len(self._interval), self._interval.loss(), self._interval.times()
         usual = median(one.compute_s for one in times)  # one disturbed step is no sign of a rank's speed
         vector = torch.zeros(SUMMARY + self.group.size(), dtype=torch.float64)
-        vector[:SUMMARY] = torch.tensor([mean_loss, self.stop.requested, self._due(), self.saver.failed])
+        vector[:SUMMARY] = torch.tensor([mean_loss, self.stop.requested, self._due(), self.saver.failed], dtype=vector.dtype)
         vector[SUMMARY + self.group.rank()] = usual
         vector = self._sum(vector, "summary")
         loss, stops, due, failed = vector[:SUMMARY].tolist()

@@ -1,0 +1,59 @@
+"""States of a model that is split over tensor ranks: a part cut out of the whole, and the whole put together from all parts.
+
+A state is a mapping from names of parameters to tensors of their shapes: weights, gradients, moments of an optimizer. For every
+state s of the whole model, and all ranks r of any degree,
+
+    whole([part(s, r) for r]) = s        part(whole(l), r) = l[r], where padding is zero
+
+so a run can go on with another degree, or export the model, through the whole.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from thinwire.config.model import ModelConfig
+from thinwire.parallel.tensor_parts import Part, parts_of
+
+State = Mapping[str, Tensor]
+
+
+def cut_out(value: Tensor, part: Part) -> Tensor:
+    """The local tensor, a new one, contiguous."""
+    local = value.new_zeros(part.local_shape(tuple(value.shape)))
+    place = 0
+    for one in part.ranges:
+        local.narrow(part.dim, place, len(one)).copy_(value.narrow(part.dim, one.start, len(one)))
+        place += len(one)
+    return local
+
+
+@torch.no_grad()
+def part(state: State, config: ModelConfig, degree: int, rank: int) -> dict[str, Tensor]:
+    """What rank `rank` of `degree` holds of a whole state, or of some of its names. What is whole on each rank is not copied."""
+    parts = parts_of(config, degree, rank)
+    return {name: cut_out(value, parts[name]) if name in parts else value for name, value in state.items()}
+
+
+@torch.no_grad()
+def whole(states: Sequence[State], config: ModelConfig) -> dict[str, Tensor]:
+    """The whole from the states of all ranks, in their order. What is whole on each rank is taken from the first."""
+    parts = [parts_of(config, len(states), rank) for rank in range(len(states))]
+    return {
+        name: put_together([state[name] for state in states], [one[name] for one in parts]) if name in parts[0] else value
+        for name, value in states[0].items()
+    }
+
+
+def put_together(values: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
+    """One parameter, from all ranks' local tensors."""
+    first, dim = values[0], parts[0].dim
+    length = max(one.stop for part in parts for one in part.ranges)
+    result = first.new_empty((*first.shape[:dim], length, *first.shape[dim + 1 :]))
+    for value, part in zip(values, parts, strict=True):
+        place = 0
+        for one in part.ranges:
+            result.narrow(dim, one.start, len(one)).copy_(value.narrow(dim, place, len(one)))
+            place += len(one)
+    return result
