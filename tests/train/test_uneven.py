@@ -154,6 +154,7 @@ def train(context: Rank, folder: Path, counts: Assignment, steps: int, slow: dic
             train=settings,
             parts=Parts(model=model, optimizer=optimizer, sync=sync, ledger=context.ledger, rank=context.rank),
             group=mesh.get_group("data"),
+            replica=context.rank,
             device=torch.device("cpu"),
             stop=StopRequest(),
             saver=Saver(folder, find_disks(folder), keep=3),
