@@ -12,6 +12,7 @@ BUDGET_S = {
     "compress": 60,
     "lab": 80,
     "measure": 20,
+    "parallel": 40,
     "report": 15,
     "sync": 70,
     "train": 50,

@@ -4,9 +4,9 @@ What is sent is the payload of a `BoundaryCodec`, whose size follows from the sh
 PyTorch's stage has for what arrives, just before the stage uses it. Sends of stages on the same rank (V schedules) stay as they
 are: nothing crosses a wire.
 
-Receives can be posted before the step (`post`): a message then travels when it is sent, and not only when its receiver has got so
-far as to ask for it. In the order in which the other rank sends, by which gloo and MPI match them. On a device, whose calls on one
-communicator follow one another, the schedule's own order stays.
+Receives can be posted before the step (`post`): a message then travels when it is sent, and not only when its receiver has got
+so far as to ask for it. In the order in which the other rank sends, by which gloo and MPI match them. On a device, whose calls on
+one communicator follow one another, the schedule's own order stays.
 
 The stage also notes when it computed what, by the clock of its device: from these moments come the seconds of a step and the
 timeline of the report. PyTorch's stage calls these methods on every torch that we run on; `tests/parallel/test_pipeline.py` would
