@@ -28,7 +28,7 @@ def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
         "warmup_steps": 2,
         "eval_tokens": 256,
     }
-    model = {"layers": options["layers"], "width": 16, "heads": 2, "context": 16, "dtype": "float64", "init_std": 0.1}
+    model = {"layers": options["layers"], "width": 16, "heads": 8, "context": 16, "dtype": "float64", "init_std": 0.1}
     rows: Rows = []
     for ranks in options["ranks"]:
         settings = {
@@ -44,15 +44,15 @@ def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
 
 
 def _cases(ranks: int) -> list[dict[str, Any]]:
-    """Names, and the sections in which they differ from one rank."""
+    """Names, degrees, and the sections of run.toml in which they differ from one rank."""
     cases = []
-    for outer, pipe, data in product(DEGREES, repeat=3):
-        if outer * pipe * data != ranks:
+    for outer, pipe, data, tensor in product(DEGREES, repeat=4):
+        if outer * pipe * data * tensor != ranks:
             continue
         for schedule in STAGES_PER_RANK if pipe > 1 else ("",):
-            used = {"outer": outer, "pipe": pipe, "data": data}
+            used = {"outer": outer, "pipe": pipe, "data": data, "tensor": tensor}
             name = " x ".join(f"{axis} {degree}" for axis, degree in used.items() if degree > 1) or "one rank"
-            sections: dict[str, Any] = {"layout": used}
+            sections: dict[str, Any] = {}
             if outer > 1:
                 sections["sync"] = {"kind": "local_sgd", "every": 1}
             if schedule:
@@ -60,6 +60,7 @@ def _cases(ranks: int) -> list[dict[str, Any]]:
             cases.append(
                 {
                     "name": f"{name}, {schedule}" if schedule else name,
+                    "layout": used,
                     "sections": sections,
                     "optimizer": "sgd" if outer > 1 else "adamw",
                 }

@@ -136,15 +136,15 @@ class Pipeline:
                 work.wait()
         return losses
 
-    def counted(self) -> list[nn.Parameter]:
-        """Of this rank, but those that a rank before it has too: all ranks together have each parameter once."""
+    def counted(self) -> list[tuple[str, nn.Parameter]]:
+        """Of this rank, by name, but those that a rank before it has too: all ranks together have each parameter once."""
         elsewhere = {
             id(one)
             for name in self.cut.tied()
             if self.rank == self.cut.holders(name)[-1]
             for one in self.owner.get_submodule(name).parameters()
         }
-        return [one for one in self.owner.parameters() if id(one) not in elsewhere]
+        return [(name, one) for name, one in self.owner.named_parameters() if id(one) not in elsewhere]
 
     def use(self, schedule: Any, num_micro: int) -> None:
         """A schedule of PyTorch's own over `stages`, with the loss `scaled_loss`, for steps of so many micro-batches."""

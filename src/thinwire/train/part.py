@@ -1,31 +1,32 @@
-"""What one rank has of the model, and who runs its steps: the whole model, or stages of a pipeline.
+"""What one rank has of the model, and who runs its steps: the whole model, its part of each matrix, or stages of a pipeline.
 
 module      all that this rank trains, under the names of the whole model: for the optimizer, the synchroniser and checkpoints
 workload    of these parameters and their passes
 stages      what a prediction needs to know of all ranks' stages
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.config.run import RunConfig, TrainSection
 from thinwire.layout import Layout
-from thinwire.models.transformer import cross_entropy
+from thinwire.parallel import tensor
 from thinwire.parallel.cut import Cut, cut_model
 from thinwire.parallel.pipeline import Pipeline
 from thinwire.parallel.schedules import orders
+from thinwire.parallel.tensor_parts import local_workload
 from thinwire.plan.pipeline import Stages
 from thinwire.sync.base import Synchroniser
 from thinwire.traffic import Transfer
 from thinwire.train.pace import Pacer
 from thinwire.train.pipelined import Pace, PipelinedStepper
-from thinwire.train.step import Stepper
+from thinwire.train.step import Named, Norm, Stepper, gradient_norm
 from thinwire.train.task import LanguageModel
 from thinwire.workload import Workload
 
@@ -40,6 +41,7 @@ class Part:
     module: nn.Module
     workload: Workload
     precision: Precision
+    norm: Norm = gradient_norm
     number: int = 0
     count: int = 1
     pipeline: Pipeline | None = None
@@ -50,7 +52,15 @@ class Part:
     ) -> Stepper:
         """attached: `module`, as the synchroniser has it."""
         if self.pipeline is None:
-            return Stepper(model=attached, optimizer=optimizer, sync=sync, loss=task.loss, precision=self.precision, train=train)
+            return Stepper(
+                model=attached,
+                optimizer=optimizer,
+                sync=sync,
+                loss=task.loss,
+                precision=self.precision,
+                train=train,
+                norm=self.norm,
+            )
         return PipelinedStepper(
             model=attached,
             optimizer=optimizer,
@@ -58,6 +68,7 @@ class Part:
             loss=task.loss,
             precision=self.precision,
             train=train,
+            norm=self.norm,
             pipeline=self.pipeline,
         )
 
@@ -79,37 +90,47 @@ class Part:
         return [] if self.pipeline is None else self.pipeline.traffic(num_micro)
 
 
-def take_part(
-    task: LanguageModel,
-    config: RunConfig,
-    layout: Layout,
-    rates: tuple[float, ...] | None,
-    pipe: dist.ProcessGroup,
-    ledger: Ledger,
-    precision: Precision,
-) -> Part:
-    """Build the model on its device and keep what is this rank's. No communication.
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Of one rank: its groups by axis, its device, and what is entered around forward passes. rates: flops_per_s by global rank
+    where they are declared, so that slower ranks get fewer layers."""
 
-    rates: flops_per_s by global rank where they are declared, so that slower ranks get fewer layers. pipe: this rank's pipeline.
-    """
-    model = task.build_model()
+    layout: Layout
+    groups: Mapping[str, dist.ProcessGroup]
+    ledger: Ledger
+    device: torch.device
+    precision: Precision = nullcontext
+    rates: Sequence[float] | None = None
+
+
+def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
+    """Build the model on its device and keep what is this rank's. No communication. UserError for a model that cannot be cut."""
+    layout, ledger, model = place.layout, place.ledger, task.build_model().to(place.device)
+    workload, norm = task.workload, gradient_norm
+    if layout.tensor > 1:
+        split = tensor.apply(model, place.groups["tensor"], ledger)
+        workload = local_workload(workload, task.shape, layout.tensor)
+
+        def norm(named: Named) -> Tensor:
+            return tensor.gradient_norm(named, split, place.groups["tensor"], ledger)
+
     if layout.pipe == 1:
-        return Part(module=model, workload=task.workload, precision=precision)
+        return Part(module=model, workload=workload, precision=place.precision, norm=norm)
     example, _ = task.batch(0, 0)
     slowest = None
-    if rates is not None:
-        slowest = [min(rates[group[position]] for group in layout.groups("pipe")) for position in range(layout.pipe)]
-    costs = task.workload.chain_flops_per_token
-    cut = cut_model(model, example, config.pipeline, layout.pipe, costs, slowest)
-    pipeline = Pipeline(model, cut, pipe, ledger, cross_entropy, precision)
+    if place.rates is not None:
+        slowest = [min(place.rates[group[position]] for group in layout.groups("pipe")) for position in range(layout.pipe)]
+    cut = cut_model(model, example.to(place.device), config.pipeline, layout.pipe, workload.chain_flops_per_token, slowest)
+    pipeline = Pipeline(model, cut, place.groups["pipe"], ledger, model.loss, place.precision)
     return Part(
         module=pipeline.owner,
-        workload=stage_workload(task.workload, cut, pipeline),
-        precision=precision,
+        workload=stage_workload(workload, cut, pipeline),
+        precision=place.precision,
+        norm=norm,
         number=pipeline.rank,
         count=layout.pipe,
         pipeline=pipeline,
-        stages=stages_of(task.workload, cut, config.sync.accumulate),
+        stages=stages_of(workload, cut, config.sync.accumulate),
     )
 
 

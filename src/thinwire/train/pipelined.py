@@ -90,13 +90,9 @@ class PipelinedStepper(Stepper):
         return torch.stack(losses).sum() / mean_micro if losses else torch.zeros((), device=self.pipeline.device)
 
     def _clip(self) -> None:
-        counted = [one.grad for one in self.pipeline.counted() if one.grad is not None]
-        square = torch.zeros(1, dtype=torch.float64, device=self.pipeline.device)
-        for gradient in counted:
-            square += torch.linalg.vector_norm(gradient).double() ** 2
+        square = self.norm(self.pipeline.counted()).double().square().reshape(1)
         all_reduce(square, self.pipeline.group, self.pipeline.ledger, NORM).wait()
-        norm = square.sqrt()[0]
-        nn.utils.clip_grads_with_norm_(self.model.parameters(), self.train.clip, norm.float())
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), self.train.clip, square.sqrt()[0])
 
     def _computing(self) -> Sequence[tuple[Any, Any]]:
         return [(one.begin, one.end) for one in self.pipeline.computed]

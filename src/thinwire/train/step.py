@@ -20,6 +20,10 @@ from thinwire.config.run import TrainSection
 from thinwire.sync.base import Synchroniser
 from thinwire.traffic import Transfer
 
+Named = Iterable[tuple[str, nn.Parameter]]
+Norm = Callable[[Named], Tensor]
+"""Of the gradients of these parameters of a model, by name, [], where other ranks of its group may have parts of them too."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
@@ -77,6 +81,11 @@ def without_trace(model: nn.Module) -> Iterator[None]:
             buffer.copy_(before)
 
 
+def gradient_norm(named: Named) -> Tensor:
+    """Of all gradients together, []."""
+    return nn.utils.get_total_norm([parameter.grad for _, parameter in named if parameter.grad is not None])
+
+
 def learning_rate(train: TrainSection, step: int) -> float:
     """Linear warm-up, then a cosine to `final_learning_rate` of the peak (Loshchilov & Hutter 2017). A function of the step."""
     if step < train.warmup_steps:
@@ -88,7 +97,8 @@ def learning_rate(train: TrainSection, step: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Stepper:
-    """What a step needs besides its batches. `precision()` is entered around each forward pass."""
+    """What a step needs besides its batches. `precision()` is entered around each forward pass; norm: of the gradient, for
+    clipping."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -96,6 +106,7 @@ class Stepper:
     loss: Callable[[nn.Module, object], Tensor]
     precision: Callable[[], AbstractContextManager]
     train: TrainSection
+    norm: Norm = gradient_norm
 
     @cached_property
     def clock(self) -> Clock:
@@ -171,7 +182,8 @@ class Stepper:
         return torch.stack(losses).sum()
 
     def _clip(self) -> None:
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip)
+        norm = self.norm(self.model.named_parameters())
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), self.train.clip, norm)
 
     def _computing(self) -> Sequence[tuple[Any, Any]]:
         return ()

@@ -37,7 +37,7 @@ from thinwire.train.checkpoint.state import Parts, load
 from thinwire.train.failure import Heartbeat
 from thinwire.train.optimizers import make_optimizer
 from thinwire.train.pace import Pacer
-from thinwire.train.part import Part, take_part
+from thinwire.train.part import Part, Place, take_part
 from thinwire.train.pipelined import Pace
 from thinwire.train.runtime import StopRequest, process_group
 from thinwire.train.step import Stepper
@@ -142,7 +142,15 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         print(memory.line(needed(casts=casts), room), flush=True)
 
     precision = partial(torch.autocast, rank.device.type, dtype=torch.bfloat16) if casts else nullcontext
-    part = take_part(task, config, layout, cluster.declared_rates, groups["pipe"], ledger, precision)
+    place = Place(
+        layout=layout,
+        groups=groups,
+        ledger=ledger,
+        device=rank.device,
+        precision=precision,
+        rates=cluster.declared_rates,
+    )
+    part = take_part(task, config, place)
     sync = make_synchroniser(config.sync, config.compress, layout, ledger)
     optimizer = make_optimizer(part.module, config.train)
     parts = Parts(

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from functools import cache
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -11,7 +12,7 @@ from thinwire.layout import AXES, Layout
 from thinwire.sync.make import make_synchroniser
 from thinwire.sync.single_rank import SingleRank
 from thinwire.train.optimizers import make_optimizer
-from thinwire.train.part import take_part
+from thinwire.train.part import Place, take_part
 from thinwire.train.step import Stepper
 from thinwire.train.task import LanguageModel
 
@@ -27,7 +28,7 @@ def measure(rank):
 
     for number, case in enumerate(cases):
         config = RunConfig.model_validate(merged(with_micro(rank.settings["run"], total, case["optimizer"]), case["sections"]))
-        layout = config.layout.resolve(rank.place.world_size, rare=config.sync.rare)
+        layout = Layout(**case["layout"])
         sync = config.sync.model_copy(update={"accumulate": total // layout.replicas})
         losses = learn(config.model_copy(update={"sync": sync}), layout, rank)
         if rank.place.rank == 0:
@@ -71,16 +72,17 @@ def learn(config, layout, rank):
     """Losses by step, the mean over the replicas. Collective."""
     mesh = init_device_mesh("cpu", layout.degrees, mesh_dim_names=AXES)
     task, replica = LanguageModel(config, layout, rank.environment.cache_folder), layout.replica(rank.place.rank)
-    part = take_part(task, config, layout, None, mesh.get_group("pipe"), rank.ledger, nullcontext)
+    groups = {axis: mesh.get_group(axis) for axis in AXES}
+    part = take_part(task, config, Place(layout=layout, groups=groups, ledger=rank.ledger, device=torch.device("cpu")))
     sync = make_synchroniser(config.sync, config.compress, layout, rank.ledger)
     optimizer, losses = make_optimizer(part.module, config.train), []
     with sync.attached(part.module, optimizer, mesh) as attached:
         stepper = part.stepper(attached, optimizer, sync, task, config.train)
         stepper.rehearse(task.batch(0, replica))
         for step in range(config.train.steps):
-            loss = stepper.run(step, batches(task, step, replica, config), config.sync.accumulate).loss.reshape(1).clone()
+            loss = stepper.run(step, batches(task, step, replica, config), config.sync.accumulate).loss.double().reshape(1)
             dist.all_reduce(loss)
-            losses.append(float(loss) / layout.replicas)
+            losses.append(float(loss) / (layout.replicas * layout.tensor))  # the ranks of a tensor group have the same loss
     return losses
 
 

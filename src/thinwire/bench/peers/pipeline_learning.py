@@ -1,7 +1,5 @@
 """The held-out loss of pipelines that differ in what crosses between stages: for `thinwire bench layouts`."""
 
-from contextlib import nullcontext
-
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -10,7 +8,7 @@ from thinwire.config.run import RunConfig
 from thinwire.layout import AXES, Layout
 from thinwire.sync.make import make_synchroniser
 from thinwire.train.optimizers import make_optimizer
-from thinwire.train.part import take_part
+from thinwire.train.part import Place, take_part
 from thinwire.train.task import LanguageModel
 
 
@@ -33,7 +31,8 @@ def measure(rank):
 def learn(config, layout, mesh, rank):
     """One case, one seed."""
     task = LanguageModel(config, layout, rank.environment.cache_folder)
-    part = take_part(task, config, layout, None, mesh.get_group("pipe"), rank.ledger, nullcontext)
+    groups = {axis: mesh.get_group(axis) for axis in AXES}
+    part = take_part(task, config, Place(layout=layout, groups=groups, ledger=rank.ledger, device=torch.device("cpu")))
     sync, optimizer = (
         make_synchroniser(config.sync, config.compress, layout, rank.ledger),
         make_optimizer(part.module, config.train),
