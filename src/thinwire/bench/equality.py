@@ -1,8 +1,9 @@
 """Every layout gives the losses of one rank: all mixtures that fit on 1, 2, 4 and 8 ranks, every schedule, in float64.
 
-Loopback, 20 steps of AdamW with clipping on the same tokens, 16 micro-batches a step shared out to the replicas. `error` is the
-largest relative difference of the loss of a step from that of one rank with the whole model; the bar is 1e-9. Rare exchange must
-be equal in one case only, which is there too: local SGD that averages after each step, under plain SGD.
+Loopback, 20 steps of AdamW with clipping on the same tokens; for p ranks a model of 2 p - 2 layers, which makes two stages for
+each, and 2 p micro-batches a step, shared out to the replicas: as few as every schedule takes. `error` is the largest relative
+difference of the loss of a step from that of one rank with the whole model; the bar is 1e-9. Rare exchange must be equal in one
+case only, which is there too: local SGD that averages after each step, under plain SGD.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from thinwire.bench.ranks import run_script
 from thinwire.bench.registry import Rows
 from thinwire.config.pipeline import STAGES_PER_RANK
 
-DEFAULTS: Mapping[str, Any] = {"ranks": [1, 2, 4, 8], "steps": 20, "layers": 14, "micro_batches": 16}
+DEFAULTS: Mapping[str, Any] = {"ranks": [1, 2, 4, 8], "steps": 20}
 BAR = 1e-9
 DEGREES = (1, 2, 4, 8)
 
@@ -28,14 +29,10 @@ def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
         "warmup_steps": 2,
         "eval_tokens": 256,
     }
-    model = {"layers": options["layers"], "width": 16, "heads": 8, "context": 16, "dtype": "float64", "init_std": 0.1}
     rows: Rows = []
     for ranks in options["ranks"]:
-        settings = {
-            "run": {"train": train, "model": model},
-            "micro_batches": options["micro_batches"],
-            "cases": _cases(ranks),
-        }
+        model = {"layers": max(2, 2 * ranks - 2), "width": 16, "heads": 8, "context": 16, "dtype": "float64", "init_std": 0.1}
+        settings = {"run": {"train": train, "model": model}, "micro_batches": 2 * ranks, "cases": _cases(ranks)}
         errors = run_script(ranks, "layout_equality", settings, title=f"{ranks} ranks").results["layout_equality"]
         rows += [
             {"case": name, "ranks": ranks, "error": error, "bar": BAR, "held": error <= BAR} for name, error in errors.items()

@@ -112,7 +112,8 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
         workload = local_workload(workload, task.shape, layout.tensor)
 
         def norm(named: Named) -> Tensor:
-            return tensor.gradient_norm(named, split, place.groups["tensor"], ledger)
+            plain = ((name.removeprefix("module."), one) for name, one in named)  # without what DistributedDataParallel adds
+            return tensor.gradient_norm(plain, split, place.groups["tensor"], ledger)
 
     if layout.pipe == 1:
         return Part(module=model, workload=workload, precision=place.precision, norm=norm)
