@@ -20,7 +20,7 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.parallel.boundary import CodedStage, Computed, Crossing
 from thinwire.parallel.chain import Owner, Stage
 from thinwire.parallel.cut import TIED, Cut
-from thinwire.parallel.schedules import arrivals, make_schedule
+from thinwire.parallel.schedules import arrivals, make_schedule, without_log
 from thinwire.traffic import EVALUATION, PIPELINE, Transfer
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -94,7 +94,7 @@ class Pipeline:
         self._scale = scale
         arguments = (torch.cat(list(inputs)).to(self.device),) if self.has_first else ()
         target = torch.cat(list(targets)).to(self.device) if self.has_last else None
-        with self.ledger.label(label):
+        with self.ledger.label(label), without_log():
             self._post(self._schedules[num_micro])
             self._schedules[num_micro].step(*arguments, target=target, losses=losses, return_outputs=False)
         return [loss.detach() / scale for loss in losses] if self.has_last else []

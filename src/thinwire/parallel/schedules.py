@@ -5,7 +5,9 @@ sends, and waits for sends at the end of a step only: gpipe and 1f1b too, there 
 names wait for a send before the next one, which on a thin link costs the time of the link.)
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,6 +56,17 @@ def orders(schedule: str, ranks: int, per_rank: int, num_micro: int) -> list[Ord
     """What each rank computes, in order. No process group is needed. UserError as for `make_schedule`."""
     made = make_schedule(schedule, _placeholders(schedule, ranks, per_rank), num_micro, _no_loss)
     return [_flat(made.pipeline_order[rank]) for rank in range(ranks)]
+
+
+@contextmanager
+def without_log() -> Iterator[None]:
+    """Around a step: where it fails, PyTorch logs the whole schedule before it raises what has happened."""
+    logger = logging.getLogger(pipelining.schedules.__name__)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def arrivals(made: Any, rank: int) -> list[tuple[str, int, int]]:
