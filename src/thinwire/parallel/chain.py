@@ -45,11 +45,12 @@ def chain_of(model: nn.Module) -> Chain:
 
 
 class Owner(nn.Module):
-    """Some of a model's modules, under the names that they have there. The modules are the model's own, not copies."""
+    """Some of a model's modules, under the names and in the order that they have there. They are the model's own, not copies."""
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         super().__init__()
-        for name in dict.fromkeys(names):
+        places = {name: place for place, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
+        for name in sorted(set(names), key=places.__getitem__):
             *path, last = name.split(".")
             place: nn.Module = self
             for part in path:

@@ -8,48 +8,29 @@ send while the others still compute.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from thinwire.collectives.clock import clock_of
-from thinwire.collectives.ledger import Ledger
 from thinwire.compress.averager import Piece
-from thinwire.compress.exchange import Exchange
-from thinwire.compress.plain import PlainExchange
-from thinwire.config.run import EveryStep
 from thinwire.layout import Layout
-from thinwire.sync.base import Synchroniser
 from thinwire.sync.buckets import Names, assign_buckets, real_shape
+from thinwire.sync.every_step import EveryStepSync
 from thinwire.sync.initial_values import make_same
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter, Workload
 
 
-class AfterBackwardSync(Synchroniser):
+class AfterBackwardSync(EveryStepSync):
     """See the top of the file. One per rank; `axis` is the mesh axis along which the replicas lie."""
 
-    def __init__(self, config: EveryStep, axis: str, ledger: Ledger, exchange: Exchange | None = None) -> None:
-        super().__init__(config.accumulate)
-        self._config, self._axis, self._ledger = config, axis, ledger
-        self._exchange: Exchange = exchange or PlainExchange(ledger)
-        self._buckets: list[tuple[torch.Tensor, list[Piece]]] = []
-        self._rehearsing = False
-
-    @property
-    def settled_after(self) -> int:
-        return self._exchange.settled_after
+    _buckets: Sequence[tuple[torch.Tensor, list[Piece]]] = ()
 
     def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
         """What each bucket sends; nothing of it hides."""
-        degree = getattr(layout, self._axis)
-        buckets = assign_buckets(workload.parameters, self._config.bucket_bytes)
-        return [
-            transfer
-            for index, bucket in enumerate(buckets)
-            for transfer in self._exchange.transfers(f"bucket {index}", bucket, self._axis, degree)
-        ]
+        return [replace(transfer, window_flops=0.0) for transfer in super().traffic(workload, layout)]
 
     @contextmanager
     def attached(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> Iterator[torch.nn.Module]:
@@ -65,15 +46,7 @@ class AfterBackwardSync(Synchroniser):
             yield model
         finally:
             self._exchange.detach()
-            self._buckets = []
-
-    @contextmanager
-    def rehearsal(self) -> Iterator[None]:
-        self._rehearsing = True
-        try:
-            yield
-        finally:
-            self._rehearsing = False
+            self._buckets = ()
 
     @contextmanager
     def microbatch(self, last: bool) -> Iterator[None]:
@@ -87,22 +60,11 @@ class AfterBackwardSync(Synchroniser):
             self._exchange.start(buffer, pieces, f"bucket {index}", last=index == ends)
             for index, (buffer, pieces) in enumerate(self._buckets)
         ]
+        self._exchange.settle()  # raises what has gone wrong
         for (buffer, _), future in zip(self._buckets, futures, strict=True):
             averaged = future.wait()
             if averaged.data_ptr() != buffer.data_ptr():
                 buffer.copy_(averaged)
-        self._exchange.settle()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the exchange carries from step to step; nothing without compression."""
-        return self._exchange.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._exchange.load_state_dict(state)
-
-    def adopt(self, states: Sequence[dict[str, Any]]) -> None:
-        """What all ranks of a run with another number of ranks carried. Before `attached`."""
-        self._exchange.adopt(states)
 
     def _assigned(self, model: torch.nn.Module) -> list[list[Parameter]]:
         listed = [

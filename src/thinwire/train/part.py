@@ -7,7 +7,7 @@ stages      what a prediction needs to know of all ranks' stages
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -51,17 +51,7 @@ class Part:
         self, attached: nn.Module, optimizer: torch.optim.Optimizer, sync: Synchroniser, task: LanguageModel, train: TrainSection
     ) -> Stepper:
         """attached: `module`, as the synchroniser has it."""
-        if self.pipeline is None:
-            return Stepper(
-                model=attached,
-                optimizer=optimizer,
-                sync=sync,
-                loss=task.loss,
-                precision=self.precision,
-                train=train,
-                norm=self.norm,
-            )
-        return PipelinedStepper(
+        usual = Stepper(
             model=attached,
             optimizer=optimizer,
             sync=sync,
@@ -69,8 +59,10 @@ class Part:
             precision=self.precision,
             train=train,
             norm=self.norm,
-            pipeline=self.pipeline,
         )
+        if self.pipeline is None:
+            return usual
+        return PipelinedStepper(**{one.name: getattr(usual, one.name) for one in fields(usual)}, pipeline=self.pipeline)
 
     def pacer(self, flops_per_s: float) -> Pacer | Pace:
         """Of a device that achieves `flops_per_s` in training; see `paced`."""
