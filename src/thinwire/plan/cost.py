@@ -28,7 +28,7 @@ from thinwire.collectives.price import Carrier, link_seconds
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.plan.pipeline import Stages, simulate
-from thinwire.traffic import PIPELINE, Transfer
+from thinwire.traffic import EVALUATION, PIPELINE, Transfer
 from thinwire.units import show
 from thinwire.workload import Workload
 
@@ -119,7 +119,9 @@ class Prediction:
         return {
             **{name: getattr(self, name) for name in ("step_s", "compute_s", "exposed_s", "waiting_s", "optimizer_s")},
             "tokens_per_s": self.tokens_per_step / self.step_s,
-            "wire_bytes_per_step": sum(priced.wire_bytes_per_step for priced in self.transfers),
+            "wire_bytes_per_step": sum(
+                priced.wire_bytes_per_step for priced in self.transfers if priced.transfer.label != EVALUATION
+            ),
             "assumptions": list(self.assumptions),
             "transfers": [
                 {key: getattr(priced.transfer, key) for key in ("label", "axis", "op", "message_bytes", "calls", "every")}

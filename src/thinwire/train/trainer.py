@@ -15,7 +15,7 @@ from thinwire.collectives.metered_calls import all_reduce
 from thinwire.config.run import TrainSection
 from thinwire.errors import UserError
 from thinwire.record import Step
-from thinwire.traffic import Transfer
+from thinwire.traffic import EVALUATION, Transfer
 from thinwire.train.assign import Assignment, index_in_step, reassign
 from thinwire.train.checkpoint.files import Progress
 from thinwire.train.checkpoint.saver import Saver
@@ -128,8 +128,10 @@ class Trainer:
 
     def evaluate(self, step: int) -> float:
         """The score on the held-out part, over all ranks."""
+        before = self.ledger.sent_bytes
         with self.parts.sync.averaged():
             total, weight = self.stepper.score(self.task, self.parts.model, self.replica)
+        self._interval_bytes += self.ledger.sent_bytes - before  # no step's
         sums = self._sum(torch.tensor([total, weight], dtype=torch.float64), "evaluation")
         score = float(sums[0] / sums[1])
         if self.reporter:
@@ -193,7 +195,7 @@ class Trainer:
             measured = {
                 **medians,
                 "transfers": transfers,
-                "wire_bytes_per_step": sum(row["wire_bytes_per_step"] for row in transfers),
+                "wire_bytes_per_step": sum(row["wire_bytes_per_step"] for row in transfers if row["label"] != EVALUATION),
                 "missed_pace": max((rank["missed"] for rank in gathered if rank["missed"] is not None), default=None),
             }
             self.reporter.folder.write("measured.json", measured)
