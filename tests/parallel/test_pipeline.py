@@ -187,6 +187,8 @@ def of_layers(rank: Rank) -> tuple[list[float], list[float]]:
     pipeline = thinwire.pipeline(build(), inputs[0], nn.functional.mse_loss, schedule="gpipe")
     losses = [float(loss) for loss in pipeline.step(inputs, targets)]
     pipeline.step(inputs, targets)
+    with pytest.raises(UserError, match="a step of 1 micro-batches, and the first one had 2"):
+        pipeline.step(inputs[:1], targets[:1])
     sent = sum(transfer.calls * transfer.message_bytes for transfer in pipeline.traffic(2))
     before = pipeline.ledger.sent_bytes
     pipeline.step(inputs, targets)

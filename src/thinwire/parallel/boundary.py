@@ -87,9 +87,9 @@ class CodedStage(PipelineStage):
         self.computed.clear()
 
     @property
-    def ready_to_post(self) -> bool:
-        """Whether there are buffers, after the first step."""
-        return bool(self.args_recv_info) and self._clock.on_device is False
+    def posts(self) -> bool:
+        """Whether receives may come before the schedule asks for them; see the top of the file."""
+        return not self._clock.on_device
 
     def post(self, kind: str, chunk: int) -> None:
         """Begin to receive the activation ("F") or gradient ("B") of a micro-batch of the step that is about to begin."""

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from thinwire.collectives.ledger import Ledger
+from thinwire.errors import UserError
 from thinwire.parallel.boundary import CodedStage, Computed, Crossing
 from thinwire.parallel.chain import Owner, Stage
 from thinwire.parallel.cut import TIED, Cut
@@ -58,6 +59,7 @@ class Pipeline:
             for number in cut.stages_of(self.rank)
         ]
         self._schedules: dict[int, Any] = {}
+        self._begun = False
         self._scale = 1.0
         self._tied = self._tied_parameters()
         ledger.axes[group.group_name] = "pipe"
@@ -85,18 +87,25 @@ class Pipeline:
         """Forward and backward of these micro-batches, all of one shape. Gradients are those of the sum of losses times `scale`.
 
         Returns the losses on the rank that has the last stage, detached and not scaled; elsewhere none. Collective. The first
-        step of a number of micro-batches sends some bytes more. label: in the ledger.
+        step sends some bytes more. label: in the ledger. UserError for another number of micro-batches than the first step's.
         """
         num_micro = len(inputs)
-        if num_micro not in self._schedules:
+        if self._schedules and num_micro not in self._schedules:
+            raise UserError(
+                f"pipeline: a step of {num_micro} micro-batches, and the first one had {next(iter(self._schedules))}; "
+                "keep their number, or leave out those that are left over"
+            )
+        if not self._schedules:
             self._schedules[num_micro] = make_schedule(self.cut.options.schedule, self.stages, num_micro, self.scaled_loss)
         losses: list[Tensor] = []
         self._scale = scale
         arguments = (torch.cat(list(inputs)).to(self.device),) if self.has_first else ()
         target = torch.cat(list(targets)).to(self.device) if self.has_last else None
         with self.ledger.label(label), without_log():
-            self._post(self._schedules[num_micro])
+            if self._begun:  # in the first step stages send each other more, and receives come after that
+                self._post(self._schedules[num_micro])
             self._schedules[num_micro].step(*arguments, target=target, losses=losses, return_outputs=False)
+        self._begun = True
         return [loss.detach() / scale for loss in losses] if self.has_last else []
 
     def add_up_tied(self) -> None:
@@ -106,10 +115,12 @@ class Pipeline:
                 for parameter in parameters:
                     gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
                     received = torch.empty_like(gradient)
-                    work = dist.isend(gradient, group=self.group, group_dst=other)
-                    dist.recv(received, group=self.group, group_src=other)
-                    assert work is not None
-                    work.wait()
+                    both = [
+                        dist.P2POp(dist.isend, gradient, group=self.group, group_peer=other),
+                        dist.P2POp(dist.irecv, received, group=self.group, group_peer=other),
+                    ]
+                    for work in dist.batch_isend_irecv(both):  # together, as devices want it
+                        work.wait()
                     parameter.grad = gradient.add_(received)
 
     @torch.no_grad()
@@ -158,9 +169,8 @@ class Pipeline:
     def _post(self, schedule: Any) -> None:
         """Receives of the step that is about to begin."""
         stages = {stage.stage_index: stage for stage in self.stages}
-        if all(stage.ready_to_post for stage in self.stages):
-            for kind, stage, micro in arrivals(schedule, self.rank):
-                stages[stage].post(kind, micro)
+        for kind, stage, micro in arrivals(schedule, self.rank) if self.stages[0].posts else ():
+            stages[stage].post(kind, micro)
 
     def _crossing(self, number: int) -> Crossing:
         before = self.cut.crossing[number - 1] if number else self.cut.entering
