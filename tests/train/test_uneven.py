@@ -19,7 +19,7 @@ from thinwire.errors import UserError
 from thinwire.record import RunFolder
 from thinwire.sync.every_step import EveryStepSync
 from thinwire.tomlfile import validate
-from thinwire.train import worker
+from thinwire.train import part
 from thinwire.train.assign import Assignment
 from thinwire.train.checkpoint.disks import find_disks
 from thinwire.train.checkpoint.files import newest_whole, read_progress
@@ -243,7 +243,7 @@ def run_paced(context: Rank, config: RunConfig, cluster: Path, resume: Path | No
 
     with pytest.MonkeyPatch.context() as patch:
         if declared:
-            patch.setattr(worker, "Stepper", AtItsRate)
+            patch.setattr(part, "Stepper", AtItsRate)
         return train_as(rank, resume)
 
 
