@@ -134,8 +134,9 @@ print(sum(name.startswith("thinwire") for name in sys.modules), file=sys.stderr)
 
 
 @pytest.mark.long
+@pytest.mark.timeout(250)
 def test_importing_modules_has_no_side_effect() -> None:
-    done = run("-W", "error::UserWarning:thinwire", "-c", IMPORT_ALL)
+    done = run("-W", "error::UserWarning:thinwire", "-c", IMPORT_ALL, timeout_s=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and int(done.stderr) > 50
 
