@@ -124,6 +124,7 @@ def test_the_code_is_in_form() -> None:
 IMPORT_ALL = """
 import os, pkgutil, sys, threading
 import thinwire
+import torch.distributed.pipelining  # which loads torch._dynamo, and that names its cache in the environment
 before = os.getcwd(), dict(os.environ), threading.active_count(), os.listdir()
 for module in pkgutil.walk_packages(thinwire.__path__, "thinwire."):
     if not module.name.startswith("thinwire.bench.peers."):
