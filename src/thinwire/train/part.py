@@ -3,11 +3,16 @@
 module      all that this rank trains, under the names of the whole model: for the optimizer, the synchroniser and checkpoints
 workload    of these parameters and their passes
 stages      what a prediction needs to know of all ranks' stages
+
+PyTorch's pipelining loads its compiler, so it is imported only where there are stages.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -18,8 +23,6 @@ from thinwire.config.run import RunConfig, TrainSection
 from thinwire.layout import Layout
 from thinwire.parallel import tensor
 from thinwire.parallel.cut import Cut, cut_model
-from thinwire.parallel.pipeline import Pipeline
-from thinwire.parallel.schedules import orders
 from thinwire.parallel.tensor_parts import local_workload
 from thinwire.plan.pipeline import Stages
 from thinwire.sync.base import Synchroniser
@@ -29,6 +32,9 @@ from thinwire.train.pipelined import Pace, PipelinedStepper
 from thinwire.train.step import Named, Norm, Stepper, gradient_norm
 from thinwire.train.task import LanguageModel
 from thinwire.workload import Workload
+
+if TYPE_CHECKING:
+    from thinwire.parallel.pipeline import Pipeline
 
 Precision = Callable[[], AbstractContextManager]
 """Entered around each forward pass, such as torch.autocast."""
@@ -109,6 +115,8 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
 
     if layout.pipe == 1:
         return Part(module=model, workload=workload, precision=place.precision, norm=norm)
+    from thinwire.parallel.pipeline import Pipeline
+
     example, _ = task.batch(0, 0)
     slowest = None
     if place.rates is not None:
@@ -129,6 +137,8 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
 
 def stages_of(workload: Workload, cut: Cut, num_micro: int) -> Stages:
     """For predictions. workload: of the whole model."""
+    from thinwire.parallel.schedules import orders
+
     options, costs = cut.options, workload.chain_flops_per_token
     boundaries = range(len(cut.stages) - 1)
     return Stages(

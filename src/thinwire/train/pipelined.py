@@ -3,23 +3,27 @@
 The gradient's norm is that of the whole model: each rank adds up its own parameters, the first of two those that they share.
 """
 
+from __future__ import annotations
+
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from thinwire.collectives.metered_calls import all_reduce
 from thinwire.data.loader import IGNORED
-from thinwire.parallel.pipeline import EVALUATION, Pipeline
-from thinwire.traffic import Transfer
+from thinwire.traffic import EVALUATION, Transfer
 from thinwire.train.step import Stepper, without_trace
 from thinwire.workload import BACKWARD_OVER_FORWARD
+
+if TYPE_CHECKING:
+    from thinwire.parallel.pipeline import Pipeline
 
 NORM = "norm"
 SETUP = "replica set-up"
