@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from one_rank import train_on_one_rank
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -46,16 +47,7 @@ def micro(step: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
 def on_one_rank(config: ModelConfig, num_micro: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     model = new_model(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for step in range(STEPS):
-        total = 0.0
-        for index in range(num_micro):
-            loss = model(*micro(step, index)) / num_micro
-            loss.backward()
-            total += loss.item()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total)
+    losses = train_on_one_rank(model, optimizer, STEPS, lambda step: [micro(step, index) for index in range(num_micro)])
     return losses, {name: one.detach().clone() for name, one in model.named_parameters()}
 
 

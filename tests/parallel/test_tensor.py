@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from one_rank import train_on_one_rank
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -77,19 +78,14 @@ def optimizer_of(model: nn.Module) -> torch.optim.AdamW:
 
 
 def on_one_rank(case: Case) -> tuple[list[float], Transformer]:
-    model, losses = new_model(case.config), []
-    optimizer, num_micro = optimizer_of(model), MICRO * case.layout.data
-    for step in range(STEPS):
-        total = 0.0
-        for index in range(num_micro):
-            loss = model(*micro(step, index)) / num_micro
-            loss.backward()
-            total += loss.item()
-        if case.clips:
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total)
+    model, num_micro = new_model(case.config), MICRO * case.layout.data
+    losses = train_on_one_rank(
+        model,
+        optimizer_of(model),
+        STEPS,
+        lambda step: [micro(step, index) for index in range(num_micro)],
+        clip=CLIP if case.clips else 0.0,
+    )
     return losses, model
 
 
