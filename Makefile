@@ -36,8 +36,9 @@ train: setup ## train a small language model on four hosts joined by 100 Mbit/s
 test: setup ## run the tests that take seconds, on JOBS processes; budgets by floor at the end
 	@$(TESTS) -m 'not long'
 
-test-all: setup ## run every test, the long ones too
-	@$(TESTS)
+test-all: setup ## run every test, the long ones too: those of the lab and those that compare seconds first, with the machine to themselves
+	@$(TESTS) --numprocesses 1 -m 'lab or timed'
+	@$(TESTS) -m 'not (lab or timed)'
 
 conformance: setup ## run PyTorch's own tests of torch.distributed on our backend, metered and with chosen collectives
 	@$(BIN)/python tools/conformance.py

@@ -28,7 +28,7 @@ settings.register_profile("quick", settings.get_profile("thinwire"), max_example
 settings.load_profile("thinwire")
 
 CASES = 2
-"""Of a test with more of them, in `make test`; `make test-all` and CI run all."""
+"""Of a test with more of them, in `make test`, and one of those marked `heavy`; `make test-all` and CI run all."""
 ON_RANKS = {"bench", "collectives", "compress", "lab", "parallel", "sync", "train"}
 """Folders in which a case takes real ranks, and so tenths of a second or more."""
 _RANK_FIXTURES = {"ranks1", "ranks2", "ranks3", "ranks4", "ranks8"}
@@ -46,13 +46,16 @@ def queued(item: pytest.Item) -> bool:
 
 
 def leave_most_cases_to_test_all(items: list[pytest.Item]) -> None:
-    """Of a test with many cases that runs on ranks CASES stay, with the first and the last; the others become long."""
+    """Of a test with many cases that runs on ranks CASES stay, with the first and the last; of a heavy one the last. The others
+    become long."""
     cases = defaultdict[tuple[Path, str], list[pytest.Item]](list)
     for item in items:
         if not item.get_closest_marker("long") and item.path.parent.name in ON_RANKS:
             cases[item.path, getattr(item, "originalname", item.name)].append(item)
     for several in cases.values():
         kept = {round(index * (len(several) - 1) / (CASES - 1)) for index in range(CASES)}
+        if several[0].get_closest_marker("heavy"):
+            kept = {len(several) - 1}
         for index, item in enumerate(several):
             if index not in kept:
                 item.add_marker(pytest.mark.long)

@@ -51,9 +51,10 @@ PRELOAD = [
 ]
 """Loaded once by the server from which ranks and commands are forked: what they and the tests' own modules import."""
 
-MAX_GROUPS = 40
-"""Groups that a pool may hold, each with sockets and threads on every rank, before it is started anew. Groups that a test
-made cannot be destroyed after it: DTensor keeps meshes, and so their groups, in its caches."""
+MAX_GROUPS, MAX_THREADS = 40, 150
+"""Groups that a pool may hold, each with sockets and threads on every rank, and threads of its first rank, before it is started
+anew. Groups that a test made cannot all be destroyed after it: DTensor keeps meshes, and so their groups, in its caches, and
+what a test has left in a cycle keeps others that torch does not list any more."""
 
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
@@ -86,7 +87,7 @@ class Pool:
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
         self._store: Any = None
-        self._num_groups = 0
+        self._num_groups = self._num_threads = 0
         self._output: Any = None
 
     @property
@@ -97,7 +98,7 @@ class Pool:
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 30.0) -> list[Any]:
         """Call the module-level `function(Rank, *args)` on every rank; the results by rank. RankFailure if one fails."""
         try:
-            if self._num_groups > MAX_GROUPS:
+            if self._num_groups > MAX_GROUPS or self._num_threads > MAX_THREADS:
                 self.close()
             if not self._processes:
                 self._start()
@@ -120,7 +121,8 @@ class Pool:
         if self._output is not None:
             self._output.close()
         self._output = None
-        self._processes, self._pipes, self._store, self._num_groups = [], [], None, 0
+        self._processes, self._pipes, self._store = [], [], None
+        self._num_groups = self._num_threads = 0
 
     def _start(self) -> None:
         from torch.distributed import TCPStore
@@ -151,6 +153,7 @@ class Pool:
                 waiting.remove(rank)
                 try:
                     good, results[rank], self._num_groups = pickle.loads(self._pipes[rank].recv_bytes())
+                    self._num_threads = num_threads(self._processes[rank].pid)
                 except (EOFError, ConnectionResetError):
                     self._processes[rank].join(5)
                     code = self._processes[rank].exitcode
@@ -176,6 +179,12 @@ def start_server() -> Any:
     context.set_forkserver_preload(PRELOAD)
     forkserver.ensure_running()
     return context
+
+
+def num_threads(pid: int | None) -> int:
+    """Of a process, those that Python does not know too; 0 where the system does not say."""
+    tasks = Path(f"/proc/{pid}/task")
+    return len(list(tasks.iterdir())) if tasks.exists() else 0
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, port: int, output: str) -> None:

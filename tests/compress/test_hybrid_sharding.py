@@ -16,6 +16,8 @@ from pool import Pool, Rank
 from thinwire.compress.sharded.api import GRADIENT_KINDS, ShardedCompression
 from thinwire.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 REPLICA_KINDS = ("none", "bf16", "int8", "int4", "sign", "topk", "powersgd", "demo")
 

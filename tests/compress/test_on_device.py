@@ -194,11 +194,11 @@ def test_a_stage_that_fails_is_told_and_every_future_is_there() -> None:
 FAKE = Path(__file__).parent / "fake_device.py"
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("kinds", [("int4", "powersgd"), pytest.param(KINDS, marks=pytest.mark.long)], ids=["two", "all"])
-def test_nothing_is_read_on_the_host_and_no_device_is_mixed(kinds: tuple[str, ...]) -> None:
+def test_nothing_is_read_on_the_host_and_no_device_is_mixed() -> None:
     """On `meta`, with fake tensors: `.item()` and tensors of two devices are refused there, copies to the CPU by the test."""
-    assert alone(FAKE, *kinds).strip().endswith("all on the device")
+    assert alone(FAKE, *KINDS).strip().endswith("all on the device")
 
 
 RANKS = Path(__file__).parent / "device_ranks.py"

@@ -29,6 +29,8 @@ from thinwire.compress.averager import Piece
 from thinwire.compress.memory import ErrorFeedback, NoMemory
 from thinwire.compress.powersgd import PowerSGD, bases
 
+pytestmark = pytest.mark.heavy
+
 LONGER = [pytest.param(pool, marks=pytest.mark.long) for pool in ("ranks2", "ranks4")]
 OPTIONS = {"kind": "powersgd", "rank": 2}
 

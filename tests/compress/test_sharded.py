@@ -17,6 +17,8 @@ from thinwire.compress.sharded.api import GRADIENT_KINDS
 from thinwire.compress.sharded.residual import mean_residuals
 from thinwire.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 # -- without coding ------------------------------------------------------------------------------------------------------
 
 
@@ -239,6 +241,7 @@ def adopted(context: Rank, states: list[Any], storage: str) -> dict[str, Any]:
     return state
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("storage", ["float32", "int8"])
 def test_another_number_of_ranks_keeps_the_mean_residual(ranks2: Pool, ranks4: Pool, storage: str) -> None:
     for old, new in ((ranks4, ranks2), (ranks2, ranks4))[: 2 if storage == "int8" else 1]:

@@ -23,6 +23,8 @@ from pool import Pool, Rank
 from thinwire.compress.sharded.api import GRADIENT_KINDS, WEIGHT_KINDS
 from thinwire.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 STEPS, SPOILED = 5, 2
 
 
@@ -110,12 +112,14 @@ def test_launches_compute_what_threads_compute(request: pytest.FixtureRequest, p
     assert not any(ranks.run(compared, *CASES[case]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", HYBRID)
 def test_launches_compute_what_threads_compute_over_replicas(ranks4: Pool, kind: str, dtype: str) -> None:
     assert not any(ranks4.run(compared, True, dtype, HYBRID[kind]))
 
 
+@pytest.mark.long
 def test_launches_gather_again_from_fewer_ranks(ranks4: Pool) -> None:
     assert not any(ranks4.run(compared, 2, "float32", {}))
 

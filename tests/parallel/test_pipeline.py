@@ -24,6 +24,8 @@ from thinwire.parallel.schedules import orders
 from thinwire.sync.after_backward import AfterBackwardSync
 from thinwire.workload import Workload
 
+pytestmark = pytest.mark.heavy
+
 LENGTH, ROWS, STEPS = 12, 2, 4
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb1p", "zbv", "dualpipev")
 

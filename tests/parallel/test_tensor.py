@@ -35,6 +35,8 @@ from thinwire.sync.after_backward import AfterBackwardSync
 from thinwire.traffic import Transfer
 from thinwire.workload import Workload
 
+pytestmark = pytest.mark.heavy
+
 LENGTH, ROWS, STEPS, MICRO, VOCABULARY, CLIP = 12, 2, 4, 2, 51, 0.5
 
 

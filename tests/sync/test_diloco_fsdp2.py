@@ -22,6 +22,8 @@ from pool import Pool, Rank
 from thinwire.errors import UserError
 from thinwire.workload import Workload
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).parents[2]
 INT4 = {"kind": "int4", "exclude": (), "vectors": True}
 OPTIONS: dict[str, dict[str, Any]] = {

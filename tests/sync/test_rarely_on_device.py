@@ -129,11 +129,11 @@ def test_what_is_not_finite_is_named_a_period_later_or_before_a_state_is_saved(
 FAKE = Path(__file__).parent / "fake_device_rarely.py"
 
 
-@pytest.mark.parametrize("kinds", [("streaming-host", "noloco"), long(tuple(KINDS))], ids=["two", "all"])
+@pytest.mark.long
 @pytest.mark.timeout(300)
-def test_nothing_is_read_on_the_host_and_no_device_is_mixed(kinds: tuple[str, ...]) -> None:
+def test_nothing_is_read_on_the_host_and_no_device_is_mixed() -> None:
     """On `meta`, with fake tensors; copies to the host are refused unless they go on by themselves."""
-    assert alone(FAKE, *kinds).count("all on the device") == len(kinds)
+    assert alone(FAKE, *KINDS).count("all on the device") == len(KINDS)
 
 
 RANKS = Path(__file__).parent / "device_replicas.py"

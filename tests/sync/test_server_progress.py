@@ -116,6 +116,7 @@ def test_local_steps_are_progress_and_few_bytes() -> None:
         assert not lost(running) and running.servers[0].merger.version == 1
 
 
+@pytest.mark.long
 def test_a_worker_that_waits_for_one_server_is_not_lost_to_the_other() -> None:
     """Server 1 answers at once, server 0 only much later."""
     with serving(service_of(1, servers=2)) as running:

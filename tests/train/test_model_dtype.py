@@ -19,6 +19,8 @@ from thinwire.train.optimizers import make_optimizer
 from thinwire.train.trained import open_trained
 from thinwire.workload import Workload
 
+pytestmark = pytest.mark.heavy
+
 SYNCS: dict[str, dict[str, Any]] = {
     "every_step": {"kind": "every_step", "accumulate": 2, "bucket_bytes": 4096},
     "local_sgd": {"kind": "local_sgd", "every": 2},

@@ -24,6 +24,8 @@ from thinwire.train.checkpoint.restore import find_checkpoint
 from thinwire.train.checkpoint.saver import Saver
 from thinwire.train.checkpoint.state import Parts
 
+pytestmark = pytest.mark.heavy
+
 HOSTS = 2
 
 
@@ -195,6 +197,7 @@ def save_often(context: Rank, folder: Path, stop: Path) -> int:
     return step
 
 
+@pytest.mark.long
 def test_a_power_cut_at_any_moment_leaves_a_whole_checkpoint(ranks2: Pool, tmp_path: Path) -> None:
     """Imitated by copies of the folder at random moments, file by file, while checkpoints come and go."""
     folder, copies, stop = tmp_path / "checkpoints", list[Path](), tmp_path / "stop"

@@ -36,6 +36,8 @@ from thinwire.train.checkpoint.saver import Saver
 from thinwire.train.checkpoint.state import Parts, load, load_weights
 from thinwire.train.optimizers import make_optimizer
 
+pytestmark = pytest.mark.heavy
+
 Units = tuple[tuple[int, ...], ...]
 WHOLE: Units = ((0, 1, 2, 3),)
 """The units of the model's chain, by part: embedding, two blocks, norm with the tied head."""

@@ -15,6 +15,8 @@ from thinwire.record import RunFolder
 from thinwire.report import Facts, as_json
 from thinwire.train.trained import open_trained
 
+pytestmark = pytest.mark.heavy
+
 
 def config_of(folder: Path, layout: dict[str, int], num_micro: int = 4, **sections: Any) -> RunConfig:
     """In float64, of four micro-batches for each replica."""
@@ -64,6 +66,7 @@ def test_a_run_equals_one_rank_and_its_prediction(
     assert median(event.wire_bytes for event in folder.steps()) == each_step
 
 
+@pytest.mark.long
 def test_replicas_of_pipelines_exchange_rarely(ranks2: Pool, ranks4: Pool, tmp_path: Path) -> None:
     """Local steps of two pipelines equal those of two ranks with the whole model."""
     sync = {"kind": "diloco", "every": 3}
@@ -72,6 +75,7 @@ def test_replicas_of_pipelines_exchange_rarely(ranks2: Pool, ranks4: Pool, tmp_p
     assert scores(piped.folder) == pytest.approx(scores(whole.folder), rel=1e-9)
 
 
+@pytest.mark.long
 def test_codes_between_stages_learn_alike(ranks2: Pool, tmp_path: Path) -> None:
     plain = ranks2.run(run_training, config_of(tmp_path / "plain", {"pipe": 2}))[0]
     options = {"activations": "int8", "gradients": "int8"}

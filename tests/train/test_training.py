@@ -20,6 +20,8 @@ from thinwire.record import RunFolder
 from thinwire.report import Facts, as_json
 from thinwire.train.worker import Outcome
 
+pytestmark = pytest.mark.heavy
+
 
 def compressed(config: RunConfig, kind: str) -> RunConfig:
     return config if kind == "none" else config.model_copy(update={"compress": Coded(kind=kind)})
