@@ -66,7 +66,7 @@ def test_training_goes_on_from_an_exported_model(trained: Path, tmp_path: Path) 
     ("arguments", "said"),
     [
         (("generate", "run", "--prompt", ""), "--prompt is empty"),
-        (("generate", "nothing", "--prompt", "a"), "nothing"),
+        (("generate", "nothing", "--prompt", "a"), "nothing is neither a run folder"),
         (
             ("generate", "run", "--prompt", "a", "--layout", "tensor=3"),
             "layout.tensor = 3: model.heads = 2 is not a multiple",

@@ -115,6 +115,11 @@ def test_another_shape_is_refused_by_name(tmp_path: Path, changes: dict[str, Any
         read_shape(tmp_path)
 
 
+def test_a_number_that_was_float32_once_is_the_same(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"rms_norm_eps": 9.999999747378752e-06}))
+    assert read_shape(tmp_path)["width"] == 32
+
+
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json cannot be read: No such file"):
         read_shape(tmp_path)

@@ -6,6 +6,7 @@ since leaving it out would give another model. No torch; the weights are read in
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def read_shape(folder: Path) -> dict[str, Any]:
     if content.get("model_type") not in KINDS:
         raise UserError(f"{path}: model_type = {content.get('model_type')!r}; thinwire reads models of {' and '.join(KINDS)}")
     for key, (own, default) in _ONLY.items():
-        if (value := content.get(key, default)) != own:
+        value = content.get(key, default)
+        if value != own and not (isinstance(own, float) and isinstance(value, float) and math.isclose(value, own, rel_tol=1e-6)):
             raise UserError(f"{path}: {key} = {value!r}, and thinwire's model has {own!r}; take a model that has it too")
     positions = content.get("rope_parameters") or content.get("rope_scaling") or {}
     kind = positions.get("rope_type", positions.get("type", "default"))
