@@ -76,7 +76,7 @@ def test_attention_is_the_textbook_one_with_shared_keys() -> None:
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 12), st.integers(1, 8))
 def test_rotated_products_depend_on_the_distance_alone(first: int, second: int, shift: int, half: int) -> None:
     q, k = torch.randn(2, 2 * half, dtype=torch.float64).unbind()
-    cos, sin = make_rotation(64, 2 * half, 10_000.0, q)
+    cos, sin = make_rotation(torch.arange(64), 2 * half, 10_000.0, q)
 
     def turned(x: torch.Tensor, position: int) -> torch.Tensor:
         return rotate(x, cos[position, 0], sin[position, 0])

@@ -15,6 +15,7 @@ from thinwire.config.compress import SPARSELOCO, Compress, NoCompression
 from thinwire.config.data import DataSection
 from thinwire.config.model import ModelConfig, preset
 from thinwire.config.pipeline import PipelineSection
+from thinwire.config.pretrained import read_shape, tokenizer_of
 from thinwire.config.sync import EveryStep, Sync
 from thinwire.errors import UserError
 from thinwire.layout import Layout
@@ -35,16 +36,24 @@ class ClusterSection(Section):
 
 
 class ModelSection(ModelConfig):
-    """A preset by name, single fields of which may be changed; or layers, width and heads at least."""
+    """A preset by name, single fields of which may be changed; or a pretrained model; or layers, width and heads at least."""
 
     preset: str = ""
+    pretrained: str = ""
+    """A folder as Hugging Face keeps models of Llama's shape: config.json gives the shape, training begins from its weights.
+    data.tokenizer is the folder's, unless it says another. Extra `pretrained`."""
 
     @model_validator(mode="before")
     @classmethod
     def _from_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        name = values.get("preset") or ("" if {"layers", "width", "heads"} <= set(values) else DEFAULT_PRESET)
+        whole = {"layers", "width", "heads"} <= set(values)
+        if folder := values.get("pretrained"):
+            if values.get("preset"):
+                raise ValueError(f"preset = {values['preset']!r} and pretrained = {folder!r}: give one of them")
+            return values if whole else {**read_shape(Path(folder).expanduser()), **values}
+        name = values.get("preset") or ("" if whole else DEFAULT_PRESET)
         if name:
             changes = {key: value for key, value in values.items() if key in ModelConfig.model_fields}
             unknown = set(values) - set(ModelSection.model_fields)
@@ -53,8 +62,8 @@ class ModelSection(ModelConfig):
         return values
 
     def shape(self) -> ModelConfig:
-        """Without the preset's name."""
-        return ModelConfig(**self.model_dump(exclude={"preset"}))
+        """Without the names of what it was taken from."""
+        return ModelConfig(**self.model_dump(exclude={"preset", "pretrained"}))
 
 
 class CollectivesSection(Section):
@@ -198,10 +207,13 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_its_codes(cls, content: Any) -> Any:
+    def _with_what_follows(cls, content: Any) -> Any:
         sync = content.get("sync") if isinstance(content, dict) else None
         if isinstance(sync, dict) and sync.get("kind") == "sparseloco" and not content.get("compress"):
-            return {**content, "compress": SPARSELOCO}
+            content = {**content, "compress": SPARSELOCO}
+        model, data = (content.get(name, {}) if isinstance(content, dict) else {} for name in ("model", "data"))
+        if isinstance(model, dict) and isinstance(data, dict) and model.get("pretrained") and "tokenizer" not in data:
+            content = {**content, "data": {**data, "tokenizer": tokenizer_of(Path(model["pretrained"]).expanduser())}}
         return content
 
     @model_validator(mode="after")

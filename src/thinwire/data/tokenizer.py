@@ -6,6 +6,7 @@ A document ends with one separator token: byte 0, which no text contains, or the
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,20 @@ class ByteTokenizer:
     vocabulary = 256
     unit = "nats per byte"
 
+    end: int | None = 0
+    """The token that ends a document."""
+
     def encode(self, text: bytes, where: str) -> NDArray[Any]:
         """One document with its separator. `where` it stands, for errors."""
         return np.frombuffer(text + b"\0", dtype=np.uint8)
+
+    def tokens(self, text: str) -> list[int]:
+        """Of a text that goes on."""
+        return list(text.encode("utf-8"))
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """A character that is not whole is U+FFFD."""
+        return bytes(tokens).decode("utf-8", "replace")
 
 
 class FileTokenizer:
@@ -37,6 +49,7 @@ class FileTokenizer:
     unit = "nats per token"
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         content = read_bytes(path, "tokenizer")
         try:
             import tokenizers
@@ -51,7 +64,7 @@ class FileTokenizer:
         self.identity = f"{hashlib.sha256(content).hexdigest()} tokenizers {tokenizers.__version__}"
         self.vocabulary = self._tokenizer.get_vocab_size()
         ends = [self._tokenizer.token_to_id(name) for name in _END_OF_TEXT]
-        self._end = [end for end in ends if end is not None][:1]
+        self.end: int | None = next((end for end in ends if end is not None), None)
 
     def encode(self, text: bytes, where: str) -> NDArray[Any]:
         """As ByteTokenizer.encode. UserError for text that is not UTF-8."""
@@ -60,7 +73,17 @@ class FileTokenizer:
         except UnicodeDecodeError as error:
             line = text.count(b"\n", 0, error.start) + 1
             raise UserError(f"{where} line {line} is not UTF-8 at byte {error.start}; byte tokens take any file") from None
-        return np.array(self._tokenizer.encode(decoded, add_special_tokens=False).ids + self._end, dtype=np.uint32)
+        return np.array(self.tokens(decoded) + ([] if self.end is None else [self.end]), dtype=np.uint32)
+
+    def tokens(self, text: str) -> list[int]:
+        """As of ByteTokenizer."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """As of ByteTokenizer; without what only structures a text, such as its end."""
+        text: str = self._tokenizer.decode(list(tokens))
+        return text
 
 
 Tokenizer = ByteTokenizer | FileTokenizer

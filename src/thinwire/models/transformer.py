@@ -31,7 +31,7 @@ NORM_EPSILON = 1e-5
 
 
 class Attention(nn.Module):
-    """Causal self-attention with `heads` queries that share `kv_heads` keys and values."""
+    """Causal self-attention with `heads` queries that share `kv_heads` keys and values. `attend` may be replaced."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -39,6 +39,7 @@ class Attention(nn.Module):
         self.head_width = config.width // config.heads
         self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention
 
     def forward(self, x_BLM: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         batch, length, _ = x_BLM.shape
@@ -47,13 +48,8 @@ class Attention(nn.Module):
         if rotation is not None:
             qk = rotate(qk, *rotation)
         q_BLND, k_BLKD = qk.split([self.heads, self.kv_heads], dim=2)
-        y_BNLD = F.scaled_dot_product_attention(
-            q_BLND.transpose(1, 2),  # transposed last: the kernel's output takes this layout, so flatten copies nothing
-            k_BLKD.transpose(1, 2),
-            v_BLKD.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=self.kv_heads != self.heads,
-        )
+        # transposed last: the kernel's output takes this layout, so flatten copies nothing
+        y_BNLD = self.attend(q_BLND.transpose(1, 2), k_BLKD.transpose(1, 2), v_BLKD.transpose(1, 2))
         return self.out(y_BNLD.transpose(1, 2).flatten(2))
 
 
@@ -129,18 +125,32 @@ class Transformer(nn.Module):
         return logits_BLV if targets_BL is None else self.loss(logits_BLV, targets_BL)
 
 
-def embed(tokens_BL: Tensor, embedding: nn.Embedding, positions: nn.Embedding | None, config: ModelConfig) -> Tensor:
-    """What the first block gets, x_BLM."""
+def embed(
+    tokens_BL: Tensor,
+    embedding: nn.Embedding,
+    positions: nn.Embedding | None,
+    config: ModelConfig,
+    position_L: Tensor | None = None,
+) -> Tensor:
+    """What the first block gets, x_BLM. position_L: of the tokens; None: 0, 1, .."""
     length = tokens_BL.shape[1]
     if length > config.context:
         raise ValueError(f"a sequence of {length} tokens is longer than the context of {config.context}")
     x_BLM = embedding(tokens_BL)
-    return x_BLM if positions is None else x_BLM + positions.weight[:length]
+    if positions is None:
+        return x_BLM
+    return x_BLM + positions(torch.arange(length, device=tokens_BL.device) if position_L is None else position_L)
 
 
 def project(x_BLM: Tensor, norm: nn.Module, head: nn.Embedding | nn.Linear) -> Tensor:
     """What the last block gives, to logits_BLV. head: with the weight [V, M], which may be the embedding's."""
     return F.linear(norm(x_BLM), head.weight)
+
+
+def causal_attention(q_BNLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:
+    """Each token's mean of the values up to its own, y_BNLD, weighted by softmax(q k' / sqrt(D)); N is a multiple of K."""
+    grouped = q_BNLD.shape[1] != k_BKLD.shape[1]
+    return F.scaled_dot_product_attention(q_BNLD, k_BKLD, v_BKLD, is_causal=True, enable_gqa=grouped)
 
 
 def cross_entropy(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
@@ -156,22 +166,23 @@ def make_norm(config: ModelConfig) -> nn.Module:
     return nn.LayerNorm(config.width, eps=NORM_EPSILON, bias=False)
 
 
-def rotation_of(x_BLM: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor] | None:
-    """What every block gets beside x: the rotation of its positions, None if positions are learned."""
+def rotation_of(x_BLM: Tensor, config: ModelConfig, position_L: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+    """What every block gets beside x: the rotation of its positions (None: 0, 1, ..), None if positions are learned."""
     if config.positions != "rotary":
         return None
-    return make_rotation(x_BLM.shape[1], config.width // config.heads, config.rotary_base, x_BLM)
+    if position_L is None:
+        position_L = torch.arange(x_BLM.shape[1], device=x_BLM.device)
+    return make_rotation(position_L, config.width // config.heads, config.rotary_base, x_BLM)
 
 
-def make_rotation(length: int, head_width: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position and pair, each [L, 1, D/2], in the dtype and on the device of `like`.
+def make_rotation(position_L: Tensor, head_width: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of each position and pair, each [L, 1, D/2], in the dtype and on the device of `like`.
 
     Made in each forward pass (once for all blocks): cheap beside one block, and the model needs no buffers.
     """
     precise = torch.promote_types(like.dtype, torch.float32)
-    position_L = torch.arange(length, device=like.device, dtype=precise)
     exponent = torch.arange(0, head_width, 2, device=like.device, dtype=precise) / head_width
-    angle = torch.outer(position_L, base**-exponent)
+    angle = torch.outer(position_L.to(precise), base**-exponent)
     return angle.cos().to(like.dtype)[:, None], angle.sin().to(like.dtype)[:, None]
 
 

@@ -18,7 +18,7 @@ from thinwire.models import transformer
 from thinwire.models.transformer import Transformer
 
 Shared = dict[str, Any]
-"""What units of one pass make once for all of them."""
+"""What units of one pass make once for all of them; "position_L" is given to them, if positions are others than 0, 1, .."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,12 @@ def _transformer_chain(model: Transformer) -> Chain:
     head = "embed" if model.head is None else "head"
 
     def enter(owner: Any, tokens_BL: Tensor, shared: Shared) -> Tensor:
-        return transformer.embed(tokens_BL, owner.embed, owner.positions if has_positions else None, config)
+        positions = owner.positions if has_positions else None
+        return transformer.embed(tokens_BL, owner.embed, positions, config, shared.get("position_L"))
 
     def block(name: str, owner: Any, x_BLM: Tensor, shared: Shared) -> Tensor:
         if "rotation" not in shared:
-            shared["rotation"] = transformer.rotation_of(x_BLM, config)
+            shared["rotation"] = transformer.rotation_of(x_BLM, config, shared.get("position_L"))
         output: Tensor = owner.get_submodule(name)(x_BLM, shared["rotation"])
         return output
 

@@ -104,8 +104,8 @@ def devices_here() -> int:
     return torch.cuda.device_count() or 1
 
 
-def launch(nodes: Nodes, arguments: list[str], variables: dict[str, str]) -> int:
-    """Run `thinwire train ARGUMENTS` as the ranks of this node; returns the exit code. Prints one line when it is not 0."""
+def launch(nodes: Nodes, arguments: list[str], variables: dict[str, str], command: str = "train") -> int:
+    """Run `thinwire COMMAND ARGUMENTS` as the ranks of this node; returns the exit code. Prints one line when it is not 0."""
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):  # each has a level of its own; one line below replaces their output
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -122,10 +122,9 @@ def launch(nodes: Nodes, arguments: list[str], variables: dict[str, str]) -> int
         monitor_interval=0.2,
         start_method="spawn",
     )
-    command = ["-m", "thinwire", "train", *arguments]
     try:
         with environment_variables({"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | variables):
-            elastic_launch(config, sys.executable)(*command)
+            elastic_launch(config, sys.executable)("-m", "thinwire", command, *arguments)
     except ChildFailedError as error:
         line, code = _root_cause(list(error.failures.values()), nodes)
         print(f"thinwire: error: {line}", file=sys.stderr, flush=True)

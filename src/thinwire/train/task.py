@@ -7,10 +7,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from thinwire.config.run import RunConfig
+from thinwire.config.model import ModelConfig
+from thinwire.config.run import ModelSection, RunConfig
 from thinwire.data.corpus import LARGEST_VOCABULARY, bigram_loss, load_corpus, sample
 from thinwire.data.loader import IGNORED, TrainBatches, held_out_batches
+from thinwire.errors import UserError
 from thinwire.layout import Layout
+from thinwire.models.llama import read_weights
 from thinwire.models.transformer import Transformer
 from thinwire.workload import Workload
 
@@ -66,15 +69,17 @@ class LanguageModel:
             parts=self.corpus.parts,
         )
         self._held_out = sample(self.corpus.held_out, train.eval_tokens)
-        shape = config.model.shape()
-        self.shape = shape.model_copy(update={"vocabulary": max(shape.vocabulary, self.corpus.vocabulary)})
+        self.shape = shape_with(config.model, self.corpus.vocabulary)
         self.unit = self.corpus.unit
         self.workload = Workload.of_transformer(self.shape, train.micro_batch, train.sequence)
 
     def build_model(self) -> Transformer:
-        """Weights drawn from the seed in float32, the same on each rank, and rounded to model.dtype."""
+        """The same weights on each rank: drawn from the seed in float32, or model.pretrained's; rounded to model.dtype."""
         torch.manual_seed(self._config.train.seed)
-        return Transformer(self.shape).to(getattr(torch, self.shape.dtype))
+        model = Transformer(self.shape)
+        if self._config.model.pretrained:
+            read_weights(model, Path(self._config.model.pretrained).expanduser())
+        return model.to(getattr(torch, self.shape.dtype))
 
     def batch(self, step: int, index: int) -> Batch:
         return self._batches.micro_batch(step, index, self._num_micro)
@@ -104,6 +109,17 @@ class LanguageModel:
             loss = bigram_loss(self.corpus.train, self._held_out, self.corpus.vocabulary)
             described["baseline"] = {"name": "bigram table", "loss": loss}
         return described
+
+
+def shape_with(model: ModelSection, vocabulary: int) -> ModelConfig:
+    """The model's shape with room for so many tokens. UserError for a pretrained one that has fewer."""
+    shape = model.shape()
+    if model.pretrained and vocabulary > shape.vocabulary:
+        raise UserError(
+            f"data.tokenizer has {vocabulary} tokens, and the model of {model.pretrained} knows {shape.vocabulary}; take the "
+            "tokenizer that it was trained with, or leave data.tokenizer out"
+        )
+    return shape.model_copy(update={"vocabulary": max(shape.vocabulary, vocabulary)})
 
 
 def _device(model: nn.Module) -> torch.device:
