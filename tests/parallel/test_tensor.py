@@ -28,7 +28,7 @@ from thinwire.parallel.cut import cut_model
 from thinwire.parallel.pipeline import Pipeline
 from thinwire.parallel.tensor_boundary import boundary_traffic, split_boundaries
 from thinwire.parallel.tensor_loss import tensor_cross_entropy
-from thinwire.parallel.tensor_parts import check, local_workload, parts_of, words_of
+from thinwire.parallel.tensor_parts import local_workload, parts_of, words_of
 from thinwire.parallel.tensor_state import part, whole
 from thinwire.plan.memory import ALLOCATOR, activations_bytes
 from thinwire.sync.after_backward import AfterBackwardSync
@@ -400,7 +400,7 @@ def test_parts_of_all_ranks_make_the_whole_and_come_out_of_it_again(config: Mode
 )
 def test_what_cannot_be_shared_out_is_refused_with_the_nearest_degree(changes: dict, degree: int, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        check(shape(**changes), degree)
+        shape(**changes).check_tensor(degree)
 
 
 def test_another_model_is_refused(ranks2: Pool) -> None:

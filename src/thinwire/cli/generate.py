@@ -75,12 +75,11 @@ def _check(folder: Path, pipe: int, tensor: int) -> None:
     from thinwire.config.model import ModelConfig
     from thinwire.config.pretrained import is_pretrained, read_shape
     from thinwire.config.run import load_run
-    from thinwire.parallel.tensor_parts import check
 
     if not is_pretrained(folder) and not (folder / "run.toml").is_file():
         raise UserError(f"{folder} is neither a run folder, with a run.toml, nor one of Hugging Face's, with a config.json")
     shape = ModelConfig(**read_shape(folder)) if is_pretrained(folder) else load_run(folder / "run.toml").model.shape()
-    check(shape, tensor)
+    shape.check_tensor(tensor)
     if pipe > shape.layers + 2:
         raise UserError(f"--layout pipe={pipe}: a model of {shape.layers} layers has {shape.layers + 2} units to share out")
 

@@ -11,6 +11,7 @@ Grattafiori et al. 2024, table 3), Megatron-Turing 530B (Smith et al. 2022), Meg
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import gcd
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -82,6 +83,18 @@ class ModelConfig(Section):
     def up_width(self) -> int:
         """Outputs of the first MLP projection: gate and up side by side for swiglu."""
         return self.hidden * (2 if self.mlp == "swiglu" else 1)
+
+    def check_tensor(self, degree: int) -> None:
+        """UserError unless heads and the hidden width can be shared out to `degree` ranks."""
+        possible = gcd(self.kv_heads, self.hidden)  # heads are a multiple of kv_heads
+        for field in ("heads", "kv_heads", "hidden"):
+            value = getattr(self, field)
+            if value % degree:
+                nearest = min((one for one in range(1, possible + 1) if possible % one == 0), key=lambda one: abs(one - degree))
+                raise UserError(
+                    f"layout.tensor = {degree}: model.{field} = {value} is not a multiple of it; the nearest degree that divides "
+                    f"heads ({self.heads}), kv_heads ({self.kv_heads}) and hidden ({self.hidden}) is {nearest}"
+                )
 
 
 _GPT2 = {"positions": "learned", "norm": "layer", "mlp": "gelu", "tied": True}

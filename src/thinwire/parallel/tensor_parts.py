@@ -13,21 +13,23 @@ With t ranks, N heads of queries and K of keys, each D wide, F hidden and V word
 (Shoeybi et al. 2019, section 3.)
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import gcd
 
 from thinwire.config.model import ModelConfig
-from thinwire.errors import UserError
 from thinwire.workload import Parameter, Workload, plain_name
 
 
 @dataclass(frozen=True)
 class Part:
-    """These ranges of the whole parameter along `dim`, one behind the other; then `padding` zeros, which are none of it."""
+    """These ranges of the whole parameter along `dim`, one behind the other; then `padding` zeros, which are none of it.
+
+    whole: the length of the whole parameter along `dim`.
+    """
 
     dim: int
     ranges: tuple[range, ...]
+    whole: int
     padding: int = 0
 
     @property
@@ -35,30 +37,27 @@ class Part:
         """Of the local parameter along `dim`."""
         return sum(map(len, self.ranges)) + self.padding
 
-    def local_shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        return (*whole[: self.dim], self.length, *whole[self.dim + 1 :])
+    def local_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Of the local parameter, from that of the whole one or of another part of it."""
+        return (*shape[: self.dim], self.length, *shape[self.dim + 1 :])
+
+    def whole_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Of the whole parameter, from that of any part of it."""
+        return (*shape[: self.dim], self.whole, *shape[self.dim + 1 :])
+
+    @property
+    def everything(self) -> "Part":
+        """The part that is the whole parameter."""
+        return Part(self.dim, (range(self.whole),), self.whole)
 
 
 Parts = Mapping[str, Part]
 """By name of the parameter in the model; what is not named is whole on each rank."""
 
 
-def check(config: ModelConfig, degree: int) -> None:
-    """UserError unless heads and the hidden width can be shared out to `degree` ranks."""
-    possible = gcd(config.kv_heads, config.hidden)  # heads are a multiple of kv_heads
-    for field in ("heads", "kv_heads", "hidden"):
-        value = getattr(config, field)
-        if value % degree:
-            nearest = min((one for one in range(1, possible + 1) if possible % one == 0), key=lambda one: abs(one - degree))
-            raise UserError(
-                f"layout.tensor = {degree}: model.{field} = {value} is not a multiple of it; the nearest degree that divides "
-                f"heads ({config.heads}), kv_heads ({config.kv_heads}) and hidden ({config.hidden}) is {nearest}"
-            )
-
-
 def parts_of(config: ModelConfig, degree: int, rank: int) -> dict[str, Part]:
-    """Of rank `rank` of `degree`. UserError as `check`."""
-    check(config, degree)
+    """Of rank `rank` of `degree`. UserError as `ModelConfig.check_tensor`."""
+    config.check_tensor(degree)
     queries, keys = config.heads * config.head_width, config.kv_heads * config.head_width
     halves = [0, config.hidden] if config.mlp == "swiglu" else [0]
 
@@ -66,13 +65,13 @@ def parts_of(config: ModelConfig, degree: int, rank: int) -> dict[str, Part]:
         return range(begin + length * rank // degree, begin + length * (rank + 1) // degree)
 
     block = {
-        "attention.qkv.weight": Part(0, (share(0, queries), share(queries, keys), share(queries + keys, keys))),
-        "attention.out.weight": Part(1, (share(0, queries),)),
-        "mlp.up.weight": Part(0, tuple(share(begin, config.hidden) for begin in halves)),
-        "mlp.down.weight": Part(1, (share(0, config.hidden),)),
+        "attention.qkv.weight": Part(0, (share(0, queries), share(queries, keys), share(queries + keys, keys)), config.qkv_width),
+        "attention.out.weight": Part(1, (share(0, queries),), queries),
+        "mlp.up.weight": Part(0, tuple(share(begin, config.hidden) for begin in halves), config.up_width),
+        "mlp.down.weight": Part(1, (share(0, config.hidden),), config.hidden),
     }
     words = words_of(config.vocabulary, degree, rank)
-    rows = Part(0, (words,), -(-config.vocabulary // degree) - len(words))
+    rows = Part(0, (words,), config.vocabulary, -(-config.vocabulary // degree) - len(words))
     return {
         "embed.weight": rows,
         **{f"blocks.{index}.{name}": part for index in range(config.layers) for name, part in block.items()},

@@ -19,13 +19,28 @@ from thinwire.parallel.tensor_parts import Part, parts_of
 State = Mapping[str, Tensor]
 
 
+@torch.no_grad()
+def copy_common(target: Tensor, mine: Part, source: Tensor, its: Part) -> list[range]:
+    """Into `target`, the local tensor of `mine`, what the part `its` of the same parameter has of it, from its local tensor
+    `source`. Returns which places of the whole parameter these are."""
+    copied, to = [], 0
+    for one in mine.ranges:
+        come_from = 0
+        for other in its.ranges:
+            both = range(max(one.start, other.start), min(one.stop, other.stop))
+            if both:
+                values = source.narrow(its.dim, come_from + both.start - other.start, len(both))
+                target.narrow(mine.dim, to + both.start - one.start, len(both)).copy_(values)
+                copied.append(both)
+            come_from += len(other)
+        to += len(one)
+    return copied
+
+
 def cut_out(value: Tensor, part: Part) -> Tensor:
     """The local tensor, a new one, contiguous."""
-    local = value.new_zeros(part.local_shape(tuple(value.shape)))
-    place = 0
-    for one in part.ranges:
-        local.narrow(part.dim, place, len(one)).copy_(value.narrow(part.dim, one.start, len(one)))
-        place += len(one)
+    local = value.new_zeros(part.local_shape(value.shape))
+    copy_common(local, part, value, part.everything)
     return local
 
 
@@ -48,12 +63,7 @@ def whole(states: Sequence[State], config: ModelConfig) -> dict[str, Tensor]:
 
 def put_together(values: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
     """One parameter, from all ranks' local tensors."""
-    first, dim = values[0], parts[0].dim
-    length = max(one.stop for part in parts for one in part.ranges)
-    result = first.new_empty((*first.shape[:dim], length, *first.shape[dim + 1 :]))
+    result = values[0].new_empty(parts[0].whole_shape(values[0].shape))
     for value, part in zip(values, parts, strict=True):
-        place = 0
-        for one in part.ranges:
-            result.narrow(dim, one.start, len(one)).copy_(value.narrow(dim, place, len(one)))
-            place += len(one)
+        copy_common(result, part.everything, value, part)
     return result
