@@ -3,7 +3,9 @@
 Synchronisers predict Transfers; collectives turn them into wire bytes and seconds; the planner adds these up.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 PIPELINE = "pipeline"
 """Label of what the stages of a pipeline hand on during the passes of a step."""
@@ -26,6 +28,8 @@ class Transfer:
     window_flops   compute that is still to run when the message is ready and under which it may hide, in flops of one
                    rank; 0: a rank waits at once
     work_s         seconds of one rank's processor that belong to one call, before or after it: coding and decoding
+    in_passes      whether forward and backward passes stand still for it: nothing of it hides, and what may hide under compute
+                   does not hide under it
     """
 
     label: str
@@ -38,3 +42,12 @@ class Transfer:
     event: str = ""
     window_flops: float = 0.0
     work_s: float = 0.0
+    in_passes: bool = False
+
+
+def merged(transfers: Iterable[Transfer]) -> list[Transfer]:
+    """Those that differ in `calls` only as one, in the order of the first of each."""
+    calls = Counter[Transfer]()
+    for transfer in transfers:
+        calls[replace(transfer, calls=0)] += transfer.calls
+    return [replace(transfer, calls=count) for transfer, count in calls.items()]

@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 
 from thinwire.cluster import Device, Quantity, load_cluster
 from thinwire.cluster.equal import equal_hosts
+from thinwire.cluster.graph import Routes
 from thinwire.collectives.price import price
 from thinwire.config.model import preset
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.plan.cost import Prediction, Setting, predict
-from thinwire.traffic import Transfer
+from thinwire.traffic import EVALUATION, Transfer
 from thinwire.workload import Workload
 
 WORKLOAD = Workload.of_transformer(preset("1m"), 4, 64)
@@ -165,3 +166,30 @@ def test_a_rate_that_is_not_known_is_taken_by_kind_and_said_of_a_gpu() -> None:
     assert "memory rate: taken as 1 TB/s, the cluster file has no memory_bytes_per_s of h100" in gpu.assumptions
     rated = Device(name="", memory_bytes_per_s=Quantity(8e9))
     assert on_devices(rated, kind="h100").optimizer_s == gpu.optimizer_s, "that of a CPU says nothing of the GPU beside it"
+
+
+def on_tensor_axis(message_bytes: int, calls: int, label: str = "activations", every: int = 1) -> Transfer:
+    return Transfer(
+        label=label, axis="tensor", op="all_reduce", message_bytes=message_bytes, calls=calls, every=every, in_passes=True
+    )
+
+
+def test_passes_stand_still_for_tensor_ranks_and_buckets_hide_under_compute_alone() -> None:
+    """What is sent within passes is exposed whole; buckets hide as much as without it; evaluations are no part of a step."""
+    split = replace(setting(), layout=Layout(data=2, tensor=2))
+    window = WORKLOAD.flops_per_microbatch / 2
+    buckets = [transfer(2**22, window), transfer(2**20, window / 2)]
+    sums, evaluation = on_tensor_axis(2**16, 12), on_tensor_axis(2**20, 100, EVALUATION, every=10)
+    plain, both = predict(split, buckets), predict(split, [sums, evaluation, *buckets])
+    assert both.transfers[0].seconds == pytest.approx(12 * price(Routes(split.cluster), "all_reduce", 2**16, (0, 1)))
+    assert both.exposed_s - plain.exposed_s == pytest.approx(both.transfers[0].seconds)
+    assert both.compute_s == plain.compute_s and both.waiting_s == plain.waiting_s
+
+
+def test_groups_of_replicas_of_tensor_ranks_share_their_hosts_links() -> None:
+    """Two ranks of a host, each with half the model, take as long for their halves as one with all of it takes for the whole."""
+    cluster = load_cluster("four-hosts-of-two-100mbit")
+    whole = replace(setting(), cluster=cluster, layout=Layout(data=4, tensor=2), flops_per_s=(10e9,) * 8)
+    halves, size = predict(whole, [transfer(2**22)]), 2**23
+    assert halves.transfers[0].seconds == pytest.approx(price(Routes(cluster), "all_reduce", size, (0, 2, 4, 6)), rel=1e-6)
+    assert predict(whole, [on_tensor_axis(2**22, 1)]).exposed_s < 0.01 * halves.exposed_s, "ranks of a host need no link"

@@ -4,8 +4,9 @@ import pytest
 
 from thinwire.cluster import load_cluster
 from thinwire.cluster.graph import Routes
+from thinwire.layout import Layout
 from thinwire.parallel.schedules import orders
-from thinwire.plan.pipeline import Pipelines, Simulated, simulate
+from thinwire.plan.pipeline import Pipelines, Simulated, Stages, simulate
 
 FORWARD_S, BACKWARD_S = 1.0, 2.0
 
@@ -65,3 +66,18 @@ def test_pipelines_that_share_a_link_take_its_time_together() -> None:
     assert apart.seconds == pytest.approx(alone.seconds)
     same = run("1f1b", 2, 8, 100_000_000, groups=[[0, 1], [0, 1]])
     assert same.seconds > 1.8 * alone.seconds
+
+
+def test_what_passes_stand_still_for_makes_each_of_them_longer() -> None:
+    """(m + p - 1) passes forward and back, each with its sums."""
+    stages = Stages(
+        orders=orders("1f1b", 2, 1, 4),
+        forward_flops=[1e9, 1e9],
+        activation_bytes=[0],
+        gradient_bytes=[0],
+    )
+    sums_s = {("F", stage): 0.5 for stage in (0, 1)} | {("B", stage): 0.25 for stage in (0, 1)}
+    layout, rates, routes = Layout(pipe=2, tensor=2), (1e9,) * 4, Routes(load_cluster("four-hosts-100mbit"))
+    plain, longer = (simulate(stages.pipelines(layout, rates, sums_s=each), routes).seconds for each in ({}, sums_s))
+    assert plain == pytest.approx((4 + 1) * (1 + 2))
+    assert longer == pytest.approx((4 + 1) * (1.5 + 2.25))

@@ -4,10 +4,18 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from pool import Pool, Rank
+from thinwire.collectives.clock import HostClock
+from thinwire.config.model import ModelConfig
 from thinwire.errors import UserError
+from thinwire.models.transformer import Transformer
+from thinwire.parallel import tensor
+from thinwire.parallel.tensor_parts import local_workload
+from thinwire.parallel.waits import Waits
 from thinwire.train.pace import Pacer
 from thinwire.workload import Workload
 
@@ -69,6 +77,37 @@ def test_half_the_rate_takes_twice_as_long_and_gradients_become_ready_when_they_
         assert 1.999 * forward_s < rank["backward_s"] < 3 * forward_s
         assert rank["detached_s"] < forward_s / 2 and rank["evaluation_s"] < forward_s / 2
         assert rank["declared_s"] == pytest.approx(TRIES * 3 * forward_s)
+
+
+def paced_tensor_ranks(context: Rank, pass_s: list[float]) -> dict:
+    """As `paced_seconds`, of a model whose matrices both ranks share; with the seconds that a rank waited for the other."""
+    config = ModelConfig.model_validate({"layers": 2, "width": 16, "heads": 2, "vocabulary": 32, "context": 16})
+    model, waits = Transformer(config), Waits(HostClock())
+    tensor.apply(model, init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",)).get_group(), context.ledger, waits=waits)
+    workload = local_workload(Workload.of_transformer(config, 2, 16), config, 2)
+    mine, tokens = pass_s[context.rank], torch.zeros(2, 16, dtype=torch.int64)
+    pacer = Pacer(forward_s=mine, backward_s=2 * mine, waits=waits)
+    whole_s, waited_s = [], []
+    with pacer.attached(model, workload):
+        for _ in range(TRIES):
+            dist.barrier()
+            waits.clear()
+            started = time.perf_counter()
+            model(tokens, tokens).backward()
+            whole_s.append(time.perf_counter() - started)
+            waited_s.append(waits.seconds())
+    computed_s = min(whole - waited for whole, waited in zip(whole_s, waited_s, strict=True))
+    return {"whole_s": min(whole_s), "waited_s": min(waited_s), "computed_s": computed_s, "late": pacer.missed_fraction}
+
+
+@pytest.mark.timed
+def test_a_tensor_rank_computes_at_its_own_rate_and_waits_for_a_slower_one(ranks2: Pool) -> None:
+    """Its pass takes as long as the slower one's, and what is not computing is waiting: nothing hides in what is paced."""
+    fast, slow = ranks2.run(paced_tensor_ranks, [0.03, 0.09])
+    for rank, forward_s in ((fast, 0.03), (slow, 0.09)):
+        assert 0.999 * 3 * forward_s < rank["computed_s"] < 1.5 * 3 * forward_s
+    assert fast["whole_s"] > 0.8 * 3 * 0.09 and slow["whole_s"] < 1.5 * 3 * 0.09
+    assert fast["waited_s"] > 0.7 * 3 * (0.09 - 0.03) and slow["waited_s"] < 0.5 * 3 * 0.09
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:

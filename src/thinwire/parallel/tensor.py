@@ -34,26 +34,37 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.metered_calls import all_reduce
 from thinwire.compress.activations.partial_sums import coded_all_reduce, coded_gradient_sum, sum_transfers
 from thinwire.compress.base import Codec
+from thinwire.compress.speed import CPU, seconds_per_value
+from thinwire.compress.twoshot import shard_length
 from thinwire.config.model import ModelConfig
 from thinwire.errors import UserError
 from thinwire.models.transformer import Transformer
 from thinwire.parallel.tensor_loss import LOSS, check_words, tensor_cross_entropy
 from thinwire.parallel.tensor_parts import Part, Parts, parts_of, words_of
 from thinwire.parallel.tensor_state import cut_out
+from thinwire.parallel.waits import Waits
 from thinwire.traffic import EVALUATION, Transfer
 from thinwire.workload import plain_name
 
 ACTIVATIONS = "activations"
 GRADIENTS = "activation gradients"
 NORM = "gradient norm"
+NOT_NOTED = Waits()
 
 
-def apply(model: nn.Module, group: dist.ProcessGroup, ledger: Ledger, codec: Codec | None = None) -> dict[str, Part]:
+def apply(
+    model: nn.Module,
+    group: dist.ProcessGroup,
+    ledger: Ledger,
+    codec: Codec | None = None,
+    waits: Waits = NOT_NOTED,
+) -> dict[str, Part]:
     """Leave this rank's part of `model` in it, in place, with new parameters: make optimizers and cut stages afterwards. Local.
 
     Before, the model must be the same, whole, on all ranks of `group`; from then on all give it the same tokens, and each forward
-    and backward pass is collective. codec: of all sums of a training pass; those without gradients are never coded. Returns which
-    part each split parameter is. UserError for a model that is no `Transformer`, or as `tensor_parts.check`.
+    and backward pass is collective. codec: of all sums of a training pass; those without gradients are never coded. waits: when
+    this rank waited for sums in training passes. Returns which part each split parameter is. UserError for a model that is no
+    `Transformer`, or as `ModelConfig.check_tensor`.
     """
     if not isinstance(model, Transformer):
         raise UserError(
@@ -65,7 +76,7 @@ def apply(model: nn.Module, group: dist.ProcessGroup, ledger: Ledger, codec: Cod
     if degree == 1:
         return {}
     ledger.axes[group.group_name] = "tensor"
-    sums = _Sums(group, ledger, codec)
+    sums = _Sums(group, ledger, codec, waits)
     for name, part in parts.items():
         _keep(model.get_submodule(name.removesuffix(".weight")), part)
     model.embed = _Embedding(model.embed, words_of(config.vocabulary, degree, group.rank()), config.vocabulary, sums)
@@ -79,7 +90,7 @@ def apply(model: nn.Module, group: dist.ProcessGroup, ledger: Ledger, codec: Cod
         for leaves in (attention.out, mlp.down):
             leaves.register_forward_hook(lambda _, arguments, output: sums.of_activations(output))
     model.norm.register_forward_hook(lambda _, arguments, output: sums.of_gradients(output))
-    model.loss = tensor_cross_entropy(group, ledger, config.vocabulary)
+    model.loss = tensor_cross_entropy(group, ledger, config.vocabulary, waits)
     return parts
 
 
@@ -90,16 +101,25 @@ class _Sums:
     group: dist.ProcessGroup
     ledger: Ledger
     codec: Codec | None
+    waits: Waits
 
     def of_activations(self, x: Tensor) -> Tensor:
         if isinstance(x, FakeTensor):
             return x
         if not torch.is_grad_enabled():
             return coded_all_reduce(x, self.group, None, self.ledger, EVALUATION)
-        return coded_all_reduce(x, self.group, self.codec, self.ledger, ACTIVATIONS)
+        with self.waits.wait():
+            return coded_all_reduce(x, self.group, self.codec, self.ledger, self.waits.label(ACTIVATIONS))
 
     def of_gradients(self, x: Tensor) -> Tensor:
-        return x if isinstance(x, FakeTensor) else coded_gradient_sum(x, self.group, self.codec, self.ledger, GRADIENTS)
+        if isinstance(x, FakeTensor) or not torch.is_grad_enabled():
+            return x
+        y = coded_gradient_sum(x, self.group, self.codec, self.ledger, self.waits.label(GRADIENTS))
+        if x.requires_grad and self.waits.clock is not None:  # going back, y comes before the sum and x behind it
+            begun: list[Any] = []
+            y.register_hook(lambda _: begun.append(self.waits.begin()))
+            x.register_hook(lambda _: self.waits.end(begun.pop()) if begun else None)  # zero bubble passes here twice
+        return y
 
 
 class _Embedding(nn.Embedding):
@@ -150,7 +170,7 @@ class Passes:
     """What a rank computes in a step.
 
     units: of `chain_of(model)` that are its; None: all. casts: autocast multiplies in bfloat16. clips: with `gradient_norm`.
-    evaluates: without gradients, so plain and forward only.
+    evaluates: without gradients, so plain and forward only. device: on which it is coded.
     """
 
     micro_batch: int
@@ -160,10 +180,11 @@ class Passes:
     casts: bool = False
     clips: bool = False
     evaluates: bool = False
+    device: torch.device = CPU
 
 
 def traffic(config: ModelConfig, degree: int, passes: Passes, codec: Codec | None = None) -> list[Transfer]:
-    """What a rank sends over the axis for it, exactly; nothing of it hides. Coding time is the caller's to add (`work_s`)."""
+    """What a rank sends over the axis for it, exactly. Coding is timed here."""
     if degree == 1:
         return []
     last = config.layers + 1
@@ -173,14 +194,17 @@ def traffic(config: ModelConfig, degree: int, passes: Passes, codec: Codec | Non
     product = torch.bfloat16 if passes.casts else kept
     codec = None if passes.evaluates else codec
     tokens = passes.micro_batch * passes.sequence
+    work_s = (0.0, 0.0) if codec is None else _coding_s(codec, tokens * config.width, degree, passes.device)
     sent = [
-        replace(transfer, calls=calls * passes.num_micro)
+        replace(transfer, calls=calls * passes.num_micro, in_passes=True, work_s=coding_s)
         for label, dtype, calls in (
             (ACTIVATIONS, kept, embeds),
             (ACTIVATIONS, product, 2 * blocks),
             (GRADIENTS, kept, 0 if passes.evaluates else 2 * blocks + projects),
         )
-        for transfer in sum_transfers((tokens * config.width, dtype), codec, "tensor", degree, label)
+        for transfer, coding_s in zip(
+            sum_transfers((tokens * config.width, dtype), codec, "tensor", degree, label), work_s, strict=False
+        )
         if calls
     ]
     if projects:
@@ -188,9 +212,24 @@ def traffic(config: ModelConfig, degree: int, passes: Passes, codec: Codec | Non
         for values in (1, 2):
             size = values * tokens * item
             sent.append(
-                Transfer(label=LOSS, axis="tensor", op="all_reduce", message_bytes=size, item_bytes=item, calls=passes.num_micro)
+                Transfer(
+                    label=LOSS,
+                    axis="tensor",
+                    op="all_reduce",
+                    message_bytes=size,
+                    item_bytes=item,
+                    calls=passes.num_micro,
+                    in_passes=True,
+                )
             )
     if passes.clips:
         item = torch.promote_types(kept, torch.float32).itemsize
         sent.append(Transfer(label=NORM, axis="tensor", op="all_reduce", message_bytes=item, item_bytes=item))
     return [replace(transfer, label=EVALUATION) for transfer in sent] if passes.evaluates else sent
+
+
+def _coding_s(codec: Codec, numel: int, degree: int, device: torch.device) -> tuple[float, float]:
+    """On one rank, for one sum of `numel` values: of the codes, and of the sums (`partial_sums`)."""
+    length = shard_length((numel,), degree, codec.block)
+    encode_s, decode_s = seconds_per_value(codec, device)
+    return (degree - 1) * length * encode_s, length * (encode_s + (2 * degree - 1) * decode_s)

@@ -12,6 +12,7 @@ What is coded at the boundary is coded in parts, and decoded before it is gather
 (Narayanan et al. 2021, Efficient large-scale language model training on GPU clusters, section 4.1.)
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -23,23 +24,34 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.metered_calls import all_gather
 from thinwire.parallel.chain import Shared, Unit
 from thinwire.parallel.cut import Cut
+from thinwire.parallel.waits import Waits
 from thinwire.traffic import EVALUATION, Transfer
 
 LABEL = "boundary parts"
 
 
-def split_boundaries(cut: Cut, group: dist.ProcessGroup, ledger: Ledger) -> Cut:
-    """Of a model that `tensor.apply` was called on: the same cut, whose stages hand on parts of the width wherever they send."""
+def split_boundaries(
+    cut: Cut,
+    group: dist.ProcessGroup,
+    ledger: Ledger,
+    waits: Waits = Waits(),  # noqa: B008 (notes nothing)
+) -> Cut:
+    """Of a model that `tensor.apply` was called on: the same cut, whose stages hand on parts of the width wherever they send.
+
+    waits: as for `tensor.apply`.
+    """
     degree = group.size()
     sending = [number for number in range(len(cut.stages)) if cut.crosses(number)] if degree > 1 else []
     ends = {cut.stages[number][-1] for number in sending}
 
     def changed(index: int, unit: Unit) -> Unit:
         def run(owner: nn.Module, x: Tensor, shared: Shared) -> Tensor:
+            trains = torch.is_grad_enabled()
+            call = group, ledger, waits.label(LABEL) if trains else EVALUATION, waits if trains else Waits()
             if index - 1 in ends:
-                x = _Gather.apply(x, group, ledger, LABEL if torch.is_grad_enabled() else EVALUATION)
+                x = _Gather.apply(x, *call)
             x = unit.run(owner, x, shared)
-            return _Part.apply(x, group, ledger) if index in ends else x
+            return _Part.apply(x, *call) if index in ends else x
 
         return replace(unit, run=run)
 
@@ -56,22 +68,24 @@ def split_boundaries(cut: Cut, group: dist.ProcessGroup, ledger: Ledger) -> Cut:
 def boundary_traffic(cut: Cut, rank: int, degree: int, num_micro: int, *, evaluates: bool = False) -> list[Transfer]:
     """What rank `rank` of a pipeline sends over the tensor axis for it, exactly. cut: of `split_boundaries`; evaluates: as in
     `Passes`."""
-    gathered = [
-        cut.crossing[boundary]
-        for stage in cut.stages_of(rank)
-        for boundary in ((stage - 1,) if evaluates else (stage - 1, stage))
-        if degree > 1 and cut.crosses(boundary)
-    ]
+    stages = cut.stages_of(rank)
+    boundaries = [boundary for stage in stages for boundary in ((stage - 1,) if evaluates else (stage - 1, stage))]
+    return gathers(cut, boundaries if degree > 1 else (), num_micro, EVALUATION if evaluates else LABEL)
+
+
+def gathers(cut: Cut, boundaries: Iterable[int], num_micro: int, label: str = LABEL) -> list[Transfer]:
+    """Of what crosses at each of these, if it does: forward behind it, or backward before it."""
     return [
         Transfer(
-            label=EVALUATION if evaluates else LABEL,
+            label=label,
             axis="tensor",
             op="all_gather",
             message_bytes=part.nbytes,
             item_bytes=part.element_size(),
             calls=num_micro,
+            in_passes=True,
         )
-        for part in gathered
+        for part in (cut.crossing[boundary] for boundary in boundaries if cut.crosses(boundary))
     ]
 
 
@@ -79,29 +93,30 @@ def _part(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x.chunk(group.size(), dim=-1)[group.rank()].contiguous()
 
 
-def _gathered(part: Tensor, group: dist.ProcessGroup, ledger: Ledger, label: str) -> Tensor:
+def _gathered(part: Tensor, group: dist.ProcessGroup, ledger: Ledger, label: str, waits: Waits) -> Tensor:
     parts = part.new_empty(group.size(), *part.shape)
-    all_gather(parts.view(-1), part.contiguous().view(-1), group, ledger, label).wait()
+    with waits.wait():
+        all_gather(parts.view(-1), part.contiguous().view(-1), group, ledger, label).wait()
     return torch.cat(parts.unbind(), dim=-1)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup, ledger: Ledger, label: str) -> Tensor:
-        ctx.group = group
-        return _gathered(part, group, ledger, label)
+    def forward(ctx: Any, part: Tensor, *call: Any) -> Tensor:
+        ctx.group = call[0]
+        return _gathered(part, *call)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _part(gradients[0], ctx.group), None, None, None
+        return _part(gradients[0], ctx.group), None, None, None, None
 
 
 class _Part(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, ledger: Ledger) -> Tensor:
-        ctx.group, ctx.ledger = group, ledger
-        return _part(x, group)
+    def forward(ctx: Any, x: Tensor, *call: Any) -> Tensor:
+        ctx.call = call
+        return _part(x, call[0])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _gathered(gradients[0], ctx.group, ctx.ledger, LABEL), None, None
+        return _gathered(gradients[0], *ctx.call), None, None, None, None

@@ -9,9 +9,13 @@ optimizer_s  bytes that the update touches / memory rate of the rank's device
 ready_k = max over ranks of (compute_s - window_k / flops_per_s)
 end_k   = max(ready_k, end_{k-1}) + calls * (price + work_k)
 exposed = max(0, end_last - max compute_s)
+          + sum over transfers for which passes stand still (`in_passes`, of tensor ranks) of calls * (price + work)
           + sum over events every H > 1 steps of max(0, sum over their transfers of calls * (price + work) - window) / H
 
-In a pipeline the passes of a step are simulated (`pipeline`), with the wires as they are and with idle ones:
+Groups of tensor ranks, and those of their replicas, make each call at the same time: a link carries what all of them send.
+
+In a pipeline the passes of a step are simulated (`pipeline`), with the wires as they are and with idle ones, and as much longer
+as what they stand still for:
 
 waiting_s    until the step would be over on idle wires: the bubble of the schedule, and slower stages
 exposed_s    by how much later it is over, and what is sent when all passes are over
@@ -150,13 +154,12 @@ def predict(
     compute_s, slowest_s, slowest_rate = by_rank[rank], max(by_rank), min(setting.flops_per_s)
     paces = set(zip(by_rank, setting.flops_per_s, strict=True))
 
-    priced, wire_end, links = [], 0.0, Counter[Link]()
+    priced, wire_end, still_s, links = [], 0.0, 0.0, Counter[Link]()
     alike = setting.stages is None  # ranks of different stages have different parameters
     uncovered_s: dict[str, tuple[float, int]] = {}  # of each event: its transfers less its window, and every how many steps
     for number, transfer in enumerate(transfers):
         groups = layout.groups(transfer.axis)
-        wire_s = max(carrier.seconds(routes, transfer, group) for group in groups)
-        seconds = (wire_s + transfer.work_s) * transfer.calls
+        seconds = _call_s(transfer, layout, routes, carrier) * transfer.calls
         mine = next(group for group in groups if rank in group)
         sent = Counter[int]()
         for source, _, size in carrier.flows(transfer, mine):
@@ -166,13 +169,18 @@ def predict(
                 transfer=transfer,
                 wire_bytes_per_step=sent[rank] * transfer.calls / transfer.every,
                 seconds=seconds,
-                even=len({sent[one] for one in mine}) == 1 and (alike or len(groups) == 1),
+                even=len({sent[one] for one in mine}) == 1
+                and (alike or len(groups) == 1)
+                and transfer.label != EVALUATION,  # some replicas have a batch less
             )
         )
-        if transfer.every == 1:
+        in_steps = transfer.label != EVALUATION
+        if transfer.in_passes:
+            still_s += seconds * in_steps
+        elif transfer.every == 1:
             ready_s = max(end_s - transfer.window_flops / rate for end_s, rate in paces)
             wire_end = max(ready_s, wire_end) + seconds
-        else:
+        elif in_steps:
             event = transfer.event or f"transfer {number}"
             so_far_s, _ = uncovered_s.get(event, (-transfer.window_flops / slowest_rate, 0))
             uncovered_s[event] = so_far_s + seconds, transfer.every
@@ -180,13 +188,18 @@ def predict(
             placed = [(group[a], group[b], size) for a, b, size in carrier.flows(transfer, group)]
             for link, payload in routes.load(placed).items():
                 links[link] += payload * transfer.calls / transfer.every  # type: ignore[assignment]
-    waiting_s, exposed_s = slowest_s - compute_s, max(0.0, wire_end - slowest_s)
+    waiting_s, exposed_s = slowest_s - compute_s, max(0.0, wire_end - slowest_s) + still_s
     if setting.stages is not None:
-        ran = simulate(setting.stages.pipelines(layout, setting.flops_per_s), routes)
+        sums_s = {
+            done: sum(one.calls * _call_s(one, layout, routes, carrier) for one in sent)
+            for done, sent in setting.stages.in_passes.items()
+        }
+        ran = simulate(setting.stages.pipelines(layout, setting.flops_per_s, sums_s=sums_s), routes)
         idle = simulate(setting.stages.pipelines(layout, setting.flops_per_s, idle_wires=True), routes)
-        compute_s = ran.computing_s(layout.coordinates(rank)["pipe"])
+        compute_s = idle.computing_s(layout.coordinates(rank)["pipe"])
         waiting_s, exposed_s = idle.seconds - compute_s, ran.seconds - idle.seconds
-        exposed_s += sum(one.seconds for one in priced if one.transfer.every == 1 and one.transfer.label != PIPELINE)
+        after = [one for one in priced if one.transfer.every == 1 and not one.transfer.in_passes]
+        exposed_s += sum(one.seconds for one in after if one.transfer.label != PIPELINE)
         for link, payload in ran.link_bytes.items():
             links[link] += payload
     sources = {link.bandwidth_bps.source for link in setting.cluster.links}
@@ -206,3 +219,21 @@ def predict(
             f"{carrier.about()}; no other traffic on the links",
         ),
     )
+
+
+def _call_s(transfer: Transfer, layout: Layout, routes: Routes, carrier: Carrier) -> float:
+    """Of one call, in the slowest group."""
+    groups = layout.groups(transfer.axis)
+    alone_s = max(carrier.seconds(routes, transfer, group) for group in groups) + transfer.work_s
+    if layout.tensor == 1:
+        return alone_s
+    by_stage: dict[int, list[Counter[Link]]] = {}
+    for group in groups:
+        placed = [(group[a], group[b], size) for a, b, size in carrier.flows(transfer, group)]
+        by_stage.setdefault(layout.coordinates(group[0])["pipe"], []).append(routes.load(placed))
+
+    def busy_s(load: Counter[Link]) -> float:
+        return max((link_seconds(link, size) for link, size in load.items()), default=0.0)
+
+    together_s = max(busy_s(sum(loads, Counter())) for loads in by_stage.values())
+    return alone_s + together_s - max(busy_s(load) for loads in by_stage.values() for load in loads)

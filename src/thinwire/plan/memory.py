@@ -5,7 +5,7 @@
     optimizer    two values a parameter for adamw, one for sgd and muon
     exchange     residuals of codes, and of rare kinds the anchor and the outer momentum, in float32 or wider
     passing      the larger of activations, at the loss, and of what is under way in the rest of a step
-    checkpoint   a copy of the state while it is written: of what differs on each rank, of what is alike on one a host
+    checkpoint   a copy of the state while it is written: of what differs on each rank, of what is alike on one a host and part
 
 Activations, per token, with a bytes a value of the residual stream and c of products (2 under autocast), M width, N heads of D,
 K of keys, F hidden, V vocabulary, as autograd keeps them (`models.transformer`):
@@ -48,7 +48,8 @@ USUAL_AT_ONCE = 2.5
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """See the top of the file; in bytes. copied_bytes: of a checkpoint, on each rank; copied_once_bytes: on one rank a host."""
+    """See the top of the file; in bytes. copied_bytes: of a checkpoint, on each rank; copied_once_bytes: on one rank a host for
+    each of the model's `parts` there."""
 
     weights_bytes: int
     gradients_bytes: int
@@ -58,6 +59,7 @@ class Need:
     under_way_bytes: int
     copied_bytes: int
     copied_once_bytes: int
+    parts: int = 1
 
     @property
     def training_bytes(self) -> int:
@@ -72,7 +74,7 @@ class Need:
 
     def host_bytes(self, ranks: int) -> int:
         """Of so many ranks on one host."""
-        return ranks * (self.training_bytes + self.copied_bytes) + self.copied_once_bytes
+        return ranks * (self.training_bytes + self.copied_bytes) + min(ranks, self.parts) * self.copied_once_bytes
 
     def terms(self) -> str:
         """ "weights 476 MiB, gradients .." """
@@ -121,6 +123,7 @@ def _need(config: RunConfig, workload: Workload, layout: Layout, activations: in
         under_way_bytes=max(under_way, 2 * max(parameter.stored_bytes for parameter in workload.parameters)),
         copied_bytes=exchange + (state if config.sync.rare else 0),
         copied_once_bytes=state,
+        parts=layout.pipe * layout.tensor,
     )
 
 

@@ -27,6 +27,7 @@ from thinwire.collectives.choose.costs import Costs
 from thinwire.collectives.choose.links import Buckets, Sharing
 from thinwire.collectives.price import MESSAGE_OVERHEAD_S
 from thinwire.layout import Layout
+from thinwire.traffic import Transfer
 from thinwire.workload import BACKWARD_OVER_FORWARD
 
 Pass = tuple[str, int, int]
@@ -57,16 +58,28 @@ class Pipelines:
 class Stages:
     """A model in stages on the "pipe" axis of a layout. orders, activation_bytes, gradient_bytes: as in `Pipelines`.
 
-    forward_flops: of one micro-batch, by stage.
+    forward_flops: of one micro-batch, by stage. in_passes: what a pass of one micro-batch sends to other ranks with parts of the
+    same stage, by (F forward or B backward, stage); it lengthens the pass.
     """
 
     orders: Sequence[Sequence[Pass]]
     forward_flops: Sequence[float]
     activation_bytes: Sequence[int]
     gradient_bytes: Sequence[int]
+    in_passes: Mapping[tuple[str, int], Sequence[Transfer]] = field(default_factory=dict)
 
-    def pipelines(self, layout: Layout, flops_per_s: Sequence[float], *, idle_wires: bool = False) -> Pipelines:
-        """flops_per_s: by global rank; a stage is as fast as the slowest of its replicas. idle_wires: nothing is sent."""
+    def pipelines(
+        self,
+        layout: Layout,
+        flops_per_s: Sequence[float],
+        *,
+        idle_wires: bool = False,
+        sums_s: Mapping[tuple[str, int], float] = {},
+    ) -> Pipelines:
+        """flops_per_s: by global rank; a stage is as fast as the slowest of its replicas. idle_wires: nothing is sent.
+
+        sums_s: what `in_passes` takes, by its keys.
+        """
         groups = layout.groups("pipe")
         seconds: dict[tuple[str, int], float] = {}
         for position, order in enumerate(self.orders):
@@ -74,10 +87,11 @@ class Stages:
             for stage in {stage for _, stage, _ in order}:
                 forward_s = self.forward_flops[stage] / rate
                 weights_s = forward_s * BACKWARD_OVER_FORWARD / 2
+                back_s = sums_s.get(("B", stage), 0.0)
                 seconds |= {
-                    ("F", stage): forward_s,
-                    ("B", stage): 2 * weights_s,
-                    ("I", stage): weights_s,
+                    ("F", stage): forward_s + sums_s.get(("F", stage), 0.0),
+                    ("B", stage): 2 * weights_s + back_s,
+                    ("I", stage): weights_s + back_s,
                     ("W", stage): weights_s,
                 }
         nothing = (0,) * len(self.activation_bytes)

@@ -9,7 +9,8 @@ So each forward and each backward pass follows the clock of the declared device.
 
 The exchange goes on while a rank sleeps. Going backward it sleeps before the module, as long as there is time to spare, so that
 gradients become ready when they would on the declared device. What takes longer than its share is made up for by the rest of the
-pass; by how much passes end late is added up and reported. Evaluation is not paced.
+pass; by how much passes end late is added up and reported. Evaluation is not paced. While a rank waits for others within a pass,
+the clock of the pass stands still.
 """
 
 import time
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 from thinwire.errors import UserError
+from thinwire.parallel.waits import Waits
 from thinwire.workload import Workload
 
 SMOOTHING = 0.2
@@ -41,21 +43,23 @@ class _Stage:
 
 @dataclass
 class Pacer:
-    """Hooks on a model. forward_s and backward_s: declared seconds of one micro-batch; late_s: by how much passes were missed."""
+    """Hooks on a model. forward_s and backward_s: declared seconds of one micro-batch; waits: within passes; late_s: by how much
+    passes were missed."""
 
     forward_s: float
     backward_s: float
+    waits: Waits = field(default_factory=Waits)
     declared_s: float = 0.0
     late_s: float = 0.0
     _pass_started: float = 0.0
     _handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
 
     @classmethod
-    def of(cls, workload: Workload, flops_per_s: float) -> "Pacer":
+    def of(cls, workload: Workload, flops_per_s: float, waits: Waits | None = None) -> "Pacer":
         """The pace of a device that achieves `flops_per_s` in training."""
         forward = workload.forward_flops_per_token * workload.tokens_per_microbatch / flops_per_s
         backward = workload.backward_flops_per_token * workload.tokens_per_microbatch / flops_per_s
-        return cls(forward_s=forward, backward_s=backward)
+        return cls(forward_s=forward, backward_s=backward, waits=waits or Waits())
 
     @contextmanager
     def attached(self, model: nn.Module, workload: Workload) -> Iterator[None]:
@@ -66,7 +70,8 @@ class Pacer:
         self._keep(model.register_forward_pre_hook, self._begin_pass)
         self._keep(model.register_forward_hook, self._end_pass)
         for stage in stages:
-            self._keep(stage.module.register_forward_hook, partial(self._end_forward, stage.forward_end))
+            before_others = partial(stage.module.register_forward_hook, prepend=True)  # what is computed then goes to other ranks
+            self._keep(before_others, partial(self._end_forward, stage.forward_end))
             self._keep(stage.module.register_full_backward_pre_hook, partial(self._begin_backward, stage))
             self._keep(stage.module.register_full_backward_hook, partial(self._end_backward, stage))
         try:
@@ -80,6 +85,11 @@ class Pacer:
     def missed_fraction(self) -> float:
         """How much longer than declared the passes took so far."""
         return self.late_s / self.declared_s if self.declared_s else 0.0
+
+    @property
+    def _clock_start(self) -> float:
+        """When the pass would have begun if nobody had been waited for in it."""
+        return self._pass_started + self.waits.since(self._pass_started)
 
     def _keep(self, register: Callable[..., torch.utils.hooks.RemovableHandle], hook: Callable[..., None]) -> None:
         self._handles.append(register(hook))
@@ -98,7 +108,7 @@ class Pacer:
             self._hold(share, self.forward_s)
 
     def _begin_backward(self, stage: _Stage, *_: object) -> None:
-        _sleep_until(self._pass_started + stage.backward_end * self.backward_s - stage.takes_s)
+        _sleep_until(self._clock_start + stage.backward_end * self.backward_s - stage.takes_s)
         stage.started = time.perf_counter()
 
     def _end_backward(self, stage: _Stage, *_: object) -> None:
@@ -108,7 +118,7 @@ class Pacer:
 
     def _hold(self, share: float, pass_s: float) -> None:
         """Sleep until `share` of the pass should be over; at its end see whether that was kept."""
-        late = -_sleep_until(self._pass_started + share * pass_s)
+        late = -_sleep_until(self._clock_start + share * pass_s)
         if share == 1.0:
             self.declared_s += pass_s
             self.late_s += max(0.0, late)

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from thinwire.collectives.metered_calls import all_reduce
 from thinwire.data.loader import IGNORED
+from thinwire.parallel.waits import SETUP, Waits
 from thinwire.traffic import EVALUATION, Transfer
 from thinwire.train.step import Stepper, without_trace
 from thinwire.workload import BACKWARD_OVER_FORWARD
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from thinwire.parallel.pipeline import Pipeline
 
 NORM = "norm"
-SETUP = "replica set-up"
 NORM_BYTES = 8
 
 
@@ -106,10 +106,11 @@ class PipelinedStepper(Stepper):
 class Pace:
     """Holds the passes of a rank's stages to the rate that its device declares, as `pace.Pacer` does with whole models.
 
-    forward_s: of one micro-batch, by stage.
+    forward_s: of one micro-batch, by stage; waits: in which it does not compute.
     """
 
     forward_s: dict[int, float]
+    waits: Waits = field(default_factory=Waits)
     declared_s: float = 0.0
     late_s: float = 0.0
 
@@ -134,7 +135,7 @@ class Pace:
         takes = {"F": forward_s, "B": backward_s, "I": backward_s / 2, "W": backward_s / 2}
 
         def hold(kind: str, begun: float) -> None:
-            ahead = begun + takes[kind] - time.perf_counter()
+            ahead = begun + takes[kind] + self.waits.since(begun) - time.perf_counter()
             self.declared_s += takes[kind]
             self.late_s += max(0.0, -ahead)
             if ahead > 0:

@@ -165,16 +165,17 @@ def agree_on_dtype(config: RunConfig, device: torch.device, resumed: RunFolder |
 
 
 def timed_rates(workload: Workload, batch: object, stepper: Stepper, ledger: Ledger) -> tuple[float, ...]:
-    """Flop/s of each rank on one micro-batch, all computing at once, nothing exchanged. workload: of this rank's part."""
+    """Flop/s of each rank on one micro-batch, all computing at once, no gradients exchanged. workload: of this rank's part."""
     seconds = []
-    with ledger.label("calibration"), without_trace(stepper.model):
+    with ledger.label("calibration"), without_trace(stepper.model), stepper.waits.set_up():
         dist.barrier()
         warm = WARM_PASSES if stepper.clock.on_device else 1
         for _ in range(warm + TIMED_PASSES - 1):
+            stepper.waits.clear()
             begun = time.perf_counter()
             stepper.timed_pass(batch)
             if stepper.clock.on_device:
                 torch.accelerator.synchronize(next(stepper.model.parameters()).device)
-            seconds.append(time.perf_counter() - begun)
+            seconds.append(time.perf_counter() - begun - stepper.waits.seconds())
         stepper.optimizer.zero_grad(set_to_none=False)
         return tuple(gather(workload.flops_per_microbatch / min(seconds[warm:])))

@@ -7,7 +7,7 @@ the host may run ahead, and seconds are known when somebody asks for them. Nothi
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from thinwire.collectives.clock import clock_of, has_streams
 from thinwire.collectives.ledger import Clock
 from thinwire.config.run import TrainSection
+from thinwire.parallel.waits import Waits
 from thinwire.sync.base import Synchroniser
 from thinwire.traffic import Transfer
 
@@ -39,7 +40,8 @@ class StepTimes:
 class Ran:
     """A step that was called: this rank's loss ([], on the device), and moments. ready: when the last gradient was.
 
-    computing: when this rank computed, from and to, if in a pipeline it waited in between; then the rest is waiting.
+    computing: when this rank computed, from and to, if in a pipeline it waited in between; then the rest is waiting. waits: when
+    passes stood still in that time.
     """
 
     loss: Tensor
@@ -50,6 +52,7 @@ class Ran:
     updated: Any
     synchronised: Any
     computing: Sequence[tuple[Any, Any]] = ()
+    waits: Sequence[tuple[Any, Any]] = ()
 
     def times(self) -> StepTimes:
         """Waits until the device has done it."""
@@ -59,6 +62,8 @@ class Ran:
             wait_s += compute_s
             compute_s = sum(seconds(*ends) for ends in self.computing)
             wait_s -= compute_s
+        waited_s = sum(seconds(*ends) for ends in self.waits)
+        compute_s, wait_s = compute_s - waited_s, wait_s + waited_s
         return StepTimes(
             compute_s=compute_s,
             wait_s=wait_s + seconds(self.updated, self.synchronised),
@@ -98,7 +103,7 @@ def learning_rate(train: TrainSection, step: int) -> float:
 @dataclass(frozen=True, kw_only=True)
 class Stepper:
     """What a step needs besides its batches. `precision()` is entered around each forward pass; norm: of the gradient, for
-    clipping."""
+    clipping; waits: of its passes, for other ranks."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -107,6 +112,7 @@ class Stepper:
     precision: Callable[[], AbstractContextManager]
     train: TrainSection
     norm: Norm = gradient_norm
+    waits: Waits = field(default_factory=Waits)
 
     @cached_property
     def clock(self) -> Clock:
@@ -127,6 +133,7 @@ class Stepper:
         mean, so that the ranks' average, of gradients and of what is returned, is over the whole step's micro-batches.
         """
         clock, ready_before = self.clock, self.sync.ready_at
+        self.waits.clear()
         started = clock.now()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.train, step)
@@ -148,6 +155,7 @@ class Stepper:
             updated=updated,
             synchronised=synchronised,
             computing=self._computing(),
+            waits=tuple(self.waits.ends),
         )
 
     def score(self, task: Any, model: nn.Module, replica: int) -> tuple[float, float]:
