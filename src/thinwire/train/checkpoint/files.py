@@ -1,7 +1,8 @@
 """A checkpoint on one disk: a folder `step-000120` that is whole once it has that name.
 
     .metadata, __0_0.distcp    model and optimizer, by torch.distributed.checkpoint: what is alike on all ranks
-    part-00-of-02.pt           instead, where ranks hold parts of the model: {"model", "optimizer"} of one part, by `torch.save`
+    part-00-of-02.pt           instead, where ranks hold parts of the model: {"model", "optimizer"} of one part, by `torch.save`;
+                               with "shards", which parts of single parameters these are, where tensor ranks have them
     rank-00003.pt              what is rank 3's own (random state, synchroniser; where replicas differ, model and optimizer)
     progress.json              the step, and who trained
     checksums.json             SHA-256 of all the others

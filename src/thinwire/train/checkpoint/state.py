@@ -7,7 +7,8 @@ differ, its model and optimizer. What is alike is put back by parameter name, wh
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,18 @@ from torch.utils import _pytree
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.errors import UserError
+from thinwire.parallel.tensor_parts import Part
+from thinwire.parallel.tensor_state import copy_common
 from thinwire.sync.base import Synchroniser
 from thinwire.sync.joined import joined
 from thinwire.train.checkpoint.files import Progress, one_line, part_files, rank_file, read_progress, sync
+from thinwire.train.checkpoint.shards import Refit, Shards, both_parts, from_plain, to_plain
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What is saved. model: this rank's part of it, number `part` of `num_parts`, under the names of the whole model."""
+    """What is saved. model: this rank's part of it, number `part` of `num_parts`, under the names of the whole model. shards: of
+    parameters that are split themselves."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -35,6 +40,7 @@ class Parts:
     rank: int
     part: int = 0
     num_parts: int = 1
+    shards: Shards = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +58,8 @@ def snapshot(parts: Parts, *, alike: bool) -> Snapshot:
         own["device_random"] = torch.get_device_module(device).get_rng_state(device)
     if parts.num_parts > 1:
         own["part"] = parts.part
+    shards = {"shards": to_plain(parts.shards, parts.model.state_dict())} if parts.shards else {}
+    own |= shards
     if parts.sync.replicas_differ:
         own["model"], own["optimizer"] = parts.model.state_dict(), parts.optimizer.state_dict()
     own = _copied(own)
@@ -59,7 +67,7 @@ def snapshot(parts: Parts, *, alike: bool) -> Snapshot:
         return Snapshot(alike=None, own=own)
     with parts.sync.averaged():
         model, optimizer = get_state_dict(parts.model, parts.optimizer)
-        return Snapshot(alike=_copied({"model": model, "optimizer": optimizer}), own=own)
+        return Snapshot(alike=_copied({"model": model, "optimizer": optimizer, **shards}), own=own)
 
 
 def write_own(folder: Path, rank: int, taken: Snapshot) -> Path:
@@ -99,7 +107,7 @@ def load(path: Path, parts: Parts, *, with_own: bool) -> None:
     with one_line(f"checkpoint {path}", "read"):
         state: dict[str, Any] = dict(zip(("model", "optimizer"), get_state_dict(parts.model, parts.optimizer), strict=True))
         groups = [dict(group) for group in state["optimizer"]["param_groups"]]  # of this rank's parameters; reading replaces them
-        _read(path, state)
+        _read(path, state, parts.shards)
         parts.model.load_state_dict(state["model"])
         groups = [_hyperparameters(group, state["optimizer"]["param_groups"]) for group in groups]
         parts.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
@@ -136,38 +144,85 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 
-def _read(path: Path, state: dict[str, Any]) -> None:
-    """Into the tensors of `state`, {"model"} or {"model", "optimizer"}, by names of parameters. Of groups all that were saved."""
+def _read(path: Path, state: dict[str, Any], shards: Shards = {}) -> None:  # noqa: B006 (never changed)
+    """Into the tensors of `state`, {"model"} or {"model", "optimizer"}, by names of parameters, of which this rank has `shards`.
+    Of groups all that were saved."""
     files = part_files(read_progress(path).num_parts)
     if not files:
-        dcp.load(state, checkpoint_id=path, no_dist=True)
+        _read_whole(path, state, shards)
         return
-    wanted, moments, groups = dict(state["model"]), state.get("optimizer", {}).get("state", {}), list[Any]()
+    moments, groups = state.get("optimizer", {}).get("state", {}), list[Any]()
+    wanted: dict[str, set[range]] = {name: set() for name in state["model"]}  # what is there of each
     for file in (path / name for name in files if wanted and (path / name).exists()):  # a disk need not hold all
         saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         groups += saved["optimizer"]["param_groups"]
+        its = from_plain(saved)
         for name in wanted.keys() & saved["model"].keys():  # what several have is taken from the first
-            _put(state["model"], saved["model"], [name], str(file))
+            both = both_parts(name, shards, its)
+            wanted[name].update(_put(state["model"], saved["model"], [name], str(file), both))
             if name in moments:
-                _put(moments[name], saved["optimizer"]["state"].get(name, {}), moments[name], f"{file}, optimizer, {name}:")
-            del wanted[name]
+                its_moments, what = saved["optimizer"]["state"].get(name, {}), f"{file}, optimizer, {name}:"
+                _put(moments[name], its_moments, moments[name], what, both)
+            if both is None or sum(map(len, wanted[name])) == sum(map(len, both[0].ranges)):
+                del wanted[name]
     if wanted:
         raise UserError(f"checkpoint {path} holds no {next(iter(wanted))}; resume with the model that it was made with")
     if "optimizer" in state:
         state["optimizer"]["param_groups"] = groups
 
 
+def _read_whole(path: Path, state: dict[str, Any], shards: Shards) -> None:
+    """Of a checkpoint of whole parameters; those of which this rank has parts come one after the other, for they are larger."""
+    if not shards:
+        dcp.load(state, checkpoint_id=path, no_dist=True)
+        return
+    model, moments = state["model"], state["optimizer"]["state"]
+    rest: dict[str, Any] = {"optimizer": {"param_groups": state["optimizer"]["param_groups"]}}
+    for values, place in ((model, rest), (moments, rest["optimizer"])):
+        if whole_here := {name: value for name, value in values.items() if name not in shards}:
+            place["model" if values is model else "state"] = whole_here
+    dcp.load(rest, checkpoint_id=path, no_dist=True)
+    state["optimizer"]["param_groups"] = rest["optimizer"]["param_groups"]
+    for name in model.keys() & shards.keys():
+        part, its = shards[name], {"optimizer": {"state": {name: moments[name]}}} if name in moments else {}
+        whole: dict[str, Any] = _pytree.tree_map_only(torch.Tensor, partial(_whole, part), {"model": {name: model[name]}, **its})
+        dcp.load(whole, checkpoint_id=path, no_dist=True)
+        both, what = (part, part.everything), f"checkpoint {path}"
+        _put(model, whole["model"], [name], what, both)
+        if name in moments:
+            _put(moments[name], whole["optimizer"]["state"][name], moments[name], what, both)
+
+
+def _whole(part: Part, local: torch.Tensor) -> torch.Tensor:
+    """Room for the whole of a tensor; a number is whole."""
+    return local.new_empty(part.whole_shape(local.shape)) if local.dim() else local
+
+
 @torch.no_grad()
-def _put(mine: dict[str, Any], saved: Mapping[str, Any], keys: Iterable[str], what: str) -> None:
+def _put(
+    mine: dict[str, Any],
+    saved: Mapping[str, Any],
+    keys: Iterable[str],
+    what: str,
+    both: tuple[Part, Part] | None = None,
+) -> list[range]:
+    """both: parts of a parameter, that of what is `mine` and that of what is saved. Returns what was there of the former."""
+    there: list[range] = []
     for key in list(keys):
         shape = getattr(mine[key], "shape", None)
-        if key not in saved or getattr(saved[key], "shape", None) != shape:
+        cut = both if shape else None  # a number is whole
+        wanted = cut[1].local_shape(shape) if cut and shape else shape
+        fits = key in saved and getattr(saved[key], "shape", None) == wanted and (not cut or cut[0].whole == cut[1].whole)
+        if not fits:
             of_shape = f" of shape {list(shape)}" if shape else ""
             raise UserError(f"{what} holds no {key}{of_shape}; resume with the model and the optimizer that it was made with")
-        if isinstance(mine[key], torch.Tensor):
+        if cut:
+            there = copy_common(mine[key], cut[0], saved[key], cut[1])
+        elif isinstance(mine[key], torch.Tensor):
             mine[key].copy_(saved[key])
         else:
             mine[key] = saved[key]
+    return there
 
 
 def _hyperparameters(group: dict[str, Any], saved: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -180,13 +235,15 @@ def _by_replica(owns: Sequence[Mapping[str, Any]], parts: Parts) -> list[dict[st
     """States of synchronisers by replica, its parts' put together, of the parameters of this rank."""
     if parts.num_parts == 1 and not any("part" in own for own in owns):
         return [own["sync"] for own in owns]
-    by_part: dict[int, list[dict[str, Any]]] = {}
+    by_part: dict[int, list[Mapping[str, Any]]] = {}
     for own in owns:
-        by_part.setdefault(own.get("part", 0), []).append(own["sync"])
-    found, names = [], parts.model.state_dict()
+        by_part.setdefault(own.get("part", 0), []).append(own)
+    found, shapes = [], {name: value.shape for name, value in parts.model.state_dict().items()}
     for row in zip_longest(*(by_part[part] for part in sorted(by_part))):
-        states = {part: state for part, state in zip(sorted(by_part), row, strict=True) if state is not None}
-        found.append(joined(list(states.values()), names, list(states).index(parts.part) if parts.part in states else 0))
+        held = {part: own for part, own in zip(sorted(by_part), row, strict=True) if own is not None}
+        like = list(held).index(parts.part) if parts.part in held else 0
+        fit = Refit(parts.shards, shapes, [from_plain(own) for own in held.values()])
+        found.append(joined([own["sync"] for own in held.values()], shapes, like, fit))
     return found
 
 
