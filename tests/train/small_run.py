@@ -2,10 +2,11 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pool import Rank
+from pool import Pool, Rank
 from thinwire.config.run import RunConfig
 from thinwire.environment import Environment
 from thinwire.record import RunFolder
@@ -80,3 +81,22 @@ def losses(folder: Path) -> dict[int, float]:
 
 def scores(folder: Path) -> dict[int, float]:
     return {event.step: event.loss for event in RunFolder.open(folder).evals()}
+
+
+def config_of(folder: Path, layout: dict[str, int], num_micro: int = 4, **sections: Any) -> RunConfig:
+    """Of a layout: in float64, of four micro-batches for each replica."""
+    folder.mkdir(exist_ok=True)
+    text = make_text(folder / "text.txt")
+    given = {
+        "model": {"layers": 4, "width": 16, "heads": 2, "context": 16, "dtype": "float64"},
+        "data": {"source": str(text), "cache": str(folder / "cache")},
+        "sync": {"accumulate": num_micro},
+        "layout": layout,
+        "train": make_config(folder, dtype="auto").train.model_dump(),
+    }
+    return RunConfig.model_validate({**given, **{key: given.get(key, {}) | value for key, value in sections.items()}})
+
+
+def on_one_rank(ranks1: Pool, folder: Path, num_micro: int, **sections: Any) -> tuple[dict[int, float], dict[int, float]]:
+    outcome = ranks1.run(run_training, config_of(folder, {}, num_micro, **sections))[0]
+    return losses(outcome.folder), scores(outcome.folder)

@@ -6,35 +6,15 @@ from statistics import median
 from typing import Any
 
 import pytest
-from small_run import losses, make_config, make_text, run_training, scores
+from small_run import config_of, losses, on_one_rank, run_training, scores
 
 from pool import Pool
-from thinwire.config.run import RunConfig
 from thinwire.errors import UserError
 from thinwire.record import RunFolder
 from thinwire.report import Facts, as_json
 from thinwire.train.trained import open_trained
 
 pytestmark = pytest.mark.heavy
-
-
-def config_of(folder: Path, layout: dict[str, int], num_micro: int = 4, **sections: Any) -> RunConfig:
-    """In float64, of four micro-batches for each replica."""
-    folder.mkdir(exist_ok=True)
-    text = make_text(folder / "text.txt")
-    given = {
-        "model": {"layers": 4, "width": 16, "heads": 2, "context": 16, "dtype": "float64"},
-        "data": {"source": str(text), "cache": str(folder / "cache")},
-        "sync": {"accumulate": num_micro},
-        "layout": layout,
-        "train": make_config(folder, dtype="auto").train.model_dump(),
-    }
-    return RunConfig.model_validate({**given, **{key: given.get(key, {}) | value for key, value in sections.items()}})
-
-
-def on_one_rank(ranks1: Pool, folder: Path, num_micro: int, **sections: Any) -> tuple[dict[int, float], dict[int, float]]:
-    outcome = ranks1.run(run_training, config_of(folder, {}, num_micro, **sections))[0]
-    return losses(outcome.folder), scores(outcome.folder)
 
 
 @pytest.mark.parametrize(

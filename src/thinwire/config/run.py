@@ -17,6 +17,7 @@ from thinwire.config.model import ModelConfig, preset
 from thinwire.config.pipeline import PipelineSection
 from thinwire.config.pretrained import read_shape, tokenizer_of
 from thinwire.config.sync import EveryStep, Sync
+from thinwire.config.tensor import TensorSection
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.tomlfile import Section, read_toml, read_value, validate
@@ -86,12 +87,12 @@ class LayoutSection(Section):
     """Replicas that average gradients in each step; 0: all ranks that the other axes leave, but 1 beside a rare sync.kind."""
     seq: int = Field(1, ge=1)
     tensor: int = Field(1, ge=1)
+    """Ranks among which every layer's matrices are shared out; see [tensor]."""
 
     def resolve(self, world_size: int, *, rare: bool) -> Layout:
         """The Layout for `world_size` ranks. rare: of sync.kind. UserError if it does not fit, or uses an axis not built yet."""
-        for axis in ("seq", "tensor"):
-            if getattr(self, axis) > 1:
-                raise UserError(f"layout.{axis} = {getattr(self, axis)}: training over this axis does not exist yet; set it to 1")
+        if self.seq > 1:
+            raise UserError(f"layout.seq = {self.seq}: training over this axis does not exist yet; set it to 1")
         if self.outer > 1 and not rare:
             raise UserError(f"layout.outer = {self.outer}: only a sync.kind that exchanges rarely uses this axis; set it to 1")
         others = self.pipe * self.seq * self.tensor
@@ -201,6 +202,7 @@ class RunConfig(Section):
     data: DataSection = DataSection()
     layout: LayoutSection = LayoutSection()
     pipeline: PipelineSection = PipelineSection()
+    tensor: TensorSection = TensorSection()
     sync: Sync = EveryStep()
     compress: Compress = NoCompression()
     train: TrainSection = TrainSection()
@@ -222,6 +224,13 @@ class RunConfig(Section):
             raise ValueError(f"train.sequence {self.train.sequence} is longer than model.context {self.model.context}")
         if self.layout.pipe > 1:
             self._check_pipeline()
+        if self.layout.tensor > 1:
+            self._check_tensor()
+        for axis in ("pipe", "tensor"):
+            if self.sync.by_speed and getattr(self.layout, axis) > 1:
+                raise ValueError(
+                    f"sync.assign = 'by_speed' assigns micro-batches to replicas of one rank; leave it out with layout.{axis}"
+                )
         dtype, optimizer = self.model.dtype, self.train.optimizer
         if dtype != "float32" and self.train.dtype not in ("auto", dtype):
             raise ValueError(
@@ -244,9 +253,19 @@ class RunConfig(Section):
                 f"of {self.model.layers} layers has {units} units to share out; take layout.pipe = "
                 f"{units // self.pipeline.per_rank} or less"
             )
-        if self.sync.by_speed:
+
+    def _check_tensor(self) -> None:
+        degree = self.layout.tensor
+        self.model.check_tensor(degree)
+        if isinstance(self.train.optimizer, Muon):
             raise ValueError(
-                "sync.assign = 'by_speed' assigns micro-batches to replicas of one rank; leave it out with layout.pipe"
+                f"train.optimizer.kind = 'muon' orthonormalises whole matrices, of which a rank has a part with layout.tensor = "
+                f"{degree}; take 'adamw', or layout.pipe in place of it"
+            )
+        if self.collectives.kind != "native":
+            raise ValueError(
+                f"collectives.kind = {self.collectives.kind!r} lets groups of replicas add up in different orders, by which what "
+                f"the {degree} ranks of layout.tensor each have whole would come to differ; set it to 'native'"
             )
 
 

@@ -16,21 +16,22 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.config.run import RunConfig, TrainSection
 from thinwire.layout import Layout
-from thinwire.parallel import tensor
 from thinwire.parallel.cut import Cut, cut_model
 from thinwire.parallel.tensor_parts import local_workload
+from thinwire.parallel.waits import Waits
 from thinwire.plan.pipeline import Stages
 from thinwire.sync.base import Synchroniser
 from thinwire.traffic import Transfer
 from thinwire.train.pace import Pacer
 from thinwire.train.pipelined import Pace, PipelinedStepper
-from thinwire.train.step import Named, Norm, Stepper, gradient_norm
+from thinwire.train.step import Norm, Stepper, gradient_norm
 from thinwire.train.task import LanguageModel
+from thinwire.train.tensor_part import TensorPart
 from thinwire.workload import Workload
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ Precision = Callable[[], AbstractContextManager]
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """See the top of the file. number: of the part, of `count` into which the model is cut."""
+    """See the top of the file. number: of the part, of `count` into which the model is cut. tensor: where matrices are split."""
 
     module: nn.Module
     workload: Workload
@@ -50,8 +51,14 @@ class Part:
     norm: Norm = gradient_norm
     number: int = 0
     count: int = 1
+    tensor: TensorPart | None = None
     pipeline: Pipeline | None = None
     stages: Stages | None = None
+
+    @property
+    def waits(self) -> Waits:
+        """Of its passes, for the other tensor ranks."""
+        return Waits() if self.tensor is None else self.tensor.waits
 
     def stepper(
         self, attached: nn.Module, optimizer: torch.optim.Optimizer, sync: Synchroniser, task: LanguageModel, train: TrainSection
@@ -65,6 +72,7 @@ class Part:
             precision=self.precision,
             train=train,
             norm=self.norm,
+            waits=self.waits,
         )
         if self.pipeline is None:
             return usual
@@ -73,8 +81,9 @@ class Part:
     def pacer(self, flops_per_s: float) -> Pacer | Pace:
         """Of a device that achieves `flops_per_s` in training; see `paced`."""
         if self.stages is None:
-            return Pacer.of(self.workload, flops_per_s)
-        return Pace({stage: flops / flops_per_s for stage, flops in enumerate(self.stages.forward_flops)})
+            return Pacer.of(self.workload, flops_per_s, self.waits)
+        seconds = {stage: flops / flops_per_s for stage, flops in enumerate(self.stages.forward_flops)}
+        return Pace(seconds, self.waits)
 
     def paced(self, pacer: Pacer | Pace) -> AbstractContextManager[None]:
         """Inside, this rank computes at that rate."""
@@ -85,36 +94,49 @@ class Part:
 
     def traffic(self, num_micro: int) -> list[Transfer]:
         """What is sent within one replica in a step."""
-        return [] if self.pipeline is None else self.pipeline.traffic(num_micro)
+        found = [] if self.pipeline is None else self.pipeline.traffic(num_micro)
+        if self.tensor is not None:
+            counted = self.module.named_parameters() if self.pipeline is None else self.pipeline.counted()
+            found += self.tensor.traffic(num_micro, counted)
+        return found
+
+    def evaluation_traffic(self, task: LanguageModel, replica: int) -> list[Transfer]:
+        """What an evaluation sends between tensor ranks."""
+        return [] if self.tensor is None else self.tensor.evaluation_traffic(task, replica)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Of one rank: its groups by axis, its device, and what is entered around forward passes. rates: flops_per_s by global rank
-    where they are declared, so that slower ranks get fewer layers."""
+    """Of one rank: its groups by axis, its device, and what is entered around forward passes; casts: whether that is autocast to
+    bfloat16. rates: flops_per_s by global rank where they are declared, so that slower ranks get fewer layers."""
 
     layout: Layout
     groups: Mapping[str, dist.ProcessGroup]
     ledger: Ledger
     device: torch.device
     precision: Precision = nullcontext
+    casts: bool = False
     rates: Sequence[float] | None = None
 
 
 def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
     """Build the model on its device and keep what is this rank's. No communication. UserError for a model that cannot be cut."""
     layout, ledger, model = place.layout, place.ledger, task.build_model().to(place.device)
-    workload, norm = task.workload, gradient_norm
+    workload, split, row = task.workload, None, 0
     if layout.tensor > 1:
-        split = tensor.apply(model, place.groups["tensor"], ledger)
-        workload = local_workload(workload, task.shape, layout.tensor)
-
-        def norm(named: Named) -> Tensor:
-            plain = ((name.removeprefix("module."), one) for name, one in named)  # without what DistributedDataParallel adds
-            return tensor.gradient_norm(plain, split, place.groups["tensor"], ledger)
-
+        split = TensorPart.split(model, config, place.groups["tensor"], ledger, casts=place.casts)
+        workload, row = local_workload(workload, task.shape, layout.tensor), split.group.rank()
+    norm = gradient_norm if split is None else split.norm
     if layout.pipe == 1:
-        return Part(module=model, workload=workload, precision=place.precision, norm=norm)
+        return Part(
+            module=model,
+            workload=workload,
+            precision=place.precision,
+            norm=norm,
+            number=row,
+            count=layout.tensor,
+            tensor=split,
+        )
     from thinwire.parallel.pipeline import Pipeline
 
     example, _ = task.batch(0, 0)
@@ -122,21 +144,25 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
     if place.rates is not None:
         slowest = [min(place.rates[group[position]] for group in layout.groups("pipe")) for position in range(layout.pipe)]
     cut = cut_model(model, example.to(place.device), config.pipeline, layout.pipe, workload.chain_flops_per_token, slowest)
+    if split is not None:
+        split = split.in_stages(cut, place.groups["pipe"].rank())
+        cut = split.cut or cut
     pipeline = Pipeline(model, cut, place.groups["pipe"], ledger, model.loss, place.precision)
     return Part(
         module=pipeline.owner,
         workload=stage_workload(workload, cut, pipeline),
         precision=place.precision,
         norm=norm,
-        number=pipeline.rank,
-        count=layout.pipe,
+        number=pipeline.rank * layout.tensor + row,
+        count=layout.pipe * layout.tensor,
+        tensor=split,
         pipeline=pipeline,
-        stages=stages_of(workload, cut, config.sync.accumulate),
+        stages=stages_of(workload, cut, config.sync.accumulate, split),
     )
 
 
-def stages_of(workload: Workload, cut: Cut, num_micro: int) -> Stages:
-    """For predictions. workload: of the whole model."""
+def stages_of(workload: Workload, cut: Cut, num_micro: int, split: TensorPart | None = None) -> Stages:
+    """For predictions. workload: of the whole model, or of this rank's part of all its matrices, as `split` says."""
     from thinwire.parallel.schedules import orders
 
     options, costs = cut.options, workload.chain_flops_per_token
@@ -146,6 +172,7 @@ def stages_of(workload: Workload, cut: Cut, num_micro: int) -> Stages:
         forward_flops=[workload.tokens_per_microbatch * sum(costs[unit] for unit in units) for units in cut.stages],
         activation_bytes=[cut.message_bytes("activations", boundary) for boundary in boundaries],
         gradient_bytes=[cut.message_bytes("gradients", boundary) for boundary in boundaries],
+        in_passes={} if split is None else split.pass_traffic(),
     )
 
 

@@ -56,7 +56,8 @@ def report_traffic(train: TrainSection, axis: str, world_size: int) -> list[Tran
 class Trainer:
     """One per rank; everything it does is collective over `group`, all ranks. `reporter` on rank 0 only.
 
-    replica: of this rank, among `len(assignment)`. bubble_s: what a step of a pipeline waits even on idle wires, as predicted.
+    replica: of this rank, among `len(assignment)`. same_loss: ranks of a replica that all have its loss. bubble_s: what a step of
+    a pipeline waits even on idle wires, as predicted.
     """
 
     task: Task
@@ -71,6 +72,7 @@ class Trainer:
     reporter: Reporter | None
     assignment: Assignment
     """Micro-batches of a step by replica."""
+    same_loss: int = 1
     bubble_s: float = 0.0
     by_speed: bool = False
     """Whether `assignment` follows the seconds in the reports."""
@@ -223,7 +225,7 @@ class Trainer:
                     step=done,
                     time_s=0.0,
                     tokens=self.tokens,
-                    loss=loss / len(self.assignment),
+                    loss=loss / (len(self.assignment) * self.same_loss),
                     exposed_s=wait - waiting,
                     waiting_s=waiting,
                     **seconds,

@@ -148,6 +148,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         ledger=ledger,
         device=rank.device,
         precision=precision,
+        casts=casts,
         rates=cluster.declared_rates,
     )
     part = take_part(task, config, place)
@@ -161,6 +162,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         rank=number,
         part=part.number,
         num_parts=part.count,
+        shards=part.tensor.parts if part.tensor else {},
     )
     progress = Progress(step=0, tokens=0, world_size=layout.world_size, assignment=())
     if resume is not None:
@@ -170,7 +172,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         progress = found.progress
     attached = stack.enter_context(sync.attached(part.module, optimizer, mesh))
     stepper = part.stepper(attached, optimizer, sync, task, config.train)
-    with ledger.label("replica set-up"):
+    with ledger.label("replica set-up"), part.waits.set_up():
         stepper.rehearse(task.batch(0, replica))
     prediction, pacer, assignment = _predict(rank, cluster, task, part, stepper, progress, groups)
     if pacer:
@@ -206,6 +208,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         parts=parts,
         group=group,
         replica=replica,
+        same_loss=layout.tensor,
         device=rank.device,
         stop=rank.stop,
         saver=Saver(folder.path / "checkpoints", disks, config.train.checkpoints_kept, config.train.checkpoint_copies, parts),
@@ -274,6 +277,7 @@ def _predict(
         *stepper.sync.traffic(part.workload, layout),
         *stepper.norm_traffic(),
         *stepper.evaluation_traffic(task, layout.replica(dist.get_rank())),
+        *part.evaluation_traffic(task, layout.replica(dist.get_rank())),
         *report_traffic(config.train, layout.report_axis, layout.world_size),
     ]
     carrier = setup.choose_carrier(rank.tuner, cluster, groups, transfers)

@@ -1,0 +1,115 @@
+"""What a rank shares with the others of the tensor axis: the parameters it has parts of, the norm, and what is sent for it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from thinwire.collectives.clock import clock_of
+from thinwire.collectives.ledger import Ledger
+from thinwire.compress.base import Codec, make_codec
+from thinwire.config.compress import read_coding
+from thinwire.config.model import ModelConfig
+from thinwire.config.run import RunConfig, TrainSection
+from thinwire.parallel import tensor
+from thinwire.parallel.cut import Cut
+from thinwire.parallel.tensor_boundary import boundary_traffic, gathers, split_boundaries
+from thinwire.parallel.tensor_parts import Parts
+from thinwire.parallel.waits import Waits
+from thinwire.traffic import Transfer, merged
+from thinwire.train.step import Named
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorPart:
+    """Of one rank. parts: of parameters, by name in the model; cut: into stages, of which this rank has those of `stage_rank`."""
+
+    shape: ModelConfig
+    train: TrainSection
+    group: dist.ProcessGroup
+    ledger: Ledger
+    codec: Codec | None
+    casts: bool
+    parts: Parts
+    waits: Waits
+    device: torch.device
+    cut: Cut | None = None
+    stage_rank: int = 0
+
+    @classmethod
+    def split(cls, model: nn.Module, config: RunConfig, group: dist.ProcessGroup, ledger: Ledger, *, casts: bool) -> "TensorPart":
+        """Of `model`, a whole `Transformer` on its device, of which this rank's part is left. Local."""
+        device = next(model.parameters()).device
+        codec, waits = make_codec(read_coding(config.tensor.sums, "tensor.sums")), Waits(clock_of(device))
+        shape: Any = model.config
+        return cls(
+            shape=shape,
+            train=config.train,
+            group=group,
+            ledger=ledger,
+            codec=codec,
+            casts=casts,
+            parts=tensor.apply(model, group, ledger, codec, waits),
+            waits=waits,
+            device=device,
+        )
+
+    @property
+    def degree(self) -> int:
+        return self.group.size()
+
+    def in_stages(self, cut: Cut, stage_rank: int) -> "TensorPart":
+        """The same, when the model has been cut; `cut.stages` hand on parts of the width."""
+        return replace(self, cut=split_boundaries(cut, self.group, self.ledger, self.waits), stage_rank=stage_rank)
+
+    def norm(self, named: Named) -> Tensor:
+        """Of the gradient of the whole parameters. Collective."""
+        return tensor.gradient_norm(self._plain(named), self.parts, self.group, self.ledger)
+
+    def traffic(self, num_micro: int, named: Named) -> list[Transfer]:
+        """What this rank sends in a step. named: as for `norm`, which is sent where one of them is split."""
+        clips = self.train.clip > 0 and any(name in self.parts for name, _ in self._plain(named))
+        passes = self._passes(num_micro=num_micro, units=self._units(), clips=clips)
+        return merged(tensor.traffic(self.shape, self.degree, passes, self.codec) + self._at_boundaries(num_micro))
+
+    def pass_traffic(self) -> dict[tuple[str, int], list[Transfer]]:
+        """What a pass of one micro-batch through a stage sends, by (F forward or B backward, stage)."""
+        assert self.cut is not None
+        found: dict[tuple[str, int], list[Transfer]] = {}
+        for stage, units in enumerate(self.cut.stages):
+            sums = tensor.traffic(self.shape, self.degree, self._passes(units=units), self.codec)
+            back = [one for one in sums if one.label.startswith(tensor.GRADIENTS)]
+            found["F", stage] = [one for one in sums if one not in back] + gathers(self.cut, (stage - 1,), 1)
+            found["B", stage] = back + gathers(self.cut, (stage,), 1)
+        return found
+
+    def evaluation_traffic(self, task: Any, replica: int) -> list[Transfer]:
+        """What one evaluation sends."""
+        every, batches = self.train.eval_every, sum(1 for _ in task.held_out(replica))
+        if not every or not batches:
+            return []
+        passes = self._passes(num_micro=batches, units=self._units(), evaluates=True, casts=False)
+        found = tensor.traffic(self.shape, self.degree, passes) + self._at_boundaries(batches, evaluates=True)
+        return merged(replace(transfer, every=every) for transfer in found)
+
+    def _passes(self, **changes: Any) -> tensor.Passes:
+        of_a_batch = {"micro_batch": self.train.micro_batch, "sequence": self.train.sequence}
+        return tensor.Passes(**{**of_a_batch, "casts": self.casts, "device": self.device, **changes})
+
+    def _units(self) -> list[int] | None:
+        if self.cut is None:
+            return None
+        return [unit for stage in self.cut.stages_of(self.stage_rank) for unit in self.cut.stages[stage]]
+
+    def _at_boundaries(self, num_micro: int, *, evaluates: bool = False) -> list[Transfer]:
+        if self.cut is None:
+            return []
+        return boundary_traffic(self.cut, self.stage_rank, self.degree, num_micro, evaluates=evaluates)
+
+    @staticmethod
+    def _plain(named: Named) -> Iterator[tuple[str, nn.Parameter]]:
+        """Without what DistributedDataParallel adds to names."""
+        return ((name.removeprefix("module."), one) for name, one in named)
