@@ -73,6 +73,8 @@ MEASURED = {
     "sgd": [*LARGE, "train.optimizer.kind=sgd"],
     "int4": [*LARGE, "compress.kind=int4"],
     "diloco": [*LARGE, "sync.kind=diloco", "sync.every=2"],
+    "tensor": [*LARGE, "model.layers=12", "layout.tensor=2"],
+    "tensor activations": [*WIDE_BATCH, "train.sequence=256", "layout.tensor=2"],
     "activations": [*WIDE_BATCH, "train.sequence=256"],
     "vocabulary": ["model.preset=1m", "model.vocabulary=20000", "train.sequence=256", "train.micro_batch=8"],
 }
