@@ -1,8 +1,11 @@
 """A maximum a posteriori update of the model's factors from a few measured rows, and how sure a prediction is then.
 
-theta      logarithms of the factors; prior: normal around a mean, deviations SPREAD
-r_i        log measured - log predicted(theta); weight w_i = 1 / (1 + (r_i / (CAUCHY NOISE))^2): what lies far off hardly counts
-minimise   sum w_i r_i^2 / NOISE^2 + sum ((theta - mean) / SPREAD)^2      by Gauss-Newton on numeric derivatives
+    theta      logarithms of the factors; prior: normal around a mean, deviations SPREAD
+    r_i        log measured - log predicted(theta)
+    w_i        1 up to HUBER NOISE, beyond it falling as 1 / |r_i| (Huber 1964): what lies far off pulls no harder for that
+    minimise   sum w_i r_i^2 / NOISE^2 + sum ((theta - mean) / SPREAD)^2
+
+by Gauss-Newton on numeric derivatives, the weights anew in each round.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ SPREAD = Factors(products=0.10, memory=0.25, host=0.5, intra=0.35, inter=0.6, la
 """Deviations of the logarithms of the factors before anything is measured."""
 NOISE = 0.05
 """Deviation of the logarithm of a measured step: releases of one library differ so much on one configuration."""
-CAUCHY = 2.0
+HUBER = 1.5
 ROUNDS = 5
 _STEP = 0.02
 
@@ -51,7 +54,7 @@ def update(
         moved = (np.log(seconds(terms, factors(theta + step))) for step in _STEP * np.eye(len(theta)))
         slope = np.stack([(one - now) / _STEP for one in moved], axis=1)
         left = target - now
-        weight = given / (1 + (left / (CAUCHY * NOISE)) ** 2) / NOISE**2
+        weight = given * np.minimum(1.0, HUBER * NOISE / np.maximum(np.abs(left), 1e-12)) / NOISE**2
         matrix = slope.T @ (slope * weight[:, None]) + np.diag(prior)
         change = np.linalg.solve(matrix, slope.T @ (weight * left) + prior * (mean - theta))
         theta = theta + np.clip(change, -0.7, 0.7)
