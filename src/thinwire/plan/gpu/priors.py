@@ -25,6 +25,7 @@ class Device:
     intra_bytes_per_s: float
     intra_part: float
     attention: float
+    attention_best: float
 
     @property
     def generation(self) -> int:
@@ -118,4 +119,5 @@ def _device(name: str, one: Mapping[str, Any]) -> Device:
         intra_bytes_per_s=1e9 * one["intra"],
         intra_part=one.get("intra_part", 0.8),
         attention=one["attention"],
+        attention_best=one.get("attention_best", one["attention"]),
     )

@@ -37,6 +37,8 @@ EAGER = 2.0
 """Times what fused kernels move: Llama's norms, rotary embedding and gate as PyTorch's single kernels, partly in float32."""
 LAUNCHES = 26.0
 """Kernels of a block, forward."""
+ROUTED_BYTES, ROUTED_LAUNCHES = 16.0, 40.0
+"""Of tokens on their way to experts and back: sorted, sent, unsorted, weighted; and kernels beside those of a dense block."""
 EIGHT_BIT_BYTES = 5.0
 """A value that becomes fp8: read for its largest, read, written once each way."""
 
@@ -88,7 +90,8 @@ def scores(job: Job) -> Work:
     queries = job.sequence / job.seq
     if job.fused:
         flops = 2.0 * job.micro_batch * queries * job.sequence * heads * head  # half of 4 b s^2 a d
-        rate = device.flops_per_s["fp16" if job.precision == "fp8" else job.precision] * device.attention
+        rate = device.flops_per_s["fp16" if job.precision == "fp8" else job.precision]
+        rate *= device.attention if job.zero == 3 else device.attention_best
         return Work(flops / rate * (1 + 16 / head), 0.0, _host(job, 2))
     batch = job.micro_batch * heads
     products = product_s(device, job.precision, queries, job.sequence, head, batch)
@@ -124,11 +127,15 @@ def elementwise(job: Job) -> Work:
     t, h, tokens = job.tensor, job.width, job.tokens
     stream = STREAM_BYTES * h / (t if job.sequence_parallel else 1)
     inner = ((6.0 if job.gated else 4.0) * job.hidden * job.experts_per_token + 8.0 * h) / t
-    if job.gated and job.zero == 3 and not job.compiled:
+    if job.gated and job.zero == 3 and not job.compiled and job.precision != "fp8":
         stream, inner = stream * EAGER, inner * EAGER
     if job.precision == "fp8":
         inner += EIGHT_BIT_BYTES * (3 * h + job.hidden) / t
-    return Work(0.0, _moved(job, tokens * (stream + inner)), _host(job, LAUNCHES + (8 if t > 1 else 0)))
+    launches = LAUNCHES + (8 if t > 1 else 0)
+    if job.experts > 1:
+        inner += ROUTED_BYTES * job.experts_per_token * h / t
+        launches += ROUTED_LAUNCHES
+    return Work(0.0, _moved(job, tokens * (stream + inner)), _host(job, launches))
 
 
 def layer(job: Job) -> tuple[Work, Work]:

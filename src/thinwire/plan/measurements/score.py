@@ -24,16 +24,12 @@ import numpy as np
 from thinwire.plan.gpu.job import Job
 from thinwire.plan.gpu.room import room
 from thinwire.plan.gpu.step import columns, seconds, terms
-from thinwire.plan.measurements.calibrate import ROUNDS, SPREAD, Vector, factors, update
+from thinwire.plan.measurements.calibrate import SPREAD, Vector, factors, update
 from thinwire.plan.measurements.table import Measured, Table
 
 DRAWS = 20
 FEW = 5
 INTERVAL = 0.8
-TABLE_WEIGHT = 12.0
-"""Rows that a reference table counts for at most."""
-BETWEEN = 0.06
-"""Deviation of the logarithm of what one machine with its software takes more than another: tables far off count little."""
 UNKNOWN = 0.3
 """Half width of the interval where there is no reference table, in logarithms."""
 FITS = 0.97
@@ -71,15 +67,9 @@ class Known:
         others = [one for one in self.tables if one.name != scored.name and not one.keys & scored.keys]
         if not others:
             return np.zeros(len(SPREAD)), UNKNOWN
-        weights = np.concatenate([np.full(len(one.terms), min(1.0, TABLE_WEIGHT / len(one.terms))) for one in others])
         measured = np.concatenate([one.measured for one in others])
         together = columns([row for one in others for row in one.terms])
-        trusted, theta = np.ones(len(others)), np.zeros(len(SPREAD))
-        number = np.concatenate([np.full(len(one.terms), index) for index, one in enumerate(others)])
-        for _ in range(ROUNDS):
-            theta = update(together, measured, weights=weights * trusted[number])
-            off = np.array([np.median(np.log(one.predicted(theta) / one.measured)) for one in others])
-            trusted = 1 / (1 + (off / BETWEEN) ** 2)
+        theta = update(together, measured, table=[number for number, one in enumerate(others) for _ in one.terms])
         errors = np.abs(np.log(seconds(together, factors(theta)) / measured))
         share = np.concatenate([np.full(len(one.terms), 1 / len(one.terms) / len(others)) for one in others])
         order = np.argsort(errors)
