@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from command import thinwire
@@ -51,6 +51,7 @@ def test_a_row_is_read_whatever_is_missing_and_named_if_it_cannot_be(tmp_path: P
         "24,1024,,1024,8,h100,1,64,,,,1",
         "24,1024,,1024,8,h100+quantum-9,1,64,,,1.5,",
         "24,1024,,1024,8,h100,1,64,,,-3,",
+        "24,1024,,1024,8,h100,1,1e400,,,1.5,",
     )
     assert [row.number for row in found.rows] == [0, 2, 7]
     assert found.rows[0].job.device.name == "a100-80gb" and found.rows[0].job.data == 8
@@ -62,6 +63,7 @@ def test_a_row_is_read_whatever_is_missing_and_named_if_it_cannot_be(tmp_path: P
         "unknown device h100+quantum-9": 1,
         "iter_time_s is no number: 'fast'": 1,
         "-3 seconds is no time": 1,
+        "global_batch is no number: '1e400'": 1,
         "nothing measured: no iter_time_s, tokens_per_s_per_device or tflops_per_device": 1,
     }
     assert len(found.timed) == 2 and "heads taken as about width / 128" in found.assumed
@@ -182,3 +184,26 @@ def test_priors_name_devices_by_their_words() -> None:
     assert {name: priors().device(name).name for name in names} == names
     assert priors().device("abacus") is None and priors().device("a100+t4").name == "t4-16gb"
     assert len(SPREAD) == 8
+
+
+CELLS = st.fixed_dictionaries(
+    {"layers": st.sampled_from([1, 5, 96]), "width": st.sampled_from([7, 1024, 14_400]), "sequence": st.sampled_from([1, 2048])}
+    | {"device": st.sampled_from(["h100", "t4+v100", "tpu-v5p", "mi300x"]), "num_devices": st.sampled_from([1, 8, 24, 4096])}
+    | {"tensor": st.sampled_from(["", 1, 3, 16]), "pipe": st.sampled_from(["", 1, 3, 8]), "zero": st.sampled_from(["", 0, 3])}
+    | {"micro_batch": st.sampled_from(["", 1, 64]), "global_batch": st.sampled_from(["", 17, 2048])}
+    | {"experts": st.sampled_from(["", 8]), "experts_per_token": st.sampled_from(["", 2]), "seq": st.sampled_from(["", 2])}
+    | {"schedule": st.sampled_from(["", "gpipe", "Interleaved1F1B", "zbv", "of my own"])}
+    | {"recompute": st.sampled_from(["", "full", "some"]), "precision": st.sampled_from(["", "fp8", "fp32", "int3"])}
+    | {"iter_time_s": st.sampled_from([0.5, 2e3]), "memory_gib": st.sampled_from(["", 20]), "kv_heads": st.sampled_from(["", 1])}
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(rows=st.lists(CELLS, min_size=3, max_size=12))
+def test_any_row_is_predicted_or_named(rows: list[dict], tmp_path: Path, shipped: dict[str, Prepared]) -> None:
+    lines = [",".join(str(value) for value in row.values()) for row in rows]
+    found = table(tmp_path, *lines, head=",".join(rows[0]))
+    assert len(found.rows) + sum(found.left_out.values()) == len(rows)
+    if found.timed:
+        result, predicted = score(Prepared(found), Known([shipped["korthikanti_t5"].table]))
+        assert all(0 < value < 1e15 for value in predicted) and 0 <= result.coverage <= 1

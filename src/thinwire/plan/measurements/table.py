@@ -29,6 +29,7 @@ from thinwire.plan.gpu.priors import GIB, Device, priors
 NEEDED = ("layers", "width", "sequence", "num_devices", "device")
 USUAL_INTER_GBITS = (100.0, 200.0, 400.0)
 """A device's share of its host's cards where a row is silent, by generation: InfiniBand EDR, HDR and NDR, a card a device."""
+LARGEST = 1e15
 CONTRADICTS = 1.5
 """Times by which two statements of one row on its time may differ."""
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
@@ -134,7 +135,7 @@ class _Cells:
         text = self.text(name).replace(",", "")
         if text.lower() in ("", "nan", "none", "null", "-", "n/a"):
             return None
-        if NUMBER.fullmatch(text) is None:
+        if NUMBER.fullmatch(text) is None or abs(float(text)) > LARGEST:
             raise _LeftOut(f"{name} is no number: {text[:30]!r}")
         return float(text)
 
