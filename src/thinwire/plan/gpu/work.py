@@ -14,7 +14,8 @@ and no less than its bytes take. Tokens T = b s / c, elements of two bytes. Forw
                  (4 F + 8 h) / t of the activation and of what attention copies
     head         (T, V / t, h), 36 bytes a token and V / t (cast, softmax, loss and their gradients)
     backward     products twice, fused scores 2.5 times, elementwise 1.5 times; recomputed parts once more; and gradients of
-                 weights added to those of earlier micro-batches: 6 bytes a parameter, 10 where they are summed in float32
+                 weights added to those of earlier micro-batches: 6 bytes a parameter, 10 where they are summed in float32; none
+                 from the Megatron on that brought sequence parallelism, which adds them within the product
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def layer(job: Job) -> tuple[Work, Work]:
             backward = backward + last_product(job).times(-1)
     elif job.recompute == "selective":
         backward = backward + (products.times(0.5) + rest if job.fused and job.zero == 3 else inside)
-    if job.micro_batches > 1 and job.zero < 3:
+    if job.micro_batches > 1 and job.zero < 3 and not job.sequence_parallel:
         attention, experts = job.layer_parameters
         added = (attention + experts / job.expert) / job.tensor * (10 if job.wide_gradients else 6)
         backward = backward + Work(0.0, added / (job.device.memory_bytes_per_s * priors().kernels.memory_part))
