@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from thinwire.plan.gpu.step import Factors, Terms, seconds
 
-SPREAD = Factors(products=0.10, memory=0.25, host=0.5, intra=0.35, inter=0.6, latency=0.7, torch=0.10, rest=0.10)
+SPREAD = Factors(products=0.10, memory=0.25, host=0.5, intra=0.35, inter=0.6, latency=0.7, torch=0.10, rest=0.20)
 """Deviations of the logarithms of the factors before anything is measured."""
 COMMON = SPREAD._replace(products=0.05, rest=0.03)
 """Of what many machines have in common, beside BETWEEN of each: of some values, those with the least error on tables left out."""
