@@ -31,6 +31,7 @@ BENCHMARKS = (
     "lab",
     "layouts",
     "ledger",
+    "plan",
     "probe",
     "sync",
     "uneven",

@@ -21,6 +21,7 @@ def bench(  # noqa: PLR0913 - each is an option of the command line
     target: Annotated[float | None, typer.Option(help="Option `target`: time to the loss at this part of ddp's tokens.")] = None,
     unshaped: Annotated[bool, typer.Option("--unshaped", help="Adds `unshaped` to the links.")] = False,
     links: Annotated[str | None, typer.Option(metavar="A,B", help="Option `links`, e.g. '1 Mbit/s,unshaped'.")] = None,
+    measurements: Annotated[Path | None, typer.Option(help="Option `measurements` of plan: a folder of tables.")] = None,
 ) -> None:
     """Measure on this machine and compare. Takes minutes."""
     from rich.console import Console
@@ -35,6 +36,8 @@ def bench(  # noqa: PLR0913 - each is an option of the command line
     listed = {"methods": methods, "links": links}
     options |= {key: [part.strip() for part in text.split(",")] for key, text in listed.items() if text is not None}
     options |= {key: value for key, value in {"target": target, "seeds": seeds}.items() if value is not None}
+    if measurements is not None:
+        options["measurements"] = str(measurements)
     if unshaped:
         options.setdefault("links", []).append("unshaped")
     rows = registry.find(name)(cluster, options)
