@@ -186,6 +186,23 @@ def test_replicas_go_on_with_what_tensor_ranks_wrote_and_the_other_way_round(
     assert_whole_ones_equal(tmp_path / "cut")
 
 
+@pytest.mark.long
+def test_replicas_that_differ_go_on_from_their_average_whatever_parts_they_had(
+    ranks2: Pool, ranks4: Pool, tmp_path: Path
+) -> None:
+    """Anchors and outer momenta of tensor ranks, of stages and of whole models lead to the same losses."""
+    found, sync = [], {"kind": "diloco", "every": 4}
+    for parts in ("tensor", "pipe"):
+        run = {"run": str(tmp_path / parts)}
+        interrupted(ranks4, tensor_config(tmp_path, {"outer": 2, parts: 2}, sync=sync, train=run))
+        other = {"outer": 2, "tensor": 2} if parts == "pipe" else {"outer": 2}
+        config = tensor_config(tmp_path, other, sync=sync, train=run)
+        ranks = ranks4 if parts == "pipe" else ranks2
+        assert {one.reason for one in ranks.run(run_training, config, tmp_path / parts)} == {"done"}
+        found.append(losses(tmp_path / parts))
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
 def test_what_cannot_work_is_refused_before_ranks_start(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model.heads = 4 is not a multiple of it; the nearest degree .* is 2"):
         tensor_config(tmp_path, {"tensor": 3})
