@@ -43,6 +43,15 @@ def test_the_last_used_axis_has_neighbouring_ranks(layout) -> None:
         assert list(group) == list(range(group[0], group[0] + len(group)))
 
 
+@given(layouts)
+def test_gradients_are_averaged_over_replicas_and_over_the_ranks_of_a_sequence(layout) -> None:
+    for group in layout.of_gradients.groups("data"):
+        places = [layout.coordinates(rank) for rank in group]
+        assert {(place.pop("data"), place.pop("seq")) for place in places} == set(product(range(layout.data), range(layout.seq)))
+        assert all(place == places[0] for place in places)
+    assert layout.of_gradients.replicas == layout.replicas * layout.seq
+
+
 @given(layouts, st.integers(1, 2000))
 def test_only_the_right_number_of_ranks_fits(layout, world_size) -> None:
     layout.check(layout.world_size)

@@ -3,7 +3,7 @@
 Slow axis first, fast axis last: neighbours on the last axis have neighbouring ranks, so they share a host.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from thinwire.errors import UserError
@@ -65,6 +65,11 @@ class Layout:
     def replica_axis(self) -> str:
         """The axis along which replicas lie, REPLICAS if both are used."""
         return "data" if self.outer == 1 else "outer" if self.data == 1 else REPLICAS
+
+    @property
+    def of_gradients(self) -> "Layout":
+        """The same ranks, as who averages gradients sees them: those that share sequences have other tokens, as replicas do."""
+        return replace(self, data=self.data * self.seq, seq=1)
 
     @property
     def report_axis(self) -> str:

@@ -87,3 +87,13 @@ def test_ours_against_plain_ddp_gives_a_whole_row(tmp_path: Path) -> None:
     assert content["bench"] == "ddp" and content["machine"]["cores"]
     (row,) = content["rows"]
     assert row["native_s"] > 0 and row["ours_s"] > 0 and row["no_exchange_s"] > 0 and row["ratio"] > 0
+
+
+@pytest.mark.long
+def test_ranks_that_share_a_sequence_give_rows_beside_one_rank() -> None:
+    options = {"sequence": 64, "steps": 1, "model": {"layers": 2, "width": 32, "heads": 4}}
+    alone, keeping, again = find("sequence")(None, options)
+    assert (alone["sent_bytes"], alone["speed_up"]) == (0, 1.0)
+    assert again["sent_bytes"] - keeping["sent_bytes"] == 2 * 2 * 32 * 32 * 4  # layers, keys and values, tokens of a rank, width
+    with pytest.raises(UserError, match=r"64 tokens are no multiple of 6; .* is 2$"):
+        find("sequence")(None, options | {"ranks": [1, 3]})

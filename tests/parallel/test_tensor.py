@@ -5,16 +5,15 @@ from itertools import pairwise
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from one_rank import train_on_one_rank
+from sent import priced, sent_over
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from pool import Pool, Rank, RankFailure
-from thinwire.collectives.ledger import Snapshot, difference
-from thinwire.collectives.wire import sent_bytes
+from thinwire.collectives.ledger import difference
 from thinwire.compress.base import make_codec
 from thinwire.config.compress import read_coding
 from thinwire.config.model import ModelConfig
@@ -32,7 +31,6 @@ from thinwire.parallel.tensor_parts import local_workload, parts_of, words_of
 from thinwire.parallel.tensor_state import part, whole
 from thinwire.plan.memory import ALLOCATOR, activations_bytes
 from thinwire.sync.after_backward import AfterBackwardSync
-from thinwire.traffic import Transfer
 from thinwire.workload import Workload
 
 pytestmark = pytest.mark.heavy
@@ -89,25 +87,6 @@ def on_one_rank(case: Case) -> tuple[list[float], Transformer]:
         clip=CLIP if case.clips else 0.0,
     )
     return losses, model
-
-
-def sent_over(axis: str, snapshot: Snapshot) -> dict:
-    return {
-        (call.label, call.op, call.message_bytes): (total.calls, total.wire_bytes)
-        for call, total in snapshot.items()
-        if call.axis == axis
-    }
-
-
-def priced(transfers: list[Transfer], group: dist.ProcessGroup) -> dict:
-    """Calls and bytes on the wire, as `sent_over`."""
-    found: dict[tuple[str, str, int], tuple[int, int]] = {}
-    for one in transfers:
-        key = one.label, one.op, one.message_bytes
-        calls, wire_bytes = found.get(key, (0, 0))
-        wire = one.calls * sent_bytes(one.op, one.message_bytes, group.size(), group.rank())
-        found[key] = calls + one.calls, wire_bytes + wire
-    return found
 
 
 def train(rank: Rank, case: Case) -> dict:

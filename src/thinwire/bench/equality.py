@@ -43,11 +43,11 @@ def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
 def _cases(ranks: int) -> list[dict[str, Any]]:
     """Names, degrees, and the sections of run.toml in which they differ from one rank."""
     cases = []
-    for outer, pipe, data, tensor in product(DEGREES, repeat=4):
-        if outer * pipe * data * tensor != ranks:
+    for outer, pipe, data, seq, tensor in product(DEGREES, repeat=5):
+        if outer * pipe * data * seq * tensor != ranks:
             continue
         for schedule in STAGES_PER_RANK if pipe > 1 else ("",):
-            used = {"outer": outer, "pipe": pipe, "data": data, "tensor": tensor}
+            used = {"outer": outer, "pipe": pipe, "data": data, "seq": seq, "tensor": tensor}
             name = " x ".join(f"{axis} {degree}" for axis, degree in used.items() if degree > 1) or "one rank"
             sections: dict[str, Any] = {}
             if outer > 1:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +21,7 @@ from torch import nn
 from thinwire.collectives.ledger import Ledger
 from thinwire.config.run import RunConfig, TrainSection
 from thinwire.layout import Layout
+from thinwire.parallel import sequence
 from thinwire.parallel.cut import Cut, cut_model
 from thinwire.parallel.tensor_parts import local_workload
 from thinwire.parallel.waits import Waits
@@ -126,6 +127,10 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
     if layout.tensor > 1:
         split = TensorPart.split(model, config, place.groups["tensor"], ledger, casts=place.casts)
         workload, row = local_workload(workload, task.shape, layout.tensor), split.group.rank()
+    if layout.seq > 1:
+        sequence.check(config.train.sequence, layout.seq)
+        sequence.apply(model, place.groups["seq"], ledger)
+        workload = replace(workload, tokens_per_microbatch=workload.tokens_per_microbatch // layout.seq)
     norm = gradient_norm if split is None else split.norm
     if layout.pipe == 1:
         return Part(

@@ -70,11 +70,13 @@ def one_rank(config, cache_folder):
 
 def learn(config, layout, rank):
     """Losses by step, the mean over the replicas. Collective."""
-    mesh = init_device_mesh("cpu", layout.degrees, mesh_dim_names=AXES)
-    task, replica = LanguageModel(config, layout, rank.environment.cache_folder), layout.replica(rank.place.rank)
+    mesh = init_device_mesh("cpu", layout.of_gradients.degrees, mesh_dim_names=AXES)
+    task, replica = LanguageModel(config, layout, rank.environment.cache_folder), layout.replica(dist.get_rank())
     groups = {axis: mesh.get_group(axis) for axis in AXES}
+    if layout.seq > 1:
+        groups["seq"], _ = dist.new_subgroups_by_enumeration(layout.groups("seq"))
     part = take_part(task, config, Place(layout=layout, groups=groups, ledger=rank.ledger, device=torch.device("cpu")))
-    sync = make_synchroniser(config.sync, config.compress, layout, rank.ledger)
+    sync = make_synchroniser(config.sync, config.compress, layout.of_gradients, rank.ledger)
     optimizer, losses = make_optimizer(part.module, config.train), []
     with sync.attached(part.module, optimizer, mesh) as attached:
         stepper = part.stepper(attached, optimizer, sync, task, config.train)
@@ -82,7 +84,7 @@ def learn(config, layout, rank):
         for step in range(config.train.steps):
             loss = stepper.run(step, batches(task, step, replica, config), config.sync.accumulate).loss.double().reshape(1)
             dist.all_reduce(loss)
-            losses.append(float(loss) / (layout.replicas * layout.tensor))  # the ranks of a tensor group have the same loss
+            losses.append(float(loss) / (layout.replicas * layout.seq * layout.tensor))  # of a pipeline one rank has it
     return losses
 
 
