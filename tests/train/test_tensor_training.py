@@ -167,19 +167,22 @@ def test_any_layout_goes_on_with_what_any_other_wrote(
         assert trained.step == 12 and trained.held_out_loss() == pytest.approx(trained.recorded, rel=1e-9)
 
 
-@pytest.mark.parametrize("sections", [pytest.param({}, marks=pytest.mark.long), {"compress": CODED}], ids=str)
+@pytest.mark.long
+@pytest.mark.parametrize("sections", [{}, {"compress": CODED}], ids=str)
 def test_replicas_go_on_with_what_tensor_ranks_wrote_and_the_other_way_round(
     ranks4: Pool, tmp_path: Path, sections: dict[str, Any]
 ) -> None:
-    """Of as many tokens a step: two pairs of tensor ranks, then four replicas, then two pairs again. What each rank has whole
-    stays equal to the bit, also where its gradients are coded."""
-    whole = ranks4.run(run_training, tensor_config(tmp_path, {"tensor": 2, "data": 2}, 4, **sections))[0].folder
+    """Of as many tokens a step: two pairs of tensor ranks, four replicas, four tensor ranks, and two pairs again. What each rank
+    has whole stays equal to the bit, also where its gradients are coded."""
+    pairs: dict[str, int] = {"tensor": 2, "data": 2}
+    whole = ranks4.run(run_training, tensor_config(tmp_path, pairs, 4, **sections))[0].folder
     run = {"run": str(tmp_path / "cut")}
-    interrupted(ranks4, tensor_config(tmp_path, {"tensor": 2, "data": 2}, 4, train=run, **sections))
-    four = tensor_config(tmp_path, {"data": 4}, 2, train=run, **sections)
-    assert {one.reason for one in ranks4.run(run_training, four, tmp_path / "cut", 9)} == {"interrupted"}
-    again = tensor_config(tmp_path, {"tensor": 2, "data": 2}, 4, train=run, **sections)
-    assert {one.reason for one in ranks4.run(run_training, again, tmp_path / "cut")} == {"done"}
+    interrupted(ranks4, tensor_config(tmp_path, pairs, 4, train=run, **sections))
+    turns: list[tuple[dict[str, int], int, int]] = [({"data": 4}, 2, 8), ({"tensor": 4}, 8, 10), (pairs, 4, 99)]
+    for layout, num_micro, stop_after in turns:
+        config = tensor_config(tmp_path, layout, num_micro, train=run, **sections)
+        outcomes = ranks4.run(run_training, config, tmp_path / "cut", stop_after)
+        assert {one.reason for one in outcomes} == {"interrupted" if stop_after < 12 else "done"}
     rel = 1e-3 if sections else 1e-9
     assert losses(tmp_path / "cut") == pytest.approx(losses(whole), rel=rel)
     assert_whole_ones_equal(whole)
