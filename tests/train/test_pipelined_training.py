@@ -6,9 +6,10 @@ from statistics import median
 from typing import Any
 
 import pytest
+import torch
 from small_run import config_of, losses, on_one_rank, run_training, scores
 
-from pool import Pool
+from pool import Pool, RankFailure
 from thinwire.errors import UserError
 from thinwire.record import RunFolder
 from thinwire.report import Facts, as_json
@@ -44,6 +45,34 @@ def test_a_run_equals_one_rank_and_its_prediction(
     assert not [row for row in predicted if not row["equal"]]
     each_step = sum(row.wire_bytes_per_step for row in folder.predicted().transfers if row.every == 1)  # type: ignore[union-attr]
     assert median(event.wire_bytes for event in folder.steps()) == each_step
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("pool", "data", "compress"),
+    [("ranks8", 4, {"kind": "none"}), ("ranks4", 2, {"kind": "int4", "exclude": []})],
+    ids=["sums", "codes"],
+)
+def test_both_copies_of_a_tied_weight_stay_equal_to_the_bit(
+    request: pytest.FixtureRequest, tmp_path: Path, pool: str, data: int, compress: dict[str, Any]
+) -> None:
+    """Though replicas of the two stages average apart from each other, in other buckets."""
+    ranks: Pool = request.getfixturevalue(pool)
+    config = config_of(tmp_path, {"pipe": 2, "data": data}, 2, model={"tied": True}, compress=compress)
+    folder = RunFolder.open(ranks.run(run_training, config, timeout_s=50)[0].folder)
+    parts = [torch.load(path, weights_only=True) for path in sorted((folder.path / "checkpoints").glob("*/part-*.pt"))[-2:]]
+    first, last = (part["model"]["embed.weight"] for part in parts)
+    assert torch.equal(first, last)
+    moments = [part["optimizer"]["state"]["embed.weight"] for part in parts]
+    assert all(torch.equal(moments[0][key], moments[1][key]) for key in moments[0])
+    assert not [row for row in as_json(Facts(folder))["transfers"] if row["predicted_bytes"] is not None and not row["equal"]]
+
+
+def test_replicas_that_would_average_a_tied_weight_in_two_ways_are_refused(ranks4: Pool, tmp_path: Path) -> None:
+    sync, compress = {"kind": "diloco", "every": 3}, {"kind": "int4", "exclude": []}
+    config = config_of(tmp_path, {"outer": 2, "pipe": 2}, 2, model={"tied": True}, sync=sync, compress=compress)
+    with pytest.raises(RankFailure, match=r"layout\.outer = 2 replicas that exchange rarely would average in two ways"):
+        ranks4.run(run_training, config)
 
 
 @pytest.mark.long

@@ -5,7 +5,9 @@ different ranks travel one message of an activation and one of its gradient per 
 Gradients add up in the parameters. The losses are those of one rank with the whole model; codes change them by their error.
 
 Weights that the first and the last stage both use (a tied embedding) exist twice where these are on different ranks; their
-gradients are added up after the backward passes, the same sum on both, so that they stay equal to the bit.
+gradients are added up after the backward passes, the same sum on both. Replicas of both stages then average them apart from each
+other, and sums of more than two, or codes, depend on what else is in a bucket; so where `shares_tied` is set the last stage takes
+over the first one's average, and both stay equal to the bit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +24,7 @@ from thinwire.parallel.boundary import CodedStage, Computed, Crossing
 from thinwire.parallel.chain import Owner, Stage
 from thinwire.parallel.cut import TIED, Cut
 from thinwire.parallel.schedules import arrivals, make_schedule, without_log
-from thinwire.traffic import EVALUATION, PIPELINE, Transfer
+from thinwire.traffic import EVALUATION, PIPELINE, Transfer, merged
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -62,6 +64,7 @@ class Pipeline:
         self._begun = False
         self._scale = 1.0
         self._tied = self._tied_parameters()
+        self.shares_tied = False
         ledger.axes[group.group_name] = "pipe"
 
     @property
@@ -79,7 +82,9 @@ class Pipeline:
 
     def traffic(self, num_micro: int) -> list[Transfer]:
         """What this rank sends in a step."""
-        return self.cut.traffic(self.rank, num_micro, [one.nbytes for tied in self._tied.values() for one in tied])
+        tied = [(other, one) for other, several in self._tied.items() for one in several]
+        sent = [one.nbytes for _, one in tied] + [one.nbytes for other, one in tied if self.shares_tied and other > self.rank]
+        return merged(self.cut.traffic(self.rank, num_micro, sent))
 
     def step(
         self, inputs: Sequence[Tensor], targets: Sequence[Tensor], scale: float = 1.0, label: str = PIPELINE
@@ -122,6 +127,19 @@ class Pipeline:
                     for work in dist.batch_isend_irecv(both):  # together, as devices want it
                         work.wait()
                     parameter.grad = gradient.add_(received)
+
+    def share_tied(self) -> None:
+        """After gradients were averaged, where `shares_tied`: the last holder of a tied weight takes the first's. Collective."""
+        if not self.shares_tied:
+            return
+        with self.ledger.label(TIED):
+            for other, parameters in self._tied.items():
+                for parameter in parameters:
+                    assert parameter.grad is not None, "it was averaged"
+                    if other > self.rank:
+                        dist.send(parameter.grad, group=self.group, group_dst=other)
+                    else:
+                        dist.recv(parameter.grad, group=self.group, group_src=other)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:

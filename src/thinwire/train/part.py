@@ -19,7 +19,9 @@ import torch.distributed as dist
 from torch import nn
 
 from thinwire.collectives.ledger import Ledger
+from thinwire.config.compress import Coded
 from thinwire.config.run import RunConfig, TrainSection
+from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.parallel import sequence
 from thinwire.parallel.cut import Cut, cut_model
@@ -153,6 +155,13 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
         split = split.in_stages(cut, place.groups["pipe"].rank())
         cut = split.cut or cut
     pipeline = Pipeline(model, cut, place.groups["pipe"], ledger, model.loss, place.precision)
+    if task.shape.tied:
+        pipeline.shares_tied = _averages_apart(config, layout.of_gradients.data)
+        if _averages_apart(config, layout.outer):
+            raise UserError(
+                f"model.tied = true: the first and the last stage of layout.pipe = {layout.pipe} share the embedding, which "
+                f"layout.outer = {layout.outer} replicas that exchange rarely would average in two ways; set model.tied = false"
+            )
     return Part(
         module=pipeline.owner,
         workload=stage_workload(workload, cut, pipeline),
@@ -164,6 +173,12 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
         pipeline=pipeline,
         stages=stages_of(workload, cut, config.sync.accumulate, split),
     )
+
+
+def _averages_apart(config: RunConfig, replicas: int) -> bool:
+    """Whether replicas of the first stage and those of the last may come to different averages of the embedding."""
+    coded = isinstance(config.compress, Coded) and config.compress.is_coded("embed.weight", (1, 1))
+    return replicas > 2 or (replicas > 1 and coded)
 
 
 def stages_of(workload: Workload, cut: Cut, num_micro: int, split: TensorPart | None = None) -> Stages:

@@ -91,6 +91,7 @@ class PipelinedStepper(Stepper):
         with self.sync.microbatch(last=True):
             losses = self.pipeline.step([x for x, _ in taken], [y for _, y in taken], 1 / mean_micro)
             self.pipeline.add_up_tied()
+        self.pipeline.share_tied()
         return torch.stack(losses).sum() / mean_micro if losses else torch.zeros((), device=self.pipeline.device)
 
     def _clip(self) -> None:
