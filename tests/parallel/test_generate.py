@@ -12,6 +12,8 @@ from thinwire.errors import UserError
 from thinwire.models.transformer import Transformer, causal_attention
 from thinwire.parallel.generate import LABEL, Axes, Generator, Sampling, _KeepingAttention
 
+pytestmark = pytest.mark.heavy
+
 SHAPES = {
     "rotary": ModelConfig(layers=3, width=32, heads=4, kv_heads=2, hidden=48, vocabulary=37, context=40, init_std=0.3),
     "learned": ModelConfig(

@@ -31,6 +31,8 @@ from thinwire.parallel.pipeline import Pipeline
 from thinwire.parallel.sequence import Share, check
 from thinwire.parallel.sequence_attention import Ring, pairs
 
+pytestmark = pytest.mark.heavy
+
 LENGTH, ROWS, VOCABULARY = 16, 2, 51
 
 

@@ -16,6 +16,8 @@ from thinwire.report import Facts, as_json
 from thinwire.train.checkpoint.files import newest_whole
 from thinwire.train.trained import open_trained
 
+pytestmark = pytest.mark.heavy
+
 MODEL = {"layers": 2, "heads": 4, "vocabulary": 257, "positions": "learned", "norm": "layer"}
 """A vocabulary that two ranks cannot share out evenly, and a matrix that each has whole."""
 CLIP = {"clip": 0.05}
@@ -89,6 +91,7 @@ def test_a_run_equals_one_rank_and_its_prediction(
     assert median(event.wire_bytes for event in folder.steps()) == each_step
 
 
+@pytest.mark.long
 def test_replicas_of_tensor_ranks_exchange_rarely(ranks2: Pool, ranks4: Pool, tmp_path: Path) -> None:
     """Local steps of two pairs equal those of two ranks with the whole model."""
     sync = {"kind": "diloco", "every": 3}
@@ -98,6 +101,7 @@ def test_replicas_of_tensor_ranks_exchange_rarely(ranks2: Pool, ranks4: Pool, tm
     assert_whole_ones_equal(split.folder)
 
 
+@pytest.mark.long
 def test_coded_sums_send_less_and_learn_alike(ranks2: Pool, tmp_path: Path) -> None:
     model = {**MODEL, "dtype": "float32"}
     plain = ranks2.run(run_training, tensor_config(tmp_path / "plain", {"tensor": 2}, model=model))[0]
