@@ -17,17 +17,19 @@ def of_network() -> dict[int, str]:
     return found
 
 
+def of_process(pid: int) -> dict[int, str]:
+    """Address by inode, of those that this process holds; none of one that has ended."""
+    try:
+        links = [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+    except OSError:
+        return {}
+    listening, inodes = of_network(), [int(link[8:-1]) for link in links if link.startswith("socket:[")]
+    return {inode: listening[inode] for inode in inodes if inode in listening}
+
+
 def of_processes(pids: list[int]) -> set[str]:
     """Addresses at which one of these processes listens."""
-    listening, found = of_network(), set()
-    for pid in pids:
-        try:
-            links = [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
-        except OSError:  # it has ended
-            continue
-        inodes = [int(link[8:-1]) for link in links if link.startswith("socket:[")]
-        found |= {listening[inode] for inode in inodes if inode in listening}
-    return found
+    return {address for pid in pids for address in of_process(pid).values()}
 
 
 def _address(text: str) -> str:

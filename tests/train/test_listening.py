@@ -1,5 +1,6 @@
 """What listens where: nothing beyond the address that is said, and loopback where all is on one host."""
 
+import os
 import re
 import socket
 import threading
@@ -24,9 +25,9 @@ ADDRESSES = ["127.0.0.1", "127.0.1.1", "0.0.0.0", *(["::1", "::"] if HAS_IPV6 el
 
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_a_socket_listens_where_it_is_said_and_nowhere_else(address: str) -> None:
-    before = listeners.of_network()
+    before = listeners.of_process(os.getpid())
     with listen(address, 0, "a test") as sock:
-        (found,) = [where for inode, where in listeners.of_network().items() if inode not in before]
+        (found,) = [where for inode, where in listeners.of_process(os.getpid()).items() if inode not in before]
         assert found == address == sock.getsockname()[0]
         assert parse_address(shown(*sock.getsockname()[:2]), "it") == (address, sock.getsockname()[1])
         socket.create_connection((ANYWHERE.get(address, address), sock.getsockname()[1]), timeout=5).close()
@@ -49,12 +50,12 @@ def test_of_several_addresses_the_one_stays_where_somebody_calls_and_the_call_is
         time.sleep(0.1)
         callers.append(socket.create_connection(("127.0.0.3", port), timeout=5))
 
-    before = listeners.of_network()
+    before = listeners.of_process(os.getpid())
     thread = threading.Thread(target=call)
     thread.start()
     with listen_where_called(["127.0.0.2", "127.0.0.3"], port, 5) as sock:
         thread.join()
-        assert [where for inode, where in listeners.of_network().items() if inode not in before] == ["127.0.0.3"]
+        assert [where for inode, where in listeners.of_process(os.getpid()).items() if inode not in before] == ["127.0.0.3"]
         accepted, _ = sock.accept()
         with callers[0], accepted:
             callers[0].sendall(b"hello")
@@ -83,10 +84,10 @@ def test_a_name_that_is_loopback_here_only_leaves_the_cards() -> None:
     ],
 )
 def test_a_store_listens_at_one_address_and_its_ranks_find_it(place: dict[str, object], bind: str, expected: str) -> None:
-    before = listeners.of_network()
+    before = listeners.of_process(os.getpid())
     first = Place(**({"rank": 0, "world_size": 1, "local_rank": 0, "master_port": 0} | place))  # type: ignore[arg-type]
     store = open_store(first, 5, bind)
-    assert [where for inode, where in listeners.of_network().items() if inode not in before] == [expected]
+    assert [where for inode, where in listeners.of_process(os.getpid()).items() if inode not in before] == [expected]
     store.set("key", "value")
     assert store.host == ANYWHERE.get(expected, expected)
 
@@ -105,14 +106,14 @@ def test_ranks_of_a_host_whose_name_is_loopback_here_find_the_card(monkeypatch: 
     both = [
         Place(rank=rank, world_size=2, local_rank=rank, master_address="me", master_port=port, local_size=0) for rank in (0, 1)
     ]
-    before, stores = listeners.of_network(), {}
+    before, stores = listeners.of_process(os.getpid()), {}
     threads = [threading.Thread(target=lambda one=one: stores.update({one.rank: open_store(one, 10)})) for one in both]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert {store.host for store in stores.values()} == {known[0]} and len(stores) == 2
-    assert [where for inode, where in listeners.of_network().items() if inode not in before] == known
+    assert [where for inode, where in listeners.of_process(os.getpid()).items() if inode not in before] == known
 
 
 def listening_while(folder: Path, *arguments: str, **variables: str) -> tuple[set[str], str, int]:

@@ -32,8 +32,7 @@ def generate(
     layout: Annotated[str, typer.Option(help="Ranks that share the model: pipe=2, tensor=2 or pipe=2,tensor=2.")] = "",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write tokens, text and seconds here.")] = None,
 ) -> None:
-    """Continue a text with a trained model. Ranks of a layout are those that torchrun, srun or a lab has started, else of this
-    machine."""
+    """Continue a text with a trained model, on ranks that torchrun, srun or a lab has started, else on this machine."""
     from thinwire.environment import read_environment
 
     if not prompt:
