@@ -17,6 +17,7 @@ import tempfile
 import unittest
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 os.environ |= {"BACKEND": "gloo", "WORLD_SIZE": "3", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -68,6 +69,8 @@ class Ranks(suite.TestDistBackend, suite.DistributedTest._DistTestBase):
 
     def setUp(self) -> None:
         super().setUp()
+        if suite.INIT_METHOD.startswith("file://"):  # where the ranks of a test before, or of another mode, have met
+            Path(suite.INIT_METHOD.removeprefix("file://")).unlink(missing_ok=True)
         self._start_processes(torch.multiprocessing.get_context("fork").Process)
 
     @classmethod
