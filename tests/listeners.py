@@ -2,6 +2,7 @@
 
 import ipaddress
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 LISTENS = "0A"
@@ -19,10 +20,11 @@ def of_network() -> dict[int, str]:
 
 def of_process(pid: int) -> dict[int, str]:
     """Address by inode, of those that this process holds; none of one that has ended."""
-    try:
-        links = [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
-    except OSError:
-        return {}
+    links = []
+    with suppress(OSError):  # it has ended
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):  # closed by now, as the one by which this was read
+                links.append(str(entry.readlink()))
     listening, inodes = of_network(), [int(link[8:-1]) for link in links if link.startswith("socket:[")]
     return {inode: listening[inode] for inode in inodes if inode in listening}
 
