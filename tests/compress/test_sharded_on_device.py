@@ -104,6 +104,7 @@ HYBRID: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("pool", ["ranks2", "ranks4"])
 def test_launches_compute_what_threads_compute(request: pytest.FixtureRequest, pool: str, case: str) -> None:

@@ -54,6 +54,7 @@ def save(model: Transformer, folder: Path) -> None:
     write_weights(model, folder / WEIGHTS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False, "num_key_value_heads": 6}, {"rope_theta": 5e4}], ids=str)
 @torch.no_grad()
 def test_a_model_of_transformers_is_read_as_the_same_model(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -63,6 +64,7 @@ def test_a_model_of_transformers_is_read_as_the_same_model(tmp_path: Path, chang
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
 def test_what_is_written_is_read_by_transformers_bit_for_bit(tmp_path: Path, tied: bool) -> None:

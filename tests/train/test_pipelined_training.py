@@ -97,6 +97,7 @@ def test_codes_between_stages_learn_alike(ranks2: Pool, tmp_path: Path) -> None:
     assert sent[1] < 0.25 * sent[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sync", [{}, {"kind": "diloco", "every": 4}])
 def test_resumed_equals_uninterrupted_and_any_layout_may_go_on(
     ranks1: Pool, ranks2: Pool, ranks4: Pool, tmp_path: Path, sync: dict[str, Any]
