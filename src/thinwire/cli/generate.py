@@ -39,7 +39,8 @@ def generate(
         raise UserError("--prompt is empty; give the text that is to go on")
     check_folders(json_path)
     options = {"prompt": prompt, "tokens": tokens, "temperature": temperature, "seed": seed}
-    place = read_environment().place
+    environment = read_environment()
+    place = environment.place
     degrees = _degrees(layout)
     _check(model, **degrees)
     ranks = prod(degrees.values())
@@ -55,7 +56,7 @@ def generate(
         with _axes(place, degrees) as axes:
             _run(model, options, axes, json_path if place.rank == 0 else None, prints=place.rank == 0)
 
-    be_rank(read_environment(), work)
+    be_rank(environment, work)
 
 
 def _degrees(layout: str) -> dict[str, int]:
@@ -106,7 +107,8 @@ def _run(model: Path, options: dict[str, Any], axes: "Axes | None", json_path: P
     weights = open_weights(model)
     generator = Generator(weights.model, Sampling(temperature=options["temperature"], seed=options["seed"]), axes)
     prompt, begun_s = weights.tokenizer.tokens(options["prompt"]), time.monotonic()
-    found = list(_shown(generator.tokens(prompt, options["tokens"], weights.tokenizer.end), weights.tokenizer, options, prints))
+    tokens = generator.tokens(prompt, options["tokens"], weights.tokenizer.end)
+    found = list(_shown(options["prompt"], tokens, weights.tokenizer) if prints else tokens)
     seconds = time.monotonic() - begun_s
     if prints:
         print(f"{len(found)} tokens in {seconds:.1f} s, {len(found) / seconds:.1f} a second", file=sys.stderr, flush=True)
@@ -115,20 +117,18 @@ def _run(model: Path, options: dict[str, Any], axes: "Axes | None", json_path: P
         write_json(json_path, options | {"prompt_tokens": prompt, "found": found, "text": text, "seconds": seconds})
 
 
-def _shown(tokens: Iterable[int], tokenizer: "Tokenizer", options: dict[str, Any], prints: bool) -> Iterator[int]:
+def _shown(prompt: str, tokens: Iterable[int], tokenizer: "Tokenizer") -> Iterator[int]:
     """The tokens; meanwhile what they say is printed behind the prompt, characters when they are whole."""
     found, printed = list[int](), ""
-    if prints:
-        print(options["prompt"], end="", flush=True)
+    print(prompt, end="", flush=True)
     for token in tokens:
         found.append(token)
         text = tokenizer.text(found)
-        if prints and not text.endswith(PARTIAL):
+        if not text.endswith(PARTIAL):
             print(text[len(printed) :], end="", flush=True)
             printed = text
         yield token
-    if prints:
-        print(tokenizer.text(found)[len(printed) :], flush=True)
+    print(tokenizer.text(found)[len(printed) :], flush=True)
 
 
 def _launch(ranks: int, model: Path, options: dict[str, Any]) -> int:

@@ -214,7 +214,7 @@ def _job(cells: _Cells, device: Device) -> Job:
         each = -(-layers // pipe)
         interleave = interleave if interleave > 1 else each if each <= 4 else 2
     heads = round(cells.usual("heads", _usual_heads(width), "taken as about width / 128"))
-    job = Job(
+    return Job(
         layers=layers,
         width=width,
         heads=heads,
@@ -251,7 +251,6 @@ def _job(cells: _Cells, device: Device) -> Job:
         fused=_fused(precision_name, device, zero, recompute),
         wide_gradients="fp32 grad" in precision or (precision_name in ("bf16", "fp8") and zero < 3),
     )
-    return job
 
 
 def _usual_heads(width: int) -> int:
