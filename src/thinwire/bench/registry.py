@@ -33,6 +33,7 @@ BENCHMARKS = (
     "ledger",
     "plan",
     "probe",
+    "queue",
     "sequence",
     "sync",
     "uneven",
