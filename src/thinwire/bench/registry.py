@@ -33,6 +33,7 @@ BENCHMARKS = (
     "ledger",
     "plan",
     "probe",
+    "published",
     "queue",
     "sequence",
     "sync",
