@@ -2,15 +2,15 @@
 
 What is stated of rates stands beside what it would explain:
 
-    Streaming DiLoCo   Douillard et al. 2025 (arXiv 2501.18512), table 4, itself simulated: the bandwidth between two replicas at
-                       which 5 methods reach utilisations of 50 to 99 %, for 1, 10 and 100 billion parameters. Their simulator lets
-                       every exchange hide under the backward pass of its step, and the overlapped ones under one step more; values
-                       of 16 bits, 4 in the last one. Predicted: the utilisation at each of their bandwidths.
-    Covenant-72B       arXiv 2603.08163: 20 peers of 8 devices, a round of 30 steps in 20 minutes, 64 of 4096 values of 12 + 2 bits.
-                       They upload to a store and download those of all others. Predicted: the seconds of communication in a round,
+    Streaming DiLoCo   Douillard et al. 2025 (arXiv 2501.18512), table 4, itself simulated: the bandwidth between two replicas
+                       at which 5 methods reach utilisations of 50 to 99 %, for 1, 10 and 100 billion parameters. Their
+                       simulator lets every exchange hide under the backward pass of its step, the overlapped ones under one
+                       step more; values of 16 bits, 4 in the last. Predicted: the utilisation at each of their bandwidths.
+    Covenant-72B       arXiv 2603.08163: 20 peers of 8 devices, a round of 30 steps in 20 minutes, 64 of 4096 values of 12 + 2
+                       bits. They upload to a store and download those of all others. Predicted: the communication of a round,
                        with 500 and 110 Mbit/s for each device, and for each peer.
-    INTELLECT-1        arXiv 2412.01152: 14 nodes, ring all-reduce of 8 bits every 100 steps. The rates of the links are not stated,
-                       so what is shown is the rate at which our prediction would be theirs.
+    INTELLECT-1        arXiv 2412.01152: 14 nodes, ring all-reduce of 8 bits every 100 steps. The rates of the links are not
+                       stated, so what is shown is the rate at which our prediction would be theirs.
 """
 
 import csv
