@@ -6,6 +6,7 @@ from math import inf
 import numpy as np
 import pytest
 
+from thinwire.bench.queue import waits_of
 from thinwire.cluster import FRAME_OVERHEAD, load_cluster
 from thinwire.cluster.graph import Routes
 from thinwire.errors import UserError
@@ -14,23 +15,13 @@ from thinwire.plan.queueing import Queue, of_links, periodic_waiting, servers_fo
 from thinwire.traffic import Transfer
 
 
-def lindley(arrivals: np.ndarray, service_s: float) -> np.ndarray:
-    """What each of these waits where the first comes first."""
-    waits, left_s, last_s = [], 0.0, 0.0
-    for when_s in arrivals:
-        left_s, last_s = max(0.0, left_s - (when_s - last_s)), when_s
-        waits.append(left_s)
-        left_s += service_s
-    return np.array(waits)
-
-
 @pytest.mark.parametrize(("sources", "period"), [(2, 2.5), (4, 5.0), (8, 10.0), (20, 40.0)])
 def test_periodic_sources_wait_as_simulated(sources, period) -> None:
     draw = np.random.default_rng(0)
     means = []
     for _ in range(4000):
         phases = np.sort(draw.uniform(0, period, sources))
-        means.append(lindley(np.concatenate([phases, phases + period]), 1.0)[sources:].mean())
+        means.append(np.mean(waits_of([*phases, *(phases + period)], 1.0)[sources:]))
     assert periodic_waiting(sources, period) == pytest.approx(np.mean(means), rel=0.06)
 
 
@@ -40,8 +31,8 @@ def queue(**changes) -> Queue:
 
 def test_poisson_arrivals_wait_as_simulated() -> None:
     draw = np.random.default_rng(0)
-    waits = lindley(np.cumsum(draw.exponential(1 / 30, 60_000)), 0.02)
-    assert queue().waiting_s == pytest.approx(waits.mean(), rel=0.05)
+    waits = waits_of(np.cumsum(draw.exponential(1 / 30, 60_000)), 0.02)
+    assert queue().waiting_s == pytest.approx(np.mean(waits), rel=0.05)
 
 
 def test_many_periodic_sources_are_like_poisson_and_few_wait_less() -> None:
