@@ -3,9 +3,8 @@
     rank         works off its order of passes, one after the other. A pass begins when the rank is free and what it needs has
                  arrived: a forward pass the activation of the stage before, a backward pass the gradient of the stage behind;
                  weights alone (W) need nothing.
-    message      leaves when the pass before it is over; messages of one (source, target) pair travel one after the other, in the
-                 order in which they were handed over; one of no bytes is there at once
-    link         connections share it max-min fairly; payload passes at bandwidth / FRAME_OVERHEAD
+    message      is handed over when the pass before it is over, and travels as in `collectives.choose.wires`; one of no bytes is
+                 there at once
     latency      of the route, and MESSAGE_OVERHEAD_S of software, when the last byte has passed
     one rank     stages on it hand over without a message
 
@@ -14,17 +13,14 @@ All pipelines of a layout run at once and share the links. bubble: the part of t
 """
 
 import heapq
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-import numpy as np
-
-from thinwire.cluster import FRAME_OVERHEAD, Link
+from thinwire.cluster import Link
 from thinwire.cluster.graph import Routes
 from thinwire.collectives.choose.costs import Costs
-from thinwire.collectives.choose.links import Buckets, Sharing
+from thinwire.collectives.choose.wires import SAME_S, Message, Wires
 from thinwire.collectives.price import MESSAGE_OVERHEAD_S
 from thinwire.layout import Layout
 from thinwire.traffic import Transfer
@@ -32,7 +28,6 @@ from thinwire.workload import BACKWARD_OVER_FORWARD
 
 Pass = tuple[str, int, int]
 """(F forward, B backward, I backward of inputs, W of weights; stage; micro-batch)."""
-_SAME_S = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,42 +137,20 @@ def simulate(pipelines: Pipelines, routes: Routes) -> Simulated:
 
 
 @dataclass(slots=True)
-class _Message:
-    group: int
-    arrives: Pass
-    """The pass that may begin when it is there."""
-    size: int
+class _Message(Message):
+    """arrives: the pass of pipeline `group` that may begin when it is there."""
 
-
-@dataclass(slots=True)
-class _Connection:
-    latency_s: float
-    links: list[int]
-    queue: deque[_Message] = field(default_factory=deque)
+    group: int = 0
+    arrives: Pass = ("F", 0, 0)
 
 
 class _Run:
     def __init__(self, pipelines: Pipelines, routes: Routes) -> None:
-        self._pipelines, self._routes = pipelines, routes
+        self._pipelines = pipelines
         self._stages = len(pipelines.activation_bytes) + 1
         self._rank_of = pipelines.rank_of
-        self._links: dict[Link, int] = {}
-        self._connections: list[_Connection] = []
-        self._pairs: dict[tuple[int, int], int] = {}
-        back: list[list[int]] = []
-        for group in pipelines.groups:
-            for source, target in self._neighbours(group):
-                if (source, target) not in self._pairs and (route := routes.between(source, target)):
-                    self._pairs[source, target] = len(self._connections)
-                    self._connections.append(_Connection(sum(link.latency_s.value for link in route), self._numbers(route)))
-                    back.append(self._numbers(routes.between(target, source)))
-        self._capacity = [link.bandwidth_bps.value / (8 * FRAME_OVERHEAD) for link in self._links]
-        self._carried = [0] * len(self._capacity)
-        self._sharing = Sharing([one.links for one in self._connections], self._capacity, back, Costs().acknowledged)
-        self._buckets = Buckets(list(self._links), self._capacity)
-        self._left = np.zeros(len(self._connections))
-        self._active: set[int] = set()
-        self._changed = False
+        neighbours = [pair for group in pipelines.groups for pair in self._neighbours(group)]
+        self._wires: Wires[_Message] = Wires(neighbours, routes, Costs().acknowledged)
         self._there: set[tuple[int, Pass]] = set()
         self._at = {(group, rank): 0 for group in range(len(pipelines.groups)) for rank in range(len(pipelines.orders))}
         self._busy: set[tuple[int, int]] = set()
@@ -195,35 +168,21 @@ class _Run:
                 pairs += [(one, other), (other, one)]
         return pairs
 
-    def _numbers(self, route: Sequence[Link]) -> list[int]:
-        return [self._links.setdefault(link, len(self._links)) for link in route]
-
     def _work(self) -> None:
         for group, rank in self._at:
             self._begin_next(group, rank, 0.0)
-        now = advanced = 0.0
-        soonest, active = inf, np.empty(0, dtype=np.int64)
-        rates, carried = self._sharing.rates(active)
-        while self._events or self._active:
-            now = min(soonest, self._events[0][0] if self._events else inf)
-            self._left[active] -= rates * (now - advanced)
-            self._buckets.rest(now - advanced, carried)
-            advanced = now
-            if soonest <= now + _SAME_S:
-                for pair in active[self._left[active] <= rates * _SAME_S].tolist():
-                    self._message_left(pair, now)
-            while self._events and self._events[0][0] <= now + _SAME_S:
+        while self._events or self._wires.busy:
+            now = min(self._wires.soonest, self._events[0][0] if self._events else inf)
+            for pair, message in self._wires.left(now):
+                self._later(now + self._wires.latency_s(pair) + MESSAGE_OVERHEAD_S, message)
+            while self._events and self._events[0][0] <= now + SAME_S:
                 time, number = heapq.heappop(self._events)
                 happened = self._happenings.pop(number)
                 if isinstance(happened, Ran):
                     self._pass_over(happened)
                 else:
                     self._arrived(happened, time)
-            if self._changed:
-                self._changed = False
-                active = np.array(sorted(self._active), dtype=np.int64)
-                rates, carried = self._sharing.rates(active)
-            soonest = now + float((self._left[active] / rates).min()) if len(active) else inf
+            self._wires.settle(now)
 
     def _later(self, time: float, happening: Ran | _Message) -> None:
         self._number += 1
@@ -257,34 +216,12 @@ class _Run:
 
     def _hand_over(self, ran: Ran, arrives: Pass, size: int) -> None:
         group = self._pipelines.groups[ran.group]
-        pair = self._pairs.get((group[ran.position], group[self._rank_of[arrives[1]]]))
-        message = _Message(ran.group, arrives, size)
+        message = _Message(size, group=ran.group, arrives=arrives)
+        pair = self._wires.connection(group[ran.position], group[self._rank_of[arrives[1]]])
         if pair is None or not size:
             self._arrived(message, ran.end_s)
-            return
-        connection = self._connections[pair]
-        for link in connection.links:
-            self._carried[link] += size
-        connection.queue.append(message)
-        if len(connection.queue) == 1:
-            self._start(pair)
-            self._active.add(pair)
-            self._changed = True
-
-    def _start(self, pair: int) -> None:
-        """The first message in the queue of a connection goes on the wire."""
-        connection = self._connections[pair]
-        size = connection.queue[0].size
-        self._left[pair] = size - self._buckets.taken(connection.links, size)
-
-    def _message_left(self, pair: int, time: float) -> None:
-        connection = self._connections[pair]
-        self._later(time + connection.latency_s + MESSAGE_OVERHEAD_S, connection.queue.popleft())
-        if connection.queue:
-            self._start(pair)
         else:
-            self._active.remove(pair)
-            self._changed = True
+            self._wires.post(pair, message, ran.end_s)
 
     def _arrived(self, message: _Message, time: float) -> None:
         self._there.add((message.group, message.arrives))
@@ -300,7 +237,7 @@ class _Run:
             seconds=max(ends),
             ends_s=tuple(ends),
             passes=tuple(self._passes),
-            link_bytes=dict(zip(self._links, self._carried, strict=True)),
+            link_bytes=dict(zip(self._wires.links, self._wires.carried, strict=True)),
         )
 
 

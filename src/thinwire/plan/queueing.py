@@ -30,14 +30,13 @@ from scipy.stats import binom
 
 from thinwire.cluster import Link
 from thinwire.cluster.graph import Routes
+from thinwire.collectives.choose.simulate import FRAME_BYTES
 from thinwire.collectives.price import Carrier, link_seconds
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.traffic import EVALUATION, Transfer
 
 Arrivals = Literal["M/M/1", "M/D/1", "nD/D/1", "incast"]
-FRAME_BYTES = 1448
-"""Payload of a full frame on Ethernet."""
 POINTS = 64
 """At which P(V > x) is evaluated within each service."""
 RARE = 1e-9

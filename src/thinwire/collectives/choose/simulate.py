@@ -4,9 +4,7 @@
                  for, unless a later action needs it to have left. A receive waits for the message, if it is not there, and then
                  a little to wake up; it costs o_r (+ gamma a byte where it is added). Receives are posted early: a message may
                  travel before its receiver gets round to it.
-    connection   messages of one (source, target) pair travel one after the other, in the order in which they were sent
-    link         connections share it max-min fairly (`links`); payload passes at bandwidth / FRAME_OVERHEAD, but for what
-                 its bucket lets pass at once
+    wire         messages travel as in `wires`
     latency      the sum along the route, added when the last byte has passed
     one node     ranks on it reach each other without a link: only o_s and o_r
 
@@ -17,21 +15,17 @@ latency. (LogGP: Alexandrov et al. 1995.)
 """
 
 import heapq
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil, gcd, inf
 
-import numpy as np
-
-from thinwire.cluster import FRAME_OVERHEAD, Link
+from thinwire.cluster import Link
 from thinwire.cluster.graph import Routes
 from thinwire.collectives.choose.costs import Costs
-from thinwire.collectives.choose.links import Buckets, Sharing
+from thinwire.collectives.choose.wires import SAME_S, Message, Wires
 from thinwire.collectives.schedules.program import programs
 from thinwire.collectives.schedules.schedule import Schedule
 
-_SAME_S = 1e-9
 _ELEMENT_BYTES = 4
 FRAME_BYTES = 1448
 """Payload of a full frame."""
@@ -89,16 +83,13 @@ def simulate(schedule: Schedule, message_bytes: int, routes: Routes, costs: Cost
 
 
 @dataclass(slots=True)
-class _Message:
-    """pair: number of its connection, -1 on one node. Times: inf until known. sender: the action that sent it."""
+class _Message(Message):
+    """pair: its connection, None on one node. arrived: inf until known. sender: the action that sent it."""
 
-    source: int
-    target: int
-    size: int
-    reduce: bool
-    pair: int = -1
-    began: float = inf
-    left: float = inf
+    source: int = 0
+    target: int = 0
+    reduce: bool = False
+    pair: int | None = None
     arrived: float = inf
     before: "_Message | None" = None
     sender: int = 0
@@ -126,41 +117,24 @@ class _Rank:
 
 class _Run:
     def __init__(self, schedule: Schedule, message_bytes: int, routes: Routes, costs: Costs, calls: int) -> None:
-        self._routes, self._costs = routes, costs
+        self._costs = costs
         self._call_s = costs.call_s * max(1.0, costs.cores_shared)
-        self._links: dict[Link, int] = {}
-        self._pairs: dict[tuple[int, int], int] = {}
-        self._links_of: list[list[int]] = []
-        self._links_back: list[list[int]] = []
-        self._latency: list[float] = []
         lengths = chunk_bytes(schedule, message_bytes)
         self._messages = [
-            _Message(m.source, m.target, sum(lengths[chunk] for chunk in m.chunks), m.reduce) for m in schedule.messages
+            _Message(sum(lengths[chunk] for chunk in m.chunks), source=m.source, target=m.target, reduce=m.reduce)
+            for m in schedule.messages
         ]
+        sent = [message for message in self._messages if message.size]
+        self._wires: Wires[_Message] = Wires(((one.source, one.target) for one in sent), routes, costs.acknowledged)
+        for message in sent:
+            message.pair = self._wires.connection(message.source, message.target)
         self._ranks = self._prepared(schedule, len(schedule.steps) // calls)
-        self._capacity = [link.bandwidth_bps.value / (8 * FRAME_OVERHEAD) for link in self._links]
-        self._sharing = Sharing(self._links_of, self._capacity, self._links_back, costs.acknowledged)
-        self._buckets = Buckets(list(self._links), self._capacity)
-        self._queues: list[deque[_Message]] = [deque() for _ in self._links_of]  # [0] is on the wire
-        self._left = np.zeros(len(self._links_of))
-        self._active: set[int] = set()
-        self._changed = False
-        self._started: list[_Message] = []
         self._cores = [0.0] * costs.cores(schedule.p)
         self._events: list[tuple[float, int, int]] = []  # time, rank, 1 if its action ends then, 0 if it may begin
         self._work()
 
     def _prepared(self, schedule: Schedule, call_steps: int) -> list[_Rank]:
-        """Programs without messages that carry nothing, and what connections and links they use. A call has call_steps steps."""
-        for message in self._messages:
-            if message.size and (route := self._routes.between(message.source, message.target)):
-                key = message.source, message.target
-                if key not in self._pairs:
-                    self._pairs[key] = len(self._links_of)
-                    self._links_of.append(self._numbers(route))
-                    self._links_back.append(self._numbers(self._routes.between(message.target, message.source)))
-                    self._latency.append(sum(link.latency_s.value for link in route))
-                message.pair = self._pairs[key]
+        """Programs without messages that carry nothing. A call has call_steps steps."""
         ranks = []
         for program in programs(schedule):
             rank = _Rank()
@@ -174,42 +148,18 @@ class _Run:
             ranks.append(rank)
         return ranks
 
-    def _numbers(self, route: Sequence[Link]) -> list[int]:
-        return [self._links.setdefault(link, len(self._links)) for link in route]
-
     def _work(self) -> None:
         for number in range(len(self._ranks)):
             self._begin_next(number, self._call_s)
-        now = advanced = 0.0  # what is left of each message is known at `advanced`
-        soonest = inf
-        active = np.empty(0, dtype=np.int64)
-        rates, carried = self._sharing.rates(active)
-
-        def advance() -> None:
-            nonlocal advanced
-            self._left[active] -= rates * (now - advanced)
-            self._buckets.rest(now - advanced, carried)
-            advanced = now
-
-        while self._events or self._active:
-            now = min(soonest, self._events[0][0] if self._events else inf)
-            if soonest <= now + _SAME_S:
-                advance()
-                for pair in active[self._left[active] <= rates * _SAME_S].tolist():
-                    self._message_left(pair, now)
-            while self._events and self._events[0][0] <= now + _SAME_S:
+        while self._events or self._wires.busy:
+            now = min(self._wires.soonest, self._events[0][0] if self._events else inf)
+            for pair, message in self._wires.left(now):
+                message.arrived = now + self._wires.latency_s(pair)
+                self._wake(message, now)
+            while self._events and self._events[0][0] <= now + SAME_S:
                 time, number, ends = heapq.heappop(self._events)
                 self._action_ended(number, time) if ends else self._take_core(number, time)
-            if self._changed or self._started:
-                advance()
-                for message in self._started:
-                    self._left[message.pair] = message.size - self._buckets.taken(self._links_of[message.pair], message.size)
-                self._started.clear()
-                if self._changed:
-                    self._changed = False
-                    active = np.array(sorted(self._active), dtype=np.int64)
-                    rates, carried = self._sharing.rates(active)
-                soonest = now + float((self._left[active] / rates).min()) if len(active) else inf
+            self._wires.settle(now)
 
     def _begin_next(self, number: int, time: float) -> None:
         """The rank is free from `time` on; its next action begins when it can."""
@@ -241,9 +191,9 @@ class _Run:
 
     def _carrying_s(self, message: _Message) -> float:
         """Of the frames after the first that pass at once: the sender's core takes them through the network."""
-        if not self._cores or message.pair < 0:
+        if not self._cores or message.pair is None:
             return 0.0
-        free = self._buckets.passing(self._links_of[message.pair], message.size)
+        free = self._wires.passing(message.pair, message.size)
         return max(0, ceil(free / FRAME_BYTES) - 1) * self._costs.frame_s
 
     def _take_core(self, number: int, time: float) -> None:
@@ -265,34 +215,11 @@ class _Run:
 
     def _post(self, message: _Message, place: int, time: float) -> None:
         message.sender = place
-        if message.pair < 0:
+        if message.pair is None:
             message.began = message.left = message.arrived = time
             self._wake(message, time)
-            return
-        queue = self._queues[message.pair]
-        if queue:
-            message.before = queue[-1]
-        queue.append(message)
-        if message.before is None:
-            self._start(message, time)
-
-    def _start(self, message: _Message, time: float) -> None:
-        message.began = time
-        self._started.append(message)
-        if message.pair not in self._active:
-            self._active.add(message.pair)
-            self._changed = True
-
-    def _message_left(self, pair: int, time: float) -> None:
-        queue = self._queues[pair]
-        message = queue.popleft()
-        message.left, message.arrived = time, time + self._latency[pair]
-        if queue:
-            self._start(queue[0], time)
         else:
-            self._active.remove(pair)
-            self._changed = True
-        self._wake(message, time)
+            message.before = self._wires.post(message.pair, message, time)
 
     def _wake(self, message: _Message, time: float) -> None:
         """Its receiver, or its sender, may wait for it."""
@@ -304,15 +231,10 @@ class _Run:
     def result(self) -> Simulated:
         ends = [rank.actions[-1].end if rank.actions else 0.0 for rank in self._ranks]
         last = max(range(len(ends)), key=ends.__getitem__)
-        load = [0] * len(self._links)
-        for message in self._messages:
-            if message.pair >= 0:
-                for link in self._links_of[message.pair]:
-                    load[link] += message.size
-        busy = [size / capacity for size, capacity in zip(load, self._capacity, strict=True)]
+        links, load = self._wires.links, self._wires.carried
+        busy = [size / capacity for size, capacity in zip(load, self._wires.capacity, strict=True)]
         fullest = max(range(len(busy)), key=busy.__getitem__, default=None)
         software_s, wire_s, latency_s = self._path(last)
-        links = list(self._links)
         return Simulated(
             seconds=ends[last],
             software_s=software_s,
