@@ -95,7 +95,7 @@ class Pool:
         """The processes of the pool as it runs now; empty before the first call and after a failure."""
         return [process.pid for process in self._processes if process.pid is not None]
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 30.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
         """Call the module-level `function(Rank, *args)` on every rank; the results by rank. RankFailure if one fails."""
         try:
             if self._num_groups > MAX_GROUPS or self._num_threads > MAX_THREADS:
