@@ -23,12 +23,12 @@ from thinwire.config.model import ModelConfig
 from thinwire.config.pipeline import PipelineSection
 from thinwire.config.run import RunConfig
 from thinwire.errors import UserError
-from thinwire.layout import AXES, Layout
+from thinwire.layout import AXES, Layout, check_sequence
 from thinwire.models.transformer import Transformer, causal_attention
 from thinwire.parallel import sequence, sequence_attention, tensor
 from thinwire.parallel.cut import cut_model
 from thinwire.parallel.pipeline import Pipeline
-from thinwire.parallel.sequence import Share, check
+from thinwire.parallel.sequence import Share
 from thinwire.parallel.sequence_attention import Ring, pairs
 
 pytestmark = pytest.mark.heavy
@@ -87,7 +87,7 @@ def test_all_pairs_are_seen_once_and_each_turn_is_equal_work(degree: int, width:
 @pytest.mark.parametrize(("tokens", "degree", "nearest"), [(12, 4, 3), (16, 3, 2), (7, 2, 1), (96, 5, 4), (40, 32, 20)])
 def test_a_sequence_that_cannot_be_cut_is_refused_with_the_nearest_degree(tokens: int, degree: int, nearest: int) -> None:
     with pytest.raises(UserError, match=rf"layout.seq = {degree}: .* {tokens} tokens are no .* taken is {nearest}$"):
-        check(tokens, degree)
+        check_sequence(tokens, degree)
 
 
 def refusal(rank: Rank, model: nn.Module) -> str:

@@ -297,7 +297,7 @@ def test_a_block_keeps_the_memory_that_is_predicted(ranks2: Pool) -> None:
     def predicted(layers: int) -> float:
         config = shape(layers=layers, width=64, hidden=128, dtype="float32")
         workload = local_workload(Workload.of_transformer(config, ROWS, LENGTH), config, 2)
-        return activations_bytes(config, workload, casts=False, tensor=2) / ALLOCATOR
+        return activations_bytes(config, workload, casts=False, layout=Layout(tensor=2)) / ALLOCATOR
 
     short, long = ranks2.run(kept_bytes, 1)[0], ranks2.run(kept_bytes, 4)[0]
     assert long - short == pytest.approx(predicted(4) - predicted(1), rel=0.05)

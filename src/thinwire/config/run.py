@@ -16,10 +16,10 @@ from thinwire.config.data import DataSection
 from thinwire.config.model import ModelConfig, preset
 from thinwire.config.pipeline import PipelineSection
 from thinwire.config.pretrained import read_shape, tokenizer_of
-from thinwire.config.sync import EveryStep, Sync
+from thinwire.config.sync import EveryStep, LocalSGD, Sync
 from thinwire.config.tensor import TensorSection
 from thinwire.errors import UserError
-from thinwire.layout import Layout
+from thinwire.layout import Layout, check_sequence
 from thinwire.tomlfile import Section, read_toml, read_value, validate
 from thinwire.units import parse
 
@@ -86,13 +86,12 @@ class LayoutSection(Section):
     data: int = Field(0, ge=0)
     """Replicas that average gradients in each step; 0: all ranks that the other axes leave, but 1 beside a rare sync.kind."""
     seq: int = Field(1, ge=1)
+    """Ranks among which the tokens of every sequence are shared out."""
     tensor: int = Field(1, ge=1)
     """Ranks among which every layer's matrices are shared out; see [tensor]."""
 
     def resolve(self, world_size: int, *, rare: bool) -> Layout:
-        """The Layout for `world_size` ranks. rare: of sync.kind. UserError if it does not fit, or uses an axis not built yet."""
-        if self.seq > 1:
-            raise UserError(f"layout.seq = {self.seq}: training over this axis does not exist yet; set it to 1")
+        """The Layout for `world_size` ranks. rare: of sync.kind. UserError if it does not fit."""
         if self.outer > 1 and not rare:
             raise UserError(f"layout.outer = {self.outer}: only a sync.kind that exchanges rarely uses this axis; set it to 1")
         others = self.pipe * self.seq * self.tensor
@@ -226,7 +225,8 @@ class RunConfig(Section):
             self._check_pipeline()
         if self.layout.tensor > 1:
             self._check_tensor()
-        for axis in ("pipe", "tensor"):
+        self._check_sequence()
+        for axis in ("pipe", "seq", "tensor"):
             if self.sync.by_speed and getattr(self.layout, axis) > 1:
                 raise ValueError(
                     f"sync.assign = 'by_speed' assigns micro-batches to replicas of one rank; leave it out with layout.{axis}"
@@ -252,6 +252,15 @@ class RunConfig(Section):
                 f"layout.pipe = {self.layout.pipe} with {self.pipeline.per_rank} stages a rank is {stages} stages, and a model "
                 f"of {self.model.layers} layers has {units} units to share out; take layout.pipe = "
                 f"{units // self.pipeline.per_rank} or less"
+            )
+
+    def _check_sequence(self) -> None:
+        degree = self.layout.seq
+        check_sequence(self.train.sequence, degree)
+        if degree > 1 and isinstance(self.sync, LocalSGD) and self.sync.every_inside:
+            raise ValueError(
+                f"sync.every_inside = {self.sync.every_inside} lets ranks of a replica take steps alone, and each of "
+                f"layout.seq = {degree} ranks has a part of a sequence's gradient only; leave it out with layout.seq"
             )
 
     def _check_tensor(self) -> None:

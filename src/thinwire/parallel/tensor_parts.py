@@ -85,8 +85,8 @@ def words_of(vocabulary: int, degree: int, rank: int) -> range:
     return range(min(vocabulary, rank * most), min(vocabulary, (rank + 1) * most))
 
 
-def local_workload(workload: Workload, config: ModelConfig, degree: int) -> Workload:
-    """Of one rank of `degree`, all of which have equal shapes, from that of the whole model."""
+def local_workload(workload: Workload, config: ModelConfig, degree: int, seq: int = 1) -> Workload:
+    """Of one rank of `degree`, all of which have equal shapes, from that of the whole model. seq: ranks that share a sequence."""
     parts = parts_of(config, degree, 0)
 
     def local(one: Parameter) -> Parameter:
@@ -98,4 +98,5 @@ def local_workload(workload: Workload, config: ModelConfig, degree: int) -> Work
         workload,
         parameters=tuple(map(local, workload.parameters)),
         forward_flops_per_token=workload.forward_flops_per_token / degree,
+        tokens_per_microbatch=workload.tokens_per_microbatch // seq,
     )

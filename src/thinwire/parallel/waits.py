@@ -3,6 +3,7 @@
 Passes before training are entered in the ledger under a label of their own, so that what steps send can be told from them.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -64,3 +65,11 @@ class Waits:
     def label(self, own: str) -> str:
         """Of what such a pass sends, which in a step is `own`."""
         return SETUP if self._setting_up else own
+
+
+def sleep_until(moment: float) -> float:
+    """A moment of `time.perf_counter`. Returns by how much it was still ahead; negative if it had passed."""
+    ahead = moment - time.perf_counter()
+    if ahead > 0:
+        time.sleep(ahead)
+    return ahead

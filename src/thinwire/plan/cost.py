@@ -9,10 +9,11 @@ optimizer_s  bytes that the update touches / memory rate of the rank's device
 ready_k = max over ranks of (compute_s - window_k / flops_per_s)
 end_k   = max(ready_k, end_{k-1}) + calls * (price + work_k)
 exposed = max(0, end_last - max compute_s)
-          + sum over transfers for which passes stand still (`in_passes`, of tensor ranks) of calls * (price + work)
+          + sum over transfers for which passes stand still (`in_passes`) of calls * max(0, price + work - window)
           + sum over events every H > 1 steps of max(0, sum over their transfers of calls * (price + work) - window) / H
 
-Groups of tensor ranks, and those of their replicas, make each call at the same time: a link carries what all of them send.
+Groups of tensor ranks, of ranks that share sequences, and of their replicas make each call at the same time: a link carries what
+all of them send.
 
 In a pipeline the passes of a step are simulated (`pipeline`), with the wires as they are and with idle ones, and as much longer
 as what they stand still for:
@@ -158,7 +159,7 @@ def predict(
     alike = setting.stages is None  # ranks of different stages have different parameters
     uncovered_s: dict[str, tuple[float, int]] = {}  # of each event: its transfers less its window, and every how many steps
     for number, transfer in enumerate(transfers):
-        groups = layout.groups(transfer.axis)
+        groups = layout.senders(transfer.axis)
         seconds = _call_s(transfer, layout, routes, carrier) * transfer.calls
         mine = next(group for group in groups if rank in group)
         sent = Counter[int]()
@@ -176,7 +177,7 @@ def predict(
         )
         in_steps = transfer.label != EVALUATION
         if transfer.in_passes:
-            still_s += seconds * in_steps
+            still_s += max(0.0, seconds - transfer.calls * transfer.window_flops / slowest_rate) * in_steps
         elif transfer.every == 1:
             ready_s = max(end_s - transfer.window_flops / rate for end_s, rate in paces)
             wire_end = max(ready_s, wire_end) + seconds
@@ -191,7 +192,9 @@ def predict(
     waiting_s, exposed_s = slowest_s - compute_s, max(0.0, wire_end - slowest_s) + still_s
     if setting.stages is not None:
         sums_s = {
-            done: sum(one.calls * _call_s(one, layout, routes, carrier) for one in sent)
+            done: sum(
+                one.calls * max(0.0, _call_s(one, layout, routes, carrier) - one.window_flops / slowest_rate) for one in sent
+            )
             for done, sent in setting.stages.in_passes.items()
         }
         ran = simulate(setting.stages.pipelines(layout, setting.flops_per_s, sums_s=sums_s), routes)
@@ -209,7 +212,7 @@ def predict(
         waiting_s=waiting_s,
         exposed_s=exposed_s + sum(max(0.0, one_s) / every for one_s, every in uncovered_s.values()),
         optimizer_s=setting.optimizer_s(rank),
-        tokens_per_step=setting.workload.tokens_per_microbatch * setting.micro_batches * layout.replicas,
+        tokens_per_step=setting.workload.tokens_per_microbatch * layout.seq * setting.micro_batches * layout.replicas,
         transfers=tuple(priced),
         links=dict(links),
         assumptions=(
@@ -223,9 +226,9 @@ def predict(
 
 def _call_s(transfer: Transfer, layout: Layout, routes: Routes, carrier: Carrier) -> float:
     """Of one call, in the slowest group."""
-    groups = layout.groups(transfer.axis)
+    groups = layout.senders(transfer.axis)
     alone_s = max(carrier.seconds(routes, transfer, group) for group in groups) + transfer.work_s
-    if layout.tensor == 1:
+    if layout.tensor * layout.seq == 1:
         return alone_s
     by_stage: dict[int, list[Counter[Link]]] = {}
     for group in groups:

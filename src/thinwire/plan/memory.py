@@ -18,8 +18,10 @@ K of keys, F hidden, V vocabulary, as autograd keeps them (`models.transformer`)
 
 Ranks of a pipeline hold the activations of as many micro-batches as the schedule has under way (`parallel.balance.in_flight`).
 
-One of t tensor ranks has the t-th part of matrices, and of attention, mlp and loss. Under autocast a copy of all matrices in 2
-bytes a value goes along. What blocks keep comes and goes in pieces of some MiB, among which the allocator loses room.
+One of t tensor ranks has the t-th part of matrices, and of attention, mlp and loss. One of s ranks that share sequences has the
+s-th part of tokens, and keeps of each of them 2 c (s - 1) K D keys and values that came from the others. Under autocast a copy of
+all matrices in 2 bytes a value goes along. What blocks keep comes and goes in pieces of some MiB, among which the allocator loses
+room.
 """
 
 from collections.abc import Sequence
@@ -97,17 +99,18 @@ def need(config: RunConfig, shape: ModelConfig, layout: Layout, *, casts: bool, 
     on_device: in memory of a device, which is not the host's.
     """
     train = config.train
-    workload = local_workload(Workload.of_transformer(shape, train.micro_batch, train.sequence), shape, layout.tensor)
+    whole = Workload.of_transformer(shape, train.micro_batch, train.sequence)
+    workload = local_workload(whole, shape, layout.tensor, layout.seq)
     if layout.pipe > 1:
         pieces = _pieces(config, shape, workload, layout, casts=casts)
     else:
-        pieces = [(workload, activations_bytes(shape, workload, casts=casts, tensor=layout.tensor))]
-    needs = [_need(config, one, layout, activations, on_device=on_device) for one, activations in pieces]
+        pieces = [(workload, activations_bytes(shape, workload, casts=casts, layout=layout))]
+    needs = [_need(config, one, layout.of_gradients, activations, on_device=on_device) for one, activations in pieces]
     return max(needs, key=lambda one: one.rank_bytes)
 
 
 def _need(config: RunConfig, workload: Workload, layout: Layout, activations: int, *, on_device: bool) -> Need:
-    """Of a rank that has the parameters of `workload`."""
+    """Of a rank that has the parameters of `workload`. layout: as who averages gradients sees it."""
     weights = workload.stored_bytes
     optimizer = weights * OPTIMIZER_VALUES_PER_PARAMETER[config.train.optimizer.kind]
     exchange, under_way = _exchange(config, workload, layout, on_device)
@@ -151,7 +154,7 @@ def _pieces(
         blocks = sum(0 < unit < len(names) - 1 for unit in units)
         held = in_flight(options.schedule, layout.pipe, options.per_rank, rank, num_micro) / options.per_rank
         projects = len(names) - 1 in units
-        whole = activations_bytes(shape, workload, casts=casts, blocks=held * blocks, loss=projects, tensor=layout.tensor)
+        whole = activations_bytes(shape, workload, casts=casts, blocks=held * blocks, loss=projects, layout=layout)
         found.append(
             (workload.part(mine, sum(costs[unit] for unit in units)), whole + 2 * options.per_rank * num_micro * crossing)
         )
@@ -180,17 +183,24 @@ def line(need: Need, rooms: Sequence[Room]) -> str:
 
 
 def activations_bytes(
-    shape: ModelConfig, workload: Workload, *, casts: bool, blocks: float | None = None, loss: bool = True, tensor: int = 1
+    shape: ModelConfig,
+    workload: Workload,
+    *,
+    casts: bool,
+    blocks: float | None = None,
+    loss: bool = True,
+    layout: Layout = Layout(),  # noqa: B008 (never changed)
 ) -> int:
-    """Of one micro-batch, when its loss is known, on one of `tensor` ranks, of which is `workload`.
+    """Of one micro-batch, when its loss is known, on a rank of `layout`, of which is `workload`.
 
     blocks: so many, counted for each micro-batch; None: all. loss: with it.
     """
-    kept = ITEM_BYTES[shape.dtype]
+    kept, tensor = ITEM_BYTES[shape.dtype], layout.tensor
     wide, product = max(kept, 4), 2 if casts else kept
     norm = shape.width * (product + (2 * wide if shape.norm == "rms" else kept))
     rotated = (shape.heads + shape.kv_heads) * shape.head_width if shape.positions == "rotary" else 0
-    attention = product * (shape.qkv_width + rotated + shape.width) + 4 * shape.heads
+    arrived = 2 * (layout.seq - 1) * shape.kv_heads * shape.head_width
+    attention = product * (shape.qkv_width + rotated + shape.width + arrived) + 4 * shape.heads
     mlp = product * (shape.up_width + shape.hidden * (2 if shape.mlp == "swiglu" else 1))
     at_loss = norm + shape.vocabulary * (3 * wide + (product if product < 4 else 0)) / tensor if loss else 0
     backward = product * (shape.up_width + 2 * shape.hidden) / tensor

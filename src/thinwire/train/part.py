@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +23,6 @@ from thinwire.config.compress import Coded
 from thinwire.config.run import RunConfig, TrainSection
 from thinwire.errors import UserError
 from thinwire.layout import Layout
-from thinwire.parallel import sequence
 from thinwire.parallel.cut import Cut, cut_model
 from thinwire.parallel.tensor_parts import local_workload
 from thinwire.parallel.waits import Waits
@@ -32,9 +31,9 @@ from thinwire.sync.base import Synchroniser
 from thinwire.traffic import Transfer
 from thinwire.train.pace import Pacer
 from thinwire.train.pipelined import Pace, PipelinedStepper
+from thinwire.train.shared_part import SharedPart
 from thinwire.train.step import Norm, Stepper, gradient_norm
 from thinwire.train.task import LanguageModel
-from thinwire.train.tensor_part import TensorPart
 from thinwire.workload import Workload
 
 if TYPE_CHECKING:
@@ -46,7 +45,8 @@ Precision = Callable[[], AbstractContextManager]
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """See the top of the file. number: of the part, of `count` into which the model is cut. tensor: where matrices are split."""
+    """See the top of the file. number: of the part, of `count` into which the model is cut. shared: where ranks share matrices or
+    sequences."""
 
     module: nn.Module
     workload: Workload
@@ -54,14 +54,14 @@ class Part:
     norm: Norm = gradient_norm
     number: int = 0
     count: int = 1
-    tensor: TensorPart | None = None
+    shared: SharedPart | None = None
     pipeline: Pipeline | None = None
     stages: Stages | None = None
 
     @property
     def waits(self) -> Waits:
-        """Of its passes, for the other tensor ranks."""
-        return Waits() if self.tensor is None else self.tensor.waits
+        """Of its passes, for ranks that compute with this one."""
+        return Waits() if self.shared is None else self.shared.waits
 
     def stepper(
         self, attached: nn.Module, optimizer: torch.optim.Optimizer, sync: Synchroniser, task: LanguageModel, train: TrainSection
@@ -83,6 +83,8 @@ class Part:
 
     def pacer(self, flops_per_s: float) -> Pacer | Pace:
         """Of a device that achieves `flops_per_s` in training; see `paced`."""
+        if self.shared is not None:
+            self.shared.pace(flops_per_s)
         if self.stages is None:
             return Pacer.of(self.workload, flops_per_s, self.waits)
         seconds = {stage: flops / flops_per_s for stage, flops in enumerate(self.stages.forward_flops)}
@@ -98,14 +100,14 @@ class Part:
     def traffic(self, num_micro: int) -> list[Transfer]:
         """What is sent within one replica in a step."""
         found = [] if self.pipeline is None else self.pipeline.traffic(num_micro)
-        if self.tensor is not None:
+        if self.shared is not None:
             counted = self.module.named_parameters() if self.pipeline is None else self.pipeline.counted()
-            found += self.tensor.traffic(num_micro, counted)
+            found += self.shared.traffic(num_micro, counted)
         return found
 
     def evaluation_traffic(self, task: LanguageModel, replica: int) -> list[Transfer]:
-        """What an evaluation sends between tensor ranks."""
-        return [] if self.tensor is None else self.tensor.evaluation_traffic(task, replica)
+        """What an evaluation sends between ranks that compute together."""
+        return [] if self.shared is None else self.shared.evaluation_traffic(task, replica)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,13 +128,10 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
     """Build the model on its device and keep what is this rank's. No communication. UserError for a model that cannot be cut."""
     layout, ledger, model = place.layout, place.ledger, task.build_model().to(place.device)
     workload, split, row = task.workload, None, 0
-    if layout.tensor > 1:
-        split = TensorPart.split(model, config, place.groups["tensor"], ledger, casts=place.casts)
-        workload, row = local_workload(workload, task.shape, layout.tensor), split.group.rank()
-    if layout.seq > 1:
-        sequence.check(config.train.sequence, layout.seq)
-        sequence.apply(model, place.groups["seq"], ledger)
-        workload = replace(workload, tokens_per_microbatch=workload.tokens_per_microbatch // layout.seq)
+    if layout.tensor * layout.seq > 1:
+        split = SharedPart.split(model, config, layout, place.groups, ledger, casts=place.casts)
+        row = split.group.rank()
+        workload = local_workload(workload, task.shape, layout.tensor, layout.seq)
     norm = gradient_norm if split is None else split.norm
     if layout.pipe == 1:
         return Part(
@@ -142,7 +141,7 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
             norm=norm,
             number=row,
             count=layout.tensor,
-            tensor=split,
+            shared=split,
         )
     from thinwire.parallel.pipeline import Pipeline
 
@@ -169,7 +168,7 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
         norm=norm,
         number=pipeline.rank * layout.tensor + row,
         count=layout.pipe * layout.tensor,
-        tensor=split,
+        shared=split,
         pipeline=pipeline,
         stages=stages_of(workload, cut, config.sync.accumulate, split),
     )
@@ -181,7 +180,7 @@ def _averages_apart(config: RunConfig, replicas: int) -> bool:
     return replicas > 2 or (replicas > 1 and coded)
 
 
-def stages_of(workload: Workload, cut: Cut, num_micro: int, split: TensorPart | None = None) -> Stages:
+def stages_of(workload: Workload, cut: Cut, num_micro: int, split: SharedPart | None = None) -> Stages:
     """For predictions. workload: of the whole model, or of this rank's part of all its matrices, as `split` says."""
     from thinwire.parallel.schedules import orders
 

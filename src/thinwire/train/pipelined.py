@@ -5,7 +5,6 @@ The gradient's norm is that of the whole model: each rank adds up its own parame
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from thinwire.collectives.metered_calls import all_reduce
 from thinwire.data.loader import IGNORED
-from thinwire.parallel.waits import SETUP, Waits
+from thinwire.parallel.waits import SETUP, Waits, sleep_until
 from thinwire.traffic import EVALUATION, Transfer
 from thinwire.train.step import Stepper, without_trace
 from thinwire.workload import BACKWARD_OVER_FORWARD
@@ -136,11 +135,8 @@ class Pace:
         takes = {"F": forward_s, "B": backward_s, "I": backward_s / 2, "W": backward_s / 2}
 
         def hold(kind: str, begun: float) -> None:
-            ahead = begun + takes[kind] + self.waits.since(begun) - time.perf_counter()
             self.declared_s += takes[kind]
-            self.late_s += max(0.0, -ahead)
-            if ahead > 0:
-                time.sleep(ahead)
+            self.late_s += max(0.0, -sleep_until(begun + takes[kind] + self.waits.since(begun)))
 
         return hold
 

@@ -116,12 +116,15 @@ def train_as(rank: Rank, resume: Path | None) -> Outcome:
 
 def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     config, ledger, layout, number = rank.config, rank.ledger, rank.layout, dist.get_rank()
-    mesh = init_device_mesh(rank.device.type, layout.degrees, mesh_dim_names=AXES)
+    gradients = layout.of_gradients
+    mesh = init_device_mesh(rank.device.type, gradients.degrees, mesh_dim_names=AXES)
     groups = {name: mesh.get_group(name) for name in AXES}
+    if layout.seq > 1:
+        groups["seq"], _ = dist.new_subgroups_by_enumeration(layout.groups("seq"))
     for made in groups.values():
         if not isinstance(made, backend.MeteredGroup):  # the metered backend has done so itself
             give_timeout(made, timedelta(seconds=config.train.timeout_s))
-    axis = layout.report_axis
+    axis = gradients.report_axis
     if axis == REPLICAS:
         groups[REPLICAS] = mesh["outer", "data"]._flatten(REPLICAS).get_group()
     elif axis == EVERYONE:
@@ -152,7 +155,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         rates=cluster.declared_rates,
     )
     part = take_part(task, config, place)
-    sync = make_synchroniser(config.sync, config.compress, layout, ledger)
+    sync = make_synchroniser(config.sync, config.compress, gradients, ledger)
     optimizer = make_optimizer(part.module, config.train)
     parts = Parts(
         model=part.module,
@@ -162,7 +165,8 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         rank=number,
         part=part.number,
         num_parts=part.count,
-        shards=part.tensor.parts if part.tensor else {},
+        shards=part.shared.parts if part.shared else {},
+        layout=str(layout),
     )
     progress = Progress(step=0, tokens=0, world_size=layout.world_size, assignment=())
     if resume is not None:
@@ -208,7 +212,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         parts=parts,
         group=group,
         replica=replica,
-        same_loss=layout.tensor,
+        loss_ranks=layout.tensor * layout.seq,
         device=rank.device,
         stop=rank.stop,
         saver=Saver(folder.path / "checkpoints", disks, config.train.checkpoints_kept, config.train.checkpoint_copies, parts),
@@ -274,11 +278,11 @@ def _predict(
     )
     transfers = [
         *part.traffic(config.sync.accumulate),
-        *stepper.sync.traffic(part.workload, layout),
+        *stepper.sync.traffic(part.workload, layout.of_gradients),
         *stepper.norm_traffic(),
         *stepper.evaluation_traffic(task, layout.replica(dist.get_rank())),
         *part.evaluation_traffic(task, layout.replica(dist.get_rank())),
-        *report_traffic(config.train, layout.report_axis, layout.world_size),
+        *report_traffic(config.train, layout.of_gradients.report_axis, layout.world_size),
     ]
     carrier = setup.choose_carrier(rank.tuner, cluster, groups, transfers)
     return predict(setting, transfers, carrier=carrier), pacer, assignment
