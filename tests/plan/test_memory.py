@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,7 @@ MEASURED = {
     "diloco": [*LARGE, "sync.kind=diloco", "sync.every=2"],
     "tensor": [*LARGE, "model.layers=12", "layout.tensor=2"],
     "tensor activations": [*WIDE_BATCH, "train.sequence=256", "layout.tensor=2"],
+    "sequence": [*WIDE_BATCH, "train.sequence=256", "layout.seq=2"],
     "activations": [*WIDE_BATCH, "train.sequence=256"],
     "vocabulary": ["model.preset=1m", "model.vocabulary=20000", "train.sequence=256", "train.micro_batch=8"],
 }
@@ -147,6 +149,10 @@ def test_terms_follow_the_optimizer_and_what_is_exchanged() -> None:
         ).exchange_bytes
         < coded / 3
     )
+    assert needed("layout.seq=2", "compress.kind=int4") == replace(
+        needed("compress.kind=int4"), activations_bytes=needed("layout.seq=2").activations_bytes
+    ), "all but activations is as of two replicas"
+    assert 0.5 < needed("layout.seq=2").activations_bytes / needed().activations_bytes < 0.6
     assert needed("train.micro_batch=16").activations_bytes == 2 * needed("train.micro_batch=8").activations_bytes
 
 

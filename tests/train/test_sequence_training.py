@@ -74,7 +74,8 @@ def test_a_run_equals_one_rank_and_its_prediction(
     assert steps[12] == 12 * 4 * layout.get("data", 1) * 2 * 16
 
 
-@pytest.mark.parametrize("inside", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("inside", [1, 2])
 def test_replicas_of_ranks_that_share_sequences_exchange_rarely(
     ranks2: Pool, ranks4: Pool, ranks8: Pool, tmp_path: Path, inside: int
 ) -> None:
@@ -96,6 +97,7 @@ def test_replicas_of_ranks_that_share_sequences_exchange_rarely(
 CODED = {"kind": "int4", "exclude": [], "vectors": True}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["int8", "demo", "int4"])
 def test_coded_gradients_of_shares_learn_alike_and_resume_bit_for_bit(ranks2: Pool, tmp_path: Path, kind: str) -> None:
     """What ranks of a sequence owe to the average is kept as what replicas owe is."""
@@ -120,10 +122,11 @@ ONE_REPLICA = [("ranks1", {}), ("ranks2", {"tensor": 2}), ("ranks4", {"pipe": 2,
 @pytest.mark.parametrize(
     ("first", "others"),
     [
+        (("ranks2", {"seq": 2}), ONE_REPLICA[:2]),
+        (("ranks2", {"seq": 2}), ONE_REPLICA[2:]),
         (("ranks4", {"seq": 2, "tensor": 2}), [("ranks2", {"seq": 2}), ("ranks2", {"pipe": 2})]),
         (("ranks2", {"tensor": 2}), [("ranks2", {"seq": 2})]),
         (("ranks1", {}), [("ranks2", {"seq": 2})]),
-        (("ranks2", {"seq": 2}), ONE_REPLICA),
     ],
     ids=lambda value: str(value[1]) if isinstance(value, tuple) else "",
 )
