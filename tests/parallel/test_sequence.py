@@ -252,8 +252,8 @@ def test_a_rank_keeps_its_share_of_activations_and_what_keys_and_values_it_is_to
 
 def test_a_block_keeps_the_memory_that_is_predicted(ranks2: Pool) -> None:
     def predicted(config: ModelConfig) -> float:
-        workload = local_workload(Workload.of_transformer(config, ROWS, LENGTH), config, 1, 2)
-        return activations_bytes(config, workload, casts=False, layout=Layout(seq=2)) / ALLOCATOR
+        workload = local_workload(Workload.of_transformer(config, ROWS, LENGTH), config, 1, seq=2)
+        return activations_bytes(config, workload, casts=False, seq=2) / ALLOCATOR
 
     short, long = (shape(layers=layers, width=64, hidden=128, kv_heads=2, dtype="float32") for layers in (1, 4))
     kept = [ranks2.run(kept_bytes, config, 2, True)[0] for config in (short, long)]

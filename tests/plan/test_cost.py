@@ -227,6 +227,16 @@ def test_rings_of_replicas_share_their_hosts_links_and_gradients_are_averaged_ov
     assert gradients.seconds == predict(replace(eight, layout=Layout(data=8)), [transfer(2**20)]).transfers[0].seconds
 
 
+def test_tensor_ranks_with_uneven_parts_wait_for_the_one_that_has_most() -> None:
+    split = replace(setting(), layout=Layout(data=2, tensor=2), tensor_flops=(3e9, 1e9))
+    assert len(set(split.flops_per_s)) == 1
+    most, least = (predict(split, [], rank) for rank in (0, 1))
+    assert most.waiting_s == 0 and least.compute_s == pytest.approx(most.compute_s / 3)
+    assert least.compute_s + least.waiting_s == pytest.approx(most.compute_s)
+    even = replace(split, tensor_flops=())
+    assert not predict(split, [transfer(2**16)]).transfers[0].even and predict(even, [transfer(2**16)]).transfers[0].even
+
+
 def test_groups_of_replicas_of_tensor_ranks_share_their_hosts_links() -> None:
     """Two ranks of a host, each with half the model, take as long for their halves as one with all of it takes for the whole."""
     cluster = load_cluster("four-hosts-of-two-100mbit")

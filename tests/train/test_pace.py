@@ -84,7 +84,7 @@ def paced_tensor_ranks(context: Rank, pass_s: list[float]) -> dict:
     config = ModelConfig.model_validate({"layers": 2, "width": 16, "heads": 2, "vocabulary": 32, "context": 16})
     model, waits = Transformer(config), Waits(HostClock())
     tensor.apply(model, init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",)).get_group(), context.ledger, waits=waits)
-    workload = local_workload(Workload.of_transformer(config, 2, 16), config, 2)
+    workload = local_workload(Workload.of_transformer(config, 2, 16), config, 2, context.rank)
     mine, tokens = pass_s[context.rank], torch.zeros(2, 16, dtype=torch.int64)
     pacer = Pacer(forward_s=mine, backward_s=2 * mine, waits=waits)
     whole_s, waited_s = [], []

@@ -16,7 +16,7 @@ from thinwire.parallel.tensor_state import part, whole
 from thinwire.sync.joined import joined
 from thinwire.train.checkpoint.shards import Refit, from_plain, to_plain
 
-CONFIG = ModelConfig.model_validate({"layers": 1, "width": 16, "heads": 4, "hidden": 8, "vocabulary": 11})
+CONFIG = ModelConfig.model_validate({"layers": 1, "width": 20, "heads": 5, "hidden": 9, "vocabulary": 11})
 SHAPES = {name: tuple(value.shape) for name, value in Transformer(CONFIG).state_dict().items()}
 DEGREES = st.sampled_from([1, 2, 4])
 
@@ -110,7 +110,8 @@ def test_anchors_and_momenta_go_on(with_momentum: bool, written_by: int, read_by
             assert one["sent_at"] == 4 and one["under_way"] is None
             for key in ("anchor", "momentum") if with_momentum else ("anchor",):
                 for name, flat in zip(one["names"], one[key].split(one["sizes"]), strict=True):
-                    held[key].setdefault(name, flat.view(shapes[name]))  # of several the first, as `adopt` does
+                    if name not in held[key]:  # of several the first, as `adopt` does
+                        held[key][name] = flat.view(shapes[name])
             assert with_momentum or not one["momentum"].numel()
         for key, its in held.items():
             found[key].append(its)

@@ -29,6 +29,7 @@ from thinwire.models.transformer import Transformer, rotation_of
 from thinwire.parallel.sequence_attention import AXIS, GRADIENTS, KEYS, Ring
 from thinwire.parallel.tensor import Passes
 from thinwire.parallel.tensor_loss import IGNORED
+from thinwire.parallel.tensor_parts import kv_heads_of
 from thinwire.parallel.waits import Waits
 from thinwire.traffic import EVALUATION, Transfer
 from thinwire.workload import BACKWARD_OVER_FORWARD
@@ -103,10 +104,13 @@ def _loss_of_share(loss: Callable[[Tensor, Tensor], Tensor], share: Share) -> Ca
     return own_loss
 
 
-def traffic(config: ModelConfig, degree: int, passes: Passes, *, tensor: int = 1, keeps: bool = True) -> list[Transfer]:
+def traffic(
+    config: ModelConfig, degree: int, passes: Passes, *, tensor: int = 1, tensor_rank: int = 0, keeps: bool = True
+) -> list[Transfer]:
     """What a rank sends over the axis for these passes, exactly; passes.sequence: tokens of a sequence that it has.
 
-    Each message may hide under the turn in which it travels. tensor: degree of that axis; keeps: see `Ring`.
+    Each message may hide under the turn in which it travels. tensor: degree of that axis, on which this is rank `tensor_rank`;
+    keeps: see `Ring`.
     """
     blocks = config.layers if passes.units is None else sum(0 < unit <= config.layers for unit in passes.units)
     calls = (degree - 1) * blocks * passes.num_micro
@@ -114,7 +118,7 @@ def traffic(config: ModelConfig, degree: int, passes: Passes, *, tensor: int = 1
         return []
     kept: torch.dtype = getattr(torch, config.dtype)
     product = torch.bfloat16 if passes.casts else kept
-    values = 2 * passes.micro_batch * passes.sequence * config.kv_heads // tensor * config.head_width
+    values = 2 * passes.micro_batch * passes.sequence * len(kv_heads_of(config, tensor, tensor_rank)) * config.head_width
 
     def sent(label: str, dtype: torch.dtype, times: int, window_flops: float) -> Transfer:
         return Transfer(
@@ -129,13 +133,14 @@ def traffic(config: ModelConfig, degree: int, passes: Passes, *, tensor: int = 1
             around=True,
         )
 
-    turn = turn_flops(config, passes, tensor)
+    turn = turn_flops(config, passes, tensor, tensor_rank)
     if passes.evaluates:
         return [sent(EVALUATION, product, 1, turn)]
     back = BACKWARD_OVER_FORWARD * turn if keeps else 0.0  # else the last sums leave when there is no turn to come
     return [sent(KEYS, product, 1 if keeps else 2, turn), sent(GRADIENTS, torch.promote_types(product, torch.float32), 1, back)]
 
 
-def turn_flops(config: ModelConfig, passes: Passes, tensor: int = 1) -> float:
+def turn_flops(config: ModelConfig, passes: Passes, tensor: int = 1, tensor_rank: int = 0) -> float:
     """Forward, of a micro-batch, in a turn of one block's ring: an s-th of what `Workload` counts as the rank's attention."""
-    return 4.0 * config.width * passes.micro_batch * passes.sequence**2 / tensor
+    heads = len(kv_heads_of(config, tensor, tensor_rank)) / config.kv_heads
+    return 4.0 * config.width * passes.micro_batch * passes.sequence**2 * heads

@@ -22,7 +22,7 @@ Parameters stay plain tensors under the names that they have in the model; `tens
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,7 @@ from thinwire.config.model import ModelConfig
 from thinwire.errors import UserError
 from thinwire.models.transformer import Transformer
 from thinwire.parallel.tensor_loss import LOSS, check_words, tensor_cross_entropy
-from thinwire.parallel.tensor_parts import Part, Parts, parts_of, words_of
+from thinwire.parallel.tensor_parts import Part, Parts, kv_heads_of, parts_of, words_of
 from thinwire.parallel.tensor_state import cut_out
 from thinwire.parallel.waits import Waits
 from thinwire.traffic import EVALUATION, Transfer
@@ -79,11 +79,11 @@ def apply(
     for name, part in parts.items():
         _keep(model.get_submodule(name.removesuffix(".weight")), part)
     model.embed = _Embedding(model.embed, words_of(config.vocabulary, degree, group.rank()), config.vocabulary, sums)
-    blocks: Any = model.blocks
+    heads, blocks = kv_heads_of(config, degree, group.rank()), cast(Any, model.blocks)
     for block in blocks:
         attention, mlp = block.attention, block.mlp
-        attention.heads //= degree
-        attention.kv_heads //= degree
+        attention.heads = len(heads) * config.heads // config.kv_heads
+        attention.kv_heads = len(heads)
         for enters in (attention.qkv, mlp.up):
             enters.register_forward_pre_hook(lambda _, arguments: (sums.of_gradients(arguments[0]),))
         for leaves in (attention.out, mlp.down):

@@ -49,7 +49,8 @@ class Setting:
 
     kind: of the devices on which ranks run, where that is known; else as the cluster says. micro_batches: of a step and replica;
     where they differ that is their mean, and `assignment` has those of each replica. stages: where layout.pipe is used; workload
-    is then of the part of the model that the predicted rank has.
+    is then of the part of the model that the predicted rank has. tensor_flops: of a micro-batch, by place on the tensor axis,
+    where ranks on it have uneven parts.
     """
 
     cluster: Cluster
@@ -62,13 +63,17 @@ class Setting:
     assignment: tuple[int, ...] = ()
     kind: str = ""
     stages: Stages | None = None
+    tensor_flops: tuple[float, ...] = ()
 
     @property
     def compute_s(self) -> tuple[float, ...]:
         """Of a step, by rank."""
         counts = self.assignment or (self.micro_batches,) * self.layout.replicas
-        flops = self.workload.flops_per_microbatch
-        return tuple(counts[self.layout.replica(rank)] * flops / rate for rank, rate in enumerate(self.flops_per_s))
+        flops = self.tensor_flops or (self.workload.flops_per_microbatch,) * self.layout.tensor
+        return tuple(
+            counts[self.layout.replica(rank)] * flops[self.layout.coordinates(rank)["tensor"]] / rate
+            for rank, rate in enumerate(self.flops_per_s)
+        )
 
     def optimizer_s(self, rank: int) -> float:
         """Gradients and weights are read, weights and state read and written."""
@@ -156,7 +161,7 @@ def predict(
     paces = set(zip(by_rank, setting.flops_per_s, strict=True))
 
     priced, wire_end, still_s, links = [], 0.0, 0.0, Counter[Link]()
-    alike = setting.stages is None  # ranks of different stages have different parameters
+    alike = setting.stages is None and not setting.tensor_flops  # ranks of different parts have different parameters
     uncovered_s: dict[str, tuple[float, int]] = {}  # of each event: its transfers less its window, and every how many steps
     for number, transfer in enumerate(transfers):
         groups = layout.senders(transfer.axis)

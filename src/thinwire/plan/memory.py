@@ -18,10 +18,10 @@ K of keys, F hidden, V vocabulary, as autograd keeps them (`models.transformer`)
 
 Ranks of a pipeline hold the activations of as many micro-batches as the schedule has under way (`parallel.balance.in_flight`).
 
-One of t tensor ranks has the t-th part of matrices, and of attention, mlp and loss. One of s ranks that share sequences has the
-s-th part of tokens, and keeps of each of them 2 c (s - 1) K D keys and values that came from the others. Under autocast a copy of
-all matrices in 2 bytes a value goes along. What blocks keep comes and goes in pieces of some MiB, among which the allocator loses
-room.
+A tensor rank has its heads N and K and its hidden values F of attention and mlp, and its words V. One of s ranks that share
+sequences has the s-th part of tokens, and keeps of each of them 2 c (s - 1) K D keys and values that came from the others. Under
+autocast a copy of all matrices in 2 bytes a value goes along. What blocks keep comes and goes in pieces of some MiB, among which
+the allocator loses room.
 """
 
 from collections.abc import Sequence
@@ -46,6 +46,10 @@ ALLOCATOR = 1.25
 CODED_AT_ONCE = {"bf16": 1.0, "fp16": 1.0, "dgc": 3.5, "demo": 3.5}
 USUAL_AT_ONCE = 2.5
 """Vectors of the model's size that are held while codes are under way, measured: of all buckets, for which a slow wire waits."""
+
+
+SPLIT = (("attention.qkv", 0), ("attention.out", 1), ("mlp.up", 0), ("mlp.down", 1))
+"""Matrices of a block, and along which dim a tensor rank has less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,18 +97,20 @@ class Need:
 
 
 def need(config: RunConfig, shape: ModelConfig, layout: Layout, *, casts: bool, on_device: bool = False) -> Need:
-    """Of a rank; of a pipeline's, of the one that needs most. shape: of the model, with the vocabulary that it gets; casts:
-    whether autocast multiplies in bfloat16.
+    """Of the rank of a replica that needs most. shape: of the model, with the vocabulary that it gets; casts: whether autocast
+    multiplies in bfloat16.
 
     on_device: in memory of a device, which is not the host's.
     """
     train = config.train
     whole = Workload.of_transformer(shape, train.micro_batch, train.sequence)
-    workload = local_workload(whole, shape, layout.tensor, layout.seq)
-    if layout.pipe > 1:
-        pieces = _pieces(config, shape, workload, layout, casts=casts)
-    else:
-        pieces = [(workload, activations_bytes(shape, workload, casts=casts, layout=layout))]
+    pieces = []
+    for rank in range(layout.tensor):
+        workload = local_workload(whole, shape, layout.tensor, rank, layout.seq)
+        if layout.pipe > 1:
+            pieces += _pieces(config, shape, (whole, workload), layout, casts=casts)
+        else:
+            pieces.append((workload, activations_bytes(shape, workload, casts=casts, seq=layout.seq)))
     needs = [_need(config, one, layout.of_gradients, activations, on_device=on_device) for one, activations in pieces]
     return max(needs, key=lambda one: one.rank_bytes)
 
@@ -131,21 +137,23 @@ def _need(config: RunConfig, workload: Workload, layout: Layout, activations: in
 
 
 def _pieces(
-    config: RunConfig, shape: ModelConfig, workload: Workload, layout: Layout, *, casts: bool
+    config: RunConfig, shape: ModelConfig, workloads: tuple[Workload, Workload], layout: Layout, *, casts: bool
 ) -> list[tuple[Workload, int]]:
     """What each rank of a pipeline has of the model, of equal ranks, and its activations when it holds most of them.
 
-    A boundary has a buffer for each micro-batch, of what arrives and of the gradient that comes back.
+    workloads: of the whole model, which is cut, and of a rank's part of all its matrices. A boundary has a buffer for each
+    micro-batch, of what arrives and of the gradient that comes back.
     """
     options, num_micro = config.pipeline, config.sync.accumulate
+    whole, workload = workloads
     costs = workload.chain_flops_per_token
-    stages = cut(costs, layout.pipe * options.per_rank)
+    stages = cut(whole.chain_flops_per_token, layout.pipe * options.per_rank)
     names = [
         ("embed", "positions"),
         *((f"{block}.",) for block in workload.block_names),
         ("norm", "embed" if shape.tied else "head"),
     ]
-    crossing = workload.tokens_per_microbatch * shape.width * ITEM_BYTES[shape.dtype] // layout.tensor
+    crossing = workload.tokens_per_microbatch * -(-shape.width // layout.tensor) * ITEM_BYTES[shape.dtype]
     found = []
     for rank in range(layout.pipe):
         units = [unit for stage in stages_of(options.schedule, layout.pipe, options.per_rank, rank) for unit in stages[stage]]
@@ -154,9 +162,9 @@ def _pieces(
         blocks = sum(0 < unit < len(names) - 1 for unit in units)
         held = in_flight(options.schedule, layout.pipe, options.per_rank, rank, num_micro) / options.per_rank
         projects = len(names) - 1 in units
-        whole = activations_bytes(shape, workload, casts=casts, blocks=held * blocks, loss=projects, layout=layout)
+        activations = activations_bytes(shape, workload, casts=casts, blocks=held * blocks, loss=projects, seq=layout.seq)
         found.append(
-            (workload.part(mine, sum(costs[unit] for unit in units)), whole + 2 * options.per_rank * num_micro * crossing)
+            (workload.part(mine, sum(costs[unit] for unit in units)), activations + 2 * options.per_rank * num_micro * crossing)
         )
     return found
 
@@ -183,28 +191,25 @@ def line(need: Need, rooms: Sequence[Room]) -> str:
 
 
 def activations_bytes(
-    shape: ModelConfig,
-    workload: Workload,
-    *,
-    casts: bool,
-    blocks: float | None = None,
-    loss: bool = True,
-    layout: Layout = Layout(),  # noqa: B008 (never changed)
+    shape: ModelConfig, workload: Workload, *, casts: bool, blocks: float | None = None, loss: bool = True, seq: int = 1
 ) -> int:
-    """Of one micro-batch, when its loss is known, on a rank of `layout`, of which is `workload`.
+    """Of one micro-batch, when its loss is known. shape: of the model; workload: of it, or of a rank's part of all blocks, one of
+    `seq` ranks that share sequences.
 
     blocks: so many, counted for each micro-batch; None: all. loss: with it.
     """
-    kept, tensor = ITEM_BYTES[shape.dtype], layout.tensor
+    kept = ITEM_BYTES[shape.dtype]
     wide, product = max(kept, 4), 2 if casts else kept
     norm = shape.width * (product + (2 * wide if shape.norm == "rms" else kept))
-    rotated = (shape.heads + shape.kv_heads) * shape.head_width if shape.positions == "rotary" else 0
-    arrived = 2 * (layout.seq - 1) * shape.kv_heads * shape.head_width
-    attention = product * (shape.qkv_width + rotated + shape.width + arrived) + 4 * shape.heads
-    mlp = product * (shape.up_width + shape.hidden * (2 if shape.mlp == "swiglu" else 1))
-    at_loss = norm + shape.vocabulary * (3 * wide + (product if product < 4 else 0)) / tensor if loss else 0
-    backward = product * (shape.up_width + 2 * shape.hidden) / tensor
-    kept_bytes = ALLOCATOR * (shape.layers if blocks is None else blocks) * (2 * norm + (attention + mlp) / tensor)
+    qkv, queries, up, hidden = (workload.parameter(f"blocks.0.{name}.weight").shape[dim] for name, dim in SPLIT)
+    rotated = (qkv + queries) // 2 if shape.positions == "rotary" else 0
+    arrived = (seq - 1) * (qkv - queries)
+    attention = product * (qkv + rotated + queries + arrived) + 4 * queries // shape.head_width
+    mlp = product * (up + hidden * (2 if shape.mlp == "swiglu" else 1))
+    words = workload.parameter("embed.weight").shape[0]
+    at_loss = norm + words * (3 * wide + (product if product < 4 else 0)) if loss else 0
+    backward = product * (up + 2 * hidden)
+    kept_bytes = ALLOCATOR * (shape.layers if blocks is None else blocks) * (2 * norm + attention + mlp)
     matrices = sum(parameter.numel for parameter in workload.parameters if len(parameter.shape) == 2)
     return int(workload.tokens_per_microbatch * (kept_bytes + max(at_loss, norm + backward))) + (2 * matrices if casts else 0)
 

@@ -9,10 +9,10 @@ PyTorch's pipelining loads its compiler, so it is imported only where there are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,7 @@ from thinwire.workload import Workload
 if TYPE_CHECKING:
     from thinwire.parallel.pipeline import Pipeline
 
+Alike = TypeVar("Alike")
 Precision = Callable[[], AbstractContextManager]
 """Entered around each forward pass, such as torch.autocast."""
 
@@ -46,7 +47,7 @@ Precision = Callable[[], AbstractContextManager]
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """See the top of the file. number: of the part, of `count` into which the model is cut. shared: where ranks share matrices or
-    sequences."""
+    sequences. tensor_flops: as in `Setting`."""
 
     module: nn.Module
     workload: Workload
@@ -57,6 +58,7 @@ class Part:
     shared: SharedPart | None = None
     pipeline: Pipeline | None = None
     stages: Stages | None = None
+    tensor_flops: tuple[float, ...] = ()
 
     @property
     def waits(self) -> Waits:
@@ -127,11 +129,12 @@ class Place:
 def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
     """Build the model on its device and keep what is this rank's. No communication. UserError for a model that cannot be cut."""
     layout, ledger, model = place.layout, place.ledger, task.build_model().to(place.device)
-    workload, split, row = task.workload, None, 0
+    split, row = None, 0
     if layout.tensor * layout.seq > 1:
         split = SharedPart.split(model, config, layout, place.groups, ledger, casts=place.casts)
         row = split.group.rank()
-        workload = local_workload(workload, task.shape, layout.tensor, layout.seq)
+    workloads = [local_workload(task.workload, task.shape, layout.tensor, one, layout.seq) for one in range(layout.tensor)]
+    workload = workloads[row]
     norm = gradient_norm if split is None else split.norm
     if layout.pipe == 1:
         return Part(
@@ -142,6 +145,7 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
             number=row,
             count=layout.tensor,
             shared=split,
+            tensor_flops=_unless_alike(one.flops_per_microbatch for one in workloads),
         )
     from thinwire.parallel.pipeline import Pipeline
 
@@ -149,7 +153,7 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
     slowest = None
     if place.rates is not None:
         slowest = [min(place.rates[group[position]] for group in layout.groups("pipe")) for position in range(layout.pipe)]
-    cut = cut_model(model, example.to(place.device), config.pipeline, layout.pipe, workload.chain_flops_per_token, slowest)
+    cut = cut_model(model, example.to(place.device), config.pipeline, layout.pipe, task.workload.chain_flops_per_token, slowest)
     if split is not None:
         split = split.in_stages(cut, place.groups["pipe"].rank())
         cut = split.cut or cut
@@ -170,7 +174,10 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
         count=layout.pipe * layout.tensor,
         shared=split,
         pipeline=pipeline,
-        stages=stages_of(workload, cut, config.sync.accumulate, split),
+        stages=replace(
+            stages_of(workload, cut, config.sync.accumulate, split),
+            tensor_flops=_unless_alike(stage_flops(one, cut) for one in workloads),
+        ),
     )
 
 
@@ -180,23 +187,34 @@ def _averages_apart(config: RunConfig, replicas: int) -> bool:
     return replicas > 2 or (replicas > 1 and coded)
 
 
+def _unless_alike(of_ranks: Iterable[Alike]) -> tuple[Alike, ...]:
+    found = tuple(of_ranks)
+    return found if len(set(found)) > 1 else ()
+
+
 def stages_of(workload: Workload, cut: Cut, num_micro: int, split: SharedPart | None = None) -> Stages:
     """For predictions. workload: of the whole model, or of this rank's part of all its matrices, as `split` says."""
     from thinwire.parallel.schedules import orders
 
-    options, costs = cut.options, workload.chain_flops_per_token
+    options = cut.options
     boundaries = range(len(cut.stages) - 1)
     return Stages(
         orders=orders(options.schedule, cut.ranks, options.per_rank, num_micro),
-        forward_flops=[workload.tokens_per_microbatch * sum(costs[unit] for unit in units) for units in cut.stages],
+        forward_flops=stage_flops(workload, cut),
         activation_bytes=[cut.message_bytes("activations", boundary) for boundary in boundaries],
         gradient_bytes=[cut.message_bytes("gradients", boundary) for boundary in boundaries],
         in_passes={} if split is None else split.pass_traffic(),
     )
 
 
+def stage_flops(workload: Workload, cut: Cut) -> tuple[float, ...]:
+    """Forward, of one micro-batch, of each stage of `workload`."""
+    costs = workload.chain_flops_per_token
+    return tuple(workload.tokens_per_microbatch * sum(costs[unit] for unit in units) for units in cut.stages)
+
+
 def stage_workload(workload: Workload, cut: Cut, pipeline: Pipeline) -> Workload:
-    """Of this rank's stages. workload: of the whole model."""
+    """Of this rank's stages. workload: of the whole model, or of this rank's part of all its matrices."""
     costs = workload.chain_flops_per_token
     names = {name for name, _ in pipeline.owner.named_parameters()}
     return workload.part(names, sum(costs[unit] for stage in cut.stages_of(pipeline.rank) for unit in cut.stages[stage]))

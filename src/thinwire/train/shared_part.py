@@ -77,7 +77,7 @@ class SharedPart:
 
     def pace(self, flops_per_s: float) -> None:
         """From now on a turn of the ring takes as long as on a device that achieves this in training."""
-        self.ring.turn_s = sequence.turn_flops(self.shape, self._passes(), self.layout.tensor) / flops_per_s
+        self.ring.turn_s = sequence.turn_flops(self.shape, self._passes(), self.layout.tensor, self.group.rank()) / flops_per_s
 
     def in_stages(self, cut: Cut, stage_rank: int) -> "SharedPart":
         """The same, when the model has been cut; `cut.stages` hand on parts of the width."""
@@ -118,7 +118,7 @@ class SharedPart:
         """Over both axes."""
         degree = self.layout.tensor
         found = tensor.traffic(self.shape, degree, passes, self.codec)
-        return found + sequence.traffic(self.shape, self.layout.seq, passes, tensor=degree)
+        return found + sequence.traffic(self.shape, self.layout.seq, passes, tensor=degree, tensor_rank=self.group.rank())
 
     def _passes(self, **changes: Any) -> tensor.Passes:
         of_a_batch = {"micro_batch": self.train.micro_batch, "sequence": self.train.sequence // self.layout.seq}

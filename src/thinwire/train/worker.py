@@ -275,6 +275,7 @@ def _predict(
         assignment=assignment,
         kind=kind_of(rank.device),
         stages=part.stages,
+        tensor_flops=part.tensor_flops,
     )
     transfers = [
         *part.traffic(config.sync.accumulate),
