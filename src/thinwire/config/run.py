@@ -6,7 +6,7 @@ In a section with a `kind`, this selects the keys. Quantities take a number in t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BeforeValidator, Field, model_validator
@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from thinwire.config.compress import SPARSELOCO, Compress, NoCompression
 from thinwire.config.data import DataSection
 from thinwire.config.model import ModelConfig, preset
-from thinwire.config.pipeline import PipelineSection
+from thinwire.config.pipeline import APART, PipelineSection
 from thinwire.config.pretrained import read_shape, tokenizer_of
 from thinwire.config.sync import EveryStep, LocalSGD, Sync
 from thinwire.config.tensor import TensorSection
@@ -142,6 +142,14 @@ class SGD(Section):
     weight_decay: float = Field(0.0, ge=0)
 
 
+def _kind_or_bytes(value: Any) -> Any:
+    return value if value in get_args(RecomputeKind) else parse(value, "B")
+
+
+RecomputeKind = Literal["none", "selective", "full"]
+Recompute = Annotated[RecomputeKind | float, BeforeValidator(_kind_or_bytes)]
+
+
 def _adamw_unless_named(value: Any) -> Any:
     return {"kind": "adamw", **value} if isinstance(value, dict) else value
 
@@ -161,6 +169,9 @@ class TrainSection(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products of a model in float32; "auto": bfloat16 where the device is fast in it. Weights and their exchange
     stay float32. A model of another model.dtype is multiplied in that."""
+    recompute: Recompute = "none"
+    """Of activations, in the backward pass: "none" keeps all; "selective" drops those inside attention and MLP; "full" keeps what
+    enters a block; or as many bytes as a rank may need, such as "8 GiB": then as few operations are repeated as fit."""
     optimizer: Optimizer = AdamW()
     learning_rate: float = Field(1e-3, gt=0)
     final_learning_rate: float = Field(0.1, ge=0, le=1)
@@ -231,6 +242,8 @@ class RunConfig(Section):
                 raise ValueError(
                     f"sync.assign = 'by_speed' assigns micro-batches to replicas of one rank; leave it out with layout.{axis}"
                 )
+        if self.train.recompute != "none" and (reason := self.cannot_recompute):
+            raise ValueError(f"train.recompute = {self.train.recompute!r}: {reason}")
         dtype, optimizer = self.model.dtype, self.train.optimizer
         if dtype != "float32" and self.train.dtype not in ("auto", dtype):
             raise ValueError(
@@ -244,6 +257,18 @@ class RunConfig(Section):
                 "'bfloat16'"
             )
         return self
+
+    @property
+    def cannot_recompute(self) -> str:
+        """Why train.recompute is "none"; nothing if it may be another."""
+        if self.layout.seq > 1:
+            return f"with layout.seq = {self.layout.seq} keys and values would travel again; set it to 'none'"
+        if self.layout.pipe > 1 and self.pipeline.schedule in APART:
+            return (
+                f"pipeline.schedule = {self.pipeline.schedule!r} goes back twice, for inputs and for weights, and would compute "
+                "activations again both times; take '1f1b' or 'interleaved'"
+            )
+        return ""
 
     def _check_pipeline(self) -> None:
         stages, units = self.layout.pipe * self.pipeline.per_rank, self.model.layers + 2

@@ -14,7 +14,14 @@ K of keys, F hidden, V vocabulary, as autograd keeps them (`models.transformer`)
     attention  c (N + 2 K) D + c (N + K) D if rotary + c M + 4 N
     mlp        c (2 F + 2 F) for swiglu, c (F + F) for gelu
     loss       3 max(a, 4) V, and c V if c < 4, while its gradient is formed
-    block      2 norm + attention + mlp
+    block      2 norm + attention + mlp;   a M if it is computed again in full, 2 norm if selectively (`parallel.recompute`)
+
+The first blocks of a rank are computed again: going backward, what the others keep is gone by then, and in its place comes what
+one of them keeps otherwise. Where train.recompute is a number of bytes, each rank of a pipeline has so many of either kind that
+
+    sum over kinds of blocks * operations that one of them repeats        is least, and the rank needs no more than that,
+
+found by trying all numbers; blocks are alike, so that is exact. Ranks of one stage that need different amounts choose together.
 
 Ranks of a pipeline hold the activations of as many micro-batches as the schedule has under way (`parallel.balance.in_flight`).
 
@@ -24,8 +31,8 @@ autocast a copy of all matrices in 2 bytes a value goes along. What blocks keep 
 the allocator loses room.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from thinwire.config.compress import Coded, NoCompression
 from thinwire.config.model import ModelConfig
@@ -55,7 +62,7 @@ SPLIT = (("attention.qkv", 0), ("attention.out", 1), ("mlp.up", 0), ("mlp.down",
 @dataclass(frozen=True, kw_only=True)
 class Need:
     """See the top of the file; in bytes. copied_bytes: of a checkpoint, on each rank; copied_once_bytes: on one rank a host for
-    each of the model's `parts` there."""
+    each of the model's `parts` there. recomputed: how many blocks are."""
 
     weights_bytes: int
     gradients_bytes: int
@@ -66,6 +73,7 @@ class Need:
     copied_bytes: int
     copied_once_bytes: int
     parts: int = 1
+    recomputed: str = ""
 
     @property
     def training_bytes(self) -> int:
@@ -96,27 +104,107 @@ class Need:
         return ", ".join(f"{name} {show(size, 'B')}" for name, size in named.items() if size)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Of a rank: how many keep all, and how many are computed again, either way. held: micro-batches whose activations it has."""
+
+    plain: int
+    selective: int = 0
+    full: int = 0
+    held: float = 1.0
+
+
 def need(config: RunConfig, shape: ModelConfig, layout: Layout, *, casts: bool, on_device: bool = False) -> Need:
     """Of the rank of a replica that needs most. shape: of the model, with the vocabulary that it gets; casts: whether autocast
     multiplies in bfloat16.
 
     on_device: in memory of a device, which is not the host's.
     """
-    train = config.train
-    whole = Workload.of_transformer(shape, train.micro_batch, train.sequence)
-    pieces = []
-    for rank in range(layout.tensor):
-        workload = local_workload(whole, shape, layout.tensor, rank, layout.seq)
-        if layout.pipe > 1:
-            pieces += _pieces(config, shape, (whole, workload), layout, casts=casts)
-        else:
-            pieces.append((workload, activations_bytes(shape, workload, casts=casts, seq=layout.seq)))
-    needs = [_need(config, one, layout.of_gradients, activations, on_device=on_device) for one, activations in pieces]
-    return max(needs, key=lambda one: one.rank_bytes)
+    stages = _by_stage(config, shape, layout, casts=casts, on_device=on_device)
+    return max((one for _, needs in stages for one in needs), key=lambda one: one.rank_bytes)
 
 
-def _need(config: RunConfig, workload: Workload, layout: Layout, activations: int, *, on_device: bool) -> Need:
-    """Of a rank that has the parameters of `workload`. layout: as who averages gradients sees it."""
+def recomputed_blocks(
+    config: RunConfig, shape: ModelConfig, layout: Layout, *, casts: bool, on_device: bool = False
+) -> dict[str, str]:
+    """Blocks that are computed again in the backward pass, "selective" or "full" by name, on any rank; as for `need`."""
+    stages = _by_stage(config, shape, layout, casts=casts, on_device=on_device)
+    return {name: kind for kinds, _ in stages for name, kind in kinds.items()}
+
+
+def leaner(config: RunConfig, shape: ModelConfig, layout: Layout, *, casts: bool, on_device: bool = False) -> dict[str, Need]:
+    """What a rank would need with a train.recompute that keeps less than the one given, by its name, nearest first."""
+    given, kinds = config.train.recompute, ("none", "selective", "full")
+    if config.cannot_recompute:
+        return {}
+    others = {
+        kind: config.model_copy(update={"train": config.train.model_copy(update={"recompute": kind})})
+        for kind in (kinds[kinds.index(given) + 1 :] if isinstance(given, str) else kinds[-1:])
+    }
+    return {kind: need(other, shape, layout, casts=casts, on_device=on_device) for kind, other in others.items()}
+
+
+def _by_stage(
+    config: RunConfig, shape: ModelConfig, layout: Layout, *, casts: bool, on_device: bool
+) -> list[tuple[dict[str, str], list[Need]]]:
+    """Of each rank of a pipeline: which blocks it computes again, and what each tensor rank needs there."""
+    whole = Workload.of_transformer(shape, config.train.micro_batch, config.train.sequence)
+    workloads = [local_workload(whole, shape, layout.tensor, rank, layout.seq) for rank in range(layout.tensor)]
+    found = []
+    for pieces in zip(*(_pieces(config, shape, (whole, one), layout) for one in workloads), strict=True):
+        bare = [_need(config, piece.mine, layout.of_gradients, on_device=on_device) for piece in pieces]
+        names = pieces[0].mine.block_names
+
+        def needs(
+            selective: int, full: int, bare: list[Need] = bare, pieces: tuple[_Piece, ...] = pieces, count: int = len(names)
+        ) -> list[Need]:
+            blocks = Blocks(plain=count - selective - full, selective=selective, full=full, held=pieces[0].held)
+            again = f"{full} full, {selective} selective of {count} blocks" if full or selective else ""
+            return [
+                replace(
+                    one,
+                    activations_bytes=piece.crossing_bytes
+                    + activations_bytes(shape, piece.workload, casts=casts, blocks=blocks, loss=piece.loss, seq=layout.seq),
+                    recomputed=again,
+                )
+                for one, piece in zip(bare, pieces, strict=True)
+            ]
+
+        selective, full = _fewest(config.train.recompute, pieces[0].mine, needs)
+        kinds = dict.fromkeys(names[:full], "full") | dict.fromkeys(names[full : full + selective], "selective")
+        found.append((kinds, needs(selective, full)))
+    return found
+
+
+def _fewest(setting: str | float, workload: Workload, needs: Callable[[int, int], list[Need]]) -> tuple[int, int]:
+    """How many blocks of a rank are computed again selectively, and in full. needs: by these numbers."""
+    count = len(workload.block_names)
+    if isinstance(setting, str):
+        return (count if setting == "selective" else 0), (count if setting == "full" else 0)
+
+    def most_bytes(selective: int, full: int) -> int:
+        return max(one.rank_bytes for one in needs(selective, full))
+
+    some = workload.block_names[0] if count else ""
+    flops_s, flops_f = (workload.recomputing({some: kind}).recomputed_flops_per_token for kind in ("selective", "full"))
+    found: list[tuple[float, int, int]] = []
+    for full in range(count + 1):
+        if found and full * flops_f >= min(found)[0]:
+            break
+        fitting = (selective for selective in range(count - full + 1) if most_bytes(selective, full) <= setting)
+        if (selective := next(fitting, None)) is not None:
+            found.append((selective * flops_s + full * flops_f, selective, full))
+    if not found:
+        least = min(most_bytes(*numbers) for numbers in ((0, count), (min(count, 1), max(0, count - 1))))
+        raise UserError(
+            f"train.recompute = {show(setting, 'B')}: a rank needs about {show(least, 'B')} even when it computes its {count} "
+            "blocks again; give it as much, or take a smaller train.micro_batch or train.sequence"
+        )
+    return min(found)[1:]
+
+
+def _need(config: RunConfig, workload: Workload, layout: Layout, *, on_device: bool) -> Need:
+    """Of a rank that has the parameters of `workload`, without activations. layout: as who averages gradients sees it."""
     weights = workload.stored_bytes
     optimizer = weights * OPTIMIZER_VALUES_PER_PARAMETER[config.train.optimizer.kind]
     exchange, under_way = _exchange(config, workload, layout, on_device)
@@ -128,7 +216,7 @@ def _need(config: RunConfig, workload: Workload, layout: Layout, activations: in
         gradients_bytes=gradients,
         optimizer_bytes=optimizer,
         exchange_bytes=exchange,
-        activations_bytes=activations,
+        activations_bytes=0,
         under_way_bytes=max(under_way, 2 * max(parameter.stored_bytes for parameter in workload.parameters)),
         copied_bytes=exchange + (state if config.sync.rare else 0),
         copied_once_bytes=state,
@@ -136,16 +224,28 @@ def _need(config: RunConfig, workload: Workload, layout: Layout, activations: in
     )
 
 
-def _pieces(
-    config: RunConfig, shape: ModelConfig, workloads: tuple[Workload, Workload], layout: Layout, *, casts: bool
-) -> list[tuple[Workload, int]]:
-    """What each rank of a pipeline has of the model, of equal ranks, and its activations when it holds most of them.
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """workload: of all blocks; mine: of what the rank has of them; held: micro-batches under way; loss: whether it has the head;
+    crossing_bytes: at boundaries."""
+
+    workload: Workload
+    mine: Workload
+    held: float = 1.0
+    loss: bool = True
+    crossing_bytes: int = 0
+
+
+def _pieces(config: RunConfig, shape: ModelConfig, workloads: tuple[Workload, Workload], layout: Layout) -> list[_Piece]:
+    """What each rank of a pipeline has of the model, of equal ranks, when it holds most activations.
 
     workloads: of the whole model, which is cut, and of a rank's part of all its matrices. A boundary has a buffer for each
     micro-batch, of what arrives and of the gradient that comes back.
     """
     options, num_micro = config.pipeline, config.sync.accumulate
     whole, workload = workloads
+    if layout.pipe == 1:
+        return [_Piece(workload=workload, mine=workload)]
     costs = workload.chain_flops_per_token
     stages = cut(whole.chain_flops_per_token, layout.pipe * options.per_rank)
     names = [
@@ -159,31 +259,42 @@ def _pieces(
         units = [unit for stage in stages_of(options.schedule, layout.pipe, options.per_rank, rank) for unit in stages[stage]]
         prefixes = tuple(prefix for unit in units for prefix in names[unit])
         mine = {one.name for one in workload.parameters if one.name.startswith(prefixes)}
-        blocks = sum(0 < unit < len(names) - 1 for unit in units)
         held = in_flight(options.schedule, layout.pipe, options.per_rank, rank, num_micro) / options.per_rank
-        projects = len(names) - 1 in units
-        activations = activations_bytes(shape, workload, casts=casts, blocks=held * blocks, loss=projects, seq=layout.seq)
         found.append(
-            (workload.part(mine, sum(costs[unit] for unit in units)), activations + 2 * options.per_rank * num_micro * crossing)
+            _Piece(
+                workload=workload,
+                mine=workload.part(mine, sum(costs[unit] for unit in units)),
+                held=held,
+                loss=len(names) - 1 in units,
+                crossing_bytes=2 * options.per_rank * num_micro * crossing,
+            )
         )
     return found
 
 
-def check(need: Need, rooms: Sequence[Room]) -> None:
-    """UserError if ranks cannot fit where they are to train."""
+def check(need: Need, rooms: Sequence[Room], leaner: Mapping[str, Need] = {}) -> None:
+    """UserError if ranks cannot fit where they are to train. leaner: as that function returns them."""
     for room in rooms:
         wanted = need.host_bytes(room.ranks)
         if wanted > TOLERANCE * room.free_bytes:
+            fits = (kind for kind, one in leaner.items() if all(one.host_bytes(each.ranks) <= each.free_bytes for each in rooms))
+            kind = next(fits, "")
+            advice = (
+                f"train.recompute = {kind!r}, with which they need {show(leaner[kind].host_bytes(room.ranks), 'B')}, "
+                if kind
+                else ""
+            )
             raise UserError(
                 f"memory: {room.ranks} rank{'s' * (room.ranks > 1)} on {room.name} would need about {show(wanted, 'B')} (each "
-                f"{need.terms()}), and {show(room.free_bytes, 'B')} are free there; take a smaller model.preset, "
-                "train.micro_batch or train.sequence, or fewer ranks there"
+                f"{need.terms()}), and {show(room.free_bytes, 'B')} are free there; take {advice}a smaller "
+                "model.preset, train.micro_batch or train.sequence, or fewer ranks there"
             )
 
 
 def line(need: Need, rooms: Sequence[Room]) -> str:
     """What a rank needs, beside what there is for it in the tightest room."""
-    about = f"memory: a rank needs about {show(need.rank_bytes, 'B')} beside the program ({need.terms()})"
+    again = f"; computed again: {need.recomputed}" if need.recomputed else ""
+    about = f"memory: a rank needs about {show(need.rank_bytes, 'B')} beside the program ({need.terms()}){again}"
     if not rooms:
         return f"{about}; what is free is not known here"
     tight = max(rooms, key=lambda room: need.host_bytes(room.ranks) / max(1.0, room.free_bytes))
@@ -191,13 +302,11 @@ def line(need: Need, rooms: Sequence[Room]) -> str:
 
 
 def activations_bytes(
-    shape: ModelConfig, workload: Workload, *, casts: bool, blocks: float | None = None, loss: bool = True, seq: int = 1
+    shape: ModelConfig, workload: Workload, *, casts: bool, blocks: Blocks | None = None, loss: bool = True, seq: int = 1
 ) -> int:
-    """Of one micro-batch, when its loss is known. shape: of the model; workload: of it, or of a rank's part of all blocks, one of
-    `seq` ranks that share sequences.
-
-    blocks: so many, counted for each micro-batch; None: all. loss: with it.
-    """
+    """The most of a rank with `blocks`, None: all, none computed again. shape: of the model; workload: of it, or of a rank's part
+    of all blocks, one of `seq` ranks that share sequences. loss: with it."""
+    blocks = blocks or Blocks(plain=shape.layers)
     kept = ITEM_BYTES[shape.dtype]
     wide, product = max(kept, 4), 2 if casts else kept
     norm = shape.width * (product + (2 * wide if shape.norm == "rms" else kept))
@@ -209,9 +318,17 @@ def activations_bytes(
     words = workload.parameter("embed.weight").shape[0]
     at_loss = norm + words * (3 * wide + (product if product < 4 else 0)) if loss else 0
     backward = product * (up + 2 * hidden)
-    kept_bytes = ALLOCATOR * (shape.layers if blocks is None else blocks) * (2 * norm + attention + mlp)
+    plain, entering = 2 * norm + attention + mlp, kept * shape.width
+    kept_bytes = blocks.held * (blocks.plain * plain + blocks.selective * 2 * norm + blocks.full * entering)
+    moments = [(0.0, max(at_loss, norm + backward))]  # what is gone of this micro-batch, and what has come
+    if blocks.selective:
+        moments.append((blocks.plain * plain, ALLOCATOR * max(attention, mlp) + norm + backward))
+    if blocks.full:
+        gone = blocks.plain * plain + blocks.selective * 2 * norm
+        moments.append((gone, ALLOCATOR * (plain - entering) + norm + backward))
+    most = max(ALLOCATOR * (kept_bytes - gone) + come for gone, come in moments)
     matrices = sum(parameter.numel for parameter in workload.parameters if len(parameter.shape) == 2)
-    return int(workload.tokens_per_microbatch * (kept_bytes + max(at_loss, norm + backward))) + (2 * matrices if casts else 0)
+    return int(workload.tokens_per_microbatch * most) + (2 * matrices if casts else 0)
 
 
 def _exchange(config: RunConfig, workload: Workload, layout: Layout, on_device: bool) -> tuple[int, int]:

@@ -54,7 +54,8 @@ class Stages:
     """A model in stages on the "pipe" axis of a layout. orders, activation_bytes, gradient_bytes: as in `Pipelines`.
 
     forward_flops: of one micro-batch on the rank for which they were made, by stage; tensor_flops: the same of each rank of the
-    tensor axis, if that differs. in_passes: what a pass of one micro-batch sends to other ranks with parts of the same stage, by
+    tensor axis, if that differs. recomputed: what backward passes compute again, as a fraction of the stage's forward_flops.
+    in_passes: what a pass of one micro-batch sends to other ranks with parts of the same stage, by
     (F forward or B backward, stage); it lengthens the pass.
     """
 
@@ -64,6 +65,7 @@ class Stages:
     gradient_bytes: Sequence[int]
     in_passes: Mapping[tuple[str, int], Sequence[Transfer]] = field(default_factory=dict)
     tensor_flops: Sequence[Sequence[float]] = ()
+    recomputed: Sequence[float] = ()
 
     def pipelines(
         self,
@@ -88,7 +90,7 @@ class Stages:
             for stage in {stage for _, stage, _ in order}:
                 forward_s = max(one[stage] / flops_per_s[rank] for rank, one in zip(ranks, flops, strict=True))
                 weights_s = forward_s * BACKWARD_OVER_FORWARD / 2
-                back_s = sums_s.get(("B", stage), 0.0)
+                back_s = sums_s.get(("B", stage), 0.0) + (forward_s * self.recomputed[stage] if self.recomputed else 0.0)
                 seconds |= {
                     ("F", stage): forward_s + sums_s.get(("F", stage), 0.0),
                     ("B", stage): 2 * weights_s + back_s,

@@ -23,9 +23,11 @@ from thinwire.config.compress import Coded
 from thinwire.config.run import RunConfig, TrainSection
 from thinwire.errors import UserError
 from thinwire.layout import Layout
+from thinwire.parallel import recompute
 from thinwire.parallel.cut import Cut, cut_model
 from thinwire.parallel.tensor_parts import local_workload
 from thinwire.parallel.waits import Waits
+from thinwire.plan.memory import recomputed_blocks
 from thinwire.plan.pipeline import Stages
 from thinwire.sync.base import Synchroniser
 from thinwire.traffic import Transfer
@@ -89,8 +91,10 @@ class Part:
             self.shared.pace(flops_per_s)
         if self.stages is None:
             return Pacer.of(self.workload, flops_per_s, self.waits)
-        seconds = {stage: flops / flops_per_s for stage, flops in enumerate(self.stages.forward_flops)}
-        return Pace(seconds, self.waits)
+        forward_s = {stage: flops / flops_per_s for stage, flops in enumerate(self.stages.forward_flops)}
+        return Pace(
+            forward_s, {stage: forward_s[stage] * again for stage, again in enumerate(self.stages.recomputed)}, self.waits
+        )
 
     def paced(self, pacer: Pacer | Pace) -> AbstractContextManager[None]:
         """Inside, this rank computes at that rate."""
@@ -133,7 +137,14 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
     if layout.tensor * layout.seq > 1:
         split = SharedPart.split(model, config, layout, place.groups, ledger, casts=place.casts)
         row = split.group.rank()
-    workloads = [local_workload(task.workload, task.shape, layout.tensor, one, layout.seq) for one in range(layout.tensor)]
+    kinds = recomputed_blocks(config, task.shape, layout, casts=place.casts, on_device=place.device.type != "cpu")
+    recompute.apply(model, kinds)
+    if split is not None:
+        split = replace(split, recomputed=[int(name.split(".")[1]) + 1 for name, kind in kinds.items() if kind == "full"])
+    workloads = [
+        local_workload(task.workload, task.shape, layout.tensor, one, layout.seq).recomputing(kinds)
+        for one in range(layout.tensor)
+    ]
     workload = workloads[row]
     norm = gradient_norm if split is None else split.norm
     if layout.pipe == 1:
@@ -167,7 +178,7 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
             )
     return Part(
         module=pipeline.owner,
-        workload=stage_workload(workload, cut, pipeline),
+        workload=stage_workload(workload, cut, pipeline).recomputing(kinds),
         precision=place.precision,
         norm=norm,
         number=pipeline.rank * layout.tensor + row,
@@ -196,11 +207,12 @@ def stages_of(workload: Workload, cut: Cut, num_micro: int, split: SharedPart | 
     """For predictions. workload: of the whole model, or of this rank's part of all its matrices, as `split` says."""
     from thinwire.parallel.schedules import orders
 
-    options = cut.options
+    options, costs, again = cut.options, workload.chain_flops_per_token, workload.chain_recomputed_per_token
     boundaries = range(len(cut.stages) - 1)
     return Stages(
         orders=orders(options.schedule, cut.ranks, options.per_rank, num_micro),
         forward_flops=stage_flops(workload, cut),
+        recomputed=[sum(again[unit] for unit in units) / (sum(costs[unit] for unit in units) or 1.0) for units in cut.stages],
         activation_bytes=[cut.message_bytes("activations", boundary) for boundary in boundaries],
         gradient_bytes=[cut.message_bytes("gradients", boundary) for boundary in boundaries],
         in_passes={} if split is None else split.pass_traffic(),

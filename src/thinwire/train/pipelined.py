@@ -106,10 +106,11 @@ class PipelinedStepper(Stepper):
 class Pace:
     """Holds the passes of a rank's stages to the rate that its device declares, as `pace.Pacer` does with whole models.
 
-    forward_s: of one micro-batch, by stage; waits: in which it does not compute.
+    forward_s, recomputed_s: of one micro-batch, by stage, the latter going backward; waits: in which it does not compute.
     """
 
     forward_s: dict[int, float]
+    recomputed_s: dict[int, float]
     waits: Waits = field(default_factory=Waits)
     declared_s: float = 0.0
     late_s: float = 0.0
@@ -118,7 +119,7 @@ class Pace:
     def attached(self, pipeline: Pipeline) -> Iterator[None]:
         """Inside, passes take as long as declared."""
         for stage in pipeline.stages:
-            stage.hold = self._holder(self.forward_s[stage.stage_index])
+            stage.hold = self._holder(stage.stage_index)
         try:
             yield
         finally:
@@ -130,9 +131,10 @@ class Pace:
         """How much longer than declared the passes took so far."""
         return self.late_s / self.declared_s if self.declared_s else 0.0
 
-    def _holder(self, forward_s: float) -> Callable[[str, float], None]:
+    def _holder(self, stage: int) -> Callable[[str, float], None]:
+        forward_s = self.forward_s[stage]
         backward_s = BACKWARD_OVER_FORWARD * forward_s
-        takes = {"F": forward_s, "B": backward_s, "I": backward_s / 2, "W": backward_s / 2}
+        takes = {"F": forward_s, "B": backward_s + self.recomputed_s[stage], "I": backward_s / 2, "W": backward_s / 2}
 
         def hold(kind: str, begun: float) -> None:
             self.declared_s += takes[kind]

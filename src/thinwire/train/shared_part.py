@@ -1,7 +1,7 @@
 """What a rank shares with others that compute with it: of matrices with those of the tensor axis, of sequences with those of the
 seq axis; the gradient's norm, and what is sent for it all within passes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from thinwire.train.step import Named
 @dataclass(frozen=True, kw_only=True)
 class SharedPart:
     """Of one rank. parts: of parameters, by name in the model; ring: of the ranks that share its sequences; cut: into stages, of
-    which this rank has those of `stage_rank`."""
+    which this rank has those of `stage_rank`; recomputed: units that are computed again in full."""
 
     shape: ModelConfig
     train: TrainSection
@@ -45,6 +45,7 @@ class SharedPart:
     device: torch.device
     cut: Cut | None = None
     stage_rank: int = 0
+    recomputed: Collection[int] = ()
 
     @classmethod
     def split(
@@ -98,11 +99,11 @@ class SharedPart:
         assert self.cut is not None
         found: dict[tuple[str, int], list[Transfer]] = {}
         for stage, units in enumerate(self.cut.stages):
-            sent = self._sent(self._passes(units=units))
-            back = [one for one in sent if one.label.startswith((tensor.GRADIENTS, GRADIENTS))]
+            once, sent = (merged(self._sent(self._passes(units=units, **changes))) for changes in ({"recomputed": ()}, {}))
+            forward = [one for one in once if not one.label.startswith((tensor.GRADIENTS, GRADIENTS))]
             entering, leaving = ((stage - 1,), (stage,)) if self.layout.tensor > 1 else ((), ())
-            found["F", stage] = [one for one in sent if one not in back] + gathers(self.cut, entering, 1)
-            found["B", stage] = back + gathers(self.cut, leaving, 1)
+            found["F", stage] = forward + gathers(self.cut, entering, 1)
+            found["B", stage] = _less(sent, forward) + gathers(self.cut, leaving, 1)
         return found
 
     def evaluation_traffic(self, task: Any, replica: int) -> list[Transfer]:
@@ -121,7 +122,11 @@ class SharedPart:
         return found + sequence.traffic(self.shape, self.layout.seq, passes, tensor=degree, tensor_rank=self.group.rank())
 
     def _passes(self, **changes: Any) -> tensor.Passes:
-        of_a_batch = {"micro_batch": self.train.micro_batch, "sequence": self.train.sequence // self.layout.seq}
+        of_a_batch = {
+            "micro_batch": self.train.micro_batch,
+            "sequence": self.train.sequence // self.layout.seq,
+            "recomputed": self.recomputed,
+        }
         return tensor.Passes(**{**of_a_batch, "casts": self.casts, "device": self.device, **changes})
 
     def _units(self) -> list[int] | None:
@@ -138,3 +143,10 @@ class SharedPart:
     def _plain(named: Named) -> Iterator[tuple[str, nn.Parameter]]:
         """Without what DistributedDataParallel adds to names."""
         return ((name.removeprefix("module."), one) for name, one in named)
+
+
+def _less(transfers: Sequence[Transfer], without: Sequence[Transfer]) -> list[Transfer]:
+    """The calls that are left."""
+    calls = {replace(one, calls=0): one.calls for one in without}
+    left = (replace(one, calls=one.calls - calls.get(replace(one, calls=0), 0)) for one in transfers)
+    return [one for one in left if one.calls]

@@ -137,8 +137,9 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     folder, disks = setup.agree_on_folder(config, resume)
     task = setup.make_task(config, layout, rank.environment)
     room = setup.find_room(rank.device, rank.host, in_lab=rank.environment.lab is not None)
-    needed = partial(memory.need, config, task.shape, layout, on_device=rank.device.type != "cpu")
-    memory.check(needed(casts=config.train.dtype == "bfloat16"), room)
+    on_device, casts = rank.device.type != "cpu", config.train.dtype == "bfloat16"
+    needed = partial(memory.need, config, task.shape, layout, on_device=on_device)
+    memory.check(needed(casts=casts), room, memory.leaner(config, task.shape, layout, casts=casts, on_device=on_device))
     dtype = setup.agree_on_dtype(config, rank.device, folder if resume else None, task)
     casts = dtype != config.model.dtype
     if number == 0:
