@@ -320,7 +320,9 @@ def activations_bytes(
     backward = product * (up + 2 * hidden)
     plain, entering = 2 * norm + attention + mlp, kept * shape.width
     kept_bytes = blocks.held * (blocks.plain * plain + blocks.selective * 2 * norm + blocks.full * entering)
-    moments = [(0.0, max(at_loss, norm + backward))]  # what is gone of this micro-batch, and what has come
+    moments: list[tuple[float, float]] = [
+        (0.0, max(at_loss, norm + backward))
+    ]  # what is gone of this micro-batch, and what has come
     if blocks.selective:
         moments.append((blocks.plain * plain, ALLOCATOR * max(attention, mlp) + norm + backward))
     if blocks.full:
