@@ -158,31 +158,36 @@ def test_attention_is_that_of_the_whole_sequence(
             torch.testing.assert_close(got.double(), share.of(expected.mT).mT, rtol=within, atol=within)
 
 
-def paced_attention(rank: Rank, turn_s: float) -> dict[str, float]:
-    """Seconds of passes whose turns take as long, and of those that the ring waited in."""
+def paced_attention(rank: Rank, turn_s: float) -> list[float]:
+    """Seconds of a forward, a backward and an evaluation pass with such turns, and those that the ring waited in the first two:
+    of some tries the least, for a busy machine wakes a sleeper late, but never early."""
     group, waits = new_group(rank), Waits(HostClock())
     ring = Ring(group, rank.ledger, waits=waits)
     ring.turn_s = turn_s
-    q, k, v, dy = (one.requires_grad_() for one in qkv(LENGTH, torch.float32))
-    moments = [time.perf_counter()]
-    y = ring.attend(q, k, v)
-    moments.append(time.perf_counter())
-    y.backward(dy)
-    moments.append(time.perf_counter())
-    waited_s = waits.seconds()
-    with torch.no_grad():
-        ring.attend(q, k, v)
-    moments.append(time.perf_counter())
-    forward_s, backward_s, evaluation_s = (end - begin for begin, end in pairwise(moments))
-    return {"forward": forward_s, "backward": backward_s, "evaluation": evaluation_s, "waited": waited_s}
+    tries = []
+    for _ in range(5):
+        q, k, v, dy = (one.requires_grad_() for one in qkv(LENGTH, torch.float32))
+        waits.clear()
+        moments = [time.perf_counter()]
+        y = ring.attend(q, k, v)
+        moments.append(time.perf_counter())
+        y.backward(dy)
+        moments.append(time.perf_counter())
+        waited_s = waits.seconds()
+        with torch.no_grad():
+            ring.attend(q, k, v)
+        moments.append(time.perf_counter())
+        tries.append([*(end - begin for begin, end in pairwise(moments)), waited_s])
+    return [min(several) for several in zip(*tries, strict=True)]
 
 
 @pytest.mark.timed
-def test_paced_turns_take_as_long_as_declared_and_messages_travel_meanwhile(ranks4: Pool) -> None:
+def test_paced_turns_take_as_long_as_declared_and_messages_travel_meanwhile(ranks2: Pool) -> None:
     """So what hides under a turn is no waiting; evaluation is not paced."""
-    for found in ranks4.run(paced_attention, turn_s := 0.05):
-        assert 4 * turn_s < found["forward"] < 6 * turn_s and 8 * turn_s < found["backward"] < 12 * turn_s
-        assert found["evaluation"] < 2 * turn_s and found["waited"] < 2 * turn_s
+    turn_s = 0.05
+    for forward_s, backward_s, evaluation_s, waited_s in ranks2.run(paced_attention, turn_s):
+        assert 2 * turn_s <= forward_s < 3 * turn_s and 4 * turn_s <= backward_s < 6 * turn_s
+        assert evaluation_s < turn_s and waited_s < turn_s
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
