@@ -8,9 +8,9 @@ from math import prod
 
 from thinwire.errors import UserError
 
-AXES = ("outer", "pipe", "data", "seq", "tensor")
+AXES = ("outer", "pipe", "data", "expert", "seq", "tensor")
 REPLICAS = "replicas"
-"""Not an axis of its own: the ranks that differ on outer and data only, each of which sees other tokens."""
+"""Not an axis of its own: the ranks that differ on outer, data and expert only, each of which sees other tokens."""
 EVERYONE = "everyone"
 """All ranks, where they differ on other axes too."""
 
@@ -22,6 +22,7 @@ class Layout:
     outer: int = 1
     pipe: int = 1
     data: int = 1
+    expert: int = 1
     seq: int = 1
     tensor: int = 1
 
@@ -59,17 +60,19 @@ class Layout:
     @property
     def replicas(self) -> int:
         """How many copies of the model see other tokens."""
-        return self.outer * self.data
+        return self.outer * self.data * self.expert
 
     @property
     def replica_axis(self) -> str:
-        """The axis along which replicas lie, REPLICAS if both are used."""
-        return "data" if self.outer == 1 else "outer" if self.data == 1 else REPLICAS
+        """The axis along which replicas lie, REPLICAS if several are used."""
+        used = [axis for axis in ("outer", "data", "expert") if getattr(self, axis) > 1]
+        return REPLICAS if len(used) > 1 else used[0] if used else "data"
 
     @property
     def of_gradients(self) -> "Layout":
-        """The same ranks, as who averages gradients sees them: those that share sequences have other tokens, as replicas do."""
-        return replace(self, data=self.data * self.seq, seq=1)
+        """The same ranks, as who averages gradients sees them: those that share sequences have other tokens, as replicas do. Not
+        of experts' parameters, which ranks of the expert axis do not share, and whose model cannot share sequences."""
+        return self if self.seq == 1 else replace(self, data=self.data * self.expert * self.seq, expert=1, seq=1)
 
     @property
     def report_axis(self) -> str:
@@ -81,13 +84,13 @@ class Layout:
     def replica(self, rank: int) -> int:
         """The number of the replica that `rank` belongs to."""
         place = self.coordinates(rank)
-        return place["outer"] * self.data + place["data"]
+        return (place["outer"] * self.data + place["data"]) * self.expert + place["expert"]
 
     def groups(self, axis: str) -> list[tuple[int, ...]]:
         """The groups of ranks that differ on `axis` only, each in the order of the axis. UserError for an unknown axis."""
         if axis not in (*AXES, REPLICAS, EVERYONE):
             raise UserError(f"there is no axis {axis!r}; axes: {', '.join(AXES)}")
-        varied = {REPLICAS: ("outer", "data"), EVERYONE: AXES}.get(axis, (axis,))
+        varied = {REPLICAS: ("outer", "data", "expert"), EVERYONE: AXES}.get(axis, (axis,))
         members: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
             place = self.coordinates(rank)

@@ -40,6 +40,8 @@ SHAPES = [
     {"norm": "rms", "mlp": "gelu", "positions": "learned", "dtype": "bfloat16"},
     {"norm": "layer", "mlp": "swiglu", "positions": "rotary", "dtype": "bfloat16"},
     {"norm": "rms", "mlp": "swiglu", "positions": "rotary", "dtype": "float64"},
+    {"experts": 4, "capacity": 0.0},
+    {"experts": 8, "experts_per_token": 1, "mlp": "gelu", "dtype": "bfloat16"},
 ]
 
 
@@ -91,6 +93,7 @@ MEASURED = {
     "tensor": [*LARGE, "model.layers=12", "layout.tensor=2"],
     "tensor activations": [*WIDE_BATCH, "train.sequence=256", "layout.tensor=2"],
     "sequence": [*WIDE_BATCH, "train.sequence=256", "layout.seq=2"],
+    "experts": [*WIDE_BATCH, "train.sequence=128", "model.experts=4", "layout.expert=2"],
     "activations": [*WIDE_BATCH, "train.sequence=256"],
     "recompute": [*WIDE_BATCH, "train.sequence=256", "train.recompute=full"],
     "vocabulary": ["model.preset=1m", "model.vocabulary=20000", "train.sequence=256", "train.micro_batch=8"],

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from thinwire.config.compress import SPARSELOCO, Compress, NoCompression
 from thinwire.config.data import DataSection
+from thinwire.config.experts import ExpertsSection
 from thinwire.config.model import ModelConfig, preset
 from thinwire.config.pipeline import APART, PipelineSection
 from thinwire.config.pretrained import read_shape, tokenizer_of
@@ -85,6 +86,8 @@ class LayoutSection(Section):
     """Ranks among which the layers of the model are shared out; see [pipeline]."""
     data: int = Field(0, ge=0)
     """Replicas that average gradients in each step; 0: all ranks that the other axes leave, but 1 beside a rare sync.kind."""
+    expert: int = Field(1, ge=1)
+    """Replicas among which the experts of every block are shared out; see [experts]."""
     seq: int = Field(1, ge=1)
     """Ranks among which the tokens of every sequence are shared out."""
     tensor: int = Field(1, ge=1)
@@ -94,14 +97,14 @@ class LayoutSection(Section):
         """The Layout for `world_size` ranks. rare: of sync.kind. UserError if it does not fit."""
         if self.outer > 1 and not rare:
             raise UserError(f"layout.outer = {self.outer}: only a sync.kind that exchanges rarely uses this axis; set it to 1")
-        others = self.pipe * self.seq * self.tensor
+        others = self.pipe * self.expert * self.seq * self.tensor
         if rare:
             data = self.data or (max(1, world_size // (self.outer * others)) if self.outer else 1)
             outer = self.outer or max(1, world_size // (data * others))
         else:
             outer = 1
             data = self.data or max(1, world_size // others)
-        layout = Layout(outer=outer, pipe=self.pipe, data=data, seq=self.seq, tensor=self.tensor)
+        layout = Layout(outer=outer, pipe=self.pipe, data=data, expert=self.expert, seq=self.seq, tensor=self.tensor)
         layout.check(world_size)
         return layout
 
@@ -213,6 +216,7 @@ class RunConfig(Section):
     layout: LayoutSection = LayoutSection()
     pipeline: PipelineSection = PipelineSection()
     tensor: TensorSection = TensorSection()
+    experts: ExpertsSection = ExpertsSection()
     sync: Sync = EveryStep()
     compress: Compress = NoCompression()
     train: TrainSection = TrainSection()
@@ -237,7 +241,8 @@ class RunConfig(Section):
         if self.layout.tensor > 1:
             self._check_tensor()
         self._check_sequence()
-        for axis in ("pipe", "seq", "tensor"):
+        self._check_experts()
+        for axis in ("pipe", "expert", "seq", "tensor"):
             if self.sync.by_speed and getattr(self.layout, axis) > 1:
                 raise ValueError(
                     f"sync.assign = 'by_speed' assigns micro-batches to replicas of one rank; leave it out with layout.{axis}"
@@ -263,6 +268,8 @@ class RunConfig(Section):
         """Why train.recompute is "none"; nothing if it may be another."""
         if self.layout.seq > 1:
             return f"with layout.seq = {self.layout.seq} keys and values would travel again; set it to 'none'"
+        if self.model.experts:
+            return f"with model.experts = {self.model.experts} blocks are not computed again; set it to 'none'"
         if self.layout.pipe > 1 and self.pipeline.schedule in APART:
             return (
                 f"pipeline.schedule = {self.pipeline.schedule!r} goes back twice, for inputs and for weights, and would compute "
@@ -287,6 +294,25 @@ class RunConfig(Section):
                 f"sync.every_inside = {self.sync.every_inside} lets ranks of a replica take steps alone, and each of "
                 f"layout.seq = {degree} ranks has a part of a sequence's gradient only; leave it out with layout.seq"
             )
+
+    def _check_experts(self) -> None:
+        if self.model.experts and self.layout.seq > 1:
+            raise ValueError(
+                f"model.experts = {self.model.experts} with layout.seq = {self.layout.seq}: experts have slots for whole "
+                "sequences; set it to 1"
+            )
+        if self.layout.expert > 1:
+            self.model.check_experts(self.layout.expert)
+            if self.layout.pipe > 1:
+                raise ValueError(
+                    f"layout.expert = {self.layout.expert} with layout.pipe = {self.layout.pipe}: a model of experts takes one "
+                    "of them; set the other to 1"
+                )
+            if self.sync.rare:
+                raise ValueError(
+                    f"sync.kind = {self.sync.kind!r} with layout.expert = {self.layout.expert}: ranks that share experts "
+                    "exchange in each step; set layout.expert to 1, or take sync.kind = 'every_step'"
+                )
 
     def _check_tensor(self) -> None:
         degree = self.layout.tensor

@@ -12,8 +12,8 @@ exposed = max(0, end_last - max compute_s)
           + sum over transfers for which passes stand still (`in_passes`) of calls * max(0, price + work - window)
           + sum over events every H > 1 steps of max(0, sum over their transfers of calls * (price + work) - window) / H
 
-Groups of tensor ranks, of ranks that share sequences, and of their replicas make each call at the same time: a link carries what
-all of them send.
+Groups of ranks that share matrices, sequences or experts, and of their replicas, make each call at the same time: a link carries
+what all of them send.
 
 In a pipeline the passes of a step are simulated (`pipeline`), with the wires as they are and with idle ones, and as much longer
 as what they stand still for:
@@ -233,7 +233,7 @@ def _call_s(transfer: Transfer, layout: Layout, routes: Routes, carrier: Carrier
     """Of one call, in the slowest group."""
     groups = layout.senders(transfer.axis)
     alone_s = max(carrier.seconds(routes, transfer, group) for group in groups) + transfer.work_s
-    if layout.tensor * layout.seq == 1:
+    if layout.tensor * layout.seq * layout.expert == 1:
         return alone_s
     by_stage: dict[int, list[Counter[Link]]] = {}
     for group in groups:

@@ -31,6 +31,7 @@ from thinwire.plan.memory import recomputed_blocks
 from thinwire.plan.pipeline import Stages
 from thinwire.sync.base import Synchroniser
 from thinwire.traffic import Transfer
+from thinwire.train.expert_part import ExpertPart
 from thinwire.train.pace import Pacer
 from thinwire.train.pipelined import Pace, PipelinedStepper
 from thinwire.train.shared_part import SharedPart
@@ -49,7 +50,7 @@ Precision = Callable[[], AbstractContextManager]
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """See the top of the file. number: of the part, of `count` into which the model is cut. shared: where ranks share matrices or
-    sequences. tensor_flops: as in `Setting`."""
+    sequences; experts: where they share those. tensor_flops: as in `Setting`."""
 
     module: nn.Module
     workload: Workload
@@ -58,6 +59,7 @@ class Part:
     number: int = 0
     count: int = 1
     shared: SharedPart | None = None
+    experts: ExpertPart | None = None
     pipeline: Pipeline | None = None
     stages: Stages | None = None
     tensor_flops: tuple[float, ...] = ()
@@ -65,6 +67,8 @@ class Part:
     @property
     def waits(self) -> Waits:
         """Of its passes, for ranks that compute with this one."""
+        if self.experts is not None:
+            return self.experts.waits
         return Waits() if self.shared is None else self.shared.waits
 
     def stepper(
@@ -109,10 +113,14 @@ class Part:
         if self.shared is not None:
             counted = self.module.named_parameters() if self.pipeline is None else self.pipeline.counted()
             found += self.shared.traffic(num_micro, counted)
+        if self.experts is not None:
+            found += self.experts.traffic(num_micro)
         return found
 
     def evaluation_traffic(self, task: LanguageModel, replica: int) -> list[Transfer]:
         """What an evaluation sends between ranks that compute together."""
+        if self.experts is not None:
+            return self.experts.evaluation_traffic(sum(1 for _ in task.held_out(replica)))
         return [] if self.shared is None else self.shared.evaluation_traffic(task, replica)
 
 
@@ -147,6 +155,18 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
     ]
     workload = workloads[row]
     norm = gradient_norm if split is None else split.norm
+    if layout.expert > 1:
+        experts = ExpertPart.split(model, config, place.groups["expert"], ledger, casts=place.casts)
+        row = experts.group.rank()
+        return Part(
+            module=model,
+            workload=workload.of_expert_rank(task.shape.experts, layout.expert, row),
+            precision=place.precision,
+            norm=experts.norm,
+            number=row,
+            count=layout.expert,
+            experts=experts,
+        )
     if layout.pipe == 1:
         return Part(
             module=model,

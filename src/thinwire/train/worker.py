@@ -126,7 +126,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
             give_timeout(made, timedelta(seconds=config.train.timeout_s))
     axis = gradients.report_axis
     if axis == REPLICAS:
-        groups[REPLICAS] = mesh["outer", "data"]._flatten(REPLICAS).get_group()
+        groups[REPLICAS] = mesh["outer", "data", "expert"]._flatten(REPLICAS).get_group()
     elif axis == EVERYONE:
         groups[EVERYONE] = dist.distributed_c10d._get_default_group()
     group, replica = groups[axis], layout.replica(number)
@@ -168,6 +168,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         num_parts=part.count,
         shards=part.shared.parts if part.shared else {},
         layout=str(layout),
+        replicas=part.experts is not None,
     )
     progress = Progress(step=0, tokens=0, world_size=layout.world_size, assignment=())
     if resume is not None:
