@@ -10,6 +10,7 @@ from thinwire.cli import collectives, lab, train
 from thinwire.cli.bench import bench
 from thinwire.cli.export import export
 from thinwire.cli.generate import generate
+from thinwire.cli.plan import plan
 from thinwire.cli.probe import probe
 from thinwire.cli.replicas import replicas, serve
 from thinwire.cli.report import report
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (train.train, replicas, serve, probe, report, generate, export, shrink, bench):
+for command in (train.train, plan, replicas, serve, probe, report, generate, export, shrink, bench):
     app.command()(command)
 app.add_typer(lab.app, name="lab")
 app.add_typer(collectives.app, name="collectives")

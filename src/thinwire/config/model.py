@@ -147,6 +147,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "350m": {"layers": 24, "width": 1024, "heads": 16, "vocabulary": 50_257, "context": 1024, **_GPT2},
     "1b": {"layers": 20, "width": 2048, "heads": 16, "kv_heads": 4, "hidden": 5632, "vocabulary": 32_000, "context": 4096},
     "3b": {"layers": 28, "width": 3072, "heads": 24, "kv_heads": 8, "hidden": 8192, **_LLAMA3},
+    "7b": {"layers": 32, "width": 4096, "heads": 32, "hidden": 11_008, "vocabulary": 32_000, "context": 4096, "tied": False},
     "8b": {"layers": 32, "width": 4096, "heads": 32, "kv_heads": 8, "hidden": 14_336, **_LLAMA3, "tied": False},
     "13b": {"layers": 40, "width": 5120, "heads": 40, "hidden": 13_824, "vocabulary": 32_000, "context": 4096, "tied": False},
     "70b": {"layers": 80, "width": 8192, "heads": 64, "kv_heads": 8, "hidden": 28_672, **_LLAMA3, "tied": False},

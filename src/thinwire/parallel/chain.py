@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from thinwire.config.model import ModelConfig
 from thinwire.errors import UserError
 from thinwire.models import transformer
 from thinwire.models.transformer import Transformer
@@ -36,7 +37,7 @@ Chain = tuple[Unit, ...]
 def chain_of(model: nn.Module) -> Chain:
     """Of a `Transformer` or an `nn.Sequential`. UserError for another model, of which no order of units is known."""
     if isinstance(model, Transformer):
-        return _transformer_chain(model)
+        return transformer_chain(model.config)
     if isinstance(model, nn.Sequential):
         return tuple(Unit((name,), partial(_call, name)) for name, _ in model.named_children())
     raise UserError(
@@ -106,10 +107,9 @@ def _call(name: str, owner: nn.Module, x: Tensor, shared: Shared) -> Tensor:
     return output
 
 
-def _transformer_chain(model: Transformer) -> Chain:
+def transformer_chain(config: ModelConfig) -> Chain:
     """Embeddings; each block; the last norm with the head. A tied head uses the embedding at both ends."""
-    config, has_positions = model.config, model.positions is not None
-    head = "embed" if model.head is None else "head"
+    has_positions, head = config.positions == "learned", "embed" if config.tied else "head"
 
     def enter(owner: Any, tokens_BL: Tensor, shared: Shared) -> Tensor:
         positions = owner.positions if has_positions else None
@@ -130,6 +130,6 @@ def _transformer_chain(model: Transformer) -> Chain:
 
     return (
         Unit(("embed", "positions") if has_positions else ("embed",), enter),
-        *(Unit((f"blocks.{index}",), partial(block, f"blocks.{index}")) for index in range(len(model.blocks))),
+        *(Unit((f"blocks.{index}",), partial(block, f"blocks.{index}")) for index in range(config.layers)),
         Unit(("norm", head), leave),
     )

@@ -10,7 +10,8 @@ ready_k = max over ranks of (compute_s - window_k / flops_per_s)
 end_k   = max(ready_k, end_{k-1}) + calls * (price + work_k)
 exposed = max(0, end_last - max compute_s)
           + sum over transfers for which passes stand still (`in_passes`) of calls * max(0, price + work - window)
-          + sum over events every H > 1 steps of max(0, sum over their transfers of calls * (price + work) - window) / H
+          + sum over events every H > 1 steps of max(0, sum over their transfers of calls * (price + work) - window) / H,
+            and no less than all of them take, less the steps beside which they are sent
 
 Groups of ranks that share matrices, sequences or experts, and of their replicas, make each call at the same time: a link carries
 what all of them send.
@@ -162,6 +163,7 @@ def predict(
 
     priced, wire_end, still_s, links = [], 0.0, 0.0, Counter[Link]()
     alike = setting.stages is None and not setting.tensor_flops  # ranks of different parts have different parameters
+    rare_s = 0.0  # of a step's share
     uncovered_s: dict[str, tuple[float, int]] = {}  # of each event: its transfers less its window, and every how many steps
     for number, transfer in enumerate(transfers):
         groups = layout.senders(transfer.axis)
@@ -190,6 +192,7 @@ def predict(
             event = transfer.event or f"transfer {number}"
             so_far_s, _ = uncovered_s.get(event, (-transfer.window_flops / slowest_rate, 0))
             uncovered_s[event] = so_far_s + seconds, transfer.every
+            rare_s += seconds / transfer.every
         for group in groups if transfer.label != PIPELINE else ():
             placed = [(group[a], group[b], size) for a, b, size in carrier.flows(transfer, group)]
             for link, payload in routes.load(placed).items():
@@ -215,7 +218,8 @@ def predict(
         rank=rank,
         compute_s=compute_s,
         waiting_s=waiting_s,
-        exposed_s=exposed_s + sum(max(0.0, one_s) / every for one_s, every in uncovered_s.values()),
+        exposed_s=exposed_s
+        + max(rare_s - compute_s - waiting_s, sum(max(0.0, one_s) / every for one_s, every in uncovered_s.values())),
         optimizer_s=setting.optimizer_s(rank),
         tokens_per_step=setting.workload.tokens_per_microbatch * layout.seq * setting.micro_batches * layout.replicas,
         transfers=tuple(priced),

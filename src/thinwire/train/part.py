@@ -9,7 +9,7 @@ PyTorch's pipelining loads its compiler, so it is imported only where there are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, TypeVar
@@ -19,11 +19,10 @@ import torch.distributed as dist
 from torch import nn
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.config.compress import Coded
 from thinwire.config.run import RunConfig, TrainSection
-from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.parallel import recompute
+from thinwire.parallel.balance import shares_tied
 from thinwire.parallel.cut import Cut, cut_model
 from thinwire.parallel.tensor_parts import local_workload
 from thinwire.parallel.waits import Waits
@@ -176,26 +175,19 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
             number=row,
             count=layout.tensor,
             shared=split,
-            tensor_flops=_unless_alike(one.flops_per_microbatch for one in workloads),
+            tensor_flops=unless_alike(one.flops_per_microbatch for one in workloads),
         )
     from thinwire.parallel.pipeline import Pipeline
 
     example, _ = task.batch(0, 0)
-    slowest = None
-    if place.rates is not None:
-        slowest = [min(place.rates[group[position]] for group in layout.groups("pipe")) for position in range(layout.pipe)]
+    slowest = slowest_rates(layout, place.rates)
     cut = cut_model(model, example.to(place.device), config.pipeline, layout.pipe, task.workload.chain_flops_per_token, slowest)
     if split is not None:
         split = split.in_stages(cut, place.groups["pipe"].rank())
         cut = split.cut or cut
     pipeline = Pipeline(model, cut, place.groups["pipe"], ledger, model.loss, place.precision)
     if task.shape.tied:
-        pipeline.shares_tied = _averages_apart(config, layout.of_gradients.data)
-        if _averages_apart(config, layout.outer):
-            raise UserError(
-                f"model.tied = true: the first and the last stage of layout.pipe = {layout.pipe} share the embedding, which "
-                f"layout.outer = {layout.outer} replicas that exchange rarely would average in two ways; set model.tied = false"
-            )
+        pipeline.shares_tied = shares_tied(config.compress, layout)
     return Part(
         module=pipeline.owner,
         workload=stage_workload(workload, cut, pipeline).recomputing(kinds),
@@ -205,22 +197,28 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
         count=layout.pipe * layout.tensor,
         shared=split,
         pipeline=pipeline,
-        stages=replace(
-            stages_of(workload, cut, config.sync.accumulate, split),
-            tensor_flops=_unless_alike(stage_flops(one, cut) for one in workloads),
-        ),
+        stages=all_stages(workloads, row, cut, config.sync.accumulate, split),
     )
 
 
-def _averages_apart(config: RunConfig, replicas: int) -> bool:
-    """Whether replicas of the first stage and those of the last may come to different averages of the embedding."""
-    coded = isinstance(config.compress, Coded) and config.compress.is_coded("embed.weight", (1, 1))
-    return replicas > 2 or (replicas > 1 and coded)
+def slowest_rates(layout: Layout, rates: Sequence[float] | None) -> list[float] | None:
+    """Of the ranks at each position of a pipeline; rates: by global rank."""
+    if rates is None:
+        return None
+    return [min(rates[group[position]] for group in layout.groups("pipe")) for position in range(layout.pipe)]
 
 
-def _unless_alike(of_ranks: Iterable[Alike]) -> tuple[Alike, ...]:
+def unless_alike(of_ranks: Iterable[Alike]) -> tuple[Alike, ...]:
+    """Nothing where all are."""
     found = tuple(of_ranks)
     return found if len(set(found)) > 1 else ()
+
+
+def all_stages(workloads: Sequence[Workload], row: int, cut: Cut, num_micro: int, split: SharedPart | None = None) -> Stages:
+    """For predictions. workloads: of each tensor rank's part of all matrices, of which this rank is number `row`."""
+    return replace(
+        stages_of(workloads[row], cut, num_micro, split), tensor_flops=unless_alike(stage_flops(one, cut) for one in workloads)
+    )
 
 
 def stages_of(workload: Workload, cut: Cut, num_micro: int, split: SharedPart | None = None) -> Stages:
@@ -247,6 +245,10 @@ def stage_flops(workload: Workload, cut: Cut) -> tuple[float, ...]:
 
 def stage_workload(workload: Workload, cut: Cut, pipeline: Pipeline) -> Workload:
     """Of this rank's stages. workload: of the whole model, or of this rank's part of all its matrices."""
+    return part_workload(workload, cut, {name for name, _ in pipeline.owner.named_parameters()}, pipeline.rank)
+
+
+def part_workload(workload: Workload, cut: Cut, names: Collection[str], rank: int) -> Workload:
+    """The same of rank `rank` of a pipeline, which has the parameters of these names."""
     costs = workload.chain_flops_per_token
-    names = {name for name, _ in pipeline.owner.named_parameters()}
-    return workload.part(names, sum(costs[unit] for stage in cut.stages_of(pipeline.rank) for unit in cut.stages[stage]))
+    return workload.part(names, sum(costs[unit] for stage in cut.stages_of(rank) for unit in cut.stages[stage]))
