@@ -1,7 +1,7 @@
 """What each possible cause costs: how much shorter a step would be without it, by replay. No torch.
 
 Causes that overlap are not added up. The one that costs most is named; plain bandwidth only where no nearer cause explains
-half of what the wire costs.
+a good part of what the wire costs.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ NOTHING = "nothing"
 PASSES = ("forward", "backward")
 LEAST = 0.05
 """Of a step; below that nothing is named."""
-NEARER = 0.5
-SLOWER = 1.1
+NEARER = 0.3
+SLOWER = 1.2
 """A host that computes so much longer than the usual one is called slow."""
 BUCKETS = tuple(size << 20 for size in (1, 4, 25, 100))
 PARTS = 8

@@ -18,7 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean, median
+from statistics import fmean
 
 from thinwire.errors import UserError
 from thinwire.why.trace import BACKWARD, BACKWARD_END, DATA, DATA_END, FORWARD, OPTIMIZER, STEP, Call, Event, Mark, Trace, Wait
@@ -221,7 +221,7 @@ _Moments = list[dict[Key, float]]
 
 
 def _moments(walks: _Walks, offsets_s: Sequence[float]) -> tuple[_Moments, _Moments]:
-    """When the last rank issued each call, and when it was over (the median of what ranks saw)."""
+    """When the last rank issued each call, and when the last one saw its end."""
     arrivals: _Moments = []
     ends: _Moments = []
     for n in range(len(walks[0])):
@@ -235,7 +235,7 @@ def _moments(walks: _Walks, offsets_s: Sequence[float]) -> tuple[_Moments, _Mome
                     if call.ended is not None:
                         ended[stretch.keys[0]].append(call.ended + offset_s)
         arrivals.append({key: max(found) for key, found in issued.items()})
-        ends.append({key: max(arrivals[-1][key], median(ended[key] or [0.0])) for key in issued})
+        ends.append({key: max(arrivals[-1][key], *ended[key]) for key in issued})
     return arrivals, ends
 
 
