@@ -21,6 +21,7 @@ from thinwire.bench.registry import Rows
 from thinwire.cluster import Cluster
 from thinwire.cluster.equal import equal_hosts
 from thinwire.cluster.spec import ClusterSpec, expand
+from thinwire.errors import UserError
 from thinwire.lab.run import RESULTS, LabOptions
 
 DEFAULTS = {"cases": [], "steps": 16, "warm_up": 5}
@@ -51,7 +52,14 @@ def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
     Clusters are the cases' own.
     """
     wanted = options["cases"] or [case.script for case in _cases()]
-    return [_row(case, options) for case in _cases() if case.script in wanted]
+    rows = []
+    for case in _cases():
+        if case.script in wanted:
+            try:
+                rows.append(_row(case, options))
+            except UserError as error:  # the others are run all the same
+                rows.append({"case": case.script, "planted": case.planted, "failed": str(error)})
+    return rows
 
 
 def _row(case: _Case, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,7 @@ backend: the numbers are those of the script without us, to the bit. On a device
 # mypy: disable-error-code="override,attr-defined"
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -57,15 +56,11 @@ class Recorder:
         def seconds(moment: Any) -> Any:
             return None if moment is None else zero - self.clock.seconds(moment, base)
 
-        calls = {id(one): replace(one, issued=seconds(one.issued), ended=seconds(one.ended)) for one in self.events if isinstance(one, Call)}
-        return [
-            calls[id(one)]
-            if isinstance(one, Call)
-            else replace(one, at=seconds(one.at))
-            if isinstance(one, Mark)
-            else Wait(seconds(one.begun), seconds(one.ended), calls[id(one.call)])
-            for one in self.events
-        ]
+        for one in self.events:
+            for name in ("issued", "returned", "ended", "begun", "at"):
+                if hasattr(one, name):
+                    setattr(one, name, seconds(getattr(one, name)))
+        return self.events
 
 
 class _SeenWork(dist._Work):
@@ -134,28 +129,26 @@ class SeenGroup(MeteredGroup):
         recorder = self._recorder
         passed = partial(issue, *arguments) if opts is None else partial(issue, *arguments, opts)
         if not recorder.on:
-            return passed() or _NOTHING()
+            return passed() or _Nothing()
         call = Call(recorder.clock.now(), op, bytes_of(tensors), self._ranks)
         recorder.note(call)
-        work = passed() or _NOTHING()
+        work = passed() or _Nothing()
+        call.returned = recorder.clock.now()
         if not getattr(opts, "asyncOp", True):  # the caller waits at once
-            begun = recorder.clock.now()
             work.wait()
             call.ended = recorder.clock.now()
-            recorder.note(Wait(begun, call.ended, call))
+            recorder.note(Wait(call.returned, call.ended, call))
             return work
         if op not in ("send", "recv", "reduce_scatter"):
-            try:
+            with suppress(RuntimeError):  # no future: its end is where somebody has waited for it
                 work.get_future().add_done_callback(partial(_ended, recorder, call))
-            except RuntimeError:
-                pass  # its end is where somebody has waited for it
         return _SeenWork(work, recorder, call)
 
     def recv_anysource(self, tensors: Any, tag: int) -> Any:
         return self._inner.recv_anysource(tensors, tag)
 
 
-class _NOTHING(dist._Work):  # noqa: N801
+class _Nothing(dist._Work):
     """NCCL gives no Work where the call is on the caller's own stream."""
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:

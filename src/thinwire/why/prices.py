@@ -4,7 +4,8 @@ What was measured and what `collectives.price` says are joined by two numbers, o
 
     service  ~  a * latency term + b * busy term          least squares of (service / predicted - 1), a and b pulled towards 1
 
-and every call keeps its own remaining error as a factor. No torch.
+and every call keeps its own remaining error as a factor. What a call takes beyond its price where flows share a link (a round of a
+ring waits for the flow that got least) goes away with the sharing. No torch.
 """
 
 from collections.abc import Sequence
@@ -60,7 +61,12 @@ class Prices:
         group = key[0] if order is None else tuple(rank for rank in order if rank in key[0])
         routes = self.routes if cluster is None else Routes(cluster)
         latency_s, busy_s = self._terms(routes, group, made.op, made.message_bytes)
-        return self._joined(latency_s, busy * busy_s) * self._error(key)
+        seconds = self._joined(latency_s, busy * busy_s) * self._error(key)
+        shared, now = _sharing(routes, group, made), _sharing(self.routes, key[0], made)
+        excess = made.service_s / sum(self._terms(self.routes, key[0], made.op, made.message_bytes)) - 1 if now > 1 else 0.0
+        if excess <= 0:
+            return seconds
+        return seconds * (1 + excess * min(1.0, (shared - 1) / (now - 1))) / (1 + excess)
 
     def all(self, cluster: Cluster | None = None, order: Sequence[int] | None = None, *, busy: float = 1.0) -> Services:
         """`seconds` of each call."""
@@ -119,6 +125,16 @@ class Prices:
     def _terms(routes: Routes, group: Sequence[int], op: str, message_bytes: int) -> tuple[float, float]:
         latency_s = price(routes, op, 0, group)
         return latency_s, price(routes, op, message_bytes, group) - latency_s
+
+
+def _sharing(routes: Routes, group: Sequence[int], made: Made) -> int:
+    """How many flows of a call go through the link that is busy longest."""
+    flowing = [(group[a], group[b], size) for a, b, size in flows(made.op, made.message_bytes, len(group)) if size]
+    busy = routes.load(flowing)
+    if not busy:
+        return 1
+    fullest = max(busy, key=lambda link: busy[link] / link.bandwidth_bps.value)
+    return sum(fullest in routes.between(source, target) for source, target, _ in flowing)
 
 
 def with_rates(cluster: Cluster, rates_bps: dict[Link, float]) -> Cluster:

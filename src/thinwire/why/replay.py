@@ -60,15 +60,20 @@ def scaled(program: Program, factors: Mapping[str, float]) -> Program:
 
 
 def merged(program: Program, heads: Mapping[Key, Key]) -> Program:
-    """With calls sent together: each one of `heads` goes out with the call that it maps to, the last of them."""
+    """With calls sent together: each one of `heads` goes out with the call that it maps to, the last of them. What it takes to
+    hand a call to the backend is saved with it.
+    """
+    issuing = PHASES.index("issuing")
     items: list[Item] = []
-    carried: Busy = (0.0,) * len(PHASES)
+    nothing: Busy = (0.0,) * len(PHASES)
+    carried, saved = nothing, False
     for item in program.items:
-        busy = tuple(a + b for a, b in zip(carried, item.busy, strict=True))
+        own = [0.0 if saved and place == issuing else seconds for place, seconds in enumerate(item.busy)]
+        busy = tuple(a + b for a, b in zip(carried, own, strict=True))
         calls = tuple(dict.fromkeys(heads.get(key, key) for key in item.calls))
         out = {key for one in items if one.kind == "issue" for key in one.calls}
         early = item.kind == "issue" and calls != item.calls or item.kind == "wait" and not out.issuperset(calls)
-        carried = busy if early else (0.0,) * len(PHASES)
+        carried, saved = busy if early else nothing, early and item.kind == "issue"
         if not early:
             items.append(Item(item.kind, calls, busy))
     return Program(tuple(items), tuple(a + b for a, b in zip(carried, program.tail, strict=True)))

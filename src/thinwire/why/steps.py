@@ -23,8 +23,9 @@ from statistics import fmean
 from thinwire.errors import UserError
 from thinwire.why.trace import BACKWARD, BACKWARD_END, DATA, DATA_END, FORWARD, OPTIMIZER, STEP, Call, Event, Mark, Trace, Wait
 
-PHASES = ("data", "outside", "forward", "backward", "optimizer")
-"""What a rank is busy with: the data loader; anything else before the first forward pass; the passes; the update."""
+PHASES = ("data", "outside", "forward", "backward", "issuing", "optimizer")
+"""What a rank is busy with: the data loader; anything else before the first forward pass; the passes; handing calls to the backend;
+the update."""
 FEWEST_STEPS = 3
 PASSED_ON = ("send", "recv")
 """Between two ranks; how long they stand still for these is taken as it was."""
@@ -171,9 +172,9 @@ def _walk(events: Sequence[Event]) -> tuple[list[_Stretch], list[float]]:
     waited = {id(event.call) for event in events if isinstance(event, Wait)}
     hidden: list[Call] = []
 
-    def until(moment: float) -> None:
+    def until(moment: float, doing: str = "") -> None:
         nonlocal cursor
-        busy[PHASES.index(phase)] += max(0.0, moment - cursor)
+        busy[PHASES.index(doing or phase)] += max(0.0, moment - cursor)
         cursor = max(cursor, moment)
 
     def close(kind: str, calls: Sequence[Call], ended: float) -> None:
@@ -189,6 +190,8 @@ def _walk(events: Sequence[Event]) -> tuple[list[_Stretch], list[float]]:
             keys[id(event)] = event.group, numbers[event.group]
             numbers[event.group] += 1
             close("issue", [event], event.issued)
+            if event.returned is not None:
+                until(event.returned, "issuing")
             if phase == "backward" and id(event) not in waited:
                 hidden.append(event)
         elif isinstance(event, Wait):

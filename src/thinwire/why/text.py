@@ -36,7 +36,7 @@ def ranks(case: Case) -> list[dict[str, Any]]:
         {
             "rank": rank,
             "host": case.cluster.host_of(rank).name,
-            "compute_s": program.total("forward", "backward"),
+            "compute_s": program.total("forward", "backward", "issuing"),
             "waiting_s": profile.waiting_s[rank],
             "exposed_s": profile.exposed_s[rank],
             "data_s": program.total("data"),

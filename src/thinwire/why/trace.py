@@ -17,12 +17,15 @@ STEP, OPTIMIZER, FORWARD, BACKWARD, BACKWARD_END, DATA, DATA_END = (
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """A collective call. group: global ranks. ended: None while nobody has seen its end. Until `settled`, moments are the clock's."""
+    """A collective call. group: global ranks. returned: when the caller had control again, ended: None while nobody has seen its
+    end. On a device moments are events, until a `Recorder` gives its trace.
+    """
 
     issued: Any
     op: str
     message_bytes: int
     group: tuple[int, ...]
+    returned: Any = None
     ended: Any = None
 
 
