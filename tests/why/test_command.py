@@ -1,12 +1,11 @@
 """`thinwire why` around a script of two ranks: the same bits as without it, and a verdict."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
-
-import os
 
 import command
 from warm import COMMAND, SOCKET, Warm, server

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from recorded import OPTIMIZER_S, OUTSIDE_S, Script
+
 from thinwire.cluster import Cluster
 from thinwire.cluster.equal import equal_hosts
 from thinwire.cluster.spec import ClusterSpec, expand
@@ -44,7 +44,9 @@ def hosts(*rates: str, uplink: str = "") -> Cluster:
 
 def interleaved(cluster: Cluster) -> Cluster:
     half = cluster.world_size // 2
-    return replace(cluster, ranks=tuple(name for pair in zip(cluster.ranks[:half], cluster.ranks[half:], strict=True) for name in pair))
+    return replace(
+        cluster, ranks=tuple(name for pair in zip(cluster.ranks[:half], cluster.ranks[half:], strict=True) for name in pair)
+    )
 
 
 FAST, SLOW = "100 Mbit/s", "25 Mbit/s"

@@ -1,8 +1,8 @@
 """`thinwire why` on six scripts that know nothing of it, each with a planted cause: is it named, and does the first remedy hold?
 
-Each script runs in the lab under `thinwire why`, then once more without it and with the first remedy applied. `predicted_s` is the
-step that was predicted for that, `measured_s` the median of the script's own steps; `overhead` compares its steps while it was
-metered with those after. Scripts of frameworks that are not installed are left out, and named. Nothing is paced by us: the
+Each script runs in the lab under `thinwire why`, then once more without it and with the first remedy applied. `predicted_s` is
+the step that was predicted for that, `measured_s` the median of the script's own steps; `overhead` compares its steps while it
+was metered with those after. Scripts of frameworks that are not installed are left out, and named. Nothing is paced by us: the
 scripts compute by sleeping.
 """
 
@@ -47,9 +47,9 @@ class _Case:
 
 
 def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
-    """Rows: case, planted, named, found, step_s, remedy, predicted_s, measured_s, off, overhead, held (named, and off at most 10 %).
+    """Rows: case, planted, named, found, step_s, remedy, predicted_s, measured_s, off, overhead, held.
 
-    Clusters are the cases' own.
+    held: the planted cause is named, and the prediction off by at most 10 %. Clusters are the cases' own.
     """
     wanted = options["cases"] or [case.script for case in _cases()]
     rows = []

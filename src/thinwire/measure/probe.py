@@ -68,9 +68,9 @@ def measure(number: int, address: str, dtype: str, print_line: Callable[[str], N
 def measure_hosts(
     address: str, kind: str, phase: Phases, group: dist.ProcessGroup | None = None
 ) -> tuple[list[HostWired], Network | None]:
-    """The hosts of the ranks of `group`, by default the default group, and if they are several the network between them. Collective.
+    """The hosts of the ranks of `group` (by default the default group), and if they are several the network between them.
 
-    address: where other hosts reach this one; it listens there. kind: of this rank's device.
+    Collective.     address: where other hosts reach this one; it listens there. kind: of this rank's device.
     """
     everybody = partial(gather, group=group)
     with listen(address, 0, f"the probe at {address}") as listener:

@@ -173,9 +173,14 @@ def causes(case: Case) -> list[Cause]:
         ),
     ]
     if slow := case.slow_hosts():
-        own = {name: [p.total(*PASSES) for r, p in enumerate(profile.programs) if case.cluster.host_of(r).name == name] for name in slow}
+        own = {
+            name: [p.total(*PASSES) for r, p in enumerate(profile.programs) if case.cluster.host_of(r).name == name]
+            for name in slow
+        }
         usual = median_low(program.total(*PASSES) for program in profile.programs)
-        about = ", ".join(f"{name} computes {max(seconds) / usual:.1f} times as long as the usual one" for name, seconds in own.items())
+        about = ", ".join(
+            f"{name} computes {max(seconds) / usual:.1f} times as long as the usual one" for name, seconds in own.items()
+        )
         found.append(Cause(HOST, now_s - case.step_s(case.with_equal_hosts()), about))
     if equal := case.with_equal_cards():
         rates = {name: min(link.bandwidth_bps.value for link in case.cards()[name]) for name in case.slow_cards()}
@@ -220,4 +225,6 @@ def _of_links(case: Case) -> str:
         return "the ranks share a host: there is no link between them"
     link, of_step, of_calls = fullest[0]
     rate = show(link.bandwidth_bps.value, "bit/s")
-    return f"{link.source} -> {link.target}, {rate}, is busy {of_step:.0%} of a step and {of_calls:.0%} of the time that calls take"
+    return (
+        f"{link.source} -> {link.target}, {rate}, is busy {of_step:.0%} of a step and {of_calls:.0%} of the time that calls take"
+    )

@@ -1,6 +1,6 @@
-"""By how much the ranks' clocks differ (Cristian 1989): the first rank asks each other one, and takes the answer of the shortest trip.
+"""By how much the ranks' clocks differ (Cristian 1989): the first rank asks each other one; the shortest trip counts.
 
-    offset = (sent + received) / 2 - theirs           off by half the trip at most
+offset = (sent + received) / 2 - theirs           off by half the trip at most
 """
 
 import time

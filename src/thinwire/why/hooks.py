@@ -1,4 +1,4 @@
-"""Marks in any script: where an optimizer steps, a first module is called, backward() begins and ends, the data loader is asked."""
+"""Marks in any script: an optimizer steps, a first module is called, backward() begins and ends, the data loader is asked."""
 # torch's classes are changed for a while:
 # mypy: disable-error-code="method-assign,assignment"
 

@@ -4,7 +4,7 @@ c10d makes every group in one place. What comes out of it is put into a group of
 backend: the numbers are those of the script without us, to the bit. On a device the moments are events in its streams.
 """
 # c10d keeps its groups in tables that its type stubs do not have:
-# mypy: disable-error-code="override,attr-defined"
+# mypy: disable-error-code="override,attr-defined,assignment"
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress

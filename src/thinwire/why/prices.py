@@ -4,8 +4,8 @@ What was measured and what `collectives.price` says are joined by two numbers, o
 
     service  ~  a * latency term + b * busy term          least squares of (service / predicted - 1), a and b pulled towards 1
 
-and every call keeps its own remaining error as a factor. What a call takes beyond its price where flows share a link (a round of a
-ring waits for the flow that got least) goes away with the sharing. No torch.
+and every call keeps its own remaining error as a factor. What a call takes beyond its price where flows share a link (a round of
+a ring waits for the flow that got least) goes away with the sharing. No torch.
 """
 
 from collections.abc import Sequence
@@ -48,14 +48,18 @@ class Prices:
     @cached_property
     def factors(self) -> tuple[float, float]:
         """(a, b), see the top of the file."""
-        known = [(*self._terms(self.routes, key[0], made.op, made.message_bytes), made.service_s) for key, made in self.calls.items()]
+        known = [
+            (*self._terms(self.routes, key[0], made.op, made.message_bytes), made.service_s) for key, made in self.calls.items()
+        ]
         rows = [(latency / seconds, busy / seconds, 1.0) for latency, busy, seconds in known if seconds > 0]
         weight = (PULL * len(rows)) ** 0.5 if rows else 1.0
         table = numpy.array([*rows, (weight, 0.0, weight), (0.0, weight, weight)])
         found = numpy.linalg.lstsq(table[:, :2], table[:, 2], rcond=None)[0]
         return max(0.1, float(found[0])), max(0.1, float(found[1]))
 
-    def seconds(self, key: Key, cluster: Cluster | None = None, order: Sequence[int] | None = None, *, busy: float = 1.0) -> float:
+    def seconds(
+        self, key: Key, cluster: Cluster | None = None, order: Sequence[int] | None = None, *, busy: float = 1.0
+    ) -> float:
         """Of a call on another network, with the ranks in another order, or with only so much of its busy term."""
         made = self.calls[key]
         group = key[0] if order is None else tuple(rank for rank in order if rank in key[0])
@@ -90,9 +94,7 @@ class Prices:
                 ratios[kind] = min(1.0, found.best.seconds / found.native.seconds)
         if not ratios:
             return None
-        return {
-            key: made.service_s * ratios.get((key[0], made.op, made.message_bytes), 1.0) for key, made in self.calls.items()
-        }
+        return {key: made.service_s * ratios.get((key[0], made.op, made.message_bytes), 1.0) for key, made in self.calls.items()}
 
     def best_order(self) -> tuple[int, ...] | None:
         """The order of ranks in which the calls of the whole world take least; None where it is theirs."""

@@ -24,7 +24,7 @@ from thinwire.why.causes import (
     Cause,
     best_buckets,
 )
-from thinwire.why.prices import Services, with_rates
+from thinwire.why.prices import with_rates
 from thinwire.why.replay import scaled
 from thinwire.why.steps import PHASES, Item, Program
 from thinwire.workload import Parameter
@@ -109,7 +109,9 @@ def _overlap(case: Case) -> Remedy | None:
     if (found := case.with_overlap()) is None:
         return None
     total = sum(made.message_bytes for made in case.profile.calls.values() if made.op == "all_reduce")
-    line = f"model = DistributedDataParallel(model, bucket_cap_mb={total / PARTS / 2**20:.2g})   # in place of your own all_reduce"
+    line = (
+        f"model = DistributedDataParallel(model, bucket_cap_mb={total / PARTS / 2**20:.2g})   # in place of your own all_reduce"
+    )
     return Remedy("send gradients while the backward pass goes on", "nothing", case.step_s(*found), line)
 
 
@@ -138,7 +140,11 @@ def _faster(case: Case) -> list[Remedy]:
     rate = fullest[0][0].bandwidth_bps.value
     faster = with_rates(case.cluster, {link: max(link.bandwidth_bps.value, FASTER * rate) for link in case.cluster.links})
     step_s = case.step_s(services=case.prices.all(faster))
-    return [Remedy(f"links of {FASTER} times the rate", "hardware", step_s, "10 Gbit/s Ethernet in place of 1, 1 in place of 100 Mbit/s")]
+    return [
+        Remedy(
+            f"links of {FASTER} times the rate", "hardware", step_s, "10 Gbit/s Ethernet in place of 1, 1 in place of 100 Mbit/s"
+        )
+    ]
 
 
 def _alone(case: Case) -> list[Remedy]:
@@ -162,7 +168,9 @@ def _alone(case: Case) -> list[Remedy]:
 def _coded(case: Case) -> list[Remedy]:
     """Of all-reduces of gradients only."""
     found = []
-    sums = {key: made for key, made in case.profile.calls.items() if made.op == "all_reduce" and made.message_bytes >= 4 * CODED_WIDTH}
+    sums = {
+        key: made for key, made in case.profile.calls.items() if made.op == "all_reduce" and made.message_bytes >= 4 * CODED_WIDTH
+    }
     if not sums:
         return []
     for kind in CODECS:
@@ -170,9 +178,7 @@ def _coded(case: Case) -> list[Remedy]:
         for key, made in sums.items():
             weight = Parameter(name="weight", shape=(max(1, made.message_bytes // 4 // CODED_WIDTH), CODED_WIDTH))
             sent = exchange.transfers("gradients", [weight], "data", len(key[0]))
-            services[key] = sum(
-                one.calls * (case.prices.sized(key[0], one.op, one.message_bytes) + one.work_s) for one in sent
-            )
+            services[key] = sum(one.calls * (case.prices.sized(key[0], one.op, one.message_bytes) + one.work_s) for one in sent)
         line = f'thinwire.compress_gradients(model, "{kind}")   # model: your DistributedDataParallel'
         found.append(Remedy(f"gradients in {kind}", "rounding", case.step_s(services=services), line))
     return found
@@ -198,7 +204,9 @@ def _repeated(program: Program, times: int) -> Program:
     if not program.items:
         return program
     first = program.items[0]
-    return Program((Item(first.kind, first.calls, tuple(map(sum, zip(first.busy, more, strict=True)))), *program.items[1:]), program.tail)
+    return Program(
+        (Item(first.kind, first.calls, tuple(map(sum, zip(first.busy, more, strict=True)))), *program.items[1:]), program.tail
+    )
 
 
 _OTHERS: Sequence[Callable[[Case], list[Remedy]]] = (_chosen, _faster, _alone, _coded, _rarely)

@@ -1,6 +1,6 @@
-"""How long a step is, if its programs and its calls were these: every rank's program event by event, several steps one after another.
+"""How long a step is, if its programs and its calls were these: every rank's program event by event, a few steps in turn.
 
-A call begins when all of its group have issued it and the wires of all are free of calls issued earlier; it lasts its service time.
+A call begins when all of its group have issued it and the wires of all are free of earlier calls; it lasts its service time.
 """
 
 from collections import defaultdict
@@ -72,7 +72,7 @@ def merged(program: Program, heads: Mapping[Key, Key]) -> Program:
         busy = tuple(a + b for a, b in zip(carried, own, strict=True))
         calls = tuple(dict.fromkeys(heads.get(key, key) for key in item.calls))
         out = {key for one in items if one.kind == "issue" for key in one.calls}
-        early = item.kind == "issue" and calls != item.calls or item.kind == "wait" and not out.issuperset(calls)
+        early = (item.kind == "issue" and calls != item.calls) or (item.kind == "wait" and not out.issuperset(calls))
         carried, saved = busy if early else nothing, early and item.kind == "issue"
         if not early:
             items.append(Item(item.kind, calls, busy))
@@ -80,7 +80,7 @@ def merged(program: Program, heads: Mapping[Key, Key]) -> Program:
 
 
 def overlapped(program: Program, keys: Sequence[Key], parts: Sequence[Key]) -> Program | None:
-    """With `keys`, which all are issued after the backward pass, cut into `parts`, issued evenly within it and waited for at its end.
+    """With `keys`, issued after the backward pass, cut into `parts`, which go out evenly within it and are waited for at its end.
 
     None where the backward pass goes on after the first of them, or other calls stand between them.
     """
@@ -95,5 +95,7 @@ def overlapped(program: Program, keys: Sequence[Key], parts: Sequence[Key]) -> P
     first = tuple(share[place] if place == backward else seconds for place, seconds in enumerate(before))
     cut = [Item("issue", (key,), share if n else first) for n, key in enumerate(parts)]
     between = [program.items[n].busy for n in mine[1:]]
-    over = Item("wait", tuple(parts), tuple(sum(each) for each in zip(*between, strict=True)) if between else (0.0,) * len(PHASES))
+    over = Item(
+        "wait", tuple(parts), tuple(sum(each) for each in zip(*between, strict=True)) if between else (0.0,) * len(PHASES)
+    )
     return Program((*program.items[: mine[0]], *cut, over, *program.items[mine[-1] + 1 :]), program.tail)

@@ -1,8 +1,8 @@
 """Traces of all ranks -> the mean step. Pure: no torch, no clocks.
 
-A step ends where an optimizer has stepped (of several the one that steps most rarely), else where the pattern of calls begins anew.
-Only steps with the usual pattern of calls on every rank count, and of these the middle half by duration, so that the terms of their
-mean add up. A rank's step is a program:
+A step ends where an optimizer has stepped (of several the one that steps most rarely), else where the pattern of calls begins
+anew. Only steps with the usual pattern of calls on every rank count, and of these the middle half by duration, so that the terms
+of their mean add up. A rank's step is a program:
 
     issue   busy so long, then a call is issued
     wait    busy so long, then the rank stands still until some calls are over
@@ -24,8 +24,8 @@ from thinwire.errors import UserError
 from thinwire.why.trace import BACKWARD, BACKWARD_END, DATA, DATA_END, FORWARD, OPTIMIZER, STEP, Call, Event, Mark, Trace, Wait
 
 PHASES = ("data", "outside", "forward", "backward", "issuing", "optimizer")
-"""What a rank is busy with: the data loader; anything else before the first forward pass; the passes; handing calls to the backend;
-the update."""
+"""What a rank is busy with: the data loader; anything else before the first forward pass; the passes; handing calls to the
+backend; the update."""
 FEWEST_STEPS = 3
 PASSED_ON = ("send", "recv")
 """Between two ranks; how long they stand still for these is taken as it was."""

@@ -85,8 +85,10 @@ def as_text(verdict: Verdict) -> Group:
     lines = [
         Text(f"why: {first.name}{saved}", style="bold"),
         Text(f"     {first.about}"),
-        Text(f"a step takes {show(now_s, 's')} (mean of {profile.steps}); {len(profile.calls)} calls keep the wire busy for "
-             f"{show(profile.wire_s, 's')}, of which {overlap(case):.0%} hides under compute"),
+        Text(
+            f"a step takes {show(now_s, 's')} (mean of {profile.steps}); {len(profile.calls)} calls keep the wire busy for "
+            f"{show(profile.wire_s, 's')}, of which {overlap(case):.0%} hides under compute"
+        ),
     ]
     return Group(*lines, _ranks_table(case), _links_table(case), _causes_table(verdict), _remedies_table(verdict))
 
@@ -113,7 +115,9 @@ def _ranks_table(case: Case) -> Table:
 def _links_table(case: Case) -> Table:
     table = _table("the fullest links", "link", "rate", "busy of a step", "busy while calls run")
     for link, of_step, of_calls in case.utilisation()[:LINKS_SHOWN]:
-        table.add_row(f"{link.source} -> {link.target}", show(link.bandwidth_bps.value, "bit/s"), f"{of_step:.0%}", f"{of_calls:.0%}")
+        table.add_row(
+            f"{link.source} -> {link.target}", show(link.bandwidth_bps.value, "bit/s"), f"{of_step:.0%}", f"{of_calls:.0%}"
+        )
     return table
 
 

@@ -1,4 +1,4 @@
-"""What one rank has noted, in the order in which its main thread came by. Moments are seconds of that rank's own clock. No torch."""
+"""What one rank has noted, in the order in which its main thread came by; moments are seconds of its own clock. No torch."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,5 +1,7 @@
-"""A loop with Accelerate: it sums gradients itself after the backward pass, or with `overlap` leaves that to prepare(). No thinwire
-here; see plain_why_pieces.py."""
+"""A loop with Accelerate: it sums gradients itself after the backward pass, or with `overlap` leaves that to prepare().
+
+No thinwire here; see plain_why_pieces.py.
+"""
 
 import plain_why_pieces as pieces
 import torch
@@ -23,9 +25,7 @@ def main():
         if not chosen["overlap"]:
             flat = torch.cat([one.grad.flatten() for one in model.parameters()])
             flat = accelerator.reduce(flat, "mean")
-            for one, part in zip(
-                model.parameters(), flat.split([one.numel() for one in model.parameters()]), strict=True
-            ):
+            for one, part in zip(model.parameters(), flat.split([one.numel() for one in model.parameters()]), strict=True):
                 one.grad.copy_(part.view_as(one))
         optimizer.step()
         if steps.over():

@@ -1,4 +1,6 @@
-"""What the scripts plain_why_*.py share: a model that is paced by sleeping, examples, and the seconds of each step. No thinwire here.
+"""What the scripts plain_why_*.py share: a model that is paced by sleeping, examples, the seconds of each step.
+
+No thinwire here.
 
     python plain_why_X.py '{"blocks": 8, "width": 128, "forward_s": 0.004, ...}'
 
