@@ -21,7 +21,6 @@ from thinwire.bench.registry import Rows
 from thinwire.cluster import Cluster
 from thinwire.cluster.equal import equal_hosts
 from thinwire.cluster.spec import ClusterSpec, expand
-from thinwire.errors import UserError
 from thinwire.lab.run import RESULTS, LabOptions
 
 DEFAULTS = {"cases": [], "steps": 16, "warm_up": 5}
@@ -52,14 +51,7 @@ def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
     held: the planted cause is named, and the prediction off by at most 10 %. Clusters are the cases' own.
     """
     wanted = options["cases"] or [case.script for case in _cases()]
-    rows = []
-    for case in _cases():
-        if case.script in wanted:
-            try:
-                rows.append(_row(case, options))
-            except UserError as error:  # the others are run all the same
-                rows.append({"case": case.script, "planted": case.planted, "failed": str(error)})
-    return rows
+    return [_row(case, options) for case in _cases() if case.script in wanted]
 
 
 def _row(case: _Case, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +85,8 @@ def _run(cluster: Cluster, case: _Case, settings: Mapping[str, Any], prefix: lis
     """What the ranks left: `steps` of the script, and `why` if it was metered."""
     script = Path(__file__).parent / "peers" / f"plain_why_{SAME.get(case.script, case.script)}.py"
     text = json.dumps({**settings, "out": f"{RESULTS}/steps.json"})
-    return run_commands(cluster, [[sys.executable, *prefix, str(script), text]], LabOptions(paced=False)).results
+    command = ["env", "OMP_NUM_THREADS=1", sys.executable, *prefix, str(script), text]  # as torchrun sets it
+    return run_commands(cluster, [command], LabOptions(paced=False)).results
 
 
 def _number(pattern: str, line: str) -> float:

@@ -7,7 +7,7 @@ of their mean add up. A rank's step is a program:
     issue   busy so long, then a call is issued
     wait    busy so long, then the rank stands still until some calls are over
 
-A wait of which Python sees nothing (DistributedDataParallel waits in C++) lasts from the last call in a backward pass to its end.
+A wait of which Python sees nothing (DistributedDataParallel waits in C++) begins at the last call of a backward pass.
 
     waiting     of a wait, until the last rank has issued the last of these calls: what an infinitely fast network would leave
     exposed     the rest of it
@@ -182,6 +182,10 @@ def _walk(events: Sequence[Event]) -> tuple[list[_Stretch], list[float]]:
         found.append(_Stretch(kind, tuple(calls), tuple(keys[id(call)] for call in calls), busy, cursor, max(cursor, ended)))
         cursor, busy = max(cursor, ended), [0.0] * len(PHASES)
 
+    def close_hidden(latest: float) -> None:
+        close("wait", hidden, min(latest, max(latest if call.ended is None else call.ended for call in hidden)))
+        hidden.clear()
+
     for event in events[1:]:
         if isinstance(event, Call):
             if event.op in PASSED_ON:
@@ -197,13 +201,13 @@ def _walk(events: Sequence[Event]) -> tuple[list[_Stretch], list[float]]:
         elif isinstance(event, Wait):
             if id(event.call) not in keys:
                 continue
+            if hidden and phase == "backward" and event.call.issued >= hidden[-1].issued:  # of which parameters were used
+                close_hidden(event.begun)
             until(event.begun)
             close("wait", [event.call], event.ended)
         else:
             if event.what == BACKWARD_END and hidden:
-                over = max(event.at if call.ended is None else call.ended for call in hidden)
-                close("wait", hidden, min(event.at, over))
-                hidden = []
+                close_hidden(event.at)
             until(event.at)
             if event.what == DATA:
                 before, phase = phase, "data"
