@@ -28,12 +28,15 @@ MOST_EVENTS = 400_000
 
 
 class Recorder:
-    """What this rank notes while `on`. clock: of the devices of the script's groups."""
+    """What this rank notes while `on`. clock: of the devices of the script's first group."""
 
     def __init__(self) -> None:
         self.on = True
         self.clock: Any = HostClock()
         self.events: list[Event] = []
+        self.kept: list[dist.ProcessGroup] = []
+        """The script's own groups, to the end: gloo's thread may still want the interpreter to drop a call that is over, and whoever
+        drops a group holds the interpreter while it waits for that thread."""
 
     def note(self, event: Event) -> None:
         """Only so many: a script that never ends a step must not fill the memory."""
@@ -116,12 +119,15 @@ class SeenGroup(MeteredGroup):
     def __init__(self, recorder: Recorder, group: dist.ProcessGroup, ranks: Sequence[int]) -> None:
         kinds = list(group._device_types)
         backends = [group._get_backend(kind) for kind in kinds]
-        alone = len(kinds) and all(isinstance(backend, dist.ProcessGroupGloo) for backend in backends)
-        super().__init__(Ledger(), backends[0] if alone else group, device_type=kinds[-1].type if kinds else "cpu")
+        gloo = all(isinstance(backend, dist.ProcessGroupGloo) for backend in backends)
+        device = torch.device("cpu") if gloo else kinds[-1]
+        super().__init__(Ledger(), backends[0] if gloo else group, device_type=device.type)
         for kind, backend in zip(kinds, backends, strict=True):
             self._register_backend(kind, dist.ProcessGroup.BackendType.CUSTOM, backend)
         self._recorder, self._ranks = recorder, tuple(ranks)
-        recorder.clock = clock_of(kinds[-1]) if kinds else recorder.clock
+        recorder.kept.append(group)
+        if not recorder.events:  # the first group says by which clock all is timed
+            recorder.clock = clock_of(device)
 
     def _entered(
         self, op: str, tensors: Any, issue: Callable[..., Any], arguments: Sequence[Any], opts: Any, peer: int = 0

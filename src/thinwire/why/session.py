@@ -30,6 +30,8 @@ from thinwire.why.steps import profile
 
 PATIENCE = timedelta(seconds=120)
 """With ranks that have not come to the same step."""
+REST_S = 0.2
+"""In which gloo's threads drop what they hold (`Recorder.kept`)."""
 Conclude = Callable[[Case], None]
 
 
@@ -56,6 +58,7 @@ def explain_script(script: Path, arguments: Sequence[str], wanted: Wanted) -> No
     with session.watching():
         runpy.run_path(str(script), run_name="__main__")
         session.conclude()
+        time.sleep(REST_S)
 
 
 class _Session:
@@ -77,6 +80,7 @@ class _Session:
         def destroyed(group: Any = None) -> None:
             if group is None or group is dist.group.WORLD:
                 self.conclude()
+                time.sleep(REST_S)
             destroy(group)
 
         with metered(self._recorder), marked(self._recorder, self._stepped) as self._hooks:
