@@ -21,7 +21,10 @@ def why(
     stop: Annotated[bool, typer.Option("--stop", help="End the script after the verdict; else it goes on.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all that was found here, on the first rank.")] = None,
 ) -> None:
-    """Run any script on torch.distributed, and say why its steps are slow: torchrun ... --no-python thinwire why train.py ARGS"""
+    """Run a script that knows nothing of thinwire, and say why its steps are slow.
+
+    On each rank: torchrun ... --no-python thinwire why train.py ARGS
+    """
     check_folders(json_path)
 
     from thinwire.why.session import Wanted, explain_script

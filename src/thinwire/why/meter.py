@@ -35,8 +35,8 @@ class Recorder:
         self.clock: Any = HostClock()
         self.events: list[Event] = []
         self.kept: list[dist.ProcessGroup] = []
-        """The script's own groups, to the end: gloo's thread may still want the interpreter to drop a call that is over, and whoever
-        drops a group holds the interpreter while it waits for that thread."""
+        """The script's own groups, to the end: gloo's thread may still want the interpreter to drop a call that is over, and
+        whoever drops a group holds the interpreter while it waits for that thread."""
 
     def note(self, event: Event) -> None:
         """Only so many: a script that never ends a step must not fill the memory."""
