@@ -35,7 +35,7 @@ REST_S = 0.2
 Conclude = Callable[[Case], None]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Wanted:
     """warm_up, steps: left out, and metered. conclude: called on the first rank, once; stop: called on each after that."""
 

@@ -91,7 +91,8 @@ def profile(traces: Sequence[Trace], offsets_s: Sequence[float]) -> Profile:
     UserError if no pattern repeats.
     """
     cut = [_cut(trace) for trace in traces]
-    patterns = [[_pattern(events) for events in steps] for steps in cut]
+    walked = [[_walk(events) for events in steps] for steps in cut]
+    patterns = [[_pattern(stretches) for stretches, _ in steps] for steps in walked]
     usual = [Counter(found).most_common(1)[0][0] if found else () for found in patterns]
     count = min(map(len, cut))
     alike = [n for n in range(count) if all(found[n] == most for found, most in zip(patterns, usual, strict=True))]
@@ -100,7 +101,7 @@ def profile(traces: Sequence[Trace], offsets_s: Sequence[float]) -> Profile:
     ordered = sorted(alike, key=lambda n: _moment(cut[0][n][-1]) - _moment(cut[0][n][0]))
     quarter = len(ordered) // 4
     kept = sorted(ordered[quarter : len(ordered) - quarter])
-    walks = [[_walk(steps[n]) for n in kept] for steps in cut]
+    walks = [[steps[n] for n in kept] for steps in walked]
     arrivals, ends = _moments(walks, offsets_s)
     waiting, exposed = _blocked(walks, offsets_s, arrivals)
     return Profile(
@@ -151,16 +152,8 @@ def _cut(trace: Trace) -> list[list[Event]]:
     return [trace[a : b + 1] for a, b in pairwise(ends)]
 
 
-def _pattern(events: Sequence[Event]) -> tuple[object, ...]:
-    found: list[object] = []
-    for event in events[1:]:
-        if isinstance(event, Call):
-            found.append((event.op, event.message_bytes, event.group))
-        elif isinstance(event, Mark):
-            found.append(event.what)
-        else:
-            found.append("wait")
-    return tuple(found)
+def _pattern(stretches: Sequence[_Stretch]) -> tuple[object, ...]:
+    return tuple((one.kind, one.keys, tuple((call.op, call.message_bytes) for call in one.calls)) for one in stretches)
 
 
 def _walk(events: Sequence[Event]) -> tuple[list[_Stretch], list[float]]:
