@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorded import Script
+from recorded import OPTIMIZER_S, Script
 
 import command
 from thinwire.cluster import dump_cluster
@@ -48,7 +48,7 @@ def kernels(trace: Trace) -> list[dict[str, Any]]:
             values = {"Collective name": "allreduce", "In msg nelems": event.message_bytes // 4, "dtype": "Float"}
             add("kernel", "ncclDevKernel_AllReduce", event.issued, event.ended, **values, **group)
         elif isinstance(event, Mark) and event.what == STEP:
-            add("gpu_user_annotation", "Optimizer.step#SGD.step", event.at - 1e-4, event.at)
+            add("gpu_user_annotation", "Optimizer.step#SGD.step", event.at - OPTIMIZER_S, event.at)
         elif isinstance(event, Mark) and event.what == DATA:
             until = next(one.at for one in trace[place:] if isinstance(one, Mark) and one.what == DATA_END)
             add("user_annotation", "enumerate(DataLoader)#_MultiProcessingDataLoaderIter.__next__", event.at + 2e-6, until)
@@ -78,7 +78,7 @@ def test_terms_and_calls_are_those_of_our_own_marks_whatever_the_clocks_show(tmp
         assert (made.op, made.message_bytes) == (expected.op, expected.message_bytes)
         assert made.service_s == pytest.approx(expected.service_s, abs=1e-5)
     for mine, theirs in zip(found.programs, known.programs, strict=True):
-        for phase in ("data", "forward", "backward"):
+        for phase in ("data", "forward", "backward", "optimizer"):
             assert mine.total(phase) == pytest.approx(theirs.total(phase), abs=1e-4), phase
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from thinwire.collectives.wire import OPS
 from thinwire.errors import UserError
-from thinwire.why.trace import BACKWARD, BACKWARD_END, DATA, DATA_END, FORWARD, STEP, Call, Event, Mark, Trace, Wait
+from thinwire.why.trace import BACKWARD, BACKWARD_END, DATA, DATA_END, FORWARD, OPTIMIZER, STEP, Call, Event, Mark, Trace, Wait
 
 DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 ITEM_BYTES = {"Double": 8, "Long": 8, "Float": 4, "Int": 4, "BFloat16": 2, "Half": 2}
@@ -70,10 +70,11 @@ def _trace(events: Sequence[dict[str, Any]], kernels: Sequence[dict[str, Any]], 
         call = Call(begun, *_what(one["args"]), ended=ended)
         idle_s = ended - begun - _covered(busy, begun, ended)
         found += [(begun, call), (ended, Wait(ended - idle_s, ended, call))]
-    ends = sorted(
-        _span(one)[1] for one in events if one.get("cat") == "gpu_user_annotation" and one["name"].startswith("Optimizer.step#")
-    )
-    found += [(moment, Mark(moment, STEP)) for moment in ends]
+    shown = [one for one in events if one.get("cat") == "gpu_user_annotation" and one["name"].startswith("Optimizer.step#")]
+    updates = sorted(map(_span, shown))
+    ends = [ended for _, ended in updates]
+    for begun, ended in updates:
+        found += [(begun, Mark(begun, OPTIMIZER)), (ended, Mark(ended, STEP))]
     autograd = {one["tid"] for one in events if one["name"].startswith("autograd::engine::evaluate_function")}
     launched = {_correlation(one) for one in events if one.get("cat") == "cuda_runtime" and one["tid"] in autograd}
     for begin, end in zip([float("-inf"), *ends], [*ends, float("inf")], strict=True):
