@@ -99,7 +99,7 @@ def _cases() -> list[_Case]:
     slow_card = _hosts(["a", "b", "c", "slow"], rates={"slow": SLOW})
     racks = _hosts(["a0", "a1", "b0", "b1"], uplink="30 Mbit/s")
     interleaved = replace(racks, ranks=tuple(f"{name}/cpu0" for name in ("a0", "b0", "a1", "b1")))
-    fast, equal = equal_hosts(4, FASTER), equal_hosts(4, 1e8)
+    fast, equal = equal_hosts(2, FASTER), equal_hosts(4, 1e8)
     return [
         _Case("ddp", "order of ranks", interleaved, {"forward_s": 0.006}, lambda _, settings, line: (racks, settings)),
         _Case(

@@ -35,7 +35,7 @@ class Recorder:
         self.clock: Any = HostClock()
         self.events: list[Event] = []
         self.kept: list[dist.ProcessGroup] = []
-        """The script's own groups, to the end: gloo's thread may still want the interpreter to drop a call that is over, and
+        """Groups that stay to the end: gloo's thread may still want the interpreter to drop a call that is over, and
         whoever drops a group holds the interpreter while it waits for that thread."""
 
     def note(self, event: Event) -> None:

@@ -56,7 +56,11 @@ def explain_script(script: Path, arguments: Sequence[str], wanted: Wanted) -> No
     sys.argv = [str(script), *arguments]
     sys.path[0] = str(script.resolve().parent)
     with session.watching():
-        runpy.run_path(str(script), run_name="__main__")
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise
         session.conclude()
         time.sleep(REST_S)
 
@@ -118,7 +122,6 @@ class _Session:
     def _judge(self) -> None:
         rank = dist.get_rank()
         group = dist.new_group(backend=self._backend, timeout=PATIENCE, group_desc=OWN)
-        assert group is not None
         begun = time.perf_counter()
         offsets_s = clock_offsets(group)
         traces = gather(self._recorder.trace(), group)
@@ -133,6 +136,7 @@ class _Session:
             except UserError as error:
                 problem = error
         gather(None, group)  # nobody goes on while the first rank still judges
+        self._recorder.kept.append(group)
         release(group)
         if problem:
             raise problem
