@@ -15,6 +15,7 @@ from thinwire.cli.probe import probe
 from thinwire.cli.replicas import replicas, serve
 from thinwire.cli.report import report
 from thinwire.cli.shrink import shrink
+from thinwire.cli.why import why
 from thinwire.errors import UserError
 
 USER_ERROR = 2
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 for command in (train.train, plan, replicas, serve, probe, report, generate, export, shrink, bench):
     app.command()(command)
+app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})(why)
 app.add_typer(lab.app, name="lab")
 app.add_typer(collectives.app, name="collectives")
 
