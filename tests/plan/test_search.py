@@ -13,7 +13,7 @@ from thinwire.plan.candidates import Problem, drafts, some_hosts, variants
 from thinwire.plan.explain import explain, faster, more_hosts
 from thinwire.plan.price import Priced, Unfit, least_s, least_with_exchange_s, price
 from thinwire.plan.problem import planned_run, problem_of
-from thinwire.plan.search import FAR, _fits, search
+from thinwire.plan.search import FAR, TIE, _fits, search
 from thinwire.train.outline import outline
 
 NEEDED = ["train.sequence=64", "train.micro_batch=4", "model.layers=4"]
@@ -64,10 +64,12 @@ def everything(problem: Problem) -> list[Priced]:
 def test_the_search_finds_what_pricing_everything_finds(problem: Problem) -> None:
     """And no bound is above a price."""
     found, all_of_them = search(problem), everything(problem)
-    assert found.best.time_s == pytest.approx(min(one.time_s for one in all_of_them), rel=0.005)  # coding is timed
+    fastest_s = min(one.time_s for one in all_of_them)
+    assert found.ranking[0].time_s == pytest.approx(fastest_s, rel=0.005)  # coding is timed
+    assert found.best.time_s <= (1 + TIE) * found.ranking[0].time_s
     assert len(found.ranking) < len(all_of_them)
     for one in all_of_them:
-        if one.time_s < FAR * found.best.time_s:
+        if one.time_s < FAR * fastest_s:
             assert any(kept.time_s <= one.time_s * 1.005 and kept.memory_bytes <= one.memory_bytes for kept in found.front), one
 
 
@@ -76,9 +78,9 @@ def test_the_search_finds_what_pricing_everything_finds(problem: Problem) -> Non
 )
 def test_faster_links_never_make_the_best_plan_slower(problem: Problem) -> None:
     rate = problem.cluster.links[0].bandwidth_bps.value
-    before = search(problem).best.time_s
+    before = search(problem).ranking[0].time_s
     for times in (3, 30, 300):
-        after = search(replace(problem, cluster=faster(problem.cluster, rate, times))).best.time_s
+        after = search(replace(problem, cluster=faster(problem.cluster, rate, times))).ranking[0].time_s
         assert after <= before * 1.005
         before = after
 

@@ -100,8 +100,7 @@ def _table(explained: "Explained", top: int, *, money: bool) -> None:
     from thinwire.plan.explain import family, show_time
 
     ranking = explained.found.ranking
-    if explained.one_host is not None and explained.best is explained.one_host:
-        ranking = (explained.one_host, *ranking)
+    ranking = (explained.best, *ranking)
     shown: dict[tuple[object, ...], Priced] = {}
     for one in ranking:
         shown.setdefault(family(one), one)

@@ -20,6 +20,8 @@ TIMES_FASTER = 10
 MORE_HOSTS = 2
 CLASSES = 3
 """Of rates of links: so many of the thinnest are asked about."""
+FULL = 0.95
+"""Part of the time from which on a link is in use always."""
 ENOUGH = 1.1
 """One host is enough where all are no more than so many times as fast."""
 
@@ -158,6 +160,8 @@ def limit(one: Priced) -> str:
     """The largest part of a step but computing, with the link if it is one; computing where nothing else counts."""
     name, value = max(((name, value) for name, value in one.terms.items() if name != "computing"), key=lambda item: item[1])
     link, busy_s = one.busiest
+    if busy_s > FULL * one.step_s:
+        return f"{link}, in use all of the time"
     used = f"; {link} is in use {min(1.0, busy_s / one.step_s):.0%} of the time" if link else ""
     if value < 0.05 * one.step_s:
         return f"computing, {one.terms['computing'] / one.step_s:.0%} of the step{used}"
