@@ -109,9 +109,7 @@ def _overlap(case: Case) -> Remedy | None:
     if (found := case.with_overlap()) is None:
         return None
     total = sum(made.message_bytes for made in case.profile.calls.values() if made.op == "all_reduce")
-    line = (
-        f"model = DistributedDataParallel(model, bucket_cap_mb={total / PARTS / 2**20:.2g})   # in place of your own all_reduce"
-    )
+    line = f"model = DistributedDataParallel(model, bucket_cap_mb={total / PARTS / 2**20:.2g})   # not one call for all"
     return Remedy("send gradients while the backward pass goes on", "nothing", case.step_s(*found), line)
 
 
