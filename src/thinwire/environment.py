@@ -30,6 +30,14 @@ class Place:
     """How many of them are on this host; 0: not known."""
 
 
+@dataclass(frozen=True)
+class Restart:
+    """Of a rank that torchrun starts again after a failure. run: the same in all its lives; again: this is not the first."""
+
+    run: str
+    again: bool
+
+
 class Lab(BaseModel):
     """The file that the lab writes for its processes."""
 
@@ -114,6 +122,22 @@ def gloo_card() -> str:
 def agent_has_store() -> bool:
     """torchrun's agent already holds the store at the master's port; without one, rank 0 opens it."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def horovod_timeline() -> tuple[str, bool]:
+    """Where Horovod's users ask for a trace, "" if they do not, and whether with cycles."""
+    path = os.environ.get("HOROVOD_TIMELINE", "")
+    return "" if path == "DYNAMIC" else path, os.environ.get("HOROVOD_TIMELINE_MARK_CYCLES", "0") == "1"
+
+
+def restart() -> Restart | None:
+    """Where torchrun would start the ranks again (--max-restarts); None where it would not."""
+    run, most = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if not run or most == "0":
+        return None
+    return Restart(
+        run=f"{run}-{os.environ.get('MASTER_PORT', '')}", again=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    )
 
 
 def _place() -> Place | None:

@@ -159,8 +159,9 @@ def _exchanged(part: Part, tensor: torch.Tensor, group: dist.ProcessGroup) -> Te
     sent = _packed([tensor[: sum(own)]])
     got = sent.new_empty(sum(received) * row)
     even = len({count for splits in part.splits for count in splits}) == 1
-    sizes = (None, None) if even else ([count * row for count in received], [count * row for count in own])
-    dist.all_to_all_single(got, sent, *sizes, group=group)
+    to = None if even else [count * row for count in own]
+    of = None if even else [count * row for count in received]
+    dist.all_to_all_single(got, sent, output_split_sizes=of, input_split_sizes=to, group=group)
     (rows,) = _unpacked(got, [(tensor.dtype, (sum(received), *tensor.shape[1:]))])
     return [rows, torch.tensor(received, dtype=torch.int32)]
 

@@ -18,7 +18,7 @@ from thinwire.collectives import backend
 from thinwire.collectives.groups import backend_of
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.start import init as start
-from thinwire.environment import read_environment
+from thinwire.environment import horovod_timeline, read_environment
 
 NOT_YET = "Horovod has not been initialized; use hvd.init()."
 
@@ -54,7 +54,7 @@ class Context:
             return
         if comm:
             raise ValueError(f"hvd.init(comm={comm!r}): Horovod runs on all ranks here; name others as process_sets")
-        sets = list(process_sets) if process_sets and process_sets != "dynamic" else []
+        sets: list[Any] = [] if process_sets is None or process_sets == "dynamic" else list(process_sets)
         _check_sets(sets)
         if self._metered is None or not dist.is_initialized():
             self._metered = _metered_group()
@@ -68,6 +68,9 @@ class Context:
             atexit.register(self.shutdown)
         for one in sets:
             self.add_process_set(one)
+        path, cycles = horovod_timeline()
+        if path:
+            self.start_timeline(path, cycles)
 
     def shutdown(self) -> None:
         """End. What is under way on any rank fails there. Nothing where it has not begun."""

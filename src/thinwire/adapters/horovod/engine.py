@@ -13,9 +13,11 @@ are handed in, and back by whoever takes the result, on the streams that are cur
 import pickle
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import torch
@@ -30,6 +32,8 @@ from thinwire.collectives.groups import private_copy, release, timeout_of
 from thinwire.collectives.ledger import Ledger
 from thinwire.errors import UserError
 
+CYCLE_S = 0.001
+"""What is asked for within such a time is sent as one message, and travels together if it is alike."""
 PATIENCE_S = 1.0
 """After so long a wait a rank says that it waits."""
 FOR_EVER = timedelta(days=365)
@@ -98,6 +102,8 @@ class Engine:
         """By process set, of those that this rank is in."""
         self.names: Counter[tuple[str, int]] = Counter()
         """How many calls without a name there were, by kind and process set."""
+        self.owners = count()
+        """Numbers of optimizers with codes, which all ranks make in the same order."""
         self._asked: dict[Key, Handle] = {}
         self._lock, self._ended = threading.Lock(), ""
         self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -139,9 +145,10 @@ class Engine:
     def _connection(self) -> Any:
         """To the queues. UserError for a store that has none."""
         try:
-            store = dist.PrefixStore(self._name, self._store).clone()
+            named: Any = dist.PrefixStore(self._name, self._store)
+            store = named.clone()
             store.set_timeout(FOR_EVER)
-            store.queue_len("up")  # type: ignore[attr-defined]
+            store.queue_len("up")
         except (RuntimeError, NotImplementedError):
             raise UserError("hvd.init: the ranks have met in a store without queues (a file?); let them meet by tcp://") from None
         return store
@@ -151,6 +158,7 @@ class Engine:
         store = self._queues[1]
         while True:
             messages = [self._outgoing.get()]
+            time.sleep(CYCLE_S)
             while not self._outgoing.empty():
                 messages.append(self._outgoing.get())
             if None in messages:

@@ -5,9 +5,16 @@ what they send is in its ledger, and collectives that were chosen for the networ
 """
 
 from thinwire.adapters.horovod.context import CONTEXT
+from thinwire.horovod.torch import elastic as elastic
 from thinwire.horovod.torch import mpi_ops as mpi_ops
 from thinwire.horovod.torch.compression import Compression as Compression
+from thinwire.horovod.torch.functions import allgather_object as allgather_object
+from thinwire.horovod.torch.functions import broadcast_object as broadcast_object
+from thinwire.horovod.torch.functions import broadcast_optimizer_state as broadcast_optimizer_state
+from thinwire.horovod.torch.functions import broadcast_parameters as broadcast_parameters
 from thinwire.horovod.torch.mpi_ops import *  # noqa: F403 - all of it
+from thinwire.horovod.torch.optimizer import DistributedOptimizer as DistributedOptimizer
+from thinwire.horovod.torch.sync_batch_norm import SyncBatchNorm as SyncBatchNorm
 
 init, shutdown, is_initialized = CONTEXT.init, CONTEXT.shutdown, CONTEXT.is_initialized
 size, rank, local_size, local_rank = CONTEXT.size, CONTEXT.rank, CONTEXT.local_size, CONTEXT.local_rank

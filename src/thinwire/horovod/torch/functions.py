@@ -46,9 +46,7 @@ def broadcast_optimizer_state(
         optimizer.load_state_dict(state)
 
 
-def broadcast_object(
-    obj: Any, root_rank: int = 0, name: str | None = None, process_set: ProcessSet = global_process_set
-) -> Any:
+def broadcast_object(obj: Any, root_rank: int = 0, name: str | None = None, process_set: ProcessSet = global_process_set) -> Any:
     """`obj` of rank `root_rank`, which can be pickled; the others' does not matter. Tensors arrive on the CPU."""
     packed = _pickled(obj) if CONTEXT.rank() == root_rank else torch.empty(0, dtype=torch.uint8)
     size = broadcast_(torch.tensor([len(packed)]), root_rank, name and f"{name}.size", process_set)

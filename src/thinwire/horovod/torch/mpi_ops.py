@@ -335,8 +335,8 @@ def grouped_reducescatter_async(
     if op is Adasum:
         raise NotImplementedError("reducescatter: Adasum is not possible; there are Average, Sum, Min, Max and Product")
     no_scalars("reducescatter", tensors)
-    scales = {"prescale": prescale_factor, "postscale": postscale_factor}
-    return asked("reducescatter", tensors, name, process_set, op=chosen_op(op, None).value, **scales)
+    fields: dict[str, Any] = {"prescale": prescale_factor, "postscale": postscale_factor, "op": chosen_op(op, None).value}
+    return asked("reducescatter", tensors, name, process_set, **fields)
 
 
 def grouped_reducescatter(

@@ -13,11 +13,10 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
 
 from thinwire.adapters.horovod.context import CONTEXT
 from thinwire.adapters.horovod.members import ProcessSet
@@ -48,8 +47,8 @@ def DistributedOptimizer(  # noqa: PLR0913 - Horovod's
     """`optimizer`, of the same class and with the same state and options, with gradients reduced over `process_set`.
 
     named_parameters: names by which ranks find each other's gradients and codes keep residuals; without, parameters are counted.
-    compression: see `Compression`. groups: parameters that travel together once all of them have gradients: lists of them, or into
-    how many lists they are cut; num_groups: the old name. sparse_as_dense: sparse gradients as dense ones.
+    compression: see `Compression`. groups: parameters that travel together once all of them have gradients: lists of them, or
+    into how many lists they are cut; num_groups: the old name. sparse_as_dense: sparse gradients travel as dense ones.
 
     On ranks outside of `process_set`, or where it has one, the optimizer steps alone. All ranks of the set make it.
 
@@ -86,7 +85,7 @@ def DistributedOptimizer(  # noqa: PLR0913 - Horovod's
 class Gradients:
     """What is under way of one optimizer's gradients."""
 
-    def __init__(  # noqa: PLR0913 - how they travel
+    def __init__(
         self,
         names: dict[torch.Tensor, str],
         op: ReduceOp,
@@ -106,7 +105,7 @@ class Gradients:
         self.under_way: dict[torch.Tensor, Callable[[], None]] = {}
         """By the first parameter of each message: waits for it, and puts gradients into their places."""
         self._sent: set[torch.Tensor] = set()
-        self._owner = f"optimizer {next(_numbers(CONTEXT.engine))}" if isinstance(compression, Code) else ""
+        self._owner = f"optimizer {next(CONTEXT.engine.owners)}" if isinstance(compression, Code) else ""
         self.expect(1)
 
     def expect(self, passes: int) -> None:
@@ -133,8 +132,8 @@ class Gradients:
         """Its gradient has grown by a backward pass. AssertionError if it was complete already."""
         if not self._left[parameter]:
             raise AssertionError(
-                f"the gradient of {self._names[parameter]} was computed more than backward_passes_per_step = {self._passes} times "
-                "before step(); raise backward_passes_per_step to accumulate gradients"
+                f"the gradient of {self._names[parameter]} was computed more than backward_passes_per_step = {self._passes} "
+                "times before step(); raise backward_passes_per_step to accumulate gradients"
             )
         self._left[parameter] -= 1
         if not self._left[parameter]:
@@ -167,14 +166,26 @@ class Gradients:
         for parameter in group:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            elif parameter.grad.is_sparse and self._sparse_as_dense:
-                parameter.grad = parameter.grad.to_dense()
-        for parameter in [one for one in group if _gradient(one).is_sparse]:
-            take = sparse_allreduce_async(_gradient(parameter), self._names[parameter], self._op, self._set)
-            self.under_way[parameter] = lambda to=parameter, take=take: setattr(to, "grad", take())  # type: ignore[misc]
-        dense = [one for one in group if not _gradient(one).is_sparse]
+        sparse = [one for one in group if _gradient(one).is_sparse]
+        for parameter in sparse:
+            self.under_way[parameter] = self._send_sparse(parameter, _gradient(parameter))
+        dense = [one for one in group if one not in sparse]
         if dense:
             self.under_way[dense[0]] = self.reduce([_gradient(one) for one in dense], self._names[dense[0]])
+
+    def _send_sparse(self, parameter: torch.Tensor, gradient: torch.Tensor) -> Callable[[], None]:
+        name = self._names[parameter]
+        if not self._sparse_as_dense:
+            take = sparse_allreduce_async(gradient, name, self._op, self._set)
+            return lambda: setattr(parameter, "grad", take())
+        dense = gradient.to_dense()
+        wait = self.reduce([dense], name)
+
+        def finish() -> None:
+            wait()
+            parameter.grad = dense.to_sparse(gradient.sparse_dim())
+
+        return finish
 
     def reduce(self, tensors: Parameters, name: str) -> Callable[[], None]:
         """Begin to reduce `tensors` in place; what is returned waits for it."""
@@ -231,7 +242,7 @@ class _Steps:
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """AssertionError while gradients are under way."""
         if self._gradients.under_way:
-            raise AssertionError("optimizer.zero_grad() between loss.backward() and step() or synchronize() spoils gradients under way")
+            raise AssertionError("zero_grad() after backward() spoils gradients under way; call step() or synchronize() first")
         super().zero_grad(*args, **kwargs)  # type: ignore[misc]
 
     def _reduced(self, closure: Callable[[], Any]) -> Any:
@@ -270,12 +281,6 @@ class _AdasumSteps(_Steps):
         return loss
 
 
-def _numbers(engine: Any) -> Iterator[int]:
-    """Of optimizers with codes, which all ranks make in the same order."""
-    engine.names["optimizer", -1] += 1
-    return count(engine.names["optimizer", -1])
-
-
 def _gradient(parameter: torch.Tensor) -> torch.Tensor:
     assert parameter.grad is not None
     return parameter.grad
@@ -284,7 +289,8 @@ def _gradient(parameter: torch.Tensor) -> torch.Tensor:
 def _names(
     optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.Tensor]] | None
 ) -> dict[torch.Tensor, str]:
-    held = [(f"{at}.{place}", one) for at, group in enumerate(optimizer.param_groups) for place, one in enumerate(group["params"])]
+    groups = enumerate(optimizer.param_groups)
+    held = [(f"{at}.{place}", one) for at, group in groups for place, one in enumerate(group["params"])]
     if named_parameters is None:
         return {parameter: f"noname.{where}" for where, parameter in held}
     named = list(named_parameters)
@@ -307,12 +313,9 @@ def _groups(parameters: Parameters, groups: int | Sequence[Parameters] | None) -
             raise ValueError(f"groups = {groups}: into so many lists nothing can be cut")
         size, more = divmod(len(parameters), groups)
         ends = [index * size + min(index, more) for index in range(groups + 1)]
-        return [cut for first, end in zip(ends[:-1], ends[1:], strict=True) if (cut := parameters[first:end])]
+        return [cut for first, end in pairwise(ends) if (cut := parameters[first:end])]
     found = [list(group) for group in groups]
     held = [one for group in found for one in group]
     if not all(isinstance(one, torch.Tensor) for one in held) or len(set(held)) < len(held):
         raise ValueError("groups is to be a list of lists of parameters, with none of them twice")
     return [[one for one in group if one in set(parameters)] for group in found]
-
-
-Module = nn.Module

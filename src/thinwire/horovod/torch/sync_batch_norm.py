@@ -2,8 +2,8 @@
 
     n = sum n_r      mean = sum n_r m_r / n      var = (sum M_r + sum n_r (m_r - mean)^2) / n
 
-with n_r values of a channel on rank r, m_r their mean and M_r the sum of their squared deviations from it (Chan et al. 1979). Each
-rank puts its three into a row of its own of zeros, and the rows are summed: one allreduce, through which gradients flow too.
+with n_r values of a channel on rank r, m_r their mean and M_r the sum of their squared deviations from it (Chan et al. 1979).
+Each rank puts its three into its own of p rows of zeros, and the rows are summed: one allreduce, through which gradients flow.
 """
 
 import torch
