@@ -50,10 +50,10 @@ class Context:
 
         ValueError for a `comm` (name process sets instead), and for process sets that are given twice.
         """
-        if self._engine is not None:
-            return
         if comm:
             raise ValueError(f"hvd.init(comm={comm!r}): Horovod runs on all ranks here; name others as process_sets")
+        if self._engine is not None:
+            return
         sets: list[Any] = [] if process_sets is None or process_sets == "dynamic" else list(process_sets)
         _check_sets(sets)
         if self._metered is None or not dist.is_initialized():

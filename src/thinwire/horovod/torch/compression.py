@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from thinwire.collectives.ledger import Ledger
+from thinwire.compress.exchange import make_exchange
 from thinwire.config.compress import read_coding
 
 
@@ -52,7 +54,7 @@ class Code:
     def __call__(self, **options: Any) -> "Code":
         """UserError (a ValueError) for an option that the kind does not have."""
         table = json.loads(self.coding) | options
-        read_coding(table, "Compression")
+        make_exchange(read_coding(table, "Compression"), Ledger())
         return Code(json.dumps(table, sort_keys=True))
 
 
