@@ -32,7 +32,7 @@ class Net(nn.Module):
 
 
 def images() -> tuple[TensorDataset, TensorDataset]:
-    """[n, 1, 8, 8] between 0 and 1, and their labels: for training, and for the test."""
+    """[n, 1, 8, 8], normalised, and their labels: for training, and for the test."""
     try:
         from sklearn.datasets import load_digits
 
@@ -41,8 +41,8 @@ def images() -> tuple[TensorDataset, TensorDataset]:
     except ImportError:
         draw = torch.Generator().manual_seed(0)
         y = torch.randint(10, (1797,), generator=draw)
-        x = (torch.rand(10, 8, 8, generator=draw)[y] + 0.5 * torch.randn(1797, 8, 8, generator=draw)).clamp(0, 1)
-    x = x[:, None]
+        x = (torch.rand(10, 8, 8, generator=draw)[y] + 0.3 * torch.randn(1797, 8, 8, generator=draw)).clamp(0, 1)
+    x = (x[:, None] - 0.5) / 0.3
     return TensorDataset(x[:1440], y[:1440]), TensorDataset(x[1440:], y[1440:])
 
 

@@ -32,10 +32,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Restart:
-    """Of a rank that torchrun starts again after a failure. run: the same in all its lives; again: this is not the first."""
+    """Of a rank that torchrun starts again after a failure. run: of the agent on this host, the same in all lives of its ranks;
+    lives: how many there were before this one."""
 
     run: str
-    again: bool
+    lives: int
 
 
 class Lab(BaseModel):
@@ -135,9 +136,7 @@ def restart() -> Restart | None:
     run, most = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if not run or most == "0":
         return None
-    return Restart(
-        run=f"{run}-{os.environ.get('MASTER_PORT', '')}", again=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    )
+    return Restart(run=f"{run}-{os.getppid()}", lives=_integer("TORCHELASTIC_RESTART_COUNT"))
 
 
 def _place() -> Place | None:

@@ -215,7 +215,7 @@ def run(func: Callable[..., Any]) -> Callable[..., Any]:
 def _resume(state: State) -> None:
     """In a later life: from the newest commit that a host has, which all ranks then hold."""
     life = restart()
-    if life is None or not life.again:
+    if life is None or not life.lives:
         return
     path = _file(life.run)
     commits, kept = torch.load(path, weights_only=False) if path.is_file() else (0, None)
