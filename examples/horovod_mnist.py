@@ -53,7 +53,7 @@ def metric_average(value: float, name: str) -> float:
 def main(arguments: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--compression", default="none", help="none, fp16, int8, int4, ...")
     parser.add_argument("--use-adasum", action="store_true")
     args = parser.parse_args(arguments)

@@ -43,7 +43,7 @@ def run(command: list[str], **variables: str) -> "subprocess.CompletedProcess[st
         ("ranks4", []),
         ("ranks2", ["--use-adasum"]),
         ("ranks4", ["--compression", "int4"]),
-        ("ranks2", ["--epochs", "5", "--compression", "fp16"]),
+        ("ranks2", ["--epochs", "4", "--compression", "fp16"]),
     ],
 )
 def test_the_example_learns(request: pytest.FixtureRequest, pool: str, arguments: list[str]) -> None:

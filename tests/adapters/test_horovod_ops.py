@@ -187,6 +187,7 @@ def refusals(context: Rank) -> None:
         lambda: hvd.allreduce(torch.ones(1), process_set=others),
         lambda: hvd.init(comm=[0]),
         lambda: hvd.Compression.int4(k=3),
+        lambda: hvd.allreduce(torch.ones(2, 2), compression=hvd.Compression.int4),
         lambda: hvd.allreduce(torch.ones(2, dtype=torch.int32), op=hvd.Adasum),
     ]
     for number, call in enumerate(calls):

@@ -30,7 +30,6 @@ class Context:
         self.everyone = ProcessSet([])
         self._engine: Engine | None = None
         self._generation = 0
-        self._metered: tuple[Ledger, str | None] | None = None
         self._hosts: list[str] = []
         self._sets: list[ProcessSet] = []
 
@@ -56,11 +55,8 @@ class Context:
             return
         sets: list[Any] = [] if process_sets is None or process_sets == "dynamic" else list(process_sets)
         _check_sets(sets)
-        if self._metered is None or not dist.is_initialized():
-            self._metered = _metered_group()
         self._generation += 1
-        ledger, name = self._metered
-        self._engine = Engine(f"horovod {self._generation}", ledger, name)
+        self._engine = Engine(f"horovod {self._generation}", *_metered_group())
         self._hosts = [""] * self._engine.size
         dist.all_gather_object(self._hosts, socket.gethostname(), group=self._engine.groups[0])
         self._register(self.everyone, list(range(self._engine.size)), 0)
@@ -93,6 +89,10 @@ class Context:
     def rank(self) -> int:
         """Of this process."""
         return self.engine.rank
+
+    def ledger(self) -> Ledger:
+        """What this rank has sent: thinwire's own, `hvd.ledger().sent_bytes` for example."""
+        return self.engine.ledger
 
     def local_size(self) -> int:
         """Number of ranks on this host."""

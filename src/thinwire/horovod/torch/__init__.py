@@ -20,7 +20,7 @@ init, shutdown, is_initialized = CONTEXT.init, CONTEXT.shutdown, CONTEXT.is_init
 size, rank, local_size, local_rank = CONTEXT.size, CONTEXT.rank, CONTEXT.local_size, CONTEXT.local_rank
 cross_size, cross_rank, is_homogeneous = CONTEXT.cross_size, CONTEXT.cross_rank, CONTEXT.is_homogeneous
 add_process_set, remove_process_set = CONTEXT.add_process_set, CONTEXT.remove_process_set
-start_timeline, stop_timeline = CONTEXT.start_timeline, CONTEXT.stop_timeline
+start_timeline, stop_timeline, ledger = CONTEXT.start_timeline, CONTEXT.stop_timeline, CONTEXT.ledger
 
 
 def gloo_built() -> bool:

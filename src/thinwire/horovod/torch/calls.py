@@ -54,6 +54,8 @@ def reduced(  # noqa: PLR0913 - what is asked for, how it is coded, and where th
     if coding and floating:
         if op not in (Average, Sum) or process_set.process_set_id:
             raise ValueError("codes average or sum over all ranks; leave out compression=, or op= and process_set=")
+        if not name:
+            raise ValueError("a code keeps what it has left out by the tensor's name; give name=")
         fields |= {"coding": coding, "owner": owner, "last": not owner}
     return asked("allreduce", tensors, name, process_set, in_place=in_place, **fields)
 

@@ -110,54 +110,6 @@ def join(device: int = -1) -> int:
     return handle.result if CONTEXT.size() > 1 else -1
 
 
-def allreduce_async(
-    tensor: Tensor,
-    average: bool | None = None,
-    name: str | None = None,
-    op: ReduceOp | None = None,
-    prescale_factor: float = 1.0,
-    postscale_factor: float = 1.0,
-    process_set: ProcessSet = global_process_set,
-) -> Handle:
-    """Begin to reduce `tensor` over the ranks; `synchronize` gives a new tensor."""
-    return only(reduced([tensor], chosen_op(op, average), name, (prescale_factor, postscale_factor), process_set))
-
-
-def allreduce(  # noqa: PLR0913 - Horovod's
-    tensor: Tensor,
-    average: bool | None = None,
-    name: str | None = None,
-    compression: Any = Compression.none,
-    op: ReduceOp | None = None,
-    prescale_factor: float = 1.0,
-    postscale_factor: float = 1.0,
-    process_set: ProcessSet = global_process_set,
-) -> Tensor:
-    """`tensor` reduced over the ranks: their mean, unless `op` says otherwise. A new tensor; differentiable."""
-    scales = prescale_factor, postscale_factor
-    return _all_of([tensor], chosen_op(op, average), name, compression, scales, process_set)[0]
-
-
-def allreduce_async_(
-    tensor: Tensor,
-    average: bool | None = None,
-    name: str | None = None,
-    op: ReduceOp | None = None,
-    prescale_factor: float = 1.0,
-    postscale_factor: float = 1.0,
-    process_set: ProcessSet = global_process_set,
-) -> Handle:
-    """As `allreduce_async`, in place."""
-    scales = prescale_factor, postscale_factor
-    return only(reduced([tensor], chosen_op(op, average), name, scales, process_set, in_place=True))
-
-
-def allreduce_(*args: Any, **kwargs: Any) -> Tensor:
-    """As `allreduce_async_`, and waits. Not differentiable."""
-    done: Tensor = allreduce_async_(*args, **kwargs).value()
-    return done
-
-
 def grouped_allreduce_async(
     tensors: Sequence[Tensor],
     average: bool | None = None,
@@ -167,22 +119,8 @@ def grouped_allreduce_async(
     postscale_factor: float = 1.0,
     process_set: ProcessSet = global_process_set,
 ) -> Handle:
-    """As `allreduce_async` of several tensors that travel together; a list."""
+    """Begin to reduce several tensors, which travel together, over the ranks; `synchronize` gives a list of new ones."""
     return reduced(tensors, chosen_op(op, average), name, (prescale_factor, postscale_factor), process_set)
-
-
-def grouped_allreduce(  # noqa: PLR0913 - Horovod's
-    tensors: Sequence[Tensor],
-    average: bool | None = None,
-    name: str | None = None,
-    compression: Any = Compression.none,
-    op: ReduceOp | None = None,
-    prescale_factor: float = 1.0,
-    postscale_factor: float = 1.0,
-    process_set: ProcessSet = global_process_set,
-) -> list[Tensor]:
-    """As `allreduce` of several tensors that travel together."""
-    return _all_of(tensors, chosen_op(op, average), name, compression, (prescale_factor, postscale_factor), process_set)
 
 
 def grouped_allreduce_async_(
@@ -199,9 +137,44 @@ def grouped_allreduce_async_(
     return reduced(tensors, chosen_op(op, average), name, scales, process_set, in_place=True)
 
 
-def grouped_allreduce_(*args: Any, **kwargs: Any) -> list[Tensor]:
+def allreduce_async(tensor: Tensor, *args: Any, **kwargs: Any) -> Handle:
+    """As `grouped_allreduce_async` of one tensor; `synchronize` gives a new one."""
+    return only(grouped_allreduce_async([tensor], *args, **kwargs))
+
+
+def allreduce_async_(tensor: Tensor, *args: Any, **kwargs: Any) -> Handle:
+    """As `allreduce_async`, in place."""
+    return only(grouped_allreduce_async_([tensor], *args, **kwargs))
+
+
+def grouped_allreduce(  # noqa: PLR0913 - Horovod's
+    tensors: Sequence[Tensor],
+    average: bool | None = None,
+    name: str | None = None,
+    compression: Any = Compression.none,
+    op: ReduceOp | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
+) -> list[Tensor]:
+    """Several tensors, which travel together, reduced over the ranks: means, unless `op` says otherwise. New; differentiable."""
+    return _all_of(tensors, chosen_op(op, average), name, compression, (prescale_factor, postscale_factor), process_set)
+
+
+def allreduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """As `grouped_allreduce` of one tensor."""
+    return grouped_allreduce([tensor], *args, **kwargs)[0]
+
+
+def grouped_allreduce_(tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> list[Tensor]:
     """As `grouped_allreduce_async_`, and waits. Not differentiable."""
-    return list(grouped_allreduce_async_(*args, **kwargs).value())
+    return list(grouped_allreduce_async_(tensors, *args, **kwargs).value())
+
+
+def allreduce_(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """As `allreduce_async_`, and waits. Not differentiable."""
+    done: Tensor = allreduce_async_(tensor, *args, **kwargs).value()
+    return done
 
 
 def sparse_allreduce_async(
@@ -311,10 +284,9 @@ def alltoall(
     return result if splits is None else (result, received.to(splits.device) if isinstance(splits, Tensor) else received)
 
 
-def reducescatter_async(*args: Any, **kwargs: Any) -> Handle:
+def reducescatter_async(tensor: Tensor, *args: Any, **kwargs: Any) -> Handle:
     """As `grouped_reducescatter_async` of one tensor."""
-    tensor, *others = args
-    return only(grouped_reducescatter_async([tensor], *others, **kwargs))
+    return only(grouped_reducescatter_async([tensor], *args, **kwargs))
 
 
 def reducescatter(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -381,7 +353,7 @@ def _all_of(
 
     def back(gradient: Tensor) -> Tensor:
         check_differentiable(op)
-        return _all_of([gradient], op, None, compression, scales, process_set)[0]
+        return _all_of([gradient], op, name and f"{name}.gradient", compression, scales, process_set)[0]
 
     return [with_gradient(tensor, new, back) for tensor, new in zip(tensors, found, strict=True)]
 
