@@ -36,6 +36,7 @@ CYCLE_S = 0.001
 """What is asked for within such a time is sent as one message, and travels together if it is alike."""
 PATIENCE_S = 1.0
 """After so long a wait a rank says that it waits."""
+END_S = 60.0
 FOR_EVER = timedelta(days=365)
 Tensors = list[torch.Tensor]
 
@@ -136,7 +137,7 @@ class Engine:
         """End on all ranks: whatever is not over fails everywhere. Waits for the end of this rank's threads."""
         self._outgoing.put(Leaving("has shut Horovod down"))
         for thread in self._threads:
-            thread.join()
+            thread.join(END_S)  # rank 0 may be gone, and with it whoever would tell them
         self._codes.close()
         for group in self.groups.values():
             release(group, self.ledger)
