@@ -10,6 +10,7 @@ from thinwire.cli import collectives, lab, train
 from thinwire.cli.bench import bench
 from thinwire.cli.export import export
 from thinwire.cli.generate import generate
+from thinwire.cli.horovodrun import IN_ORDER, horovodrun
 from thinwire.cli.plan import plan
 from thinwire.cli.probe import probe
 from thinwire.cli.replicas import replicas, serve
@@ -30,6 +31,7 @@ app = typer.Typer(
 for command in (train.train, plan, replicas, serve, probe, report, generate, export, shrink, bench):
     app.command()(command)
 app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})(why)
+app.command(context_settings=IN_ORDER)(horovodrun)
 app.add_typer(lab.app, name="lab")
 app.add_typer(collectives.app, name="collectives")
 
