@@ -29,10 +29,11 @@ def here(ranks: int) -> Cluster:
         ("ranks4", {"tensor": 2, "data": 2}, {"compress": {"kind": "int8"}}),
         pytest.param("ranks4", {"tensor": 2, "pipe": 2}, {"pipeline": {"activations": "int8"}}, marks=pytest.mark.heavy),
         pytest.param("ranks4", {"outer": 2, "data": 2}, {"sync": {"kind": "streaming", "every": 4}}, marks=pytest.mark.heavy),
+        pytest.param("ranks4", {"expert": 2, "data": 2}, {"model": {"experts": 4}}, marks=pytest.mark.heavy),
         pytest.param("ranks4", {"seq": 2, "tensor": 2}, {}, marks=pytest.mark.heavy),
         pytest.param("ranks4", {"pipe": 2, "data": 2}, {"compress": {"kind": "bf16"}}, marks=pytest.mark.heavy),
     ],
-    ids=["pipe", "tensor", "tensor-pipe", "outer", "seq-tensor", "pipe-data"],
+    ids=["pipe", "tensor", "tensor-pipe", "outer", "expert", "seq-tensor", "pipe-data"],
 )
 def test_an_outline_predicts_what_the_run_predicts(
     request: pytest.FixtureRequest, tmp_path: Path, pool: str, layout: dict[str, int], options: dict[str, Any]

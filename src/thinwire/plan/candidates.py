@@ -17,7 +17,7 @@ from thinwire.config.model import ModelConfig
 from thinwire.config.pipeline import APART, STAGES_PER_RANK
 from thinwire.config.run import RunConfig
 from thinwire.errors import UserError
-from thinwire.layout import Layout
+from thinwire.layout import AXES, Layout
 from thinwire.plan.cost import Setting
 from thinwire.plan.gpu.network import Network, network_of
 from thinwire.tomlfile import validate
@@ -74,16 +74,14 @@ class Problem:
         return network_of(self.cluster)
 
     @cached_property
-    def parameters(self) -> int:
-        """Of the model, without norms and learned positions."""
-        shape = self.shape
-        block = shape.width * (shape.qkv_width + shape.width + shape.up_width + shape.hidden)
-        return shape.layers * block + shape.vocabulary * shape.width * (1 if shape.tied else 2)
+    def workload(self) -> Workload:
+        """Of one sequence."""
+        return Workload.of_transformer(self.shape, 1, self.config.train.sequence)
 
     @cached_property
-    def flops_per_token(self) -> float:
-        """Forward and backward."""
-        return Workload.of_transformer(self.shape, 1, self.config.train.sequence).flops_per_token
+    def parameters(self) -> int:
+        """Of the model."""
+        return self.workload.num_parameters
 
     @cached_property
     def content(self) -> dict[str, Any]:
@@ -135,7 +133,7 @@ class Candidate:
         """Sections of run.toml, and keys in them."""
         layout = self.layout
         found: dict[str, dict[str, Any]] = {
-            "layout": {axis: getattr(layout, axis) for axis in ("outer", "pipe", "data", "seq", "tensor")},
+            "layout": {axis: getattr(layout, axis) for axis in AXES},
             "sync": {"kind": self.sync, "accumulate": self.accumulate},
             "train": {"micro_batch": self.micro_batch},
         }
@@ -197,6 +195,10 @@ def _seq(problem: Problem, ranks: int) -> Iterable[int]:
     return [one for one in divisors(gcd(ranks, inside)) if one == 1 or sequence % (2 * one) == 0]
 
 
+def _expert(problem: Problem, ranks: int) -> Iterable[int]:
+    return divisors(gcd(ranks, problem.shape.experts)) if problem.shape.experts and problem.rates is not None else [1]
+
+
 def _pipe(problem: Problem, ranks: int) -> Iterable[int]:
     return [one for one in divisors(ranks) if one <= problem.shape.layers]
 
@@ -206,7 +208,13 @@ def _outer(problem: Problem, ranks: int) -> Iterable[int]:
     return divisors(gcd(ranks, hosts) if problem.rates is None else ranks)
 
 
-TRIED: Mapping[str, Callable[[Problem, int], Iterable[int]]] = {"tensor": _tensor, "seq": _seq, "pipe": _pipe, "outer": _outer}
+TRIED: Mapping[str, Callable[[Problem, int], Iterable[int]]] = {
+    "tensor": _tensor,
+    "seq": _seq,
+    "expert": _expert,
+    "pipe": _pipe,
+    "outer": _outer,
+}
 """Degrees by axis, of the ranks that are left; the innermost first."""
 
 
@@ -227,7 +235,7 @@ def layouts(problem: Problem) -> Iterator[Layout]:
 def exchanges(problem: Problem, layout: Layout) -> Iterator[dict[str, Any]]:
     """Ways in which the replicas of a layout may exchange."""
     if layout.outer == 1:
-        kinds = problem.kept_or("compress.kind", CODECS) if layout.data > 1 else ("none",)
+        kinds = problem.kept_or("compress.kind", CODECS) if layout.replicas > 1 else ("none",)
         yield from ({"codec": kind} for kind in kinds)
         return
     for every in problem.kept_or("sync.every", EVERY):

@@ -4,8 +4,8 @@
     batch  = (1 + k / c) / (1 + 1 / c)               k times the given batch, c the critical one in given ones
     rarely = 1 + tokens_per_loss * loss(N, M, H) + periods_lost * H / steps
 
-loss(N, M, H) lies between the published values on straight lines over log N and log M; beyond the table it stays at its end in N,
-and rises on in M as it did.
+loss(N, M, H) lies between the published values on straight lines over log N and log M; for smaller models and more replicas than
+the table has it rises on as it did, for larger models it stays.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,14 +39,16 @@ def of_codec(kind: str) -> float:
 def of_rare(parameters: float, replicas: int, every: int, overlap: int, steps: float) -> float:
     """Of replicas that exchange every so many of `steps` steps."""
     rare = numbers()["rare"]
-    by_size = [_between(rare["replicas"], row, replicas, grows=True) for row in rare["loss"]]
-    loss = _between(rare["parameters"], by_size, parameters) + rare["per_step_of_overlap"] * overlap
+    by_size = [_between(rare["replicas"], row, replicas) for row in rare["loss"]]
+    loss = (
+        max(0.0, _between(rare["parameters"], by_size, min(parameters, rare["parameters"][-1])))
+        + rare["per_step_of_overlap"] * overlap
+    )
     loss += rare["per_doubling"] * max(0.0, log2(every / rare["every"]))
     return float(1 + numbers()["loss"]["tokens_per_loss"] * loss + rare["periods_lost"] * every / max(1.0, steps))
 
 
-def _between(at: Sequence[float], values: Sequence[float], x: float, *, grows: bool = False) -> float:
+def _between(at: Sequence[float], values: Sequence[float], x: float) -> float:
     place = next((index for index in range(1, len(at)) if x <= at[index]), len(at) - 1)
     along = (log(x) - log(at[place - 1])) / (log(at[place]) - log(at[place - 1]))
-    along = max(0.0, along if grows else min(1.0, along))
     return values[place - 1] + along * (values[place] - values[place - 1])

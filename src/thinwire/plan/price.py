@@ -106,7 +106,7 @@ def least_s(draft: Candidate, problem: Problem) -> float:
     """Of a step, whatever replicas exchange: no candidate is priced below it."""
     layout, train = draft.layout, problem.config.train
     flops = (
-        problem.flops_per_token
+        problem.workload.flops_per_token
         * draft.micro_batch
         * draft.accumulate
         * train.sequence
@@ -129,7 +129,7 @@ def least_with_exchange_s(candidate: Candidate, problem: Problem) -> float:
         return compute_s
     fastest_bps = max((link.bandwidth_bps.value for link in problem.cluster.links), default=0.0)
     alone = all(len(host.devices) == 1 for host in problem.cluster.hosts)
-    if not fastest_bps or not alone or layout.replicas < layout.world_size or layout.replicas == 1:
+    if not fastest_bps or not alone or not 1 < layout.replicas == layout.world_size or layout.expert > 1:
         return compute_s
     passing_s = 2 * (1 - 1 / layout.replicas) * problem.parameters * LEAST_BITS[candidate.codec] / fastest_bps
     if layout.outer == 1:
@@ -150,7 +150,7 @@ def of_tokens(candidate: Candidate, problem: Problem) -> dict[str, float]:
     if layout.outer > 1:
         every = candidate.every
         found["rarely"] = penalties.of_rare(problem.parameters, layout.outer, every, candidate.overlap, steps)
-    elif layout.data > 1:
+    elif layout.replicas > 1:
         found["code"] = penalties.of_codec(candidate.codec)
     return {name: factor for name, factor in found.items() if abs(factor - 1) > 1e-9}
 
@@ -245,6 +245,8 @@ def job_of(candidate: Candidate, problem: Problem) -> Job:
         tied=shape.tied,
         vocabulary=shape.vocabulary,
         sequence=problem.config.train.sequence,
+        experts=max(1, shape.experts),
+        experts_per_token=shape.experts_per_token if shape.experts else 1,
         precision="bf16",
         device=network.device,
         per_host=network.per_host,

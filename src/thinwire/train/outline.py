@@ -30,6 +30,7 @@ from thinwire.plan.cost import Setting
 from thinwire.plan.memory import recomputed_blocks
 from thinwire.sync.make import make_synchroniser
 from thinwire.traffic import Transfer, merged
+from thinwire.train.expert_part import ExpertPart
 from thinwire.train.part import all_stages, part_workload, slowest_rates, unless_alike
 from thinwire.train.pipelined import norm_transfers
 from thinwire.train.shared_part import SharedPart
@@ -71,6 +72,9 @@ def outline(
         ]
         found += merged(cut.traffic(0, micro, tied * (2 if shared else 1)))
         stages = all_stages(locals_, 0, cut, micro, split)
+    if layout.expert > 1:
+        mine = mine.of_expert_rank(shape.experts, layout.expert, 0)
+        found += _experts(config, shape, layout, ledger).traffic(micro)
     if split is not None:
         counted: Any = [(one.name, None) for one in mine.parameters]
         found += split.traffic(micro, counted)
@@ -109,15 +113,31 @@ def _tuner(cluster: Cluster) -> Tuner:
     return make_tuner(cluster, "", measures=False)
 
 
+def _group(size: int) -> Any:
+    """Of the first rank, which only needs to be counted."""
+    return SimpleNamespace(size=lambda: size, rank=lambda: 0)
+
+
+def _experts(config: RunConfig, shape: ModelConfig, layout: Layout, ledger: Ledger) -> ExpertPart:
+    return ExpertPart(
+        shape=shape,
+        train=config.train,
+        group=_group(layout.expert),
+        ledger=ledger,
+        codec=make_codec(read_coding(config.experts.slots, "experts.slots")),
+        waits=Waits(),
+        device=CPU,
+        casts=config.train.dtype == "bfloat16",
+    )
+
+
 def _split(config: RunConfig, shape: ModelConfig, layout: Layout, ledger: Ledger) -> SharedPart:
-    """Of the first rank, whose groups only need to be counted."""
-    group: Any = SimpleNamespace(size=lambda: layout.tensor, rank=lambda: 0)
     ring: Any = None
     return SharedPart(
         shape=shape,
         train=config.train,
         layout=layout,
-        group=group,
+        group=_group(layout.tensor),
         ledger=ledger,
         codec=make_codec(read_coding(config.tensor.sums, "tensor.sums")),
         casts=config.train.dtype == "bfloat16",
