@@ -16,6 +16,7 @@ from thinwire.config.data import DataSection
 from thinwire.config.model import ModelConfig, preset
 from thinwire.config.pipeline import PipelineSection
 from thinwire.config.pretrained import read_shape, tokenizer_of
+from thinwire.config.sharded import ShardedSection
 from thinwire.config.sync import EveryStep, Sync
 from thinwire.config.tensor import TensorSection
 from thinwire.errors import UserError
@@ -86,6 +87,8 @@ class LayoutSection(Section):
     data: int = Field(0, ge=0)
     """Replicas that average gradients in each step; 0: all ranks that the other axes leave, but 1 beside a rare sync.kind."""
     seq: int = Field(1, ge=1)
+    shard: int = Field(1, ge=1)
+    """Replicas, neighbours, that share the states of one: weights, gradients and the optimizer's; see [sharded]."""
     tensor: int = Field(1, ge=1)
     """Ranks among which every layer's matrices are shared out; see [tensor]."""
 
@@ -95,14 +98,14 @@ class LayoutSection(Section):
             raise UserError(f"layout.seq = {self.seq}: training over this axis does not exist yet; set it to 1")
         if self.outer > 1 and not rare:
             raise UserError(f"layout.outer = {self.outer}: only a sync.kind that exchanges rarely uses this axis; set it to 1")
-        others = self.pipe * self.seq * self.tensor
+        others = self.pipe * self.seq * self.shard * self.tensor
         if rare:
             data = self.data or (max(1, world_size // (self.outer * others)) if self.outer else 1)
             outer = self.outer or max(1, world_size // (data * others))
         else:
             outer = 1
             data = self.data or max(1, world_size // others)
-        layout = Layout(outer=outer, pipe=self.pipe, data=data, seq=self.seq, tensor=self.tensor)
+        layout = Layout(outer=outer, pipe=self.pipe, data=data, seq=self.seq, shard=self.shard, tensor=self.tensor)
         layout.check(world_size)
         return layout
 
@@ -203,6 +206,7 @@ class RunConfig(Section):
     layout: LayoutSection = LayoutSection()
     pipeline: PipelineSection = PipelineSection()
     tensor: TensorSection = TensorSection()
+    sharded: ShardedSection = ShardedSection()
     sync: Sync = EveryStep()
     compress: Compress = NoCompression()
     train: TrainSection = TrainSection()
@@ -226,7 +230,9 @@ class RunConfig(Section):
             self._check_pipeline()
         if self.layout.tensor > 1:
             self._check_tensor()
-        for axis in ("pipe", "tensor"):
+        if self.layout.shard > 1:
+            self._check_sharded()
+        for axis in ("pipe", "shard", "tensor"):
             if self.sync.by_speed and getattr(self.layout, axis) > 1:
                 raise ValueError(
                     f"sync.assign = 'by_speed' assigns micro-batches to replicas of one rank; leave it out with layout.{axis}"
@@ -266,6 +272,24 @@ class RunConfig(Section):
             raise ValueError(
                 f"collectives.kind = {self.collectives.kind!r} lets groups of replicas add up in different orders, by which what "
                 f"the {degree} ranks of layout.tensor each have whole would come to differ; set it to 'native'"
+            )
+
+    def _check_sharded(self) -> None:
+        degree = self.layout.shard
+        for axis in ("pipe", "seq", "tensor"):
+            if (other := getattr(self.layout, axis)) > 1:
+                raise ValueError(
+                    f"layout.shard = {degree} and layout.{axis} = {other} do not go together yet; set one of them to 1"
+                )
+        if isinstance(self.train.optimizer, Muon):
+            raise ValueError(
+                f"train.optimizer.kind = 'muon' orthonormalises whole matrices, of which a rank has some rows with "
+                f"layout.shard = {degree}; take 'adamw', or layout.data in place of it"
+            )
+        if self.collectives.kind != "native":
+            raise ValueError(
+                f"collectives.kind = {self.collectives.kind!r} chooses for the groups of axes, and the {degree} ranks of "
+                "layout.shard exchange over groups of their own; set it to 'native'"
             )
 
 

@@ -12,7 +12,9 @@ exposed = max(0, end_last - max compute_s)
           + sum over transfers for which passes stand still (`in_passes`, of tensor ranks) of calls * (price + work)
           + sum over events every H > 1 steps of max(0, sum over their transfers of calls * (price + work) - window) / H
 
-Groups of tensor ranks, and those of their replicas, make each call at the same time: a link carries what all of them send.
+Passes of ranks that share out the states are simulated too (`sharded`); by how much they take longer than computing is exposed.
+Groups of tensor ranks, or of those that share states, and those of their replicas make each call at the same time: a link
+carries what all of them send.
 
 In a pipeline the passes of a step are simulated (`pipeline`), with the wires as they are and with idle ones, and as much longer
 as what they stand still for:
@@ -32,6 +34,7 @@ from thinwire.collectives.price import Carrier, link_seconds
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.plan.pipeline import Stages, simulate
+from thinwire.plan.sharded import ShardedPasses
 from thinwire.traffic import EVALUATION, PIPELINE, Transfer
 from thinwire.units import show
 from thinwire.workload import Workload
@@ -48,7 +51,7 @@ class Setting:
 
     kind: of the devices on which ranks run, where that is known; else as the cluster says. micro_batches: of a step and replica;
     where they differ that is their mean, and `assignment` has those of each replica. stages: where layout.pipe is used; workload
-    is then of the part of the model that the predicted rank has.
+    is then of the part of the model that the predicted rank has. sharded: where layout.shard is.
     """
 
     cluster: Cluster
@@ -61,6 +64,7 @@ class Setting:
     assignment: tuple[int, ...] = ()
     kind: str = ""
     stages: Stages | None = None
+    sharded: ShardedPasses | None = None
 
     @property
     def compute_s(self) -> tuple[float, ...]:
@@ -155,7 +159,13 @@ def predict(
     paces = set(zip(by_rank, setting.flops_per_s, strict=True))
 
     priced, wire_end, still_s, links = [], 0.0, 0.0, Counter[Link]()
-    alike = setting.stages is None  # ranks of different stages have different parameters
+    alike = setting.stages is None and setting.sharded is None  # else ranks have different parameters
+    simulated = setting.sharded.labels if setting.sharded else set()
+    if setting.sharded is not None:
+        passes_s = setting.sharded.seconds(
+            slowest_rate, setting.micro_batches, lambda transfer: _call_s(transfer, layout, routes, carrier)
+        )
+        still_s = max(0.0, passes_s - slowest_s)
     uncovered_s: dict[str, tuple[float, int]] = {}  # of each event: its transfers less its window, and every how many steps
     for number, transfer in enumerate(transfers):
         groups = layout.groups(transfer.axis)
@@ -170,12 +180,14 @@ def predict(
                 wire_bytes_per_step=sent[rank] * transfer.calls / transfer.every,
                 seconds=seconds,
                 even=len({sent[one] for one in mine}) == 1
-                and (alike or len(groups) == 1)
+                and (alike or len(groups) == 1 or transfer.axis == "shard")
                 and transfer.label != EVALUATION,  # some replicas have a batch less
             )
         )
         in_steps = transfer.label != EVALUATION
-        if transfer.in_passes:
+        if transfer.label in simulated:
+            pass
+        elif transfer.in_passes:
             still_s += seconds * in_steps
         elif transfer.every == 1:
             ready_s = max(end_s - transfer.window_flops / rate for end_s, rate in paces)
@@ -225,7 +237,7 @@ def _call_s(transfer: Transfer, layout: Layout, routes: Routes, carrier: Carrier
     """Of one call, in the slowest group."""
     groups = layout.groups(transfer.axis)
     alone_s = max(carrier.seconds(routes, transfer, group) for group in groups) + transfer.work_s
-    if layout.tensor == 1:
+    if layout.tensor == layout.shard == 1:
         return alone_s
     by_stage: dict[int, list[Counter[Link]]] = {}
     for group in groups:

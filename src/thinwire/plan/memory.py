@@ -18,12 +18,16 @@ K of keys, F hidden, V vocabulary, as autograd keeps them (`models.transformer`)
 
 Ranks of a pipeline hold the activations of as many micro-batches as the schedule has under way (`parallel.balance.in_flight`).
 
+One of s ranks that share the states keeps the s-th part of weights, gradients and the optimizer's. Gathered are beside them the
+root and three blocks, or all (`sharded.reshard = "never"`), and whole gradients of as many, or of all where micro-batches are
+added up first; codes owe a byte a value; under way is the largest unit as it is gathered, coded, sent and received.
+
 One of t tensor ranks has the t-th part of matrices, and of attention, mlp and loss. Under autocast a copy of all matrices in 2
 bytes a value goes along. What blocks keep comes and goes in pieces of some MiB, among which the allocator loses room.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from thinwire.config.compress import Coded, NoCompression
 from thinwire.config.model import ModelConfig
@@ -42,6 +46,8 @@ TOLERANCE = 1.25
 ALLOCATOR = 1.25
 """Room that glibc takes for what blocks keep: 1.1 to 1.4, measured."""
 CODED_AT_ONCE = {"bf16": 1.0, "fp16": 1.0, "dgc": 3.5, "demo": 3.5}
+GATHERED_BLOCKS, SENT_AT_ONCE = 3, 3
+"""Of ranks that share the states: blocks with whole weights at once, and copies of the largest unit on its way."""
 USUAL_AT_ONCE = 2.5
 """Vectors of the model's size that are held while codes are under way, measured: of all buckets, for which a slow wire waits."""
 
@@ -108,6 +114,8 @@ def need(config: RunConfig, shape: ModelConfig, layout: Layout, *, casts: bool, 
 
 def _need(config: RunConfig, workload: Workload, layout: Layout, activations: int, *, on_device: bool) -> Need:
     """Of a rank that has the parameters of `workload`."""
+    if layout.shard > 1:
+        return _need_sharded(config, workload, layout, activations, on_device=on_device)
     weights = workload.stored_bytes
     optimizer = weights * OPTIMIZER_VALUES_PER_PARAMETER[config.train.optimizer.kind]
     exchange, under_way = _exchange(config, workload, layout, on_device)
@@ -124,6 +132,29 @@ def _need(config: RunConfig, workload: Workload, layout: Layout, activations: in
         copied_bytes=exchange + (state if config.sync.rare else 0),
         copied_once_bytes=state,
         parts=layout.pipe * layout.tensor,
+    )
+
+
+def _need_sharded(config: RunConfig, workload: Workload, layout: Layout, activations: int, *, on_device: bool) -> Need:
+    """Of a rank that has a shard of the parameters of `workload`."""
+    shard = replace(
+        workload,
+        parameters=tuple(replace(one, shape=(-(-one.shape[0] // layout.shard), *one.shape[1:])) for one in workload.parameters),
+    )
+    own = _need(config, shard, replace(layout, shard=1), activations, on_device=on_device)
+    whole = workload.stored_bytes
+    blocks = [
+        sum(one.stored_bytes for one in workload.parameters if one.name.startswith(f"{name}.")) for name in workload.block_names
+    ]
+    some = min(whole, whole - sum(blocks) + GATHERED_BLOCKS * max(blocks))
+    passing = SENT_AT_ONCE * max(whole - sum(blocks), *blocks)
+    return replace(
+        own,
+        weights_bytes=own.weights_bytes + (some if config.sharded.reshard == "always" else whole),
+        gradients_bytes=own.weights_bytes + (whole if config.sync.accumulate > 1 else some),
+        exchange_bytes=own.exchange_bytes + (0 if config.sharded.gradients == "none" else workload.num_parameters),
+        under_way_bytes=max(own.under_way_bytes, passing),
+        parts=layout.shard,
     )
 
 

@@ -25,13 +25,14 @@ from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.parallel import sequence
 from thinwire.parallel.cut import Cut, cut_model
-from thinwire.parallel.tensor_parts import local_workload
+from thinwire.parallel.tensor_parts import Parts, local_workload
 from thinwire.parallel.waits import Waits
 from thinwire.plan.pipeline import Stages
 from thinwire.sync.base import Synchroniser
 from thinwire.traffic import Transfer
 from thinwire.train.pace import Pacer
 from thinwire.train.pipelined import Pace, PipelinedStepper
+from thinwire.train.sharded_part import ShardedPart, ShardedStepper
 from thinwire.train.step import Norm, Stepper, gradient_norm
 from thinwire.train.task import LanguageModel
 from thinwire.train.tensor_part import TensorPart
@@ -55,13 +56,20 @@ class Part:
     number: int = 0
     count: int = 1
     tensor: TensorPart | None = None
+    sharded: ShardedPart | None = None
     pipeline: Pipeline | None = None
     stages: Stages | None = None
 
     @property
     def waits(self) -> Waits:
-        """Of its passes, for the other tensor ranks."""
-        return Waits() if self.tensor is None else self.tensor.waits
+        """Of its passes, for the other tensor ranks, or those of the shard axis."""
+        split = self.tensor or self.sharded
+        return Waits() if split is None else split.waits
+
+    @property
+    def shards(self) -> Parts:
+        """Of parameters that are split themselves."""
+        return self.tensor.parts if self.tensor else self.sharded.shards.parts if self.sharded else {}
 
     def stepper(
         self, attached: nn.Module, optimizer: torch.optim.Optimizer, sync: Synchroniser, task: LanguageModel, train: TrainSection
@@ -77,9 +85,12 @@ class Part:
             norm=self.norm,
             waits=self.waits,
         )
+        usual_fields = {one.name: getattr(usual, one.name) for one in fields(usual)}
+        if self.sharded is not None:
+            return ShardedStepper(**usual_fields, part=self.sharded)
         if self.pipeline is None:
             return usual
-        return PipelinedStepper(**{one.name: getattr(usual, one.name) for one in fields(usual)}, pipeline=self.pipeline)
+        return PipelinedStepper(**usual_fields, pipeline=self.pipeline)
 
     def pacer(self, flops_per_s: float) -> Pacer | Pace:
         """Of a device that achieves `flops_per_s` in training; see `paced`."""
@@ -90,6 +101,8 @@ class Part:
 
     def paced(self, pacer: Pacer | Pace) -> AbstractContextManager[None]:
         """Inside, this rank computes at that rate."""
+        if isinstance(pacer, Pacer) and self.sharded is not None:
+            return pacer.attached(self.sharded.shards.model, self.sharded.whole)
         if isinstance(pacer, Pacer):
             return pacer.attached(self.module, self.workload)
         assert self.pipeline is not None, "only stages have such a pace"
@@ -101,11 +114,19 @@ class Part:
         if self.tensor is not None:
             counted = self.module.named_parameters() if self.pipeline is None else self.pipeline.counted()
             found += self.tensor.traffic(num_micro, counted)
+        if self.sharded is not None:
+            found += self.sharded.traffic(num_micro)
         return found
 
+    def close(self) -> None:
+        """Ends the groups and threads that it has of its own. Collective over all ranks."""
+        if self.sharded is not None:
+            self.sharded.shards.compression.detach()
+
     def evaluation_traffic(self, task: LanguageModel, replica: int) -> list[Transfer]:
-        """What an evaluation sends between tensor ranks."""
-        return [] if self.tensor is None else self.tensor.evaluation_traffic(task, replica)
+        """What an evaluation sends between tensor ranks, or those of the shard axis."""
+        split = self.tensor or self.sharded
+        return [] if split is None else split.evaluation_traffic(task, replica)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +144,8 @@ class Place:
 
 
 def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
-    """Build the model on its device and keep what is this rank's. No communication. UserError for a model that cannot be cut."""
+    """Build the model on its device and keep what is this rank's. Collective over all ranks. UserError for a model that cannot be
+    cut."""
     layout, ledger, model = place.layout, place.ledger, task.build_model().to(place.device)
     workload, split, row = task.workload, None, 0
     if layout.tensor > 1:
@@ -134,6 +156,17 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
         sequence.apply(model, place.groups["seq"], ledger)
         workload = replace(workload, tokens_per_microbatch=workload.tokens_per_microbatch // layout.seq)
     norm = gradient_norm if split is None else split.norm
+    if layout.shard > 1:
+        shared = ShardedPart.split(model, config, place.groups["shard"], ledger, workload)
+        return Part(
+            module=shared.shards,
+            workload=shared.workload,
+            precision=place.precision,
+            norm=shared.norm,
+            number=shared.group.rank(),
+            count=layout.shard,
+            sharded=shared,
+        )
     if layout.pipe == 1:
         return Part(
             module=model,

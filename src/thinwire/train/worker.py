@@ -21,7 +21,7 @@ from thinwire.config.run import RunConfig
 from thinwire.environment import Environment, set_variables, shared_gpu_variables
 from thinwire.errors import UserError
 from thinwire.lab.commands import TRAINING
-from thinwire.layout import AXES, EVERYONE, REPLICAS, Layout
+from thinwire.layout import AXES, EVERYONE, REPLICA_AXES, REPLICAS, Layout
 from thinwire.measure.compute import find_device, kind_of, shared_gpus
 from thinwire.measure.gather import gather
 from thinwire.plan import memory
@@ -123,7 +123,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
             give_timeout(made, timedelta(seconds=config.train.timeout_s))
     axis = layout.report_axis
     if axis == REPLICAS:
-        groups[REPLICAS] = mesh["outer", "data"]._flatten(REPLICAS).get_group()
+        groups[REPLICAS] = mesh[REPLICA_AXES]._flatten(REPLICAS).get_group()
     elif axis == EVERYONE:
         groups[EVERYONE] = dist.distributed_c10d._get_default_group()
     group, replica = groups[axis], layout.replica(number)
@@ -152,6 +152,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         rates=cluster.declared_rates,
     )
     part = take_part(task, config, place)
+    stack.callback(part.close)
     sync = make_synchroniser(config.sync, config.compress, layout, ledger)
     optimizer = make_optimizer(part.module, config.train)
     parts = Parts(
@@ -162,7 +163,8 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         rank=number,
         part=part.number,
         num_parts=part.count,
-        shards=part.tensor.parts if part.tensor else {},
+        shards=part.shards,
+        exchange=part.sharded.shards.compression if part.sharded else None,
     )
     progress = Progress(step=0, tokens=0, world_size=layout.world_size, assignment=())
     if resume is not None:
@@ -271,6 +273,7 @@ def _predict(
         assignment=assignment,
         kind=kind_of(rank.device),
         stages=part.stages,
+        sharded=part.sharded.passes if part.sharded else None,
     )
     transfers = [
         *part.traffic(config.sync.accumulate),

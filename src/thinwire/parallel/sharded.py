@@ -1,0 +1,121 @@
+"""The states of a model shared out to the ranks of a group, which see other tokens each: ZeRO (Rajbhandari et al. 2020) by FSDP2.
+
+Of a parameter of d rows (its dim 0) rank r of s holds c = ceil(d / s) rows, from r c on; behind the last row none. Units are the
+blocks, and the rest of the model, the root. In a step of k micro-batches
+
+    forward     a unit is gathered before it computes, the next two units meanwhile
+    backward    "always": gathered again, one unit ahead; the root is not
+                in the last micro-batch a unit's gradients are reduced and scattered behind it, and waited for at the end
+    "never"     a unit is gathered once, in the first micro-batch, and stays until the last backward pass is through with it
+
+Before the last micro-batch each rank adds up whole gradients. The mean over the group is what a shard gets.
+
+What is trained is the shards: `Shards` is an ordinary module of plain tensors, in the memory of FSDP2's, under the names of the
+whole model; whoever has them needs to know nothing of FSDP2.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from thinwire.collectives.ledger import Ledger
+from thinwire.compress.sharded.api import PLAIN, ShardedCompression, compress_sharded
+from thinwire.compress.sharded.units import forget_gradients, free_gathered
+from thinwire.config.sharded import ShardedSection
+from thinwire.parallel.tensor_parts import Part, Parts
+from thinwire.traffic import EVALUATION, Transfer, merged
+
+
+class Shards(nn.Module):
+    """This rank's part of each parameter, with its gradient; forward is the whole model's. parts: which rows they are."""
+
+    def __init__(self, model: nn.Module, parts: Parts, compression: ShardedCompression, *, reshards: bool) -> None:
+        """model: under `fully_shard`; compression: of it. reshards: "always", as above."""
+        super().__init__()
+        self._hidden: tuple[Any, ShardedCompression] = model, compression  # no submodule, whose parameters would be these too
+        self.parts, self.reshards = parts, reshards
+        self._pairs: list[tuple[nn.Parameter, Any]] = []
+        for name, sharded in model.named_parameters():
+            *path, last = name.split(".")
+            place: nn.Module = self
+            for one in path:
+                if one not in place._modules:
+                    place.add_module(one, nn.Module())
+                place = place.get_submodule(one)
+            local = nn.Parameter(sharded.detach().to_local())  # type: ignore[operator]
+            place.register_parameter(last, local)
+            self._pairs.append((local, sharded))
+
+    @property
+    def model(self) -> Any:
+        """The whole one, under `fully_shard`."""
+        return self._hidden[0]
+
+    @property
+    def compression(self) -> ShardedCompression:
+        return self._hidden[1]
+
+    def forward(self, *arguments: Any) -> Any:
+        """Collective over the group."""
+        return self.model(*arguments)
+
+    @contextmanager
+    def passes(self, *, last: bool) -> Iterator[None]:
+        """Around forward and backward of one micro-batch; after the last of a step the shards have gradients. Collective."""
+        self.model.set_requires_gradient_sync(last)
+        if not self.reshards:
+            self.model.set_reshard_after_backward(last)
+        yield
+        for local, sharded in self._pairs if last else ():
+            gradient, sharded.grad = sharded.grad.to_local(), None  # FSDP2 would add the next one to it
+            if local.grad is None:
+                local.grad = gradient
+            else:
+                local.grad.copy_(gradient)
+
+    def rest(self) -> None:
+        """Give up all that is gathered, and gradients that were not reduced: as between two steps. Local."""
+        forget_gradients(self.model)
+        free_gathered(self.model)
+
+
+def apply(model: nn.Module, group: dist.ProcessGroup, ledger: Ledger, options: ShardedSection) -> Shards:
+    """Share out `model`, which has `blocks`, and is whole and the same on all ranks of `group`, on its device. Collective over
+    all ranks of the default group. Its end is `Shards.compression.detach`."""
+    parts = {name: part_of(parameter, group.size(), group.rank()) for name, parameter in model.named_parameters()}
+    always = options.reshard == "always"
+    mesh = DeviceMesh.from_group(group, next(model.parameters()).device.type, mesh_dim_names=("shard",))
+    blocks: Any = model.blocks
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=always)
+    fully_shard(model, mesh=mesh, reshard_after_forward=None if always else False)
+    gradients, weights = (PLAIN if kind == "none" else kind for kind in (options.gradients, options.weights))
+    compression = compress_sharded(model, gradients, weights, ledger=ledger)
+    return Shards(model, parts, compression, reshards=always)
+
+
+def part_of(parameter: Tensor, degree: int, rank: int) -> Part:
+    """The rows of rank `rank` of `degree`."""
+    rows = parameter.shape[0]
+    each = -(-rows // degree)
+    return Part(0, (range(min(rows, rank * each), min(rows, (rank + 1) * each)),), rows)
+
+
+def traffic(shards: Shards, num_micro: int) -> list[Transfer]:
+    """What this rank sends over the group in a step, exactly, but for the norm of the gradient."""
+    return shards.compression.transfers(num_micro if shards.reshards else 1)
+
+
+def evaluation_traffic(shards: Shards, batches: int) -> list[Transfer]:
+    """Of so many forward passes without gradients, behind which `Shards.rest` is called."""
+    gathers = [one for one in shards.compression.transfers() if one.op == "all_gather"]
+    units = shards.compression.units
+    return merged(
+        replace(one, label=EVALUATION, calls=batches if unit.reshards else 1) for unit, one in zip(units, gathers, strict=True)
+    )
