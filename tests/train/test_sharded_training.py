@@ -129,6 +129,31 @@ def test_any_layout_goes_on_with_what_any_other_wrote(
     assert trained.step == 12 and trained.held_out_loss() == pytest.approx(expected[1][12], rel=1e-9)
 
 
+@pytest.mark.long
+def test_what_codes_owe_moves_with_the_shards(ranks4: Pool, tmp_path: Path) -> None:
+    """To other numbers of shards, and to none, which says so; learning goes on nearly as if nothing had been."""
+    sections: dict[str, Any] = {"sharded": CODED_SHARDS, "compress": CODED}
+    whole = ranks4.run(run_training, sharded_config(tmp_path, {"shard": 2, "data": 2}, **sections))[0].folder
+    run = {"run": str(tmp_path / "cut")}
+    interrupted(ranks4, sharded_config(tmp_path, {"shard": 2, "data": 2}, train=run, **sections), 3)
+    for layout, stop_after in (({"shard": 4}, 6), ({"shard": 2, "data": 2}, 9), ({"data": 4}, 99)):
+        config = sharded_config(tmp_path, layout, train=run, **sections)
+        assert ranks4.run(run_training, config, tmp_path / "cut", stop_after)[0].reason
+    assert losses(tmp_path / "cut") == pytest.approx(losses(whole), rel=2e-3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sync", [{"kind": "diloco", "every": 3}, {"kind": "noloco", "every": 4}], ids=str)
+def test_replicas_that_share_states_inside_exchange_rarely(ranks4: Pool, tmp_path: Path, sync: dict[str, Any]) -> None:
+    """As replicas of two ranks that each have all, also when they are interrupted."""
+    whole = ranks4.run(run_training, sharded_config(tmp_path / "whole", {"outer": 2, "data": 2}, sync=sync))[0]
+    cut = sharded_config(tmp_path / "split", {"outer": 2, "shard": 2}, sync=sync)
+    interrupted(ranks4, cut, 5)
+    assert {one.reason for one in ranks4.run(run_training, cut, tmp_path / "split" / "run")} == {"done"}
+    assert losses(tmp_path / "split" / "run") == pytest.approx(losses(whole.folder), rel=1e-9)
+    assert scores(tmp_path / "split" / "run") == pytest.approx(scores(whole.folder), rel=1e-9)
+
+
 def test_what_cannot_work_is_refused_before_ranks_start(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"layout.shard = 2 and layout.tensor = 2 do not go together"):
         sharded_config(tmp_path, {"shard": 2, "tensor": 2}, model={"heads": 2, "width": 20})

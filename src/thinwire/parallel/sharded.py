@@ -10,8 +10,8 @@ blocks, and the rest of the model, the root. In a step of k micro-batches
 
 Before the last micro-batch each rank adds up whole gradients. The mean over the group is what a shard gets.
 
-What is trained is the shards: `Shards` is an ordinary module of plain tensors, in the memory of FSDP2's, under the names of the
-whole model; whoever has them needs to know nothing of FSDP2.
+What is trained is the shards: `LocalShards` is an ordinary module of plain tensors, in the memory of FSDP2's, under the names of
+the whole model; whoever has them needs to know nothing of FSDP2.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ from thinwire.parallel.tensor_parts import Part, Parts
 from thinwire.traffic import EVALUATION, Transfer, merged
 
 
-class Shards(nn.Module):
+class LocalShards(nn.Module):
     """This rank's part of each parameter, with its gradient; forward is the whole model's. parts: which rows they are."""
 
     def __init__(self, model: nn.Module, parts: Parts, compression: ShardedCompression, *, reshards: bool) -> None:
@@ -48,9 +48,10 @@ class Shards(nn.Module):
                 if one not in place._modules:
                     place.add_module(one, nn.Module())
                 place = place.get_submodule(one)
-            local = nn.Parameter(sharded.detach().to_local())  # type: ignore[operator]
+            shard: Any = sharded
+            local = nn.Parameter(shard.detach().to_local())
             place.register_parameter(last, local)
-            self._pairs.append((local, sharded))
+            self._pairs.append((local, shard))
 
     @property
     def model(self) -> Any:
@@ -85,9 +86,9 @@ class Shards(nn.Module):
         free_gathered(self.model)
 
 
-def apply(model: nn.Module, group: dist.ProcessGroup, ledger: Ledger, options: ShardedSection) -> Shards:
+def apply(model: nn.Module, group: dist.ProcessGroup, ledger: Ledger, options: ShardedSection) -> LocalShards:
     """Share out `model`, which has `blocks`, and is whole and the same on all ranks of `group`, on its device. Collective over
-    all ranks of the default group. Its end is `Shards.compression.detach`."""
+    all ranks of the default group. Its end is `LocalShards.compression.detach`."""
     parts = {name: part_of(parameter, group.size(), group.rank()) for name, parameter in model.named_parameters()}
     always = options.reshard == "always"
     mesh = DeviceMesh.from_group(group, next(model.parameters()).device.type, mesh_dim_names=("shard",))
@@ -97,7 +98,7 @@ def apply(model: nn.Module, group: dist.ProcessGroup, ledger: Ledger, options: S
     fully_shard(model, mesh=mesh, reshard_after_forward=None if always else False)
     gradients, weights = (PLAIN if kind == "none" else kind for kind in (options.gradients, options.weights))
     compression = compress_sharded(model, gradients, weights, ledger=ledger)
-    return Shards(model, parts, compression, reshards=always)
+    return LocalShards(model, parts, compression, reshards=always)
 
 
 def part_of(parameter: Tensor, degree: int, rank: int) -> Part:
@@ -107,13 +108,13 @@ def part_of(parameter: Tensor, degree: int, rank: int) -> Part:
     return Part(0, (range(min(rows, rank * each), min(rows, (rank + 1) * each)),), rows)
 
 
-def traffic(shards: Shards, num_micro: int) -> list[Transfer]:
+def traffic(shards: LocalShards, num_micro: int) -> list[Transfer]:
     """What this rank sends over the group in a step, exactly, but for the norm of the gradient."""
     return shards.compression.transfers(num_micro if shards.reshards else 1)
 
 
-def evaluation_traffic(shards: Shards, batches: int) -> list[Transfer]:
-    """Of so many forward passes without gradients, behind which `Shards.rest` is called."""
+def evaluation_traffic(shards: LocalShards, batches: int) -> list[Transfer]:
+    """Of so many forward passes without gradients, behind which `LocalShards.rest` is called."""
     gathers = [one for one in shards.compression.transfers() if one.op == "all_gather"]
     units = shards.compression.units
     return merged(

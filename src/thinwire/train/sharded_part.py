@@ -13,7 +13,7 @@ from thinwire.collectives.clock import clock_of
 from thinwire.collectives.ledger import Ledger
 from thinwire.config.run import RunConfig, TrainSection
 from thinwire.parallel import sharded
-from thinwire.parallel.sharded import Shards
+from thinwire.parallel.sharded import LocalShards
 from thinwire.parallel.tensor import NORM, gradient_norm
 from thinwire.parallel.waits import Waits
 from thinwire.plan.sharded import ShardedPasses
@@ -26,7 +26,7 @@ from thinwire.workload import Workload
 class ShardedPart:
     """Of one rank. whole: the workload of the whole model, which it computes."""
 
-    shards: Shards
+    shards: LocalShards
     whole: Workload
     group: dist.ProcessGroup
     ledger: Ledger
