@@ -75,6 +75,8 @@ MEASURED = {
     "diloco": [*LARGE, "sync.kind=diloco", "sync.every=2"],
     "tensor": [*LARGE, "model.layers=12", "layout.tensor=2"],
     "tensor activations": [*WIDE_BATCH, "train.sequence=256", "layout.tensor=2"],
+    "sharded": [*LARGE, "model.layers=12", "layout.shard=2"],
+    "sharded, added up": [*LARGE, "model.layers=12", "layout.shard=2", "sync.accumulate=2", "sharded.reshard=never"],
     "activations": [*WIDE_BATCH, "train.sequence=256"],
     "vocabulary": ["model.preset=1m", "model.vocabulary=20000", "train.sequence=256", "train.micro_batch=8"],
 }
