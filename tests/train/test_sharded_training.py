@@ -37,6 +37,8 @@ LAYOUTS = [
     ("ranks4", {"shard": 2, "data": 2}, {}),
     ("ranks2", {"shard": 2}, {"sharded": {"reshard": "never"}, "model": {**MODEL, "tied": False}}),
     ("ranks4", {"shard": 4}, {"train": SGD}),
+    ("ranks4", {"shard": 2, "pipe": 2}, {"pipeline": {"schedule": "1f1b"}}),
+    ("ranks4", {"shard": 2, "pipe": 2}, {"pipeline": {"schedule": "zbv"}, "model": {**MODEL, "tied": False}}),
     ("ranks2", {"shard": 2}, {"train": {"optimizer": {"kind": "signsgd"}, "learning_rate": 1e-4}}),
     ("ranks4", {"shard": 2, "data": 2}, {"sharded": {"reshard": "never"}, "train": SGD}),
 ]
@@ -52,9 +54,10 @@ def test_a_run_equals_one_rank_and_its_prediction(
     sections: dict[str, Any],
 ) -> None:
     ranks: Pool = request.getfixturevalue(pool)
-    of_one = {name: section for name, section in sections.items() if name != "sharded"}
-    expected = alone(ranks1, tmp_path / "one", 2 * ranks.world_size, **of_one)
-    outcome = ranks.run(run_training, sharded_config(tmp_path / "shared", layout, **sections))[0]
+    of_one = {name: section for name, section in sections.items() if name not in ("sharded", "pipeline")}
+    expected = alone(ranks1, tmp_path / "one", 8, **of_one)
+    num_micro = 8 * layout.get("pipe", 1) // ranks.world_size
+    outcome = ranks.run(run_training, sharded_config(tmp_path / "shared", layout, num_micro, **sections))[0]
     assert losses(outcome.folder) == pytest.approx(expected[0], rel=1e-9)
     assert scores(outcome.folder) == pytest.approx(expected[1], rel=1e-9)
     assert_sent_as_predicted(outcome.folder)
@@ -65,12 +68,12 @@ def assert_sent_as_predicted(folder: Path) -> None:
     opened = RunFolder.open(folder)
     rows = as_json(Facts(opened))["transfers"]
     predicted = [row for row in rows if row["predicted_bytes"] is not None]
-    assert {"unit root weights", "unit blocks.0 gradients", "gradient norm", "evaluation passes"} <= {
-        row["label"] for row in predicted
-    }
+    labels = {row["label"] for row in predicted}
+    assert {"gradient norm", "evaluation passes"} <= labels
+    assert {"unit root weights", "unit blocks.0 gradients"} <= labels or {"stage weights", "stage gradients"} <= labels
     assert not [row for row in predicted if not row["equal"]]
     others = {row["label"] for row in rows if row not in predicted and row["axis"] != "data"}
-    assert others <= {"checkpoint", "results"}
+    assert others <= {"checkpoint", "results"} or "stage weights" in labels  # where other stages send what rank 0 does not
     each_step = sum(row.wire_bytes_per_step for row in opened.predicted().transfers if row.every == 1)  # type: ignore[union-attr]
     assert median(event.wire_bytes for event in opened.steps()) == each_step
 
@@ -100,12 +103,13 @@ def test_resumed_equals_uninterrupted(ranks4: Pool, tmp_path: Path, sections: di
 
 TURNS = [
     [("shard", 4), ("data", 4), ("shard", 2), ("tensor", 2), ("shard", 4)],
-    [("shard", 2), ("tensor", 2), ("shard", 2), ("data", 4), ("shard", 2)],
+    [("shard", 2), ("tensor", 2), ("pipe", 2), ("data", 4), ("pipe", 2)],
 ]
 DEGREES: dict[tuple[str, int], dict[str, int]] = {
     ("shard", 4): {"shard": 4},
     ("shard", 2): {"shard": 2, "data": 2},
     ("data", 4): {"data": 4},
+    ("pipe", 2): {"pipe": 2, "shard": 2},
     ("tensor", 2): {"tensor": 2, "pipe": 2},
 }
 
@@ -121,7 +125,7 @@ def test_any_layout_goes_on_with_what_any_other_wrote(
     run = {"run": str(tmp_path / "run")}
     for number, turn in enumerate(turns):
         layout, stop_after = DEGREES[turn], 3 * (number + 1) - 1
-        config = sharded_config(tmp_path, layout, 8 if "tensor" in layout else 2, train=run, **model)
+        config = sharded_config(tmp_path, layout, 8 if "tensor" in layout else 4 if "pipe" in layout else 2, train=run, **model)
         outcomes = ranks4.run(run_training, config, tmp_path / "run" if number else None, stop_after)
         assert {one.reason for one in outcomes} == {"interrupted" if stop_after < 12 else "done"}
     assert losses(tmp_path / "run") == pytest.approx(expected[0], rel=1e-9)

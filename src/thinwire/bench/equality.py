@@ -52,9 +52,9 @@ def _cases(ranks: int) -> list[dict[str, Any]]:
         outer, pipe, seq = used["outer"], used["pipe"], used["seq"]
         if prod(degrees) != ranks or (seq > 1 and ranks > SEQ_RANKS):
             continue
-        if used["shard"] > 1 and max(pipe, seq, used["tensor"]) > 1:  # which do not go together
+        if used["shard"] > 1 and max(seq, used["tensor"]) > 1:  # which do not go together
             continue
-        reshards = ("always", "never") if used["shard"] > 1 else ("",)
+        reshards = ("always", "never") if used["shard"] > 1 and pipe == 1 else ("",)
         for schedule, reshard in product(STAGES_PER_RANK if pipe > 1 else ("",), reshards):
             name = " x ".join(f"{axis} {degree}" for axis, degree in used.items() if degree > 1) or "one rank"
             sections: dict[str, Any] = {}

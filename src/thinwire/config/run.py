@@ -276,11 +276,16 @@ class RunConfig(Section):
 
     def _check_sharded(self) -> None:
         degree = self.layout.shard
-        for axis in ("pipe", "seq", "tensor"):
+        for axis in ("seq", "tensor"):
             if (other := getattr(self.layout, axis)) > 1:
                 raise ValueError(
                     f"layout.shard = {degree} and layout.{axis} = {other} do not go together yet; set one of them to 1"
                 )
+        if self.layout.pipe > 1 and self.sharded != ShardedSection():
+            raise ValueError(
+                f"[sharded] says how ranks that run all layers share weights and gradients; the {degree} of a stage of "
+                f"layout.pipe = {self.layout.pipe} share the optimizer's state alone; leave the section out"
+            )
         if isinstance(self.train.optimizer, Muon):
             raise ValueError(
                 f"train.optimizer.kind = 'muon' orthonormalises whole matrices, of which a rank has some rows with "

@@ -14,11 +14,12 @@ What is trained is the shards: `LocalShards` is an ordinary module of plain tens
 the whole model; whoever has them needs to know nothing of FSDP2.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -28,30 +29,55 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.compress.sharded.api import PLAIN, ShardedCompression, compress_sharded
 from thinwire.compress.sharded.units import forget_gradients, free_gathered
 from thinwire.config.sharded import ShardedSection
+from thinwire.parallel.tensor import NORM
 from thinwire.parallel.tensor_parts import Part, Parts
 from thinwire.traffic import EVALUATION, Transfer, merged
+from thinwire.workload import Workload
 
 
-class LocalShards(nn.Module):
-    """This rank's part of each parameter, with its gradient; forward is the whole model's. parts: which rows they are."""
+class Rows(nn.Module):
+    """This rank's part of each parameter of a model, under its name there. parts: which rows they are."""
 
-    def __init__(self, model: nn.Module, parts: Parts, compression: ShardedCompression, *, reshards: bool) -> None:
-        """model: under `fully_shard`; compression: of it. reshards: "always", as above."""
+    def __init__(self, values: Mapping[str, Tensor], parts: Parts) -> None:
+        """values: in whose memory the parameters are."""
         super().__init__()
-        self._hidden: tuple[Any, ShardedCompression] = model, compression  # no submodule, whose parameters would be these too
-        self.parts, self.reshards = parts, reshards
-        self._pairs: list[tuple[nn.Parameter, Any]] = []
-        for name, sharded in model.named_parameters():
+        self.parts = parts
+        self.locals: list[nn.Parameter] = []
+        """In the order of `values`."""
+        for name, value in values.items():
             *path, last = name.split(".")
             place: nn.Module = self
             for one in path:
                 if one not in place._modules:
                     place.add_module(one, nn.Module())
                 place = place.get_submodule(one)
-            shard: Any = sharded
-            local = nn.Parameter(shard.detach().to_local())
-            place.register_parameter(last, local)
-            self._pairs.append((local, shard))
+            self.locals.append(nn.Parameter(value))
+            place.register_parameter(last, self.locals[-1])
+
+    def workload(self, whole: Workload) -> Workload:
+        """Of these parameters, and of all that `whole` computes."""
+        local = (replace(one, shape=self.parts[one.name].local_shape(one.shape)) for one in whole.parameters)
+        return replace(whole, parameters=tuple(local))
+
+
+def give_gradient(local: nn.Parameter, gradient: Tensor) -> None:
+    """Into the one that it has, which may be a view of a bucket."""
+    if local.grad is None:
+        local.grad = gradient
+    else:
+        local.grad.copy_(gradient)
+
+
+class LocalShards(Rows):
+    """With their gradients; forward is the whole model's."""
+
+    def __init__(self, model: nn.Module, parts: Parts, compression: ShardedCompression, *, reshards: bool) -> None:
+        """model: under `fully_shard`; compression: of it. reshards: "always", as above."""
+        whole: dict[str, Any] = dict(model.named_parameters())
+        super().__init__({name: shard.detach().to_local() for name, shard in whole.items()}, parts)
+        self._hidden: tuple[Any, ShardedCompression] = model, compression  # no submodule, whose parameters would be these too
+        self.reshards = reshards
+        self._pairs = list(zip(self.locals, whole.values(), strict=True))
 
     @property
     def model(self) -> Any:
@@ -75,10 +101,7 @@ class LocalShards(nn.Module):
         yield
         for local, sharded in self._pairs if last else ():
             gradient, sharded.grad = sharded.grad.to_local(), None  # FSDP2 would add the next one to it
-            if local.grad is None:
-                local.grad = gradient
-            else:
-                local.grad.copy_(gradient)
+            give_gradient(local, gradient)
 
     def rest(self) -> None:
         """Give up all that is gathered, and gradients that were not reduced: as between two steps. Local."""
@@ -89,7 +112,7 @@ class LocalShards(nn.Module):
 def apply(model: nn.Module, group: dist.ProcessGroup, ledger: Ledger, options: ShardedSection) -> LocalShards:
     """Share out `model`, which has `blocks`, and is whole and the same on all ranks of `group`, on its device. Collective over
     all ranks of the default group. Its end is `LocalShards.compression.detach`."""
-    parts = {name: part_of(parameter, group.size(), group.rank()) for name, parameter in model.named_parameters()}
+    parts = parts_of(model, group)
     always = options.reshard == "always"
     mesh = DeviceMesh.from_group(group, next(model.parameters()).device.type, mesh_dim_names=("shard",))
     blocks: Any = model.blocks
@@ -101,11 +124,20 @@ def apply(model: nn.Module, group: dist.ProcessGroup, ledger: Ledger, options: S
     return LocalShards(model, parts, compression, reshards=always)
 
 
-def part_of(parameter: Tensor, degree: int, rank: int) -> Part:
-    """The rows of rank `rank` of `degree`."""
-    rows = parameter.shape[0]
-    each = -(-rows // degree)
-    return Part(0, (range(min(rows, rank * each), min(rows, (rank + 1) * each)),), rows)
+def parts_of(model: nn.Module, group: dist.ProcessGroup) -> dict[str, Part]:
+    """The rows of this rank."""
+
+    def part(rows: int) -> Part:
+        each = -(-rows // group.size())
+        return Part(0, (range(min(rows, group.rank() * each), min(rows, (group.rank() + 1) * each)),), rows)
+
+    return {name: part(parameter.shape[0]) for name, parameter in model.named_parameters()}
+
+
+def norm_transfer(dtype: torch.dtype) -> Transfer:
+    """Of the norm of the gradient of parameters of this dtype."""
+    item = torch.promote_types(dtype, torch.float32).itemsize
+    return Transfer(label=NORM, axis="shard", op="all_reduce", message_bytes=item, item_bytes=item)
 
 
 def traffic(shards: LocalShards, num_micro: int) -> list[Transfer]:

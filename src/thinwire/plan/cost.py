@@ -180,7 +180,7 @@ def predict(
                 wire_bytes_per_step=sent[rank] * transfer.calls / transfer.every,
                 seconds=seconds,
                 even=len({sent[one] for one in mine}) == 1
-                and (alike or len(groups) == 1 or transfer.axis == "shard")
+                and (alike or len(groups) == 1 or (transfer.axis == "shard" and setting.stages is None))
                 and transfer.label != EVALUATION,  # some replicas have a batch less
             )
         )

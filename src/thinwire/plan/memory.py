@@ -19,8 +19,9 @@ K of keys, F hidden, V vocabulary, as autograd keeps them (`models.transformer`)
 Ranks of a pipeline hold the activations of as many micro-batches as the schedule has under way (`parallel.balance.in_flight`).
 
 One of s ranks that share the states keeps the s-th part of weights, gradients and the optimizer's. Gathered are beside them the
-root and three blocks, or all (`sharded.reshard = "never"`), and whole gradients of as many, or of all where micro-batches are
-added up first; codes owe a byte a value; under way is the largest unit as it is gathered, coded, sent and received.
+root and three blocks, or all (`sharded.reshard = "never"`, or of a pipeline's stages), and whole gradients of as many, or of all
+where micro-batches are added up first; codes owe a byte a value; under way is the largest unit as it is gathered, coded, sent and
+received.
 
 One of t tensor ranks has the t-th part of matrices, and of attention, mlp and loss. Under autocast a copy of all matrices in 2
 bytes a value goes along. What blocks keep comes and goes in pieces of some MiB, among which the allocator loses room.
@@ -146,15 +147,16 @@ def _need_sharded(config: RunConfig, workload: Workload, layout: Layout, activat
     blocks = [
         sum(one.stored_bytes for one in workload.parameters if one.name.startswith(f"{name}.")) for name in workload.block_names
     ]
+    always = config.sharded.reshard == "always" and layout.pipe == 1
     some = min(whole, whole - sum(blocks) + GATHERED_BLOCKS * max(blocks))
     passing = SENT_AT_ONCE * max(whole - sum(blocks), *blocks)
     return replace(
         own,
-        weights_bytes=own.weights_bytes + (some if config.sharded.reshard == "always" else whole),
-        gradients_bytes=own.weights_bytes + (whole if config.sync.accumulate > 1 else some),
+        weights_bytes=own.weights_bytes + (some if always else whole),
+        gradients_bytes=own.weights_bytes + (some if always and config.sync.accumulate == 1 else whole),
         exchange_bytes=own.exchange_bytes + (0 if config.sharded.gradients == "none" else workload.num_parameters),
         under_way_bytes=max(own.under_way_bytes, passing),
-        parts=layout.shard,
+        parts=layout.pipe * layout.shard,
     )
 
 

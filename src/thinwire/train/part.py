@@ -40,6 +40,7 @@ from thinwire.workload import Workload
 
 if TYPE_CHECKING:
     from thinwire.parallel.pipeline import Pipeline
+    from thinwire.parallel.stage_shards import StageShards
 
 Precision = Callable[[], AbstractContextManager]
 """Entered around each forward pass, such as torch.autocast."""
@@ -57,6 +58,7 @@ class Part:
     count: int = 1
     tensor: TensorPart | None = None
     sharded: ShardedPart | None = None
+    stage_shards: StageShards | None = None
     pipeline: Pipeline | None = None
     stages: Stages | None = None
 
@@ -69,7 +71,10 @@ class Part:
     @property
     def shards(self) -> Parts:
         """Of parameters that are split themselves."""
-        return self.tensor.parts if self.tensor else self.sharded.shards.parts if self.sharded else {}
+        if self.tensor is not None:
+            return self.tensor.parts
+        rows = self.sharded.shards if self.sharded else self.stage_shards
+        return {} if rows is None else rows.parts
 
     def stepper(
         self, attached: nn.Module, optimizer: torch.optim.Optimizer, sync: Synchroniser, task: LanguageModel, train: TrainSection
@@ -90,7 +95,7 @@ class Part:
             return ShardedStepper(**usual_fields, part=self.sharded)
         if self.pipeline is None:
             return usual
-        return PipelinedStepper(**usual_fields, pipeline=self.pipeline)
+        return PipelinedStepper(**usual_fields, pipeline=self.pipeline, shards=self.stage_shards)
 
     def pacer(self, flops_per_s: float) -> Pacer | Pace:
         """Of a device that achieves `flops_per_s` in training; see `paced`."""
@@ -108,14 +113,16 @@ class Part:
         assert self.pipeline is not None, "only stages have such a pace"
         return pacer.attached(self.pipeline)
 
-    def traffic(self, num_micro: int) -> list[Transfer]:
-        """What is sent within one replica in a step."""
+    def traffic(self, num_micro: int, train: TrainSection) -> list[Transfer]:
+        """What is sent within one replica in a step, or between those that share states."""
         found = [] if self.pipeline is None else self.pipeline.traffic(num_micro)
         if self.tensor is not None:
             counted = self.module.named_parameters() if self.pipeline is None else self.pipeline.counted()
             found += self.tensor.traffic(num_micro, counted)
         if self.sharded is not None:
             found += self.sharded.traffic(num_micro)
+        if self.stage_shards is not None:
+            found += self.stage_shards.traffic(clips=train.clip > 0)
         return found
 
     def close(self) -> None:
@@ -123,8 +130,10 @@ class Part:
         if self.sharded is not None:
             self.sharded.shards.compression.detach()
 
-    def evaluation_traffic(self, task: LanguageModel, replica: int) -> list[Transfer]:
+    def evaluation_traffic(self, task: LanguageModel, replica: int, train: TrainSection) -> list[Transfer]:
         """What an evaluation sends between tensor ranks, or those of the shard axis."""
+        if self.stage_shards is not None:
+            return self.stage_shards.evaluation_traffic(train.eval_every)
         split = self.tensor or self.sharded
         return [] if split is None else split.evaluation_traffic(task, replica)
 
@@ -156,11 +165,11 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
         sequence.apply(model, place.groups["seq"], ledger)
         workload = replace(workload, tokens_per_microbatch=workload.tokens_per_microbatch // layout.seq)
     norm = gradient_norm if split is None else split.norm
-    if layout.shard > 1:
+    if layout.shard > 1 and layout.pipe == 1:
         shared = ShardedPart.split(model, config, place.groups["shard"], ledger, workload)
         return Part(
             module=shared.shards,
-            workload=shared.workload,
+            workload=shared.shards.workload(workload),
             precision=place.precision,
             norm=shared.norm,
             number=shared.group.rank(),
@@ -190,19 +199,32 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
     pipeline = Pipeline(model, cut, place.groups["pipe"], ledger, model.loss, place.precision)
     if task.shape.tied:
         pipeline.shares_tied = _averages_apart(config, layout.of_gradients.data)
+        if layout.shard > 1 and pipeline.shares_tied:
+            raise UserError(
+                f"model.tied = true: the first and the last stage of layout.pipe = {layout.pipe} share the embedding, of which "
+                f"the shards of layout.data = {layout.data} replicas would be averaged in two ways; set model.tied = false"
+            )
         if _averages_apart(config, layout.outer):
             raise UserError(
                 f"model.tied = true: the first and the last stage of layout.pipe = {layout.pipe} share the embedding, which "
                 f"layout.outer = {layout.outer} replicas that exchange rarely would average in two ways; set model.tied = false"
             )
+    module, own = pipeline.owner, stage_workload(workload, cut, pipeline)
+    stage_shards = None
+    if layout.shard > 1:
+        from thinwire.parallel.stage_shards import StageShards
+
+        module = stage_shards = StageShards(pipeline.owner, place.groups["shard"], ledger)
+        norm, row, own = stage_shards.norm_of, stage_shards.group.rank(), stage_shards.workload(own)
     return Part(
-        module=pipeline.owner,
-        workload=stage_workload(workload, cut, pipeline),
+        module=module,
+        workload=own,
         precision=place.precision,
         norm=norm,
-        number=pipeline.rank * layout.tensor + row,
-        count=layout.pipe * layout.tensor,
+        number=pipeline.rank * layout.tensor * layout.shard + row,
+        count=layout.pipe * layout.tensor * layout.shard,
         tensor=split,
+        stage_shards=stage_shards,
         pipeline=pipeline,
         stages=stages_of(workload, cut, config.sync.accumulate, split),
     )

@@ -14,7 +14,7 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.config.run import RunConfig, TrainSection
 from thinwire.parallel import sharded
 from thinwire.parallel.sharded import LocalShards
-from thinwire.parallel.tensor import NORM, gradient_norm
+from thinwire.parallel.tensor import gradient_norm
 from thinwire.parallel.waits import Waits
 from thinwire.plan.sharded import ShardedPasses
 from thinwire.traffic import EVALUATION, Transfer
@@ -44,13 +44,6 @@ class ShardedPart:
         return cls(shards=shards, whole=workload, group=group, ledger=ledger, train=config.train, waits=waits)
 
     @property
-    def workload(self) -> Workload:
-        """Of this rank's parameters, and of all that it computes."""
-        parts = self.shards.parts
-        local = (replace(one, shape=parts[one.name].local_shape(one.shape)) for one in self.whole.parameters)
-        return replace(self.whole, parameters=tuple(local))
-
-    @property
     def passes(self) -> ShardedPasses:
         """For predictions."""
         _, *blocks, head = (self.whole.tokens_per_microbatch * flops for flops in self.whole.chain_flops_per_token)
@@ -70,10 +63,7 @@ class ShardedPart:
     def traffic(self, num_micro: int) -> list[Transfer]:
         """What this rank sends in a step."""
         found = sharded.traffic(self.shards, num_micro)
-        if self.train.clip:
-            item = torch.promote_types(next(self.shards.parameters()).dtype, torch.float32).itemsize
-            found.append(Transfer(label=NORM, axis="shard", op="all_reduce", message_bytes=item, item_bytes=item))
-        return found
+        return [*found, sharded.norm_transfer(self.shards.locals[0].dtype)] if self.train.clip else found
 
     def evaluation_traffic(self, task: Any, replica: int) -> list[Transfer]:
         """What one evaluation sends."""

@@ -276,11 +276,11 @@ def _predict(
         sharded=part.sharded.passes if part.sharded else None,
     )
     transfers = [
-        *part.traffic(config.sync.accumulate),
+        *part.traffic(config.sync.accumulate, config.train),
         *stepper.sync.traffic(part.workload, layout),
         *stepper.norm_traffic(),
         *stepper.evaluation_traffic(task, layout.replica(dist.get_rank())),
-        *part.evaluation_traffic(task, layout.replica(dist.get_rank())),
+        *part.evaluation_traffic(task, layout.replica(dist.get_rank()), config.train),
         *report_traffic(config.train, layout.report_axis, layout.world_size),
     ]
     carrier = setup.choose_carrier(rank.tuner, cluster, groups, transfers)
