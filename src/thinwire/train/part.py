@@ -209,15 +209,15 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
                 f"model.tied = true: the first and the last stage of layout.pipe = {layout.pipe} share the embedding, which "
                 f"layout.outer = {layout.outer} replicas that exchange rarely would average in two ways; set model.tied = false"
             )
-    module, own = pipeline.owner, stage_workload(workload, cut, pipeline)
+    own = stage_workload(workload, cut, pipeline)
     stage_shards = None
     if layout.shard > 1:
         from thinwire.parallel.stage_shards import StageShards
 
-        module = stage_shards = StageShards(pipeline.owner, place.groups["shard"], ledger)
+        stage_shards = StageShards(pipeline.owner, place.groups["shard"], ledger)
         norm, row, own = stage_shards.norm_of, stage_shards.group.rank(), stage_shards.workload(own)
     return Part(
-        module=module,
+        module=stage_shards or pipeline.owner,
         workload=own,
         precision=place.precision,
         norm=norm,
