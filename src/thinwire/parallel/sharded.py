@@ -125,13 +125,15 @@ def apply(model: nn.Module, group: dist.ProcessGroup, ledger: Ledger, options: S
 
 
 def parts_of(model: nn.Module, group: dist.ProcessGroup) -> dict[str, Part]:
-    """The rows of this rank."""
+    """Of each parameter the rows of this rank."""
+    degree, rank = group.size(), group.rank()
+    return {name: rows_of(parameter.shape[0], degree, rank) for name, parameter in model.named_parameters()}
 
-    def part(rows: int) -> Part:
-        each = -(-rows // group.size())
-        return Part(0, (range(min(rows, group.rank() * each), min(rows, (group.rank() + 1) * each)),), rows)
 
-    return {name: part(parameter.shape[0]) for name, parameter in model.named_parameters()}
+def rows_of(rows: int, degree: int, rank: int) -> Part:
+    """As FSDP2 cuts."""
+    each = -(-rows // degree)
+    return Part(0, (range(min(rows, rank * each), min(rows, (rank + 1) * each)),), rows)
 
 
 def norm_transfer(dtype: torch.dtype) -> Transfer:
