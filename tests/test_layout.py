@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thinwire.errors import UserError
-from thinwire.layout import AXES, Layout
+from thinwire.layout import AXES, EVERYONE, Layout
 
 layouts = st.builds(Layout, **{axis: st.integers(1, 4) for axis in AXES})
 
@@ -50,6 +50,9 @@ def test_gradients_are_averaged_over_replicas_and_over_the_ranks_of_a_sequence(l
         assert {(place.pop("data"), place.pop("seq")) for place in places} == set(product(range(layout.data), range(layout.seq)))
         assert all(place == places[0] for place in places)
     assert layout.of_gradients.replicas == layout.replicas * layout.seq
+    assert layout.senders("data") == layout.of_gradients.groups("data") and layout.senders("seq") == layout.groups("seq")
+    for axis in ("outer", "pipe", "tensor", EVERYONE):
+        assert layout.senders(axis) == layout.groups(axis)
 
 
 @given(layouts, st.integers(1, 2000))

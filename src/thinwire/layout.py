@@ -97,6 +97,21 @@ class Layout:
             members.setdefault(tuple(place[other] for other in AXES if other not in varied), []).append(rank)
         return [tuple(group) for group in members.values()]
 
+    def senders(self, axis: str) -> list[tuple[int, ...]]:
+        """The groups in which what training sends over `axis` travels: averages over replicas go over ranks of a sequence too."""
+        return (self if axis == "seq" else self.of_gradients).groups(axis)
+
     def __str__(self) -> str:
         used = [f"{axis} {degree}" for axis, degree in zip(AXES, self.degrees, strict=True) if degree > 1]
         return " x ".join(used) or "data 1"
+
+
+def check_sequence(sequence: int, degree: int) -> None:
+    """UserError unless so many tokens can be shared out to `degree` ranks of the seq axis."""
+    if degree > 1 and sequence % (2 * degree):
+        possible = [one for one in range(1, sequence + 1) if one == 1 or sequence % (2 * one) == 0]
+        nearest = min(possible, key=lambda one: abs(one - degree))
+        raise UserError(
+            f"layout.seq = {degree}: each rank takes two of {2 * degree} equal slices of a sequence, and {sequence} tokens are "
+            f"no multiple of {2 * degree}; the nearest degree that can be taken is {nearest}"
+        )

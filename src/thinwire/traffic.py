@@ -23,13 +23,14 @@ class Transfer:
     message_bytes  what each rank hands to the op in one call
     item_bytes     of one number in it; a collective cuts no number in two
     calls          calls per event
+    around         of a send: each rank of the group sends to the next one, the last to the first; else one rank sends
     every          optimizer steps between events (1: each step)
     event          the same for rare transfers that follow one another and hide under the same compute; "": alone
     window_flops   compute that is still to run when the message is ready and under which it may hide, in flops of one
                    rank; 0: a rank waits at once
     work_s         seconds of one rank's processor that belong to one call, before or after it: coding and decoding
-    in_passes      whether forward and backward passes stand still for it: nothing of it hides, and what may hide under compute
-                   does not hide under it
+    in_passes      whether forward and backward passes stand still for what of each call does not hide under its window; what may
+                   hide under other compute does not hide under it
     """
 
     label: str
@@ -42,6 +43,7 @@ class Transfer:
     event: str = ""
     window_flops: float = 0.0
     work_s: float = 0.0
+    around: bool = False
     in_passes: bool = False
 
 

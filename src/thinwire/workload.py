@@ -9,13 +9,14 @@ the form of Kaplan et al. 2020 and Chowdhery et al. 2022 (PaLM, appendix B). Att
 kernels that skip the masked half do about half of `4 L h s`, and a flash kernel's backward recomputes `2 L h s`.
 
 The backward pass visits the operations in reverse, so when the gradient of a parameter is ready, what remains is the
-backward of everything that ran before the parameter's first use: twice `Parameter.forward_flops_before`.
+backward of everything that ran before the parameter's first use: twice `Parameter.forward_flops_before`, and what of that is
+computed again (`recomputing`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
@@ -25,6 +26,8 @@ from thinwire.errors import UserError
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 OPTIMIZER_VALUES_PER_PARAMETER = {"adamw": 2, "sgd": 1, "muon": 1, "signsgd": 0}
 BACKWARD_OVER_FORWARD = 2.0
+AGAIN = {"selective": ("attention.qkv.", "mlp.up."), "full": ("attention.", "mlp.up.")}
+"""Products of a block that its backward pass computes again (`parallel.recompute`); with qkv goes attention itself."""
 
 
 def plain_name(name: str) -> str:
@@ -34,7 +37,8 @@ def plain_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor of the model. `forward_flops_before`: per token, all that runs before its first use.
+    """One tensor of the model. `forward_flops_before`: per token, all that runs before its first use; recomputed_flops_before: of
+    that, what the backward pass has still to compute again when this gradient is ready.
 
     dtype: of its gradient as a bucket holds it: of a complex parameter that of its real numbers.
     """
@@ -43,6 +47,7 @@ class Parameter:
     shape: tuple[int, ...]
     forward_flops_before: float = 0.0
     dtype: str = "float32"
+    recomputed_flops_before: float = 0.0
 
     @property
     def numel(self) -> int:
@@ -63,13 +68,14 @@ class Parameter:
 class Workload:
     """One micro-batch of a model on one rank. Parameters stand in the order of `model.parameters()`.
 
-    block_names: of the equal repeated blocks.
+    block_names: of the equal repeated blocks. recomputed_flops_per_token: what the backward pass computes again.
     """
 
     parameters: tuple[Parameter, ...]
     forward_flops_per_token: float
     tokens_per_microbatch: int
     block_names: tuple[str, ...] = ()
+    recomputed_flops_per_token: float = 0.0
 
     @classmethod
     def of_transformer(cls, config: ModelConfig, micro_batch: int, sequence: int) -> Workload:
@@ -137,7 +143,7 @@ class Workload:
 
     @property
     def backward_flops_per_token(self) -> float:
-        return BACKWARD_OVER_FORWARD * self.forward_flops_per_token
+        return BACKWARD_OVER_FORWARD * self.forward_flops_per_token + self.recomputed_flops_per_token
 
     @property
     def flops_per_token(self) -> float:
@@ -150,10 +156,37 @@ class Workload:
     @property
     def chain_flops_per_token(self) -> tuple[float, ...]:
         """Forward, of each unit between which a transformer may be cut: embeddings, each block, the last norm with the head."""
-        first = [next(one for one in self.parameters if one.name.startswith(f"{block}.")) for block in self.block_names]
-        last = self.parameter("norm.weight")
-        begins = [*(one.forward_flops_before for one in first), last.forward_flops_before, self.forward_flops_per_token]
+        begins = [*(one.forward_flops_before for one in self._begins), self.forward_flops_per_token]
         return (0.0, *(end - begin for begin, end in pairwise(begins)))
+
+    @property
+    def chain_recomputed_per_token(self) -> tuple[float, ...]:
+        """What the backward pass computes again, of the same units."""
+        begins = [*(one.recomputed_flops_before for one in self._begins), self.recomputed_flops_per_token]
+        return (0.0, *(end - begin for begin, end in pairwise(begins)))
+
+    @property
+    def _begins(self) -> list[Parameter]:
+        """The first of each unit behind the embeddings."""
+        first = [next(one for one in self.parameters if one.name.startswith(f"{block}.")) for block in self.block_names]
+        return [*first, self.parameter("norm.weight")]
+
+    def recomputing(self, kinds: Mapping[str, str]) -> Workload:
+        """The same, where blocks are computed again in the backward pass: "selective" or "full", by name.
+
+        A block is computed again in one piece when it is full, attention and MLP apart when it is selective.
+        """
+        ends = [*(one.forward_flops_before for one in self.parameters[1:]), self.forward_flops_per_token]
+        so_far, total, piece, placed = 0.0, 0.0, "", []
+        for one, end in zip(self.parameters, ends, strict=True):
+            block, inner = ".".join(one.name.split(".")[:2]), ".".join(one.name.split(".")[2:])
+            kind = kinds.get(block, "")
+            if piece != (piece := block if kind == "full" else f"{block}.{inner.partition('.')[0]}"):
+                so_far = total
+            placed.append(replace(one, recomputed_flops_before=so_far))
+            if kind and inner.startswith(AGAIN[kind]):
+                total += end - one.forward_flops_before
+        return replace(self, parameters=tuple(placed), recomputed_flops_per_token=total)
 
     def part(self, names: Collection[str], forward_flops_per_token: float) -> Workload:
         """Of a rank that has these parameters of the model, and computes so much of a forward pass."""
@@ -177,7 +210,8 @@ class Workload:
 
     def backward_flops_remaining(self, name: str) -> float:
         """Per token: what the backward pass still has to do when this parameter's gradient is ready."""
-        return BACKWARD_OVER_FORWARD * self.parameter(name).forward_flops_before
+        parameter = self.parameter(name)
+        return BACKWARD_OVER_FORWARD * parameter.forward_flops_before + parameter.recomputed_flops_before
 
     @property
     def stored_bytes(self) -> int:

@@ -22,7 +22,10 @@ TOML = '[train]\nsteps = 4\nrun = "run"\n'
         ("[model]\nwidth = 100\nheads = 3\nlayers = 1", r"bad.toml: model: width 100 is not a multiple of heads 3"),
         ("[train]\nsteps = ", r"bad.toml: not valid TOML"),
         ("[layout]\ndata = 3\n[train]\nranks = 2", r"layout data 3 needs 3 ranks, but there are 2"),
-        ("[layout]\nseq = 2\n[train]\nranks = 2", r"layout.seq = 2: training over this axis does not exist yet"),
+        (
+            "[layout]\nseq = 2\n[train]\nsequence = 66",
+            r"66 tokens are no multiple of 4; the nearest degree that can be taken is 1",
+        ),
         ('[train]\nbackend = "mpi"\nranks = 3', r"are started by mpiexec -n 3 thinwire train ..."),
         ('[cluster]\nfile = "nowhere"', r"there is no cluster 'nowhere'; give a .toml file or one of: "),
     ],

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.heavy
 
 SHAPES = {
     "rotary": ModelConfig(layers=3, width=32, heads=4, kv_heads=2, hidden=48, vocabulary=37, context=40, init_std=0.3),
+    "uneven": ModelConfig(layers=2, width=36, heads=9, kv_heads=3, hidden=41, vocabulary=37, context=40, init_std=0.3),
     "learned": ModelConfig(
         layers=2,
         width=32,
@@ -93,7 +94,8 @@ def on_axes(context: Rank, shape: str, pipe: int, tensor: int, sampling: Samplin
 
 @pytest.mark.parametrize("sampling", [Sampling(), DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize(
-    ("shape", "pipe", "tensor"), [("rotary", 2, 1), ("rotary", 1, 2), ("learned", 2, 1), ("learned", 1, 2), ("rotary", 2, 2)]
+    ("shape", "pipe", "tensor"),
+    [("rotary", 2, 1), ("rotary", 1, 2), ("learned", 2, 1), ("learned", 1, 2), ("rotary", 2, 2), ("uneven", 1, 2)],
 )
 def test_every_layout_gives_the_same_tokens(
     request: pytest.FixtureRequest, shape: str, pipe: int, tensor: int, sampling: Sampling

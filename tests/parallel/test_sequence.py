@@ -1,7 +1,8 @@
 """Ranks that share sequences give what one rank with the whole sequences gives, in all mixtures, and send what they say."""
 
+import time
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,23 @@ from torch.utils.checkpoint import checkpoint
 from pool import Pool, Rank
 from thinwire.bench.peers import rank as bench
 from thinwire.bench.peers.layout_equality import learn, one_rank
+from thinwire.collectives.clock import HostClock
 from thinwire.collectives.ledger import difference
 from thinwire.config.model import ModelConfig
 from thinwire.config.pipeline import PipelineSection
 from thinwire.config.run import RunConfig
 from thinwire.errors import UserError
-from thinwire.layout import AXES, Layout
+from thinwire.layout import AXES, Layout, check_sequence
 from thinwire.models.transformer import Transformer, causal_attention
 from thinwire.parallel import sequence, sequence_attention, tensor
 from thinwire.parallel.cut import cut_model
 from thinwire.parallel.pipeline import Pipeline
-from thinwire.parallel.sequence import Share, check
+from thinwire.parallel.sequence import Share
 from thinwire.parallel.sequence_attention import Ring, pairs
+from thinwire.parallel.tensor_parts import local_workload
+from thinwire.parallel.waits import Waits
+from thinwire.plan.memory import ALLOCATOR, activations_bytes
+from thinwire.workload import Workload
 
 pytestmark = pytest.mark.heavy
 
@@ -87,7 +93,7 @@ def test_all_pairs_are_seen_once_and_each_turn_is_equal_work(degree: int, width:
 @pytest.mark.parametrize(("tokens", "degree", "nearest"), [(12, 4, 3), (16, 3, 2), (7, 2, 1), (96, 5, 4), (40, 32, 20)])
 def test_a_sequence_that_cannot_be_cut_is_refused_with_the_nearest_degree(tokens: int, degree: int, nearest: int) -> None:
     with pytest.raises(UserError, match=rf"layout.seq = {degree}: .* {tokens} tokens are no .* taken is {nearest}$"):
-        check(tokens, degree)
+        check_sequence(tokens, degree)
 
 
 def refusal(rank: Rank, model: nn.Module) -> str:
@@ -150,6 +156,38 @@ def test_attention_is_that_of_the_whole_sequence(
         for got, expected in zip(found, (y.detach(), q.grad, k.grad, v.grad), strict=True):
             assert got.dtype == dtype
             torch.testing.assert_close(got.double(), share.of(expected.mT).mT, rtol=within, atol=within)
+
+
+def paced_attention(rank: Rank, turn_s: float) -> list[float]:
+    """Seconds of a forward, a backward and an evaluation pass with such turns, and those that the ring waited in the first two:
+    of some tries the least, for a busy machine wakes a sleeper late, but never early."""
+    group, waits = new_group(rank), Waits(HostClock())
+    ring = Ring(group, rank.ledger, waits=waits)
+    ring.turn_s = turn_s
+    tries = []
+    for _ in range(5):
+        q, k, v, dy = (one.requires_grad_() for one in qkv(LENGTH, torch.float32))
+        waits.clear()
+        moments = [time.perf_counter()]
+        y = ring.attend(q, k, v)
+        moments.append(time.perf_counter())
+        y.backward(dy)
+        moments.append(time.perf_counter())
+        waited_s = waits.seconds()
+        with torch.no_grad():
+            ring.attend(q, k, v)
+        moments.append(time.perf_counter())
+        tries.append([*(end - begin for begin, end in pairwise(moments)), waited_s])
+    return [min(several) for several in zip(*tries, strict=True)]
+
+
+@pytest.mark.timed
+def test_paced_turns_take_as_long_as_declared_and_messages_travel_meanwhile(ranks2: Pool) -> None:
+    """So what hides under a turn is no waiting; evaluation is not paced."""
+    turn_s = 0.05
+    for forward_s, backward_s, evaluation_s, waited_s in ranks2.run(paced_attention, turn_s):
+        assert 2 * turn_s <= forward_s < 3 * turn_s and 4 * turn_s <= backward_s < 6 * turn_s
+        assert evaluation_s < turn_s and waited_s < turn_s
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
@@ -215,6 +253,16 @@ def test_a_rank_keeps_its_share_of_activations_and_what_keys_and_values_it_is_to
     whole, shared, keeping = (ranks2.run(kept_bytes, config, *case)[0] for case in ((1, True), (2, False), (2, True)))
     assert 0.5 < shared / whole < 0.55
     assert keeping - shared == 3 * 2 * ROWS * (LENGTH // 2) * config.kv_heads * config.head_width * 4
+
+
+def test_a_block_keeps_the_memory_that_is_predicted(ranks2: Pool) -> None:
+    def predicted(config: ModelConfig) -> float:
+        workload = local_workload(Workload.of_transformer(config, ROWS, LENGTH), config, 1, seq=2)
+        return activations_bytes(config, workload, casts=False, seq=2) / ALLOCATOR
+
+    short, long = (shape(layers=layers, width=64, hidden=128, kv_heads=2, dtype="float32") for layers in (1, 4))
+    kept = [ranks2.run(kept_bytes, config, 2, True)[0] for config in (short, long)]
+    assert kept[1] - kept[0] == pytest.approx(predicted(long) - predicted(short), rel=0.05)
 
 
 # -- what is sent -----------------------------------------------------------------------------------------------------

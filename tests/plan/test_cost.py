@@ -186,6 +186,57 @@ def test_passes_stand_still_for_tensor_ranks_and_buckets_hide_under_compute_alon
     assert both.compute_s == plain.compute_s and both.waiting_s == plain.waiting_s
 
 
+def around(message_bytes: int, calls: int = 1, window_flops: float = 0.0) -> Transfer:
+    return Transfer(
+        label="keys and values",
+        axis="seq",
+        op="send",
+        message_bytes=message_bytes,
+        calls=calls,
+        window_flops=window_flops,
+        in_passes=True,
+        around=True,
+    )
+
+
+def test_passes_stand_still_for_what_of_a_ring_does_not_hide_under_its_turns() -> None:
+    """Each message by itself: what one turn has to spare is no use to another."""
+    ring = replace(setting(), layout=Layout(seq=4))
+    (priced,) = predict(ring, [around(2**16, calls=6)]).transfers
+    each_s = priced.seconds / 6
+    for hidden, exposed_s in ((0.0, 6 * each_s), (each_s / 3, 4 * each_s), (2 * each_s, 0.0)):
+        assert predict(ring, [around(2**16, 6, hidden * 10e9)]).exposed_s == pytest.approx(exposed_s)
+    found = predict(ring, [around(2**16)])
+    assert sum(found.links.values()) == 8 * 2**16, "each rank sends to the next: up to the switch, and down again"
+    assert found.transfers[0].even and found.transfers[0].wire_bytes_per_step == 2**16
+    assert found.tokens_per_step == 4 * WORKLOAD.tokens_per_microbatch, "of which the workload is one rank's share"
+
+
+def test_rings_of_replicas_share_their_hosts_links_and_gradients_are_averaged_over_all() -> None:
+    """Two rings over the same two hosts take as long as one with twice the message."""
+    eight = replace(setting(), cluster=load_cluster("four-hosts-of-two-100mbit"), flops_per_s=(10e9,) * 8)
+    apart, together = (replace(eight, layout=Layout(data=data, seq=8 // data)) for data in (4, 2))
+    assert predict(apart, [around(2**20)]).exposed_s < 0.01 * predict(together, [around(2**20)]).exposed_s, "a host's own ring"
+    crossing = replace(eight, layout=Layout(seq=4, tensor=2))
+    one, both = (
+        predict(crossing, [around(2**20)]).exposed_s,
+        predict(replace(eight, layout=Layout(seq=8)), [around(2**20)]).exposed_s,
+    )
+    assert one == pytest.approx(2 * both, rel=0.05), "each host sends to the next twice, and once"
+    gradients = predict(together, [transfer(2**20)]).transfers[0]
+    assert gradients.seconds == predict(replace(eight, layout=Layout(data=8)), [transfer(2**20)]).transfers[0].seconds
+
+
+def test_tensor_ranks_with_uneven_parts_wait_for_the_one_that_has_most() -> None:
+    split = replace(setting(), layout=Layout(data=2, tensor=2), tensor_flops=(3e9, 1e9))
+    assert len(set(split.flops_per_s)) == 1
+    most, least = (predict(split, [], rank) for rank in (0, 1))
+    assert most.waiting_s == 0 and least.compute_s == pytest.approx(most.compute_s / 3)
+    assert least.compute_s + least.waiting_s == pytest.approx(most.compute_s)
+    even = replace(split, tensor_flops=())
+    assert not predict(split, [transfer(2**16)]).transfers[0].even and predict(even, [transfer(2**16)]).transfers[0].even
+
+
 def test_groups_of_replicas_of_tensor_ranks_share_their_hosts_links() -> None:
     """Two ranks of a host, each with half the model, take as long for their halves as one with all of it takes for the whole."""
     cluster = load_cluster("four-hosts-of-two-100mbit")

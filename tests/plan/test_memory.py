@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,23 @@ import torch
 
 from command import one_line, ranks_of, started
 from thinwire.config.model import ModelConfig
-from thinwire.config.run import load_run
+from thinwire.config.run import RunConfig, load_run
 from thinwire.errors import UserError
+from thinwire.layout import Layout
 from thinwire.measure.memory import Free, Room, free_memory, rooms, total_memory
 from thinwire.models.transformer import Transformer
-from thinwire.plan.memory import ALLOCATOR, TOLERANCE, Need, activations_bytes, check, line, need
+from thinwire.plan.memory import (
+    ALLOCATOR,
+    TOLERANCE,
+    Blocks,
+    Need,
+    activations_bytes,
+    check,
+    leaner,
+    line,
+    need,
+    recomputed_blocks,
+)
 from thinwire.workload import Workload
 
 SHAPES = [
@@ -68,6 +82,7 @@ def test_a_block_keeps_what_autograd_keeps(options: dict[str, object], casts: bo
 SMALL = ["model.layers=1", "model.width=16", "model.heads=2", "model.context=256", "train.micro_batch=1", "train.sequence=16"]
 LARGE = ["model.layers=6", "model.width=512", "model.heads=8", "model.context=256", "train.micro_batch=2", "train.sequence=64"]
 WIDE_BATCH = ["model.layers=6", "model.width=256", "model.heads=8", "model.context=512", "train.micro_batch=8"]
+LEANER = ("selective", "full")
 MEASURED = {
     "adamw": LARGE,
     "sgd": [*LARGE, "train.optimizer.kind=sgd"],
@@ -77,7 +92,9 @@ MEASURED = {
     "tensor activations": [*WIDE_BATCH, "train.sequence=256", "layout.tensor=2"],
     "sharded": [*LARGE, "model.layers=12", "layout.shard=2"],
     "sharded, added up": [*LARGE, "model.layers=12", "layout.shard=2", "sync.accumulate=2", "sharded.reshard=never"],
+    "sequence": [*WIDE_BATCH, "train.sequence=256", "layout.seq=2"],
     "activations": [*WIDE_BATCH, "train.sequence=256"],
+    "recompute": [*WIDE_BATCH, "train.sequence=256", "train.recompute=full"],
     "vocabulary": ["model.preset=1m", "model.vocabulary=20000", "train.sequence=256", "train.micro_batch=8"],
 }
 
@@ -149,6 +166,10 @@ def test_terms_follow_the_optimizer_and_what_is_exchanged() -> None:
         ).exchange_bytes
         < coded / 3
     )
+    assert needed("layout.seq=2", "compress.kind=int4") == replace(
+        needed("compress.kind=int4"), activations_bytes=needed("layout.seq=2").activations_bytes
+    ), "all but activations is as of two replicas"
+    assert 0.5 < needed("layout.seq=2").activations_bytes / needed().activations_bytes < 0.6
     assert needed("train.micro_batch=16").activations_bytes == 2 * needed("train.micro_batch=8").activations_bytes
 
 
@@ -162,6 +183,66 @@ def test_what_cannot_fit_is_refused_and_what_may_is_not() -> None:
         check(one, [Room("host0", ranks, 2 * enough), Room("host1", ranks, 0.99 * enough)])
     assert line(one, [Room("host0", 1, 2e9), Room("host1", 2, 1e9)]).endswith("; host1 has 954 MiB free for 2 ranks")
     assert line(one, []).endswith("; what is free is not known here")
+
+
+def test_the_nearest_recompute_setting_that_fits_is_named() -> None:
+    config = load_run(None, [*WIDE_BATCH, "train.sequence=512"])
+    layout = config.layout.resolve(1, rare=False)
+    plain, (selective, full) = needed(*WIDE_BATCH, "train.sequence=512", ranks=1), LEANER
+    less = leaner(config, config.model.shape(), layout, casts=False)
+    assert list(less) == [selective, full] and plain.rank_bytes > less[selective].rank_bytes > less[full].rank_bytes
+    assert less[full] == needed(*WIDE_BATCH, "train.sequence=512", "train.recompute=full", ranks=1)
+    for free, said in (
+        (1.01 * less[selective].rank_bytes, "take train.recompute = 'selective', with which they need"),
+        (1.01 * less[full].rank_bytes, "take train.recompute = 'full', with which they need"),
+        (0.5 * less[full].rank_bytes, "take a smaller model.preset"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check(plain, [Room("host0", 1, free)], less)
+
+
+def test_a_budget_is_met_with_the_fewest_operations() -> None:
+    """Against all choices; with stages, of which the first holds more micro-batches, and with tensor ranks that differ."""
+    heads = ["model.heads=9", "model.kv_heads=3", "model.width=288", "model.layers=5", "model.context=512", "train.sequence=512"]
+    for ranks, layout in ((1, []), (4, ["layout.pipe=2", "layout.tensor=2", "sync.accumulate=4"])):
+        given = [*heads, *layout, "train.micro_batch=8"]
+        least, most = (needed(*given, f"train.recompute={kind}", ranks=ranks).rank_bytes for kind in ("full", "none"))
+        before = 0.0
+        for share in (1.0, 0.7, 0.4, 0.1, 0.0):
+            budget = least + share * (most - least)
+            config = load_run(None, [*given, f"train.recompute={budget}"])
+            shape, axes = config.model.shape(), config.layout.resolve(ranks, rare=False)
+            assert need(config, shape, axes, casts=False).rank_bytes <= budget
+            kinds = recomputed_blocks(config, shape, axes, casts=False)
+            again = Workload.of_transformer(shape, 8, 512).recomputing(kinds).recomputed_flops_per_token
+            assert again >= before and (again == 0) == (share == 1.0)
+            before = again
+            if ranks == 1:
+                assert again == fewest(shape, config, budget)
+        with pytest.raises(UserError, match=r"a rank needs about .* even when it computes its \d blocks again; give"):
+            needed(*given, f"train.recompute={0.9 * least}", ranks=ranks)
+
+
+def fewest(shape: ModelConfig, config: RunConfig, budget: float) -> float:
+    """Of one rank, by trying all."""
+    workload, bare = Workload.of_transformer(shape, 8, 512), need(config, shape, Layout(), casts=False)
+    one = {kind: workload.recomputing({"blocks.0": kind}).recomputed_flops_per_token for kind in LEANER}
+    found = []
+    for selective, full in product(range(6), repeat=2):
+        if selective + full <= 5:
+            blocks = Blocks(plain=5 - selective - full, selective=selective, full=full)
+            activations = activations_bytes(shape, workload, casts=False, blocks=blocks)
+            if replace(bare, activations_bytes=activations).rank_bytes <= budget:
+                found.append(selective * one["selective"] + full * one["full"])
+    return min(found)
+
+
+def test_what_cannot_be_computed_again_is_refused() -> None:
+    with pytest.raises(UserError, match=r"'zb1p' goes back twice.*take '1f1b'"):
+        load_run(None, ["layout.pipe=2", "pipeline.schedule=zb1p", "train.recompute=full"])
+    with pytest.raises(UserError, match="recompute"):
+        load_run(None, ["train.recompute=some"])
+    assert load_run(None, ["train.recompute=2 GiB"]).train.recompute == 2.0**31
 
 
 def test_ranks_that_share_a_machine_are_added_up() -> None:

@@ -81,3 +81,17 @@ def test_what_passes_stand_still_for_makes_each_of_them_longer() -> None:
     plain, longer = (simulate(stages.pipelines(layout, rates, sums_s=each), routes).seconds for each in ({}, sums_s))
     assert plain == pytest.approx((4 + 1) * (1 + 2))
     assert longer == pytest.approx((4 + 1) * (1.5 + 2.25))
+
+
+def test_the_slowest_tensor_rank_sets_the_pace_of_a_stage() -> None:
+    """By its part of the stage and its rate together: the first rank has most, the second is slow, in one stage of two."""
+    stages = Stages(
+        orders=orders("gpipe", 2, 1, 1),
+        forward_flops=[3e9, 1e9],
+        activation_bytes=[0],
+        gradient_bytes=[0],
+        tensor_flops=[[3e9, 1e9], [2e9, 1e9]],
+    )
+    layout, routes = Layout(pipe=2, tensor=2), Routes(load_cluster("four-hosts-100mbit"))
+    assert simulate(stages.pipelines(layout, (1e9, 1e9, 1e9, 1e9)), routes).seconds == pytest.approx(3 * (3 + 1))
+    assert simulate(stages.pipelines(layout, (1e9, 0.5e9, 1e9, 1e9)), routes).seconds == pytest.approx(3 * (4 + 1))

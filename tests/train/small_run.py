@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from pool import Pool, Rank
 from thinwire.config.run import RunConfig
 from thinwire.environment import Environment
 from thinwire.record import RunFolder
+from thinwire.report import Facts, as_json
 from thinwire.train.runtime import StopRequest
 from thinwire.train.worker import Outcome, train_as
 from thinwire.train.worker import Rank as TrainingRank
@@ -100,3 +102,13 @@ def config_of(folder: Path, layout: dict[str, int], num_micro: int = 4, **sectio
 def on_one_rank(ranks1: Pool, folder: Path, num_micro: int, **sections: Any) -> tuple[dict[int, float], dict[int, float]]:
     outcome = ranks1.run(run_training, config_of(folder, {}, num_micro, **sections))[0]
     return losses(outcome.folder), scores(outcome.folder)
+
+
+def sent_as_predicted(folder: Path) -> set[str]:
+    """Holds all that was predicted to the ledger, to the byte, and a step to the sum of it. Returns the labels."""
+    run = RunFolder.open(folder)
+    predicted = [row for row in as_json(Facts(run))["transfers"] if row["predicted_bytes"] is not None]
+    assert not [row for row in predicted if not row["equal"]]
+    each_step = sum(row.wire_bytes_per_step for row in run.predicted().transfers if row.every == 1)  # type: ignore[union-attr]
+    assert median(event.wire_bytes for event in run.steps()) == each_step
+    return {row["label"] for row in predicted}

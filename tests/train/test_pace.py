@@ -13,7 +13,7 @@ from thinwire.collectives.clock import HostClock
 from thinwire.config.model import ModelConfig
 from thinwire.errors import UserError
 from thinwire.models.transformer import Transformer
-from thinwire.parallel import tensor
+from thinwire.parallel import recompute, tensor
 from thinwire.parallel.tensor_parts import local_workload
 from thinwire.parallel.waits import Waits
 from thinwire.train.pace import Pacer
@@ -84,7 +84,7 @@ def paced_tensor_ranks(context: Rank, pass_s: list[float]) -> dict:
     config = ModelConfig.model_validate({"layers": 2, "width": 16, "heads": 2, "vocabulary": 32, "context": 16})
     model, waits = Transformer(config), Waits(HostClock())
     tensor.apply(model, init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",)).get_group(), context.ledger, waits=waits)
-    workload = local_workload(Workload.of_transformer(config, 2, 16), config, 2)
+    workload = local_workload(Workload.of_transformer(config, 2, 16), config, 2, context.rank)
     mine, tokens = pass_s[context.rank], torch.zeros(2, 16, dtype=torch.int64)
     pacer = Pacer(forward_s=mine, backward_s=2 * mine, waits=waits)
     whole_s, waited_s = [], []
@@ -108,6 +108,29 @@ def test_a_tensor_rank_computes_at_its_own_rate_and_waits_for_a_slower_one(ranks
         assert 0.999 * 3 * forward_s < rank["computed_s"] < 1.5 * 3 * forward_s
     assert fast["whole_s"] > 0.8 * 3 * 0.09 and slow["whole_s"] < 1.5 * 3 * 0.09
     assert fast["waited_s"] > 0.7 * 3 * (0.09 - 0.03) and slow["waited_s"] < 0.5 * 3 * 0.09
+
+
+@pytest.mark.timed
+def test_what_is_computed_again_takes_its_time_going_backward() -> None:
+    """At the declared rate, and going forward as long as without it."""
+    config = ModelConfig.model_validate({"layers": 3, "width": 16, "heads": 2, "vocabulary": 32, "context": 16})
+    model, tokens = Transformer(config), torch.zeros(2, 16, dtype=torch.int64)
+    kinds = {f"blocks.{index}": "full" for index in range(3)}
+    recompute.apply(model, kinds)
+    workload = Workload.of_transformer(config, 2, 16).recomputing(kinds)
+    pacer = Pacer.of(workload, workload.flops_per_microbatch / 0.3)
+    assert pacer.backward_s > 2.3 * pacer.forward_s
+    seconds = []
+    with pacer.attached(model, workload):
+        for _ in range(TRIES):
+            begun = time.perf_counter()
+            loss = model(tokens, tokens)
+            between = time.perf_counter()
+            loss.backward()
+            seconds.append((between - begun, time.perf_counter() - between))
+    forward_s, backward_s = (min(times) for times in zip(*seconds, strict=True))
+    assert 0.999 * pacer.forward_s < forward_s < 1.5 * pacer.forward_s
+    assert 0.999 * pacer.backward_s < backward_s < 1.3 * pacer.backward_s
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:

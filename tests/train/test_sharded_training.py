@@ -165,5 +165,9 @@ def test_what_cannot_work_is_refused_before_ranks_start(tmp_path: Path) -> None:
         sharded_config(tmp_path, {"shard": 2}, sync={"assign": "by_speed", "accumulate": 8})
     with pytest.raises(ValueError, match="'muon' orthonormalises whole matrices"):
         sharded_config(tmp_path, {"shard": 2}, train={"optimizer": {"kind": "muon"}})
+    with pytest.raises(ValueError, match=r"train.recompute = 'full': with layout.shard = 2"):
+        sharded_config(tmp_path, {"shard": 2}, train={"recompute": "full"})
+    with pytest.raises(ValueError, match=r"share the optimizer's state alone; leave the section out"):
+        sharded_config(tmp_path, {"shard": 2, "pipe": 2}, sharded={"gradients": "int8"})
     with pytest.raises(ValueError, match="set it to 'native'"):
         sharded_config(tmp_path, {"shard": 2}, collectives={"kind": "measured"})

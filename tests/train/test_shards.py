@@ -18,7 +18,7 @@ from thinwire.parallel.tensor_state import put_together as joined_parts
 from thinwire.sync.joined import joined
 from thinwire.train.checkpoint.shards import Refit, from_plain, to_plain
 
-CONFIG = ModelConfig.model_validate({"layers": 1, "width": 16, "heads": 4, "hidden": 8, "vocabulary": 11})
+CONFIG = ModelConfig.model_validate({"layers": 1, "width": 20, "heads": 5, "hidden": 9, "vocabulary": 11})
 SHAPES = {name: tuple(value.shape) for name, value in Transformer(CONFIG).state_dict().items()}
 Way = tuple[str, int]
 WAYS = st.sampled_from([("tensor", 1), ("tensor", 2), ("tensor", 4), ("rows", 2), ("rows", 3)])

@@ -11,7 +11,7 @@ from typing import Any
 from thinwire.bench.ranks import run_script
 from thinwire.bench.registry import Rows
 from thinwire.config.model import ModelConfig
-from thinwire.parallel.sequence import check
+from thinwire.layout import check_sequence
 
 DEFAULTS: Mapping[str, Any] = {
     "ranks": [1, 2],
@@ -26,7 +26,7 @@ def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
     model = ModelConfig.model_validate({"context": options["sequence"], **options["model"]}).model_dump()
     cases = [(ranks, keeps) for ranks in options["ranks"] for keeps in ((True, False) if ranks > 1 else (True,))]
     for ranks, _ in cases:
-        check(options["sequence"], ranks)
+        check_sequence(options["sequence"], ranks)
     rows: Rows = []
     for ranks, keeps in cases:
         settings = {"model": model, "sequence": options["sequence"], "steps": options["steps"], "keeps": keeps}

@@ -111,7 +111,7 @@ def _ranks_alone(config: "RunConfig") -> int:
     """How many to start where this is the only machine. UserError if it has not the memory."""
     from thinwire.cluster import load_cluster
     from thinwire.measure.memory import Room, free_memory, has_gpu
-    from thinwire.plan.memory import check, need
+    from thinwire.plan.memory import check, leaner, need
 
     ranks = config.train.ranks or (load_cluster(config.cluster.file).world_size if config.cluster.file else 2)
     layout = config.layout.resolve(ranks, rare=config.sync.rare)
@@ -122,6 +122,7 @@ def _ranks_alone(config: "RunConfig") -> int:
     if config.train.backend == "mpi":
         raise UserError(f"train.backend = 'mpi': ranks that talk over MPI are started by mpiexec -n {ranks} thinwire train ...")
     if (free := free_memory()) and not has_gpu():  # ranks look at their GPUs
-        needed = need(config, config.model.shape(), layout, casts=config.train.dtype == "bfloat16")
-        check(needed, [Room("this machine", ranks, free.bytes)])
+        shape, casts = config.model.shape(), config.train.dtype == "bfloat16"
+        room = Room("this machine", ranks, free.bytes)
+        check(need(config, shape, layout, casts=casts), [room], leaner(config, shape, layout, casts=casts))
     return ranks

@@ -7,7 +7,7 @@ patterns in which all flows run all the time (rings, all-to-all): the fullest li
 (trees) are priced round by round. (Alpha-beta model: Hockney 1994; sharing: each link divides its rate among its flows.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import ceil, log2
 
 from thinwire.cluster import FRAME_OVERHEAD, Link
@@ -21,8 +21,12 @@ MESSAGE_OVERHEAD_S = 150e-6
 
 def price(routes: Routes, op: str, message_bytes: int, ranks: Sequence[int], root: int = 0) -> float:
     """Seconds of one call of `op` by the group `ranks` (global, in the order of the group), nothing else on the wires."""
+    return _seconds(routes, ranks, _turns(op, message_bytes, len(ranks), root))
+
+
+def _seconds(routes: Routes, ranks: Sequence[int], turns: Iterable[tuple[int, tuple[Flow, ...]]]) -> float:
     seconds = 0.0
-    for count, turn in _turns(op, message_bytes, len(ranks), root):
+    for count, turn in turns:
         placed = [(ranks[source], ranks[target], size) for source, target, size in turn]
         busy = max((link_seconds(link, size) for link, size in routes.load(placed).items()), default=0.0)
         ways = [routes.between(source, target) for source, target, _ in placed]
@@ -61,10 +65,14 @@ class Carrier:
 
     def flows(self, transfer: Transfer, group: Sequence[int]) -> tuple[Flow, ...]:
         """(source, target, payload bytes) of one call."""
+        if transfer.around:
+            return tuple((rank, (rank + 1) % len(group), transfer.message_bytes) for rank in range(len(group)))
         return flows(transfer.op, transfer.message_bytes, len(group))
 
     def seconds(self, routes: Routes, transfer: Transfer, group: Sequence[int]) -> float:
         """Of one call, nothing else on the wires."""
+        if transfer.around:
+            return _seconds(routes, group, [(1, self.flows(transfer, group))])
         return price(routes, transfer.op, transfer.message_bytes, group)
 
     def about(self) -> str:

@@ -11,7 +11,6 @@ Grattafiori et al. 2024, table 3), Megatron-Turing 530B (Smith et al. 2022), Meg
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import gcd
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -85,15 +84,15 @@ class ModelConfig(Section):
         return self.hidden * (2 if self.mlp == "swiglu" else 1)
 
     def check_tensor(self, degree: int) -> None:
-        """UserError unless heads and the hidden width can be shared out to `degree` ranks."""
-        possible = gcd(self.kv_heads, self.hidden)  # heads are a multiple of kv_heads
-        for field in ("heads", "kv_heads", "hidden"):
-            value = getattr(self, field)
-            if value % degree:
-                nearest = min((one for one in range(1, possible + 1) if possible % one == 0), key=lambda one: abs(one - degree))
+        """UserError unless each of `degree` ranks gets a head of keys and values, with its queries, and hidden values."""
+        for field, of_these in (
+            ("kv_heads", "head of keys and values, with its queries,"),
+            ("hidden", "value of the MLP's"),
+        ):
+            if degree > (most := getattr(self, field)):
                 raise UserError(
-                    f"layout.tensor = {degree}: model.{field} = {value} is not a multiple of it; the nearest degree that divides "
-                    f"heads ({self.heads}), kv_heads ({self.kv_heads}) and hidden ({self.hidden}) is {nearest}"
+                    f"layout.tensor = {degree}: each rank takes one {of_these} at least, and model.{field} = {most}; "
+                    f"take layout.tensor = {min(self.kv_heads, self.hidden)} or less"
                 )
 
 

@@ -10,6 +10,9 @@ Boundary = Literal["none", "bf16", "fp16", "int8", "int4", "fp4"]
 STAGES_PER_RANK = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zb1p": 1, "zbv": 2, "dualpipev": 2}
 """By schedule, where not given; the last two have exactly so many."""
 
+APART = ("zb1p", "zbv", "dualpipev")
+"""Schedules whose backward passes compute gradients of inputs and of weights apart."""
+
 
 class PipelineSection(Section):
     """Used where layout.pipe is above 1. Micro-batches of a step are sync.accumulate."""

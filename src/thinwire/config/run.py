@@ -6,7 +6,7 @@ In a section with a `kind`, this selects the keys. Quantities take a number in t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BeforeValidator, Field, model_validator
@@ -14,13 +14,13 @@ from pydantic import BeforeValidator, Field, model_validator
 from thinwire.config.compress import SPARSELOCO, Compress, NoCompression
 from thinwire.config.data import DataSection
 from thinwire.config.model import ModelConfig, preset
-from thinwire.config.pipeline import PipelineSection
+from thinwire.config.pipeline import APART, PipelineSection
 from thinwire.config.pretrained import read_shape, tokenizer_of
 from thinwire.config.sharded import ShardedSection
-from thinwire.config.sync import EveryStep, Sync
+from thinwire.config.sync import EveryStep, LocalSGD, Sync
 from thinwire.config.tensor import TensorSection
 from thinwire.errors import UserError
-from thinwire.layout import Layout
+from thinwire.layout import Layout, check_sequence
 from thinwire.tomlfile import Section, read_toml, read_value, validate
 from thinwire.units import parse
 
@@ -87,15 +87,14 @@ class LayoutSection(Section):
     data: int = Field(0, ge=0)
     """Replicas that average gradients in each step; 0: all ranks that the other axes leave, but 1 beside a rare sync.kind."""
     seq: int = Field(1, ge=1)
+    """Ranks among which the tokens of every sequence are shared out."""
     shard: int = Field(1, ge=1)
     """Replicas, neighbours, that share the states of one: weights, gradients and the optimizer's; see [sharded]."""
     tensor: int = Field(1, ge=1)
     """Ranks among which every layer's matrices are shared out; see [tensor]."""
 
     def resolve(self, world_size: int, *, rare: bool) -> Layout:
-        """The Layout for `world_size` ranks. rare: of sync.kind. UserError if it does not fit, or uses an axis not built yet."""
-        if self.seq > 1:
-            raise UserError(f"layout.seq = {self.seq}: training over this axis does not exist yet; set it to 1")
+        """The Layout for `world_size` ranks. rare: of sync.kind. UserError if it does not fit."""
         if self.outer > 1 and not rare:
             raise UserError(f"layout.outer = {self.outer}: only a sync.kind that exchanges rarely uses this axis; set it to 1")
         others = self.pipe * self.seq * self.shard * self.tensor
@@ -146,6 +145,14 @@ class SGD(Section):
     weight_decay: float = Field(0.0, ge=0)
 
 
+def _kind_or_bytes(value: Any) -> Any:
+    return value if value in get_args(RecomputeKind) else parse(value, "B")
+
+
+RecomputeKind = Literal["none", "selective", "full"]
+Recompute = Annotated[RecomputeKind | float, BeforeValidator(_kind_or_bytes)]
+
+
 def _adamw_unless_named(value: Any) -> Any:
     return {"kind": "adamw", **value} if isinstance(value, dict) else value
 
@@ -165,6 +172,9 @@ class TrainSection(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products of a model in float32; "auto": bfloat16 where the device is fast in it. Weights and their exchange
     stay float32. A model of another model.dtype is multiplied in that."""
+    recompute: Recompute = "none"
+    """Of activations, in the backward pass: "none" keeps all; "selective" drops those inside attention and MLP; "full" keeps what
+    enters a block; or as many bytes as a rank may need, such as "8 GiB": then as few operations are repeated as fit."""
     optimizer: Optimizer = AdamW()
     learning_rate: float = Field(1e-3, gt=0)
     final_learning_rate: float = Field(0.1, ge=0, le=1)
@@ -230,13 +240,16 @@ class RunConfig(Section):
             self._check_pipeline()
         if self.layout.tensor > 1:
             self._check_tensor()
+        self._check_sequence()
         if self.layout.shard > 1:
             self._check_sharded()
-        for axis in ("pipe", "shard", "tensor"):
+        for axis in ("pipe", "seq", "shard", "tensor"):
             if self.sync.by_speed and getattr(self.layout, axis) > 1:
                 raise ValueError(
                     f"sync.assign = 'by_speed' assigns micro-batches to replicas of one rank; leave it out with layout.{axis}"
                 )
+        if self.train.recompute != "none" and (reason := self.cannot_recompute):
+            raise ValueError(f"train.recompute = {self.train.recompute!r}: {reason}")
         dtype, optimizer = self.model.dtype, self.train.optimizer
         if dtype != "float32" and self.train.dtype not in ("auto", dtype):
             raise ValueError(
@@ -251,6 +264,23 @@ class RunConfig(Section):
             )
         return self
 
+    @property
+    def cannot_recompute(self) -> str:
+        """Why train.recompute is "none"; nothing if it may be another."""
+        if self.layout.seq > 1:
+            return f"with layout.seq = {self.layout.seq} keys and values would travel again; set it to 'none'"
+        if self.layout.shard > 1 and self.layout.pipe == 1:
+            return (
+                f"with layout.shard = {self.layout.shard} what hides under computing again is not predicted yet; set it to "
+                "'none', or share out the layers too (layout.pipe)"
+            )
+        if self.layout.pipe > 1 and self.pipeline.schedule in APART:
+            return (
+                f"pipeline.schedule = {self.pipeline.schedule!r} goes back twice, for inputs and for weights, and would compute "
+                "activations again both times; take '1f1b' or 'interleaved'"
+            )
+        return ""
+
     def _check_pipeline(self) -> None:
         stages, units = self.layout.pipe * self.pipeline.per_rank, self.model.layers + 2
         if stages > units:
@@ -258,6 +288,15 @@ class RunConfig(Section):
                 f"layout.pipe = {self.layout.pipe} with {self.pipeline.per_rank} stages a rank is {stages} stages, and a model "
                 f"of {self.model.layers} layers has {units} units to share out; take layout.pipe = "
                 f"{units // self.pipeline.per_rank} or less"
+            )
+
+    def _check_sequence(self) -> None:
+        degree = self.layout.seq
+        check_sequence(self.train.sequence, degree)
+        if degree > 1 and isinstance(self.sync, LocalSGD) and self.sync.every_inside:
+            raise ValueError(
+                f"sync.every_inside = {self.sync.every_inside} lets ranks of a replica take steps alone, and each of "
+                f"layout.seq = {degree} ranks has a part of a sequence's gradient only; leave it out with layout.seq"
             )
 
     def _check_tensor(self) -> None:

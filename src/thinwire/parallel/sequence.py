@@ -24,22 +24,15 @@ from torch import Tensor, nn
 from thinwire.collectives.ledger import Ledger
 from thinwire.config.model import ModelConfig
 from thinwire.errors import UserError
+from thinwire.layout import check_sequence
 from thinwire.models.transformer import Transformer, rotation_of
 from thinwire.parallel.sequence_attention import AXIS, GRADIENTS, KEYS, Ring
 from thinwire.parallel.tensor import Passes
 from thinwire.parallel.tensor_loss import IGNORED
+from thinwire.parallel.tensor_parts import kv_heads_of
+from thinwire.parallel.waits import Waits
 from thinwire.traffic import EVALUATION, Transfer
-
-
-def check(sequence: int, degree: int) -> None:
-    """UserError unless so many tokens can be shared out to `degree` ranks."""
-    if degree > 1 and sequence % (2 * degree):
-        possible = [one for one in range(1, sequence + 1) if one == 1 or sequence % (2 * one) == 0]
-        nearest = min(possible, key=lambda one: abs(one - degree))
-        raise UserError(
-            f"layout.seq = {degree}: each rank takes two of {2 * degree} equal slices of a sequence, and {sequence} tokens are "
-            f"no multiple of {2 * degree}; the nearest degree that can be taken is {nearest}"
-        )
+from thinwire.workload import BACKWARD_OVER_FORWARD
 
 
 @dataclass(frozen=True)
@@ -50,29 +43,37 @@ class Share:
     rank: int
 
     def of(self, x: Tensor) -> Tensor:
-        """[.., L] of whole sequences -> [.., L/s]. UserError as `check`."""
-        check(x.shape[-1], self.degree)
+        """[.., L] of whole sequences -> [.., L/s]. UserError as `check_sequence`."""
+        check_sequence(x.shape[-1], self.degree)
         slices = x.unflatten(-1, (2 * self.degree, -1))
         return torch.cat((slices[..., self.rank, :], slices[..., -1 - self.rank, :]), dim=-1)
 
 
-def apply(model: nn.Module, group: dist.ProcessGroup, ledger: Ledger, *, keeps: bool = True) -> None:
+def apply(
+    model: nn.Module,
+    group: dist.ProcessGroup,
+    ledger: Ledger,
+    *,
+    keeps: bool = True,
+    waits: Waits = Waits(),  # noqa: B008 (notes nothing)
+) -> Ring:
     """Let `model` compute on this rank's tokens of the sequences that it is given, in place; parameters stay as they are. Local.
 
     From then on all ranks of `group` give it the same tokens and targets, and each forward and backward pass is collective;
     logits are of the own tokens, in the order of `Share`, and the loss is as above. Call it after `tensor.apply`, if both are
-    wanted, and before a cut into stages. keeps: see `Ring`. UserError for a model that is no `Transformer`.
+    wanted, and before a cut into stages. keeps, waits: see `Ring`, which is returned. UserError for a model that is no
+    `Transformer`.
     """
     if not isinstance(model, Transformer):
         raise UserError(
             f"a {type(model).__name__} cannot share out sequences: layout.seq takes thinwire's Transformer; "
             "train it without layout.seq"
         )
-    degree = group.size()
+    degree, ring = group.size(), Ring(group, ledger, keeps, waits)
     if degree == 1:
-        return
+        return ring
     ledger.axes[group.group_name] = AXIS
-    share, ring, blocks = Share(degree, group.rank()), Ring(group, ledger, keeps), model.blocks
+    share, blocks = Share(degree, group.rank()), model.blocks
     for looked_up in (model.embed, model.positions):
         if looked_up is not None:
             looked_up.register_forward_pre_hook(lambda _, arguments: (share.of(arguments[0]),))
@@ -81,6 +82,7 @@ def apply(model: nn.Module, group: dist.ProcessGroup, ledger: Ledger, *, keeps: 
         attention.attend = ring.attend
         block.register_forward_pre_hook(partial(_with_rotation, model.config, share))
     model.loss = _loss_of_share(model.loss, share)
+    return ring
 
 
 def _with_rotation(config: ModelConfig, share: Share, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -102,10 +104,13 @@ def _loss_of_share(loss: Callable[[Tensor, Tensor], Tensor], share: Share) -> Ca
     return own_loss
 
 
-def traffic(config: ModelConfig, degree: int, passes: Passes, *, tensor: int = 1, keeps: bool = True) -> list[Transfer]:
+def traffic(
+    config: ModelConfig, degree: int, passes: Passes, *, tensor: int = 1, tensor_rank: int = 0, keeps: bool = True
+) -> list[Transfer]:
     """What a rank sends over the axis for these passes, exactly; passes.sequence: tokens of a sequence that it has.
 
-    tensor: degree of that axis; keeps: see `Ring`.
+    Each message may hide under the turn in which it travels. tensor: degree of that axis, on which this is rank `tensor_rank`;
+    keeps: see `Ring`.
     """
     blocks = config.layers if passes.units is None else sum(0 < unit <= config.layers for unit in passes.units)
     calls = (degree - 1) * blocks * passes.num_micro
@@ -113,12 +118,29 @@ def traffic(config: ModelConfig, degree: int, passes: Passes, *, tensor: int = 1
         return []
     kept: torch.dtype = getattr(torch, config.dtype)
     product = torch.bfloat16 if passes.casts else kept
-    values = 2 * passes.micro_batch * passes.sequence * config.kv_heads // tensor * config.head_width
+    values = 2 * passes.micro_batch * passes.sequence * len(kv_heads_of(config, tensor, tensor_rank)) * config.head_width
 
-    def sent(label: str, dtype: torch.dtype, times: int) -> Transfer:
-        size, item = values * dtype.itemsize, dtype.itemsize
-        return Transfer(label=label, axis=AXIS, op="send", message_bytes=size, item_bytes=item, calls=times * calls)
+    def sent(label: str, dtype: torch.dtype, times: int, window_flops: float) -> Transfer:
+        return Transfer(
+            label=label,
+            axis=AXIS,
+            op="send",
+            message_bytes=values * dtype.itemsize,
+            item_bytes=dtype.itemsize,
+            calls=times * calls,
+            window_flops=window_flops,
+            in_passes=True,
+            around=True,
+        )
 
+    turn = turn_flops(config, passes, tensor, tensor_rank)
     if passes.evaluates:
-        return [sent(EVALUATION, product, 1)]
-    return [sent(KEYS, product, 1 if keeps else 2), sent(GRADIENTS, torch.promote_types(product, torch.float32), 1)]
+        return [sent(EVALUATION, product, 1, turn)]
+    back = BACKWARD_OVER_FORWARD * turn if keeps else 0.0  # else the last sums leave when there is no turn to come
+    return [sent(KEYS, product, 1 if keeps else 2, turn), sent(GRADIENTS, torch.promote_types(product, torch.float32), 1, back)]
+
+
+def turn_flops(config: ModelConfig, passes: Passes, tensor: int = 1, tensor_rank: int = 0) -> float:
+    """Forward, of a micro-batch, in a turn of one block's ring: an s-th of what `Workload` counts as the rank's attention."""
+    heads = len(kv_heads_of(config, tensor, tensor_rank)) / config.kv_heads
+    return 4.0 * config.width * passes.micro_batch * passes.sequence**2 * heads

@@ -30,8 +30,9 @@ Shapes: B batch, N heads of queries, K of keys and values, L tokens of this rank
 [2, B, K, L, D], keys and values.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,7 +45,9 @@ from thinwire.collectives.backend import MeteredGroup
 from thinwire.collectives.clock import clock_of
 from thinwire.collectives.ledger import Group, Ledger
 from thinwire.models.transformer import causal_attention
+from thinwire.parallel.waits import Waits, sleep_until
 from thinwire.traffic import EVALUATION
+from thinwire.workload import BACKWARD_OVER_FORWARD
 
 AXIS = "seq"
 KEYS = "keys and values"
@@ -53,14 +56,17 @@ TILE = 2**20
 """Scores that exist at once: of all heads, of as many rows as that allows."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ring:
     """The ranks of `group`, each of which sends to the next. keeps: what came in a forward pass stays for the backward pass,
-    which then sends less."""
+    which then sends less. waits: for what was still on its way when a turn was over. turn_s: what a turn of a training pass takes
+    at least, going back twice that: paced compute, under which messages travel as they would on the declared device."""
 
     group: dist.ProcessGroup
     ledger: Ledger
     keeps: bool = True
+    waits: Waits = field(default_factory=Waits)
+    turn_s: float = 0.0
 
     def attend(self, q_BNLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:
         """y_BNLD of this rank's tokens, in place of `causal_attention`. Collective, forward and backward. Of fake tensors, where
@@ -74,11 +80,13 @@ class Ring:
             y_BNLD: Tensor = _RingAttention.apply(*qkv, self, torch.is_grad_enabled())
         return y_BNLD
 
-    def blocks(self, kv: Tensor, label: str) -> Iterator[Tensor]:
+    def blocks(self, kv: Tensor, label: str, turn_s: float = 0.0) -> Iterator[Tensor]:
         """`kv` and those of all other ranks, by turn. Each is on its way to the next rank before it is given."""
         for turns_left in reversed(range(self.group.size())):
+            begun = time.perf_counter()
             arrived = self.pass_on(kv, label) if turns_left else None
             yield kv
+            sleep_until(begun + turn_s)
             if arrived is not None:
                 kv = arrived()
 
@@ -91,15 +99,16 @@ class Ring:
             dist.P2POp(dist.isend, x, group=self.group, group_peer=(rank + 1) % size),
             dist.P2POp(dist.irecv, received, group=self.group, group_peer=(rank - 1) % size),
         ]
-        with self.ledger.label(label):
+        with self.ledger.label(label if label == EVALUATION else self.waits.label(label)):
             issued, total = clock.now(), None
             if not isinstance(self.group, MeteredGroup):
                 total = self.ledger.enter("send", x.nbytes, Group(self.group.group_name, rank, size, AXIS))
             under_way = dist.batch_isend_irecv(both)
 
         def arrived() -> Tensor:
-            for work in under_way:
-                work.wait()
+            with self.waits.wait():
+                for work in under_way:
+                    work.wait()
             if total is not None:
                 self.ledger.completed(total, clock, issued)
             return received
@@ -119,7 +128,8 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BNLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, ring: Ring, trains: bool) -> Tensor:
         kept: list[Tensor] = []
-        blocks = ring.blocks(torch.stack((k_BKLD, v_BKLD)), KEYS if trains else EVALUATION)
+        label, turn_s = (KEYS, ring.turn_s) if trains else (EVALUATION, 0.0)
+        blocks = ring.blocks(torch.stack((k_BKLD, v_BKLD)), label, turn_s)
         y_BNLD, l_BNL = _attend(q_BNLD, next(blocks), causal=True)
         for turn, kv in enumerate(blocks, 1):
             rows, columns = pairs(turn, ring.group.rank(), q_BNLD.shape[2])
@@ -153,10 +163,12 @@ def _ring_backward(ring: Ring, dy_BNLD: Tensor, *saved: Tensor) -> tuple[Tensor,
     turns: Iterable[tuple[int, Tensor]] = [*enumerate(kept, 1), (0, own)] if kept else enumerate(ring.blocks(own, KEYS))
     arrived: Callable[[], Tensor] | None = None
     for turn, kv in turns:
+        begun = time.perf_counter()
         rows, columns = pairs(turn, ring.group.rank(), q_BNLD.shape[2])
         q, dy, log_sum, d = (one[:, :, rows] for one in (q_BNLD, dy_BNLD, l_BNL, d_BNL))
         dq, dkv = _attend_backward(q, dy, log_sum, d, kv[..., columns, :], causal=turn == 0)
         dq_BNLD[:, :, rows] += dq
+        sleep_until(begun + BACKWARD_OVER_FORWARD * ring.turn_s)
         if turn == 0:
             of_own += dkv
             continue

@@ -14,15 +14,16 @@ B sequences of L tokens, M wide, and n blocks, so many sums of B L M values trav
 
     forward    1 (embedding) + 2 n           backward    2 n + 1 (projection)
 
-and three values a token for the loss. Sums are the same bits on all ranks, coded or not, hence so are x, dx and the gradients of
-norms and positions, which each rank has whole: they never part. Shoeybi et al. 2019 (Megatron-LM), section 3.
+and three values a token for the loss; backward one sum more for each block that is computed again in full (`recompute`). Sums are
+the same bits on all ranks, coded or not, hence so are x, dx and the gradients of norms and positions, which each rank has whole:
+they never part. Shoeybi et al. 2019 (Megatron-LM), section 3.
 
 Parameters stay plain tensors under the names that they have in the model; `tensor_parts` says which part of the whole they are.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -40,7 +41,7 @@ from thinwire.config.model import ModelConfig
 from thinwire.errors import UserError
 from thinwire.models.transformer import Transformer
 from thinwire.parallel.tensor_loss import LOSS, check_words, tensor_cross_entropy
-from thinwire.parallel.tensor_parts import Part, Parts, parts_of, words_of
+from thinwire.parallel.tensor_parts import Part, Parts, kv_heads_of, parts_of, words_of
 from thinwire.parallel.tensor_state import cut_out
 from thinwire.parallel.waits import Waits
 from thinwire.traffic import EVALUATION, Transfer
@@ -79,11 +80,11 @@ def apply(
     for name, part in parts.items():
         _keep(model.get_submodule(name.removesuffix(".weight")), part)
     model.embed = _Embedding(model.embed, words_of(config.vocabulary, degree, group.rank()), config.vocabulary, sums)
-    blocks: Any = model.blocks
+    heads, blocks = kv_heads_of(config, degree, group.rank()), cast(Any, model.blocks)
     for block in blocks:
         attention, mlp = block.attention, block.mlp
-        attention.heads //= degree
-        attention.kv_heads //= degree
+        attention.heads = len(heads) * config.heads // config.kv_heads
+        attention.kv_heads = len(heads)
         for enters in (attention.qkv, mlp.up):
             enters.register_forward_pre_hook(lambda _, arguments: (sums.of_gradients(arguments[0]),))
         for leaves in (attention.out, mlp.down):
@@ -169,7 +170,8 @@ class Passes:
     """What a rank computes in a step.
 
     units: of `chain_of(model)` that are its; None: all. casts: autocast multiplies in bfloat16. clips: with `gradient_norm`.
-    evaluates: without gradients, so plain and forward only. device: on which it is coded.
+    evaluates: without gradients, so plain and forward only. device: on which it is coded. recomputed: units that are computed
+    again in full.
     """
 
     micro_batch: int
@@ -180,6 +182,7 @@ class Passes:
     clips: bool = False
     evaluates: bool = False
     device: torch.device = CPU
+    recomputed: Collection[int] = ()
 
 
 def traffic(config: ModelConfig, degree: int, passes: Passes, codec: Codec | None = None) -> list[Transfer]:
@@ -188,6 +191,7 @@ def traffic(config: ModelConfig, degree: int, passes: Passes, codec: Codec | Non
         return []
     last = config.layers + 1
     units = range(last + 1) if passes.units is None else passes.units
+    again = 0 if passes.evaluates else len(set(units) & set(passes.recomputed))
     blocks, embeds, projects = sum(0 < unit < last for unit in units), int(0 in units), int(last in units)
     kept: torch.dtype = getattr(torch, config.dtype)
     product = torch.bfloat16 if passes.casts else kept
@@ -198,7 +202,7 @@ def traffic(config: ModelConfig, degree: int, passes: Passes, codec: Codec | Non
         replace(transfer, calls=calls * passes.num_micro, in_passes=True, work_s=coding_s)
         for label, dtype, calls in (
             (ACTIVATIONS, kept, embeds),
-            (ACTIVATIONS, product, 2 * blocks),
+            (ACTIVATIONS, product, 2 * blocks + again),
             (GRADIENTS, kept, 0 if passes.evaluates else 2 * blocks + projects),
         )
         for transfer, coding_s in zip(

@@ -1,7 +1,8 @@
 """What crosses a pipeline's boundary, sent once by all tensor ranks together, not once by each.
 
 All t ranks of a stage have the same activation x, and the same gradient of it, and each has its peer in the next stage. So each
-sends its own t-th part of the width to its peer, and the peers put x together over their own, faster axis:
+sends its own t-th part of the width to its peer (ceil(M / t) values, zeros behind the last), and the peers put x together over
+their own, faster axis:
 
     part      behind the last unit of a stage: forward this rank's part of x, backward all-gather of the parts of the gradient
     gather    before the first unit of the next: forward all-gather of the parts of x, backward this rank's part of the gradient
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thinwire.collectives.ledger import Ledger
@@ -40,14 +42,14 @@ def split_boundaries(
 
     waits: as for `tensor.apply`.
     """
-    degree = group.size()
+    degree, width = group.size(), cut.crossing[0].shape[-1]
     sending = [number for number in range(len(cut.stages)) if cut.crosses(number)] if degree > 1 else []
     ends = {cut.stages[number][-1] for number in sending}
 
     def changed(index: int, unit: Unit) -> Unit:
         def run(owner: nn.Module, x: Tensor, shared: Shared) -> Tensor:
             trains = torch.is_grad_enabled()
-            call = group, ledger, waits.label(LABEL) if trains else EVALUATION, waits if trains else Waits()
+            call = width, group, ledger, waits.label(LABEL) if trains else EVALUATION, waits if trains else Waits()
             if index - 1 in ends:
                 x = _Gather.apply(x, *call)
             x = unit.run(owner, x, shared)
@@ -56,7 +58,7 @@ def split_boundaries(
         return replace(unit, run=run)
 
     def crosses(number: int, like: Tensor) -> Tensor:
-        return like.new_empty((*like.shape[:-1], like.shape[-1] // degree)) if number in sending else like
+        return like.new_empty((*like.shape[:-1], -(-width // degree))) if number in sending else like
 
     return replace(
         cut,
@@ -90,33 +92,34 @@ def gathers(cut: Cut, boundaries: Iterable[int], num_micro: int, label: str = LA
 
 
 def _part(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return x.chunk(group.size(), dim=-1)[group.rank()].contiguous()
+    padded = F.pad(x, (0, -x.shape[-1] % group.size()))
+    return padded.chunk(group.size(), dim=-1)[group.rank()].contiguous()
 
 
-def _gathered(part: Tensor, group: dist.ProcessGroup, ledger: Ledger, label: str, waits: Waits) -> Tensor:
+def _gathered(part: Tensor, width: int, group: dist.ProcessGroup, ledger: Ledger, label: str, waits: Waits) -> Tensor:
     parts = part.new_empty(group.size(), *part.shape)
     with waits.wait():
         all_gather(parts.view(-1), part.contiguous().view(-1), group, ledger, label).wait()
-    return torch.cat(parts.unbind(), dim=-1)
+    return torch.cat(parts.unbind(), dim=-1)[..., :width]
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, *call: Any) -> Tensor:
-        ctx.group = call[0]
+        ctx.group = call[1]
         return _gathered(part, *call)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _part(gradients[0], ctx.group), None, None, None, None
+        return _part(gradients[0], ctx.group), None, None, None, None, None
 
 
 class _Part(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *call: Any) -> Tensor:
         ctx.call = call
-        return _part(x, call[0])
+        return _part(x, call[1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _gathered(gradients[0], *ctx.call), None, None, None, None
+        return _gathered(gradients[0], *ctx.call), None, None, None, None, None

@@ -1,20 +1,28 @@
 """Which part of each parameter of a `Transformer` a rank of the tensor axis holds. No torch.
 
-With t ranks, N heads of queries and K of keys, each D wide, F hidden and V words, rank r holds
+With t ranks, N heads of queries and K of keys, each D wide, M width, F hidden and V words, rank r holds
 
-    attention.qkv    rows of its N/t heads of queries, K/t of keys, K/t of values: three ranges of [q | k | v]
-    attention.out    columns of the same N/t heads of queries
-    mlp.up           F/t rows; with swiglu of gate and of up: two ranges of [gate | up]
-    mlp.down         F/t columns
+    attention.qkv    rows of its K_r heads of keys and values, and of the N/K heads of queries of each: three of [q | k | v]
+    attention.out    columns of the same heads of queries
+    mlp.up           F_r rows; with swiglu of gate and of up: two ranges of [gate | up]
+    mlp.down         F_r columns
     embed, head      ceil(V/t) rows of the vocabulary. Where there are fewer left, rows of zeros follow as padding, so that all
                      ranks have equal shapes: no token has them, the loss leaves them out, their gradients are zero
     all others       norms and learned positions, whole on each rank
 
+t need not divide K or F. Ranks before K mod t have one head of keys more than the others, and fewer hidden values for it, so that
+all have about as many parameters of a block:
+
+    K_r = floor(K / t), and one more if r < K mod t              A_r = K_r (2 N/K + 2) D M, a rank's of attention
+    F_r = 1 + (F - t) w_r / sum of w, in whole numbers           w_r = max(0, (sum of A + m F M) / t - A_r),  m = 3 (swiglu) or 2
+
+Where t divides both that is K/t and F/t. The first rank has the most of attention, but not always of everything.
 (Shoeybi et al. 2019, section 3.)
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from thinwire.config.model import ModelConfig
 from thinwire.workload import Parameter, Workload, plain_name
@@ -59,24 +67,43 @@ def parts_of(config: ModelConfig, degree: int, rank: int) -> dict[str, Part]:
     """Of rank `rank` of `degree`. UserError as `ModelConfig.check_tensor`."""
     config.check_tensor(degree)
     queries, keys = config.heads * config.head_width, config.kv_heads * config.head_width
-    halves = [0, config.hidden] if config.mlp == "swiglu" else [0]
+    heads, hidden = kv_heads_of(config, degree, rank), _hidden_of(config, degree, rank)
 
-    def share(begin: int, length: int) -> range:
-        return range(begin + length * rank // degree, begin + length * (rank + 1) // degree)
+    def rows(begin: int, width: int) -> range:
+        return range(begin + heads.start * width, begin + heads.stop * width)
 
+    asked = rows(0, queries // config.kv_heads)
+    key, value = (rows(begin, config.head_width) for begin in (queries, queries + keys))
+    up = (hidden, range(config.hidden + hidden.start, config.hidden + hidden.stop)) if config.mlp == "swiglu" else (hidden,)
     block = {
-        "attention.qkv.weight": Part(0, (share(0, queries), share(queries, keys), share(queries + keys, keys)), config.qkv_width),
-        "attention.out.weight": Part(1, (share(0, queries),), queries),
-        "mlp.up.weight": Part(0, tuple(share(begin, config.hidden) for begin in halves), config.up_width),
-        "mlp.down.weight": Part(1, (share(0, config.hidden),), config.hidden),
+        "attention.qkv.weight": Part(0, (asked, key, value), config.qkv_width),
+        "attention.out.weight": Part(1, (asked,), queries),
+        "mlp.up.weight": Part(0, up, config.up_width),
+        "mlp.down.weight": Part(1, (hidden,), config.hidden),
     }
     words = words_of(config.vocabulary, degree, rank)
-    rows = Part(0, (words,), config.vocabulary, -(-config.vocabulary // degree) - len(words))
+    vocabulary = Part(0, (words,), config.vocabulary, -(-config.vocabulary // degree) - len(words))
     return {
-        "embed.weight": rows,
+        "embed.weight": vocabulary,
         **{f"blocks.{index}.{name}": part for index in range(config.layers) for name, part in block.items()},
-        **({} if config.tied else {"head.weight": rows}),
+        **({} if config.tied else {"head.weight": vocabulary}),
     }
+
+
+def kv_heads_of(config: ModelConfig, degree: int, rank: int) -> range:
+    """The heads of keys and values that a rank has."""
+    each, more = divmod(config.kv_heads, degree)
+    return range(rank * each + min(rank, more), (rank + 1) * each + min(rank + 1, more))
+
+
+def _hidden_of(config: ModelConfig, degree: int, rank: int) -> range:
+    """The hidden values that a rank has; see the top of the file."""
+    attention = (2 * config.heads + 2 * config.kv_heads) * config.head_width
+    whole = attention + (3 if config.mlp == "swiglu" else 2) * config.hidden
+    heads = (len(kv_heads_of(config, degree, one)) for one in range(degree))
+    room = [max(0, config.kv_heads * whole - degree * attention * one) for one in heads]
+    begin, end = ((config.hidden - degree) * sum(room[:ranks]) // sum(room) + ranks for ranks in (rank, rank + 1))
+    return range(begin, end)
 
 
 def words_of(vocabulary: int, degree: int, rank: int) -> range:
@@ -85,17 +112,16 @@ def words_of(vocabulary: int, degree: int, rank: int) -> range:
     return range(min(vocabulary, rank * most), min(vocabulary, (rank + 1) * most))
 
 
-def local_workload(workload: Workload, config: ModelConfig, degree: int) -> Workload:
-    """Of one rank of `degree`, all of which have equal shapes, from that of the whole model."""
-    parts = parts_of(config, degree, 0)
-
-    def local(one: Parameter) -> Parameter:
+def local_workload(workload: Workload, config: ModelConfig, degree: int, rank: int = 0, seq: int = 1) -> Workload:
+    """Of rank `rank` of `degree`, from that of the whole model. Of attention it computes what its heads are of all. seq: ranks
+    that share a sequence."""
+    parts = parts_of(config, degree, rank)
+    before = [*(one.forward_flops_before for one in workload.parameters), workload.forward_flops_per_token]
+    done, local = 0.0, list[Parameter]()
+    for one, (begin, end) in zip(workload.parameters, pairwise(before), strict=True):
         part = parts.get(plain_name(one.name))
-        shape = one.shape if part is None else part.local_shape(one.shape)
-        return replace(one, shape=shape, forward_flops_before=one.forward_flops_before / degree)
-
-    return replace(
-        workload,
-        parameters=tuple(map(local, workload.parameters)),
-        forward_flops_per_token=workload.forward_flops_per_token / degree,
-    )
+        local.append(replace(one, shape=part.local_shape(one.shape) if part else one.shape, forward_flops_before=done))
+        words = parts["embed.weight"]  # behind the last norm, which is whole, runs the projection to them
+        done += (end - begin) * (part or words).length / (part or words).whole
+    tokens = workload.tokens_per_microbatch // seq
+    return replace(workload, parameters=tuple(local), forward_flops_per_token=done, tokens_per_microbatch=tokens)

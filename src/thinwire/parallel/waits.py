@@ -3,6 +3,7 @@
 Passes before training are entered in the ledger under a label of their own, so that what steps send can be told from them.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -68,3 +69,11 @@ class Waits:
     def label(self, own: str) -> str:
         """Of what a pass sends, which in a step is `own`."""
         return self._label or own
+
+
+def sleep_until(moment: float) -> float:
+    """A moment of `time.perf_counter`. Returns by how much it was still ahead; negative if it had passed."""
+    ahead = moment - time.perf_counter()
+    if ahead > 0:
+        time.sleep(ahead)
+    return ahead

@@ -9,11 +9,11 @@ optimizer_s  bytes that the update touches / memory rate of the rank's device
 ready_k = max over ranks of (compute_s - window_k / flops_per_s)
 end_k   = max(ready_k, end_{k-1}) + calls * (price + work_k)
 exposed = max(0, end_last - max compute_s)
-          + sum over transfers for which passes stand still (`in_passes`, of tensor ranks) of calls * (price + work)
+          + sum over transfers for which passes stand still (`in_passes`) of calls * max(0, price + work - window)
           + sum over events every H > 1 steps of max(0, sum over their transfers of calls * (price + work) - window) / H
 
 Passes of ranks that share out the states are simulated too (`sharded`); by how much they take longer than computing is exposed.
-Groups of tensor ranks, or of those that share states, and those of their replicas make each call at the same time: a link
+Groups of tensor ranks, of ranks that share sequences or states, and of their replicas make each call at the same time: a link
 carries what all of them send.
 
 In a pipeline the passes of a step are simulated (`pipeline`), with the wires as they are and with idle ones, and as much longer
@@ -51,7 +51,8 @@ class Setting:
 
     kind: of the devices on which ranks run, where that is known; else as the cluster says. micro_batches: of a step and replica;
     where they differ that is their mean, and `assignment` has those of each replica. stages: where layout.pipe is used; workload
-    is then of the part of the model that the predicted rank has. sharded: where layout.shard is.
+    is then of the part of the model that the predicted rank has. sharded: where layout.shard is. tensor_flops: of a micro-batch,
+    by place on the tensor axis, where ranks on it have uneven parts.
     """
 
     cluster: Cluster
@@ -65,13 +66,17 @@ class Setting:
     kind: str = ""
     stages: Stages | None = None
     sharded: ShardedPasses | None = None
+    tensor_flops: tuple[float, ...] = ()
 
     @property
     def compute_s(self) -> tuple[float, ...]:
         """Of a step, by rank."""
         counts = self.assignment or (self.micro_batches,) * self.layout.replicas
-        flops = self.workload.flops_per_microbatch
-        return tuple(counts[self.layout.replica(rank)] * flops / rate for rank, rate in enumerate(self.flops_per_s))
+        flops = self.tensor_flops or (self.workload.flops_per_microbatch,) * self.layout.tensor
+        return tuple(
+            counts[self.layout.replica(rank)] * flops[self.layout.coordinates(rank)["tensor"]] / rate
+            for rank, rate in enumerate(self.flops_per_s)
+        )
 
     def optimizer_s(self, rank: int) -> float:
         """Gradients and weights are read, weights and state read and written."""
@@ -159,7 +164,9 @@ def predict(
     paces = set(zip(by_rank, setting.flops_per_s, strict=True))
 
     priced, wire_end, still_s, links = [], 0.0, 0.0, Counter[Link]()
-    alike = setting.stages is None and setting.sharded is None  # else ranks have different parameters
+    alike = (
+        setting.stages is None and setting.sharded is None and not setting.tensor_flops
+    )  # else ranks have different parameters
     simulated = setting.sharded.labels if setting.sharded else set()
     if setting.sharded is not None:
         passes_s = setting.sharded.seconds(
@@ -168,7 +175,7 @@ def predict(
         still_s = max(0.0, passes_s - slowest_s)
     uncovered_s: dict[str, tuple[float, int]] = {}  # of each event: its transfers less its window, and every how many steps
     for number, transfer in enumerate(transfers):
-        groups = layout.groups(transfer.axis)
+        groups = layout.senders(transfer.axis)
         seconds = _call_s(transfer, layout, routes, carrier) * transfer.calls
         mine = next(group for group in groups if rank in group)
         sent = Counter[int]()
@@ -188,7 +195,7 @@ def predict(
         if transfer.label in simulated:
             pass
         elif transfer.in_passes:
-            still_s += seconds * in_steps
+            still_s += max(0.0, seconds - transfer.calls * transfer.window_flops / slowest_rate) * in_steps
         elif transfer.every == 1:
             ready_s = max(end_s - transfer.window_flops / rate for end_s, rate in paces)
             wire_end = max(ready_s, wire_end) + seconds
@@ -203,7 +210,9 @@ def predict(
     waiting_s, exposed_s = slowest_s - compute_s, max(0.0, wire_end - slowest_s) + still_s
     if setting.stages is not None:
         sums_s = {
-            done: sum(one.calls * _call_s(one, layout, routes, carrier) for one in sent)
+            done: sum(
+                one.calls * max(0.0, _call_s(one, layout, routes, carrier) - one.window_flops / slowest_rate) for one in sent
+            )
             for done, sent in setting.stages.in_passes.items()
         }
         ran = simulate(setting.stages.pipelines(layout, setting.flops_per_s, sums_s=sums_s), routes)
@@ -221,7 +230,7 @@ def predict(
         waiting_s=waiting_s,
         exposed_s=exposed_s + sum(max(0.0, one_s) / every for one_s, every in uncovered_s.values()),
         optimizer_s=setting.optimizer_s(rank),
-        tokens_per_step=setting.workload.tokens_per_microbatch * setting.micro_batches * layout.replicas,
+        tokens_per_step=setting.workload.tokens_per_microbatch * layout.seq * setting.micro_batches * layout.replicas,
         transfers=tuple(priced),
         links=dict(links),
         assumptions=(
@@ -235,9 +244,9 @@ def predict(
 
 def _call_s(transfer: Transfer, layout: Layout, routes: Routes, carrier: Carrier) -> float:
     """Of one call, in the slowest group."""
-    groups = layout.groups(transfer.axis)
+    groups = layout.senders(transfer.axis)
     alone_s = max(carrier.seconds(routes, transfer, group) for group in groups) + transfer.work_s
-    if layout.tensor == layout.shard == 1:
+    if layout.tensor * layout.seq * layout.shard == 1:
         return alone_s
     by_stage: dict[int, list[Counter[Link]]] = {}
     for group in groups:

@@ -14,7 +14,14 @@ K of keys, F hidden, V vocabulary, as autograd keeps them (`models.transformer`)
     attention  c (N + 2 K) D + c (N + K) D if rotary + c M + 4 N
     mlp        c (2 F + 2 F) for swiglu, c (F + F) for gelu
     loss       3 max(a, 4) V, and c V if c < 4, while its gradient is formed
-    block      2 norm + attention + mlp
+    block      2 norm + attention + mlp;   a M if it is computed again in full, 2 norm if selectively (`parallel.recompute`)
+
+The first blocks of a rank are computed again: going backward, what the others keep is gone by then, and in its place comes what
+one of them keeps otherwise. Where train.recompute is a number of bytes, each rank of a pipeline has so many of either kind that
+
+    sum over kinds of blocks * operations that one of them repeats        is least, and the rank needs no more than that,
+
+found by trying all numbers; blocks are alike, so that is exact. Ranks of one stage that need different amounts choose together.
 
 Ranks of a pipeline hold the activations of as many micro-batches as the schedule has under way (`parallel.balance.in_flight`).
 
@@ -23,11 +30,13 @@ root and three blocks, or all (`sharded.reshard = "never"`, or of a pipeline's s
 where micro-batches are added up first; codes owe a byte a value; under way is the largest unit as it is gathered, coded, sent and
 received.
 
-One of t tensor ranks has the t-th part of matrices, and of attention, mlp and loss. Under autocast a copy of all matrices in 2
-bytes a value goes along. What blocks keep comes and goes in pieces of some MiB, among which the allocator loses room.
+A tensor rank has its heads N and K and its hidden values F of attention and mlp, and its words V. One of s ranks that share
+sequences has the s-th part of tokens, and keeps of each of them 2 c (s - 1) K D keys and values that came from the others. Under
+autocast a copy of all matrices in 2 bytes a value goes along. What blocks keep comes and goes in pieces of some MiB, among which
+the allocator loses room.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from thinwire.config.compress import Coded, NoCompression
@@ -53,10 +62,14 @@ USUAL_AT_ONCE = 2.5
 """Vectors of the model's size that are held while codes are under way, measured: of all buckets, for which a slow wire waits."""
 
 
+SPLIT = (("attention.qkv", 0), ("attention.out", 1), ("mlp.up", 0), ("mlp.down", 1))
+"""Matrices of a block, and along which dim a tensor rank has less."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Need:
     """See the top of the file; in bytes. copied_bytes: of a checkpoint, on each rank; copied_once_bytes: on one rank a host for
-    each of the model's `parts` there."""
+    each of the model's `parts` there. recomputed: how many blocks are."""
 
     weights_bytes: int
     gradients_bytes: int
@@ -67,6 +80,7 @@ class Need:
     copied_bytes: int
     copied_once_bytes: int
     parts: int = 1
+    recomputed: str = ""
 
     @property
     def training_bytes(self) -> int:
@@ -97,26 +111,109 @@ class Need:
         return ", ".join(f"{name} {show(size, 'B')}" for name, size in named.items() if size)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Of a rank: how many keep all, and how many are computed again, either way. held: micro-batches whose activations it has."""
+
+    plain: int
+    selective: int = 0
+    full: int = 0
+    held: float = 1.0
+
+
 def need(config: RunConfig, shape: ModelConfig, layout: Layout, *, casts: bool, on_device: bool = False) -> Need:
-    """Of a rank; of a pipeline's, of the one that needs most. shape: of the model, with the vocabulary that it gets; casts:
-    whether autocast multiplies in bfloat16.
+    """Of the rank of a replica that needs most. shape: of the model, with the vocabulary that it gets; casts: whether autocast
+    multiplies in bfloat16.
 
     on_device: in memory of a device, which is not the host's.
     """
-    train = config.train
-    workload = local_workload(Workload.of_transformer(shape, train.micro_batch, train.sequence), shape, layout.tensor)
-    if layout.pipe > 1:
-        pieces = _pieces(config, shape, workload, layout, casts=casts)
-    else:
-        pieces = [(workload, activations_bytes(shape, workload, casts=casts, tensor=layout.tensor))]
-    needs = [_need(config, one, layout, activations, on_device=on_device) for one, activations in pieces]
-    return max(needs, key=lambda one: one.rank_bytes)
+    stages = _by_stage(config, shape, layout, casts=casts, on_device=on_device)
+    return max((one for _, needs in stages for one in needs), key=lambda one: one.rank_bytes)
 
 
-def _need(config: RunConfig, workload: Workload, layout: Layout, activations: int, *, on_device: bool) -> Need:
-    """Of a rank that has the parameters of `workload`."""
+def recomputed_blocks(
+    config: RunConfig, shape: ModelConfig, layout: Layout, *, casts: bool, on_device: bool = False
+) -> dict[str, str]:
+    """Blocks that are computed again in the backward pass, "selective" or "full" by name, on any rank; as for `need`."""
+    stages = _by_stage(config, shape, layout, casts=casts, on_device=on_device)
+    return {name: kind for kinds, _ in stages for name, kind in kinds.items()}
+
+
+def leaner(config: RunConfig, shape: ModelConfig, layout: Layout, *, casts: bool, on_device: bool = False) -> dict[str, Need]:
+    """What a rank would need with a train.recompute that keeps less than the one given, by its name, nearest first."""
+    given, kinds = config.train.recompute, ("none", "selective", "full")
+    if config.cannot_recompute:
+        return {}
+    others = {
+        kind: config.model_copy(update={"train": config.train.model_copy(update={"recompute": kind})})
+        for kind in (kinds[kinds.index(given) + 1 :] if isinstance(given, str) else kinds[-1:])
+    }
+    return {kind: need(other, shape, layout, casts=casts, on_device=on_device) for kind, other in others.items()}
+
+
+def _by_stage(
+    config: RunConfig, shape: ModelConfig, layout: Layout, *, casts: bool, on_device: bool
+) -> list[tuple[dict[str, str], list[Need]]]:
+    """Of each rank of a pipeline: which blocks it computes again, and what each tensor rank needs there."""
+    whole = Workload.of_transformer(shape, config.train.micro_batch, config.train.sequence)
+    workloads = [local_workload(whole, shape, layout.tensor, rank, layout.seq) for rank in range(layout.tensor)]
+    found = []
+    for pieces in zip(*(_pieces(config, shape, (whole, one), layout) for one in workloads), strict=True):
+        bare = [_need(config, piece.mine, layout.of_gradients, on_device=on_device) for piece in pieces]
+        names = pieces[0].mine.block_names
+
+        def needs(
+            selective: int, full: int, bare: list[Need] = bare, pieces: tuple[_Piece, ...] = pieces, count: int = len(names)
+        ) -> list[Need]:
+            blocks = Blocks(plain=count - selective - full, selective=selective, full=full, held=pieces[0].held)
+            again = f"{full} full, {selective} selective of {count} blocks" if full or selective else ""
+            return [
+                replace(
+                    one,
+                    activations_bytes=piece.crossing_bytes
+                    + activations_bytes(shape, piece.workload, casts=casts, blocks=blocks, loss=piece.loss, seq=layout.seq),
+                    recomputed=again,
+                )
+                for one, piece in zip(bare, pieces, strict=True)
+            ]
+
+        selective, full = _fewest(config.train.recompute, pieces[0].mine, needs)
+        kinds = dict.fromkeys(names[:full], "full") | dict.fromkeys(names[full : full + selective], "selective")
+        found.append((kinds, needs(selective, full)))
+    return found
+
+
+def _fewest(setting: str | float, workload: Workload, needs: Callable[[int, int], list[Need]]) -> tuple[int, int]:
+    """How many blocks of a rank are computed again selectively, and in full. needs: by these numbers."""
+    count = len(workload.block_names)
+    if isinstance(setting, str):
+        return (count if setting == "selective" else 0), (count if setting == "full" else 0)
+
+    def most_bytes(selective: int, full: int) -> int:
+        return max(one.rank_bytes for one in needs(selective, full))
+
+    some = workload.block_names[0] if count else ""
+    flops_s, flops_f = (workload.recomputing({some: kind}).recomputed_flops_per_token for kind in ("selective", "full"))
+    found: list[tuple[float, int, int]] = []
+    for full in range(count + 1):
+        if found and full * flops_f >= min(found)[0]:
+            break
+        fitting = (selective for selective in range(count - full + 1) if most_bytes(selective, full) <= setting)
+        if (selective := next(fitting, None)) is not None:
+            found.append((selective * flops_s + full * flops_f, selective, full))
+    if not found:
+        least = min(most_bytes(*numbers) for numbers in ((0, count), (min(count, 1), max(0, count - 1))))
+        raise UserError(
+            f"train.recompute = {show(setting, 'B')}: a rank needs about {show(least, 'B')} even when it computes its {count} "
+            "blocks again; give it as much, or take a smaller train.micro_batch or train.sequence"
+        )
+    return min(found)[1:]
+
+
+def _need(config: RunConfig, workload: Workload, layout: Layout, *, on_device: bool) -> Need:
+    """Of a rank that has the parameters of `workload`, without activations. layout: as who averages gradients sees it."""
     if layout.shard > 1:
-        return _need_sharded(config, workload, layout, activations, on_device=on_device)
+        return _need_sharded(config, workload, layout, on_device=on_device)
     weights = workload.stored_bytes
     optimizer = weights * OPTIMIZER_VALUES_PER_PARAMETER[config.train.optimizer.kind]
     exchange, under_way = _exchange(config, workload, layout, on_device)
@@ -128,7 +225,7 @@ def _need(config: RunConfig, workload: Workload, layout: Layout, activations: in
         gradients_bytes=gradients,
         optimizer_bytes=optimizer,
         exchange_bytes=exchange,
-        activations_bytes=activations,
+        activations_bytes=0,
         under_way_bytes=max(under_way, 2 * max(parameter.stored_bytes for parameter in workload.parameters)),
         copied_bytes=exchange + (state if config.sync.rare else 0),
         copied_once_bytes=state,
@@ -136,13 +233,13 @@ def _need(config: RunConfig, workload: Workload, layout: Layout, activations: in
     )
 
 
-def _need_sharded(config: RunConfig, workload: Workload, layout: Layout, activations: int, *, on_device: bool) -> Need:
+def _need_sharded(config: RunConfig, workload: Workload, layout: Layout, *, on_device: bool) -> Need:
     """Of a rank that has a shard of the parameters of `workload`."""
     shard = replace(
         workload,
         parameters=tuple(replace(one, shape=(-(-one.shape[0] // layout.shard), *one.shape[1:])) for one in workload.parameters),
     )
-    own = _need(config, shard, replace(layout, shard=1), activations, on_device=on_device)
+    own = _need(config, shard, replace(layout, shard=1), on_device=on_device)
     whole = workload.stored_bytes
     blocks = [
         sum(one.stored_bytes for one in workload.parameters if one.name.startswith(f"{name}.")) for name in workload.block_names
@@ -160,52 +257,77 @@ def _need_sharded(config: RunConfig, workload: Workload, layout: Layout, activat
     )
 
 
-def _pieces(
-    config: RunConfig, shape: ModelConfig, workload: Workload, layout: Layout, *, casts: bool
-) -> list[tuple[Workload, int]]:
-    """What each rank of a pipeline has of the model, of equal ranks, and its activations when it holds most of them.
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """workload: of all blocks; mine: of what the rank has of them; held: micro-batches under way; loss: whether it has the head;
+    crossing_bytes: at boundaries."""
 
-    A boundary has a buffer for each micro-batch, of what arrives and of the gradient that comes back.
+    workload: Workload
+    mine: Workload
+    held: float = 1.0
+    loss: bool = True
+    crossing_bytes: int = 0
+
+
+def _pieces(config: RunConfig, shape: ModelConfig, workloads: tuple[Workload, Workload], layout: Layout) -> list[_Piece]:
+    """What each rank of a pipeline has of the model, of equal ranks, when it holds most activations.
+
+    workloads: of the whole model, which is cut, and of a rank's part of all its matrices. A boundary has a buffer for each
+    micro-batch, of what arrives and of the gradient that comes back.
     """
     options, num_micro = config.pipeline, config.sync.accumulate
+    whole, workload = workloads
+    if layout.pipe == 1:
+        return [_Piece(workload=workload, mine=workload)]
     costs = workload.chain_flops_per_token
-    stages = cut(costs, layout.pipe * options.per_rank)
+    stages = cut(whole.chain_flops_per_token, layout.pipe * options.per_rank)
     names = [
         ("embed", "positions"),
         *((f"{block}.",) for block in workload.block_names),
         ("norm", "embed" if shape.tied else "head"),
     ]
-    crossing = workload.tokens_per_microbatch * shape.width * ITEM_BYTES[shape.dtype] // layout.tensor
+    crossing = workload.tokens_per_microbatch * -(-shape.width // layout.tensor) * ITEM_BYTES[shape.dtype]
     found = []
     for rank in range(layout.pipe):
         units = [unit for stage in stages_of(options.schedule, layout.pipe, options.per_rank, rank) for unit in stages[stage]]
         prefixes = tuple(prefix for unit in units for prefix in names[unit])
         mine = {one.name for one in workload.parameters if one.name.startswith(prefixes)}
-        blocks = sum(0 < unit < len(names) - 1 for unit in units)
         held = in_flight(options.schedule, layout.pipe, options.per_rank, rank, num_micro) / options.per_rank
-        projects = len(names) - 1 in units
-        whole = activations_bytes(shape, workload, casts=casts, blocks=held * blocks, loss=projects, tensor=layout.tensor)
         found.append(
-            (workload.part(mine, sum(costs[unit] for unit in units)), whole + 2 * options.per_rank * num_micro * crossing)
+            _Piece(
+                workload=workload,
+                mine=workload.part(mine, sum(costs[unit] for unit in units)),
+                held=held,
+                loss=len(names) - 1 in units,
+                crossing_bytes=2 * options.per_rank * num_micro * crossing,
+            )
         )
     return found
 
 
-def check(need: Need, rooms: Sequence[Room]) -> None:
-    """UserError if ranks cannot fit where they are to train."""
+def check(need: Need, rooms: Sequence[Room], leaner: Mapping[str, Need] = {}) -> None:
+    """UserError if ranks cannot fit where they are to train. leaner: as that function returns them."""
     for room in rooms:
         wanted = need.host_bytes(room.ranks)
         if wanted > TOLERANCE * room.free_bytes:
+            fits = (kind for kind, one in leaner.items() if all(one.host_bytes(each.ranks) <= each.free_bytes for each in rooms))
+            kind = next(fits, "")
+            advice = (
+                f"train.recompute = {kind!r}, with which they need {show(leaner[kind].host_bytes(room.ranks), 'B')}, "
+                if kind
+                else ""
+            )
             raise UserError(
                 f"memory: {room.ranks} rank{'s' * (room.ranks > 1)} on {room.name} would need about {show(wanted, 'B')} (each "
-                f"{need.terms()}), and {show(room.free_bytes, 'B')} are free there; take a smaller model.preset, "
-                "train.micro_batch or train.sequence, or fewer ranks there"
+                f"{need.terms()}), and {show(room.free_bytes, 'B')} are free there; take {advice}a smaller "
+                "model.preset, train.micro_batch or train.sequence, or fewer ranks there"
             )
 
 
 def line(need: Need, rooms: Sequence[Room]) -> str:
     """What a rank needs, beside what there is for it in the tightest room."""
-    about = f"memory: a rank needs about {show(need.rank_bytes, 'B')} beside the program ({need.terms()})"
+    again = f"; computed again: {need.recomputed}" if need.recomputed else ""
+    about = f"memory: a rank needs about {show(need.rank_bytes, 'B')} beside the program ({need.terms()}){again}"
     if not rooms:
         return f"{about}; what is free is not known here"
     tight = max(rooms, key=lambda room: need.host_bytes(room.ranks) / max(1.0, room.free_bytes))
@@ -213,23 +335,35 @@ def line(need: Need, rooms: Sequence[Room]) -> str:
 
 
 def activations_bytes(
-    shape: ModelConfig, workload: Workload, *, casts: bool, blocks: float | None = None, loss: bool = True, tensor: int = 1
+    shape: ModelConfig, workload: Workload, *, casts: bool, blocks: Blocks | None = None, loss: bool = True, seq: int = 1
 ) -> int:
-    """Of one micro-batch, when its loss is known, on one of `tensor` ranks, of which is `workload`.
-
-    blocks: so many, counted for each micro-batch; None: all. loss: with it.
-    """
+    """The most of a rank with `blocks`, None: all, none computed again. shape: of the model; workload: of it, or of a rank's part
+    of all blocks, one of `seq` ranks that share sequences. loss: with it."""
+    blocks = blocks or Blocks(plain=shape.layers)
     kept = ITEM_BYTES[shape.dtype]
     wide, product = max(kept, 4), 2 if casts else kept
     norm = shape.width * (product + (2 * wide if shape.norm == "rms" else kept))
-    rotated = (shape.heads + shape.kv_heads) * shape.head_width if shape.positions == "rotary" else 0
-    attention = product * (shape.qkv_width + rotated + shape.width) + 4 * shape.heads
-    mlp = product * (shape.up_width + shape.hidden * (2 if shape.mlp == "swiglu" else 1))
-    at_loss = norm + shape.vocabulary * (3 * wide + (product if product < 4 else 0)) / tensor if loss else 0
-    backward = product * (shape.up_width + 2 * shape.hidden) / tensor
-    kept_bytes = ALLOCATOR * (shape.layers if blocks is None else blocks) * (2 * norm + (attention + mlp) / tensor)
+    qkv, queries, up, hidden = (workload.parameter(f"blocks.0.{name}.weight").shape[dim] for name, dim in SPLIT)
+    rotated = (qkv + queries) // 2 if shape.positions == "rotary" else 0
+    arrived = (seq - 1) * (qkv - queries)
+    attention = product * (qkv + rotated + queries + arrived) + 4 * queries // shape.head_width
+    mlp = product * (up + hidden * (2 if shape.mlp == "swiglu" else 1))
+    words = workload.parameter("embed.weight").shape[0]
+    at_loss = norm + words * (3 * wide + (product if product < 4 else 0)) if loss else 0
+    backward = product * (up + 2 * hidden)
+    plain, entering = 2 * norm + attention + mlp, kept * shape.width
+    kept_bytes = blocks.held * (blocks.plain * plain + blocks.selective * 2 * norm + blocks.full * entering)
+    moments: list[tuple[float, float]] = [
+        (0.0, max(at_loss, norm + backward))
+    ]  # what is gone of this micro-batch, and what has come
+    if blocks.selective:
+        moments.append((blocks.plain * plain, ALLOCATOR * max(attention, mlp) + norm + backward))
+    if blocks.full:
+        gone = blocks.plain * plain + blocks.selective * 2 * norm
+        moments.append((gone, ALLOCATOR * (plain - entering) + norm + backward))
+    most = max(ALLOCATOR * (kept_bytes - gone) + come for gone, come in moments)
     matrices = sum(parameter.numel for parameter in workload.parameters if len(parameter.shape) == 2)
-    return int(workload.tokens_per_microbatch * (kept_bytes + max(at_loss, norm + backward))) + (2 * matrices if casts else 0)
+    return int(workload.tokens_per_microbatch * most) + (2 * matrices if casts else 0)
 
 
 def _exchange(config: RunConfig, workload: Workload, layout: Layout, on_device: bool) -> tuple[int, int]:

@@ -53,8 +53,10 @@ class Pipelines:
 class Stages:
     """A model in stages on the "pipe" axis of a layout. orders, activation_bytes, gradient_bytes: as in `Pipelines`.
 
-    forward_flops: of one micro-batch, by stage. in_passes: what a pass of one micro-batch sends to other ranks with parts of the
-    same stage, by (F forward or B backward, stage); it lengthens the pass.
+    forward_flops: of one micro-batch on the rank for which they were made, by stage; tensor_flops: the same of each rank of the
+    tensor axis, if that differs. recomputed: what backward passes compute again, as a fraction of the stage's forward_flops.
+    in_passes: what a pass of one micro-batch sends to other ranks with parts of the same stage, by
+    (F forward or B backward, stage); it lengthens the pass.
     """
 
     orders: Sequence[Sequence[Pass]]
@@ -62,6 +64,8 @@ class Stages:
     activation_bytes: Sequence[int]
     gradient_bytes: Sequence[int]
     in_passes: Mapping[tuple[str, int], Sequence[Transfer]] = field(default_factory=dict)
+    tensor_flops: Sequence[Sequence[float]] = ()
+    recomputed: Sequence[float] = ()
 
     def pipelines(
         self,
@@ -71,18 +75,22 @@ class Stages:
         idle_wires: bool = False,
         sums_s: Mapping[tuple[str, int], float] = {},
     ) -> Pipelines:
-        """flops_per_s: by global rank; a stage is as fast as the slowest of its replicas. idle_wires: nothing is sent.
+        """flops_per_s: by global rank; a stage is as fast as the slowest of those that have it. idle_wires: nothing is sent.
 
         sums_s: what `in_passes` takes, by its keys.
         """
         groups = layout.groups("pipe")
         seconds: dict[tuple[str, int], float] = {}
         for position, order in enumerate(self.orders):
-            rate = min(flops_per_s[group[position]] for group in groups)
+            ranks = [group[position] for group in groups]
+            flops = [
+                self.tensor_flops[layout.coordinates(rank)["tensor"]] if self.tensor_flops else self.forward_flops
+                for rank in ranks
+            ]
             for stage in {stage for _, stage, _ in order}:
-                forward_s = self.forward_flops[stage] / rate
+                forward_s = max(one[stage] / flops_per_s[rank] for rank, one in zip(ranks, flops, strict=True))
                 weights_s = forward_s * BACKWARD_OVER_FORWARD / 2
-                back_s = sums_s.get(("B", stage), 0.0)
+                back_s = sums_s.get(("B", stage), 0.0) + (forward_s * self.recomputed[stage] if self.recomputed else 0.0)
                 seconds |= {
                     ("F", stage): forward_s + sums_s.get(("F", stage), 0.0),
                     ("B", stage): 2 * weights_s + back_s,

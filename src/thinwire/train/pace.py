@@ -2,10 +2,14 @@
 
 In a lab many ranks share few cores, and an idle rank lends its core to the others; stragglers and waiting would then vanish.
 So each forward and each backward pass follows the clock of the declared device. With F_j the forward flops before matrix j
-(`Parameter.forward_flops_before`), F those of the whole pass, and a pass that takes T = flops / flops_per_s from its start t:
+(`Parameter.forward_flops_before`), f_j its own, F those of the whole pass, and a pass that takes T = flops / flops_per_s from its
+start t:
 
-    forward    the module of matrix j returns no sooner than         t + T F_{j+1} / F
-    backward   the gradient of matrix j is ready no sooner than      t + T (1 - F_j / F)
+    forward    the module of matrix j returns no sooner than         t + T (F_j + f_j) / F
+    backward   the gradient of matrix j is ready no sooner than      t + T (1 - B_j / B)
+
+B_j of B being what the backward pass still has to do then (`Workload.backward_flops_remaining`): as F_j of F, but where
+activations are computed again.
 
 The exchange goes on while a rank sleeps. Going backward it sleeps before the module, as long as there is time to spare, so that
 gradients become ready when they would on the declared device. What takes longer than its share is made up for by the rest of the
@@ -23,7 +27,7 @@ import torch
 from torch import nn
 
 from thinwire.errors import UserError
-from thinwire.parallel.waits import Waits
+from thinwire.parallel.waits import Waits, sleep_until
 from thinwire.workload import Workload
 
 SMOOTHING = 0.2
@@ -52,6 +56,7 @@ class Pacer:
     declared_s: float = 0.0
     late_s: float = 0.0
     _pass_started: float = 0.0
+    _goes_back: bool = False
     _handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
 
     @classmethod
@@ -95,20 +100,23 @@ class Pacer:
         self._handles.append(register(hook))
 
     def _begin_pass(self, *_: object) -> None:
-        self._pass_started = time.perf_counter()
+        self._pass_started, self._goes_back = time.perf_counter(), False
+
+    def _begin_back(self, *_: object) -> None:
+        self._pass_started, self._goes_back = time.perf_counter(), True
 
     def _end_pass(self, model: nn.Module, arguments: object, output: object) -> None:
         """The whole forward pass; the backward pass begins when the gradient of its output is there."""
         self._end_forward(1.0)
         if isinstance(output, torch.Tensor) and output.requires_grad:
-            output.register_hook(self._begin_pass)
+            output.register_hook(self._begin_back)
 
     def _end_forward(self, share: float, *_: object) -> None:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not self._goes_back:  # then it is computed again
             self._hold(share, self.forward_s)
 
     def _begin_backward(self, stage: _Stage, *_: object) -> None:
-        _sleep_until(self._clock_start + stage.backward_end * self.backward_s - stage.takes_s)
+        sleep_until(self._clock_start + stage.backward_end * self.backward_s - stage.takes_s)
         stage.started = time.perf_counter()
 
     def _end_backward(self, stage: _Stage, *_: object) -> None:
@@ -118,7 +126,7 @@ class Pacer:
 
     def _hold(self, share: float, pass_s: float) -> None:
         """Sleep until `share` of the pass should be over; at its end see whether that was kept."""
-        late = -_sleep_until(self._clock_start + share * pass_s)
+        late = -sleep_until(self._clock_start + share * pass_s)
         if share == 1.0:
             self.declared_s += pass_s
             self.late_s += max(0.0, late)
@@ -131,17 +139,13 @@ def _stages(model: nn.Module, workload: Workload) -> list[_Stage]:
     for parameter in workload.parameters:
         owner = model.get_submodule(parameter.name.rpartition(".")[0])
         if len(parameter.shape) == 2 and isinstance(owner, nn.Linear):
-            found.append((owner, parameter.forward_flops_before, 2.0 * parameter.numel))
-    ends = [before for _, before, _ in found[1:]] + [sum(found[-1][1:])] if found else []
+            found.append((owner, parameter))
+    nexts = [parameter.forward_flops_before for _, parameter in found[1:]] + [whole]
     return [
-        _Stage(module=module, forward_end=min(end / whole, 1.0 - 1e-9), backward_end=1.0 - before / whole)
-        for (module, before, _), end in zip(found, ends, strict=True)
+        _Stage(
+            module=module,
+            forward_end=min((one.forward_flops_before + 2.0 * one.numel) / whole, following / whole, 1.0 - 1e-9),
+            backward_end=1.0 - workload.backward_flops_remaining(one.name) / workload.backward_flops_per_token,
+        )
+        for (module, one), following in zip(found, nexts, strict=False)
     ]
-
-
-def _sleep_until(moment: float) -> float:
-    """Returns by how much the moment was still ahead; negative if it had passed."""
-    ahead = moment - time.perf_counter()
-    if ahead > 0:
-        time.sleep(ahead)
-    return ahead

@@ -9,10 +9,10 @@ PyTorch's pipelining loads its compiler, so it is imported only where there are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,32 +23,35 @@ from thinwire.config.compress import Coded
 from thinwire.config.run import RunConfig, TrainSection
 from thinwire.errors import UserError
 from thinwire.layout import Layout
-from thinwire.parallel import sequence
+from thinwire.parallel import recompute
 from thinwire.parallel.cut import Cut, cut_model
 from thinwire.parallel.tensor_parts import Parts, local_workload
 from thinwire.parallel.waits import Waits
+from thinwire.plan.memory import recomputed_blocks
 from thinwire.plan.pipeline import Stages
 from thinwire.sync.base import Synchroniser
 from thinwire.traffic import Transfer
 from thinwire.train.pace import Pacer
 from thinwire.train.pipelined import Pace, PipelinedStepper
 from thinwire.train.sharded_part import ShardedPart, ShardedStepper
+from thinwire.train.shared_part import SharedPart
 from thinwire.train.step import Norm, Stepper, gradient_norm
 from thinwire.train.task import LanguageModel
-from thinwire.train.tensor_part import TensorPart
 from thinwire.workload import Workload
 
 if TYPE_CHECKING:
     from thinwire.parallel.pipeline import Pipeline
     from thinwire.parallel.stage_shards import StageShards
 
+Alike = TypeVar("Alike")
 Precision = Callable[[], AbstractContextManager]
 """Entered around each forward pass, such as torch.autocast."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """See the top of the file. number: of the part, of `count` into which the model is cut. tensor: where matrices are split."""
+    """See the top of the file. number: of the part, of `count` into which the model is cut. shared: where ranks share matrices or
+    sequences. tensor_flops: as in `Setting`."""
 
     module: nn.Module
     workload: Workload
@@ -56,23 +59,24 @@ class Part:
     norm: Norm = gradient_norm
     number: int = 0
     count: int = 1
-    tensor: TensorPart | None = None
+    shared: SharedPart | None = None
     sharded: ShardedPart | None = None
     stage_shards: StageShards | None = None
     pipeline: Pipeline | None = None
     stages: Stages | None = None
+    tensor_flops: tuple[float, ...] = ()
 
     @property
     def waits(self) -> Waits:
-        """Of its passes, for the other tensor ranks, or those of the shard axis."""
-        split = self.tensor or self.sharded
+        """Of its passes, for ranks that compute with this one, or share its states."""
+        split = self.shared or self.sharded
         return Waits() if split is None else split.waits
 
     @property
     def shards(self) -> Parts:
         """Of parameters that are split themselves."""
-        if self.tensor is not None:
-            return self.tensor.parts
+        if self.shared is not None:
+            return self.shared.parts
         rows = self.sharded.shards if self.sharded else self.stage_shards
         return {} if rows is None else rows.parts
 
@@ -99,10 +103,14 @@ class Part:
 
     def pacer(self, flops_per_s: float) -> Pacer | Pace:
         """Of a device that achieves `flops_per_s` in training; see `paced`."""
+        if self.shared is not None:
+            self.shared.pace(flops_per_s)
         if self.stages is None:
             return Pacer.of(self.workload, flops_per_s, self.waits)
-        seconds = {stage: flops / flops_per_s for stage, flops in enumerate(self.stages.forward_flops)}
-        return Pace(seconds, self.waits)
+        forward_s = {stage: flops / flops_per_s for stage, flops in enumerate(self.stages.forward_flops)}
+        return Pace(
+            forward_s, {stage: forward_s[stage] * again for stage, again in enumerate(self.stages.recomputed)}, self.waits
+        )
 
     def paced(self, pacer: Pacer | Pace) -> AbstractContextManager[None]:
         """Inside, this rank computes at that rate."""
@@ -116,9 +124,9 @@ class Part:
     def traffic(self, num_micro: int, train: TrainSection) -> list[Transfer]:
         """What is sent within one replica in a step, or between those that share states."""
         found = [] if self.pipeline is None else self.pipeline.traffic(num_micro)
-        if self.tensor is not None:
+        if self.shared is not None:
             counted = self.module.named_parameters() if self.pipeline is None else self.pipeline.counted()
-            found += self.tensor.traffic(num_micro, counted)
+            found += self.shared.traffic(num_micro, counted)
         if self.sharded is not None:
             found += self.sharded.traffic(num_micro)
         if self.stage_shards is not None:
@@ -131,10 +139,10 @@ class Part:
             self.sharded.shards.compression.detach()
 
     def evaluation_traffic(self, task: LanguageModel, replica: int, train: TrainSection) -> list[Transfer]:
-        """What an evaluation sends between tensor ranks, or those of the shard axis."""
+        """What an evaluation sends between ranks that compute together, or share states."""
         if self.stage_shards is not None:
             return self.stage_shards.evaluation_traffic(train.eval_every)
-        split = self.tensor or self.sharded
+        split = self.shared or self.sharded
         return [] if split is None else split.evaluation_traffic(task, replica)
 
 
@@ -156,14 +164,19 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
     """Build the model on its device and keep what is this rank's. Collective over all ranks. UserError for a model that cannot be
     cut."""
     layout, ledger, model = place.layout, place.ledger, task.build_model().to(place.device)
-    workload, split, row = task.workload, None, 0
-    if layout.tensor > 1:
-        split = TensorPart.split(model, config, place.groups["tensor"], ledger, casts=place.casts)
-        workload, row = local_workload(workload, task.shape, layout.tensor), split.group.rank()
-    if layout.seq > 1:
-        sequence.check(config.train.sequence, layout.seq)
-        sequence.apply(model, place.groups["seq"], ledger)
-        workload = replace(workload, tokens_per_microbatch=workload.tokens_per_microbatch // layout.seq)
+    split, row = None, 0
+    if layout.tensor * layout.seq > 1:
+        split = SharedPart.split(model, config, layout, place.groups, ledger, casts=place.casts)
+        row = split.group.rank()
+    kinds = recomputed_blocks(config, task.shape, layout, casts=place.casts, on_device=place.device.type != "cpu")
+    recompute.apply(model, kinds)
+    if split is not None:
+        split = replace(split, recomputed=[int(name.split(".")[1]) + 1 for name, kind in kinds.items() if kind == "full"])
+    workloads = [
+        local_workload(task.workload, task.shape, layout.tensor, one, layout.seq).recomputing(kinds)
+        for one in range(layout.tensor)
+    ]
+    workload = workloads[row]
     norm = gradient_norm if split is None else split.norm
     if layout.shard > 1 and layout.pipe == 1:
         shared = ShardedPart.split(model, config, place.groups["shard"], ledger, workload)
@@ -184,7 +197,8 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
             norm=norm,
             number=row,
             count=layout.tensor,
-            tensor=split,
+            shared=split,
+            tensor_flops=_unless_alike(one.flops_per_microbatch for one in workloads),
         )
     from thinwire.parallel.pipeline import Pipeline
 
@@ -192,7 +206,7 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
     slowest = None
     if place.rates is not None:
         slowest = [min(place.rates[group[position]] for group in layout.groups("pipe")) for position in range(layout.pipe)]
-    cut = cut_model(model, example.to(place.device), config.pipeline, layout.pipe, workload.chain_flops_per_token, slowest)
+    cut = cut_model(model, example.to(place.device), config.pipeline, layout.pipe, task.workload.chain_flops_per_token, slowest)
     if split is not None:
         split = split.in_stages(cut, place.groups["pipe"].rank())
         cut = split.cut or cut
@@ -209,7 +223,7 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
                 f"model.tied = true: the first and the last stage of layout.pipe = {layout.pipe} share the embedding, which "
                 f"layout.outer = {layout.outer} replicas that exchange rarely would average in two ways; set model.tied = false"
             )
-    own = stage_workload(workload, cut, pipeline)
+    own = stage_workload(workload, cut, pipeline).recomputing(kinds)
     stage_shards = None
     if layout.shard > 1:
         from thinwire.parallel.stage_shards import StageShards
@@ -223,10 +237,13 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
         norm=norm,
         number=pipeline.rank * layout.tensor * layout.shard + row,
         count=layout.pipe * layout.tensor * layout.shard,
-        tensor=split,
+        shared=split,
         stage_shards=stage_shards,
         pipeline=pipeline,
-        stages=stages_of(workload, cut, config.sync.accumulate, split),
+        stages=replace(
+            stages_of(workload, cut, config.sync.accumulate, split),
+            tensor_flops=_unless_alike(stage_flops(one, cut) for one in workloads),
+        ),
     )
 
 
@@ -236,23 +253,35 @@ def _averages_apart(config: RunConfig, replicas: int) -> bool:
     return replicas > 2 or (replicas > 1 and coded)
 
 
-def stages_of(workload: Workload, cut: Cut, num_micro: int, split: TensorPart | None = None) -> Stages:
+def _unless_alike(of_ranks: Iterable[Alike]) -> tuple[Alike, ...]:
+    found = tuple(of_ranks)
+    return found if len(set(found)) > 1 else ()
+
+
+def stages_of(workload: Workload, cut: Cut, num_micro: int, split: SharedPart | None = None) -> Stages:
     """For predictions. workload: of the whole model, or of this rank's part of all its matrices, as `split` says."""
     from thinwire.parallel.schedules import orders
 
-    options, costs = cut.options, workload.chain_flops_per_token
+    options, costs, again = cut.options, workload.chain_flops_per_token, workload.chain_recomputed_per_token
     boundaries = range(len(cut.stages) - 1)
     return Stages(
         orders=orders(options.schedule, cut.ranks, options.per_rank, num_micro),
-        forward_flops=[workload.tokens_per_microbatch * sum(costs[unit] for unit in units) for units in cut.stages],
+        forward_flops=stage_flops(workload, cut),
+        recomputed=[sum(again[unit] for unit in units) / (sum(costs[unit] for unit in units) or 1.0) for units in cut.stages],
         activation_bytes=[cut.message_bytes("activations", boundary) for boundary in boundaries],
         gradient_bytes=[cut.message_bytes("gradients", boundary) for boundary in boundaries],
         in_passes={} if split is None else split.pass_traffic(),
     )
 
 
+def stage_flops(workload: Workload, cut: Cut) -> tuple[float, ...]:
+    """Forward, of one micro-batch, of each stage of `workload`."""
+    costs = workload.chain_flops_per_token
+    return tuple(workload.tokens_per_microbatch * sum(costs[unit] for unit in units) for units in cut.stages)
+
+
 def stage_workload(workload: Workload, cut: Cut, pipeline: Pipeline) -> Workload:
-    """Of this rank's stages. workload: of the whole model."""
+    """Of this rank's stages. workload: of the whole model, or of this rank's part of all its matrices."""
     costs = workload.chain_flops_per_token
     names = {name for name, _ in pipeline.owner.named_parameters()}
     return workload.part(names, sum(costs[unit] for stage in cut.stages_of(pipeline.rank) for unit in cut.stages[stage]))

@@ -5,7 +5,6 @@ The gradient's norm is that of the whole model: each rank adds up its own parame
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from thinwire.collectives.metered_calls import all_reduce
 from thinwire.data.loader import IGNORED
-from thinwire.parallel.waits import SETUP, Waits
+from thinwire.parallel.waits import SETUP, Waits, sleep_until
 from thinwire.traffic import EVALUATION, Transfer
 from thinwire.train.step import Stepper, without_trace
 from thinwire.workload import BACKWARD_OVER_FORWARD
@@ -123,10 +122,11 @@ class PipelinedStepper(Stepper):
 class Pace:
     """Holds the passes of a rank's stages to the rate that its device declares, as `pace.Pacer` does with whole models.
 
-    forward_s: of one micro-batch, by stage; waits: in which it does not compute.
+    forward_s, recomputed_s: of one micro-batch, by stage, the latter going backward; waits: in which it does not compute.
     """
 
     forward_s: dict[int, float]
+    recomputed_s: dict[int, float]
     waits: Waits = field(default_factory=Waits)
     declared_s: float = 0.0
     late_s: float = 0.0
@@ -135,7 +135,7 @@ class Pace:
     def attached(self, pipeline: Pipeline) -> Iterator[None]:
         """Inside, passes take as long as declared."""
         for stage in pipeline.stages:
-            stage.hold = self._holder(self.forward_s[stage.stage_index])
+            stage.hold = self._holder(stage.stage_index)
         try:
             yield
         finally:
@@ -147,16 +147,14 @@ class Pace:
         """How much longer than declared the passes took so far."""
         return self.late_s / self.declared_s if self.declared_s else 0.0
 
-    def _holder(self, forward_s: float) -> Callable[[str, float], None]:
+    def _holder(self, stage: int) -> Callable[[str, float], None]:
+        forward_s = self.forward_s[stage]
         backward_s = BACKWARD_OVER_FORWARD * forward_s
-        takes = {"F": forward_s, "B": backward_s, "I": backward_s / 2, "W": backward_s / 2}
+        takes = {"F": forward_s, "B": backward_s + self.recomputed_s[stage], "I": backward_s / 2, "W": backward_s / 2}
 
         def hold(kind: str, begun: float) -> None:
-            ahead = begun + takes[kind] + self.waits.since(begun) - time.perf_counter()
             self.declared_s += takes[kind]
-            self.late_s += max(0.0, -ahead)
-            if ahead > 0:
-                time.sleep(ahead)
+            self.late_s += max(0.0, -sleep_until(begun + takes[kind] + self.waits.since(begun)))
 
         return hold
 

@@ -56,8 +56,8 @@ def report_traffic(train: TrainSection, axis: str, world_size: int) -> list[Tran
 class Trainer:
     """One per rank; everything it does is collective over `group`, all ranks. `reporter` on rank 0 only.
 
-    replica: of this rank, among `len(assignment)`. same_loss: ranks of a replica that all have its loss. bubble_s: what a step of
-    a pipeline waits even on idle wires, as predicted.
+    replica: of this rank, among `len(assignment)`. loss_ranks: of a replica, whose losses' mean is its own. bubble_s: what a
+    step of a pipeline waits even on idle wires, as predicted.
     """
 
     task: Task
@@ -72,7 +72,7 @@ class Trainer:
     reporter: Reporter | None
     assignment: Assignment
     """Micro-batches of a step by replica."""
-    same_loss: int = 1
+    loss_ranks: int = 1
     bubble_s: float = 0.0
     by_speed: bool = False
     """Whether `assignment` follows the seconds in the reports."""
@@ -225,7 +225,7 @@ class Trainer:
                     step=done,
                     time_s=0.0,
                     tokens=self.tokens,
-                    loss=loss / (len(self.assignment) * self.same_loss),
+                    loss=loss / (len(self.assignment) * self.loss_ranks),
                     exposed_s=wait - waiting,
                     waiting_s=waiting,
                     **seconds,

@@ -116,12 +116,15 @@ def train_as(rank: Rank, resume: Path | None) -> Outcome:
 
 def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     config, ledger, layout, number = rank.config, rank.ledger, rank.layout, dist.get_rank()
-    mesh = init_device_mesh(rank.device.type, layout.degrees, mesh_dim_names=AXES)
+    gradients = layout.of_gradients
+    mesh = init_device_mesh(rank.device.type, gradients.degrees, mesh_dim_names=AXES)
     groups = {name: mesh.get_group(name) for name in AXES}
+    if layout.seq > 1:
+        groups["seq"], _ = dist.new_subgroups_by_enumeration(layout.groups("seq"))
     for made in groups.values():
         if not isinstance(made, backend.MeteredGroup):  # the metered backend has done so itself
             give_timeout(made, timedelta(seconds=config.train.timeout_s))
-    axis = layout.report_axis
+    axis = gradients.report_axis
     if axis == REPLICAS:
         groups[REPLICAS] = mesh[REPLICA_AXES]._flatten(REPLICAS).get_group()
     elif axis == EVERYONE:
@@ -134,8 +137,9 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     folder, disks = setup.agree_on_folder(config, resume)
     task = setup.make_task(config, layout, rank.environment)
     room = setup.find_room(rank.device, rank.host, in_lab=rank.environment.lab is not None)
-    needed = partial(memory.need, config, task.shape, layout, on_device=rank.device.type != "cpu")
-    memory.check(needed(casts=config.train.dtype == "bfloat16"), room)
+    on_device, casts = rank.device.type != "cpu", config.train.dtype == "bfloat16"
+    needed = partial(memory.need, config, task.shape, layout, on_device=on_device)
+    memory.check(needed(casts=casts), room, memory.leaner(config, task.shape, layout, casts=casts, on_device=on_device))
     dtype = setup.agree_on_dtype(config, rank.device, folder if resume else None, task)
     casts = dtype != config.model.dtype
     if number == 0:
@@ -153,7 +157,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     )
     part = take_part(task, config, place)
     stack.callback(part.close)
-    sync = make_synchroniser(config.sync, config.compress, layout, ledger)
+    sync = make_synchroniser(config.sync, config.compress, gradients, ledger)
     optimizer = make_optimizer(part.module, config.train)
     parts = Parts(
         model=part.module,
@@ -165,6 +169,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         num_parts=part.count,
         shards=part.shards,
         exchange=part.sharded.shards.compression if part.sharded else None,
+        layout=str(layout),
     )
     progress = Progress(step=0, tokens=0, world_size=layout.world_size, assignment=())
     if resume is not None:
@@ -210,7 +215,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         parts=parts,
         group=group,
         replica=replica,
-        same_loss=layout.tensor,
+        loss_ranks=layout.tensor * layout.seq,
         device=rank.device,
         stop=rank.stop,
         saver=Saver(folder.path / "checkpoints", disks, config.train.checkpoints_kept, config.train.checkpoint_copies, parts),
@@ -274,14 +279,15 @@ def _predict(
         kind=kind_of(rank.device),
         stages=part.stages,
         sharded=part.sharded.passes if part.sharded else None,
+        tensor_flops=part.tensor_flops,
     )
     transfers = [
         *part.traffic(config.sync.accumulate, config.train),
-        *stepper.sync.traffic(part.workload, layout),
+        *stepper.sync.traffic(part.workload, layout.of_gradients),
         *stepper.norm_traffic(),
         *stepper.evaluation_traffic(task, layout.replica(dist.get_rank())),
         *part.evaluation_traffic(task, layout.replica(dist.get_rank()), config.train),
-        *report_traffic(config.train, layout.report_axis, layout.world_size),
+        *report_traffic(config.train, layout.of_gradients.report_axis, layout.world_size),
     ]
     carrier = setup.choose_carrier(rank.tuner, cluster, groups, transfers)
     return predict(setting, transfers, carrier=carrier), pacer, assignment

@@ -36,7 +36,8 @@ PROGRESS, CHECKSUMS = "progress.json", "checksums.json"
 class Progress:
     """Where a run stands: the next step to train, tokens seen, world size, micro-batches by replica.
 
-    num_parts, cut: into how many parts the model is divided among the ranks, and a checksum of how (`division`); `Saver` knows.
+    num_parts, cut: into how many parts the model is divided among the ranks, and a checksum of how (`division`); layout: of the
+    ranks, in words; `Saver` knows.
     """
 
     step: int
@@ -45,6 +46,7 @@ class Progress:
     assignment: Assignment
     num_parts: int = 1
     cut: str = ""
+    layout: str = ""
 
     @property
     def name(self) -> str:

@@ -113,7 +113,8 @@ def find_checkpoint(folder: Path, disks: Disks, parts: Parts | None = None) -> F
     progress = chosen.progress
     assert progress is not None
     alike = progress.world_size == dist.get_world_size() and progress.cut == division.cut
-    with_own = alike and not chosen.lost
+    layout = parts.layout if parts else ""
+    with_own = alike and not chosen.lost and (not progress.layout or progress.layout == layout)
     lacking = partial(_lacking, disks, chosen, division=division if alike else None, with_own=with_own)
     sends = [send for leader in disks.leaders for send in lacking(leader)]
     errors = gather(_bring(folder, disks, chosen, sends))

@@ -85,7 +85,13 @@ class Saver:
         taken = snapshot(parts, alike=self._division.writes(self._disks))
         key, self._begun = str(self._begun), self._begun + 1
         self._job = _Job(
-            progress=replace(progress, world_size=len(self._disks.leader_of), num_parts=parts.num_parts, cut=self._division.cut),
+            progress=replace(
+                progress,
+                world_size=len(self._disks.leader_of),
+                num_parts=parts.num_parts,
+                cut=self._division.cut,
+                layout=parts.layout,
+            ),
             ledger=parts.ledger,
             key=key,
             blocked_s=time.perf_counter() - began,

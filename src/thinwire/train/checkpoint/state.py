@@ -32,7 +32,7 @@ from thinwire.train.checkpoint.shards import Refit, Shards, both_parts, from_pla
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     """What is saved. model: this rank's part of it, number `part` of `num_parts`, under the names of the whole model. shards: of
-    parameters that are split themselves."""
+    parameters that are split themselves. layout: of the ranks, in words."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -44,6 +44,7 @@ class Parts:
     shards: Shards = field(default_factory=dict)
     exchange: ShardedCompression | None = None
     """Of shards, whose codes owe something."""
+    layout: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

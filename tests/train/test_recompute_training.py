@@ -1,0 +1,45 @@
+"""Whole runs that compute activations again give the losses of those that keep them, to the bit, and send what was predicted."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_run import config_of, losses, run_training, scores
+
+from pool import Pool
+from thinwire.record import RunFolder
+from thinwire.report import Facts, as_json
+
+pytestmark = pytest.mark.heavy
+
+MODEL = {"layers": 3, "width": 20, "heads": 5, "vocabulary": 257, "hidden": 41}
+CASES: list[tuple[str, dict[str, int], str, dict[str, Any]]] = [
+    ("ranks2", {"data": 2}, "selective", {}),
+    ("ranks2", {"tensor": 2}, "selective", {}),
+    ("ranks2", {"tensor": 2}, "full", {"tensor": {"sums": "int8"}, "model": {**MODEL, "dtype": "float32"}}),
+    ("ranks2", {"pipe": 2}, "full", {"pipeline": {"schedule": "interleaved"}}),
+    ("ranks2", {"outer": 2}, "full", {"sync": {"kind": "diloco", "every": 3}}),
+    ("ranks2", {"data": 2}, "full", {"compress": {"kind": "int4"}}),
+    ("ranks4", {"tensor": 2, "pipe": 2}, "full", {}),
+]
+
+
+@pytest.mark.parametrize(("pool", "layout", "kind", "sections"), CASES, ids=lambda value: str(value))
+def test_losses_are_the_same_bits_and_traffic_is_predicted(
+    request: pytest.FixtureRequest, tmp_path: Path, pool: str, layout: dict[str, int], kind: str, sections: dict[str, Any]
+) -> None:
+    ranks: Pool = request.getfixturevalue(pool)
+    folders = []
+    for setting in ("none", kind):
+        config = config_of(tmp_path / setting, layout, train={"recompute": setting}, **{"model": MODEL, **sections})
+        folders.append(ranks.run(run_training, config)[0].folder)
+    plain, again = folders
+    assert losses(again) == losses(plain) and scores(again) == scores(plain) and len(losses(again)) == 12
+    facts, before = (as_json(Facts(RunFolder.open(folder))) for folder in (again, plain))
+    rows = [row for row in facts["transfers"] if row["predicted_bytes"] is not None]
+    assert rows and not [row for row in rows if not row["equal"]]
+    sums, sums_before = (
+        sum(row["ledger_bytes_high"] for row in one["transfers"] if row["label"].startswith("activation"))
+        for one in (facts, before)
+    )
+    assert sums > sums_before if kind == "full" and "tensor" in layout else sums == sums_before
