@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 BUDGET_S = {
+    "adapters": 10,
     "bench": 20,
     "cli": 30,
     "collectives": 80,

@@ -29,7 +29,7 @@ settings.load_profile("thinwire")
 
 CASES = 2
 """Of a test with more of them, in `make test`, and one of those marked `heavy`; `make test-all` and CI run all."""
-ON_RANKS = {"bench", "collectives", "compress", "lab", "parallel", "sync", "train"}
+ON_RANKS = {"adapters", "bench", "collectives", "compress", "lab", "parallel", "sync", "train"}
 """Folders in which a case takes real ranks, and so tenths of a second or more."""
 _RANK_FIXTURES = {"ranks1", "ranks2", "ranks3", "ranks4", "ranks8"}
 

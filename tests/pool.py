@@ -40,6 +40,7 @@ PRELOAD = [
     "thinwire.bench.sync",
     "thinwire.cli.report",
     "thinwire.cli.main",
+    "thinwire.horovod.torch",
     "thinwire.measure.probe",
     "thinwire.report",
     "thinwire.train.agent",

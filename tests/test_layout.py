@@ -45,9 +45,11 @@ def test_the_last_used_axis_has_neighbouring_ranks(layout) -> None:
 
 @given(layouts)
 def test_gradients_are_averaged_over_replicas_and_over_the_ranks_of_a_sequence(layout) -> None:
+    merged = ("data",) if layout.seq == 1 else ("data", "expert", "seq")
     for group in layout.of_gradients.groups("data"):
         places = [layout.coordinates(rank) for rank in group]
-        assert {(place.pop("data"), place.pop("seq")) for place in places} == set(product(range(layout.data), range(layout.seq)))
+        found = {tuple(place.pop(axis) for axis in merged) for place in places}
+        assert found == set(product(*(range(getattr(layout, axis)) for axis in merged)))
         assert all(place == places[0] for place in places)
     assert layout.of_gradients.replicas == layout.replicas * layout.seq
     assert layout.senders("data") == layout.of_gradients.groups("data") and layout.senders("seq") == layout.groups("seq")
@@ -74,7 +76,7 @@ def test_a_layout_reads_as_a_product() -> None:
         (lambda: Layout(data=0), "layout.data = 0: a degree is 1 or more"),
         (lambda: Layout(data=2).coordinates(2), "there is no rank 2 in layout data 2, which has 2"),
         (lambda: Layout(data=2).coordinates(-1), "there is no rank -1 in layout data 2"),
-        (lambda: Layout().groups("dats"), "there is no axis 'dats'; axes: outer, pipe, data, seq, shard, tensor"),
+        (lambda: Layout().groups("dats"), "there is no axis 'dats'; axes: outer, pipe, data, expert, seq, shard, tensor"),
     ],
 )
 def test_what_does_not_exist_is_refused_in_one_line(broken, message) -> None:

@@ -16,6 +16,7 @@ SHAPES = [
     {"norm": "layer", "mlp": "gelu"},
     {"norm": "layer", "mlp": "gelu", "positions": "learned", "tied": False},
     {"norm": "layer", "mlp": "swiglu", "kv_heads": 2},
+    {"norm": "layer", "mlp": "swiglu", "experts": 4, "experts_per_token": 2, "capacity": 1.25},
 ]
 BATCH, SEQUENCE = 3, 32
 
@@ -51,7 +52,7 @@ def test_parameters_equal_the_real_model(name: str) -> None:
 @given(
     layers=st.integers(1, 3), heads=st.sampled_from([2, 4]), grouped=st.booleans(), head=st.sampled_from([4, 6]),
     positions=st.sampled_from(["rotary", "learned"]), mlp=st.sampled_from(["gelu", "swiglu"]), tied=st.booleans(),
-    norm=st.sampled_from(["layer", "rms"]), vocabulary=st.integers(2, 40),
+    norm=st.sampled_from(["layer", "rms"]), vocabulary=st.integers(2, 40), experts=st.sampled_from([0, 3]),
 )  # fmt: skip
 def test_parameters_of_any_shape(layers: int, heads: int, grouped: bool, head: int, **rest: object) -> None:
     config = small(layers=layers, width=heads * head, heads=heads, kv_heads=heads // 2 if grouped else heads, **rest)

@@ -30,6 +30,15 @@ class Place:
     """How many of them are on this host; 0: not known."""
 
 
+@dataclass(frozen=True)
+class Restart:
+    """Of a rank that torchrun starts again after a failure. run: of the agent on this host, the same in all lives of its ranks;
+    lives: how many there were before this one."""
+
+    run: str
+    lives: int
+
+
 class Lab(BaseModel):
     """The file that the lab writes for its processes."""
 
@@ -114,6 +123,20 @@ def gloo_card() -> str:
 def agent_has_store() -> bool:
     """torchrun's agent already holds the store at the master's port; without one, rank 0 opens it."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def horovod_timeline() -> tuple[str, bool]:
+    """Where Horovod's users ask for a trace, "" if they do not, and whether with cycles."""
+    path = os.environ.get("HOROVOD_TIMELINE", "")
+    return "" if path == "DYNAMIC" else path, os.environ.get("HOROVOD_TIMELINE_MARK_CYCLES", "0") == "1"
+
+
+def restart() -> Restart | None:
+    """Where torchrun would start the ranks again (--max-restarts); None where it would not."""
+    run, most = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if not run or most == "0":
+        return None
+    return Restart(run=f"{run}-{os.getppid()}", lives=_integer("TORCHELASTIC_RESTART_COUNT"))
 
 
 def _place() -> Place | None:

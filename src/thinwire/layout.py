@@ -8,10 +8,10 @@ from math import prod
 
 from thinwire.errors import UserError
 
-AXES = ("outer", "pipe", "data", "seq", "shard", "tensor")
+AXES = ("outer", "pipe", "data", "expert", "seq", "shard", "tensor")
 REPLICAS = "replicas"
-"""Not an axis of its own: the ranks that differ on outer, data and shard only, each of which sees other tokens."""
-REPLICA_AXES = ("outer", "data", "shard")
+"""Not an axis of its own: the ranks that differ on REPLICA_AXES only, each of which sees other tokens."""
+REPLICA_AXES = ("outer", "data", "expert", "shard")
 EVERYONE = "everyone"
 """All ranks, where they differ on other axes too."""
 
@@ -23,6 +23,7 @@ class Layout:
     outer: int = 1
     pipe: int = 1
     data: int = 1
+    expert: int = 1
     seq: int = 1
     shard: int = 1
     tensor: int = 1
@@ -60,8 +61,8 @@ class Layout:
 
     @property
     def replicas(self) -> int:
-        """How many see other tokens: copies of the model, or ranks that share the states of one."""
-        return self.outer * self.data * self.shard
+        """How many see other tokens: copies of the model, or ranks that share the experts or the states of one."""
+        return self.outer * self.data * self.expert * self.shard
 
     @property
     def replica_axis(self) -> str:
@@ -71,8 +72,9 @@ class Layout:
 
     @property
     def of_gradients(self) -> "Layout":
-        """The same ranks, as who averages gradients sees them: those that share sequences have other tokens, as replicas do."""
-        return replace(self, data=self.data * self.seq, seq=1)
+        """The same ranks, as who averages gradients sees them: those that share sequences have other tokens, as replicas do. Not
+        of experts' parameters, which ranks of the expert axis do not share, and whose model cannot share sequences."""
+        return self if self.seq == 1 else replace(self, data=self.data * self.expert * self.seq, expert=1, seq=1)
 
     @property
     def report_axis(self) -> str:
@@ -84,7 +86,7 @@ class Layout:
     def replica(self, rank: int) -> int:
         """The number of the replica that `rank` belongs to."""
         place = self.coordinates(rank)
-        return (place["outer"] * self.data + place["data"]) * self.shard + place["shard"]
+        return ((place["outer"] * self.data + place["data"]) * self.expert + place["expert"]) * self.shard + place["shard"]
 
     def groups(self, axis: str) -> list[tuple[int, ...]]:
         """The groups of ranks that differ on `axis` only, each in the order of the axis. UserError for an unknown axis."""

@@ -6,7 +6,8 @@ L layers, h width, s sequence length, per token:
     forward = 2 N_m + 4 L h s        backward = 2 * forward        together 6 N_m + 12 L h s
 
 the form of Kaplan et al. 2020 and Chowdhery et al. 2022 (PaLM, appendix B). Attention counts as if it were not causal;
-kernels that skip the masked half do about half of `4 L h s`, and a flash kernel's backward recomputes `2 L h s`.
+kernels that skip the masked half do about half of `4 L h s`, and a flash kernel's backward recomputes `2 L h s`. Of experts all
+slots are computed: their matrices count by slots a token (`models.experts`).
 
 The backward pass visits the operations in reverse, so when the gradient of a parameter is ready, what remains is the
 backward of everything that ran before the parameter's first use: twice `Parameter.forward_flops_before`, and what of that is
@@ -28,6 +29,15 @@ OPTIMIZER_VALUES_PER_PARAMETER = {"adamw": 2, "sgd": 1, "muon": 1, "signsgd": 0}
 BACKWARD_OVER_FORWARD = 2.0
 AGAIN = {"selective": ("attention.qkv.", "mlp.up."), "full": ("attention.", "mlp.up.")}
 """Products of a block that its backward pass computes again (`parallel.recompute`); with qkv goes attention itself."""
+
+
+EXPERTS = ".mlp.experts."
+"""In the names of experts' parameters, before the number of each."""
+
+
+def is_of_expert(parameter: str) -> bool:
+    """By its name in the model, whether it is one of an expert."""
+    return EXPERTS in parameter
 
 
 def plain_name(name: str) -> str:
@@ -87,23 +97,33 @@ class Workload:
             )
         width, blocks = config.width, tuple(f"blocks.{i}" for i in range(config.layers))
         attention_flops = 4.0 * width * sequence
-        inner: list[tuple[str, tuple[int, ...], float]] = [
+        rest: list[tuple[str, tuple[int, ...], float]] = [
             ("attention_norm.weight", (width,), 0.0),
             ("attention.qkv.weight", (config.qkv_width, width), attention_flops),
             ("attention.out.weight", (width, width), 0.0),
             ("mlp_norm.weight", (width,), 0.0),
-            ("mlp.up.weight", (config.up_width, width), 0.0),
-            ("mlp.down.weight", (width, config.hidden), 0.0),
         ]
+        inner = [(name, shape, _product_flops(shape) + extra) for name, shape, extra in rest]
+        mlp: list[tuple[str, tuple[int, ...]]] = [
+            ("up.weight", (config.up_width, width)),
+            ("down.weight", (width, config.hidden)),
+        ]
+        if config.experts:
+            router, per_token = (config.experts, width), config.expert_slots(sequence) / sequence
+            inner.append(("mlp.router.weight", router, _product_flops(router)))
+            for expert in range(config.experts):
+                inner += [(f"mlp.experts.{expert}.{name}", shape, _product_flops(shape) * per_token) for name, shape in mlp]
+        else:
+            inner += [(f"mlp.{name}", shape, _product_flops(shape)) for name, shape in mlp]
         dtype = config.dtype
         parameters = [Parameter("embed.weight", (config.vocabulary, width), dtype=dtype)]
         if config.positions == "learned":
             parameters.append(Parameter("positions.weight", (config.context, width), dtype=dtype))
         done = 0.0
         for block in blocks:
-            for name, shape, extra in inner:
+            for name, shape, flops in inner:
                 parameters.append(Parameter(f"{block}.{name}", shape, done, dtype))
-                done += _product_flops(shape) + extra
+                done += flops
         parameters.append(Parameter("norm.weight", (width,), done, dtype))
         if not config.tied:
             parameters.append(Parameter("head.weight", (config.vocabulary, width), done, dtype))
@@ -200,6 +220,22 @@ class Workload:
             forward_flops_per_token=forward_flops_per_token,
             block_names=blocks,
         )
+
+    def of_expert_rank(self, experts: int, degree: int, rank: int) -> Workload:
+        """Of rank `rank` of `degree`, with its share of a block's experts, each of which has the slots of so many more tokens."""
+        each = experts // degree
+
+        def place(name: str) -> str | None:
+            """The parameter up to which a rank has computed as much. None: another rank has this one."""
+            before, found, number = name.partition(EXPERTS)
+            if not found:
+                return name
+            expert, dot, rest = number.partition(".")
+            return f"{before}{found}{int(expert) % each * degree}{dot}{rest}" if int(expert) // each == rank else None
+
+        before = {one.name: one.forward_flops_before for one in self.parameters}
+        kept = [(one, at) for one in self.parameters if (at := place(one.name))]
+        return replace(self, parameters=tuple(replace(one, forward_flops_before=before[at]) for one, at in kept))
 
     def parameter(self, name: str) -> Parameter:
         """UserError if the model has no such parameter."""

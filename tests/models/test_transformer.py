@@ -20,6 +20,7 @@ SHAPES = [
     {"norm": "rms", "mlp": "swiglu", "kv_heads": 2, "tied": False},
     {"norm": "layer", "mlp": "gelu", "positions": "learned"},
     {"norm": "rms", "mlp": "swiglu", "kv_heads": 1, "positions": "learned", "tied": False},
+    {"experts": 4, "experts_per_token": 2, "capacity": 1.0},
 ]
 
 

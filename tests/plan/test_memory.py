@@ -40,6 +40,8 @@ SHAPES = [
     {"norm": "rms", "mlp": "gelu", "positions": "learned", "dtype": "bfloat16"},
     {"norm": "layer", "mlp": "swiglu", "positions": "rotary", "dtype": "bfloat16"},
     {"norm": "rms", "mlp": "swiglu", "positions": "rotary", "dtype": "float64"},
+    {"experts": 4, "capacity": 0.0},
+    {"experts": 8, "experts_per_token": 1, "mlp": "gelu", "dtype": "bfloat16"},
 ]
 
 
@@ -93,6 +95,7 @@ MEASURED = {
     "sharded": [*LARGE, "model.layers=12", "layout.shard=2"],
     "sharded, added up": [*LARGE, "model.layers=12", "layout.shard=2", "sync.accumulate=2", "sharded.reshard=never"],
     "sequence": [*WIDE_BATCH, "train.sequence=256", "layout.seq=2"],
+    "experts": [*WIDE_BATCH, "train.sequence=128", "model.experts=4", "layout.expert=2"],
     "activations": [*WIDE_BATCH, "train.sequence=256"],
     "recompute": [*WIDE_BATCH, "train.sequence=256", "train.recompute=full"],
     "vocabulary": ["model.preset=1m", "model.vocabulary=20000", "train.sequence=256", "train.micro_batch=8"],

@@ -16,11 +16,11 @@ MODEL = {"layers": 3, "width": 20, "heads": 5, "vocabulary": 257, "hidden": 41}
 CASES: list[tuple[str, dict[str, int], str, dict[str, Any]]] = [
     ("ranks2", {"data": 2}, "selective", {}),
     ("ranks2", {"tensor": 2}, "selective", {}),
-    ("ranks2", {"tensor": 2}, "full", {"tensor": {"sums": "int8"}, "model": {**MODEL, "dtype": "float32"}}),
     ("ranks2", {"pipe": 2}, "full", {"pipeline": {"schedule": "interleaved"}}),
     ("ranks2", {"outer": 2}, "full", {"sync": {"kind": "diloco", "every": 3}}),
     ("ranks2", {"data": 2}, "full", {"compress": {"kind": "int4"}}),
     ("ranks4", {"tensor": 2, "pipe": 2}, "full", {}),
+    ("ranks2", {"tensor": 2}, "full", {"tensor": {"sums": "int8"}, "model": {**MODEL, "dtype": "float32"}}),
 ]
 
 

@@ -46,6 +46,7 @@ LAYOUTS = [
     ("ranks4", {"seq": 4}, {"model": {**MODEL, "positions": "learned", "norm": "layer", "tied": False}}),
     ("ranks4", {"data": 2, "seq": 2}, {}),
     ("ranks4", {"seq": 2, "tensor": 2}, {}),
+    ("ranks4", {"seq": 2, "tensor": 2}, {"model": {**MODEL, "width": 24, "heads": 6, "kv_heads": 3}}),
     ("ranks4", {"pipe": 2, "seq": 2}, {"pipeline": {"schedule": "zbv"}, "model": {**MODEL, "layers": 4}}),
     ("ranks4", {"pipe": 2, "seq": 2}, {"pipeline": {"schedule": "zb1p"}, "model": {**MODEL, "positions": "learned"}}),
     ("ranks8", {"pipe": 2, "seq": 2, "tensor": 2}, {}),

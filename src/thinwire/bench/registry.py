@@ -38,6 +38,7 @@ BENCHMARKS = (
     "sequence",
     "sync",
     "uneven",
+    "why",
 )
 """Each a module of this folder, with `run(cluster, options)` and the values of its options in DEFAULTS."""
 _UNITS = {"_s": "s", "_bps": "bit/s", "bytes": "B"}

@@ -10,10 +10,13 @@ from thinwire.cli import collectives, lab, train
 from thinwire.cli.bench import bench
 from thinwire.cli.export import export
 from thinwire.cli.generate import generate
+from thinwire.cli.horovodrun import IN_ORDER, horovodrun
+from thinwire.cli.plan import plan
 from thinwire.cli.probe import probe
 from thinwire.cli.replicas import replicas, serve
 from thinwire.cli.report import report
 from thinwire.cli.shrink import shrink
+from thinwire.cli.why import why
 from thinwire.errors import UserError
 
 USER_ERROR = 2
@@ -25,8 +28,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (train.train, replicas, serve, probe, report, generate, export, shrink, bench):
+for command in (train.train, plan, replicas, serve, probe, report, generate, export, shrink, bench):
     app.command()(command)
+app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})(why)
+app.command(context_settings=IN_ORDER)(horovodrun)
 app.add_typer(lab.app, name="lab")
 app.add_typer(collectives.app, name="collectives")
 

@@ -1,6 +1,7 @@
 """`thinwire train`: started alone it starts its ranks, here or on several machines; torchrun, srun or mpiexec start it as one."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,13 +15,14 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
     from thinwire.config.run import RunConfig
-    from thinwire.environment import Place
+    from thinwire.environment import Environment, Place
 
 
-def train(
+def train(  # noqa: PLR0913 - each is an option of the command line
     run: Annotated[Path | None, typer.Argument(help="run.toml; without it, a small model on the standard library.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key: train.steps=50.")] = None,
     resume: Annotated[Path | None, typer.Option(help="A run folder to go on with, from its last checkpoint.")] = None,
+    plan: Annotated[str, typer.Option(metavar="auto", help="Plan layout, exchange and micro-batches for the ranks.")] = "",
     bind: Annotated[str, typer.Option(metavar="ADDRESS", help=BIND)] = "",
     nnodes: Annotated[int, typer.Option(min=1, help="Machines on which this same command is given, as for torchrun.")] = 1,
     node_rank: Annotated[int, typer.Option(min=0, help="Which of them this is; only this differs between them.")] = 0,
@@ -29,18 +31,25 @@ def train(
     """Train a model; print and record predicted and measured times and bytes."""
     from thinwire.environment import environment_variables, read_environment
 
+    if plan not in ("", "auto") or (plan and resume):
+        raise UserError(f"--plan {plan}: {'a resumed run keeps its plan; leave it out' if resume else 'there is auto only'}")
     environment = read_environment()
     place = environment.place
     if place is None:
         _check_nodes(nnodes, node_rank, rdzv_endpoint)
+        if plan and nnodes == 1:
+            raise typer.Exit(_launch_planned(run, changes or [], bind))
         where = {"num_nodes": nnodes, "node_rank": node_rank, "endpoint": rdzv_endpoint, "bind": bind}
-        raise typer.Exit(_launch(run, changes or [], resume, where))
+        raise typer.Exit(_launch(run, changes or [], resume, where, ["--plan", "auto"] if plan else []))
 
     def train_as_rank() -> None:
         store = None
         if resume is not None and place.world_size > 1 and not place.by_mpiexec:
             store = _fetch_run_file(place, resume, bind)
-        config = _configure(run, changes or [], resume)
+        if plan:
+            config, store = _plan_with_others(run, changes or [], environment, bind)
+        else:
+            config = _configure(run, changes or [], resume)
         from thinwire.train.worker import work
 
         outcome = work(config, environment, resume, bind, store)
@@ -71,6 +80,46 @@ def _fetch_run_file(place: "Place", resume: Path, bind: str) -> "TCPStore":
     return store
 
 
+def _plan_with_others(
+    run: Path | None, changes: list[str], environment: "Environment", bind: str
+) -> "tuple[RunConfig, TCPStore]":
+    """The run that rank 0 plans, and where the ranks have met. Collective."""
+    from thinwire.config.run import TrainSection
+    from thinwire.train.auto import auto_of_ranks
+    from thinwire.train.runtime import meet
+
+    place = environment.place
+    assert place is not None
+    if place.by_mpiexec:
+        raise UserError("--plan auto: write the plan first, thinwire plan --write run.toml, and start mpiexec with that")
+    store = meet(place, TrainSection().timeout_s, bind)
+    return auto_of_ranks(run, changes, environment, store), store
+
+
+def _launch_planned(run: Path | None, changes: list[str], bind: str) -> int:
+    """On this machine alone: on the cluster of the run, or on its ranks as they are probed."""
+    from thinwire.config.run import dump_run
+    from thinwire.environment import environment_variables, loopback_environment
+
+    with environment_variables({"TORCH_CPP_LOG_LEVEL": "ERROR"}):
+        from thinwire.train.agent import Nodes, launch
+        from thinwire.train.auto import auto
+
+    config = _configure(run, changes, None)
+    with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
+        probed, planned, ranks = Path(folder) / "here.toml", Path(folder) / "run.toml", config.train.ranks or 2
+        if not config.cluster.file:
+            typer.echo(f"probing {ranks} ranks on this machine")
+            if code := launch(Nodes(ranks_per_node=ranks, bind=bind), ["-o", str(probed)], loopback_environment(), "probe"):
+                return code
+        found, lines = auto(run, changes, "" if config.cluster.file else str(probed))
+        typer.echo("\n".join(lines))
+        if not config.cluster.file:  # what links there were is known to the plan only
+            found = found.model_copy(update={"cluster": config.cluster, "train": found.train.model_copy(update={"ranks": ranks})})
+        dump_run(found, planned)
+        return _launch(planned, [], None, {"num_nodes": 1, "node_rank": 0, "endpoint": "", "bind": bind})
+
+
 def _configure(run: Path | None, changes: list[str], resume: Path | None) -> "RunConfig":
     from thinwire.config.run import load_run
 
@@ -81,8 +130,8 @@ def _configure(run: Path | None, changes: list[str], resume: Path | None) -> "Ru
     return load_run(resume / "run.toml" if resume else run, changes)
 
 
-def _launch(run: Path | None, changes: list[str], resume: Path | None, where: dict[str, Any]) -> int:
-    """Start the ranks on this machine, then print the table and write the report. where: of `Nodes`."""
+def _launch(run: Path | None, changes: list[str], resume: Path | None, where: dict[str, Any], more: Sequence[str] = ()) -> int:
+    """Start the ranks on this machine, then print the table and write the report. where: of `Nodes`; more: arguments."""
     from thinwire.environment import environment_variables, loopback_environment
 
     with environment_variables({"TORCH_CPP_LOG_LEVEL": "ERROR"}):  # which torch reads when it is loaded
@@ -93,7 +142,7 @@ def _launch(run: Path | None, changes: list[str], resume: Path | None, where: di
         ranks = devices_here()
     else:
         ranks, variables = _ranks_alone(_configure(run, changes, resume)), loopback_environment()
-    arguments = [str(run)] if run else []
+    arguments = [*([str(run)] if run else []), *more]
     for change in changes:
         arguments += ["--set", change]
     if resume:

@@ -37,6 +37,7 @@ from typing import Any
 
 import tomli_w
 
+from thinwire.cluster.describe import described
 from thinwire.cluster.model import Cluster, Host, Quantity
 from thinwire.cluster.spec import ClusterSpec, expand
 from thinwire.errors import UserError
@@ -44,8 +45,11 @@ from thinwire.tomlfile import read_toml, validate
 
 
 def load_cluster(source: str | Path) -> Cluster:
-    """Read a cluster file: a path, or the name of a shipped one ("four-hosts-100mbit"). UserError in one line."""
+    """Read a cluster file: a path, the name of a shipped one ("four-hosts-100mbit"), or a line (`describe`). UserError in one
+    line."""
     path = Path(source)
+    if "@" in str(source) and not path.is_file():
+        return described(str(source))
     if not path.suffix and not path.is_file():
         shipped = shipped_clusters()
         if str(source) not in shipped:

@@ -137,6 +137,11 @@ class MeteredGroup(dist.ProcessGroup):
     def timeout(self) -> timedelta:
         return timeout_of(self._inner)
 
+    @property
+    def ledger(self) -> Ledger:
+        """Into which it enters its calls."""
+        return self._ledger
+
     def wire_bytes(self, op: str, message_bytes: int, root: int = 0) -> int:
         """Payload bytes that this rank sends in one call of `op`."""
         return sent_bytes(op, message_bytes, self._group.size, self._group.rank, root)

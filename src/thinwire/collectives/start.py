@@ -16,7 +16,7 @@ from thinwire.collectives.nccl import register_nccl
 from thinwire.collectives.scheduled import register_scheduled
 from thinwire.collectives.store import open_store
 from thinwire.collectives.tuned.tuner import make_tuner
-from thinwire.environment import agent_has_store, read_environment, set_variables, shared_gpu_variables
+from thinwire.environment import agent_has_store, read_environment, restart, set_variables, shared_gpu_variables
 from thinwire.errors import UserError
 
 Collectives = Literal["measured", "priced", "native"]
@@ -66,7 +66,12 @@ def init(
         ranks = mpi.ranks(timeout, bind)
     elif (place := read_environment().place) and not agent_has_store() and not WHERE & options.keys():
         timeout = options.get("timeout") or default_pg_timeout
-        store = open_store(place, timeout.total_seconds(), bind)
+        store: dist.Store = open_store(place, timeout.total_seconds(), bind)
+        ranks = {"store": store, "rank": place.rank, "world_size": place.world_size}
+    elif (life := restart()) and life.lives and place and not WHERE & options.keys():
+        timeout = options.get("timeout") or default_pg_timeout
+        held = open_store(place, timeout.total_seconds(), bind, held=True)  # in which the last life has left its addresses
+        store = dist.PrefixStore(f"life {life.lives}", held)
         ranks = {"store": store, "rank": place.rank, "world_size": place.world_size}
     elif bind:
         raise UserError(f"bind = {bind!r}: here somebody else opens the store, torchrun or who has given it; leave it out")

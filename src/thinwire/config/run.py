@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from thinwire.config.compress import SPARSELOCO, Compress, NoCompression
 from thinwire.config.data import DataSection
+from thinwire.config.experts import ExpertsSection
 from thinwire.config.model import ModelConfig, preset
 from thinwire.config.pipeline import APART, PipelineSection
 from thinwire.config.pretrained import read_shape, tokenizer_of
@@ -86,6 +87,8 @@ class LayoutSection(Section):
     """Ranks among which the layers of the model are shared out; see [pipeline]."""
     data: int = Field(0, ge=0)
     """Replicas that average gradients in each step; 0: all ranks that the other axes leave, but 1 beside a rare sync.kind."""
+    expert: int = Field(1, ge=1)
+    """Replicas among which the experts of every block are shared out; see [experts]."""
     seq: int = Field(1, ge=1)
     """Ranks among which the tokens of every sequence are shared out."""
     shard: int = Field(1, ge=1)
@@ -97,14 +100,15 @@ class LayoutSection(Section):
         """The Layout for `world_size` ranks. rare: of sync.kind. UserError if it does not fit."""
         if self.outer > 1 and not rare:
             raise UserError(f"layout.outer = {self.outer}: only a sync.kind that exchanges rarely uses this axis; set it to 1")
-        others = self.pipe * self.seq * self.shard * self.tensor
+        others = self.pipe * self.expert * self.seq * self.shard * self.tensor
         if rare:
             data = self.data or (max(1, world_size // (self.outer * others)) if self.outer else 1)
             outer = self.outer or max(1, world_size // (data * others))
         else:
             outer = 1
             data = self.data or max(1, world_size // others)
-        layout = Layout(outer=outer, pipe=self.pipe, data=data, seq=self.seq, shard=self.shard, tensor=self.tensor)
+        inner = {"expert": self.expert, "seq": self.seq, "shard": self.shard, "tensor": self.tensor}
+        layout = Layout(outer=outer, pipe=self.pipe, data=data, **inner)
         layout.check(world_size)
         return layout
 
@@ -217,6 +221,7 @@ class RunConfig(Section):
     pipeline: PipelineSection = PipelineSection()
     tensor: TensorSection = TensorSection()
     sharded: ShardedSection = ShardedSection()
+    experts: ExpertsSection = ExpertsSection()
     sync: Sync = EveryStep()
     compress: Compress = NoCompression()
     train: TrainSection = TrainSection()
@@ -241,9 +246,10 @@ class RunConfig(Section):
         if self.layout.tensor > 1:
             self._check_tensor()
         self._check_sequence()
+        self._check_experts()
         if self.layout.shard > 1:
             self._check_sharded()
-        for axis in ("pipe", "seq", "shard", "tensor"):
+        for axis in ("pipe", "expert", "seq", "shard", "tensor"):
             if self.sync.by_speed and getattr(self.layout, axis) > 1:
                 raise ValueError(
                     f"sync.assign = 'by_speed' assigns micro-batches to replicas of one rank; leave it out with layout.{axis}"
@@ -274,6 +280,8 @@ class RunConfig(Section):
                 f"with layout.shard = {self.layout.shard} what hides under computing again is not predicted yet; set it to "
                 "'none', or share out the layers too (layout.pipe)"
             )
+        if self.model.experts:
+            return f"with model.experts = {self.model.experts} blocks are not computed again; set it to 'none'"
         if self.layout.pipe > 1 and self.pipeline.schedule in APART:
             return (
                 f"pipeline.schedule = {self.pipeline.schedule!r} goes back twice, for inputs and for weights, and would compute "
@@ -299,6 +307,25 @@ class RunConfig(Section):
                 f"layout.seq = {degree} ranks has a part of a sequence's gradient only; leave it out with layout.seq"
             )
 
+    def _check_experts(self) -> None:
+        if self.model.experts and self.layout.seq > 1:
+            raise ValueError(
+                f"model.experts = {self.model.experts} with layout.seq = {self.layout.seq}: experts have slots for whole "
+                "sequences; set it to 1"
+            )
+        if self.layout.expert > 1:
+            self.model.check_experts(self.layout.expert)
+            if self.layout.pipe > 1:
+                raise ValueError(
+                    f"layout.expert = {self.layout.expert} with layout.pipe = {self.layout.pipe}: a model of experts takes one "
+                    "of them; set the other to 1"
+                )
+            if self.sync.rare:
+                raise ValueError(
+                    f"sync.kind = {self.sync.kind!r} with layout.expert = {self.layout.expert}: ranks that share experts "
+                    "exchange in each step; set layout.expert to 1, or take sync.kind = 'every_step'"
+                )
+
     def _check_tensor(self) -> None:
         degree = self.layout.tensor
         self.model.check_tensor(degree)
@@ -315,6 +342,10 @@ class RunConfig(Section):
 
     def _check_sharded(self) -> None:
         degree = self.layout.shard
+        if self.model.experts:
+            raise ValueError(
+                f"layout.shard = {degree} and model.experts = {self.model.experts} do not go together; take layout.expert"
+            )
         for axis in ("seq", "tensor"):
             if (other := getattr(self.layout, axis)) > 1:
                 raise ValueError(

@@ -1,7 +1,7 @@
 """What the probe found, as plain data, the cluster that it describes, and its words for a person. No torch."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -21,10 +21,9 @@ SLOW_BELOW = 1 / 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class HostFound:
-    """Rates are line rates: payload times FRAME_OVERHEAD. None where there was no other host to measure against.
-
-    latency_s: of the cable to the switch, in one direction. flops_per_s: of a training step on a device, while all ranks compute.
+class HostWired:
+    """A host on its network. Rates are line rates: payload times FRAME_OVERHEAD. None where there was no other host to measure
+    against. latency_s: of the cable to the switch, in one direction.
     """
 
     name: str
@@ -35,14 +34,21 @@ class HostFound:
     send_bps: Estimate | None
     receive_bps: Estimate | None
     latency_s: Estimate | None
+
+    @property
+    def device_names(self) -> list[str]:
+        """By rank."""
+        return [f"{self.name}/{'cpu' if self.kind == 'cpu' else 'gpu'}{index}" for index in range(len(self.ranks))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostFound(HostWired):
+    """And what its devices do. flops_per_s: of a training step on a device, while all ranks compute."""
+
     flops_per_s: Estimate
     matmul_flops_per_s: float
     memory_bytes: float
     memory_bytes_per_s: float
-
-    @property
-    def device_prefix(self) -> str:
-        return f"{self.name}/{'cpu' if self.kind == 'cpu' else 'gpu'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,36 +104,50 @@ def unique_names(names: Sequence[str], taken: Sequence[str]) -> list[str]:
 
 def to_cluster(findings: Findings, name: str) -> Cluster:
     """Hosts on the switch of their rack or on the core switch, each direction of every cable with its own rate."""
-
-    def measured(found: Estimate) -> Quantity:
-        return Quantity(found.value, "measured", found.low, found.high, findings.date)
-
-    hosts, links, devices = [], [], [""] * findings.world_size
-    for host in findings.hosts:
-        own = [f"{host.device_prefix}{index}" for index in range(len(host.ranks))]
-        for rank, device in zip(host.ranks, own, strict=True):
-            devices[rank] = device
-        found = Device(
+    rates = {
+        host.name: Device(
             name="",
             kind=host.kind,
-            flops_per_s=measured(host.flops_per_s),
+            flops_per_s=_measured(host.flops_per_s, findings.date),
             memory_bytes=Quantity(host.memory_bytes, "measured", date=findings.date),
             memory_bytes_per_s=Quantity(host.memory_bytes_per_s, "measured", date=findings.date),
         )
-        made = tuple(replace(found, name=device) for device in own)
+        for host in findings.hosts
+    }
+    return wired(name, findings.hosts, findings.racks, findings.date, rates)
+
+
+def wired(
+    name: str,
+    found: Sequence[HostWired],
+    racks: Sequence[RackFound],
+    date: str,
+    devices: Mapping[str, Device] | None = None,
+) -> Cluster:
+    """The network of `to_cluster`. devices: what each of a host's devices is like, by host; None: only their kind is known."""
+    hosts, links, ranks = [], [], [""] * sum(len(host.ranks) for host in found)
+    for host in found:
+        for rank, device in zip(host.ranks, host.device_names, strict=True):
+            ranks[rank] = device
+        like = devices[host.name] if devices else Device(name="", kind=host.kind)
+        made = tuple(replace(like, name=device) for device in host.device_names)
         hosts.append(Host(name=host.name, devices=made, rack=host.rack, address=host.address))
         if host.send_bps and host.receive_bps and host.latency_s:
-            to, latency = host.rack or CORE, measured(host.latency_s)
-            links.append(Link(source=host.name, target=to, bandwidth_bps=measured(host.send_bps), latency_s=latency))
-            links.append(Link(source=to, target=host.name, bandwidth_bps=measured(host.receive_bps), latency_s=latency))
-    for rack in findings.racks:
-        latency = Quantity(rack.latency_s, "measured", date=findings.date)
-        links.append(Link(source=rack.name, target=CORE, bandwidth_bps=measured(rack.up_bps), latency_s=latency))
-        links.append(Link(source=CORE, target=rack.name, bandwidth_bps=measured(rack.down_bps), latency_s=latency))
-    switches = [Switch(name=rack.name) for rack in findings.racks]
+            to, latency = host.rack or CORE, _measured(host.latency_s, date)
+            links.append(Link(source=host.name, target=to, bandwidth_bps=_measured(host.send_bps, date), latency_s=latency))
+            links.append(Link(source=to, target=host.name, bandwidth_bps=_measured(host.receive_bps, date), latency_s=latency))
+    for rack in racks:
+        latency = Quantity(rack.latency_s, "measured", date=date)
+        links.append(Link(source=rack.name, target=CORE, bandwidth_bps=_measured(rack.up_bps, date), latency_s=latency))
+        links.append(Link(source=CORE, target=rack.name, bandwidth_bps=_measured(rack.down_bps, date), latency_s=latency))
+    switches = [Switch(name=rack.name) for rack in racks]
     if links:
         switches.append(Switch(name=CORE))
-    return Cluster(name=name, hosts=tuple(hosts), switches=tuple(switches), links=tuple(links), ranks=tuple(devices))
+    return Cluster(name=name, hosts=tuple(hosts), switches=tuple(switches), links=tuple(links), ranks=tuple(ranks))
+
+
+def _measured(found: Estimate, date: str) -> Quantity:
+    return Quantity(found.value, "measured", found.low, found.high, date)
 
 
 def table(findings: Findings) -> Group:

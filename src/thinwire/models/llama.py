@@ -25,7 +25,10 @@ _COMPUTED = ("rotary_emb.inv_freq",)
 
 
 def names_of(config: ModelConfig) -> dict[str, tuple[tuple[str, int], ...]]:
-    """By parameter of the `Transformer`: Llama's names, each with its number of rows, in the order in which they are stacked."""
+    """By parameter of the `Transformer`: Llama's names, each with its number of rows, in the order in which they are stacked.
+    UserError for one of experts, which Llama has not."""
+    if config.experts:
+        raise UserError(f"model.experts = {config.experts}: folders of Llama's shape have one MLP a block; set it to 0")
     width, keys = config.width, config.kv_heads * config.head_width
     block = {
         "attention_norm.weight": (("input_layernorm", width),),

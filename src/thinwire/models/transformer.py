@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -71,23 +71,31 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP, each behind a norm and added to the residual stream."""
+    """Attention, then the MLP or some of several (`experts`), each behind a norm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = make_norm(config)
         self.attention = Attention(config)
         self.mlp_norm = make_norm(config)
-        self.mlp = MLP(config)
+        self.mlp = _mlp_or_experts(config)
 
     def forward(self, x_BLM: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         x_BLM = x_BLM + self.attention(self.attention_norm(x_BLM), rotation)
         return x_BLM + self.mlp(self.mlp_norm(x_BLM))
 
 
+def _mlp_or_experts(config: ModelConfig) -> nn.Module:
+    if not config.experts:
+        return MLP(config)
+    from thinwire.models.experts import Experts  # which needs the MLP; and so this file is enough without experts
+
+    return Experts(config)
+
+
 class Transformer(nn.Module):
     """forward(tokens_BL) gives logits_BLV; with `targets_BL` it gives the mean cross-entropy in nats, in float32 or
-    float64 if the weights are.
+    float64 if the weights are. Its gradient is that of the cross-entropy and what balances experts, if there are any.
 
     Targets of -100 do not count; `loss` may be replaced. There are no buffers: built on `torch.device("meta")`, the model is
     complete after `to_empty` and `init_weights`.
@@ -113,7 +121,7 @@ class Transformer(nn.Module):
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
             else:
-                std = residual_std if name.endswith(("attention.out.weight", "mlp.down.weight")) else init_std
+                std = residual_std if name.endswith((".out.weight", ".down.weight")) else init_std
                 parameter.normal_(0.0, std, generator=generator)
 
     def forward(self, tokens_BL: Tensor, targets_BL: Tensor | None = None) -> Tensor:
@@ -122,7 +130,14 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x_BLM = block(x_BLM, rotation)
         logits_BLV = project(x_BLM, self.norm, self.embed if self.head is None else self.head)
-        return logits_BLV if targets_BL is None else self.loss(logits_BLV, targets_BL)
+        if targets_BL is None:
+            return logits_BLV
+        loss = self.loss(logits_BLV, targets_BL)
+        if not self.config.experts or not torch.is_grad_enabled():
+            return loss
+        blocks: Any = self.blocks
+        balance = torch.stack([block.mlp.taken_balance() for block in blocks]).mean()
+        return loss + self.config.balance * (balance - balance.detach())
 
 
 def embed(

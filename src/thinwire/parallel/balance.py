@@ -16,7 +16,9 @@ PipeDream's partition (Narayanan et al. 2019) without replication.
 from collections.abc import Sequence
 from itertools import accumulate
 
+from thinwire.config.compress import Coded, NoCompression
 from thinwire.errors import UserError
+from thinwire.layout import Layout
 
 V_SHAPED = ("zbv", "dualpipev")
 """Schedules in which the stages run down the ranks and up again."""
@@ -77,3 +79,25 @@ def cut(
     chosen = best[units]
     assert chosen is not None, "each stage has a unit"
     return [range(begin, end) for begin, end in zip((0, *chosen[2]), chosen[2], strict=False)]
+
+
+def shares_tied(compress: NoCompression | Coded, layout: Layout) -> bool:
+    """Whether the last stage takes over the first one's average of a tied embedding. UserError where it could not."""
+    if _averages_apart(compress, layout.outer):
+        raise UserError(
+            f"model.tied = true: the first and the last stage of layout.pipe = {layout.pipe} share the embedding, which "
+            f"layout.outer = {layout.outer} replicas that exchange rarely would average in two ways; set model.tied = false"
+        )
+    apart = _averages_apart(compress, layout.of_gradients.data)
+    if apart and layout.shard > 1:
+        raise UserError(
+            f"model.tied = true: the first and the last stage of layout.pipe = {layout.pipe} share the embedding, of which the "
+            f"shards of layout.data = {layout.data} replicas would be averaged in two ways; set model.tied = false"
+        )
+    return apart
+
+
+def _averages_apart(compress: NoCompression | Coded, replicas: int) -> bool:
+    """Whether replicas of the first stage and those of the last may come to different averages of the embedding."""
+    coded = isinstance(compress, Coded) and compress.is_coded("embed.weight", (1, 1))
+    return replicas > 2 or (replicas > 1 and coded)

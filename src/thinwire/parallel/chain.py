@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from thinwire.config.model import ModelConfig
 from thinwire.errors import UserError
 from thinwire.models import transformer
 from thinwire.models.transformer import Transformer
 
 Shared = dict[str, Any]
-"""What units of one pass make once for all of them; "position_L" is given to them, if positions are others than 0, 1, .."""
+"""What units of one pass make once for all of them; "position_L" is given to them, if positions are others than 0, 1, .., and
+in a stage "scale" (`Stage`)."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ Chain = tuple[Unit, ...]
 def chain_of(model: nn.Module) -> Chain:
     """Of a `Transformer` or an `nn.Sequential`. UserError for another model, of which no order of units is known."""
     if isinstance(model, Transformer):
-        return _transformer_chain(model)
+        return transformer_chain(model.config)
     if isinstance(model, nn.Sequential):
         return tuple(Unit((name,), partial(_call, name)) for name, _ in model.named_children())
     raise UserError(
@@ -63,12 +65,13 @@ class Owner(nn.Module):
 class Stage(Owner):
     """Consecutive units of a model: forward(x) gives what the first unit behind them gets, or the model's output."""
 
-    def __init__(self, model: nn.Module, units: Sequence[Unit]) -> None:
+    def __init__(self, model: nn.Module, units: Sequence[Unit], scale: Callable[[], float]) -> None:
+        """scale: of the loss in a backward pass, for what units add to it."""
         super().__init__(model, (name for unit in units for name in unit.modules))
-        self.units = tuple(units)
+        self.units, self.scale = tuple(units), scale
 
     def forward(self, x: Tensor) -> Tensor:
-        shared: Shared = {}
+        shared: Shared = {"scale": self.scale}
         for unit in self.units:
             x = unit.run(self, x, shared)
         return x
@@ -86,15 +89,27 @@ def boundaries(model: nn.Module, chain: Chain, example: Tensor) -> list[Tensor]:
     return found
 
 
+class _Carried(torch.autograd.Function):
+    """x as it is; backward, `extra` gets the gradient that it has as a part of the loss, weight scale()."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, extra: Tensor, weight: float, scale: Callable[[], float]) -> Tensor:
+        ctx.extra, ctx.weight, ctx.scale = extra.detach(), weight, scale
+        return x.clone()  # no view: what leaves a stage is detached in place
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0], torch.full_like(ctx.extra, ctx.weight * ctx.scale()), None, None
+
+
 def _call(name: str, owner: nn.Module, x: Tensor, shared: Shared) -> Tensor:
     output: Tensor = owner.get_submodule(name)(x)
     return output
 
 
-def _transformer_chain(model: Transformer) -> Chain:
+def transformer_chain(config: ModelConfig) -> Chain:
     """Embeddings; each block; the last norm with the head. A tied head uses the embedding at both ends."""
-    config, has_positions = model.config, model.positions is not None
-    head = "embed" if model.head is None else "head"
+    has_positions, head = config.positions == "learned", "embed" if config.tied else "head"
 
     def enter(owner: Any, tokens_BL: Tensor, shared: Shared) -> Tensor:
         positions = owner.positions if has_positions else None
@@ -104,6 +119,10 @@ def _transformer_chain(model: Transformer) -> Chain:
         if "rotation" not in shared:
             shared["rotation"] = transformer.rotation_of(x_BLM, config, shared.get("position_L"))
         output: Tensor = owner.get_submodule(name)(x_BLM, shared["rotation"])
+        if config.experts and torch.is_grad_enabled():
+            weight, scale = config.balance / config.layers, shared.get("scale")
+            balance = owner.get_submodule(name).mlp.taken_balance()
+            output = _Carried.apply(output, balance, weight, scale)
         return output
 
     def leave(owner: Any, x_BLM: Tensor, shared: Shared) -> Tensor:
@@ -111,6 +130,6 @@ def _transformer_chain(model: Transformer) -> Chain:
 
     return (
         Unit(("embed", "positions") if has_positions else ("embed",), enter),
-        *(Unit((f"blocks.{index}",), partial(block, f"blocks.{index}")) for index in range(len(model.blocks))),
+        *(Unit((f"blocks.{index}",), partial(block, f"blocks.{index}")) for index in range(config.layers)),
         Unit(("norm", head), leave),
     )

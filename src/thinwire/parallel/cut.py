@@ -103,14 +103,26 @@ def cut_model(
     of which no chain is known, or with fewer units than stages.
     """
     chain = chain_of(model)
-    crossing = boundaries(model, chain, example)
+    return cut_chain(chain, (example.to("meta"), boundaries(model, chain, example)), options, ranks, costs, rates)
+
+
+def cut_chain(
+    chain: Chain,
+    shapes: tuple[Tensor, Sequence[Tensor]],
+    options: PipelineSection,
+    ranks: int,
+    costs: Sequence[float] | None = None,
+    rates: Sequence[float] | None = None,
+) -> Cut:
+    """As `cut_model`. shapes: of what enters the first unit, and of what crosses behind each, on `meta`."""
+    entering, crossing = shapes
     places = [balance.stages_of(options.schedule, ranks, options.per_rank, rank) for rank in range(ranks)]
     by_stage = {stage: rates[rank] if rates else 1.0 for rank, stages in enumerate(places) for stage in stages}
     stages = balance.cut(costs or (1.0,) * len(chain), len(by_stage), [by_stage[stage] for stage in range(len(by_stage))])
     return Cut(
         chain=chain,
         stages=tuple(stages),
-        entering=example.to("meta"),
+        entering=entering,
         crossing=tuple(crossing[units[-1]] for units in stages),
         options=options,
         ranks=ranks,

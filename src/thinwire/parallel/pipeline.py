@@ -51,7 +51,7 @@ class Pipeline:
         self.device = next(self.owner.parameters()).device
         self.stages = [
             CodedStage(
-                Stage(model, [cut.chain[index] for index in cut.stages[number]]),
+                Stage(model, [cut.chain[index] for index in cut.stages[number]], lambda: self._scale),
                 (number, len(cut.stages)),
                 group,
                 self.device,

@@ -62,7 +62,7 @@ def apply(
     From then on all ranks of `group` give it the same tokens and targets, and each forward and backward pass is collective;
     logits are of the own tokens, in the order of `Share`, and the loss is as above. Call it after `tensor.apply`, if both are
     wanted, and before a cut into stages. keeps, waits: see `Ring`, which is returned. UserError for a model that is no
-    `Transformer`.
+    `Transformer`, or one of experts.
     """
     if not isinstance(model, Transformer):
         raise UserError(
@@ -72,6 +72,11 @@ def apply(
     degree, ring = group.size(), Ring(group, ledger, keeps, waits)
     if degree == 1:
         return ring
+    if model.config.experts:
+        raise UserError(
+            f"layout.seq = {degree} with model.experts = {model.config.experts}: experts have slots for whole sequences; "
+            "train it without layout.seq"
+        )
     ledger.axes[group.group_name] = AXIS
     share, blocks = Share(degree, group.rank()), model.blocks
     for looked_up in (model.embed, model.positions):

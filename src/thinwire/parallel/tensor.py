@@ -21,7 +21,7 @@ they never part. Shoeybi et al. 2019 (Megatron-LM), section 3.
 Parameters stay plain tensors under the names that they have in the model; `tensor_parts` says which part of the whole they are.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -41,7 +41,7 @@ from thinwire.config.model import ModelConfig
 from thinwire.errors import UserError
 from thinwire.models.transformer import Transformer
 from thinwire.parallel.tensor_loss import LOSS, check_words, tensor_cross_entropy
-from thinwire.parallel.tensor_parts import Part, Parts, kv_heads_of, parts_of, words_of
+from thinwire.parallel.tensor_parts import Part, kv_heads_of, parts_of, words_of
 from thinwire.parallel.tensor_state import cut_out
 from thinwire.parallel.waits import Waits
 from thinwire.traffic import EVALUATION, Transfer
@@ -146,10 +146,13 @@ def _keep(module: Any, part: Part) -> None:
 
 
 @torch.no_grad()
-def gradient_norm(named: Iterable[tuple[str, nn.Parameter]], parts: Parts, group: dist.ProcessGroup, ledger: Ledger) -> Tensor:
+def gradient_norm(
+    named: Iterable[tuple[str, nn.Parameter]], parts: Container[str], group: dist.ProcessGroup, ledger: Ledger
+) -> Tensor:
     """The norm of the whole model's gradient, [], for torch's `clip_grads_with_norm_`; the same bits on all ranks of `group`.
 
-    What is split is added up over the ranks, what each has whole counts once. In float32, or float64 of float64. Collective.
+    parts: names of what is split, which is added up over the ranks; what each has whole counts once. In float32, or float64 of
+    float64. Collective.
     """
     split: list[Tensor] = []
     whole: list[Tensor] = []
@@ -163,6 +166,12 @@ def gradient_norm(named: Iterable[tuple[str, nn.Parameter]], parts: Parts, group
         all_reduce(total, group, ledger, NORM).wait()
         whole.append(total)
     return torch.stack(whole).sum().sqrt()
+
+
+def norm_transfers(axis: str, kept: torch.dtype) -> list[Transfer]:
+    """What `gradient_norm` sends, of gradients in `kept`."""
+    item = torch.promote_types(kept, torch.float32).itemsize
+    return [Transfer(label=NORM, axis=axis, op="all_reduce", message_bytes=item, item_bytes=item)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,8 +235,7 @@ def traffic(config: ModelConfig, degree: int, passes: Passes, codec: Codec | Non
                 )
             )
     if passes.clips:
-        item = torch.promote_types(kept, torch.float32).itemsize
-        sent.append(Transfer(label=NORM, axis="tensor", op="all_reduce", message_bytes=item, item_bytes=item))
+        sent += norm_transfers("tensor", kept)
     return [replace(transfer, label=EVALUATION) for transfer in sent] if passes.evaluates else sent
 
 

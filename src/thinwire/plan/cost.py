@@ -10,10 +10,11 @@ ready_k = max over ranks of (compute_s - window_k / flops_per_s)
 end_k   = max(ready_k, end_{k-1}) + calls * (price + work_k)
 exposed = max(0, end_last - max compute_s)
           + sum over transfers for which passes stand still (`in_passes`) of calls * max(0, price + work - window)
-          + sum over events every H > 1 steps of max(0, sum over their transfers of calls * (price + work) - window) / H
+          + sum over events every H > 1 steps of max(0, sum over their transfers of calls * (price + work) - window) / H,
+            and no less than all of them take, less the steps beside which they are sent
 
 Passes of ranks that share out the states are simulated too (`sharded`); by how much they take longer than computing is exposed.
-Groups of tensor ranks, of ranks that share sequences or states, and of their replicas make each call at the same time: a link
+Groups of ranks that share matrices, sequences, experts or states, and of their replicas, make each call at the same time: a link
 carries what all of them send.
 
 In a pipeline the passes of a step are simulated (`pipeline`), with the wires as they are and with idle ones, and as much longer
@@ -164,15 +165,14 @@ def predict(
     paces = set(zip(by_rank, setting.flops_per_s, strict=True))
 
     priced, wire_end, still_s, links = [], 0.0, 0.0, Counter[Link]()
-    alike = (
-        setting.stages is None and setting.sharded is None and not setting.tensor_flops
-    )  # else ranks have different parameters
+    alike = not (setting.stages or setting.sharded or setting.tensor_flops)  # ranks of different parts have different parameters
     simulated = setting.sharded.labels if setting.sharded else set()
     if setting.sharded is not None:
         passes_s = setting.sharded.seconds(
             slowest_rate, setting.micro_batches, lambda transfer: _call_s(transfer, layout, routes, carrier)
         )
         still_s = max(0.0, passes_s - slowest_s)
+    rare_s = 0.0  # of a step's share
     uncovered_s: dict[str, tuple[float, int]] = {}  # of each event: its transfers less its window, and every how many steps
     for number, transfer in enumerate(transfers):
         groups = layout.senders(transfer.axis)
@@ -203,6 +203,7 @@ def predict(
             event = transfer.event or f"transfer {number}"
             so_far_s, _ = uncovered_s.get(event, (-transfer.window_flops / slowest_rate, 0))
             uncovered_s[event] = so_far_s + seconds, transfer.every
+            rare_s += seconds / transfer.every
         for group in groups if transfer.label != PIPELINE else ():
             placed = [(group[a], group[b], size) for a, b, size in carrier.flows(transfer, group)]
             for link, payload in routes.load(placed).items():
@@ -228,7 +229,8 @@ def predict(
         rank=rank,
         compute_s=compute_s,
         waiting_s=waiting_s,
-        exposed_s=exposed_s + sum(max(0.0, one_s) / every for one_s, every in uncovered_s.values()),
+        exposed_s=exposed_s
+        + max(rare_s - compute_s - waiting_s, sum(max(0.0, one_s) / every for one_s, every in uncovered_s.values())),
         optimizer_s=setting.optimizer_s(rank),
         tokens_per_step=setting.workload.tokens_per_microbatch * layout.seq * setting.micro_batches * layout.replicas,
         transfers=tuple(priced),
@@ -246,7 +248,7 @@ def _call_s(transfer: Transfer, layout: Layout, routes: Routes, carrier: Carrier
     """Of one call, in the slowest group."""
     groups = layout.senders(transfer.axis)
     alone_s = max(carrier.seconds(routes, transfer, group) for group in groups) + transfer.work_s
-    if layout.tensor * layout.seq * layout.shard == 1:
+    if layout.tensor * layout.seq * layout.expert * layout.shard == 1:
         return alone_s
     by_stage: dict[int, list[Counter[Link]]] = {}
     for group in groups:

@@ -14,7 +14,9 @@ K of keys, F hidden, V vocabulary, as autograd keeps them (`models.transformer`)
     attention  c (N + 2 K) D + c (N + K) D if rotary + c M + 4 N
     mlp        c (2 F + 2 F) for swiglu, c (F + F) for gelu
     loss       3 max(a, 4) V, and c V if c < 4, while its gradient is formed
-    block      2 norm + attention + mlp;   a M if it is computed again in full, 2 norm if selectively (`parallel.recompute`)
+    experts    s mlp + c (s + k - 1) M + max(a, 4) M + (max(a, 4) + 8) E: s slots a token of all E, of which k are chosen
+    block      2 norm + attention + mlp (or experts);   a M if it is computed again in full, 2 norm if selectively
+               (`parallel.recompute`)
 
 The first blocks of a rank are computed again: going backward, what the others keep is gone by then, and in its place comes what
 one of them keeps otherwise. Where train.recompute is a number of bytes, each rank of a pipeline has so many of either kind that
@@ -27,13 +29,12 @@ Ranks of a pipeline hold the activations of as many micro-batches as the schedul
 
 One of s ranks that share the states keeps the s-th part of weights, gradients and the optimizer's. Gathered are beside them the
 root and three blocks, or all (`sharded.reshard = "never"`, or of a pipeline's stages), and whole gradients of as many, or of all
-where micro-batches are added up first; codes owe a byte a value; under way is the largest unit as it is gathered, coded, sent and
-received.
+where micro-batches are added up first; codes owe a byte a value; under way is the largest unit (`plan.sharded`).
 
-A tensor rank has its heads N and K and its hidden values F of attention and mlp, and its words V. One of s ranks that share
-sequences has the s-th part of tokens, and keeps of each of them 2 c (s - 1) K D keys and values that came from the others. Under
-autocast a copy of all matrices in 2 bytes a value goes along. What blocks keep comes and goes in pieces of some MiB, among which
-the allocator loses room.
+One of e expert ranks has the e-th part of experts, and as many slots. A tensor rank has its heads N and K and its hidden values
+F of attention and mlp, and its words V. One of s ranks that share sequences has the s-th part of tokens, and keeps of each of
+them 2 c (s - 1) K D keys and values that came from the others. Under autocast a copy of all matrices in 2 bytes a value goes
+along. What blocks keep comes and goes in pieces of some MiB, among which the allocator loses room.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +49,7 @@ from thinwire.layout import Layout
 from thinwire.measure.memory import Room
 from thinwire.parallel.balance import cut, in_flight, stages_of
 from thinwire.parallel.tensor_parts import local_workload
+from thinwire.plan.sharded import gathered_bytes
 from thinwire.units import show
 from thinwire.workload import ITEM_BYTES, OPTIMIZER_VALUES_PER_PARAMETER, Workload
 
@@ -56,8 +58,6 @@ TOLERANCE = 1.25
 ALLOCATOR = 1.25
 """Room that glibc takes for what blocks keep: 1.1 to 1.4, measured."""
 CODED_AT_ONCE = {"bf16": 1.0, "fp16": 1.0, "dgc": 3.5, "demo": 3.5}
-GATHERED_BLOCKS, SENT_AT_ONCE = 3, 3
-"""Of ranks that share the states: blocks with whole weights at once, and copies of the largest unit on its way."""
 USUAL_AT_ONCE = 2.5
 """Vectors of the model's size that are held while codes are under way, measured: of all buckets, for which a slow wire waits."""
 
@@ -157,6 +157,8 @@ def _by_stage(
     """Of each rank of a pipeline: which blocks it computes again, and what each tensor rank needs there."""
     whole = Workload.of_transformer(shape, config.train.micro_batch, config.train.sequence)
     workloads = [local_workload(whole, shape, layout.tensor, rank, layout.seq) for rank in range(layout.tensor)]
+    if layout.expert > 1:
+        workloads = [one.of_expert_rank(shape.experts, layout.expert, 0) for one in workloads]
     found = []
     for pieces in zip(*(_pieces(config, shape, (whole, one), layout) for one in workloads), strict=True):
         bare = [_need(config, piece.mine, layout.of_gradients, on_device=on_device) for piece in pieces]
@@ -219,7 +221,7 @@ def _need(config: RunConfig, workload: Workload, layout: Layout, *, on_device: b
     exchange, under_way = _exchange(config, workload, layout, on_device)
     buckets = layout.data > 1 or isinstance(config.sync, EveryStep)
     state = weights + optimizer
-    gradients = max(weights, 2 * weights - optimizer - exchange) if buckets and layout.pipe == 1 else weights
+    gradients = max(weights, 2 * weights - optimizer - exchange) if buckets and layout.pipe * layout.expert == 1 else weights
     return Need(
         weights_bytes=weights,
         gradients_bytes=gradients,
@@ -229,7 +231,7 @@ def _need(config: RunConfig, workload: Workload, layout: Layout, *, on_device: b
         under_way_bytes=max(under_way, 2 * max(parameter.stored_bytes for parameter in workload.parameters)),
         copied_bytes=exchange + (state if config.sync.rare else 0),
         copied_once_bytes=state,
-        parts=layout.pipe * layout.tensor,
+        parts=layout.pipe * layout.tensor * layout.expert,
     )
 
 
@@ -240,13 +242,8 @@ def _need_sharded(config: RunConfig, workload: Workload, layout: Layout, *, on_d
         parameters=tuple(replace(one, shape=(-(-one.shape[0] // layout.shard), *one.shape[1:])) for one in workload.parameters),
     )
     own = _need(config, shard, replace(layout, shard=1), on_device=on_device)
-    whole = workload.stored_bytes
-    blocks = [
-        sum(one.stored_bytes for one in workload.parameters if one.name.startswith(f"{name}.")) for name in workload.block_names
-    ]
     always = config.sharded.reshard == "always" and layout.pipe == 1
-    some = min(whole, whole - sum(blocks) + GATHERED_BLOCKS * max(blocks))
-    passing = SENT_AT_ONCE * max(whole - sum(blocks), *blocks)
+    whole, (some, passing) = workload.stored_bytes, gathered_bytes(workload)
     return replace(
         own,
         weights_bytes=own.weights_bytes + (some if always else whole),
@@ -343,14 +340,20 @@ def activations_bytes(
     kept = ITEM_BYTES[shape.dtype]
     wide, product = max(kept, 4), 2 if casts else kept
     norm = shape.width * (product + (2 * wide if shape.norm == "rms" else kept))
-    qkv, queries, up, hidden = (workload.parameter(f"blocks.0.{name}.weight").shape[dim] for name, dim in SPLIT)
+    names = ((name.replace("mlp.", "mlp.experts.0.") if shape.experts else name, dim) for name, dim in SPLIT)
+    qkv, queries, up, hidden = (workload.parameter(f"blocks.0.{name}.weight").shape[dim] for name, dim in names)
     rotated = (qkv + queries) // 2 if shape.positions == "rotary" else 0
     arrived = (seq - 1) * (qkv - queries)
     attention = product * (qkv + rotated + queries + arrived) + 4 * queries // shape.head_width
-    mlp = product * (up + hidden * (2 if shape.mlp == "swiglu" else 1))
+    mlp: float = product * (up + hidden * (2 if shape.mlp == "swiglu" else 1))
     words = workload.parameter("embed.weight").shape[0]
     at_loss = norm + words * (3 * wide + (product if product < 4 else 0)) if loss else 0
-    backward = product * (up + 2 * hidden)
+    backward: float = product * (up + 2 * hidden)
+    if shape.experts:
+        slots = shape.experts * shape.expert_slots(shape.context) / shape.context
+        mlp = slots * mlp + product * (slots + shape.experts_per_token - 1) * shape.width
+        mlp += wide * shape.width + (wide + 8) * shape.experts
+        backward *= slots
     plain, entering = 2 * norm + attention + mlp, kept * shape.width
     kept_bytes = blocks.held * (blocks.plain * plain + blocks.selective * 2 * norm + blocks.full * entering)
     moments: list[tuple[float, float]] = [

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from thinwire.traffic import Transfer
-from thinwire.workload import BACKWARD_OVER_FORWARD
+from thinwire.workload import BACKWARD_OVER_FORWARD, Workload
 
 PREFETCH = 2
 """Units asked for ahead in the forward pass, as `compress_sharded` does."""
+GATHERED_BLOCKS, SENT_AT_ONCE = 3, 3
+"""Blocks with whole weights at once, and copies of the largest unit on its way."""
 WEIGHTS, GRADIENTS = "weights", "gradients"
 
 
@@ -80,6 +82,17 @@ class ShardedPasses:
                 yield "reduce", unit, 0.0
         if last:
             yield "reduce", 0, 0.0
+
+
+def gathered_bytes(workload: Workload) -> tuple[int, int]:
+    """Of a rank: the whole weights that it has at once, if blocks give them up, and what is on its way."""
+    whole = workload.stored_bytes
+    blocks = [
+        sum(one.stored_bytes for one in workload.parameters if one.name.startswith(f"{it}.")) for it in workload.block_names
+    ]
+    root = whole - sum(blocks)
+    largest = max(blocks, default=0)
+    return min(whole, root + GATHERED_BLOCKS * largest), SENT_AT_ONCE * max(root, largest)
 
 
 class _Lanes:

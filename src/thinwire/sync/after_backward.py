@@ -6,7 +6,7 @@ its part, and when the schedule is through the buckets go out, all at once, to t
 send while the others still compute.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -14,7 +14,10 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from thinwire.collectives.clock import clock_of
+from thinwire.collectives.ledger import Ledger
 from thinwire.compress.averager import Piece
+from thinwire.compress.exchange import Exchange
+from thinwire.config.sync import EveryStep
 from thinwire.layout import Layout
 from thinwire.sync.buckets import Names, assign_buckets, real_shape
 from thinwire.sync.every_step import EveryStepSync
@@ -23,13 +26,34 @@ from thinwire.traffic import Transfer
 from thinwire.workload import Parameter, Workload
 
 
+class Everything:
+    """All names."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
 class AfterBackwardSync(EveryStepSync):
-    """See the top of the file. One per rank; `axis` is the mesh axis along which the replicas lie."""
+    """See the top of the file. One per rank; `axis` is the mesh axis along which the replicas lie, names: of the parameters that
+    are averaged over it."""
 
     _buckets: Sequence[tuple[torch.Tensor, list[Piece]]] = ()
 
+    def __init__(
+        self,
+        config: EveryStep,
+        axis: str,
+        ledger: Ledger,
+        exchange: Exchange | None = None,
+        names: Container[str] = Everything(),
+    ) -> None:
+        super().__init__(config, axis, ledger, exchange)
+        self.axis, self.names = axis, names
+
     def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
         """What each bucket sends; nothing of it hides."""
+        kept = tuple(one for one in workload.parameters if one.name in self.names)
+        workload = replace(workload, parameters=kept)
         return [replace(transfer, window_flops=0.0) for transfer in super().traffic(workload, layout)]
 
     @contextmanager
@@ -38,9 +62,11 @@ class AfterBackwardSync(EveryStepSync):
         group = mesh.get_group(self._axis)
         names = Names(model)
         with self._ledger.label("replica set-up"):
-            make_same({**dict(model.named_parameters()), **dict(model.named_buffers())}, group)
+            held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            make_same({name: one for name, one in held.items() if name in self.names}, group)
             self._clock = clock_of(names.device)
-            self._exchange.attach(group, self._axis, names.shapes, names.device)
+            shapes = {name: shape for name, shape in names.shapes.items() if name in self.names}
+            self._exchange.attach(group, self._axis, shapes, names.device)
         self._buckets = [_filled(bucket, model) for bucket in self._assigned(model)]
         try:
             yield model
@@ -70,7 +96,7 @@ class AfterBackwardSync(EveryStepSync):
         listed = [
             Parameter(name, real_shape(one), dtype=str(torch.view_as_real(one).dtype if one.is_complex() else one.dtype)[6:])
             for name, one in model.named_parameters()
-            if one.requires_grad
+            if one.requires_grad and name in self.names
         ]
         return assign_buckets(listed, self._config.bucket_bytes)
 

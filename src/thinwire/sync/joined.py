@@ -3,7 +3,8 @@
 Residuals, and all else that belongs to a parameter, stand in tables by its name (`BY_NAME`); a rank with a part of the model has
 those of its own parameters. What the ranks of one replica have saved is joined to what a rank with the whole model would have,
 and cut to the parameters of a new part. Two ranks with the same parameter (tied weights) had equal gradients, and so equal
-residuals: the first is kept. Thus with p replicas 1/p sum_i e_i stays the same for each parameter when the parts change.
+residuals: the first is kept; of ranks that see other tokens, with experts of their own, it is the `Mean`. Thus with p replicas
+1/p sum_i e_i stays the same for each parameter when the parts change.
 
 Where ranks have parts of a parameter itself (tensor ranks), a `Fit` makes of them the part that this rank has. What belongs to no
 single value, PowerSGD's Q, then begins anew.
@@ -13,6 +14,7 @@ from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from thinwire.compress.memory import Store
@@ -47,6 +49,16 @@ class First:
 
 
 FIRST = First()
+
+
+class Mean(First):
+    """The same, but those that have a parameter are replicas, which owe each their own."""
+
+    def same(self, name: str, numbers: Collection[int]) -> int | None:
+        return min(numbers) if len(numbers) == 1 else None
+
+    def flat(self, name: str, values: Mapping[int, Tensor]) -> Tensor | None:
+        return torch.stack(list(values.values())).mean(dim=0)
 
 
 def joined(states: Sequence[dict[str, Any]], names: Container[str], like: int = 0, fit: Fit = FIRST) -> dict[str, Any]:

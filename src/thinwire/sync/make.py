@@ -49,6 +49,7 @@ from thinwire.layout import Layout
 from thinwire.sync.after_backward import AfterBackwardSync
 from thinwire.sync.base import Synchroniser
 from thinwire.sync.every_step import EveryStepSync
+from thinwire.sync.expert_ranks import ExpertRanksSync
 from thinwire.sync.local_steps import LocalStepsSync, Schedule
 from thinwire.sync.noloco import NoLoCoSync
 from thinwire.sync.outer import Nesterov, published_learning_rate
@@ -66,6 +67,8 @@ def make_synchroniser(config: Sync, compress: NoCompression | Coded, layout: Lay
     Compression belongs to the rare exchange if there is one; inside, gradients travel as they are.
     """
     if isinstance(config, EveryStep):
+        if layout.expert > 1:
+            return ExpertRanksSync(config, compress, layout, ledger)
         return _every_step(config, layout, ledger, make_exchange(compress, ledger))
     if isinstance(config, NoLoCo):
         return NoLoCoSync(config, compress, OUTER, ledger, _inside(config, layout, ledger))

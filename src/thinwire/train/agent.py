@@ -106,6 +106,12 @@ def devices_here() -> int:
 
 def launch(nodes: Nodes, arguments: list[str], variables: dict[str, str], command: str = "train") -> int:
     """Run `thinwire COMMAND ARGUMENTS` as the ranks of this node; returns the exit code. Prints one line when it is not 0."""
+    program = [sys.executable, "-m", "thinwire", command, *arguments]
+    return launch_program(nodes, program, variables, "; the last whole checkpoint is kept, go on with --resume")
+
+
+def launch_program(nodes: Nodes, program: list[str], variables: dict[str, str], then: str = "") -> int:
+    """As `launch`, of any program. then: what the line says of a rank that has died."""
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):  # each has a level of its own; one line below replaces their output
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -124,9 +130,9 @@ def launch(nodes: Nodes, arguments: list[str], variables: dict[str, str], comman
     )
     try:
         with environment_variables({"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | variables):
-            elastic_launch(config, sys.executable)("-m", "thinwire", command, *arguments)
+            elastic_launch(config, program[0])(*program[1:])
     except ChildFailedError as error:
-        line, code = _root_cause(list(error.failures.values()), nodes)
+        line, code = _root_cause(list(error.failures.values()), nodes, then)
         print(f"thinwire: error: {line}", file=sys.stderr, flush=True)
         return code
     except (UserError, dist.DistError) as error:
@@ -140,7 +146,7 @@ def launch(nodes: Nodes, arguments: list[str], variables: dict[str, str], comman
     return 0
 
 
-def _root_cause(failures: list[ProcessFailure], nodes: Nodes) -> tuple[str, int]:
+def _root_cause(failures: list[ProcessFailure], nodes: Nodes, then: str) -> tuple[str, int]:
     """The failure that explains the others, and the exit code.
 
     In this order: a mistake of the user, an unexpected error, a rank that waited in vain (the one it waited for was then ended by
@@ -154,7 +160,7 @@ def _root_cause(failures: list[ProcessFailure], nodes: Nodes) -> tuple[str, int]
         rank = nodes.node_rank * nodes.ranks_per_node + process.local_rank
         code = process.exitcode
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-        return f"rank {rank} (process {process.pid}) {how}; the last whole checkpoint is kept, go on with --resume", RANK_DIED
+        return f"rank {rank} (process {process.pid}) {how}{then}", RANK_DIED
     return first.line, CODES.get(first.kind, FAILED)
 
 

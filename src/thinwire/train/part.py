@@ -9,7 +9,7 @@ PyTorch's pipelining loads its compiler, so it is imported only where there are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, TypeVar
@@ -19,11 +19,10 @@ import torch.distributed as dist
 from torch import nn
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.config.compress import Coded
 from thinwire.config.run import RunConfig, TrainSection
-from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.parallel import recompute
+from thinwire.parallel.balance import shares_tied
 from thinwire.parallel.cut import Cut, cut_model
 from thinwire.parallel.tensor_parts import Parts, local_workload
 from thinwire.parallel.waits import Waits
@@ -31,6 +30,7 @@ from thinwire.plan.memory import recomputed_blocks
 from thinwire.plan.pipeline import Stages
 from thinwire.sync.base import Synchroniser
 from thinwire.traffic import Transfer
+from thinwire.train.expert_part import ExpertPart
 from thinwire.train.pace import Pacer
 from thinwire.train.pipelined import Pace, PipelinedStepper
 from thinwire.train.sharded_part import ShardedPart, ShardedStepper
@@ -51,7 +51,7 @@ Precision = Callable[[], AbstractContextManager]
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """See the top of the file. number: of the part, of `count` into which the model is cut. shared: where ranks share matrices or
-    sequences. tensor_flops: as in `Setting`."""
+    sequences; experts: where they share those. tensor_flops: as in `Setting`."""
 
     module: nn.Module
     workload: Workload
@@ -60,6 +60,7 @@ class Part:
     number: int = 0
     count: int = 1
     shared: SharedPart | None = None
+    experts: ExpertPart | None = None
     sharded: ShardedPart | None = None
     stage_shards: StageShards | None = None
     pipeline: Pipeline | None = None
@@ -69,6 +70,8 @@ class Part:
     @property
     def waits(self) -> Waits:
         """Of its passes, for ranks that compute with this one, or share its states."""
+        if self.experts is not None:
+            return self.experts.waits
         split = self.shared or self.sharded
         return Waits() if split is None else split.waits
 
@@ -127,6 +130,8 @@ class Part:
         if self.shared is not None:
             counted = self.module.named_parameters() if self.pipeline is None else self.pipeline.counted()
             found += self.shared.traffic(num_micro, counted)
+        if self.experts is not None:
+            found += self.experts.traffic(num_micro)
         if self.sharded is not None:
             found += self.sharded.traffic(num_micro)
         if self.stage_shards is not None:
@@ -140,6 +145,8 @@ class Part:
 
     def evaluation_traffic(self, task: LanguageModel, replica: int, train: TrainSection) -> list[Transfer]:
         """What an evaluation sends between ranks that compute together, or share states."""
+        if self.experts is not None:
+            return self.experts.evaluation_traffic(sum(1 for _ in task.held_out(replica)))
         if self.stage_shards is not None:
             return self.stage_shards.evaluation_traffic(train.eval_every)
         split = self.shared or self.sharded
@@ -178,6 +185,18 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
     ]
     workload = workloads[row]
     norm = gradient_norm if split is None else split.norm
+    if layout.expert > 1:
+        experts = ExpertPart.split(model, config, place.groups["expert"], ledger, casts=place.casts)
+        row = experts.group.rank()
+        return Part(
+            module=model,
+            workload=workload.of_expert_rank(task.shape.experts, layout.expert, row),
+            precision=place.precision,
+            norm=experts.norm,
+            number=row,
+            count=layout.expert,
+            experts=experts,
+        )
     if layout.shard > 1 and layout.pipe == 1:
         shared = ShardedPart.split(model, config, place.groups["shard"], ledger, workload)
         return Part(
@@ -198,64 +217,58 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
             number=row,
             count=layout.tensor,
             shared=split,
-            tensor_flops=_unless_alike(one.flops_per_microbatch for one in workloads),
+            tensor_flops=unless_alike(one.flops_per_microbatch for one in workloads),
         )
     from thinwire.parallel.pipeline import Pipeline
 
     example, _ = task.batch(0, 0)
-    slowest = None
-    if place.rates is not None:
-        slowest = [min(place.rates[group[position]] for group in layout.groups("pipe")) for position in range(layout.pipe)]
+    slowest = slowest_rates(layout, place.rates)
     cut = cut_model(model, example.to(place.device), config.pipeline, layout.pipe, task.workload.chain_flops_per_token, slowest)
     if split is not None:
         split = split.in_stages(cut, place.groups["pipe"].rank())
         cut = split.cut or cut
     pipeline = Pipeline(model, cut, place.groups["pipe"], ledger, model.loss, place.precision)
     if task.shape.tied:
-        pipeline.shares_tied = _averages_apart(config, layout.of_gradients.data)
-        if layout.shard > 1 and pipeline.shares_tied:
-            raise UserError(
-                f"model.tied = true: the first and the last stage of layout.pipe = {layout.pipe} share the embedding, of which "
-                f"the shards of layout.data = {layout.data} replicas would be averaged in two ways; set model.tied = false"
-            )
-        if _averages_apart(config, layout.outer):
-            raise UserError(
-                f"model.tied = true: the first and the last stage of layout.pipe = {layout.pipe} share the embedding, which "
-                f"layout.outer = {layout.outer} replicas that exchange rarely would average in two ways; set model.tied = false"
-            )
+        pipeline.shares_tied = shares_tied(config.compress, layout)
     own = stage_workload(workload, cut, pipeline).recomputing(kinds)
-    stage_shards = None
+    stage_shards, of_stage = None, 0
     if layout.shard > 1:
         from thinwire.parallel.stage_shards import StageShards
 
         stage_shards = StageShards(pipeline.owner, place.groups["shard"], ledger)
-        norm, row, own = stage_shards.norm_of, stage_shards.group.rank(), stage_shards.workload(own)
+        norm, of_stage, own = stage_shards.norm_of, stage_shards.group.rank(), stage_shards.workload(own)
     return Part(
         module=stage_shards or pipeline.owner,
         workload=own,
         precision=place.precision,
         norm=norm,
-        number=pipeline.rank * layout.tensor * layout.shard + row,
+        number=(pipeline.rank * layout.tensor + row) * layout.shard + of_stage,
         count=layout.pipe * layout.tensor * layout.shard,
         shared=split,
         stage_shards=stage_shards,
         pipeline=pipeline,
-        stages=replace(
-            stages_of(workload, cut, config.sync.accumulate, split),
-            tensor_flops=_unless_alike(stage_flops(one, cut) for one in workloads),
-        ),
+        stages=all_stages(workloads, row, cut, config.sync.accumulate, split),
     )
 
 
-def _averages_apart(config: RunConfig, replicas: int) -> bool:
-    """Whether replicas of the first stage and those of the last may come to different averages of the embedding."""
-    coded = isinstance(config.compress, Coded) and config.compress.is_coded("embed.weight", (1, 1))
-    return replicas > 2 or (replicas > 1 and coded)
+def slowest_rates(layout: Layout, rates: Sequence[float] | None) -> list[float] | None:
+    """Of the ranks at each position of a pipeline; rates: by global rank."""
+    if rates is None:
+        return None
+    return [min(rates[group[position]] for group in layout.groups("pipe")) for position in range(layout.pipe)]
 
 
-def _unless_alike(of_ranks: Iterable[Alike]) -> tuple[Alike, ...]:
+def unless_alike(of_ranks: Iterable[Alike]) -> tuple[Alike, ...]:
+    """Nothing where all are."""
     found = tuple(of_ranks)
     return found if len(set(found)) > 1 else ()
+
+
+def all_stages(workloads: Sequence[Workload], row: int, cut: Cut, num_micro: int, split: SharedPart | None = None) -> Stages:
+    """For predictions. workloads: of each tensor rank's part of all matrices, of which this rank is number `row`."""
+    return replace(
+        stages_of(workloads[row], cut, num_micro, split), tensor_flops=unless_alike(stage_flops(one, cut) for one in workloads)
+    )
 
 
 def stages_of(workload: Workload, cut: Cut, num_micro: int, split: SharedPart | None = None) -> Stages:
@@ -282,6 +295,10 @@ def stage_flops(workload: Workload, cut: Cut) -> tuple[float, ...]:
 
 def stage_workload(workload: Workload, cut: Cut, pipeline: Pipeline) -> Workload:
     """Of this rank's stages. workload: of the whole model, or of this rank's part of all its matrices."""
+    return part_workload(workload, cut, {name for name, _ in pipeline.owner.named_parameters()}, pipeline.rank)
+
+
+def part_workload(workload: Workload, cut: Cut, names: Collection[str], rank: int) -> Workload:
+    """The same of rank `rank` of a pipeline, which has the parameters of these names."""
     costs = workload.chain_flops_per_token
-    names = {name for name, _ in pipeline.owner.named_parameters()}
-    return workload.part(names, sum(costs[unit] for stage in cut.stages_of(pipeline.rank) for unit in cut.stages[stage]))
+    return workload.part(names, sum(costs[unit] for stage in cut.stages_of(rank) for unit in cut.stages[stage]))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from thinwire.collectives.metered_calls import all_reduce
+from thinwire.config.run import TrainSection
 from thinwire.data.loader import IGNORED
 from thinwire.parallel.waits import SETUP, Waits, sleep_until
 from thinwire.traffic import EVALUATION, Transfer
@@ -76,9 +77,7 @@ class PipelinedStepper(Stepper):
 
     def norm_traffic(self) -> list[Transfer]:
         """Of `_clip`."""
-        if not self.train.clip:
-            return []
-        return [Transfer(label=NORM, axis="pipe", op="all_reduce", message_bytes=NORM_BYTES, item_bytes=NORM_BYTES)]
+        return norm_transfers(self.train)
 
     def evaluation_traffic(self, task: Any, replica: int) -> list[Transfer]:
         """Of `score`."""
@@ -116,6 +115,13 @@ class PipelinedStepper(Stepper):
 
     def _computing(self) -> Sequence[tuple[Any, Any]]:
         return [(one.begin, one.end) for one in self.pipeline.computed]
+
+
+def norm_transfers(train: TrainSection) -> list[Transfer]:
+    """What clipping sends over a pipeline in a step."""
+    if not train.clip:
+        return []
+    return [Transfer(label=NORM, axis="pipe", op="all_reduce", message_bytes=NORM_BYTES, item_bytes=NORM_BYTES)]
 
 
 @dataclass

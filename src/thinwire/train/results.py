@@ -138,7 +138,8 @@ def write_beginning(
 
     where = f"in the lab, compute {'paced' if about.paced else 'not paced'}, delay: {delay}" if about.lab else "no lab"
     ranks = f"{about.layout.world_size} ranks ({about.layout})"
-    print(f"{task.workload.num_parameters:,} parameters on {ranks}, {about.dtype}, {where}")
+    active = f", {task.workload.num_parameters - idle:,} active for a token," if (idle := config.model.idle_parameters) else ""
+    print(f"{task.workload.num_parameters:,} parameters{active} on {ranks}, {about.dtype}, {where}")
     data = described["data"]
     print(f"data: {data['source']}, {data['bytes'] / 1e6:.1f} MB in {data['files']} files")
     if data["skipped"]:

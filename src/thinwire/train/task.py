@@ -89,17 +89,19 @@ class LanguageModel:
         return model(inputs, targets)
 
     def held_out(self, replica: int) -> Iterator[tuple[Batch, int]]:
-        """This replica's share of the held-out part: batches with targets, and how many count in each."""
-        train, replicas = self._config.train, self._layout.replicas
+        """This replica's share of the held-out part: batches with targets, and how many count in each; also those in which none
+        does, where ranks need each other's experts."""
+        train, replicas, together = self._config.train, self._layout.replicas, self._layout.expert > 1
         for inputs, targets in held_out_batches(self._held_out, train.sequence, train.micro_batch, replica, replicas):
-            if scored := int((targets != IGNORED).sum()):
+            if (scored := int((targets != IGNORED).sum())) or together:
                 yield (inputs, targets), scored
 
     @torch.no_grad()
     def score(self, model: nn.Module, replica: int) -> tuple[float, float]:
         total, count, device = 0.0, 0, _device(model)
         for (inputs, targets), scored in self.held_out(replica):
-            total += float(model(inputs.to(device), targets.to(device))) * scored
+            loss = float(model(inputs.to(device), targets.to(device)))
+            total += loss * scored if scored else 0.0  # a mean over none is not a number
             count += scored
         return total, float(count)
 

@@ -170,6 +170,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         shards=part.shards,
         exchange=part.sharded.shards.compression if part.sharded else None,
         layout=str(layout),
+        replicas=part.experts is not None,
     )
     progress = Progress(step=0, tokens=0, world_size=layout.world_size, assignment=())
     if resume is not None:

@@ -22,9 +22,11 @@ def measure(rank):
     found, cases, total = {}, rank.settings["cases"], rank.settings["micro_batches"]
 
     @cache
-    def alone(optimizer):
-        config = RunConfig.model_validate(with_micro(rank.settings["run"], total, optimizer))
-        return one_rank(config, rank.environment.cache_folder)
+    def alone(optimizer, of_experts):
+        run = merged(
+            with_micro(rank.settings["run"], total, optimizer), {"model": rank.settings["experts"]} if of_experts else {}
+        )
+        return one_rank(RunConfig.model_validate(run), rank.environment.cache_folder)
 
     for number, case in enumerate(cases):
         config = RunConfig.model_validate(merged(with_micro(rank.settings["run"], total, case["optimizer"]), case["sections"]))
@@ -32,7 +34,7 @@ def measure(rank):
         sync = config.sync.model_copy(update={"accumulate": total // layout.replicas})
         losses = learn(config.model_copy(update={"sync": sync}), layout, rank)
         if rank.place.rank == 0:
-            expected = alone(case["optimizer"])
+            expected = alone(case["optimizer"], "model" in case["sections"])
             errors = [abs(loss - wanted) / wanted for loss, wanted in zip(losses, expected, strict=True)]
             found[case["name"]] = max(errors)
             rank.report(number + 1, len(cases), f"{case['name']}: {max(errors):.1e}")

@@ -1,7 +1,7 @@
 """A training step on equal accelerators: the model's shape, the layout, the batch, the links. Plain data.
 
-Ranks lie in the usual order: tensor innermost, then seq, data, and pipe outermost; so an axis lies inside a host as far as the
-degrees of the axes inside of it leave room.
+Ranks lie in the usual order: tensor innermost, then seq, data, pipe, and outer outermost; so an axis lies inside a host as far as
+the degrees of the axes inside of it leave room. Hosts may lie at sites, whose uplinks are another tier.
 
     N     parameters: V h (twice where not tied) + L (h a_w (2 + 2 g) + m h F), a_w = width of all heads, g = kv_heads / heads,
           m = 3 matrices for a gated MLP, else 2; F counts once for each expert
@@ -60,6 +60,11 @@ class Job:
     stages: tuple[int, ...] = ()
     fused: bool = True
     wide_gradients: bool = False
+    outer: int = 1
+    site_devices: int = 0
+    site_bytes_per_s: float = 0.0
+    latency_s: float = 0.0
+    site_latency_s: float = 0.0
 
     @property
     def micro_batches(self) -> float:
@@ -108,15 +113,24 @@ class Job:
         counts = self.stage_layers
         return max(max(counts[0], counts[-1]) * block + ends, max(counts) * block)
 
+    def at_site(self, axis: str) -> int:
+        """Ranks of a group along "data", "shards", "pipe" or "outer" at each of several sites; 0 if they are all at one."""
+        stride = self.tensor if axis == "shards" else self.tensor * self.seq
+        stride *= {"pipe": self.data, "outer": self.data * self.pipe}.get(axis, 1)
+        degree = self.seq * self.data if axis == "shards" else getattr(self, axis)
+        if not self.site_devices or stride * degree <= self.site_devices:
+            return 0
+        return max(1, min(degree, self.site_devices // stride))
+
     def place(self, axis: str) -> tuple[int, int]:
-        """(hosts, ranks of a group on each) of a group along "tensor", "seq", "data" or "pipe"; "expert" lies in data, and
-        "shards" are seq and data together."""
+        """(hosts, ranks of a group on each) of a group along "tensor", "seq", "data", "pipe" or "outer"; "expert" lies in data,
+        and "shards" are seq and data together."""
         stride = 1
         within = {"expert": self.expert, "shards": self.seq * self.data}
         if axis in within:
             inside = max(1, min(within[axis], self.per_host // self.tensor))
             return ceil(within[axis] / inside), inside
-        for name in ("tensor", "seq", "data", "pipe"):
+        for name in ("tensor", "seq", "data", "pipe", "outer"):
             degree = getattr(self, name)
             if name == axis:
                 inside = max(1, min(degree, self.per_host // stride))

@@ -3,6 +3,8 @@
     inside a host    setup + (n - 1) alpha_i + x S (n - 1) / n / (B_i part)
     between hosts    setup + steps alpha_e + x S (n - 1) / n / min(B_i part, r B_e part)
 
+Where a group crosses between sites, its ranks at each have their share of that uplink too.
+
 x = 2 for an all-reduce, 1 for a reduce-scatter or an all-gather; r ranks of the group on a host, each with its share B_e of the
 host's cards; steps = n - 1 for a ring, 2 log2(n) for an all-reduce, which takes a tree where that is faster (NCCL does).
 """
@@ -43,9 +45,13 @@ def collective_s(job: Job, axis: str, message_bytes: float, *, reduces: bool) ->
     wire = (2 if reduces else 1) * message_bytes * (ranks - 1) / ranks
     if hosts == 1:
         return Sent(intra=fabric.setup_s + (ranks - 1) * fabric.latency_intra_s + wire / rate)
-    out = inside * job.inter_bytes_per_s * fabric.part(job.inter_bytes_per_s)
+    out = inside * job.inter_bytes_per_s * fabric.part(job.inter_bytes_per_s, job.per_host)
     steps = 2 * log2(ranks) if reduces else ranks - 1
-    return Sent(inter=wire / min(rate, out), latency=fabric.setup_s + steps * fabric.latency_inter_s)
+    latency_s = max(fabric.latency_inter_s, job.latency_s)
+    if axis in ("data", "shards", "outer") and (near := job.at_site(axis)):
+        out = min(out, near * job.site_bytes_per_s * fabric.part(job.site_bytes_per_s, job.site_devices))
+        latency_s += job.site_latency_s
+    return Sent(inter=wire / min(rate, out), latency=fabric.setup_s + steps * latency_s)
 
 
 def point_to_point_s(job: Job) -> Sent:
@@ -71,4 +77,8 @@ def _message(job: Job, size: float, *, ring: bool) -> Sent:
     hosts, _ = job.place("pipe")
     if hosts == 1:
         return Sent(intra=fabric.setup_s + size / (job.intra_bytes_per_s * job.device.intra_part))
-    return Sent(inter=size / (job.inter_bytes_per_s * fabric.part(job.inter_bytes_per_s, ring=ring)), latency=fabric.setup_s)
+    share, latency_s = job.inter_bytes_per_s, job.latency_s
+    if job.at_site("pipe"):
+        share, latency_s = min(share, job.site_bytes_per_s), latency_s + job.site_latency_s
+    part = fabric.part(share, job.per_host, ring=ring)
+    return Sent(inter=size / (share * part), latency=fabric.setup_s + latency_s)

@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from thinwire.cluster import FRAME_OVERHEAD
 from thinwire.tomlfile import read_toml
 
 GIB = 2**30
@@ -55,13 +56,17 @@ class Fabric:
     tcp_part: float
     tcp_message_part: float
     tcp_below_gbits: float
+    tcp_flow_gbits: float
     first_zero3_gbytes: float
 
-    def part(self, inter_bytes_per_s: float, *, ring: bool = True) -> float:
-        """Of the cards' rate that is reached, by a ring or by messages from one to another."""
-        if inter_bytes_per_s * 8e-9 >= self.tcp_below_gbits:
+    def part(self, inter_bytes_per_s: float, sharing: int, *, ring: bool = True) -> float:
+        """Of the rate of cards that so many devices share that is reached, by a ring or by messages from one to another."""
+        gbits = inter_bytes_per_s * 8e-9
+        if gbits >= self.tcp_below_gbits:
             return self.rdma_part
-        return self.tcp_part if ring else self.tcp_message_part
+        if not ring:
+            return self.tcp_message_part
+        return max(self.tcp_part, min(1 / FRAME_OVERHEAD, self.tcp_flow_gbits / (gbits * sharing)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from thinwire.errors import UserError
 from thinwire.parallel.tensor_parts import Part
 from thinwire.parallel.tensor_state import copy_common
 from thinwire.sync.base import Synchroniser
-from thinwire.sync.joined import joined
+from thinwire.sync.joined import Mean, joined
 from thinwire.train.checkpoint.files import Progress, one_line, part_files, rank_file, read_progress, sync
 from thinwire.train.checkpoint.shards import Refit, Shards, both_parts, from_plain, to_plain
 
@@ -32,7 +32,8 @@ from thinwire.train.checkpoint.shards import Refit, Shards, both_parts, from_pla
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     """What is saved. model: this rank's part of it, number `part` of `num_parts`, under the names of the whole model. shards: of
-    parameters that are split themselves. layout: of the ranks, in words."""
+    parameters that are split themselves. layout: of the ranks, in words. replicas: whether ranks with other parts see other
+    tokens."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -45,6 +46,7 @@ class Parts:
     exchange: ShardedCompression | None = None
     """Of shards, whose codes owe something."""
     layout: str = ""
+    replicas: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ def snapshot(parts: Parts, *, alike: bool) -> Snapshot:
     if (device := next(parts.model.parameters()).device).type != "cpu":
         own["device_random"] = torch.get_device_module(device).get_rng_state(device)
     if parts.num_parts > 1:
-        own["part"] = parts.part
+        own["part"], own["replicas"] = parts.part, parts.replicas
     if parts.exchange is not None:
         own["exchange"] = parts.exchange.state_dict()
     shards = {"shards": to_plain(parts.shards, parts.model.state_dict())} if parts.shards else {}
@@ -268,7 +270,8 @@ def _by_replica(owns: Sequence[Mapping[str, Any]], parts: Parts) -> list[dict[st
     for row in zip_longest(*(by_part[part] for part in sorted(by_part))):
         held = {part: own for part, own in zip(sorted(by_part), row, strict=True) if own is not None}
         like = list(held).index(parts.part) if parts.part in held else 0
-        fit = Refit(parts.shards, shapes, [from_plain(own) for own in held.values()])
+        replicas = any(own.get("replicas") for own in held.values())
+        fit = Mean() if replicas else Refit(parts.shards, shapes, [from_plain(own) for own in held.values()])
         found.append(joined([own["sync"] for own in held.values()], shapes, like, fit))
     return found
 
