@@ -76,7 +76,7 @@ def test_a_layout_reads_as_a_product() -> None:
         (lambda: Layout(data=0), "layout.data = 0: a degree is 1 or more"),
         (lambda: Layout(data=2).coordinates(2), "there is no rank 2 in layout data 2, which has 2"),
         (lambda: Layout(data=2).coordinates(-1), "there is no rank -1 in layout data 2"),
-        (lambda: Layout().groups("dats"), "there is no axis 'dats'; axes: outer, pipe, data, expert, seq, tensor"),
+        (lambda: Layout().groups("dats"), "there is no axis 'dats'; axes: outer, pipe, data, expert, seq, shard, tensor"),
     ],
 )
 def test_what_does_not_exist_is_refused_in_one_line(broken, message) -> None:

@@ -8,9 +8,10 @@ from math import prod
 
 from thinwire.errors import UserError
 
-AXES = ("outer", "pipe", "data", "expert", "seq", "tensor")
+AXES = ("outer", "pipe", "data", "expert", "seq", "shard", "tensor")
 REPLICAS = "replicas"
-"""Not an axis of its own: the ranks that differ on outer, data and expert only, each of which sees other tokens."""
+"""Not an axis of its own: the ranks that differ on REPLICA_AXES only, each of which sees other tokens."""
+REPLICA_AXES = ("outer", "data", "expert", "shard")
 EVERYONE = "everyone"
 """All ranks, where they differ on other axes too."""
 
@@ -24,6 +25,7 @@ class Layout:
     data: int = 1
     expert: int = 1
     seq: int = 1
+    shard: int = 1
     tensor: int = 1
 
     def __post_init__(self) -> None:
@@ -59,13 +61,13 @@ class Layout:
 
     @property
     def replicas(self) -> int:
-        """How many copies of the model see other tokens."""
-        return self.outer * self.data * self.expert
+        """How many see other tokens: copies of the model, or ranks that share the experts or the states of one."""
+        return self.outer * self.data * self.expert * self.shard
 
     @property
     def replica_axis(self) -> str:
         """The axis along which replicas lie, REPLICAS if several are used."""
-        used = [axis for axis in ("outer", "data", "expert") if getattr(self, axis) > 1]
+        used = [axis for axis in REPLICA_AXES if getattr(self, axis) > 1]
         return REPLICAS if len(used) > 1 else used[0] if used else "data"
 
     @property
@@ -84,13 +86,13 @@ class Layout:
     def replica(self, rank: int) -> int:
         """The number of the replica that `rank` belongs to."""
         place = self.coordinates(rank)
-        return (place["outer"] * self.data + place["data"]) * self.expert + place["expert"]
+        return ((place["outer"] * self.data + place["data"]) * self.expert + place["expert"]) * self.shard + place["shard"]
 
     def groups(self, axis: str) -> list[tuple[int, ...]]:
         """The groups of ranks that differ on `axis` only, each in the order of the axis. UserError for an unknown axis."""
         if axis not in (*AXES, REPLICAS, EVERYONE):
             raise UserError(f"there is no axis {axis!r}; axes: {', '.join(AXES)}")
-        varied = {REPLICAS: ("outer", "data", "expert"), EVERYONE: AXES}.get(axis, (axis,))
+        varied = {REPLICAS: REPLICA_AXES, EVERYONE: AXES}.get(axis, (axis,))
         members: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
             place = self.coordinates(rank)

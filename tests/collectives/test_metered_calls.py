@@ -7,7 +7,7 @@ from pool import Pool, Rank
 from tagless import over_tagless
 from thinwire.collectives.backend import register
 from thinwire.collectives.ledger import Call, Ledger, Total
-from thinwire.collectives.metered_calls import all_reduce, swap
+from thinwire.collectives.metered_calls import all_gather, all_reduce, all_to_all, swap
 
 N = 24
 
@@ -58,3 +58,26 @@ def test_two_swap_and_each_send_is_entered_once_whatever_the_backend(ranks4: Poo
         for rank, (got, sends) in enumerate(ranks4.run(swapped, backend)):
             assert got == rank ^ 2
             assert sends == {Call(label="pair", axis="world", op="send", world_size=4, message_bytes=4 * N): 4 * N}
+
+
+def between_two(context: Rank, backend: str) -> tuple[list[float], dict[tuple[str, str, int], int]]:
+    group = dist.group.WORLD if backend == "thinwire" else dist.new_group(backend=backend)
+    own, rows = torch.full((N,), float(context.rank)), torch.arange(2.0).repeat_interleave(N) + 10 * context.rank
+    gathered, taken = torch.empty(2 * N), torch.empty(2 * N)
+    all_gather(gathered, own, group, context.ledger, "weights").wait()
+    all_to_all(taken, rows, group, context.ledger, "gradients").wait()
+    all_gather(own[:0], own[:0], group, context.ledger, "nothing").wait()
+    entered = {(call.label, call.op, call.message_bytes): total.wire_bytes for call, total in context.recorded().items()}
+    return torch.cat([gathered, taken]).view(4, N).mean(1).tolist(), entered
+
+
+def test_two_ranks_exchange_the_same_whatever_the_backend(ranks2: Pool) -> None:
+    """Over the metered one by send and receive, the others by one call; entered as what was asked for."""
+    for backend in ("thinwire", "gloo"):
+        for rank, (means, entered) in enumerate(ranks2.run(between_two, backend)):
+            assert means == [0, 1, rank, 10 + rank]
+            assert entered == {
+                ("weights", "all_gather", 4 * N): 4 * N,
+                ("gradients", "all_to_all", 8 * N): 4 * N,
+                ("nothing", "all_gather", 0): 0,
+            }

@@ -92,6 +92,8 @@ MEASURED = {
     "diloco": [*LARGE, "sync.kind=diloco", "sync.every=2"],
     "tensor": [*LARGE, "model.layers=12", "layout.tensor=2"],
     "tensor activations": [*WIDE_BATCH, "train.sequence=256", "layout.tensor=2"],
+    "sharded": [*LARGE, "model.layers=12", "layout.shard=2"],
+    "sharded, added up": [*LARGE, "model.layers=12", "layout.shard=2", "sync.accumulate=2", "sharded.reshard=never"],
     "sequence": [*WIDE_BATCH, "train.sequence=256", "layout.seq=2"],
     "experts": [*WIDE_BATCH, "train.sequence=128", "model.experts=4", "layout.expert=2"],
     "activations": [*WIDE_BATCH, "train.sequence=256"],

@@ -1,4 +1,4 @@
-"""States of synchronisers whose parameters are split over tensor ranks: whatever parts wrote them, any others take them up."""
+"""States of synchronisers whose parameters are split over ranks: whatever parts wrote them, any others take them up."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,24 +11,29 @@ from hypothesis import strategies as st
 from thinwire.compress.memory import Store
 from thinwire.config.model import ModelConfig
 from thinwire.models.transformer import Transformer
-from thinwire.parallel.tensor_parts import parts_of
-from thinwire.parallel.tensor_state import part, whole
+from thinwire.parallel.sharded import rows_of
+from thinwire.parallel.tensor_parts import Part, parts_of
+from thinwire.parallel.tensor_state import cut_out
+from thinwire.parallel.tensor_state import put_together as joined_parts
 from thinwire.sync.joined import joined
 from thinwire.train.checkpoint.shards import Refit, from_plain, to_plain
 
 CONFIG = ModelConfig.model_validate({"layers": 1, "width": 20, "heads": 5, "hidden": 9, "vocabulary": 11})
 SHAPES = {name: tuple(value.shape) for name, value in Transformer(CONFIG).state_dict().items()}
-DEGREES = st.sampled_from([1, 2, 4])
+Way = tuple[str, int]
+WAYS = st.sampled_from([("tensor", 1), ("tensor", 2), ("tensor", 4), ("rows", 2), ("rows", 3)])
 
 
-def parts(degree: int, rank: int) -> dict[str, Any]:
-    return parts_of(CONFIG, degree, rank) if degree > 1 else {}
+def parts(way: Way, rank: int) -> dict[str, Part]:
+    if way[0] == "rows":
+        return {name: rows_of(shape[0], way[1], rank) for name, shape in SHAPES.items()}
+    return parts_of(CONFIG, way[1], rank) if way[1] > 1 else {}
 
 
-def refit(degree: int, rank: int, written_by: int) -> tuple[Refit, dict[str, tuple[int, ...]]]:
-    mine = parts(degree, rank)
+def refit(way: Way, rank: int, written_by: Way) -> tuple[Refit, dict[str, tuple[int, ...]]]:
+    mine = parts(way, rank)
     shapes = {name: mine[name].local_shape(shape) if name in mine else shape for name, shape in SHAPES.items()}
-    return Refit(mine, shapes, [parts(written_by, number) for number in range(written_by)]), shapes
+    return Refit(mine, shapes, [parts(written_by, number) for number in range(written_by[1])]), shapes
 
 
 def values(seed: int) -> dict[str, torch.Tensor]:
@@ -36,13 +41,18 @@ def values(seed: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def cut(state: dict[str, torch.Tensor], degree: int) -> list[dict[str, torch.Tensor]]:
+def cut(state: dict[str, torch.Tensor], way: Way) -> list[dict[str, torch.Tensor]]:
     """By rank."""
-    return [part(state, CONFIG, degree, rank) if degree > 1 else state for rank in range(degree)]
+    held = [parts(way, rank) for rank in range(way[1])]
+    return [{name: cut_out(value, its[name]) if name in its else value for name, value in state.items()} for its in held]
 
 
-def put_together(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return whole(states, CONFIG) if len(states) > 1 else states[0]
+def put_together(states: list[dict[str, torch.Tensor]], way: Way) -> dict[str, torch.Tensor]:
+    held = [parts(way, rank) for rank in range(way[1])]
+    return {
+        name: joined_parts([state[name] for state in states], [its[name] for its in held]) if name in held[0] else value
+        for name, value in states[0].items()
+    }
 
 
 def coded_state(local: dict[str, torch.Tensor], storage: str) -> dict[str, Any]:
@@ -62,15 +72,15 @@ def residuals_of(state: dict[str, Any], shapes: Mapping[str, Sequence[int]]) -> 
     return {name: kept[name].view(*shape) for name, shape in shapes.items()}
 
 
-@given(written_by=DEGREES, read_by=DEGREES, storage=st.sampled_from(["float32", "int8"]))
-def test_residuals_are_conserved(written_by: int, read_by: int, storage: str) -> None:
+@given(written_by=WAYS, read_by=WAYS, storage=st.sampled_from(["float32", "int8"]))
+def test_residuals_are_conserved(written_by: Way, read_by: Way, storage: str) -> None:
     locals_ = cut(values(1), written_by)
     states = [coded_state(local, storage) for local in locals_]
     shapes_of = [{name: value.shape for name, value in local.items()} for local in locals_]
     stored = [residuals_of(*both) for both in zip(states, shapes_of, strict=True)]
-    expected = put_together(stored)
+    expected = put_together(stored, written_by)
     found = []
-    for rank in range(read_by):
+    for rank in range(read_by[1]):
         fit, shapes = refit(read_by, rank, written_by)
         state = joined(states, shapes, 0, fit)
         found.append(residuals_of(state, shapes))
@@ -80,15 +90,15 @@ def test_residuals_are_conserved(written_by: int, read_by: int, storage: str) ->
         if written_by == read_by:
             assert state["memory"]["owed"]["storage"] == storage
             assert all(torch.equal(found[rank][name], stored[rank][name]) for name in stored[rank])
-    again = put_together(found)
+    again = put_together(found, read_by)
     assert again.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(again[name], value), name
 
 
 @pytest.mark.parametrize("with_momentum", [True, False])
-@given(written_by=DEGREES, read_by=DEGREES)
-def test_anchors_and_momenta_go_on(with_momentum: bool, written_by: int, read_by: int) -> None:
+@given(written_by=WAYS, read_by=WAYS)
+def test_anchors_and_momenta_go_on(with_momentum: bool, written_by: Way, read_by: Way) -> None:
     anchors, momenta = values(2), values(3)
 
     def fragment(names: list[str], local: dict[str, torch.Tensor], pushed: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -103,7 +113,7 @@ def test_anchors_and_momenta_go_on(with_momentum: bool, written_by: int, read_by
         for both in zip(cut(anchors, written_by), cut(momenta, written_by), strict=True)
     ]
     found: dict[str, list[dict[str, torch.Tensor]]] = {"anchor": [], "momentum": []}
-    for rank in range(read_by):
+    for rank in range(read_by[1]):
         fit, shapes = refit(read_by, rank, written_by)
         held: dict[str, dict[str, torch.Tensor]] = {"anchor": {}, "momentum": {}}
         for one in joined(states, shapes, 0, fit)["fragments"]:
@@ -115,9 +125,9 @@ def test_anchors_and_momenta_go_on(with_momentum: bool, written_by: int, read_by
             assert with_momentum or not one["momentum"].numel()
         for key, its in held.items():
             found[key].append(its)
-    assert all(torch.equal(value, anchors[name]) for name, value in put_together(found["anchor"]).items())
+    assert all(torch.equal(value, anchors[name]) for name, value in put_together(found["anchor"], read_by).items())
     if with_momentum:
-        assert all(torch.equal(value, momenta[name]) for name, value in put_together(found["momentum"]).items())
+        assert all(torch.equal(value, momenta[name]) for name, value in put_together(found["momentum"], read_by).items())
 
 
 @given(degree=st.sampled_from([2, 4]), rank=st.integers(0, 1))
@@ -131,9 +141,9 @@ def test_a_file_says_which_parts_it_holds(degree: int, rank: int) -> None:
 def test_what_one_rank_lacks_is_zero() -> None:
     """A residual that only one of two ranks has, such as one that the other has just sent whole."""
     residuals = values(5)
-    states = [coded_state(local, "float32") for local in cut(residuals, 2)]
+    states = [coded_state(local, "float32") for local in cut(residuals, ("tensor", 2))]
     for key in ("kept", "numels"):
         del states[1]["memory"]["owed"][key]["embed.weight"]
-    fit, shapes = refit(1, 0, 2)
+    fit, shapes = refit(("tensor", 1), 0, ("tensor", 2))
     kept = joined(states, shapes, 0, fit)["memory"]["owed"]["kept"]["embed.weight"].view(SHAPES["embed.weight"])
     assert torch.equal(kept[:6], residuals["embed.weight"][:6]) and not kept[6:].any()

@@ -9,12 +9,13 @@ case only, which is there too: local SGD that averages after each step, under pl
 
 from collections.abc import Mapping
 from itertools import product
+from math import prod
 from typing import Any
 
 from thinwire.bench.ranks import run_script
 from thinwire.bench.registry import Rows
 from thinwire.config.pipeline import STAGES_PER_RANK
-from thinwire.layout import Layout
+from thinwire.layout import AXES, Layout
 
 DEFAULTS: Mapping[str, Any] = {"ranks": [1, 2, 4, 8], "steps": 20}
 BAR = 1e-9
@@ -53,20 +54,26 @@ def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
 def _cases(ranks: int) -> list[dict[str, Any]]:
     """Names, degrees, and the sections of run.toml in which they differ from one rank."""
     cases = []
-    for outer, pipe, data, seq, tensor in product(DEGREES, repeat=5):
-        if outer * pipe * data * seq * tensor != ranks or (seq > 1 and ranks > SEQ_RANKS):
+    for degrees in product(DEGREES, repeat=len(AXES)):
+        used = dict(zip(AXES, degrees, strict=True))
+        outer, pipe, seq = used["outer"], used["pipe"], used["seq"]
+        if prod(degrees) != ranks or used["expert"] > 1 or (seq > 1 and ranks > SEQ_RANKS):
             continue
-        for schedule in STAGES_PER_RANK if pipe > 1 else ("",):
-            used = {"outer": outer, "pipe": pipe, "data": data, "seq": seq, "tensor": tensor}
+        if used["shard"] > 1 and max(seq, used["tensor"]) > 1:  # which do not go together
+            continue
+        reshards = ("always", "never") if used["shard"] > 1 and pipe == 1 else ("",)
+        for schedule, reshard in product(STAGES_PER_RANK if pipe > 1 else ("",), reshards):
             name = " x ".join(f"{axis} {degree}" for axis, degree in used.items() if degree > 1) or "one rank"
             sections: dict[str, Any] = {}
             if outer > 1:
                 sections["sync"] = {"kind": "local_sgd", "every": 1}
             if schedule:
                 sections["pipeline"] = {"schedule": schedule}
+            if reshard:
+                sections["sharded"] = {"reshard": reshard}
             cases.append(
                 {
-                    "name": f"{name}, {schedule}" if schedule else name,
+                    "name": ", ".join(filter(None, (name, schedule, reshard and f"reshard {reshard}"))),
                     "layout": used,
                     "sections": sections,
                     "optimizer": "sgd" if outer > 1 else "adamw",

@@ -32,6 +32,8 @@ from thinwire.collectives.wire import sent_bytes
 from thinwire.errors import UserError
 
 NAME = "thinwire"
+PAIR_TAG = 1 << 30
+"""Of messages of `in_pair`, which no user's tag should meet."""
 
 # From torch 2.13 on the single forms are what FSDP2 calls, and the others warn.
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -184,6 +186,24 @@ class MeteredGroup(dist.ProcessGroup):
         except RuntimeError:
             return _WaitedWork([work], done)
         return work
+
+    @property
+    def is_pair(self) -> bool:
+        """Two ranks over gloo, whose calls `in_pair` makes faster."""
+        return self._over_gloo and self._group.size == 2
+
+    def in_pair(self, op: str, message: torch.Tensor, theirs: torch.Tensor, own: torch.Tensor) -> dist.Work:
+        """`op` of two ranks, in which each sends `own` and gets `theirs`; message: what the op was handed.
+
+        The receive is asked for first: gloo asks over the same connection, and behind what is sent there the asking would come
+        when that is over, so that the two directions would follow one another.
+        """
+        peer = 1 - self._group.rank
+
+        def issue() -> dist.Work:
+            return _WaitedWork([self._inner.recv([theirs], peer, PAIR_TAG), self._inner.send([own], peer, PAIR_TAG)])
+
+        return self._entered(op, message, issue, (), None)
 
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
         op = "all_gather" if tensors[0].is_sparse else "all_reduce"  # gloo sends every rank's indices and values to all

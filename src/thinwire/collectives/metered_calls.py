@@ -24,12 +24,24 @@ def all_reduce(
 
 def all_gather(output: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup, ledger: Ledger, label: str) -> dist.Work:
     """The `own` of all ranks of `group`, in their order, into `output`, asynchronously. Collective as `all_reduce`."""
-    return _issued("all_gather", own, group, ledger, label, lambda: ALL_GATHER(output, own, group=group, async_op=True))
+    if own.numel() and isinstance(group, MeteredGroup) and group.is_pair:
+        chunks = output.view(2, own.numel())
+        chunks[group.rank()].copy_(own.view(-1))
+        issue = partial(group.in_pair, "all_gather", own, chunks[1 - group.rank()], own)
+    else:
+        issue = partial(ALL_GATHER, output, own, group=group, async_op=True)
+    return _issued("all_gather", own, group, ledger, label, issue)
 
 
 def all_to_all(output: torch.Tensor, rows: torch.Tensor, group: dist.ProcessGroup, ledger: Ledger, label: str) -> dist.Work:
     """Row s of `rows` goes to rank s of `group`, and row s of `output` comes from it, asynchronously. Collective as above."""
-    issue = partial(dist.all_to_all_single, output, rows, group=group, async_op=True)
+    if rows.numel() and isinstance(group, MeteredGroup) and group.is_pair:
+        mine, theirs = group.rank(), 1 - group.rank()
+        taken, given = output.view(2, -1), rows.view(2, -1)
+        taken[mine].copy_(given[mine])
+        issue = partial(group.in_pair, "all_to_all", rows, taken[theirs], given[theirs])
+    else:
+        issue = partial(dist.all_to_all_single, output, rows, group=group, async_op=True)
     return _issued("all_to_all", rows, group, ledger, label, issue)
 
 
@@ -56,9 +68,9 @@ def swap(tensor: torch.Tensor, peer: int, group: dist.ProcessGroup, ledger: Ledg
     with ledger.label(label):
         issued = clock.now()
         total = None if isinstance(group, MeteredGroup) else ledger.enter("send", bytes_of(tensor), _group(group))
-        calls = [
-            dist.P2POp(dist.isend, tensor, group=group, group_peer=peer),
+        calls = [  # the receive first, as in `MeteredGroup.in_pair`
             dist.P2POp(dist.irecv, theirs, group=group, group_peer=peer),
+            dist.P2POp(dist.isend, tensor, group=group, group_peer=peer),
         ]
         for work in dist.batch_isend_irecv(calls):
             work.wait()

@@ -59,6 +59,11 @@ class ScheduledGroup(MeteredGroup):
         self._agreed: dict[_Kind, str] = {}
         weakref.finalize(self, self._engine.close)
 
+    @property
+    def is_pair(self) -> bool:
+        """Here the tuner chooses."""
+        return False
+
     def prepare(self, op: str, message_bytes: int) -> None:
         """Decide how such calls are run before the first of them. Collective, and waits."""
         self._implementation(example(op, message_bytes, self._engine))

@@ -17,6 +17,7 @@ from thinwire.config.experts import ExpertsSection
 from thinwire.config.model import ModelConfig, preset
 from thinwire.config.pipeline import APART, PipelineSection
 from thinwire.config.pretrained import read_shape, tokenizer_of
+from thinwire.config.sharded import ShardedSection
 from thinwire.config.sync import EveryStep, LocalSGD, Sync
 from thinwire.config.tensor import TensorSection
 from thinwire.errors import UserError
@@ -90,6 +91,8 @@ class LayoutSection(Section):
     """Replicas among which the experts of every block are shared out; see [experts]."""
     seq: int = Field(1, ge=1)
     """Ranks among which the tokens of every sequence are shared out."""
+    shard: int = Field(1, ge=1)
+    """Replicas, neighbours, that share the states of one: weights, gradients and the optimizer's; see [sharded]."""
     tensor: int = Field(1, ge=1)
     """Ranks among which every layer's matrices are shared out; see [tensor]."""
 
@@ -97,14 +100,15 @@ class LayoutSection(Section):
         """The Layout for `world_size` ranks. rare: of sync.kind. UserError if it does not fit."""
         if self.outer > 1 and not rare:
             raise UserError(f"layout.outer = {self.outer}: only a sync.kind that exchanges rarely uses this axis; set it to 1")
-        others = self.pipe * self.expert * self.seq * self.tensor
+        others = self.pipe * self.expert * self.seq * self.shard * self.tensor
         if rare:
             data = self.data or (max(1, world_size // (self.outer * others)) if self.outer else 1)
             outer = self.outer or max(1, world_size // (data * others))
         else:
             outer = 1
             data = self.data or max(1, world_size // others)
-        layout = Layout(outer=outer, pipe=self.pipe, data=data, expert=self.expert, seq=self.seq, tensor=self.tensor)
+        inner = {"expert": self.expert, "seq": self.seq, "shard": self.shard, "tensor": self.tensor}
+        layout = Layout(outer=outer, pipe=self.pipe, data=data, **inner)
         layout.check(world_size)
         return layout
 
@@ -216,6 +220,7 @@ class RunConfig(Section):
     layout: LayoutSection = LayoutSection()
     pipeline: PipelineSection = PipelineSection()
     tensor: TensorSection = TensorSection()
+    sharded: ShardedSection = ShardedSection()
     experts: ExpertsSection = ExpertsSection()
     sync: Sync = EveryStep()
     compress: Compress = NoCompression()
@@ -242,7 +247,9 @@ class RunConfig(Section):
             self._check_tensor()
         self._check_sequence()
         self._check_experts()
-        for axis in ("pipe", "expert", "seq", "tensor"):
+        if self.layout.shard > 1:
+            self._check_sharded()
+        for axis in ("pipe", "expert", "seq", "shard", "tensor"):
             if self.sync.by_speed and getattr(self.layout, axis) > 1:
                 raise ValueError(
                     f"sync.assign = 'by_speed' assigns micro-batches to replicas of one rank; leave it out with layout.{axis}"
@@ -268,6 +275,11 @@ class RunConfig(Section):
         """Why train.recompute is "none"; nothing if it may be another."""
         if self.layout.seq > 1:
             return f"with layout.seq = {self.layout.seq} keys and values would travel again; set it to 'none'"
+        if self.layout.shard > 1 and self.layout.pipe == 1:
+            return (
+                f"with layout.shard = {self.layout.shard} what hides under computing again is not predicted yet; set it to "
+                "'none', or share out the layers too (layout.pipe)"
+            )
         if self.model.experts:
             return f"with model.experts = {self.model.experts} blocks are not computed again; set it to 'none'"
         if self.layout.pipe > 1 and self.pipeline.schedule in APART:
@@ -326,6 +338,33 @@ class RunConfig(Section):
             raise ValueError(
                 f"collectives.kind = {self.collectives.kind!r} lets groups of replicas add up in different orders, by which what "
                 f"the {degree} ranks of layout.tensor each have whole would come to differ; set it to 'native'"
+            )
+
+    def _check_sharded(self) -> None:
+        degree = self.layout.shard
+        if self.model.experts:
+            raise ValueError(
+                f"layout.shard = {degree} and model.experts = {self.model.experts} do not go together; take layout.expert"
+            )
+        for axis in ("seq", "tensor"):
+            if (other := getattr(self.layout, axis)) > 1:
+                raise ValueError(
+                    f"layout.shard = {degree} and layout.{axis} = {other} do not go together yet; set one of them to 1"
+                )
+        if self.layout.pipe > 1 and self.sharded != ShardedSection():
+            raise ValueError(
+                f"[sharded] says how ranks that run all layers share weights and gradients; the {degree} of a stage of "
+                f"layout.pipe = {self.layout.pipe} share the optimizer's state alone; leave the section out"
+            )
+        if isinstance(self.train.optimizer, Muon):
+            raise ValueError(
+                f"train.optimizer.kind = 'muon' orthonormalises whole matrices, of which a rank has some rows with "
+                f"layout.shard = {degree}; take 'adamw', or layout.data in place of it"
+            )
+        if self.collectives.kind != "native":
+            raise ValueError(
+                f"collectives.kind = {self.collectives.kind!r} chooses for the groups of axes, and the {degree} ranks of "
+                "layout.shard exchange over groups of their own; set it to 'native'"
             )
 
 

@@ -121,10 +121,10 @@ class Pipeline:
                     gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
                     received = torch.empty_like(gradient)
                     both = [
-                        dist.P2POp(dist.isend, gradient, group=self.group, group_peer=other),
                         dist.P2POp(dist.irecv, received, group=self.group, group_peer=other),
+                        dist.P2POp(dist.isend, gradient, group=self.group, group_peer=other),
                     ]
-                    for work in dist.batch_isend_irecv(both):  # together, as devices want it
+                    for work in dist.batch_isend_irecv(both):  # together, as devices want it; as in `MeteredGroup.in_pair`
                         work.wait()
                     parameter.grad = gradient.add_(received)
 

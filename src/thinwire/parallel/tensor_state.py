@@ -22,7 +22,12 @@ State = Mapping[str, Tensor]
 @torch.no_grad()
 def copy_common(target: Tensor, mine: Part, source: Tensor, its: Part) -> list[range]:
     """Into `target`, the local tensor of `mine`, what the part `its` of the same parameter has of it, from its local tensor
-    `source`. Returns which places of the whole parameter these are."""
+    `source`. Returns which places of the whole parameter these are, along the dim of `its`.
+
+    Where that is another dim than that of `mine`, `its` has of each of its places all that `mine` has.
+    """
+    if mine.dim != its.dim:
+        return _copy_crossing(target, mine, source, its)
     copied, to = [], 0
     for one in mine.ranges:
         come_from = 0
@@ -35,6 +40,18 @@ def copy_common(target: Tensor, mine: Part, source: Tensor, its: Part) -> list[r
             come_from += len(other)
         to += len(one)
     return copied
+
+
+def _copy_crossing(target: Tensor, mine: Part, source: Tensor, its: Part) -> list[range]:
+    come_from = 0
+    for other in its.ranges:
+        to = 0
+        for one in mine.ranges:
+            values = source.narrow(its.dim, come_from, len(other)).narrow(mine.dim, one.start, len(one))
+            target.narrow(its.dim, other.start, len(other)).narrow(mine.dim, to, len(one)).copy_(values)
+            to += len(one)
+        come_from += len(other)
+    return list(its.ranges)
 
 
 def cut_out(value: Tensor, part: Part) -> Tensor:

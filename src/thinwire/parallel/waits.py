@@ -5,7 +5,7 @@ Passes before training are entered in the ledger under a label of their own, so 
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ class Waits:
 
     clock: Clock | None = None
     ends: list[tuple[Any, Any]] = field(default_factory=list)
-    _setting_up: bool = False
+    _label: str = ""
 
     def begin(self) -> Any:
         """The moment, for `end`."""
@@ -53,18 +53,22 @@ class Waits:
             waited_s += ended - begun
         return waited_s
 
-    @contextmanager
-    def set_up(self) -> Iterator[None]:
+    def set_up(self) -> AbstractContextManager[None]:
         """Inside, passes are none of a step."""
-        self._setting_up = True
+        return self.labelled(SETUP)
+
+    @contextmanager
+    def labelled(self, label: str) -> Iterator[None]:
+        """Inside, that is the label of what passes send."""
+        self._label = label
         try:
             yield
         finally:
-            self._setting_up = False
+            self._label = ""
 
     def label(self, own: str) -> str:
-        """Of what such a pass sends, which in a step is `own`."""
-        return SETUP if self._setting_up else own
+        """Of what a pass sends, which in a step is `own`."""
+        return self._label or own
 
 
 def sleep_until(moment: float) -> float:

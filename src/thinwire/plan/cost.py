@@ -13,8 +13,9 @@ exposed = max(0, end_last - max compute_s)
           + sum over events every H > 1 steps of max(0, sum over their transfers of calls * (price + work) - window) / H,
             and no less than all of them take, less the steps beside which they are sent
 
-Groups of ranks that share matrices, sequences or experts, and of their replicas, make each call at the same time: a link carries
-what all of them send.
+Passes of ranks that share out the states are simulated too (`sharded`); by how much they take longer than computing is exposed.
+Groups of ranks that share matrices, sequences, experts or states, and of their replicas, make each call at the same time: a link
+carries what all of them send.
 
 In a pipeline the passes of a step are simulated (`pipeline`), with the wires as they are and with idle ones, and as much longer
 as what they stand still for:
@@ -34,6 +35,7 @@ from thinwire.collectives.price import Carrier, link_seconds
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.plan.pipeline import Stages, simulate
+from thinwire.plan.sharded import ShardedPasses
 from thinwire.traffic import EVALUATION, PIPELINE, Transfer
 from thinwire.units import show
 from thinwire.workload import Workload
@@ -50,8 +52,8 @@ class Setting:
 
     kind: of the devices on which ranks run, where that is known; else as the cluster says. micro_batches: of a step and replica;
     where they differ that is their mean, and `assignment` has those of each replica. stages: where layout.pipe is used; workload
-    is then of the part of the model that the predicted rank has. tensor_flops: of a micro-batch, by place on the tensor axis,
-    where ranks on it have uneven parts.
+    is then of the part of the model that the predicted rank has. sharded: where layout.shard is. tensor_flops: of a micro-batch,
+    by place on the tensor axis, where ranks on it have uneven parts.
     """
 
     cluster: Cluster
@@ -64,6 +66,7 @@ class Setting:
     assignment: tuple[int, ...] = ()
     kind: str = ""
     stages: Stages | None = None
+    sharded: ShardedPasses | None = None
     tensor_flops: tuple[float, ...] = ()
 
     @property
@@ -162,7 +165,13 @@ def predict(
     paces = set(zip(by_rank, setting.flops_per_s, strict=True))
 
     priced, wire_end, still_s, links = [], 0.0, 0.0, Counter[Link]()
-    alike = setting.stages is None and not setting.tensor_flops  # ranks of different parts have different parameters
+    alike = not (setting.stages or setting.sharded or setting.tensor_flops)  # ranks of different parts have different parameters
+    simulated = setting.sharded.labels if setting.sharded else set()
+    if setting.sharded is not None:
+        passes_s = setting.sharded.seconds(
+            slowest_rate, setting.micro_batches, lambda transfer: _call_s(transfer, layout, routes, carrier)
+        )
+        still_s = max(0.0, passes_s - slowest_s)
     rare_s = 0.0  # of a step's share
     uncovered_s: dict[str, tuple[float, int]] = {}  # of each event: its transfers less its window, and every how many steps
     for number, transfer in enumerate(transfers):
@@ -178,12 +187,14 @@ def predict(
                 wire_bytes_per_step=sent[rank] * transfer.calls / transfer.every,
                 seconds=seconds,
                 even=len({sent[one] for one in mine}) == 1
-                and (alike or len(groups) == 1)
+                and (alike or len(groups) == 1 or (transfer.axis == "shard" and setting.stages is None))
                 and transfer.label != EVALUATION,  # some replicas have a batch less
             )
         )
         in_steps = transfer.label != EVALUATION
-        if transfer.in_passes:
+        if transfer.label in simulated:
+            pass
+        elif transfer.in_passes:
             still_s += max(0.0, seconds - transfer.calls * transfer.window_flops / slowest_rate) * in_steps
         elif transfer.every == 1:
             ready_s = max(end_s - transfer.window_flops / rate for end_s, rate in paces)
@@ -237,7 +248,7 @@ def _call_s(transfer: Transfer, layout: Layout, routes: Routes, carrier: Carrier
     """Of one call, in the slowest group."""
     groups = layout.senders(transfer.axis)
     alone_s = max(carrier.seconds(routes, transfer, group) for group in groups) + transfer.work_s
-    if layout.tensor * layout.seq * layout.expert == 1:
+    if layout.tensor * layout.seq * layout.expert * layout.shard == 1:
         return alone_s
     by_stage: dict[int, list[Counter[Link]]] = {}
     for group in groups:

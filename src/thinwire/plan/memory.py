@@ -27,6 +27,10 @@ found by trying all numbers; blocks are alike, so that is exact. Ranks of one st
 
 Ranks of a pipeline hold the activations of as many micro-batches as the schedule has under way (`parallel.balance.in_flight`).
 
+One of s ranks that share the states keeps the s-th part of weights, gradients and the optimizer's. Gathered are beside them the
+root and three blocks, or all (`sharded.reshard = "never"`, or of a pipeline's stages), and whole gradients of as many, or of all
+where micro-batches are added up first; codes owe a byte a value; under way is the largest unit (`plan.sharded`).
+
 One of e expert ranks has the e-th part of experts, and as many slots. A tensor rank has its heads N and K and its hidden values
 F of attention and mlp, and its words V. One of s ranks that share sequences has the s-th part of tokens, and keeps of each of
 them 2 c (s - 1) K D keys and values that came from the others. Under autocast a copy of all matrices in 2 bytes a value goes
@@ -45,6 +49,7 @@ from thinwire.layout import Layout
 from thinwire.measure.memory import Room
 from thinwire.parallel.balance import cut, in_flight, stages_of
 from thinwire.parallel.tensor_parts import local_workload
+from thinwire.plan.sharded import gathered_bytes
 from thinwire.units import show
 from thinwire.workload import ITEM_BYTES, OPTIMIZER_VALUES_PER_PARAMETER, Workload
 
@@ -209,6 +214,8 @@ def _fewest(setting: str | float, workload: Workload, needs: Callable[[int, int]
 
 def _need(config: RunConfig, workload: Workload, layout: Layout, *, on_device: bool) -> Need:
     """Of a rank that has the parameters of `workload`, without activations. layout: as who averages gradients sees it."""
+    if layout.shard > 1:
+        return _need_sharded(config, workload, layout, on_device=on_device)
     weights = workload.stored_bytes
     optimizer = weights * OPTIMIZER_VALUES_PER_PARAMETER[config.train.optimizer.kind]
     exchange, under_way = _exchange(config, workload, layout, on_device)
@@ -225,6 +232,25 @@ def _need(config: RunConfig, workload: Workload, layout: Layout, *, on_device: b
         copied_bytes=exchange + (state if config.sync.rare else 0),
         copied_once_bytes=state,
         parts=layout.pipe * layout.tensor * layout.expert,
+    )
+
+
+def _need_sharded(config: RunConfig, workload: Workload, layout: Layout, *, on_device: bool) -> Need:
+    """Of a rank that has a shard of the parameters of `workload`."""
+    shard = replace(
+        workload,
+        parameters=tuple(replace(one, shape=(-(-one.shape[0] // layout.shard), *one.shape[1:])) for one in workload.parameters),
+    )
+    own = _need(config, shard, replace(layout, shard=1), on_device=on_device)
+    always = config.sharded.reshard == "always" and layout.pipe == 1
+    whole, (some, passing) = workload.stored_bytes, gathered_bytes(workload)
+    return replace(
+        own,
+        weights_bytes=own.weights_bytes + (some if always else whole),
+        gradients_bytes=own.weights_bytes + (some if always and config.sync.accumulate == 1 else whole),
+        exchange_bytes=own.exchange_bytes + (0 if config.sharded.gradients == "none" else workload.num_parameters),
+        under_way_bytes=max(own.under_way_bytes, passing),
+        parts=layout.pipe * layout.shard,
     )
 
 

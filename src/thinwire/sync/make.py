@@ -122,6 +122,6 @@ def _inside(config: Sync, layout: Layout, ledger: Ledger) -> Synchroniser:
 
 
 def _every_step(config: EveryStep, layout: Layout, ledger: Ledger, exchange: Exchange) -> Synchroniser:
-    """Within the backward pass, but where a pipeline makes many."""
-    kind = EveryStepSync if layout.pipe == 1 else AfterBackwardSync
+    """Within the backward pass, but where a pipeline makes many, or the gradients of shards are there at its end only."""
+    kind = EveryStepSync if layout.pipe == layout.shard == 1 else AfterBackwardSync
     return kind(config, DATA, ledger, exchange)

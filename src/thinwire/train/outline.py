@@ -20,6 +20,7 @@ from thinwire.compress.base import make_codec
 from thinwire.config.compress import read_coding
 from thinwire.config.model import ModelConfig
 from thinwire.config.run import RunConfig
+from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.parallel.balance import shares_tied
 from thinwire.parallel.chain import transformer_chain
@@ -45,6 +46,8 @@ def outline(
 ) -> tuple[Setting, list[Transfer], Carrier]:
     """For `plan.cost.predict`, without what evaluations send. shape: with the vocabulary that the model gets; rates: flops_per_s
     by rank. UserError for what `thinwire train` refuses."""
+    if layout.shard > 1:
+        raise UserError(f"layout.shard = {layout.shard} can be trained, not planned: what it gathers is known with ranks only")
     train, micro, ledger, casts = config.train, config.sync.accumulate, Ledger(), config.train.dtype == "bfloat16"
     whole = Workload.of_transformer(shape, train.micro_batch, train.sequence)
     kinds = recomputed_blocks(config, shape, layout, casts=casts)

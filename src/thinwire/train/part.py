@@ -24,7 +24,7 @@ from thinwire.layout import Layout
 from thinwire.parallel import recompute
 from thinwire.parallel.balance import shares_tied
 from thinwire.parallel.cut import Cut, cut_model
-from thinwire.parallel.tensor_parts import local_workload
+from thinwire.parallel.tensor_parts import Parts, local_workload
 from thinwire.parallel.waits import Waits
 from thinwire.plan.memory import recomputed_blocks
 from thinwire.plan.pipeline import Stages
@@ -33,6 +33,7 @@ from thinwire.traffic import Transfer
 from thinwire.train.expert_part import ExpertPart
 from thinwire.train.pace import Pacer
 from thinwire.train.pipelined import Pace, PipelinedStepper
+from thinwire.train.sharded_part import ShardedPart, ShardedStepper
 from thinwire.train.shared_part import SharedPart
 from thinwire.train.step import Norm, Stepper, gradient_norm
 from thinwire.train.task import LanguageModel
@@ -40,6 +41,7 @@ from thinwire.workload import Workload
 
 if TYPE_CHECKING:
     from thinwire.parallel.pipeline import Pipeline
+    from thinwire.parallel.stage_shards import StageShards
 
 Alike = TypeVar("Alike")
 Precision = Callable[[], AbstractContextManager]
@@ -59,16 +61,27 @@ class Part:
     count: int = 1
     shared: SharedPart | None = None
     experts: ExpertPart | None = None
+    sharded: ShardedPart | None = None
+    stage_shards: StageShards | None = None
     pipeline: Pipeline | None = None
     stages: Stages | None = None
     tensor_flops: tuple[float, ...] = ()
 
     @property
     def waits(self) -> Waits:
-        """Of its passes, for ranks that compute with this one."""
+        """Of its passes, for ranks that compute with this one, or share its states."""
         if self.experts is not None:
             return self.experts.waits
-        return Waits() if self.shared is None else self.shared.waits
+        split = self.shared or self.sharded
+        return Waits() if split is None else split.waits
+
+    @property
+    def shards(self) -> Parts:
+        """Of parameters that are split themselves."""
+        if self.shared is not None:
+            return self.shared.parts
+        rows = self.sharded.shards if self.sharded else self.stage_shards
+        return {} if rows is None else rows.parts
 
     def stepper(
         self, attached: nn.Module, optimizer: torch.optim.Optimizer, sync: Synchroniser, task: LanguageModel, train: TrainSection
@@ -84,9 +97,12 @@ class Part:
             norm=self.norm,
             waits=self.waits,
         )
+        usual_fields = {one.name: getattr(usual, one.name) for one in fields(usual)}
+        if self.sharded is not None:
+            return ShardedStepper(**usual_fields, part=self.sharded)
         if self.pipeline is None:
             return usual
-        return PipelinedStepper(**{one.name: getattr(usual, one.name) for one in fields(usual)}, pipeline=self.pipeline)
+        return PipelinedStepper(**usual_fields, pipeline=self.pipeline, shards=self.stage_shards)
 
     def pacer(self, flops_per_s: float) -> Pacer | Pace:
         """Of a device that achieves `flops_per_s` in training; see `paced`."""
@@ -101,26 +117,40 @@ class Part:
 
     def paced(self, pacer: Pacer | Pace) -> AbstractContextManager[None]:
         """Inside, this rank computes at that rate."""
+        if isinstance(pacer, Pacer) and self.sharded is not None:
+            return pacer.attached(self.sharded.shards.model, self.sharded.whole)
         if isinstance(pacer, Pacer):
             return pacer.attached(self.module, self.workload)
         assert self.pipeline is not None, "only stages have such a pace"
         return pacer.attached(self.pipeline)
 
-    def traffic(self, num_micro: int) -> list[Transfer]:
-        """What is sent within one replica in a step."""
+    def traffic(self, num_micro: int, train: TrainSection) -> list[Transfer]:
+        """What is sent within one replica in a step, or between those that share states."""
         found = [] if self.pipeline is None else self.pipeline.traffic(num_micro)
         if self.shared is not None:
             counted = self.module.named_parameters() if self.pipeline is None else self.pipeline.counted()
             found += self.shared.traffic(num_micro, counted)
         if self.experts is not None:
             found += self.experts.traffic(num_micro)
+        if self.sharded is not None:
+            found += self.sharded.traffic(num_micro)
+        if self.stage_shards is not None:
+            found += self.stage_shards.traffic(clips=train.clip > 0)
         return found
 
-    def evaluation_traffic(self, task: LanguageModel, replica: int) -> list[Transfer]:
-        """What an evaluation sends between ranks that compute together."""
+    def close(self) -> None:
+        """Ends the groups and threads that it has of its own. Collective over all ranks."""
+        if self.sharded is not None:
+            self.sharded.shards.compression.detach()
+
+    def evaluation_traffic(self, task: LanguageModel, replica: int, train: TrainSection) -> list[Transfer]:
+        """What an evaluation sends between ranks that compute together, or share states."""
         if self.experts is not None:
             return self.experts.evaluation_traffic(sum(1 for _ in task.held_out(replica)))
-        return [] if self.shared is None else self.shared.evaluation_traffic(task, replica)
+        if self.stage_shards is not None:
+            return self.stage_shards.evaluation_traffic(train.eval_every)
+        split = self.shared or self.sharded
+        return [] if split is None else split.evaluation_traffic(task, replica)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +168,8 @@ class Place:
 
 
 def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
-    """Build the model on its device and keep what is this rank's. No communication. UserError for a model that cannot be cut."""
+    """Build the model on its device and keep what is this rank's. Collective over all ranks. UserError for a model that cannot be
+    cut."""
     layout, ledger, model = place.layout, place.ledger, task.build_model().to(place.device)
     split, row = None, 0
     if layout.tensor * layout.seq > 1:
@@ -166,6 +197,17 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
             count=layout.expert,
             experts=experts,
         )
+    if layout.shard > 1 and layout.pipe == 1:
+        shared = ShardedPart.split(model, config, place.groups["shard"], ledger, workload)
+        return Part(
+            module=shared.shards,
+            workload=shared.shards.workload(workload),
+            precision=place.precision,
+            norm=shared.norm,
+            number=shared.group.rank(),
+            count=layout.shard,
+            sharded=shared,
+        )
     if layout.pipe == 1:
         return Part(
             module=model,
@@ -188,14 +230,22 @@ def take_part(task: LanguageModel, config: RunConfig, place: Place) -> Part:
     pipeline = Pipeline(model, cut, place.groups["pipe"], ledger, model.loss, place.precision)
     if task.shape.tied:
         pipeline.shares_tied = shares_tied(config.compress, layout)
+    own = stage_workload(workload, cut, pipeline).recomputing(kinds)
+    stage_shards, of_stage = None, 0
+    if layout.shard > 1:
+        from thinwire.parallel.stage_shards import StageShards
+
+        stage_shards = StageShards(pipeline.owner, place.groups["shard"], ledger)
+        norm, of_stage, own = stage_shards.norm_of, stage_shards.group.rank(), stage_shards.workload(own)
     return Part(
-        module=pipeline.owner,
-        workload=stage_workload(workload, cut, pipeline).recomputing(kinds),
+        module=stage_shards or pipeline.owner,
+        workload=own,
         precision=place.precision,
         norm=norm,
-        number=pipeline.rank * layout.tensor + row,
-        count=layout.pipe * layout.tensor,
+        number=(pipeline.rank * layout.tensor + row) * layout.shard + of_stage,
+        count=layout.pipe * layout.tensor * layout.shard,
         shared=split,
+        stage_shards=stage_shards,
         pipeline=pipeline,
         stages=all_stages(workloads, row, cut, config.sync.accumulate, split),
     )

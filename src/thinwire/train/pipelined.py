@@ -25,6 +25,7 @@ from thinwire.workload import BACKWARD_OVER_FORWARD
 
 if TYPE_CHECKING:
     from thinwire.parallel.pipeline import Pipeline
+    from thinwire.parallel.stage_shards import StageShards
 
 NORM = "norm"
 NORM_BYTES = 8
@@ -35,6 +36,8 @@ class PipelinedStepper(Stepper):
     """`model` is the pipeline's owner. Batches are (inputs, targets)."""
 
     pipeline: Pipeline
+    shards: StageShards | None = None
+    """What is trained of the stages' parameters, if not these; then `model` is that."""
 
     def rehearse(self, batch: Any) -> None:
         """The stages tell each other what they send; connections are made."""
@@ -42,11 +45,14 @@ class PipelinedStepper(Stepper):
         count = self.sync.num_micro
         with self.sync.rehearsal(), without_trace(self.model), self.sync.microbatch(last=True):
             self.pipeline.step([inputs] * count, [targets] * count, label=SETUP)
+        self._forget()
         self.optimizer.zero_grad(set_to_none=False)
 
     def score(self, task: Any, model: nn.Module, replica: int) -> tuple[float, float]:
         """Through the pipeline; the ranks with the last stage have the score, the others 0. Collective over the pipeline."""
         total, count, batches = 0.0, 0, iter(task.held_out(replica))
+        if self.shards is not None:
+            self.shards.gather(EVALUATION)
         while taken := list(islice(batches, self.sync.num_micro)):
             padded = [_padded(batch, self.pipeline.cut.entering.shape) for batch, _ in taken]
             for loss, (_, scored) in zip(self.pipeline.evaluate(padded), taken, strict=self.pipeline.has_last):
@@ -67,6 +73,7 @@ class PipelinedStepper(Stepper):
                 output = stage.submod(x if stage.is_first else x.requires_grad_())
                 loss = self.pipeline.loss(output, batch[1].to(stage.device)) if stage.is_last else output.sum()
             loss.backward()
+        self._forget()
 
     def norm_traffic(self) -> list[Transfer]:
         """Of `_clip`."""
@@ -86,9 +93,13 @@ class PipelinedStepper(Stepper):
 
     def _passes(self, batches: Iterable[Any], num_micro: int, mean_micro: float) -> Tensor:
         taken = list(batches)
+        if self.shards is not None:
+            self.shards.gather()
         with self.sync.microbatch(last=True):
             losses = self.pipeline.step([x for x, _ in taken], [y for _, y in taken], 1 / mean_micro)
             self.pipeline.add_up_tied()
+            if self.shards is not None:
+                self.shards.reduce()
         self.pipeline.share_tied()
         return torch.stack(losses).sum() / mean_micro if losses else torch.zeros((), device=self.pipeline.device)
 
@@ -96,6 +107,11 @@ class PipelinedStepper(Stepper):
         square = self.norm(self.pipeline.counted()).double().square().reshape(1)
         all_reduce(square, self.pipeline.group, self.pipeline.ledger, NORM).wait()
         nn.utils.clip_grads_with_norm_(self.model.parameters(), self.train.clip, square.sqrt()[0])
+
+    def _forget(self) -> None:
+        """Whole gradients of passes that are none of a step, where shards have others."""
+        if self.shards is not None:
+            self.shards.forget()
 
     def _computing(self) -> Sequence[tuple[Any, Any]]:
         return [(one.begin, one.end) for one in self.pipeline.computed]

@@ -165,7 +165,7 @@ class Stepper:
 
     def timed_pass(self, batch: object) -> None:
         """Forward and backward of one micro-batch, as a step has them, for its time; nothing is exchanged."""
-        with self.sync.microbatch(last=False):
+        with self._micro_batch(False):
             with self.precision():
                 loss = self.loss(self.model, batch)
             loss.backward()
@@ -182,12 +182,16 @@ class Stepper:
         """All micro-batches forward and backward, and the exchange of gradients. Returns this rank's part of the loss."""
         losses = []
         for index, batch in enumerate(batches):
-            with self.sync.microbatch(last=index == num_micro - 1):
+            with self._micro_batch(index == num_micro - 1):
                 with self.precision():
                     loss = self.loss(self.model, batch) / mean_micro
                 loss.backward()
                 losses.append(loss.detach())
         return torch.stack(losses).sum()
+
+    def _micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        """Entered around forward and backward of one; `last`: of the step."""
+        return self.sync.microbatch(last=last)
 
     def _clip(self) -> None:
         norm = self.norm(self.model.named_parameters())

@@ -21,7 +21,7 @@ from thinwire.config.run import RunConfig
 from thinwire.environment import Environment, set_variables, shared_gpu_variables
 from thinwire.errors import UserError
 from thinwire.lab.commands import TRAINING
-from thinwire.layout import AXES, EVERYONE, REPLICAS, Layout
+from thinwire.layout import AXES, EVERYONE, REPLICA_AXES, REPLICAS, Layout
 from thinwire.measure.compute import find_device, kind_of, shared_gpus
 from thinwire.measure.gather import gather
 from thinwire.plan import memory
@@ -126,7 +126,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
             give_timeout(made, timedelta(seconds=config.train.timeout_s))
     axis = gradients.report_axis
     if axis == REPLICAS:
-        groups[REPLICAS] = mesh["outer", "data", "expert"]._flatten(REPLICAS).get_group()
+        groups[REPLICAS] = mesh[REPLICA_AXES]._flatten(REPLICAS).get_group()
     elif axis == EVERYONE:
         groups[EVERYONE] = dist.distributed_c10d._get_default_group()
     group, replica = groups[axis], layout.replica(number)
@@ -156,6 +156,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         rates=cluster.declared_rates,
     )
     part = take_part(task, config, place)
+    stack.callback(part.close)
     sync = make_synchroniser(config.sync, config.compress, gradients, ledger)
     optimizer = make_optimizer(part.module, config.train)
     parts = Parts(
@@ -166,7 +167,8 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         rank=number,
         part=part.number,
         num_parts=part.count,
-        shards=part.shared.parts if part.shared else {},
+        shards=part.shards,
+        exchange=part.sharded.shards.compression if part.sharded else None,
         layout=str(layout),
         replicas=part.experts is not None,
     )
@@ -277,14 +279,15 @@ def _predict(
         assignment=assignment,
         kind=kind_of(rank.device),
         stages=part.stages,
+        sharded=part.sharded.passes if part.sharded else None,
         tensor_flops=part.tensor_flops,
     )
     transfers = [
-        *part.traffic(config.sync.accumulate),
+        *part.traffic(config.sync.accumulate, config.train),
         *stepper.sync.traffic(part.workload, layout.of_gradients),
         *stepper.norm_traffic(),
         *stepper.evaluation_traffic(task, layout.replica(dist.get_rank())),
-        *part.evaluation_traffic(task, layout.replica(dist.get_rank())),
+        *part.evaluation_traffic(task, layout.replica(dist.get_rank()), config.train),
         *report_traffic(config.train, layout.of_gradients.report_axis, layout.world_size),
     ]
     carrier = setup.choose_carrier(rank.tuner, cluster, groups, transfers)

@@ -87,6 +87,7 @@ def learn(config, layout, rank):
             loss = stepper.run(step, batches(task, step, replica, config), config.sync.accumulate).loss.double().reshape(1)
             dist.all_reduce(loss)
             losses.append(float(loss) / (layout.replicas * layout.seq * layout.tensor))  # of a pipeline one rank has it
+    part.close()
     return losses
 
 

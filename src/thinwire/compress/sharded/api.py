@@ -31,9 +31,9 @@ from thinwire.compress.exchange import make_exchange
 from thinwire.compress.sharded.backward import BackwardPass
 from thinwire.compress.sharded.layout import Coding, UnitShape, secondary, sharded_transfers
 from thinwire.compress.sharded.replicas import Replicas
-from thinwire.compress.sharded.residual import Residual, mean_residuals
+from thinwire.compress.sharded.residual import Residual, by_rank, mean_residuals
 from thinwire.compress.sharded.units import Unit, find_units, prefetch
-from thinwire.compress.sharded.wire import CodedAllGather, CodedReduceScatter, Lane
+from thinwire.compress.sharded.wire import CodedAllGather, CodedReduceScatter, Lane, Passes
 from thinwire.compress.stages import launched
 from thinwire.config.compress import EXCLUDED, Coded, NoCompression, ShardedOptions, read_coding
 from thinwire.errors import UserError
@@ -183,6 +183,12 @@ class ShardedCompression:
             restore()
         self._lanes, self._restore = [], []
 
+    def observe(self, passes: Passes) -> None:
+        """Tell `passes` when one waits, and ask it for labels of weights. Before the first pass."""
+        for lane in self._lanes:
+            lane.passes = passes
+        self._backward.waiting = passes.wait
+
     @property
     def units(self) -> list[UnitShape]:
         """All units with their parameters; for `sharded_transfers`."""
@@ -240,12 +246,13 @@ class ShardedCompression:
             residual.load_state_dict(name, state["units"][name])
 
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
-        """The states of all ranks of an earlier run, however many: what the average still lacks stays the same.
+        """The states of all ranks of an earlier run, however many, of several replicas too: what the average still lacks stays
+        the same.
 
         Units and storage may differ; parameters may not, nor on a mesh of two axes the number of shards. UserError for a
         parameter that is not coded any more.
         """
-        same = self._replicas.adopt(states, self._rank, self._world_size) if self._replicas is not None else states
+        same = self._replicas.adopt(states, self._rank, self._world_size) if self._replicas is not None else by_rank(states)
         residuals = mean_residuals(same)
         for residual in self._residuals.values():
             residual.adopt(residuals)

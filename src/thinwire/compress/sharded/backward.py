@@ -13,7 +13,7 @@ them one pass later, if an error was asked for (`passes`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -51,6 +51,8 @@ class BackwardPass:
         self._forgotten: list[Any] = []
         self._started = self._averaged = False
         self._findings = Findings()
+        self.waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Entered while the pass waits for reductions."""
         self._clear()
 
     def _clear(self) -> None:
@@ -96,8 +98,9 @@ class BackwardPass:
 
     @torch.no_grad()
     def _wait(self) -> None:
-        for reduction in self._reductions:
-            reduction.wait()
+        with self.waiting() if self._reductions else nullcontext():
+            for reduction in self._reductions:
+                reduction.wait()
         self._reductions = []
         if self._replicas is not None:
             self._replicas.exchange.flush()

@@ -22,7 +22,7 @@ from thinwire.compress.averager import Piece
 from thinwire.compress.coded import CodedExchange
 from thinwire.compress.exchange import Exchange
 from thinwire.compress.sharded.layout import UnitShape, label_of, shard_length
-from thinwire.compress.sharded.residual import mean_over_replicas
+from thinwire.compress.sharded.residual import by_rank
 from thinwire.compress.sharded.units import Unit
 from thinwire.errors import UserError
 from thinwire.traffic import Transfer
@@ -85,7 +85,7 @@ class Replicas:
                 "as many"
             )
         self.exchange.adopt([state["replicas"]["exchange"] for state in states if state["rank"] == shard])
-        return [mean_over_replicas([one for one in states if one["rank"] == rank]) for rank in range(shards)]
+        return by_rank(states)
 
     def settle(self) -> None:
         """At the end of the backward pass: the step ends with what was started. UserError if that went wrong."""

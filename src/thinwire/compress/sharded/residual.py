@@ -122,6 +122,13 @@ def mean_residuals(states: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     return found
 
 
+def by_rank(states: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """One state of each rank, the mean of those of all replicas."""
+    return [
+        mean_over_replicas([one for one in states if one["rank"] == rank]) for rank in sorted({one["rank"] for one in states})
+    ]
+
+
 def mean_over_replicas(states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """A state whose residuals are the mean of those of `states`, of one rank's in all replicas, as "float32" stores them."""
     units = {}

@@ -175,6 +175,16 @@ def free_gathered(model: nn.Module) -> None:
             module.reshard()
 
 
+def forget_gradients(model: nn.Module) -> None:
+    """Throw away what backward passes without a reduction (set_requires_gradient_sync) have added up on this rank."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group) is not None:
+            for parameter in group.fsdp_params:
+                parameter.unsharded_accumulated_grad = None
+                if hasattr(parameter, "_unsharded_param"):  # after the first pass
+                    parameter._unsharded_param.grad = None
+
+
 def find_units(model: nn.Module) -> list[Unit]:
     """In the order of registration, the root first. UserError for a model or a use of `fully_shard` that is not supported."""
     free_gathered(model)

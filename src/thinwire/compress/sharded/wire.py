@@ -15,10 +15,11 @@ are pairs of real ones. Wang et al. 2023 (ZeRO++, arXiv 2306.10209).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,28 @@ HERE, EARLIER = 1, 2
 """Flags of a row: it is not finite; something in this backward pass was not, on the rank that sends it."""
 
 
+class Passes(Protocol):
+    """Who wants to know of forward and backward passes."""
+
+    def wait(self) -> AbstractContextManager[None]:
+        """Entered while a pass on the CPU stands still for what is under way."""
+        ...
+
+    def label(self, own: str) -> str:
+        """For the ledger, of what the pass sends; in a step `own`."""
+        ...
+
+
+class Unobserved:
+    """The Passes of which nobody wants to know."""
+
+    def wait(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def label(self, own: str) -> str:
+        return own
+
+
 @dataclass
 class Lane:
     """A process group that nobody else uses, and the thread that works on it; None: jobs are launched."""
@@ -47,6 +70,7 @@ class Lane:
     group: dist.ProcessGroup
     ledger: Ledger
     executor: Executor | None
+    passes: Passes = field(default_factory=Unobserved)
 
 
 def real(flat: Tensor) -> Tensor:
@@ -57,13 +81,14 @@ def real(flat: Tensor) -> Tensor:
 class _FutureWork(dist.Work):
     """A job of the thread as FSDP2 knows it."""
 
-    def __init__(self, future: "torch.futures.Future[Tensor]") -> None:
+    def __init__(self, future: "torch.futures.Future[Tensor]", passes: Passes) -> None:
         super().__init__()
-        self._future = future
+        self._future, self._passes = future, passes
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Raises what the job has raised."""
-        self._future.wait()
+        with self._passes.wait():
+            self._future.wait()
         return True
 
     def is_completed(self) -> bool:
@@ -145,23 +170,24 @@ class CodedAllGather(_Collective):
         if not again:
             self._check(own, self._row.chunk)
         begin = self._begin_plain if again or self._row.codec is None else self._begin
+        label = lane.passes.label(label_of(self._unit.name, "weights"))
 
         def job() -> Tensor:
-            begin(output, own, lane)()
+            begin(output, own, lane, label)()
             return output
 
         if lane.executor is not None:
-            return _FutureWork(lane.executor.submit(job))
+            return _FutureWork(lane.executor.submit(job), lane.passes)
         if async_op:
-            return _LaterWork(begin(output, own, lane))
+            return _LaterWork(begin(output, own, lane, label))
         job()
         return None
 
-    def _begin_plain(self, output: Tensor, own: Tensor, lane: Lane) -> Callable[[], object]:
+    def _begin_plain(self, output: Tensor, own: Tensor, lane: Lane, label: str) -> Callable[[], object]:
         """Returns what is left to do."""
-        return all_gather(output, own, lane.group, lane.ledger, label_of(self._unit.name, "weights")).wait
+        return all_gather(output, own, lane.group, lane.ledger, label).wait
 
-    def _begin(self, output: Tensor, own: Tensor, lane: Lane) -> Callable[[], object]:
+    def _begin(self, output: Tensor, own: Tensor, lane: Lane, label: str) -> Callable[[], object]:
         """Returns what is left to do."""
         row, size = self._row, own.element_size()
         assert row.codec is not None
@@ -169,7 +195,6 @@ class CodedAllGather(_Collective):
         sent = self._rows(1, row.take(chunk, False))
         self._codes(sent[0], size).copy_(row.codec.encode(row.take(chunk, True)[0].float()))
         received = sent.new_empty(row.world_size, row.row_bytes(size))
-        label = label_of(self._unit.name, "weights")
         work = all_gather(received.view(-1), sent.view(-1), lane.group, lane.ledger, label)
 
         def finish() -> None:

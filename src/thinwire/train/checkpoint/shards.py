@@ -1,4 +1,5 @@
-"""Parameters of which each tensor rank holds a part: how a checkpoint says which, and how any parts are made of any others.
+"""Parameters of which each rank of the tensor or the shard axis holds a part: how a checkpoint says which, and how any parts are
+made of any others.
 
 A parameter that `Shards` do not name is whole. What is flat, such as a residual, is of the local tensor, row behind row.
 """
@@ -58,7 +59,7 @@ class Refit:
             both = both_parts(name, self.mine, self.theirs[number])
             assert both is not None, "of the same part it is taken as it is"
             my, its = both
-            local = value.view(its.local_shape(shape))
+            local = value.view(its.local_shape(my.whole_shape(shape)))
             if result is None:
                 result = value.new_zeros(tuple(shape))
             copy_common(result, my, local, its)

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.utils import _pytree
 
 from thinwire.collectives.ledger import Ledger
+from thinwire.compress.sharded.api import ShardedCompression
 from thinwire.errors import UserError
 from thinwire.parallel.tensor_parts import Part
 from thinwire.parallel.tensor_state import copy_common
@@ -42,6 +43,8 @@ class Parts:
     part: int = 0
     num_parts: int = 1
     shards: Shards = field(default_factory=dict)
+    exchange: ShardedCompression | None = None
+    """Of shards, whose codes owe something."""
     layout: str = ""
     replicas: bool = False
 
@@ -61,6 +64,8 @@ def snapshot(parts: Parts, *, alike: bool) -> Snapshot:
         own["device_random"] = torch.get_device_module(device).get_rng_state(device)
     if parts.num_parts > 1:
         own["part"], own["replicas"] = parts.part, parts.replicas
+    if parts.exchange is not None:
+        own["exchange"] = parts.exchange.state_dict()
     shards = {"shards": to_plain(parts.shards, parts.model.state_dict())} if parts.shards else {}
     own |= shards
     if parts.sync.replicas_differ:
@@ -118,12 +123,15 @@ def load(path: Path, parts: Parts, *, with_own: bool) -> None:
             owns = [torch.load(file, weights_only=True) for file in sorted(path.glob("rank-*.pt"))]
             if owns:
                 parts.sync.adopt(_by_replica(owns, parts))
+            _adopt_owed([own["exchange"] for own in owns if "exchange" in own], path, parts)
             return
         own = torch.load(path / rank_file(parts.rank), weights_only=True)
         if "model" in own:
             parts.model.load_state_dict(own["model"])
             parts.optimizer.load_state_dict(own["optimizer"])
         parts.sync.load_state_dict(own["sync"])
+        if parts.exchange is not None:
+            parts.exchange.load_state_dict(own["exchange"])
         torch.set_rng_state(own["random"])
         if "device_random" in own:
             device = next(parts.model.parameters()).device
@@ -166,7 +174,7 @@ def _read(path: Path, state: dict[str, Any], shards: Shards = {}) -> None:  # no
             if name in moments:
                 its_moments, what = saved["optimizer"]["state"].get(name, {}), f"{file}, optimizer, {name}:"
                 _put(moments[name], its_moments, moments[name], what, both)
-            if both is None or sum(map(len, wanted[name])) == sum(map(len, both[0].ranges)):
+            if both is None or sum(map(len, wanted[name])) == _wanted(*both):
                 del wanted[name]
     if wanted:
         raise UserError(f"checkpoint {path} holds no {next(iter(wanted))}; resume with the model that it was made with")
@@ -214,8 +222,9 @@ def _put(
     for key in list(keys):
         shape = getattr(mine[key], "shape", None)
         cut = both if shape else None  # a number is whole
-        wanted = cut[1].local_shape(shape) if cut and shape else shape
-        fits = key in saved and getattr(saved[key], "shape", None) == wanted and (not cut or cut[0].whole == cut[1].whole)
+        wanted = cut[1].local_shape(cut[0].whole_shape(shape)) if cut and shape else shape
+        whole = not cut or cut[0].dim != cut[1].dim or cut[0].whole == cut[1].whole
+        fits = key in saved and getattr(saved[key], "shape", None) == wanted and whole
         if not fits:
             of_shape = f" of shape {list(shape)}" if shape else ""
             raise UserError(f"{what} holds no {key}{of_shape}; resume with the model and the optimizer that it was made with")
@@ -226,6 +235,22 @@ def _put(
         else:
             mine[key] = saved[key]
     return there
+
+
+def _wanted(mine: Part, its: Part) -> int:
+    """How many places along the dim of `its` make up `mine` (`copy_common`)."""
+    return sum(map(len, mine.ranges)) if mine.dim == its.dim else its.whole
+
+
+def _adopt_owed(states: Sequence[dict[str, Any]], path: Path, parts: Parts) -> None:
+    """Of the codes of gradients that are reduced to shards. Where nobody takes it on, that is said."""
+    owed = any(unit["owed"] is not None for one in states for unit in one["units"].values())
+    if parts.exchange is not None and owed:
+        parts.exchange.adopt(states)
+    elif owed and parts.rank == 0:
+        print(
+            f"checkpoint {path}: what the codes of sharded.gradients owe is left out, for nothing is sharded any more", flush=True
+        )
 
 
 def _hyperparameters(group: dict[str, Any], saved: Sequence[dict[str, Any]]) -> dict[str, Any]:
