@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 
 BUDGET_S = {
-    "adapters": 10,
-    "bench": 20,
-    "cli": 30,
-    "collectives": 80,
-    "compress": 60,
-    "lab": 80,
-    "measure": 20,
-    "parallel": 40,
+    "adapters": 25,
+    "bench": 10,
+    "cli": 25,
+    "collectives": 60,
+    "compress": 50,
+    "lab": 60,
+    "measure": 10,
+    "parallel": 30,
     "report": 15,
     "sync": 70,
-    "train": 50,
-    "others": 30,
+    "train": 100,
+    "others": 50,
 }
 """Together what three processes do in about 150 s."""
 

@@ -41,9 +41,9 @@ def run(command: list[str], **variables: str) -> "subprocess.CompletedProcess[st
     ("pool", "arguments"),
     [
         ("ranks4", []),
-        ("ranks2", ["--use-adasum"]),
         ("ranks4", ["--compression", "int4"]),
         ("ranks2", ["--epochs", "4", "--compression", "fp16"]),
+        ("ranks2", ["--use-adasum"]),
     ],
 )
 def test_the_example_learns(request: pytest.FixtureRequest, pool: str, arguments: list[str]) -> None:

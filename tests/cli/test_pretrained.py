@@ -69,7 +69,7 @@ def test_training_goes_on_from_an_exported_model(trained: Path, tmp_path: Path) 
         (("generate", "nothing", "--prompt", "a"), "nothing is neither a run folder"),
         (
             ("generate", "run", "--prompt", "a", "--layout", "tensor=3"),
-            "layout.tensor = 3: model.heads = 2 is not a multiple",
+            "layout.tensor = 3: each rank takes one head of keys and values",
         ),
         (("generate", "run", "--prompt", "a", "--layout", "data=2"), "--layout 'data=2': write pipe=2, tensor=2"),
         (

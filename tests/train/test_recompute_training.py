@@ -10,7 +10,7 @@ from pool import Pool
 from thinwire.record import RunFolder
 from thinwire.report import Facts, as_json
 
-pytestmark = pytest.mark.heavy
+pytestmark = pytest.mark.long  # the first pass that is computed again loads the compiler; tests/parallel has the law
 
 MODEL = {"layers": 3, "width": 20, "heads": 5, "vocabulary": 257, "hidden": 41}
 CASES: list[tuple[str, dict[str, int], str, dict[str, Any]]] = [
