@@ -94,6 +94,7 @@ def _count(option: str, text: str) -> float:
 
 
 def _table(explained: "Explained", top: int, *, money: bool) -> None:
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
@@ -104,9 +105,9 @@ def _table(explained: "Explained", top: int, *, money: bool) -> None:
     shown: dict[tuple[object, ...], Priced] = {}
     for one in ranking:
         shown.setdefault(family(one), one)
-    grid = Table()
+    grid = Table(box=SIMPLE, pad_edge=False)
     grid.add_column("plan: .., micro-batches x sequences", max_width=60)
-    for heading in ("a step", "tokens/s", "in all", "tokens", "memory", "sent a token", *["dollars"] * money):
+    for heading in ("a step", "in all", "tokens", "memory", "sent a token", *["dollars"] * money):
         grid.add_column(heading, justify="right", no_wrap=True)
     for one in list(shown.values())[:top]:
         more = 1.0
@@ -115,7 +116,6 @@ def _table(explained: "Explained", top: int, *, money: bool) -> None:
         cells = [
             str(one.candidate),
             show(one.step_s, "s"),
-            f"{one.tokens_per_step / one.step_s:,.0f}",
             show_time(one.time_s),
             f"x {more:.2f}",
             show(one.memory_bytes, "B"),

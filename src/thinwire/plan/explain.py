@@ -126,7 +126,7 @@ def explain(problem: Problem, found: Found, *, asks: bool = True, tell: Tell = l
 
 def _best(problem: Problem, tell: Tell) -> Priced | None:
     try:
-        return search(problem, tell).best
+        return search(problem, tell, refined=1).best
     except UserError:
         return None
 

@@ -17,7 +17,7 @@ from thinwire.plan.price import Priced, Unfit, draft_s, least_s, least_with_exch
 from thinwire.units import show
 
 REFINED, WORTH = 4, 0.05
-"""So many plans are priced with chosen collectives too, of those that spend so much of a step in exchanges."""
+"""Usually so many plans are priced with chosen collectives too, of those that spend so much of a step in exchanges."""
 TIE = 0.01
 FAR = 1.25
 """Plans slower than so many times the fastest are of no use, however little memory they need."""
@@ -40,8 +40,9 @@ class Found:
         return min(near, key=lambda one: one.wire_bytes / one.tokens_per_step)
 
 
-def search(problem: Problem, tell: Callable[[int, int], None] = lambda done, of: None) -> Found:
-    """UserError if nothing fits, with what comes nearest. tell(done, of): of drafts, now and then."""
+def search(problem: Problem, tell: Callable[[int, int], None] = lambda done, of: None, refined: int = REFINED) -> Found:
+    """UserError if nothing fits, with what comes nearest. tell(done, of): of drafts, now and then. refined: so many plans are
+    priced with chosen collectives too."""
     bounds = sorted((_steps(one, problem) * least_s(one, problem), number, one) for number, one in enumerate(drafts(problem)))
     priced: list[Priced] = []
     front: list[Priced] = []
@@ -82,7 +83,7 @@ def search(problem: Problem, tell: Callable[[int, int], None] = lambda done, of:
                 fastest_s = min(fastest_s, found.time_s)
     if not priced:
         raise UserError(f"{problem.cluster.name}: no plan of {len(bounds)} fits; {_advice(problem, unfit, reason)}")
-    priced += _refined(problem, priced)
+    priced += _refined(problem, priced, refined)
     ranking = tuple(sorted(priced, key=lambda one: one.time_s))
     front.sort(key=lambda one: one.time_s)
     return Found(ranking=ranking, front=tuple(front), considered=considered, unfit=len(unfit))
@@ -96,7 +97,7 @@ def _fits(draft: Candidate, problem: Problem) -> bool:
     return True
 
 
-def _refined(problem: Problem, priced: Sequence[Priced]) -> Iterator[Priced]:
+def _refined(problem: Problem, priced: Sequence[Priced], most: int) -> Iterator[Priced]:
     """The fastest that spend time in exchanges, with collectives that fit the network, of which each takes long to price."""
     if problem.rates is None or "collectives.kind" in problem.kept or len(problem.cluster.hosts) < 2:
         return
@@ -105,7 +106,7 @@ def _refined(problem: Problem, priced: Sequence[Priced]) -> Iterator[Priced]:
         layout = one.candidate.layout
         if layout.tensor == 1 and layout.replicas > 2 and one.terms["exchange"] > WORTH * one.step_s:
             best.setdefault((layout, one.candidate.sync, one.candidate.codec), one)
-    for one in list(best.values())[:REFINED]:
+    for one in list(best.values())[:most]:
         yield price(replace(one.candidate, collectives="priced"), problem)
 
 
