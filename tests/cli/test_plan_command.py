@@ -42,6 +42,7 @@ def test_accelerators_are_planned_without_torch(tmp_path: Path) -> None:
         (("--cluster", "4x8xa100-80gb@1Gbit/s", "--tokens", "many"), "--tokens many: write a number of tokens"),
         (("--cluster", "4x8xa100-80gb@1Gbit/s", "--model", "5b"), "model preset '5b' does not exist"),
         (("--cluster", "1x1xt4-16gb@1Gbit/s", "--model", "70b"), "no plan of"),
+        (("--cluster", "2x1xt4-16gb@1Gbit/s", "--model", "1m", "--queue"), "leave --queue out"),
         (("--cluster", "laptop"), "has no flops_per_s, and no data sheet is known"),
     ],
 )
@@ -57,10 +58,13 @@ def test_a_written_plan_trains_and_predicts_the_same_traffic(tmp_path: Path) -> 
     (tmp_path / "text.txt").write_text("a thin wire " * 2000, encoding="utf-8")
     (tmp_path / "tiny.toml").write_text(TINY_RUN, encoding="utf-8")
     cluster = "2x1xcpu:10Gflop/s@5Mbit/s"
-    files = ("--write", "run.toml", "--json", "n.json")
+    files = ("--queue", "--write", "run.toml", "--json", "n.json")
     done = thinwire("plan", "--run", "tiny.toml", "--cluster", cluster, "--set", "train.steps=3", *files, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    best = json.loads((tmp_path / "n.json").read_text())["best"]
+    found = json.loads((tmp_path / "n.json").read_text())
+    best = found["best"]
+    assert len(found["queues"]) == (8 if best["hosts"] == 2 else 0) and "parameter servers instead" in done.stdout
+    assert all(0 < queue["utilisation"] < 1 for queue in found["queues"])
     trained = thinwire("train", "run.toml", "--set", "train.run=out", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     predicted = json.loads((tmp_path / "out" / "predicted.json").read_text())

@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 
 from thinwire.bench.queue import waits_of
-from thinwire.cluster import FRAME_OVERHEAD, load_cluster
-from thinwire.cluster.graph import Routes
+from thinwire.cluster import load_cluster
+from thinwire.collectives.price import link_seconds
 from thinwire.errors import UserError
 from thinwire.layout import Layout
+from thinwire.parallel.schedules import orders
+from thinwire.plan.cost import Setting, predict
+from thinwire.plan.pipeline import Stages
 from thinwire.plan.queueing import Queue, of_links, periodic_waiting, servers_for
 from thinwire.traffic import Transfer
+from thinwire.workload import Workload
 
 
 @pytest.mark.parametrize(("sources", "period"), [(2, 2.5), (4, 5.0), (8, 10.0), (20, 40.0)])
@@ -60,17 +64,21 @@ def test_traffic_of_others_makes_services_longer_until_nothing_is_left() -> None
         queue(others=1.0)
 
 
-def test_links_of_a_step_are_as_full_as_its_bytes_say() -> None:
-    cluster, layout = load_cluster("four-hosts-100mbit"), Layout(data=4)
-    routes = Routes(cluster)
-    step_s = 10.0
-    queues = of_links([Transfer(label="gradients", axis="data", op="all_reduce", message_bytes=2**20)], layout, routes, step_s)
-    by_name = {one.name: one for one in queues if one.arrivals == "incast"}
-    for link in cluster.links:
-        one = by_name[f"{link.source} -> {link.target}"]
-        payload = one.utilisation * step_s * link.bandwidth_bps.value / 8
-        assert payload == pytest.approx(2**20 * 6 / 4 * FRAME_OVERHEAD, rel=1e-3)  # a ring passes each link once
-    assert {one.sources for one in queues} == {1}
+def test_links_of_a_step_are_as_full_as_the_prediction_has_them() -> None:
+    cluster, layout = load_cluster("two-racks"), Layout(data=4, pipe=2)
+    stages = Stages(
+        orders=orders("1f1b", 2, 1, 4), forward_flops=(1e9, 1e9), activation_bytes=(200_000,), gradient_bytes=(50_000,)
+    )
+    workload = Workload.of_parameters([("weight", (1000, 500))], 64)
+    rates = (1e10,) * 8
+    setting = Setting(cluster=cluster, layout=layout, workload=workload, micro_batches=4, flops_per_s=rates, stages=stages)
+    transfers = [Transfer(label="gradients", axis="data", op="all_reduce", message_bytes=2**20, calls=3)]
+    found = predict(setting, transfers)
+    queues = of_links(setting, transfers, step_s=10.0)
+    used = {one.name: one.utilisation for one in queues}
+    busy_s = {f"{link.source} -> {link.target}": link_seconds(link, size) for link, size in found.links.items()}
+    assert used == {name: pytest.approx(seconds / 10.0) for name, seconds in busy_s.items() if seconds}
+    assert [one.utilisation for one in queues] == sorted(used[one.name] for one in queues)[::-1]
 
 
 def test_servers_are_as_few_as_the_waiting_allows() -> None:

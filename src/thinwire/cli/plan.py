@@ -3,7 +3,7 @@
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,6 +32,7 @@ def plan(  # noqa: PLR0913 - each is an option of the command line
     price: Annotated[float, typer.Option(min=0, help="Dollars of a device and hour.")] = 0.0,
     penalties: Annotated[bool, typer.Option(help="Count the tokens that rare exchanges, codes and batches cost.")] = True,
     beyond: Annotated[bool, typer.Option("--beyond", help="Also what thinwire train cannot launch: ZeRO.")] = False,
+    queue: Annotated[bool, typer.Option("--queue", help="Also how long messages of the plan wait for links.")] = False,
     write: Annotated[Path | None, typer.Option(metavar="RUN.toml", help="Write the best plan for thinwire train.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the numbers here.")] = None,
 ) -> None:
@@ -62,12 +63,13 @@ def plan(  # noqa: PLR0913 - each is an option of the command line
     _table(explained, top, money=price > 0)
     for line in explained.lines():
         typer.echo(line)
+    queues = _queues(explained, top) if queue else []
     if write is not None:
         where = cluster or problem.config.cluster.file
         dump_run(planned_run(explained.best, problem, str(Path(where).resolve()) if Path(where).is_file() else where), write)
         typer.echo(f"wrote {write}: thinwire train {write}")
     if json_path is not None:
-        write_json(json_path, explained.as_json())
+        write_json(json_path, explained.as_json() | ({"queues": queues} if queue else {}))
 
 
 class Progress:
@@ -123,3 +125,30 @@ def _table(explained: "Explained", top: int, *, money: bool) -> None:
         ]
         grid.add_row(*cells, *[f"{one.dollars:,.0f}"] * money)
     Console().print(grid)
+
+
+def _queues(explained: "Explained", top: int) -> list[dict[str, Any]]:
+    """A table of the fullest links, and the servers that would do; returns the rows of all."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    from thinwire.plan.queueing import of_plan, servers_of_plan
+
+    rows = [queue.as_row() for queue in of_plan(explained.problem, explained.best)]
+    grid = Table(box=SIMPLE, pad_edge=False)
+    grid.add_column("link", no_wrap=True)
+    headings = ("senders", "messages a second", "each takes", "in use", "wait if sent at once", "if not", "number waiting")
+    for heading in headings:
+        grid.add_column(heading, justify="right")
+    for together, apart in list(zip(rows[::2], rows[1::2], strict=True))[:top]:
+        cells = [str(together["sources"]), f"{together['arrivals_per_s']:.3g}", show(together["service_s"], "s")]
+        cells += [f"{together['utilisation']:.1%}", show(together["waiting_s"], "s"), show(apart["waiting_s"], "s")]
+        grid.add_row(together["queue"], *cells, f"{together['number_waiting']:.3g}")
+    Console().print(grid)
+    try:
+        servers = servers_of_plan(explained.problem, explained.best)
+        typer.echo(f"parameter servers instead: {len(servers)}, at which a push waits {show(servers[0].waiting_s, 's')}")
+    except UserError as error:
+        typer.echo(f"parameter servers instead: {error}")
+    return rows

@@ -20,9 +20,10 @@ as much longer, and each waits for the frames before it, rho_o f / (2 (1 - rho_o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -33,12 +34,16 @@ from thinwire.cluster.graph import Routes
 from thinwire.collectives.choose.simulate import FRAME_BYTES
 from thinwire.collectives.price import Carrier, link_seconds
 from thinwire.errors import UserError
-from thinwire.layout import Layout
-from thinwire.traffic import EVALUATION, Transfer
+from thinwire.plan.candidates import Problem
+from thinwire.plan.cost import Setting
+from thinwire.plan.price import BITS, Priced
+from thinwire.traffic import EVALUATION, PIPELINE, Transfer
 
 Arrivals = Literal["M/M/1", "M/D/1", "nD/D/1", "incast"]
 POINTS = 64
 """At which P(V > x) is evaluated within each service."""
+WAITING = 0.05
+"""Of the time between two pushes: what a push may wait at parameter servers."""
 RARE = 1e-9
 """A probability below which nothing is added."""
 
@@ -134,45 +139,82 @@ def periodic_waiting(sources: int, period: float) -> float:
 
 
 def of_links(
+    setting: Setting,
     transfers: Sequence[Transfer],
-    layout: Layout,
-    routes: Routes,
     step_s: float,
     carrier: Carrier = Carrier(),  # noqa: B008 (never changed)
-    others: dict[Link, float] | None = None,
+    others: Mapping[Link, float] = MappingProxyType({}),
 ) -> list[Queue]:
     """Two queues for each link that a step uses, fullest first: its flows all at once (incast), and at unrelated times (nD/D/1).
 
-    An arrival is what one flow of one call puts on the link. others: utilisation by somebody else's traffic.
+    An arrival is what one flow of one call puts on the link. transfers: as for `cost.predict`. others: utilisation by somebody
+    else's traffic.
     """
-    bytes_of: dict[Link, float] = defaultdict(float)
-    arrivals_of: dict[Link, float] = defaultdict(float)
-    flows_of: dict[Link, set[tuple[int, int]]] = defaultdict(set)
-    for transfer in transfers:
-        if transfer.label == EVALUATION:
-            continue
-        for group in layout.groups(transfer.axis):
-            for a, b, size in carrier.flows(transfer, group):
-                for link in routes.between(group[a], group[b]):
-                    bytes_of[link] += size * transfer.calls / transfer.every
-                    arrivals_of[link] += transfer.calls / transfer.every
-                    flows_of[link].add((group[a], group[b]))
+    routes, sent = Routes(setting.cluster), defaultdict[Link, list[tuple[tuple[int, int], float, float]]](list)
+    for source, target, size, per_step in _messages(setting, transfers, carrier):
+        for link in routes.between(source, target):
+            sent[link].append(((source, target), size, per_step))
+    bytes_of = {link: sum(size * per_step for _, size, per_step in flows) for link, flows in sent.items()}
     queues = []
     for link in sorted(bytes_of, key=lambda one: -link_seconds(one, bytes_of[one])):
-        service_s = link_seconds(link, bytes_of[link] / arrivals_of[link])
+        per_step = sum(count for _, _, count in sent[link])
         queues += [
             Queue(
                 name=f"{link.source} -> {link.target}",
                 arrivals=arrivals,
-                sources=len(flows_of[link]),
-                arrivals_per_s=arrivals_of[link] / step_s,
-                service_s=service_s,
-                others=(others or {}).get(link, 0.0),
+                sources=len({pair for pair, _, _ in sent[link]}),
+                arrivals_per_s=per_step / step_s,
+                service_s=link_seconds(link, bytes_of[link] / per_step),
+                others=others.get(link, 0.0),
                 frame_s=link_seconds(link, FRAME_BYTES),
             )
             for arrivals in ("incast", "nD/D/1")
         ]
     return queues
+
+
+def _messages(setting: Setting, transfers: Sequence[Transfer], carrier: Carrier) -> Iterator[tuple[int, int, float, float]]:
+    """(source, target, payload bytes, how many a step) of all ranks."""
+    layout = setting.layout
+    for transfer in transfers:
+        if transfer.label in (EVALUATION, PIPELINE):
+            continue
+        for group in layout.groups(transfer.axis):
+            for a, b, size in carrier.flows(transfer, group):
+                yield group[a], group[b], size, transfer.calls / transfer.every
+    if setting.stages is not None:
+        pipelines = setting.stages.pipelines(layout, setting.flops_per_s)
+        rank_of = pipelines.rank_of
+        for group in pipelines.groups:
+            for stage, (forward, back) in enumerate(zip(pipelines.activation_bytes, pipelines.gradient_bytes, strict=True)):
+                one, other = group[rank_of[stage]], group[rank_of[stage + 1]]
+                yield one, other, forward, setting.micro_batches
+                yield other, one, back, setting.micro_batches
+
+
+def of_plan(problem: Problem, plan: Priced) -> list[Queue]:
+    """`of_links` for a plan that was priced by rates. UserError for others, of which no message is known."""
+    problem = problem.on_hosts(plan.hosts)
+    if problem.rates is None or problem.outline is None:
+        raise UserError(
+            f"{problem.cluster.name}: messages are known one by one only where devices have flops_per_s in a cluster file; leave "
+            "--queue out"
+        )
+    config, layout = plan.candidate.config(problem), plan.candidate.layout
+    setting, transfers, carrier = problem.outline(config, problem.shape, layout, problem.cluster, problem.rates)
+    return of_links(setting, transfers, plan.step_s, carrier)
+
+
+def servers_of_plan(problem: Problem, plan: Priced) -> list[Queue]:
+    """Parameter servers in the place of what replicas exchange, each behind the thinnest link of the cluster: so many that a push
+    waits no more than WAITING of the time between two. UserError where no number suffices, or nothing is exchanged."""
+    layout, links = plan.candidate.layout, problem.cluster.links
+    if layout.replicas == 1 or not links:
+        raise UserError("no replicas exchange, so there is nothing to push")
+    period_s = plan.step_s * (plan.candidate.every if layout.outer > 1 else 1)
+    thinnest = min(links, key=lambda link: link.bandwidth_bps.value)
+    service_s = link_seconds(thinnest, problem.parameters * BITS[plan.candidate.codec] / 8)
+    return servers_for(layout.replicas, period_s, service_s, WAITING * period_s)
 
 
 def servers_for(workers: int, period_s: float, service_s: float, waiting_s: float, most: int = 1024) -> list[Queue]:
