@@ -185,9 +185,9 @@ def _messages(setting: Setting, transfers: Sequence[Transfer], carrier: Carrier)
     if setting.stages is not None:
         pipelines = setting.stages.pipelines(layout, setting.flops_per_s)
         rank_of = pipelines.rank_of
-        for group in pipelines.groups:
+        for ranks in pipelines.groups:
             for stage, (forward, back) in enumerate(zip(pipelines.activation_bytes, pipelines.gradient_bytes, strict=True)):
-                one, other = group[rank_of[stage]], group[rank_of[stage + 1]]
+                one, other = ranks[rank_of[stage]], ranks[rank_of[stage + 1]]
                 yield one, other, forward, setting.micro_batches
                 yield other, one, back, setting.micro_batches
 
