@@ -34,6 +34,7 @@ def plan(  # noqa: PLR0913 - each is an option of the command line
     beyond: Annotated[bool, typer.Option("--beyond", help="Also what thinwire train cannot launch: ZeRO.")] = False,
     queue: Annotated[bool, typer.Option("--queue", help="Also how long messages of the plan wait for links.")] = False,
     write: Annotated[Path | None, typer.Option(metavar="RUN.toml", help="Write the best plan for thinwire train.")] = None,
+    export: Annotated[str, typer.Option(metavar="TARGET", help="Print it for torchrun, torchtitan, megatron or deepspeed.")] = "",
     json_path: Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the numbers here.")] = None,
 ) -> None:
     """Plan: which layout, exchange and batch train a model soonest on a cluster, and why."""
@@ -68,6 +69,10 @@ def plan(  # noqa: PLR0913 - each is an option of the command line
         where = cluster or problem.config.cluster.file
         dump_run(planned_run(explained.best, problem, str(Path(where).resolve()) if Path(where).is_file() else where), write)
         typer.echo(f"wrote {write}: thinwire train {write}")
+    if export:
+        from thinwire.plan.export import exported
+
+        typer.echo(exported(export, explained.best, problem, str(write or "run.toml")))
     if json_path is not None:
         write_json(json_path, explained.as_json() | ({"queues": queues} if queue else {}))
 

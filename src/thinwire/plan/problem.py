@@ -58,13 +58,17 @@ def with_batch(problem: Problem, batch: int) -> Problem:
     return replace(problem, batch=batch, tokens=float(train.steps * batch * train.sequence))
 
 
+def steps_of(one: Priced, problem: Problem) -> int:
+    """Of the run: its tokens, and those that the plan needs more."""
+    return max(1, ceil(problem.tokens * prod(one.penalties.values()) / one.tokens_per_step - 1e-9))
+
+
 def planned_run(one: Priced, problem: Problem, cluster: str) -> RunConfig:
     """The run.toml of a plan, for `thinwire train`. UserError for one that it cannot launch."""
     if not one.candidate.launched:
         raise UserError(f"{one.candidate}: thinwire train cannot launch this; leave --beyond out for a plan that it can")
     config = one.candidate.config(problem)
-    steps = max(1, ceil(problem.tokens * prod(one.penalties.values()) / one.tokens_per_step - 1e-9))
-    train = config.train.model_copy(update={"steps": steps})
+    train = config.train.model_copy(update={"steps": steps_of(one, problem)})
     if one.hosts == len(problem.cluster.hosts):
         return config.model_copy(update={"train": train, "cluster": config.cluster.model_copy(update={"file": cluster})})
     ranks = one.candidate.layout.world_size
