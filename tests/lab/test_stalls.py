@@ -33,7 +33,7 @@ for _ in range(100):
     except ConnectionRefusedError:
         time.sleep(0.02)
 answers = []
-pathlib.Path("{RESULTS}/began").touch()
+pathlib.Path(f"{RESULTS}/" + sys.argv[2] + " began").touch()
 while time.monotonic() < began + float(sys.argv[3]):
     connection.sendall(b"x")
     connection.recv(1)
@@ -50,7 +50,7 @@ def silent_ping(_: Path) -> LabResult:
     processes = []
     for index in range(4):
         argv = (PYTHON, "-S", "-c", PING, "ask" if index % 2 == 0 else "answer", f"host{index | 1}", "3")
-        processes.append(Process(f"host{index}", argv, begins="began"))
+        processes.append(Process(f"host{index}", argv, begins="host1 began"))  # who is asked of the silent one says when
     return launch(cluster, processes, LabOptions(stalls=(Stall("host1", 0.5, 1.0),)))
 
 
@@ -90,8 +90,9 @@ warmup_steps = 0
 final_learning_rate = 1.0
 """
 )
-SHORT_S, PAUSE_S = 1.0, 3.0
-"""TCP tries again no later than 1.5 s or so after a silence of 1 s begins; the rest is for the steps to the next checkpoint."""
+AT_S, SHORT_S, PAUSE_S = 2.0, 1.0, 3.0
+"""AT_S: by then steps follow one another, on a busy machine too. TCP tries again no later than 1.5 s or so after a silence of 1 s
+begins; the rest of PAUSE_S is for the steps to the next checkpoint."""
 
 
 def trained(folder: Path) -> list[dict]:
@@ -109,7 +110,7 @@ def stalled_run(folder: Path) -> tuple[Path, LabResult, list[dict]]:
     (folder / "text.txt").write_text("thin wires carry small numbers slowly " * 400)
     (folder / "run.toml").write_text(RUN)
     arguments = ["thinwire", "train", str(folder / "run.toml"), *changes(folder, 1_000_000, "run")]
-    stalls = Stall("host1", 0.5, SHORT_S), Stall("host1", 0.5 + SHORT_S + PAUSE_S, 1000.0)
+    stalls = Stall("host1", AT_S, SHORT_S), Stall("host1", AT_S + SHORT_S + PAUSE_S, 1000.0)
     cluster = build_cluster()
     result = launch(cluster, processes_for(cluster, arguments), LabOptions(paced=False, stalls=stalls))
     return folder, result, trained(folder / "run")
