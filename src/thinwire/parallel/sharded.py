@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -29,7 +28,6 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.compress.sharded.api import PLAIN, ShardedCompression, compress_sharded
 from thinwire.compress.sharded.units import forget_gradients, free_gathered
 from thinwire.config.sharded import ShardedSection
-from thinwire.parallel.tensor import NORM
 from thinwire.parallel.tensor_parts import Part, Parts
 from thinwire.traffic import EVALUATION, Transfer, merged
 from thinwire.workload import Workload
@@ -134,12 +132,6 @@ def rows_of(rows: int, degree: int, rank: int) -> Part:
     """As FSDP2 cuts."""
     each = -(-rows // degree)
     return Part(0, (range(min(rows, rank * each), min(rows, (rank + 1) * each)),), rows)
-
-
-def norm_transfer(dtype: torch.dtype) -> Transfer:
-    """Of the norm of the gradient of parameters of this dtype."""
-    item = torch.promote_types(dtype, torch.float32).itemsize
-    return Transfer(label=NORM, axis="shard", op="all_reduce", message_bytes=item, item_bytes=item)
 
 
 def traffic(shards: LocalShards, num_micro: int) -> list[Transfer]:

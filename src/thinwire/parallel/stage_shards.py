@@ -19,8 +19,8 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.metered_calls import all_gather, all_to_all
 from thinwire.compress.base import sum_in_order
 from thinwire.compress.precision import widened
-from thinwire.parallel.sharded import Rows, give_gradient, norm_transfer, parts_of
-from thinwire.parallel.tensor import gradient_norm
+from thinwire.parallel.sharded import Rows, give_gradient, parts_of
+from thinwire.parallel.tensor import gradient_norm, norm_transfers
 from thinwire.traffic import EVALUATION, Transfer
 
 WEIGHTS, GRADIENTS = "stage weights", "stage gradients"
@@ -83,7 +83,7 @@ class StageShards(Rows):
             Transfer(label=WEIGHTS, axis="shard", op="all_gather", message_bytes=chunk, item_bytes=item),
             Transfer(label=GRADIENTS, axis="shard", op="all_to_all", message_bytes=self.group.size() * chunk, item_bytes=item),
         ]
-        return found + ([norm_transfer(self._whole[0].dtype)] if clips else [])
+        return found + (norm_transfers("shard", self._whole[0].dtype) if clips else [])
 
     def evaluation_traffic(self, every: int) -> list[Transfer]:
         """Of an evaluation every so many steps, 0: none."""

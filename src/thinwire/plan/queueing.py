@@ -20,10 +20,9 @@ as much longer, and each waits for the frames before it, rho_o f / (2 (1 - rho_o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
-from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -143,12 +142,10 @@ def of_links(
     transfers: Sequence[Transfer],
     step_s: float,
     carrier: Carrier = Carrier(),  # noqa: B008 (never changed)
-    others: Mapping[Link, float] = MappingProxyType({}),
 ) -> list[Queue]:
     """Two queues for each link that a step uses, fullest first: its flows all at once (incast), and at unrelated times (nD/D/1).
 
-    An arrival is what one flow of one call puts on the link. transfers: as for `cost.predict`. others: utilisation by somebody
-    else's traffic.
+    An arrival is what one flow of one call puts on the link. transfers: as for `cost.predict`.
     """
     routes, sent = Routes(setting.cluster), defaultdict[Link, list[tuple[tuple[int, int], float, float]]](list)
     for source, target, size, per_step in _messages(setting, transfers, carrier):
@@ -165,7 +162,6 @@ def of_links(
                 sources=len({pair for pair, _, _ in sent[link]}),
                 arrivals_per_s=per_step / step_s,
                 service_s=link_seconds(link, bytes_of[link] / per_step),
-                others=others.get(link, 0.0),
                 frame_s=link_seconds(link, FRAME_BYTES),
             )
             for arrivals in ("incast", "nD/D/1")

@@ -14,7 +14,7 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.config.run import RunConfig, TrainSection
 from thinwire.parallel import sharded
 from thinwire.parallel.sharded import LocalShards
-from thinwire.parallel.tensor import gradient_norm
+from thinwire.parallel.tensor import gradient_norm, norm_transfers
 from thinwire.parallel.waits import Waits
 from thinwire.plan.sharded import ShardedPasses
 from thinwire.traffic import EVALUATION, Transfer
@@ -63,7 +63,7 @@ class ShardedPart:
     def traffic(self, num_micro: int) -> list[Transfer]:
         """What this rank sends in a step."""
         found = sharded.traffic(self.shards, num_micro)
-        return [*found, sharded.norm_transfer(self.shards.locals[0].dtype)] if self.train.clip else found
+        return found + (norm_transfers("shard", self.shards.locals[0].dtype) if self.train.clip else [])
 
     def evaluation_traffic(self, task: Any, replica: int) -> list[Transfer]:
         """What one evaluation sends."""

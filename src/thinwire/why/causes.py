@@ -67,28 +67,12 @@ class Case:
         """Of a step, by rank: what it would be alone."""
         return [program.total() for program in self.profile.programs]
 
-    # -- The step without a cause: (programs, services), None where there is no such cause.
+    @cached_property
+    def passes_s(self) -> list[float]:
+        """Of a step, by rank: forward and backward."""
+        return [program.total(*PASSES) for program in self.profile.programs]
 
-    def without_loader(self) -> tuple[Program, ...]:
-        """Batches are there when they are asked for."""
-        return tuple(scaled(program, {"data": 0.0}) for program in self.profile.programs)
-
-    def with_equal_hosts(self) -> tuple[Program, ...]:
-        """No rank computes longer than the usual one."""
-        own = [program.total(*PASSES) for program in self.profile.programs]
-        usual = median_low(own)
-        factors = [usual / seconds if seconds > SLOWER * usual else 1.0 for seconds in own]
-        return tuple(
-            scaled(program, dict.fromkeys((*PASSES, "optimizer"), factor))
-            for program, factor in zip(self.profile.programs, factors, strict=True)
-        )
-
-    def slow_hosts(self) -> list[str]:
-        """Names of those whose ranks compute longer than the usual one."""
-        own = [program.total(*PASSES) for program in self.profile.programs]
-        slow = [rank for rank, seconds in enumerate(own) if seconds > SLOWER * median_low(own)]
-        return list(dict.fromkeys(self.cluster.host_of(rank).name for rank in slow))
-
+    @cached_property
     def cards(self) -> dict[str, tuple[Link, ...]]:
         """The links of hosts: out, in."""
         names = {host.name for host in self.cluster.hosts}
@@ -98,20 +82,50 @@ class Case:
                 found.setdefault(link.source if link.source in names else link.target, []).append(link)
         return {name: tuple(links) for name, links in found.items()}
 
+    @cached_property
+    def card_bps(self) -> dict[str, float]:
+        """Of each host, the thinner way."""
+        return {name: min(link.bandwidth_bps.value for link in links) for name, links in self.cards.items()}
+
+    @cached_property
+    def usual_card_bps(self) -> float:
+        """Both ways counted."""
+        return median(link.bandwidth_bps.value for links in self.cards.values() for link in links)
+
+    # -- The step without a cause: (programs, services), None where there is no such cause.
+
+    def without_loader(self) -> tuple[Program, ...]:
+        """Batches are there when they are asked for."""
+        return tuple(scaled(program, {"data": 0.0}) for program in self.profile.programs)
+
+    def with_equal_hosts(self) -> tuple[Program, ...]:
+        """No rank computes longer than the usual one."""
+        usual = median_low(self.passes_s)
+        factors = [usual / seconds if seconds > SLOWER * usual else 1.0 for seconds in self.passes_s]
+        return tuple(
+            scaled(program, dict.fromkeys((*PASSES, "optimizer"), factor))
+            for program, factor in zip(self.profile.programs, factors, strict=True)
+        )
+
+    def slow_hosts(self) -> list[str]:
+        """Names of those whose ranks compute longer than the usual one."""
+        usual = median_low(self.passes_s)
+        slow = [rank for rank, seconds in enumerate(self.passes_s) if seconds > SLOWER * usual]
+        return list(dict.fromkeys(self.cluster.host_of(rank).name for rank in slow))
+
     def slow_cards(self) -> list[str]:
         """Hosts whose card is far slower than the usual one."""
-        rates = {name: min(link.bandwidth_bps.value for link in links) for name, links in self.cards().items()}
+        rates = self.card_bps
         if len(rates) < 3:
             return []
         return [name for name, rate in rates.items() if rate < SLOW_BELOW * median(rates.values())]
 
     def with_equal_cards(self) -> Cluster | None:
         """The slow cards are as fast as the usual one."""
-        slow, cards = self.slow_cards(), self.cards()
+        slow = self.slow_cards()
         if not slow:
             return None
-        usual = median(link.bandwidth_bps.value for links in cards.values() for link in links)
-        return with_rates(self.cluster, {link: usual for name in slow for link in cards[name]})
+        return with_rates(self.cluster, {link: self.usual_card_bps for name in slow for link in self.cards[name]})
 
     def bucketed(self, bucket_bytes: int) -> tuple[tuple[Program, ...], Services] | None:
         """Calls of one kind that follow each other go out together, up to so many bytes; None if nothing changes."""
@@ -174,18 +188,17 @@ def causes(case: Case) -> list[Cause]:
     ]
     if slow := case.slow_hosts():
         own = {
-            name: [p.total(*PASSES) for r, p in enumerate(profile.programs) if case.cluster.host_of(r).name == name]
+            name: [seconds for rank, seconds in enumerate(case.passes_s) if case.cluster.host_of(rank).name == name]
             for name in slow
         }
-        usual = median_low(program.total(*PASSES) for program in profile.programs)
+        usual = median_low(case.passes_s)
         about = ", ".join(
             f"{name} computes {max(seconds) / usual:.1f} times as long as the usual one" for name, seconds in own.items()
         )
         found.append(Cause(HOST, now_s - case.step_s(case.with_equal_hosts()), about))
     if equal := case.with_equal_cards():
-        rates = {name: min(link.bandwidth_bps.value for link in case.cards()[name]) for name in case.slow_cards()}
-        usual = median(link.bandwidth_bps.value for links in case.cards().values() for link in links)
-        about = ", ".join(f"{name} has {show(rate, 'bit/s')}, its peers {show(usual, 'bit/s')}" for name, rate in rates.items())
+        peers = show(case.usual_card_bps, "bit/s")
+        about = ", ".join(f"{name} has {show(case.card_bps[name], 'bit/s')}, its peers {peers}" for name in case.slow_cards())
         found.append(Cause(CARD, now_s - case.step_s(services=prices.all(equal)), about))
     if order := prices.best_order():
         names = " ".join(case.cluster.host_of(rank).name for rank in order)
