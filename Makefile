@@ -25,12 +25,12 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
-train: setup ## train a small language model on four hosts joined by 100 Mbit/s
+train: setup ## plan and train a small language model on four hosts joined by 100 Mbit/s; what the plan saved, at the end
 	@if $(BIN)/thinwire lab check > /dev/null 2>&1; then \
-	  $(BIN)/thinwire lab run --cluster $(CLUSTER) -- thinwire train examples/quickstart.toml; \
+	  $(BIN)/thinwire lab run --cluster $(CLUSTER) -- thinwire train examples/quickstart.toml --plan auto; \
 	else \
 	  echo "no network namespaces here (see: $(BIN)/thinwire lab check): training on four local ranks instead"; \
-	  $(BIN)/thinwire train examples/quickstart.toml; \
+	  $(BIN)/thinwire train examples/quickstart.toml --plan auto; \
 	fi
 
 test: setup ## run the tests that take seconds, on JOBS processes; budgets by floor at the end

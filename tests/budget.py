@@ -16,6 +16,7 @@ BUDGET_S = {
     "parallel": 30,
     "report": 15,
     "sync": 70,
+    "tasks": 10,
     "train": 100,
     "others": 50,
 }

@@ -9,6 +9,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before torch is loaded: on tensors this small its threads would only wait for each other, and for the ranks of the pools.
 # And what is compiled is kept, even where the machine is told not to, or some hundred processes would compile the package anew.
@@ -29,7 +30,7 @@ settings.load_profile("thinwire")
 
 CASES = 2
 """Of a test with more of them, in `make test`, and one of those marked `heavy`; `make test-all` and CI run all."""
-ON_RANKS = {"adapters", "bench", "collectives", "compress", "lab", "parallel", "sync", "train"}
+ON_RANKS = {"adapters", "bench", "collectives", "compress", "lab", "parallel", "sync", "tasks", "train"}
 """Folders in which a case takes real ranks, and so tenths of a second or more."""
 _RANK_FIXTURES = {"ranks1", "ranks2", "ranks3", "ranks4", "ranks8"}
 
@@ -85,36 +86,16 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         start_server()
 
 
-@pytest.fixture(scope="session")
-def ranks1() -> Iterator[Pool]:
-    pool = Pool(1)
-    yield pool
-    pool.close()
+def pool_of(world_size: int) -> Any:
+    """A fixture: so many ranks, which live as long as the session."""
+
+    @pytest.fixture(scope="session", name=f"ranks{world_size}")
+    def pool() -> Iterator[Pool]:
+        ranks = Pool(world_size)
+        yield ranks
+        ranks.close()
+
+    return pool
 
 
-@pytest.fixture(scope="session")
-def ranks2() -> Iterator[Pool]:
-    pool = Pool(2)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="session")
-def ranks3() -> Iterator[Pool]:
-    pool = Pool(3)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="session")
-def ranks4() -> Iterator[Pool]:
-    pool = Pool(4)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="session")
-def ranks8() -> Iterator[Pool]:
-    pool = Pool(8)
-    yield pool
-    pool.close()
+ranks1, ranks2, ranks3, ranks4, ranks8 = map(pool_of, (1, 2, 3, 4, 8))

@@ -34,6 +34,11 @@ class FromTheDevice(TorchDispatchMode):
         return result
 
 
+def as_saved(state: Any) -> Any:
+    """What a checkpoint holds of a device's state: the CPU's."""
+    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda one: torch.zeros(one.shape, dtype=one.dtype), state)
+
+
 class Given(nn.Module):
     """Parameters of ones by their shapes; its gradients are what it is given."""
 

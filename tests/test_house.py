@@ -81,6 +81,12 @@ def test_the_environment_is_read_in_one_file() -> None:
     assert readers <= ENVIRONMENT_READERS, {path: found[path] for path in readers - ENVIRONMENT_READERS}
 
 
+def test_axes_are_applied_to_a_model_by_one_function() -> None:
+    """And so in one order."""
+    call = re.compile(r"\b(tensor|sequence|experts|recompute|sharded|plans)\.apply\(")
+    assert {name(path) for path in SOURCES if call.search(path.read_text(encoding="utf-8"))} == {"parallel/apply.py"}
+
+
 def test_nothing_points_outside_of_the_repository() -> None:
     outside = re.compile(r"(?<![\w.])/wor" + r"k/|\bshar" + r"ed/")
     assert not [str(path.relative_to(ROOT)) for path in WRITTEN if outside.search(path.read_text(encoding="utf-8"))]
@@ -129,7 +135,9 @@ import thinwire
 import torch.distributed.pipelining  # which loads torch._dynamo, and that names its cache in the environment
 before = os.getcwd(), dict(os.environ), threading.active_count(), os.listdir()
 for module in pkgutil.walk_packages(thinwire.__path__, "thinwire."):
-    if not module.name.startswith("thinwire.bench.peers."):
+    names = "accelerate", "jax", "lightning", "tensorflow", "transformers"  # derive from extras, as those of Horovod do
+    doors = ["adapters." + name for name in names] + ["jax", "horovod.tensorflow", "horovod.keras"]
+    if not module.name.startswith(("thinwire.bench.peers.", *("thinwire." + name for name in doors))):
         __import__(module.name)
 assert (os.getcwd(), dict(os.environ), threading.active_count(), os.listdir()) == before
 print(sum(name.startswith("thinwire") for name in sys.modules), file=sys.stderr)

@@ -76,6 +76,7 @@ def test_each_call_starts_from_a_fresh_ledger(ranks4: Pool) -> None:
         assert ranks4.run(ledger_is_fresh) == [(0, 1)] * 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("broken", "message"),
     [

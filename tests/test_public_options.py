@@ -107,6 +107,7 @@ def test_a_single_pattern_may_be_a_string() -> None:
 
 ROUNDS: dict[str, Any] = {
     "every": 4,
+    "first": [[4, 2]],
     "every_inside": 2,
     "accumulate": 2,
     "bucket_bytes": 4096,
@@ -115,6 +116,7 @@ ROUNDS: dict[str, Any] = {
     "layers_per_fragment": 2,
     "overlap": 2,
     "mixing": 0.25,
+    "arrival": "add",
     "outer_device": "host",
     "compress": "fp16",
 }
@@ -170,6 +172,7 @@ def shards(context: Rank) -> dict[str, str]:
     return found
 
 
+@pytest.mark.long
 def test_each_option_of_compress_sharded_is_used_or_refused(ranks2: Pool) -> None:
     found = ranks2.run(shards)[0]
     options = ShardedOptions.model_fields.keys() - {"nonfinite"}  # that one is for what is not finite

@@ -5,12 +5,22 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["AsyncDiLoCo", "DiLoCo", "ParameterServerWorker", "compress_gradients", "compress_sharded", "init", "pipeline"]
+__all__ = [
+    "AsyncDiLoCo",
+    "DiLoCo",
+    "ParameterServerWorker",
+    "apply",
+    "compress_gradients",
+    "compress_sharded",
+    "init",
+    "pipeline",
+]
 
 _HOMES = {
     "AsyncDiLoCo": "thinwire.sync.server.worker",
     "DiLoCo": "thinwire.sync.standalone",
     "ParameterServerWorker": "thinwire.sync.server.worker",
+    "apply": "thinwire.train.own_loop",
     "compress_gradients": "thinwire.sync.hook",
     "compress_sharded": "thinwire.compress.sharded.api",
     "init": "thinwire.collectives.start",

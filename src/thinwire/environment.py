@@ -131,12 +131,23 @@ def horovod_timeline() -> tuple[str, bool]:
     return "" if path == "DYNAMIC" else path, os.environ.get("HOROVOD_TIMELINE_MARK_CYCLES", "0") == "1"
 
 
+def tracking_uri() -> str:
+    """Where MLflow's users keep their runs; "" if they do not say."""
+    return os.environ.get("MLFLOW_TRACKING_URI", "")
+
+
 def restart() -> Restart | None:
     """Where torchrun would start the ranks again (--max-restarts); None where it would not."""
     run, most = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if not run or most == "0":
         return None
     return Restart(run=f"{run}-{os.getppid()}", lives=_integer("TORCHELASTIC_RESTART_COUNT"))
+
+
+def lives() -> int:
+    """How many lives of this rank torchrun's store has seen before; what those have left there is not this one's."""
+    found = restart()
+    return found.lives if found else 0
 
 
 def _place() -> Place | None:

@@ -4,6 +4,7 @@ Slow axis first, fast axis last: neighbours on the last axis have neighbouring r
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 
 from thinwire.errors import UserError
@@ -11,6 +12,9 @@ from thinwire.errors import UserError
 AXES = ("outer", "pipe", "data", "expert", "seq", "shard", "tensor")
 REPLICAS = "replicas"
 """Not an axis of its own: the ranks that differ on REPLICA_AXES only, each of which sees other tokens."""
+DENSE = "dense"
+"""Nor is this: the ranks that average gradients of what experts' ranks each have whole; those that differ on these two."""
+DENSE_AXES = ("data", "expert")
 REPLICA_AXES = ("outer", "data", "expert", "shard")
 EVERYONE = "everyone"
 """All ranks, where they differ on other axes too."""
@@ -65,6 +69,11 @@ class Layout:
         return self.outer * self.data * self.expert * self.shard
 
     @property
+    def dense(self) -> int:
+        """Ranks along DENSE."""
+        return self.data * self.expert
+
+    @property
     def replica_axis(self) -> str:
         """The axis along which replicas lie, REPLICAS if several are used."""
         used = [axis for axis in REPLICA_AXES if getattr(self, axis) > 1]
@@ -90,14 +99,10 @@ class Layout:
 
     def groups(self, axis: str) -> list[tuple[int, ...]]:
         """The groups of ranks that differ on `axis` only, each in the order of the axis. UserError for an unknown axis."""
-        if axis not in (*AXES, REPLICAS, EVERYONE):
+        several = {REPLICAS: REPLICA_AXES, EVERYONE: AXES, DENSE: DENSE_AXES}
+        if axis not in (*AXES, *several):
             raise UserError(f"there is no axis {axis!r}; axes: {', '.join(AXES)}")
-        varied = {REPLICAS: REPLICA_AXES, EVERYONE: AXES}.get(axis, (axis,))
-        members: dict[tuple[int, ...], list[int]] = {}
-        for rank in range(self.world_size):
-            place = self.coordinates(rank)
-            members.setdefault(tuple(place[other] for other in AXES if other not in varied), []).append(rank)
-        return [tuple(group) for group in members.values()]
+        return list(_groups(self, several.get(axis, (axis,))))
 
     def senders(self, axis: str) -> list[tuple[int, ...]]:
         """The groups in which what training sends over `axis` travels: averages over replicas go over ranks of a sequence too."""
@@ -106,6 +111,15 @@ class Layout:
     def __str__(self) -> str:
         used = [f"{axis} {degree}" for axis, degree in zip(AXES, self.degrees, strict=True) if degree > 1]
         return " x ".join(used) or "data 1"
+
+
+@lru_cache(maxsize=1024)
+def _groups(layout: Layout, varied: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    members: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(layout.world_size):
+        place = layout.coordinates(rank)
+        members.setdefault(tuple(place[other] for other in AXES if other not in varied), []).append(rank)
+    return tuple(tuple(group) for group in members.values())
 
 
 def check_sequence(sequence: int, degree: int) -> None:

@@ -4,6 +4,7 @@
     record.json                 what the run is: versions, hosts by rank, data, baseline
     events.jsonl                one JSON object a line: step, eval, checkpoint, resume, end
     predicted.json  measured.json   seconds and bytes of one step, before and after
+    examples.json               what the model says of held-out examples (absent where the task shows none)
     ledger.json  cards.json     bytes by call, and by the network cards' own counters (lab only)
 
 One class a file or event, checked when written and when read. Seconds, bytes and tokens are in the unit that the name ends
@@ -22,17 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from thinwire.errors import UserError
+from thinwire.files import written_aside
+from thinwire.stepcost import Entry, Number, StepCost
 
-Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
-
-
-class Entry(BaseModel):
-    """Base of everything in the folder."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
+PICTURE = "data:image/"
 
 
 class Data(Entry):
@@ -54,13 +51,41 @@ class Baseline(Entry):
     loss: Number
 
 
+class BaselineScore(Entry):
+    """What a trivial method scores on the same held-out part."""
+
+    name: str
+    score: Number
+
+
+class Scored(Entry):
+    """What a task is judged by besides its loss. margin: by so much, in its unit, it has to be better than the baseline, stated
+    before the run; higher: whether more is better."""
+
+    name: str
+    unit: str
+    margin: float
+    baseline: BaselineScore
+    higher: bool = True
+
+    def gain(self, score: float) -> float:
+        """By how much a score is better than the baseline."""
+        return score - self.baseline.score if self.higher else self.baseline.score - score
+
+    def held(self, score: float) -> bool:
+        """Whether the margin is kept."""
+        return self.gain(score) >= self.margin
+
+
 class Record(Entry):
-    """record.json. `hosts[r]` is the host of rank r; `delay` is "applied", "none" or "refused: why"."""
+    """record.json. `hosts[r]` is the host of rank r, `places[r]` its place on each axis that has more than one rank; `delay` is
+    "applied", "none" or "refused: why"."""
 
     thinwire: str
     started: str
     world_size: int
     hosts: tuple[str, ...]
+    places: tuple[dict[str, int], ...] = ()
     torch: str | None = None
     device: str | None = None
     dtype: str | None = None
@@ -71,51 +96,17 @@ class Record(Entry):
     num_parameters: int | None = None
     unit: str = "loss"
     baseline: Baseline | None = None
+    item: str = "token"
+    """What `tokens` count."""
+    score: Scored | None = None
 
 
-class TransferCost(Entry):
-    """One predicted Transfer: `calls` of `message_bytes` every `every` steps, and what rank 0 sends for it a step.
+class Examples(Entry):
+    """examples.json: held-out examples beside what the model of `step` says of them. An empty line ends one; if there is none,
+    each line is one. A line that begins with `PICTURE` is the URI of a picture."""
 
-    even: whether all ranks send as much.
-    """
-
-    label: str
-    axis: str
-    op: str
-    message_bytes: int
-    calls: int
-    every: int
-    wire_bytes_per_step: Number
-    seconds: Number = math.nan
-    even: bool = True
-
-
-class LinkLoad(Entry):
-    """Bytes that cross one directed link in a step, headers not counted, and the seconds they keep it busy."""
-
-    source: str
-    target: str
-    bytes_per_step: Number
-    busy_s: Number
-
-
-class StepCost(Entry):
-    """predicted.json and measured.json: one step in seconds and in bytes sent by one rank."""
-
-    step_s: Number
-    compute_s: Number = math.nan
-    exposed_s: Number = math.nan
-    waiting_s: Number = math.nan
-    optimizer_s: Number = math.nan
-    host_s: Number = math.nan
-    """Of a device: it had nothing to do. The other parts are then those of its stream."""
-    tokens_per_s: Number = math.nan
-    wire_bytes_per_step: Number = math.nan
-    assumptions: tuple[str, ...] = ()
-    transfers: tuple[TransferCost, ...] = ()
-    links: tuple[LinkLoad, ...] = ()
-    missed_pace: float | None = None
-    """Paced runs: how much longer than declared compute took, as a fraction, on the rank where it was most."""
+    step: int
+    lines: tuple[str, ...]
 
 
 class LedgerEntry(Entry):
@@ -182,11 +173,12 @@ class Step(_Event):
 
 
 class Eval(_Event):
-    """The held-out loss after `step` steps."""
+    """The held-out loss after `step` steps, and the score of a task that has one."""
 
     event: Literal["eval"] = "eval"
     tokens: int
     loss: Number
+    score: Number = math.nan
 
 
 class Checkpoint(_Event):
@@ -205,6 +197,21 @@ class Resume(_Event):
     dropped: int
 
 
+class Assigned(_Event):
+    """From `step` on each replica has so many micro-batches of a step, by its number: planned anew while it trained."""
+
+    event: Literal["assigned"] = "assigned"
+    micro_batches: tuple[int, ...]
+
+
+class Replanned(_Event):
+    """From `step` on these keys of run.toml have other values, and predicted.json is of them: planned anew while it trained."""
+
+    event: Literal["replanned"] = "replanned"
+    changes: dict[str, Any]
+    why: str
+
+
 class End(_Event):
     """The last event; `reason` is "done", "interrupted" or "failed: why"."""
 
@@ -212,12 +219,13 @@ class End(_Event):
     reason: str
 
 
-Event = Annotated[Step | Eval | Checkpoint | Resume | End, Field(discriminator="event")]
-EVENT: TypeAdapter[Step | Eval | Checkpoint | Resume | End] = TypeAdapter(Event)
+Event = Step | Eval | Checkpoint | Resume | Assigned | Replanned | End
+EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
 SCHEMAS: dict[str, type[Entry]] = {
     "record.json": Record,
     "predicted.json": StepCost,
     "measured.json": StepCost,
+    "examples.json": Examples,
     "ledger.json": Ledger,
     "cards.json": Cards,
 }
@@ -272,15 +280,12 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         """Write a text file aside, make it durable, rename it into place."""
         target = self.path / name
-        aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
-            with aside.open("w", encoding="utf-8") as file:
+            with written_aside(target) as aside, aside.open("w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            aside.replace(target)
         except OSError as error:
-            aside.unlink(missing_ok=True)
             raise UserError(f"{target} cannot be written: {error.strerror}") from error
 
     def read_text(self, name: str) -> str | None:
@@ -304,6 +309,9 @@ class RunFolder:
     def measured(self) -> StepCost | None:
         return self._read("measured.json", StepCost)
 
+    def examples(self) -> Examples | None:
+        return self._read("examples.json", Examples)
+
     def ledger(self) -> Ledger | None:
         return self._read("ledger.json", Ledger)
 
@@ -321,7 +329,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{target} cannot be written: {error.strerror}") from error
 
-    def events(self) -> Iterator[Step | Eval | Checkpoint | Resume | End]:
+    def events(self) -> Iterator[Event]:
         """All events in order. A last line without its newline was cut off by a crash and is left out."""
         lines = (self.read_text("events.jsonl") or "").split("\n")
         for number, line in enumerate(lines[:-1], start=1):
@@ -351,8 +359,7 @@ class RunFolder:
         """
         everything = list(self.events())
         kept = [event for event in everything if event.step <= step and not isinstance(event, End)]
-        time_s = max((event.time_s for event in kept), default=0.0)
-        note = Resume(step=step, time_s=time_s, dropped=len(everything) - len(kept))
+        note = Resume(step=step, time_s=max((event.time_s for event in kept), default=0.0), dropped=len(everything) - len(kept))
         lines = (json.dumps(finite(event.model_dump()), ensure_ascii=False) + "\n" for event in [*kept, note])
         self.write_text("events.jsonl", "".join(lines))
         return note
@@ -361,8 +368,7 @@ class RunFolder:
         return [event for event in self.events() if isinstance(event, kind)]
 
     def _read(self, name: str, schema: type[_EntryT]) -> _EntryT | None:
-        text = self.read_text(name)
-        where = str(self.path / name)
+        text, where = self.read_text(name), str(self.path / name)
         return None if text is None else _validate(schema, _parse(text, where), where)
 
 
@@ -380,7 +386,7 @@ def _validate(schema: Any, plain: Any, where: str) -> Any:
         return validate(plain)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "(whole)"
+        key = ".".join(map(str, first["loc"])) or "(whole)"
         given = "" if first["type"] == "missing" else f", not {str(first['input'])[:60]!r}"
         raise UserError(f"{where}: {key}: {first['msg']}{given}") from error
 
@@ -391,6 +397,4 @@ def finite(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -37,6 +37,16 @@ def read_value(text: str) -> Any:
         return text
 
 
+def put(content: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """At a key such as "train.steps" of nested tables. UserError, which names `where`, if a value stands in its way."""
+    *sections, last = key.split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise UserError(f"{where}: {section!r} is a value, not a section")
+    content[last] = value
+
+
 def validate(schema: type[Schema], content: dict[str, Any], where: str) -> Schema:
     """Check `content` against `schema`; the first thing wrong becomes a UserError that names `where` and the key."""
     try:

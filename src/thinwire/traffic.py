@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 
 PIPELINE = "pipeline"
 """Label of what the stages of a pipeline hand on during the passes of a step."""
+REPLICAS = "replicas"
+"""Ends labels of what replicas average of the gradients of one unit, while others are still computed."""
 EVALUATION = "evaluation passes"
 """Label of all that passes without gradients send; no part of a step."""
 

@@ -19,15 +19,20 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 
 from thinwire.config.model import ModelConfig
+from thinwire.config.optimizer import EIGHT_BIT
 from thinwire.errors import UserError
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 OPTIMIZER_VALUES_PER_PARAMETER = {"adamw": 2, "sgd": 1, "muon": 1, "signsgd": 0}
+STATE_BLOCK, LEAST_CODED_STATE = 256, 4096
+"""Of AdamW whose moments are kept in 8 bits: values of a block, and of the smallest parameter whose moments are."""
 BACKWARD_OVER_FORWARD = 2.0
-AGAIN = {"selective": ("attention.qkv.", "mlp.up."), "full": ("attention.", "mlp.up.")}
+OF_EXPERTS = ("mlp.router.", "mlp.experts.")
+AGAIN = {"selective": ("attention.qkv.", "mlp.up.", *OF_EXPERTS), "full": ("attention.", "mlp.up.", *OF_EXPERTS)}
 """Products of a block that its backward pass computes again (`parallel.recompute`); with qkv goes attention itself."""
 
 
@@ -59,11 +64,11 @@ class Parameter:
     dtype: str = "float32"
     recomputed_flops_before: float = 0.0
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def stored_bytes(self) -> int:
         """Of its gradient."""
         return ITEM_BYTES[self.dtype] * self.numel
@@ -88,6 +93,7 @@ class Workload:
     recomputed_flops_per_token: float = 0.0
 
     @classmethod
+    @lru_cache(maxsize=256)
     def of_transformer(cls, config: ModelConfig, micro_batch: int, sequence: int) -> Workload:
         """`micro_batch` sequences of `sequence` tokens. UserError if they are longer than the model's context."""
         if sequence > config.context:
@@ -157,7 +163,7 @@ class Workload:
         )
         return cls(placed, forward, tokens_per_microbatch)
 
-    @property
+    @cached_property
     def num_parameters(self) -> int:
         return sum(parameter.numel for parameter in self.parameters)
 
@@ -173,13 +179,23 @@ class Workload:
     def flops_per_microbatch(self) -> float:
         return self.flops_per_token * self.tokens_per_microbatch
 
-    @property
+    @cached_property
+    def block_flops_per_token(self) -> tuple[float, ...]:
+        """Forward, of each block, up to the next one or to what first computes behind the last."""
+        inside = [[one for one in self.parameters if one.name.startswith(f"{block}.")] for block in self.block_names]
+        begins = [min(one.forward_flops_before for one in its) for its in inside]
+        names = {one.name for its in inside for one in its}
+        behind = [one.forward_flops_before for one in self.parameters if one.name not in names]
+        ends = [*begins[1:], min((one for one in behind if one > max(begins, default=0.0)), default=self.forward_flops_per_token)]
+        return tuple(end - begin for begin, end in zip(begins, ends, strict=False))
+
+    @cached_property
     def chain_flops_per_token(self) -> tuple[float, ...]:
         """Forward, of each unit between which a transformer may be cut: embeddings, each block, the last norm with the head."""
         begins = [*(one.forward_flops_before for one in self._begins), self.forward_flops_per_token]
         return (0.0, *(end - begin for begin, end in pairwise(begins)))
 
-    @property
+    @cached_property
     def chain_recomputed_per_token(self) -> tuple[float, ...]:
         """What the backward pass computes again, of the same units."""
         begins = [*(one.recomputed_flops_before for one in self._begins), self.recomputed_flops_per_token]
@@ -196,6 +212,8 @@ class Workload:
 
         A block is computed again in one piece when it is full, attention and MLP apart when it is selective.
         """
+        if not kinds and not self.recomputed_flops_per_token:
+            return self
         ends = [*(one.forward_flops_before for one in self.parameters[1:]), self.forward_flops_per_token]
         so_far, total, piece, placed = 0.0, 0.0, "", []
         for one, end in zip(self.parameters, ends, strict=True):
@@ -249,15 +267,22 @@ class Workload:
         parameter = self.parameter(name)
         return BACKWARD_OVER_FORWARD * parameter.forward_flops_before + parameter.recomputed_flops_before
 
-    @property
+    @cached_property
     def stored_bytes(self) -> int:
         """Of the parameters in their dtypes, and of their gradients."""
         return sum(parameter.stored_bytes for parameter in self.parameters)
 
     def optimizer_bytes(self, optimizer: str = "adamw") -> int:
         """State beside parameters and gradients, of their dtypes: two moments for adamw, one momentum for sgd and muon, none for
-        signsgd."""
-        return self.stored_bytes * OPTIMIZER_VALUES_PER_PARAMETER[optimizer]
+        signsgd. "adamw 8bit": two bytes a value and two scales a block, but of parameters that are too small for it."""
+        if optimizer != EIGHT_BIT:
+            return self.stored_bytes * OPTIMIZER_VALUES_PER_PARAMETER[optimizer]
+        return sum(
+            2 * (one.numel + -(-one.numel // STATE_BLOCK) * ITEM_BYTES[one.dtype])
+            if one.numel >= LEAST_CODED_STATE
+            else 2 * one.stored_bytes
+            for one in self.parameters
+        )
 
 
 def by_wide_dtype(parameters: Iterable[Parameter]) -> list[list[Parameter]]:

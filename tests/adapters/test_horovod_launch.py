@@ -36,7 +36,7 @@ def run(command: list[str], **variables: str) -> "subprocess.CompletedProcess[st
     return subprocess.CompletedProcess(command, process.returncode, out, errors)
 
 
-@pytest.mark.heavy
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("pool", "arguments"),
     [
@@ -51,6 +51,7 @@ def test_the_example_learns(request: pytest.FixtureRequest, pool: str, arguments
     assert len(set(found)) == 1 and found[0] > 0.85
 
 
+@pytest.mark.long
 def test_horovodrun_starts_ranks_and_records_their_timeline(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("# here\nlocalhost slots=2\n")
     (tmp_path / "program.py").write_text(PROGRAM)
@@ -103,7 +104,7 @@ model = torch.nn.Linear(2, 2)
 
 @hvd.elastic.run
 def train(state):
-    print(f"rank {hvd.rank()} begins at {state.epoch}", flush=True)
+    print(f"rank {hvd.rank()} begins at {state.epoch}\\n", end="", flush=True)  # a line at once, of Python without buffers too
     while state.epoch < 4:
         with torch.no_grad():
             model.weight += hvd.allreduce(torch.ones(2, 2))
@@ -115,7 +116,7 @@ def train(state):
 with torch.no_grad():
     model.weight.zero_()
 train(hvd.elastic.TorchState(model, epoch=0))
-print(f"rank {hvd.rank()} ends with {model.weight.sum().item():g}", flush=True)
+print(f"rank {hvd.rank()} ends with {model.weight.sum().item():g}\\n", end="", flush=True)
 """
 
 

@@ -354,6 +354,7 @@ def test_process_sets(ranks3: Pool) -> None:
     ranks3.run(process_sets)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pool", ["ranks2", "ranks4"])
 def test_adasum_is_the_recursion_of_its_file(request: pytest.FixtureRequest, pool: str) -> None:
     request.getfixturevalue(pool).run(adaptive_sums)

@@ -310,6 +310,7 @@ def samplers(context: Rank) -> None:
     assert len(sampler) == 10
 
 
+@pytest.mark.door("plain averaging", "horovod.torch")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_training_equals_one_process_with_all_batches(ranks2: Pool, name: str) -> None:
     found = ranks2.run(trained, OPTIONS[name])
@@ -318,6 +319,7 @@ def test_training_equals_one_process_with_all_batches(ranks2: Pool, name: str) -
         torch.testing.assert_close(one, wanted, rtol=0, atol=1e-9)
 
 
+@pytest.mark.door("codes in every step", "horovod.torch")
 @pytest.mark.parametrize(
     ("name", "options"), [("int8", {}), ("topk", {"k": 512}), ("powersgd", {"rank": 2}), ("fp16", {}), ("int4", {})]
 )

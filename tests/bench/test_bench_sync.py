@@ -151,6 +151,7 @@ def test_progress_is_shown_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert printed.err.splitlines() == ["learning: 1 of 2: part 1", "learning: 2 of 2: part 2"] and not printed.out
 
 
+@pytest.mark.long
 def test_what_goes_on_for_long_is_said_ever_more_rarely(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,6 +367,7 @@ def test_methods_with_settings_of_their_own() -> None:
     assert isinstance(config.sync, Streaming)
     assert (config.sync.outer_learning_rate, config.sync.outer_momentum, config.sync.mixing) == (0.7, 0.0, 0.25)
     assert config.train.learning_rate == pytest.approx(3e-3) and config.compress.kind == "int4"
+    assert make_method("streaming4-overlap2-add-int4", shared).config.sync.arrival == "add"
     assert make_method("int4-rate50", shared).config.train.learning_rate == 1e-3
     assert (
         make_method("demo8-rate200", shared).config.train.learning_rate == 2 * make_method("demo8", {}).config.train.learning_rate

@@ -95,6 +95,7 @@ def test_a_peer_learns_what_ours_learns_or_is_refused(name: str, ours: str) -> N
     assert mine.keys() == theirs.keys()  # or they would not be in one table
 
 
+@pytest.mark.long
 def test_a_wait_that_does_not_end_ends_the_process_with_its_name() -> None:
     started = time.monotonic()
     done = program("import time\nwith within(0.2, 'exchange 3 on rank 1'): time.sleep(40)")

@@ -21,6 +21,7 @@ def without_torch(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=50)
 
 
+@pytest.mark.long
 def test_explaining_needs_no_torch(tmp_path: Path) -> None:
     """On two racks with interleaved ranks: the order, the uplink, the bound; a picture; numbers."""
     picture, numbers = tmp_path / "p.svg", tmp_path / "n.json"

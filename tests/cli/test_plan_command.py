@@ -28,7 +28,7 @@ def test_accelerators_are_planned_without_torch(tmp_path: Path) -> None:
     best = found["best"]
     assert best["step_s"] == pytest.approx(sum(best["terms"].values()))
     assert best["step_s_80"][0] < best["step_s"] < best["step_s_80"][1]
-    assert best["time_s"] <= min(one["time_s"] for one in found["front"])
+    assert best["time_s"] <= 1.01 * min(one["time_s"] for one in found["front"])  # of plans as fast the one that sends least
     config = load_run(run)
     assert config.cluster.file == line and config.layout.resolve(4, rare=config.sync.rare).world_size == 4
     assert config.train.micro_batch == best["run"]["train"]["micro_batch"]
@@ -75,9 +75,9 @@ def test_a_written_plan_trains_and_predicts_the_same_traffic(tmp_path: Path) -> 
 
 
 def test_auto_keeps_the_batch_and_says_in_three_lines_what_it_chose() -> None:
-    config, lines = auto(None, ["train.micro_batch=2", "train.sequence=64", "train.steps=100"], "two-sites")
+    config, lines, plain_s = auto(None, ["train.micro_batch=2", "train.sequence=64", "train.steps=100"], "two-sites")
     batch = config.train.micro_batch * config.sync.accumulate * config.layout.resolve(4, rare=config.sync.rare).replicas
-    assert batch == 8 and config.train.steps >= 100 and len(lines) == 3
+    assert batch == 8 and config.train.steps >= 100 and len(lines) == 3 and plain_s > 0
     assert lines[0].startswith("plan: ") and "limited by" in lines[1] and "plain DDP would take" in lines[2]
     with pytest.raises(UserError, match="laptop has none for its 4 ranks; measure it"):
         auto(None, [], "laptop")

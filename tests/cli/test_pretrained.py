@@ -37,6 +37,7 @@ def generated(folder: Path, *arguments: str) -> dict:
     return found
 
 
+@pytest.mark.long
 def test_a_run_and_its_export_write_the_same_text(trained: Path) -> None:
     found = generated(trained, "run")
     assert len(found["found"]) == 20 and bytes(found["found"]).decode(errors="replace") == found["text"]
@@ -60,6 +61,17 @@ def test_training_goes_on_from_an_exported_model(trained: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     before, after = (RunFolder.open(folder / "run").evals()[-1].loss for folder in (trained, tmp_path))
     assert after == pytest.approx(before, rel=1e-6)
+
+
+def test_an_exported_model_is_shrunk_and_scored_as_the_run_was(trained: Path) -> None:
+    done = files = ("--text", "text.txt", "--out", "small.pt", "--json", "shrunk.json")
+    done = thinwire("shrink", "out/model", "--int8", *files, cwd=trained)
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads((trained / "shrunk.json").read_text())
+    assert numbers["loss_before"] == pytest.approx(RunFolder.open(trained / "run").evals()[-1].loss, rel=1e-2)
+    assert numbers["loss_after"] == pytest.approx(numbers["loss_before"], rel=1e-2)
+    assert 0 < numbers["matrices_shrunk"] <= numbers["matrices"]
+    assert (trained / "small.pt").stat().st_size == numbers["file_bytes"]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ SHIPPED = {
     "eight-hosts-100mbit": 8,
     "two-racks": 8,
     "two-racks-gpu": 8,
+    "two-racks-half-uplink": 8,
     "one-slow-host": 8,
     "two-sites": 4,
     "home-internet": 4,

@@ -74,6 +74,7 @@ def test_a_thousand_ranks_are_no_trouble() -> None:
     assert found.bandwidth_s > 0 and found.links
 
 
+@pytest.mark.long
 @settings(max_examples=6)
 @given(graph=small_graphs(balanced=False))
 def test_no_forest_beats_its_bound_and_few_miss_it(graph: Graph) -> None:

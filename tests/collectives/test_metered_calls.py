@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 from pool import Pool, Rank
-from tagless import over_tagless
+from tagless import Tagless, over_tagless
 from thinwire.collectives.backend import register
 from thinwire.collectives.ledger import Call, Ledger, Total
 from thinwire.collectives.metered_calls import all_gather, all_reduce, all_to_all, swap
@@ -58,6 +58,21 @@ def test_two_swap_and_each_send_is_entered_once_whatever_the_backend(ranks4: Poo
         for rank, (got, sends) in enumerate(ranks4.run(swapped, backend)):
             assert got == rank ^ 2
             assert sends == {Call(label="pair", axis="world", op="send", world_size=4, message_bytes=4 * N): 4 * N}
+
+
+def begun_as_one(context: Rank) -> tuple[float, dict[tuple[str, str], int]]:
+    """In a metered group over messages that begin as one or not at all, as NCCL's."""
+    register(context.ledger, "tagless", lambda options, place: (Tagless(over_tagless(options, place)[0]), None))
+    group = dist.new_group(backend="tagless")
+    group.coalesces = True
+    theirs = swap(torch.full((N,), float(context.rank)), context.rank ^ 1, group, context.ledger, "pair")
+    sent = {(call.label, call.op): total.wire_bytes for call, total in context.recorded().items() if total.seconds > 0}
+    return float(theirs.mean()), sent
+
+
+def test_messages_that_wait_for_each_other_begin_as_one_where_they_must(ranks2: Pool) -> None:
+    for rank, (got, sent) in enumerate(ranks2.run(begun_as_one)):
+        assert got == rank ^ 1 and sent == {("pair", "send"): 4 * N, ("pair", "recv"): 0}
 
 
 def between_two(context: Rank, backend: str) -> tuple[list[float], dict[tuple[str, str, int], int]]:

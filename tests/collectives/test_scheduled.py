@@ -14,13 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 from fixed_schedules import Fixed, everything, fixed, group_of, quick, sent_of_an_all_reduce
 from pool import Pool, Rank, RankFailure
 from tagless import over_tagless
+from thinwire.cluster.equal import equal_hosts
 from thinwire.collectives.backend import REDUCE_SCATTER
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.run import engine
 from thinwire.collectives.run.transport import InnerFactory
 from thinwire.collectives.schedules import ring
 from thinwire.collectives.tuned.cache import Cache
-from thinwire.collectives.tuned.implementation import Implementation
+from thinwire.collectives.tuned.implementation import NATIVE, Implementation
 from thinwire.collectives.tuned.tuner import Tuner
 
 CARRIERS = [None, over_tagless]
@@ -79,6 +80,22 @@ def sub_groups(context: Rank) -> list[float]:
 def entered(context: Rank) -> tuple[int, float]:
     ledger = Ledger()
     return sent_of_an_all_reduce(group_of(ledger, fixed()), ledger)
+
+
+def decided_again(context: Rank) -> list[tuple[bool, bool]]:
+    """Whether an all-reduce is gloo's own, and right, before and after the first rank hears of other links."""
+    tuner, found = fixed(), []
+    group = group_of(Ledger(), tuner)
+    for _ in range(2):
+        total = torch.ones(100)
+        dist.all_reduce(total, group=group)
+        dist.all_reduce(total, group=group)
+        right = torch.equal(total, torch.full((100,), float(context.world_size**2)))
+        found.append((next(iter(tuner.chosen.values())).native, right))
+        if context.rank == 0:
+            tuner.advisor.implementations = lambda *_: [NATIVE]  # type: ignore[method-assign]
+        tuner.again(equal_hosts(context.world_size, 1e6))
+    return found
 
 
 def mismatch(context: Rank, later: bool) -> None:
@@ -165,6 +182,10 @@ def test_sub_groups_have_schedules_of_their_own(ranks4: Pool) -> None:
     assert ranks4.run(sub_groups) == [[2.0] * 5, [4.0] * 5, [2.0] * 5, [4.0] * 5]
 
 
+def test_all_ranks_decide_anew_when_links_are_others(ranks4: Pool) -> None:
+    assert ranks4.run(decided_again) == [[(False, True), (True, True)]] * 4
+
+
 def test_the_ledger_has_what_the_schedule_sends(ranks4: Pool) -> None:
     for sent, wanted in ranks4.run(entered):
         assert sent == wanted
@@ -176,6 +197,7 @@ def test_what_differs_between_ranks_is_named_by_all(ranks4: Pool, function: Any,
         ranks4.run(function, *arguments)
 
 
+@pytest.mark.long
 def test_a_rank_that_does_not_call_is_waited_for_until_the_time_out(ranks4: Pool) -> None:
     with pytest.raises(RankFailure, match=r"failed after [1-9][0-9.]* s of at most 1:"):
         ranks4.run(absent)

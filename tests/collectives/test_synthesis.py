@@ -125,6 +125,7 @@ def test_with_k_trees_the_time_falls_towards_the_optimum(graph: Graph) -> None:
         assert forest.seconds_per_byte <= seconds_per_byte(graph, k) * (1 + 1e-12)
 
 
+@pytest.mark.long
 @settings(max_examples=15)
 @given(graph=small_graphs(balanced=False))
 def test_k_trees_fit_through_switches_that_take_more_than_they_give(graph: Graph) -> None:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import thinwire.compress.coded
-from on_device import DEVICE, FromTheDevice
+from on_device import DEVICE, FromTheDevice, as_saved
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.averager import Piece
 from thinwire.compress.exchange import make_exchange
@@ -26,10 +26,19 @@ CASES = ((torch.float32, True), (torch.bfloat16, False), (torch.float64, False))
 
 
 def run(kind: str, dtype: torch.dtype, tracks_use: bool) -> None:
-    config = validate(Coded, {"kind": kind, "exclude": []}, "test")
-    exchange = make_exchange(config, Ledger(), "average")
-    exchange.attach(dist.group.WORLD, "data", SHAPES, DEVICE, tracks_use=tracks_use)
-    assert exchange.on_device
+    """In two lives, of which the second one goes on from a checkpoint."""
+    config, state = validate(Coded, {"kind": kind, "exclude": []}, "test"), None
+    for _ in range(2):
+        exchange = make_exchange(config, Ledger(), "average")
+        if state is not None:
+            exchange.load_state_dict(state)
+        exchange.attach(dist.group.WORLD, "data", SHAPES, DEVICE, tracks_use=tracks_use)
+        assert exchange.on_device
+        live(exchange, dtype, tracks_use)
+        state = as_saved(exchange.state_dict())
+
+
+def live(exchange: Any, dtype: torch.dtype, tracks_use: bool) -> None:
     for _ in range(2):
         first, pieces = 0, []
         for index, (name, shape) in enumerate(SHAPES.items()):
@@ -51,11 +60,16 @@ def start(exchange: Any, pieces: list[Piece], numel: int, dtype: torch.dtype, tr
         assert future.wait().device == DEVICE
 
 
-def main() -> None:
-    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+def standing_in() -> FakeStore:
+    """For a fake group, which from now on is the exchange's own too."""
     thinwire.compress.coded.private_copy = lambda group, *_: group
     thinwire.compress.coded.release = lambda *_: None
     thinwire.compress.coded.backend_of = lambda *_: "fake"
+    return FakeStore()
+
+
+def main() -> None:
+    dist.init_process_group("fake", rank=1, world_size=4, store=standing_in())
     with FakeTensorMode(), FromTheDevice():
         for kind, (dtype, tracks_use) in product(sys.argv[1:], CASES):
             print(kind, dtype, "use is tracked" if tracks_use else "")

@@ -113,6 +113,7 @@ def test_uncoded_it_is_stock_fsdp2_in_every_dtype(ranks4: Pool, dtype: str) -> N
     assert max(ranks4.run(as_stock, dtype, True, False, 1)) < NEAR[dtype]
 
 
+@pytest.mark.long
 def test_a_second_copy_of_the_weights_is_stock_resharding(ranks4: Pool) -> None:
     assert max(ranks4.run(as_stock, "float32", 2, False, 2)) < 1e-5
 

@@ -24,30 +24,38 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import thinwire
+from on_device import Given
 from pool import Pool, Rank, RankFailure
+from thinwire.collectives.ledger import difference
 from thinwire.compress.averager import Piece
 from thinwire.compress.memory import ErrorFeedback, NoMemory
 from thinwire.compress.powersgd import PowerSGD, bases
+from thinwire.workload import Parameter
 
 pytestmark = pytest.mark.heavy
 
 LONGER = [pytest.param(pool, marks=pytest.mark.long) for pool in ("ranks2", "ranks4")]
-OPTIONS = {"kind": "powersgd", "rank": 2}
+OPTIONS = {"kind": "powersgd", "rank": 2, "exclude": ()}
+
+
+def upright(values: torch.Tensor) -> torch.Tensor:
+    """As a matrix [n, m] with n >= m, float64."""
+    matrix = values.double().view(len(values), -1)
+    return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
 
 
 def reference(name: str, steps: int, world_size: int, rank: int) -> list[torch.Tensor]:
-    """One process, the mean gradient, float64."""
-    shape = SHAPES[name]
-    residual = torch.zeros(shape[0], torch.Size(shape[1:]).numel(), dtype=torch.float64)
+    """One process, the mean gradient, float64; upright."""
+    residual = torch.zeros_like(upright(mean_gradient(name, 0, world_size)))
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     right = torch.randn(rank, residual.shape[1], generator=generator).double()
     found = []
     for step in range(steps):
-        wanted = mean_gradient(name, step, world_size).reshape(residual.shape) + residual
+        wanted = upright(mean_gradient(name, step, world_size)) + residual
         basis = torch.linalg.qr(wanted @ right.T).Q
         right = basis.T @ wanted
         residual = wanted - basis @ right
-        found.append((basis @ right).view(shape))
+        found.append(basis @ right)
     return found
 
 
@@ -60,8 +68,12 @@ def test_it_is_the_power_iteration_of_one_process_and_keeps_what_it_does_not_sen
     check_equal_on_all_ranks(reports)
     check_conserved(reports)
     for name in SHAPES:
-        for ours, wanted in zip(reports[0]["results"], reference(name, 4, len(reports), 2), strict=True):
-            assert (ours[name].double() - wanted).norm() < 1e-5 * wanted.norm()  # in the norm: kernels differ by processor
+        for step, wanted in enumerate(reference(name, 4, len(reports), 2)):
+            result = upright(reports[0]["results"][step][name])
+            assert (result - wanted).norm() < 0.02 * wanted.norm()  # P is rounded
+            left = torch.stack([upright(one["residuals"][step][name]) for one in reports]).mean(0)
+            assert (result.T @ left).norm() < 1e-5 * wanted.norm() ** 2  # a projection, whatever P was rounded to
+            assert torch.linalg.svdvals(result)[2] < 1e-5 * wanted.norm()
     assert reports[0]["sent"] == reports[0]["predicted"]
     assert len(reports[0]["sent"]) == 2 and min(reports[0]["work_s"]) > 0
 
@@ -73,7 +85,7 @@ def test_other_buckets_give_the_same_within_rounding(request: pytest.FixtureRequ
     one = ranks.run(averaged, OPTIONS, 3, ONE_BUCKET)[0]["results"]
     three = ranks.run(averaged, OPTIONS, 3, THREE_BUCKETS)[0]["results"]
     for ours, theirs in zip(one, three, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+        assert all((ours[name] - theirs[name]).norm() < 0.02 * ours[name].norm() for name in SHAPES)
 
 
 def test_a_run_that_is_resumed_goes_on_bit_for_bit(ranks2: Pool) -> None:
@@ -106,8 +118,8 @@ def low_rank(context: Rank, steps: int) -> list[float]:
 
 
 def test_a_mean_of_low_rank_arrives_whole(ranks4: Pool) -> None:
-    """P spans the columns of the mean at once, and goes on doing so."""
-    assert max(ranks4.run(low_rank, 4)[0]) < 1e-5
+    """P spans the columns of the mean at once, as far as it is not rounded, and goes on doing so."""
+    assert max(ranks4.run(low_rank, 4)[0]) < 2**-7
 
 
 def constant(context: Rank, steps: int) -> list[float]:
@@ -171,6 +183,53 @@ def test_a_checkpoint_of_another_rank_is_refused(ranks2: Pool) -> None:
         ranks2.run(of_another_rank)
 
 
+EMBEDDED = {"embed": (256, 64), "wide": (64, 160), "bias": (64,)}
+
+
+def with_embedding(context: Rank) -> dict[str, Any]:
+    """The third step: what arrived, what is owed, what should be sent, and bytes."""
+    model = Given(EMBEDDED, torch.device("cpu"))
+    replica = DistributedDataParallel(model)
+    exchange = thinwire.compress_gradients(replica, "powersgd")
+    given: dict[str, torch.Tensor] = {}
+    owed: dict[str, torch.Tensor] = {}
+    for step in range(3):  # DistributedDataParallel forms its buckets in the second
+        draws = torch.Generator().manual_seed(10 * step + context.rank)
+        owed = exchange.residuals() if step else {}
+        given = {name: torch.randn(shape, generator=draws) for name, shape in EMBEDDED.items()}
+        replica.zero_grad()
+        before = context.ledger.snapshot()
+        replica(given).backward()
+    bucket = [Parameter(name, shape) for name, shape in reversed(EMBEDDED.items())]
+    predicted = exchange.transfers("bucket 0", bucket, "data", context.world_size)
+    sent = difference(context.ledger.snapshot(), before)
+    for name, values in owed.items():
+        given[name] += values.view(EMBEDDED[name])
+    found = {
+        "got": {name: one.grad for name, one in model.named_parameters()},
+        "wanted": given,
+        "residuals": {name: values.view(EMBEDDED[name]) for name, values in exchange.residuals().items()},
+        "sent": {(call.op, call.message_bytes): total.calls for call, total in sent.items()},
+        "predicted": {(transfer.op, transfer.message_bytes): 1 for transfer in predicted},
+    }
+    exchange.detach()
+    return found
+
+
+def test_embeddings_arrive_nearly_whole(ranks3: Pool) -> None:
+    """In int8, 1 byte a value, with what that loses owed; matrices in 2 bytes a value of P and 4 of Q; vectors exactly."""
+    first, *others = reports = ranks3.run(with_embedding)
+    for name, result in first["got"].items():
+        assert all(torch.equal(result, other["got"][name]) for other in others)
+        wanted = torch.stack([one["wanted"][name] for one in reports]).mean(0)
+        left = torch.stack([one["residuals"].get(name, torch.zeros_like(result)) for one in reports]).mean(0)
+        torch.testing.assert_close(result + left, wanted, rtol=0, atol=1e-5)
+        least, most = {"embed": (1e-3, 0.02), "wide": (0.5, 1.0), "bias": (0.0, 1e-6)}[name]
+        assert least <= (result - wanted).norm() / wanted.norm() <= most
+    assert first["sent"] == first["predicted"]
+    assert first["sent"].keys() >= {("all_reduce", 2 * 4 * 160), ("all_reduce", 4 * (4 * 64 + 64))}
+
+
 class Net(nn.Module):
     """Seven layers, of which the last is not used, in six buckets or more."""
 
@@ -203,6 +262,7 @@ def loop(context: Rank, steps: int) -> dict[str, Any]:
     return {"weights": [parameter.detach() for parameter in model.parameters()], "losses": losses}
 
 
+@pytest.mark.long
 def test_many_buckets_and_unused_parameters_do_not_hang(ranks4: Pool) -> None:
     first, *others = ranks4.run(loop, 20)
     assert first["losses"][-1] < 0.75 * first["losses"][0]

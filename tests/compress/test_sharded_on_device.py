@@ -67,8 +67,8 @@ def trained(context: Rank, launched: bool, reshard: bool | int, dtype: str, opti
                 dist.all_reduce(any_spoiled := torch.tensor([max(spoiled)]))
                 state["spoiled"] = any_spoiled
             optimizer.zero_grad()
-            kept = [one for one in torch.utils._pytree.tree_leaves(compression.state_dict()) if isinstance(one, torch.Tensor)]
-            state |= {f"kept {index}": one.clone() for index, one in enumerate(kept)}
+            kept, _ = torch.utils._pytree.tree_flatten_with_path(compression.state_dict())
+            state |= {f"kept {path}": one.clone() for path, one in kept if isinstance(one, torch.Tensor)}
             found.append(state | {name: one.clone() for name, one in whole(model).items()})
         with torch.inference_mode():
             found.append({"seen": model(batch(context.rank, 0)).clone()})

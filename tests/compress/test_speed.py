@@ -45,7 +45,7 @@ def test_an_averager_times_its_codes_on_its_device(kind: str, monkeypatch: pytes
     for module in ("speed", "powersgd", "randomk"):
         monkeypatch.setattr(f"thinwire.compress.{module}.seconds_of_stages", stages)
     seconds_of_tensor.cache_clear()
-    config = Coded(kind=kind)  # type: ignore[arg-type]
+    config = Coded(kind=kind, exclude=())  # type: ignore[arg-type]
     for averager in make_averagers(config, make_memory(config), Ledger()):
         for device in ("cpu", "meta"):
             averager.attach(None, None, torch.device(device))  # type: ignore[arg-type]

@@ -158,6 +158,7 @@ def test_the_bigram_loss_is_its_definition(tmp_path: Path) -> None:
         bigram_loss(corpus.train, corpus.held_out, 50_257)
 
 
+@pytest.mark.long
 def test_the_standard_library_against_its_bigram_table(tmp_path: Path) -> None:
     corpus = load_corpus(DataSection(), tmp_path)
     assert 0.04 < len(corpus.held_out) / (len(corpus.train) + len(corpus.held_out)) < 0.08
@@ -230,4 +231,4 @@ def test_ranks_with_different_texts_are_named(tmp_path: Path, ranks2: Pool) -> N
     first, second = ranks2.run(loaded_by_rank, [names[0]] * 2, str(tmp_path / "cache"))
     assert first == second and len(first) == 64
     for said in ranks2.run(loaded_by_rank, names, str(tmp_path / "cache")):
-        assert f"is not the same text on all ranks (sha256 {first[:12]} on rank 0, " in said
+        assert f"is not the same on all ranks (sha256 {first[:12]} on rank 0, " in said

@@ -149,3 +149,36 @@ def test_every_held_out_token_is_a_target_exactly_once(length: int, sequence: in
 def test_a_held_out_part_without_a_pair_is_refused() -> None:
     with pytest.raises(UserError, match="1 tokens"):
         next(held_out_batches(numbered(1), 4, 1, 0, 1))
+
+
+@settings(max_examples=20)
+@given(each=st.integers(1, 5), batch=st.sampled_from([1, 2, 4, 6]), sequence=st.integers(1, 20), seed=st.integers(0, 99))
+def test_windows_return_once_an_epoch_at_the_same_place_of_the_batch(each: int, batch: int, sequence: int, seed: int) -> None:
+    """So a replica sees the same ones again, whatever the layout; they are disjoint, and what is told of a row is what it is."""
+    count = each * batch
+    batches = TrainBatches(numbered(count * sequence + 3 * sequence), sequence, batch, seed, windows=count)
+    assert batches.steps_per_epoch == each
+    by_place: list[set[tuple[int, ...]]] = []
+    for epoch in range(3):
+        steps = range(epoch * each, (epoch + 1) * each)
+        shown = np.stack([batches.samples(step) for step in steps])
+        assert sorted(shown.ravel()) == list(range(count))
+        by_place.append({tuple(sorted(column)) for column in shown.T})
+        rows = torch.cat([global_batch(batches, step, 1) for step in steps])
+        assert len(rows.unique()) == count * sequence
+        first = dict(zip(shown.ravel().tolist(), rows[:, 0].tolist(), strict=True))
+        assert [first[number] for number in sorted(first)] == sorted(first.values())
+    assert by_place[0] == by_place[1] == by_place[2]
+
+
+def test_windows_come_together_in_other_batches_in_each_epoch() -> None:
+    batches = TrainBatches(numbered(2000), 10, 8, seed=3, windows=160)
+    epochs = [{frozenset(batches.samples(epoch * 20 + step).tolist()) for step in range(20)} for epoch in range(2)]
+    assert len(epochs[0] & epochs[1]) <= 2
+
+
+def test_windows_that_are_too_many_or_would_not_return_are_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.windows = 64 sequences of 16 tokens, and 1000 training tokens have 62"):
+        TrainBatches(numbered(1000), 16, 8, windows=64)
+    with pytest.raises(UserError, match=r"data\.windows = 60 is no multiple of the 8 sequences of a step.*take 56"):
+        TrainBatches(numbered(1000), 16, 8, windows=60)

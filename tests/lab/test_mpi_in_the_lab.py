@@ -67,6 +67,7 @@ time.sleep(60)
     assert time.monotonic() - begun < 20
 
 
+@pytest.mark.long
 @pytest.mark.skipif(bool(MISSING), reason=MISSING)
 @pytest.mark.timeout(120)
 def test_ranks_of_mpiexec_train_through_the_cards(tmp_path: Path, build: Callable[..., Cluster], warm: None) -> None:

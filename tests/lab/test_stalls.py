@@ -133,7 +133,8 @@ def test_short_silence_delays_and_long_silence_ends_training_in_one_line(under_w
     assert len(steps) > paused + 2, "it did not go on"
     newest = int(sorted((folder / "run" / "checkpoints").glob("step-*"))[-1].name.removeprefix("step-"))
     assert newest > paused
-    resumed = thinwire("train", "--resume", str(folder / "run"), "--set", f"train.steps={newest + 2}", cwd=folder)
+    further = ("--set", f"train.steps={newest + 2}", "--set", "train.timeout_s=60")
+    resumed = thinwire("train", "--resume", str(folder / "run"), *further, cwd=folder)
     assert resumed.returncode == 0 and f"at step {newest}" in resumed.stdout, resumed.stderr
     few = paused + 3
     plain = thinwire("train", "run.toml", *changes(folder, few, "plain"), cwd=folder)

@@ -1,7 +1,10 @@
 """A pipeline gives what one rank with the whole model gives, for every schedule, and sends what it says."""
 
+from collections import Counter
+
 import pytest
 import torch
+import torch.distributed as dist
 from one_rank import train_on_one_rank
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,11 +25,12 @@ from thinwire.parallel.cut import cut_model
 from thinwire.parallel.pipeline import Pipeline
 from thinwire.parallel.schedules import orders
 from thinwire.sync.after_backward import AfterBackwardSync
+from thinwire.traffic import Transfer
 from thinwire.workload import Workload
 
 pytestmark = pytest.mark.heavy
 
-LENGTH, ROWS, STEPS = 12, 2, 4
+LENGTH, ROWS, STEPS, HELD_OUT = 12, 2, 4, 9
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb1p", "zbv", "dualpipev")
 
 
@@ -76,20 +80,27 @@ def train(
             optimizer.zero_grad(set_to_none=False)
             losses.append(sum(map(float, found)) / num_micro)
             sent.append(_sent(ledger, before))
-        held_out = [float(one) for one in pipeline.evaluate([micro(99, index) for index in range(2)])]
-    predicted = {}
-    for transfer in pipeline.traffic(num_micro):
-        key = transfer.label, transfer.op, transfer.message_bytes
-        predicted[key] = predicted.get(key, 0) + transfer.calls
+        before = ledger.snapshot()
+        held_out = [float(one) for one in pipeline.evaluate([micro(99, index) for index in range(HELD_OUT)])]
+        evaluated = _sent(ledger, before)
     return {
         "losses": losses,
         "weights": {name: one.detach() for name, one in pipeline.owner.named_parameters()},
         "sent": sent[-1],
-        "predicted": predicted,
+        "predicted": _calls(pipeline.traffic(num_micro)),
+        "evaluated": evaluated,
+        "predicted in evaluation": _calls(cut.evaluation_traffic(pipeline.rank, HELD_OUT)),
         "held_out": held_out,
         "order": [(one.kind, one.stage, one.micro) for one in sorted(pipeline.computed, key=lambda one: one.begin)],
         "last": pipeline.has_last,
     }
+
+
+def _calls(transfers: list[Transfer]) -> dict:
+    found = Counter()
+    for transfer in transfers:
+        found[transfer.label, transfer.op, transfer.message_bytes] += transfer.calls
+    return dict(found)
 
 
 def _sent(ledger: Ledger, before: dict) -> dict:
@@ -144,8 +155,18 @@ def test_codes_send_less_and_change_little(ranks2: Pool, activations: str, gradi
     assert results[1]["losses"] != pytest.approx(losses, rel=1e-12)
     for result in results:
         assert result["sent"] == result["predicted"]
+        assert result["evaluated"] == result["predicted in evaluation"]
     whole = sum(size for label, _, size in results[0]["sent"] if label == "pipeline")
     assert whole < ROWS * LENGTH * 32 * 8 / 2
+    plain = of_trained(results, config)
+    assert results[1]["held_out"] == pytest.approx(plain, rel=1e-3) and results[1]["held_out"] != pytest.approx(plain, rel=1e-9)
+
+
+def of_trained(results: list[dict], config: ModelConfig) -> list[float]:
+    """Losses of the held-out micro-batches on one rank, with what all have trained."""
+    model = new_model(config)
+    model.load_state_dict({name: value for result in results for name, value in result["weights"].items()})
+    return [model(*micro(99, index)).item() for index in range(HELD_OUT)]
 
 
 def test_gradients_of_replicas_of_a_stage_are_coded(ranks4: Pool) -> None:
@@ -156,14 +177,14 @@ def test_gradients_of_replicas_of_a_stage_are_coded(ranks4: Pool) -> None:
             assert torch.equal(value, seen.setdefault(name, value)), f"{name} differs between ranks"
 
 
-def test_evaluation_is_the_whole_models(ranks2: Pool) -> None:
-    results = ranks2.run(train, Layout(pipe=2), PipelineSection(schedule="zbv"), shape(), 4)
-    _, weights = on_one_rank(shape(), 4)
-    model = new_model(shape())
-    model.load_state_dict(weights)
-    expected = [model(*micro(99, index)).item() for index in range(2)]
-    assert results[0]["held_out"] == pytest.approx(expected, rel=1e-8)
-    assert results[1]["held_out"] == []
+@pytest.mark.parametrize(("schedule", "last"), [("zbv", 0), ("interleaved", 1)])
+def test_evaluation_is_the_whole_models(ranks2: Pool, schedule: str, last: int) -> None:
+    """Of more micro-batches than are under way at once, whichever rank has the last stage."""
+    results = ranks2.run(train, Layout(pipe=2), PipelineSection(schedule=schedule), shape(), 4)
+    assert results[last]["held_out"] == pytest.approx(of_trained(results, shape()), rel=1e-12)
+    assert results[1 - last]["held_out"] == []
+    for result in results:
+        assert result["evaluated"] == result["predicted in evaluation"]
 
 
 def of_layers(rank: Rank) -> tuple[list[float], list[float]]:
@@ -194,6 +215,22 @@ def test_any_sequential_model(ranks2: Pool) -> None:
     (nothing, _), (losses, expected) = ranks2.run(of_layers)
     assert nothing == []
     assert losses == pytest.approx(expected, rel=1e-12)
+
+
+def over_metered_nccl(context: Rank) -> str:
+    group = dist.group.WORLD
+    group.coalesces = True
+    try:
+        Pipeline(None, None, group, context.ledger, None)  # type: ignore[arg-type]
+    except UserError as error:
+        return str(error)
+    finally:
+        group.coalesces = False
+    return "nothing was refused"
+
+
+def test_a_group_in_which_messages_would_wait_for_each_other_is_refused(ranks2: Pool) -> None:
+    assert all("take collectives.kind = 'native'" in line for line in ranks2.run(over_metered_nccl))
 
 
 def test_what_is_no_chain_is_refused() -> None:

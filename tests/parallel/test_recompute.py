@@ -69,7 +69,7 @@ def trained(shape: ModelConfig, mix: str) -> tuple[torch.Tensor, list[torch.Tens
     return loss.detach(), gradients, allocated.peak, counted.get_total_flops()
 
 
-@pytest.mark.heavy
+@pytest.mark.long
 @pytest.mark.parametrize("options", SHAPES, ids=lambda options: " ".join(map(str, options.values())))
 def test_it_saves_what_is_predicted_repeats_what_is_counted_and_changes_no_bit(options: dict[str, Any]) -> None:
     """What attention itself repeats is not counted on this device; it is 4 width * sequence a token and block."""

@@ -365,6 +365,7 @@ def run_of(folder: Path, sync: dict[str, Any], *, rare: bool) -> RunConfig:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "layout",
     [

@@ -153,23 +153,24 @@ BARS = {
 @pytest.mark.parametrize("name", BARS)
 def test_uncalibrated_predictions_hold_their_bars(name: str, scores: dict) -> None:
     found = scores[name]
-    assert found.mape_uncalibrated <= BARS[name]
-    assert found.mape_uncalibrated < found.null_mape
+    assert found["mape_uncalibrated"] <= BARS[name]
+    assert found["mape_uncalibrated"] < found["null_mape"]
 
 
 def test_few_rows_calibrate_a_machine(scores: dict) -> None:
-    assert scores["korthikanti_t5"].mape_5rows <= 3
-    assert scores["bloom_jeanzay"].mape_5rows <= 9 < scores["bloom_jeanzay"].null_mape
-    assert scores["zero_bubble"].model_rate <= 2.5
-    assert np.median([one.mape_uncalibrated for one in scores.values()]) <= 8
-    assert all(one.coverage >= 0.5 for name, one in scores.items() if name in BARS)
+    assert scores["korthikanti_t5"]["mape_5rows"] <= 3
+    assert scores["bloom_jeanzay"]["mape_5rows"] <= 9 < scores["bloom_jeanzay"]["null_mape"]
+    assert scores["zero_bubble"]["model_rate"] <= 2.5
+    assert np.median([one["mape_uncalibrated"] for one in scores.values()]) <= 8
+    assert all(one["coverage"] >= 0.5 for name, one in scores.items() if name in BARS)
 
 
 def test_memory_is_predicted(scores: dict) -> None:
-    assert scores["bloom_jeanzay"].memory <= 12 and scores["bloom_jeanzay"].oom == "5/6, 0 false"
-    assert scores["sailor"].memory <= 10
+    assert scores["bloom_jeanzay"]["memory"] <= 12 and scores["bloom_jeanzay"]["oom"] == "5/6, 0 false"
+    assert scores["sailor"]["memory"] <= 10
 
 
+@pytest.mark.long
 def test_the_command_reads_a_folder_and_writes_the_keys(tmp_path: Path) -> None:
     table(tmp_path, *(f"24,1024,16,1024,8,a100,4,{64 * count},,,{1.1 * count},0" for count in range(1, 9)))
     done = thinwire("bench", "plan", "--measurements", str(tmp_path), "--json", "f.json", cwd=tmp_path)
@@ -206,4 +207,4 @@ def test_any_row_is_predicted_or_named(rows: list[dict], tmp_path: Path, shipped
     assert len(found.rows) + sum(found.left_out.values()) == len(rows)
     if found.timed:
         result, predicted = score(Prepared(found), Known([shipped["korthikanti_t5"].table]))
-        assert all(0 < value < 1e15 for value in predicted) and 0 <= result.coverage <= 1
+        assert all(0 < value < 1e15 for value in predicted) and 0 <= result["coverage"] <= 1

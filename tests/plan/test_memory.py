@@ -19,18 +19,11 @@ from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.measure.memory import Free, Room, free_memory, rooms, total_memory
 from thinwire.models.transformer import Transformer
-from thinwire.plan.memory import (
-    ALLOCATOR,
-    TOLERANCE,
-    Blocks,
-    Need,
-    activations_bytes,
-    check,
-    leaner,
-    line,
-    need,
-    recomputed_blocks,
-)
+from thinwire.plan.fitting import TOLERANCE, check, leaner, line
+from thinwire.plan.memory import ALLOCATOR, Blocks, Need, activations_bytes, need, recomputed_blocks
+from thinwire.sync.single_rank import SingleRank
+from thinwire.train.optimizers import make_optimizer
+from thinwire.train.step import Stepper
 from thinwire.workload import Workload
 
 SHAPES = [
@@ -88,6 +81,8 @@ LEANER = ("selective", "full")
 MEASURED = {
     "adamw": LARGE,
     "sgd": [*LARGE, "train.optimizer.kind=sgd"],
+    "8 bits": [*LARGE, "train.optimizer.states=8bit"],
+    "early": [*LARGE, "sync.kind=diloco", "sync.every=2", "sync.accumulate=1", "train.clip=0", "train.updates=early"],
     "int4": [*LARGE, "compress.kind=int4"],
     "diloco": [*LARGE, "sync.kind=diloco", "sync.every=2"],
     "tensor": [*LARGE, "model.layers=12", "layout.tensor=2"],
@@ -145,7 +140,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, int]:
 @pytest.mark.parametrize("case", MEASURED)
 def test_a_run_takes_what_was_predicted(case: str, base: tuple[int, int], tmp_path: Path) -> None:
     measured = peak_bytes(tmp_path / "run", MEASURED[case]) - base[0]
-    assert needed(*MEASURED[case]).training_bytes - base[1] == pytest.approx(measured, rel=0.25), measured
+    lenient = 0.35 if case == "8 bits" else 0.25  # buckets that DDP makes anew count, and are not resident before the old ones go
+    assert needed(*MEASURED[case]).training_bytes - base[1] == pytest.approx(measured, rel=lenient), measured
 
 
 def test_terms_follow_the_optimizer_and_what_is_exchanged() -> None:
@@ -191,17 +187,71 @@ def test_what_cannot_fit_is_refused_and_what_may_is_not() -> None:
 def test_the_nearest_recompute_setting_that_fits_is_named() -> None:
     config = load_run(None, [*WIDE_BATCH, "train.sequence=512"])
     layout = config.layout.resolve(1, rare=False)
-    plain, (selective, full) = needed(*WIDE_BATCH, "train.sequence=512", ranks=1), LEANER
+    plain, (selective, full) = (
+        needed(*WIDE_BATCH, "train.sequence=512", ranks=1),
+        (f"train.recompute = {one!r}" for one in LEANER),
+    )
     less = leaner(config, config.model.shape(), layout, casts=False)
-    assert list(less) == [selective, full] and plain.rank_bytes > less[selective].rank_bytes > less[full].rank_bytes
+    eight_bit = "train.optimizer.states = '8bit'"
+    assert list(less) == [selective, eight_bit, full, f"{eight_bit}, {full}"], "early updates want no clipping"
+    assert plain.rank_bytes > less[selective].rank_bytes > less[full].rank_bytes
     assert less[full] == needed(*WIDE_BATCH, "train.sequence=512", "train.recompute=full", ranks=1)
     for free, said in (
-        (1.01 * less[selective].rank_bytes, "take train.recompute = 'selective', with which they need"),
-        (1.01 * less[full].rank_bytes, "take train.recompute = 'full', with which they need"),
+        (1.01 * less[selective].rank_bytes, f"take {selective}, with which they need"),
+        (1.01 * less[full].rank_bytes, f"take {full}, with which they need"),
         (0.5 * less[full].rank_bytes, "take a smaller model.preset"),
     ):
         with pytest.raises(UserError, match=said):
             check(plain, [Room("host0", 1, free)], less)
+
+
+def test_states_that_are_too_large_are_coded_released_or_shared_out() -> None:
+    """What is named fits, and would be taken by a run."""
+    given = ["model.preset=124m", "train.micro_batch=1", "train.sequence=16", "train.clip=0"]
+    for ranks, names in (
+        (1, {"train.updates = 'early'", "train.optimizer.states = '8bit'"}),
+        (4, {"layout.shard = 2, layout.data = 2", "layout.shard = 4, layout.data = 1"}),
+    ):
+        config = load_run(None, given)
+        layout = config.layout.resolve(ranks, rare=False)
+        less = leaner(config, config.model.shape(), layout, casts=False)
+        assert names <= set(less)
+        for name in names:
+            changed = load_run(None, [*given, *(one.replace(" ", "").replace("'", "") for one in name.split(", "))])
+            assert less[name] == need(changed, changed.model.shape(), changed.laid_out(ranks), casts=False)
+            assert less[name].training_bytes < needed(*given, ranks=ranks).training_bytes
+    on_device = leaner(config, config.model.shape(), layout, casts=False, on_device=True)
+    assert "train.on_host = ['optimizer']" in on_device and "train.on_host = ['optimizer']" not in less
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("changes", [(), ("train.updates=early",), ("train.optimizer.states=8bit",)], ids=str)
+def test_what_is_allocated_is_predicted(changes: tuple[str, ...]) -> None:
+    """Of one rank without buckets, in every tensor that PyTorch allocates; no allocator loses room in between."""
+    from torch.distributed._tools.mem_tracker import MemTracker  # which loads the compiler
+
+    config = load_run(None, [*LARGE, "model.layers=2", "train.clip=0", "train.dtype=float32", *changes])
+    shape = config.model.shape()
+    model = Transformer(shape)
+    optimizer, tracker = make_optimizer(model, config.train), MemTracker()
+    stepper = Stepper(
+        model=model,
+        optimizer=optimizer,
+        sync=SingleRank(),
+        loss=lambda model, batch: model(*batch),
+        precision=nullcontext,
+        train=config.train,
+    )
+    tokens = torch.randint(shape.vocabulary, (config.train.micro_batch, config.train.sequence))
+    tracker.track_external(model, optimizer)
+    with tracker:
+        for step in range(2):
+            stepper.run(step, [(tokens, tokens)], 1)
+            tracker.reset_mod_stats()
+    (found,) = tracker.get_tracker_snapshot("peak").values()
+    one = need(config, shape, Layout(), casts=False)
+    lost = int(one.activations_bytes * (1 - 1 / ALLOCATOR))
+    assert one.training_bytes - lost == pytest.approx(found["Total"], rel=0.05)
 
 
 def test_a_budget_is_met_with_the_fewest_operations() -> None:

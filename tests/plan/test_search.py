@@ -6,14 +6,18 @@ from math import prod
 import pytest
 
 from thinwire.cluster import Cluster, load_cluster
+from thinwire.cluster.order import some_hosts
 from thinwire.config.run import load_run
 from thinwire.errors import UserError
+from thinwire.layout import Layout
 from thinwire.plan import penalties
-from thinwire.plan.candidates import Problem, drafts, some_hosts, variants
+from thinwire.plan.candidates import CODECS, Candidate, Problem, drafts, variants
+from thinwire.plan.cost import predict
 from thinwire.plan.explain import explain, faster, more_hosts
-from thinwire.plan.price import Priced, Unfit, least_s, least_with_exchange_s, price
+from thinwire.plan.price import Least, Priced, Unfit, least_s, least_with_exchange_s, price
 from thinwire.plan.problem import planned_run, problem_of
 from thinwire.plan.search import FAR, TIE, _fits, search
+from thinwire.sync.front import ways
 from thinwire.train.outline import outline
 
 NEEDED = ["train.sequence=64", "train.micro_batch=4", "model.layers=4"]
@@ -62,17 +66,28 @@ def everything(problem: Problem) -> list[Priced]:
     ids=["thin", "four", "slow", "a100", "sites"],
 )
 def test_the_search_finds_what_pricing_everything_finds(problem: Problem) -> None:
-    """And no bound is above a price."""
-    found, all_of_them = search(problem), everything(problem)
+    """And no bound is above a price. What chosen collectives may add comes after the search, so here without them."""
+    found, all_of_them = search(problem, refined=0), everything(problem)
     fastest_s = min(one.time_s for one in all_of_them)
     assert found.ranking[0].time_s == pytest.approx(fastest_s, rel=0.005)  # coding is timed
-    assert found.best.time_s <= (1 + TIE) * found.ranking[0].time_s
+    near = [one for one in all_of_them if one.time_s <= (1 + TIE) * fastest_s]
+    assert found.best.candidate == min(near, key=lambda one: one.wire_bytes / one.tokens_per_step).candidate
     assert len(found.ranking) < len(all_of_them)
     for one in all_of_them:
         if one.time_s < FAR * fastest_s:
             assert any(kept.time_s <= one.time_s * 1.005 and kept.memory_bytes <= one.memory_bytes for kept in found.front), one
 
 
+@pytest.mark.long
+def test_no_chosen_collectives_are_priced_below_what_any_can_be() -> None:
+    problem = of_rates("two-racks-half-uplink", "layout.map=ranks")
+    for codec in ("none", "int8"):
+        native = Candidate(layout=Layout(data=8), micro_batch=2, codec=codec)
+        chosen, least = price(replace(native, collectives="priced"), problem), price(native, problem, Least(problem.numbered))
+        assert least.step_s <= chosen.step_s <= price(native, problem).step_s * 1.005  # coding is timed
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(
     "problem", [of_rates("2x1xcpu:10Gflop/s@5Mbit/s"), by_name("2x2xa100-80gb@1Gbit/s")], ids=["rates", "name"]
 )
@@ -95,6 +110,7 @@ def test_thin_links_want_rare_exchanges_and_fat_ones_none() -> None:
     assert fat.candidate.sync == "every_step" and fat.time_s < thin.best.time_s
 
 
+@pytest.mark.long
 def test_without_penalties_rarely_is_free_and_they_are_shown_otherwise() -> None:
     problem = by_name("4x8xa100-80gb@1Gbit/s")
     free, counted = search(replace(problem, penalties=False)).best, search(problem).best
@@ -106,14 +122,10 @@ def test_without_penalties_rarely_is_free_and_they_are_shown_otherwise() -> None
 
 
 def test_penalties_are_those_of_their_sources() -> None:
-    """Published points, and what lies between and beyond."""
-    each = penalties.numbers()["loss"]["tokens_per_loss"]
-    assert penalties.of_rare(335e6, 4, 30, 0, 1e9) == pytest.approx(1 + each * 0.009)
-    assert penalties.of_rare(1e6, 4, 2, 1, 200) == pytest.approx(1.6, abs=0.03)  # and our own run
-    assert penalties.of_rare(1e12, 2, 30, 0, 1e9) == penalties.of_rare(10e9, 2, 30, 0, 1e9)
-    assert penalties.of_rare(335e6, 16, 30, 0, 1e9) > penalties.of_rare(335e6, 8, 30, 0, 1e9)
-    assert penalties.of_rare(335e6, 4, 60, 0, 1e9) == pytest.approx(1 + each * (0.009 + 0.0046))
-    assert penalties.of_rare(335e6, 4, 30, 0, 300) == pytest.approx(1 + each * 0.009 + 5 * 30 / 300)
+    """Of codes the front's rows, which may be below 1; the planner's words for rare exchanges have rows too."""
+    measured = {way.method: way.steps_over_ddp for way in ways()}
+    assert {kind: penalties.of_codec(kind) for kind in CODECS} == {kind: max(1.0, measured.get(kind, 1.0)) for kind in CODECS}
+    assert set(CODECS) <= measured.keys() | {"none"}
     assert penalties.of_batch(1) == 1 and penalties.of_batch(2) == pytest.approx(4 / 3)
 
 
@@ -136,6 +148,19 @@ def test_what_fits_nowhere_is_refused_with_what_comes_nearest() -> None:
         price(next(drafts(by_name("1x1xl4-24gb@1Gbit/s", model="8b"))), by_name("1x1xl4-24gb@1Gbit/s", model="8b"))
 
 
+@pytest.mark.parametrize("kept", [(), ("layout.map=ranks",)], ids=["links", "ranks"])
+def test_ranks_have_the_numbers_of_a_run_wherever_a_plan_is_priced(kept: tuple[str, ...]) -> None:
+    """Those of two-racks alternate between the racks."""
+    problem, seconds = of_rates("two-racks", *kept), []
+    for layout in (Layout(data=4, tensor=2), Layout(pipe=4, data=2)):
+        one = Candidate(layout=layout, micro_batch=1, accumulate=4)
+        setting, transfers, carrier = outline(one.config(problem), problem.shape, layout, problem.cluster, problem.rates or ())
+        seconds.append(price(one, problem).step_s)
+        assert seconds[-1] == predict(setting, transfers, carrier=carrier).step_s
+    others = of_rates("two-racks", *(() if kept else ("layout.map=ranks",)))
+    assert price(one, others).step_s != seconds[-1]
+
+
 def test_hosts_are_added_and_taken_away_with_their_links() -> None:
     cluster = load_cluster("two-racks")
     assert more_hosts(cluster).world_size == 10 and len(more_hosts(cluster).links) == len(cluster.links) + 4
@@ -155,6 +180,7 @@ def test_a_line_says_what_a_cluster_is() -> None:
             load_cluster(line)
 
 
+@pytest.mark.long
 def test_ten_thousand_devices_and_a_trillion_parameters_are_planned() -> None:
     """In a few thousand prices of a hundred thousand candidates; seconds are for the bench."""
     found = search(by_name("1250x8xh100-80gb@3.2Tbit/s", model="1t", batch=2048, beyond=True))
@@ -178,7 +204,8 @@ def test_a_plan_is_written_for_as_many_tokens_as_it_needs(tmp_path) -> None:
 
 @pytest.mark.long
 def test_interleaved_racks_want_collectives_that_fit() -> None:
-    problem = of_rates("two-racks", "sync.kind=every_step", "layout.pipe=1", batch=8)
+    """Where ranks keep the numbers that they were started with."""
+    problem = of_rates("two-racks", "sync.kind=every_step", "layout.pipe=1", "layout.map=ranks", batch=8)
     found = search(problem)
     native = search(replace(problem, kept=problem.kept | {"collectives.kind"}))
     assert found.best.candidate.collectives == "priced" and found.best.time_s < 0.9 * native.best.time_s

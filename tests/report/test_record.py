@@ -44,8 +44,17 @@ def test_files_come_back_as_written_and_nothing_is_left_aside(tmp_path: Path) ->
         read = getattr(RunFolder.open(folder.path), name.removesuffix(".json"))()
         folder.write(name, read)
         after = json.loads(folder.read_text(name) or "")
-        assert after == {**after, **before}
+        assert _has(after, before)
     assert not list(folder.path.glob(".*"))
+
+
+def _has(after: Any, before: Any) -> bool:
+    """What was written, and maybe keys that were left out because they have a default."""
+    if isinstance(before, dict):
+        return all(key in after and _has(after[key], value) for key, value in before.items())
+    if isinstance(before, list):
+        return len(after) == len(before) and all(map(_has, after, before))
+    return bool(after == before)
 
 
 def test_a_newer_key_survives(tmp_path: Path) -> None:

@@ -16,13 +16,15 @@ from PIL import Image
 from run_folders import RUN_TOML, make_run
 
 from thinwire.cluster import load_cluster, shipped_clusters
-from thinwire.record import LinkLoad, RunFolder
+from thinwire.record import Examples, RunFolder
 from thinwire.report import Facts, page, write_report
 from thinwire.report.charts import MAX_POINTS, Series, _thinned
 from thinwire.report.diagram import diagram
 from thinwire.report.facts import card_rows, setup_bytes, step_rows, transfer_rows
 from thinwire.report.network import picture
 from thinwire.report.text import percent, whole
+from thinwire.stepcost import LinkLoad
+from thinwire.tasks.pictures import svg, uri
 
 SECTIONS = ["loss", "step", "bytes", "network", "assumptions", "settings"]
 OPTIONAL = ["predicted.json", "measured.json", "ledger.json", "cards.json", "cluster.toml", "run.toml", "events.jsonl"]
@@ -39,7 +41,7 @@ class Balance(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "img"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -55,12 +57,12 @@ def check_form(text: str) -> str:
     """Balanced tags, well-formed SVG, nothing external, no nan; returns the words of the page."""
     balance = Balance(text)
     assert balance.open == [] and balance.wrong == []
-    for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
-        ElementTree.fromstring(svg)
-        assert not re.search(r'="[^"]*\b(nan|inf)\b', re.sub(r'data-hover="[^"]*"', "", svg))
+    for found in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        ElementTree.fromstring(found)
+        assert not re.search(r'="[^"]*\b(nan|inf)\b', re.sub(r'data-hover="[^"]*"', "", found))
     addresses = set(re.findall(r"\w+://[^\"'<\s]+", text)) - {"http://www.w3.org/2000/svg"}
     assert not addresses
-    assert not re.search(r"<(link|img|iframe|object)\b|\bsrc=|@import|url\(|fetch\(|XMLHttpRequest", text)
+    assert not re.search(r"<(link|iframe|object)\b|\bsrc=(?!.data:image/)|@import|url\(|fetch\(|XMLHttpRequest", text)
     words = "\n".join(balance.words)
     assert not re.search(r"\b(nan|inf|None)\b", words), re.findall(r".*\b(?:nan|inf|None)\b.*", words)
     for name in SECTIONS:
@@ -99,6 +101,20 @@ def test_numbers_are_those_of_the_folder(tmp_path: Path, seed: int) -> None:
         assert whole(card["sent_bytes"]) in words and whole(card["received_bytes"]) in words
     held_out = folder.evals()[-1].loss
     assert f"{held_out:.3f}" in words and "2.451" in words and "bigram table" in words
+
+
+def test_examples_are_shown_with_their_pictures(tmp_path: Path) -> None:
+    """Lines up to an empty one are one example, and each line is, where there is none."""
+    folder = make_run(tmp_path / "run", load_cluster("laptop"), steps=2)
+    assert '<section id="examples">' not in page(Facts(folder))
+    pixel = uri(svg(numpy.zeros((1, 1, 3), numpy.uint8)))
+    folder.write("examples.json", Examples(step=2, lines=(pixel, "a coat", "", "a <b>bag</b>", "")))
+    text = page(Facts(folder))
+    words = check_form(text)
+    assert f'<img src="{pixel}" alt="">' in text and "a <b>bag</b>" in words
+    assert Facts(folder).example_lines == [[pixel, "a coat"], ["a <b>bag</b>"]]
+    folder.write("examples.json", Examples(step=2, lines=("one", "two")))
+    assert Facts(folder).example_lines == [["one"], ["two"]]
 
 
 def test_text_is_escaped(tmp_path: Path) -> None:
@@ -192,7 +208,9 @@ def test_what_was_sent_before_ddp_ordered_its_buckets_is_a_row_of_its_own(tmp_pa
     assert rows[-1].ledger_low == 115 and math.isnan(rows[-1].predicted_bytes)
 
 
-@pytest.mark.parametrize(("steps", "calls", "equal"), [(20, 4, True), (18, 4, True), (20, 3, False), (18, 5, False)])
+@pytest.mark.parametrize(
+    ("steps", "calls", "equal"), [(20, 4, True), (18, 4, True), (20, 3, False), (18, 5, False), (11, 2, True)]
+)
 def test_one_more_event_may_end_the_run(tmp_path: Path, steps: int, calls: int, equal: bool) -> None:
     folder = make_run(tmp_path / "run", load_cluster("laptop"), steps=steps)
     transfer = {"label": "loss", "axis": "data", "op": "all_reduce", "message_bytes": 8, "calls": 1, "every": 5}

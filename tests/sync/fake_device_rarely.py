@@ -18,7 +18,7 @@ import thinwire.compress.coded
 import thinwire.compress.passes
 import thinwire.sync.noloco
 import thinwire.sync.standalone
-from on_device import DEVICE, FromTheDevice
+from on_device import DEVICE, FromTheDevice, as_saved
 from thinwire.compress.passes import Found
 from thinwire.sync.shards import Shards
 
@@ -44,7 +44,7 @@ def run(options: dict[str, Any]) -> None:
                     optimizer.step()
                     with outer.averaged():
                         pass
-                state = outer.state_dict()
+                state = as_saved(outer.state_dict())
             assert outer.steps == 5 * (life + 1) and outer.sent_bytes > 0
         assert all(parameter.device == DEVICE for parameter in model.parameters())
     print("all on the device")

@@ -47,8 +47,9 @@ SETTINGS = {
     "local_sgd": (1.0, 0.0, 4, 0, 0.0),
     "muloco": (0.7, 0.6, 3, 0, 0.0),
     "streaming": (0.4, 0.9, 4, 2, 0.5),
+    "added": (1.0, 0.0, 4, 3, None),
 }
-"""Outer learning rate and momentum, H, tau, alpha."""
+"""Outer learning rate and momentum, H, tau, alpha; None: to what comes back is added what a replica has moved since."""
 
 
 def reference(kind: str, workers: int, ranks_of_each: int = 1) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -58,21 +59,24 @@ def reference(kind: str, workers: int, ranks_of_each: int = 1) -> tuple[list[tor
     names = [name for name, _ in models[0].named_parameters()]
     rate, mu, every, tau, alpha = SETTINGS[kind]
     groups = [[n for n in names if f"blocks.{b}." in n] for b in range(4)] + [[n for n in names if "embed" in n]]
-    groups = groups if kind == "streaming" else [names]
+    groups = groups if tau else [names]
     anchor = {name: p.detach().clone() for name, p in models[0].named_parameters()}
     u = {name: torch.zeros_like(p) for name, p in anchor.items()}
     waiting: dict[int, dict[str, torch.Tensor]] = {}
+    stood = [dict[str, torch.Tensor]() for _ in models]
 
     def send(group: list[str]) -> dict[str, torch.Tensor]:
+        for at, m in zip(stood, models, strict=True):
+            at |= {n: p.detach().clone() for n, p in m.named_parameters() if n in group}
         return {n: torch.stack([anchor[n] - dict(m.named_parameters())[n].detach() for m in models]).mean(0) for n in group}
 
     def apply(deltas: dict[str, torch.Tensor]) -> None:
         for n, d in deltas.items():
             u[n] = mu * u[n] + d
             anchor[n] = anchor[n] - rate * (d + mu * u[n] if mu else d)
-            for m in models:
+            for at, m in zip(stood, models, strict=True):
                 p = dict(m.named_parameters())[n].data
-                p.copy_(alpha * p + (1 - alpha) * anchor[n])
+                p.copy_(anchor[n] + (p - at[n]) if alpha is None else alpha * p + (1 - alpha) * anchor[n])
 
     sent = dict.fromkeys(range(len(groups)), 0)
     for step in range(STEPS):

@@ -247,6 +247,7 @@ def fails_on_one(context: Rank) -> str:
     return str(caught.value)
 
 
+@pytest.mark.long
 def test_what_goes_wrong_on_one_rank_is_the_same_line_on_all(ranks2: Pool) -> None:
     said = ranks2.run(fails_on_one)
     assert said == ["compress.kind = 'int4': rank 1: no room for codes"] * 2

@@ -23,6 +23,7 @@ from thinwire.sync.outer import published_learning_rate
 KINDS = {
     "diloco": DiLoCo(every=3, outer_learning_rate=0.7),
     "streaming": Streaming(every=4, layers_per_fragment=1, overlap=2, mixing=0.5),
+    "added": Streaming(every=4, layers_per_fragment=1, overlap=3, arrival="add", outer_learning_rate=1.0, outer_momentum=0.0),
     "sparseloco": SparseLoCo(every=3),
     "muloco": MuLoCo(every=3),
     "local_sgd": LocalSGD(every=4),
@@ -30,7 +31,7 @@ KINDS = {
 CODES = {"none": NoCompression(), "int4": Coded(kind="int4", exclude=(), vectors=True), "bf16": Coded(kind="bf16")}
 
 
-@pytest.mark.parametrize("kind", ["diloco", "streaming", "local_sgd", "muloco"])
+@pytest.mark.parametrize("kind", ["diloco", "streaming", "added", "local_sgd", "muloco"])
 @pytest.mark.parametrize("pool", ["ranks3", long("ranks2")])
 def test_equals_the_reference_in_one_process(request: pytest.FixtureRequest, pool: str, kind: str) -> None:
     ranks: Pool = request.getfixturevalue(pool)
@@ -68,7 +69,7 @@ def test_sends_what_was_predicted_and_ends_bit_equal(ranks4: Pool, kind: str, co
         assert torch.equal(results[0]["local"], results[1]["local"])
 
 
-@pytest.mark.parametrize("kind", ["streaming", "sparseloco"])
+@pytest.mark.parametrize("kind", ["streaming", "added", "sparseloco"])
 @pytest.mark.parametrize("stop", [5, 6])
 def test_resumed_equals_uninterrupted_bit_for_bit(ranks2: Pool, kind: str, stop: int) -> None:
     """Also with a fragment under way (streaming, after 5 steps)."""
@@ -79,6 +80,33 @@ def test_resumed_equals_uninterrupted_bit_for_bit(ranks2: Pool, kind: str, stop:
         assert any(fragment["under_way"] is not None for fragment in cut[0]["state"]["sync"]["fragments"])
     for one, other in zip(whole, resumed, strict=True):
         assert all(torch.equal(one[key], other[key]) for key in ("local", "final"))
+
+
+def moved(context: Rank, code: Coded) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Replicas that move by what is drawn, three times: (by how much x moved, what this one still owes, what it moved)."""
+    layout = Layout(outer=context.world_size)
+    sync = make_synchroniser(SparseLoCo(every=1), code, layout, context.ledger)
+    model = torch.nn.Linear(40, 60, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    draws, total = torch.Generator().manual_seed(context.rank), torch.zeros(60, 40, dtype=torch.float64)
+    with sync.attached(model, adamw(model), init_device_mesh("cpu", layout.degrees, mesh_dim_names=AXES)):
+        for step in range(3):
+            move = torch.randn(60, 40, generator=draws)
+            total += move
+            model.weight.data += move
+            sync.after_step(step)
+        owed = sync.state_dict()["exchange"]["memory"]["owed"]["kept"]["weight"]
+        return model.weight.detach().double(), -owed.view(60, 40).double(), total
+
+
+@pytest.mark.parametrize("method", ["two-shot", "gather", "powersgd"])
+def test_what_codes_lose_on_the_way_there_and_back_is_owed(ranks3: Pool, method: str) -> None:
+    """Two shots also code the average that comes back; what that loses is fed back by the rank that made it."""
+    code = Coded(kind="powersgd") if method == "powersgd" else Coded(kind="int4", exchange=method)
+    moves, owed, wanted = (torch.stack(several) for several in zip(*ranks3.run(moved, code), strict=True))
+    assert torch.equal(moves[0], moves[1]) and torch.equal(moves[0], moves[2])
+    assert owed.mean(0).norm() > 0.01 * wanted.mean(0).norm()
+    torch.testing.assert_close(moves[0] + owed.mean(0), wanted.mean(0), rtol=0, atol=1e-5)
 
 
 def test_hierarchical_averages_near_ranks_more_often(ranks4: Pool) -> None:

@@ -22,6 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.com
 OPTIONS: dict[str, dict[str, Any]] = {
     "diloco": {"every": 3, "outer_learning_rate": 0.7},
     "streaming": {"kind": "streaming", "every": 3, "layers_per_fragment": 1, "overlap": 2, "mixing": 0.5},
+    "added": {"kind": "streaming", "every": 3, "layers_per_fragment": 1, "overlap": 2, "arrival": "add"},
     "sparseloco": {"kind": "sparseloco", "every": 3},
     "muloco": {"kind": "muloco", "every": 3},
     "local_sgd": {"kind": "local_sgd", "every": 3},
@@ -222,7 +223,7 @@ def idle(context: Rank, options: dict) -> bool:
     return all(alike) and len(alike) >= 2 and same(begun, ended)
 
 
-@pytest.mark.parametrize("kind", ["diloco", "local_sgd", "noloco", "streaming"])
+@pytest.mark.parametrize("kind", ["diloco", "local_sgd", "noloco", "streaming", "added"])
 def test_nothing_moves_where_nothing_was_trained(ranks2: Pool, kind: str) -> None:
     assert all(ranks2.run(idle, OPTIONS[kind]))
 

@@ -21,6 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "diloco": {},
     "coded": {"compress": {"kind": "int4", "vectors": True}},
     "streaming": {"kind": "streaming", "layers_per_fragment": 1, "overlap": 2},
+    "added": {"kind": "streaming", "layers_per_fragment": 1, "overlap": 2, "arrival": "add"},
     "sparseloco": {"kind": "sparseloco"},
     "noloco": {"kind": "noloco"},
 }
@@ -316,7 +317,7 @@ def adopted(context: Rank, options: dict[str, Any]) -> dict[str, Any]:
     return {"first": first, "end": flat(again), "steps": more.steps}
 
 
-@pytest.mark.parametrize("kind", ["diloco", "coded", "noloco"])
+@pytest.mark.parametrize("kind", ["diloco", "coded", "added", "noloco"])
 def test_other_numbers_of_replicas_adopt_the_states_of_all(ranks4: Pool, kind: str) -> None:
     results = ranks4.run(adopted, KINDS[kind])
     for one in results:

@@ -93,6 +93,7 @@ def test_a_late_push_is_in_the_next_merge_and_its_staleness_is_noted() -> None:
         assert stale[0] >= 2 and min(min(merge.staleness) for merge in merger.merges) == 0
 
 
+@pytest.mark.long
 def test_grace_waits_for_the_others_but_not_longer() -> None:
     with serving(service_of(quorum=1, grace_s=30.0)) as running:  # all come well within it, so nobody waits for its end
         began = time.monotonic()
@@ -140,6 +141,7 @@ def replica_process(kind: str, address: str, replica: int, pause_s: float, go: E
             worker.step()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["diloco", long("gradients")])
 def test_one_of_three_is_killed_and_comes_back_and_the_others_lose_no_step(kind) -> None:
     start_server()
@@ -216,6 +218,7 @@ def test_a_stalled_replica_delays_and_is_given_up_after_the_time_out() -> None:
         thread.join(20)
 
 
+@pytest.mark.long
 def test_a_worker_that_waits_in_vain_names_the_server_in_one_line() -> None:
     service = service_of().model_copy(update={"first_workers": 1, "timeout_s": 2.0})
     with serving(service) as running:

@@ -203,6 +203,7 @@ def test_a_quorum_wants_one_server() -> None:
         Service(servers=3, merge=DiLoCo(quorum=2))
 
 
+@pytest.mark.long
 def test_a_server_that_lets_wait_is_not_silent() -> None:
     service = Service(first_workers=2, merge=DiLoCo(every=EVERY), total_tokens=8, heartbeat_s=0.05, timeout_s=1.5)
     with serving(service) as running:

@@ -6,6 +6,7 @@ import socket
 import struct
 import threading
 import time
+import urllib.request
 from collections import Counter
 from contextlib import suppress
 from functools import partial
@@ -91,6 +92,26 @@ def test_serve_listens_where_it_is_asked_to_and_nowhere_else_and_is_found_there(
         out, errors = process.communicate(timeout=20)
     assert process.returncode == 0, errors
     assert out.count("a on ") == 4 and " left" in out
+
+
+def test_serve_answers_prometheus(tmp_path) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    with started("serve", "--bind", "127.0.0.1:0", "--metrics-port", str(port), cwd=tmp_path) as process:
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with AsyncDiLoCo(model, optimizer, store=address_of(process), name="a", every=1):
+            optimizer.step()
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+                lines = answer.read().decode().splitlines()
+        process.terminate()
+        assert process.wait(timeout=20) == 0
+    values = {line.split('{server="0"} ')[0]: float(line.split()[-1]) for line in lines if not line.startswith("#")}
+    assert values["thinwire_server_version"] == values["thinwire_server_workers"] == 1
+    numel = sum(one.numel() for one in model.parameters())
+    sent, received = (values[f"thinwire_server_{which}_bytes_total"] for which in ("sent", "received"))
+    assert sent >= 4 * numel and received >= 8 * numel  # first weights, a push, and what became of it
 
 
 def test_ipv6_is_an_address_like_any_other(tmp_path) -> None:
@@ -184,7 +205,7 @@ def test_a_name_that_is_loopback_here_is_served_as_that_and_printed_as_that(tmp_
 def test_a_server_that_dies_of_its_own_ends_serve_with_one_line(tmp_path) -> None:
     """It cannot write what it is to keep."""
     keep = tmp_path / "kept"
-    (keep / "server-1.part.part").mkdir(parents=True)
+    (keep / "server-1.part").mkdir(parents=True)
     with started("serve", "--bind", "127.0.0.1:0", "--keep", str(keep), "--service", "servers=2", cwd=tmp_path) as process:
         address = address_of(process)
         model = make_model()
@@ -326,6 +347,7 @@ def test_thousands_of_messages_of_strangers_cost_nobody_else_anything(messages: 
     assert sum(sent.values()) >= messages
 
 
+@pytest.mark.long
 def test_a_crowd_of_strangers_is_bounded_and_lets_honest_ones_in() -> None:
     with serving(service_of()) as running:
         before = threading.active_count()

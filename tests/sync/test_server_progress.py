@@ -49,6 +49,7 @@ def loop(address: str, name: str, steps: int, at: int = -1, pause=bool) -> None:
             optimizer.zero_grad()
 
 
+@pytest.mark.long
 def test_a_worker_whose_loop_hangs_is_lost_after_the_time_out_and_told_so() -> None:
     with serving(service_of(2)) as running:
         wakes = threading.Event()
@@ -71,6 +72,7 @@ def test_a_worker_whose_loop_hangs_is_lost_after_the_time_out_and_told_so() -> N
         assert running.servers[0].merger.steps["a"] == 12
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["diloco", long("gradients")])
 def test_a_pause_in_which_a_worker_says_that_it_is_alive_is_none(kind) -> None:
     def pauses(replica: AsyncDiLoCo | ParameterServerWorker) -> None:
@@ -98,6 +100,7 @@ def test_a_pause_in_which_a_worker_says_that_it_is_alive_is_none(kind) -> None:
         assert not lost(running) and running.servers[0].merger.version == 3
 
 
+@pytest.mark.long
 def test_local_steps_are_progress_and_few_bytes() -> None:
     """A round that takes longer than timeout_s, of steps that do not."""
     with serving(service_of(1, merge=DiLoCo(every=30))) as running:
@@ -177,6 +180,7 @@ def starts(link: Connection) -> None:
     assert answer(link)[0].kind == Kind.STATE
 
 
+@pytest.mark.long
 def test_a_long_payload_over_a_slow_link_is_not_silence_and_half_of_one_is() -> None:
     """Pieces that take longer than timeout_s together; then one that stops in the middle."""
     with serving(service_of(1, timeout_s=1.0)) as running:

@@ -270,6 +270,7 @@ with thinwire.DiLoCo(model, optimizer, every=2, compress={"kind": "int8", "vecto
 """
 
 
+@pytest.mark.long
 def test_a_rank_that_fails_lets_nobody_wait(tmp_path: Path) -> None:
     (tmp_path / "fails.py").write_text(FAILS_ON_ONE)
     first, second = ended([start(str(tmp_path / "fails.py"), str(rank), str(tmp_path / "store")) for rank in range(2)])

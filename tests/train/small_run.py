@@ -9,7 +9,7 @@ import torch
 
 from pool import Pool, Rank
 from thinwire.config.run import RunConfig
-from thinwire.environment import Environment
+from thinwire.environment import Environment, Lab
 from thinwire.record import RunFolder
 from thinwire.report import Facts, as_json
 from thinwire.train.runtime import StopRequest
@@ -63,18 +63,26 @@ class StopAfter(StopRequest):
         return self.ledger.step + 1 >= self.step  # type: ignore[attr-defined]
 
 
-def run_training(context: Rank, config: RunConfig, resume: Path | None = None, stop_after: int = 10**9) -> Outcome:
+def run_training(
+    context: Rank, config: RunConfig, resume: Path | None = None, stop_after: int = 10**9, lab: Lab | None = None
+) -> Outcome:
     ledger = context.ledger
     ledger.step = -1
     rank = TrainingRank(
         config=config,
-        environment=Environment(place=None, lab=None, error_file=None, cache_folder=Path("/nonexistent"), results=None),
+        environment=Environment(place=None, lab=lab, error_file=None, cache_folder=Path("/nonexistent"), results=None),
         layout=config.layout.resolve(context.world_size, rare=config.sync.rare),
         ledger=ledger,
         device=torch.device("cpu"),
         stop=StopAfter(ledger, stop_after),
     )
     return train_as(rank, resume)
+
+
+def run_paced_on(context: Rank, config: RunConfig, cluster: Path, resume: Path | None = None, stop_after: int = 10**9) -> Outcome:
+    """As in a lab of that cluster, paced."""
+    lab = Lab(cluster=cluster, host=f"host{context.rank}", paced=True, delay="none", results=cluster.parent)
+    return run_training(context, config, resume, stop_after, lab)
 
 
 def losses(folder: Path) -> dict[int, float]:

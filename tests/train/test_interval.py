@@ -11,7 +11,8 @@ from torch import nn
 
 from fake_stream import Device
 from thinwire.collectives.clock import DeviceClock, HostClock
-from thinwire.config.run import SGD, TrainSection
+from thinwire.config.optimizer import SGD
+from thinwire.config.run import TrainSection
 from thinwire.train.interval import Interval
 from thinwire.train.optimizers import make_optimizer
 from thinwire.train.step import Stepper

@@ -53,6 +53,7 @@ def run_and_sent(context: Rank, config: RunConfig) -> tuple[Path, dict[tuple[str
     return folder, dict(sent)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("sync", "dtype", "kind"),
     [

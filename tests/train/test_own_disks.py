@@ -80,6 +80,7 @@ def coded(ranks4: Pool, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(ranks4, tmp_path_factory.mktemp("int4"), "int4")
 
 
+@pytest.mark.long
 def test_each_disk_keeps_what_is_alike_and_its_own_ranks(runs: Runs) -> None:
     for number, disk in enumerate(runs.cut):
         held = examine(disk / "run" / "checkpoints" / "step-000006")
@@ -95,6 +96,7 @@ def test_resumed_on_the_same_disks_equals_uninterrupted(ranks4: Pool, tmp_path: 
     assert coded.goes_on_as_if_uninterrupted(disks)
 
 
+@pytest.mark.long
 def test_parts_are_found_wherever_they_lie(ranks4: Pool, tmp_path: Path, coded: Runs) -> None:
     """The hosts have changed places; and what is alike is damaged on one of them."""
     first, second = coded.copy(tmp_path)
@@ -105,6 +107,7 @@ def test_parts_are_found_wherever_they_lie(ranks4: Pool, tmp_path: Path, coded: 
     assert coded.goes_on_as_if_uninterrupted([second, first])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_fresh_host_in_the_place_of_a_lost_one_is_given_what_it_lacks(
     ranks4: Pool, tmp_path: Path, runs: Runs, lost: int
@@ -154,6 +157,7 @@ def test_a_disk_that_cannot_be_written_is_said_before_the_first_step(ranks4: Poo
     assert not RunFolder(disks[0] / "run").has("record.json")
 
 
+@pytest.mark.long
 def test_a_disk_that_fails_while_training_goes_on_ends_the_run_in_one_line(ranks4: Pool, tmp_path: Path) -> None:
     config, disks = settings(tmp_path / "text", checkpoint_every=3), make_disks(tmp_path / "disks")
     (disks[1] / "run" / "checkpoints").mkdir(parents=True)
@@ -164,6 +168,7 @@ def test_a_disk_that_fails_while_training_goes_on_ends_the_run_in_one_line(ranks
     assert "step-000003" in names(disks[0] / "run" / "checkpoints"), "its part of step 6 may have been written before"
 
 
+@pytest.mark.long
 def test_the_clock_says_when_and_the_newest_three_stay(ranks2: Pool, tmp_path: Path) -> None:
     config, disks = settings(tmp_path / "text", checkpoint_every_s=1e-3), make_disks(tmp_path / "disks")[:1]
     assert ranks2.run(on_own_disk, disks, config) == ["done"] * 2

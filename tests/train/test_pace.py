@@ -16,6 +16,9 @@ from thinwire.models.transformer import Transformer
 from thinwire.parallel import recompute, tensor
 from thinwire.parallel.tensor_parts import local_workload
 from thinwire.parallel.waits import Waits
+from thinwire.tasks import costs
+from thinwire.tasks.lm_lstm import LSTMModel
+from thinwire.tasks.recommendation import Factors
 from thinwire.train.pace import Pacer
 from thinwire.workload import Workload
 
@@ -133,8 +136,29 @@ def test_what_is_computed_again_takes_its_time_going_backward() -> None:
     assert 0.999 * pacer.backward_s < backward_s < 1.3 * pacer.backward_s
 
 
+@pytest.mark.long
+@pytest.mark.timed
+@pytest.mark.parametrize("model", [LSTMModel(32, 8, 1), Factors(32, 9, 4)], ids=["recurrent", "embeddings"])
+def test_layers_of_tasks_take_their_time(model: nn.Module) -> None:
+    """Both ways, though no linear layer is the first, or there is none."""
+    model, tokens = model.double(), torch.zeros(2, 8, dtype=torch.int64)
+    given = tokens if isinstance(model, LSTMModel) else tokens[:, 0]
+    workload = costs.workload_of(model, lambda: model(given).sum(), 2, "float64")
+    pacer, seconds = Pacer.of(workload, workload.flops_per_microbatch / 0.09), []
+    with pacer.attached(model, workload):
+        for _ in range(TRIES):
+            begun = time.perf_counter()
+            loss = model(given).sum()
+            between = time.perf_counter()
+            loss.backward()
+            seconds.append((between - begun, time.perf_counter() - between))
+    forward_s, backward_s = (min(times) for times in zip(*seconds, strict=True))
+    assert 0.03 < forward_s < 0.045 and 0.06 < backward_s < 0.08
+    assert pacer.declared_s == pytest.approx(TRIES * 0.09)
+
+
 def test_a_model_without_linear_layers_is_refused() -> None:
-    model = nn.Embedding(3, 4)
+    model = nn.LayerNorm((3, 4))
     with (
         pytest.raises(UserError, match="linear layers"),
         Pacer(0.1, 0.1).attached(model, Workload.of_parameters([("weight", (3, 4))], 1)),

@@ -332,6 +332,7 @@ def test_a_disk_that_lacks_a_part_is_given_it(ranks4: Pool, tmp_path: Path, lost
         assert_equal(union([later]), union([after]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("copies", [1, 2])
 def test_a_lost_disk_costs_nothing_where_there_are_two_copies(ranks4: Pool, tmp_path: Path, copies: int) -> None:
     folders = disks(tmp_path, [0, 0, 1, 1])

@@ -1,6 +1,7 @@
 """Whole runs whose layers lie on several ranks learn what one rank with the same tokens learns, and send what was predicted."""
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pool import Pool, RankFailure
 from thinwire.errors import UserError
 from thinwire.record import RunFolder
 from thinwire.report import Facts, as_json
+from thinwire.report.page import page
 from thinwire.train.trained import open_trained
 
 pytestmark = pytest.mark.heavy
@@ -38,6 +40,20 @@ def test_a_run_equals_one_rank_and_its_prediction(
     assert losses(outcome.folder) == pytest.approx(expected[0], rel=1e-9)
     assert scores(outcome.folder) == pytest.approx(expected[1], rel=1e-9)
     assert {"pipeline", "norm", "summary"} <= sent_as_predicted(outcome.folder)
+    check_passes(RunFolder.open(outcome.folder))
+
+
+def check_passes(folder: RunFolder) -> None:
+    """Of the last step: each rank made the passes that were predicted, in that order, one by one; the report draws them."""
+    predicted, measured = (cost.passes for cost in (folder.predicted(), folder.measured()) if cost)
+    ranks = {one.rank for one in predicted}
+    assert len(ranks) > 1
+    for rank in ranks:
+        ran, expected = ([one for one in side if one.rank == rank] for side in (measured, predicted))
+        ran, expected = (sorted(side, key=lambda one: one.begin_s) for side in (ran, expected))
+        assert [(one.kind, one.stage, one.micro) for one in ran] == [(one.kind, one.stage, one.micro) for one in expected]
+        assert all(one.end_s <= after.begin_s for one, after in pairwise(ran)) and ran[0].begin_s >= 0
+    assert page(Facts(folder)).count("<rect") >= len(predicted) + len(measured)
 
 
 @pytest.mark.long
@@ -82,12 +98,24 @@ def test_codes_between_stages_learn_alike(ranks2: Pool, tmp_path: Path) -> None:
     plain = ranks2.run(run_training, config_of(tmp_path / "plain", {"pipe": 2}))[0]
     options = {"activations": "int8", "gradients": "int8"}
     coded = ranks2.run(run_training, config_of(tmp_path / "coded", {"pipe": 2}, pipeline=options))[0]
+    assert "evaluation passes" in sent_as_predicted(coded.folder)
     assert scores(coded.folder)[12] == pytest.approx(scores(plain.folder)[12], rel=0.01)
     sent = [
         sum(row.wire_bytes_per_step for row in RunFolder.open(one.folder).predicted().transfers if row.label == "pipeline")  # type: ignore[union-attr]
         for one in (plain, coded)
     ]
     assert sent[1] < 0.25 * sent[0]
+
+
+@pytest.mark.long
+def test_coded_evaluations_change_no_bit_of_training(ranks4: Pool, tmp_path: Path) -> None:
+    """Nor of what is owed, by which later steps would differ."""
+    sections: dict[str, Any] = {"pipeline": {"activations": "int8"}, "compress": {"kind": "int4", "exclude": []}}
+    found = []
+    for every in (0, 2):
+        config = config_of(tmp_path / str(every), {"pipe": 2, "data": 2}, train={"eval_every": every}, **sections)
+        found.append(losses(ranks4.run(run_training, config)[0].folder))
+    assert found[0] == found[1] and len(found[0]) == 12
 
 
 @pytest.mark.long

@@ -120,6 +120,7 @@ def test_coded_gradients_of_shares_learn_alike_and_resume_bit_for_bit(ranks2: Po
 ONE_REPLICA = [("ranks1", {}), ("ranks2", {"tensor": 2}), ("ranks4", {"pipe": 2, "seq": 2}), ("ranks4", {"seq": 4})]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("first", "others"),
     [

@@ -21,12 +21,16 @@ from thinwire.train.checkpoint.shards import Refit, from_plain, to_plain
 CONFIG = ModelConfig.model_validate({"layers": 1, "width": 20, "heads": 5, "hidden": 9, "vocabulary": 11})
 SHAPES = {name: tuple(value.shape) for name, value in Transformer(CONFIG).state_dict().items()}
 Way = tuple[str, int]
-WAYS = st.sampled_from([("tensor", 1), ("tensor", 2), ("tensor", 4), ("rows", 2), ("rows", 3)])
+WAYS = st.sampled_from([("tensor", 1), ("tensor", 2), ("tensor", 4), ("rows", 2), ("rows", 3), ("rows of 2 tensor ranks", 6)])
 
 
 def parts(way: Way, rank: int) -> dict[str, Part]:
     if way[0] == "rows":
         return {name: rows_of(shape[0], way[1], rank) for name, shape in SHAPES.items()}
+    if way[0] == "rows of 2 tensor ranks":
+        its = parts_of(CONFIG, 2, rank % 2)
+        local = {name: its[name].local_shape(shape) if name in its else shape for name, shape in SHAPES.items()}
+        return {name: rows_of(shape[0], 3, rank // 2, its.get(name)) for name, shape in local.items()}
     return parts_of(CONFIG, way[1], rank) if way[1] > 1 else {}
 
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from thinwire.config.run import SGD, AdamW, Muon, SignSGD, TrainSection
+from thinwire.config.optimizer import SGD, AdamW, Muon, SignSGD
+from thinwire.config.run import TrainSection
 from thinwire.train.optimizers import make_optimizer
 from thinwire.train.step import Stepper, learning_rate
 

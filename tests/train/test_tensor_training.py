@@ -122,6 +122,7 @@ def interrupted(ranks: Pool, config: RunConfig) -> Path:
 CODED = {"kind": "int4", "exclude": [], "vectors": True, "exchange": "gather"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "sections", [{}, pytest.param({"compress": CODED}, marks=pytest.mark.long), {"sync": {"kind": "diloco", "every": 4}}], ids=str
 )

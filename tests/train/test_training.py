@@ -79,6 +79,7 @@ def noisy_training(context: Rank, config: RunConfig, resume: Path | None, stop_a
         LanguageModel.loss = plain  # type: ignore[method-assign]
 
 
+@pytest.mark.long
 def test_what_a_model_draws_goes_on_as_if_uninterrupted(ranks2: Pool, tmp_path: Path) -> None:
     """The random state is each rank's own, and resumed, whatever was drawn before."""
     (tmp_path / "whole").mkdir()
@@ -196,6 +197,7 @@ def adopted_residual(context: Rank, config: RunConfig, checkpoint: Path) -> dict
     return exchange.residuals()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("first", "pool", "kind"),
     [
@@ -240,3 +242,11 @@ def test_a_run_folder_is_not_overwritten(ranks2: Pool, config: RunConfig, finish
     with pytest.raises(RankFailure, match="is not empty"):
         ranks2.run(run_training, config)
     assert (folder / "events.jsonl").read_text() == events
+
+
+def test_a_run_with_one_report_says_what_it_sent(ranks2: Pool, tmp_path: Path) -> None:
+    config = compressed(make_config(tmp_path, steps=3, log_every=3, eval_every=3), "int4")
+    run = RunFolder.open(ranks2.run(run_training, config)[0].folder)
+    predicted, measured = run.predicted(), run.measured()
+    assert predicted is not None and measured is not None and not measured.transfers
+    assert measured.wire_bytes_per_step == pytest.approx(predicted.wire_bytes_per_step, rel=0.01)

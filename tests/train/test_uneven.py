@@ -1,22 +1,26 @@
 """Micro-batches assigned by speed, on real ranks: the mathematics of one global batch, resumed bit for bit."""
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from small_run import make_config
+from small_run import make_config, run_paced_on
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from fake_stream import Device
 from pool import Pool, Rank
 from thinwire.cluster import Quantity, dump_cluster
 from thinwire.cluster.equal import equal_hosts
+from thinwire.collectives.clock import DeviceClock
 from thinwire.config.compress import Coded
 from thinwire.config.run import EveryStep, RunConfig, TrainSection
-from thinwire.environment import Environment, Lab
 from thinwire.errors import UserError
-from thinwire.record import RunFolder
+from thinwire.record import Assigned, RunFolder
 from thinwire.sync.every_step import EveryStepSync
 from thinwire.tomlfile import validate
 from thinwire.train import part
@@ -28,8 +32,7 @@ from thinwire.train.checkpoint.state import Parts
 from thinwire.train.runtime import StopRequest
 from thinwire.train.step import Ran, Stepper, StepTimes
 from thinwire.train.trainer import Trainer
-from thinwire.train.worker import Outcome, train_as
-from thinwire.train.worker import Rank as TrainingRank
+from thinwire.train.worker import Outcome
 from thinwire.workload import Workload
 
 ROWS, WIDTH = 6, 24
@@ -77,7 +80,7 @@ class Declared(Stepper):
 class Regression:
     """A Task."""
 
-    unit = "squares"
+    unit, item, num_sums, score_is = "squares", "row", 2, None
 
     def __init__(self) -> None:
         self.workload = Workload.of_parameters([(name, tuple(p.shape)) for name, p in plain_model().named_parameters()], ROWS)
@@ -93,6 +96,12 @@ class Regression:
 
     def score(self, model: nn.Module, replica: int) -> tuple[float, float]:
         return 0.0, 1.0
+
+    def shown(self, model: nn.Module, count: int) -> list[str]:
+        return []
+
+    def score_of(self, sums: Sequence[float]) -> None:
+        return None
 
     def describe(self) -> dict[str, Any]:
         return {}
@@ -115,12 +124,44 @@ class Notes:
 
     def evaluation(self, *_: object) -> None: ...
 
+    def examples(self, *_: object) -> None: ...
+
     def checkpoint(self, *_: object) -> None: ...
 
     def end(self, *_: object) -> None: ...
 
 
-def train(context: Rank, folder: Path, counts: Assignment, steps: int, slow: dict[int, float]) -> Any:
+def on_streams(context: Rank, folder: Path, counts: Assignment) -> list[Assignment]:
+    """Assignments where a micro-batch is enqueued at once, and takes rank 1's stream three times as long as rank 0's."""
+    device = Device()
+
+    class Launched(Stepper):
+        def passes(self, batches: Any, *numbers: float) -> torch.Tensor:
+            return super().passes(map(self.launched, batches), *numbers)
+
+        def launched(self, batch: Any) -> Any:
+            device.enqueue(3.0 if context.rank else 1.0)
+            return batch
+
+    with ExitStack() as stack:
+        for module in ("train.step", "sync.every_step"):
+            stack.enter_context(mock.patch(f"thinwire.{module}.clock_of", lambda _: DeviceClock(device.event)))
+        return train(context, folder, counts, LOG_EVERY + 1, {0: 1.0}, Launched)[2]
+
+
+def test_micro_batches_are_assigned_by_the_seconds_of_devices(ranks2: Pool, tmp_path: Path) -> None:
+    """By their events, whatever the host took to launch."""
+    assert ranks2.run(on_streams, tmp_path, (4, 4)) == [[(6, 2)]] * 2
+
+
+def train(
+    context: Rank,
+    folder: Path,
+    counts: Assignment,
+    steps: int,
+    slow: dict[int, float],
+    kind: type[Stepper] | None = None,
+) -> Any:
     """(weights, losses, assignments, waiting_s) of a run that begins with `counts`. slow: from these steps on, a micro-batch of
     the last rank takes so many times as long as the others'; where given, the assignment follows the speed."""
 
@@ -144,7 +185,7 @@ def train(context: Rank, folder: Path, counts: Assignment, steps: int, slow: dic
         eval_every=0,
     )
     with sync.attached(model, optimizer, mesh) as replica:
-        stepper = (Slow if slow else Stepper)(
+        stepper = (kind or (Slow if slow else Stepper))(
             model=replica, optimizer=optimizer, sync=sync, loss=task.loss, precision=torch.enable_grad, train=settings
         )
         stepper.rehearse(task.batch(0, context.rank))
@@ -216,26 +257,6 @@ def one_third_the_speed(folder: Path, scale: float) -> Path:
 
 def run_paced(context: Rank, config: RunConfig, cluster: Path, resume: Path | None, stop_after: int, declared: bool) -> Outcome:
     """declared: reports have the declared seconds, so that a pass which the machine made late changes no assignment."""
-    ledger = context.ledger
-    ledger.step = -1
-
-    class StopAfter(StopRequest):
-        @property
-        def requested(self) -> bool:  # type: ignore[override]
-            return ledger.step + 1 >= stop_after
-
-        @requested.setter
-        def requested(self, value: bool) -> None: ...
-
-    lab = Lab(cluster=cluster, host=f"host{context.rank}", paced=True, delay="none", results=cluster.parent)
-    rank = TrainingRank(
-        config=config,
-        environment=Environment(place=None, lab=lab, error_file=None, cache_folder=Path("/nonexistent"), results=None),
-        layout=config.layout.resolve(context.world_size, rare=False),
-        ledger=ledger,
-        device=torch.device("cpu"),
-        stop=StopAfter(),
-    )
 
     class AtItsRate(Declared):
         def seconds(self, step: int) -> float:
@@ -244,7 +265,7 @@ def run_paced(context: Rank, config: RunConfig, cluster: Path, resume: Path | No
     with pytest.MonkeyPatch.context() as patch:
         if declared:
             patch.setattr(part, "Stepper", AtItsRate)
-        return train_as(rank, resume)
+        return run_paced_on(context, config, cluster, resume, stop_after)
 
 
 @pytest.mark.parametrize(
@@ -273,6 +294,8 @@ def test_an_uneven_run_sends_what_was_predicted_and_resumes_bit_for_bit(
         [(event.step, event.tokens, event.loss) for event in RunFolder.open(runs[name]).steps()] for name in ("whole", "cut")
     )
     assert whole == resumed and len(whole) == 12 / LOG_EVERY
+    logged = [event.micro_batches for event in RunFolder.open(runs["whole"]).events() if isinstance(event, Assigned)]
+    assert logged[-1] == (3, 1)
     predicted, measured = RunFolder.open(runs["whole"]).predicted(), RunFolder.open(runs["whole"]).measured()
     assert predicted is not None and measured is not None
     wanted, found = (

@@ -2,10 +2,12 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from torch.distributed import TCPStore
 
 import command
 from warm import COMMAND, SOCKET, Warm, server
@@ -15,12 +17,12 @@ SCRIPT = str(Path(__file__).parent / "scripts" / "two_ranks.py")
 
 def two_ranks(argv: list[str], cwd: Path) -> list[str]:
     """What they print; both must succeed."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun has: nobody else can take its port
     started = []
     for rank in range(2):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", SOCKET: server()}
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        where |= {"GLOO_SOCKET_IFNAME": "lo", SOCKET: server()}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         started.append(Warm(argv, cwd=cwd, env={**os.environ, **place, **where}, start_new_session=True, **pipes))
     printed = [process.communicate(timeout=50)[0] for process in started]
@@ -28,6 +30,7 @@ def two_ranks(argv: list[str], cwd: Path) -> list[str]:
     return printed
 
 
+@pytest.mark.long
 def test_bits_are_those_of_the_script_and_the_verdict_is_written(tmp_path: Path) -> None:
     two_ranks([sys.executable, SCRIPT, "plain"], tmp_path)
     printed = two_ranks([*COMMAND, "why", "--steps", "12", "--json", "why.json", SCRIPT, "metered"], tmp_path)

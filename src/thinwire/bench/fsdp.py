@@ -109,7 +109,7 @@ def _loss(codecs: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, An
 def _sent_bytes(workload: Workload, world_size: int, shards: int, codecs: Mapping[str, str], stock: bool) -> int:
     """What rank 0 sends in a step. With shards: what the ranks of its host send to other hosts, each its chunk's mean over the
     replicas."""
-    units, senders, p = _units(workload), max(1, shards), world_size // max(1, shards)
+    units, senders, p = units_of(workload), max(1, shards), world_size // max(1, shards)
     if shards:
         exchange = make_exchange(NoCompression() if stock else Coded(kind=codecs["replicas"]), Ledger())
         transfers = [one for unit in units for one in exchange.transfers("", chunk_of(unit, shards), "replicate", p)]
@@ -119,7 +119,7 @@ def _sent_bytes(workload: Workload, world_size: int, shards: int, codecs: Mappin
     return senders * sum(one.calls * sent_bytes(one.op, one.message_bytes, p, 0) for one in transfers)
 
 
-def _units(workload: Workload) -> list[UnitShape]:
+def units_of(workload: Workload) -> list[UnitShape]:
     """One of each block, and one of the rest."""
     blocks: dict[str, list[Any]] = {block: [] for block in workload.block_names}
     rest: list[Any] = []

@@ -1,13 +1,13 @@
 """The planner's model of a step against published measurements, table by table, beside a model that knows one rate only."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from thinwire.bench.registry import Rows
 from thinwire.errors import UserError
-from thinwire.plan.measurements.score import Known, Prepared, score
+from thinwire.plan.measurements.score import INTERVAL, Known, Prepared, score
 from thinwire.plan.measurements.table import read_folder, shipped_tables
 
 DEFAULTS: dict[str, Any] = {"measurements": "", "worst": 3}
@@ -32,7 +32,11 @@ def run(cluster: str | None, options: Mapping[str, Any]) -> Rows:
         beside = sorted(zip(table.timed, predicted, strict=True), key=lambda one: -abs(one[1] / (one[0].seconds or 1) - 1))
         for row, seconds in beside[: options["worst"]]:
             print(f"{table.name}: row {row.number} ({row.group}): measured {row.seconds:.4g} s, predicted {seconds:.4g} s")
-        rows.append({**asdict(result), "left_out": sum(table.left_out.values())})
+        rows.append({**result, "left_out": sum(table.left_out.values())})
     if not rows:
         raise UserError(f"none of the {len(tables)} tables has a row that can be predicted")
+    for key, when in (("coverage", "uncalibrated"), ("coverage_5rows", "after five rows")):
+        held = [row[key] for row in rows if row[key] is not None]
+        if held:
+            print(f"intervals of {INTERVAL:.0%}, {when}, held {fmean(held):.0%} of steps, each of {len(held)} tables for as much")
     return rows

@@ -102,7 +102,13 @@ def run_local(commands: Sequence[Sequence[str]], world_size: int, timeout_s: flo
 
 
 def _variables(rank: int, world_size: int, port: int) -> list[str]:
-    names = [f"RANK={rank}", f"LOCAL_RANK={rank}", f"WORLD_SIZE={world_size}", "OMP_NUM_THREADS=1"]
+    names = [
+        f"RANK={rank}",
+        f"LOCAL_RANK={rank}",
+        f"WORLD_SIZE={world_size}",
+        f"LOCAL_WORLD_SIZE={world_size}",
+        "OMP_NUM_THREADS=1",
+    ]
     return [*names, "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={port}", "GLOO_SOCKET_IFNAME=lo"]
 
 

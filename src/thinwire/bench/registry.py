@@ -21,26 +21,32 @@ Rows = list[dict[str, Any]]
 Benchmark = Callable[[str | None, Mapping[str, Any]], Rows]
 
 BENCHMARKS = (
+    "applications",
     "collectives",
     "collective_steps",
     "compress",
     "ddp",
     "equality",
     "fsdp",
+    "front",
     "gpu",
     "lab",
+    "large_batch",
     "layouts",
     "ledger",
     "plan",
     "probe",
     "published",
     "queue",
+    "regret",
     "sequence",
     "sync",
     "uneven",
     "why",
 )
 """Each a module of this folder, with `run(cluster, options)` and the values of its options in DEFAULTS."""
+RESUMED = ("applications", "equality", "large_batch", "regret")
+"""Keep what they have found in the file that rows are to go to, or beside it, and go on with it."""
 _UNITS = {"_s": "s", "_bps": "bit/s", "bytes": "B"}
 
 

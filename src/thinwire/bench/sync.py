@@ -40,6 +40,7 @@ from thinwire.bench.sync_methods import Method, check_packages, kept, key_of, la
 from thinwire.bench.sync_rows import UNCOMPRESSED, add_targets, bar_rows, rate_rows, target_rows
 from thinwire.cluster import Cluster, load_cluster
 from thinwire.collectives.ledger import Ledger
+from thinwire.config.data import STDLIB
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.plan.cost import Setting, predict
@@ -54,6 +55,7 @@ DEFAULTS: Mapping[str, Any] = {
     "links": [],
     "ranks": 4,
     "preset": "1m",
+    "data": STDLIB,
     "model": {"layers": 8},
     "dtype": "float32",
     "sequence": 64,
@@ -96,26 +98,10 @@ class Link:
 def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
     """A row for each method, link and seed, then one for each bar; link_bps is None where cards are not shaped."""
     cluster = load_cluster(cluster_name) if cluster_name else None
-    methods, seeds, links = _methods(options), _seeds(options["seeds"]), find_links(options["links"], cluster)
+    methods, links = make_methods(options), find_links(options["links"], cluster)
     ranks = cluster.world_size if cluster else options["ranks"]
-    curve = _curve(options)
-    keys = {f"{one.name} {seed}": key_of(one, seed, ranks, curve) for seed in seeds for one in methods}
-    settings = {key: options[key] for key in ("fused", "turns", "turn_s")}
-    settings |= {"base": _base(options), "seeds": seeds, "curve": curve, "keys": keys, "timeout_s": TIMEOUT_S}
-    timed: dict[Link, Timed] = {link: {} for link in links}
-    with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
-        path = Path(options["learned"] or f"{folder}/learned").resolve()
-        settings["learned"] = str(path)
-        for launch_methods in launches(methods):
-            if cluster is None:
-                timed[links[0]] |= _run(ranks, "loopback", ["time", "learn"], launch_methods, settings)
-                continue
-            for link in links:
-                title = show(link.rate_bps, "bit/s") if link.rate_bps else UNSHAPED
-                timed[link] |= _run(shaped(cluster, link), title, ["time"], launch_methods, settings)
-            _run(ranks, "loopback", ["learn"], launch_methods, settings)
-        known = kept(path)
-    learned = [known[key] for key in keys.values()]
+    settings = {**_shared(options), "learned": options["learned"]}
+    timed, learned = compare(cluster or ranks, methods, links, settings)
     rows = [_row(timed[link][one["method"]], link, one) for link in links for one in learned]
     if options["target"]:
         unshaped = next((timed[link] for link in links if link.rate_bps is None), {}).get(UNCOMPRESSED[0])
@@ -124,6 +110,57 @@ def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
     others = {method.name for method in methods if method.hook is not None or method.package}
     needed = rate_rows(rows, _predicted(cluster, methods, options)) if cluster is not None and len(links) > 2 else []
     return rows + bar_rows(rows) + target_rows(rows, others) + needed
+
+
+def compare(
+    where: Cluster | int, methods: Sequence[Method], links: Sequence[Link], settings: Mapping[str, Any]
+) -> tuple[dict[Link, Timed], list[dict[str, Any]]]:
+    """What was timed on each link, one on loopback, and what each method has learned with each seed.
+
+    settings: base, the sections of the run that all share; seeds; curve, steps after which the held-out part is scored; fused,
+    turns, turn_s and learned as in DEFAULTS.
+    """
+    ranks = where if isinstance(where, int) else where.world_size
+    timed: dict[Link, Timed] = {link: {} for link in links}
+    with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
+        settings = _keyed(methods, settings, ranks, Path(settings["learned"] or f"{folder}/learned").resolve())
+        for launch_methods in launches(methods):
+            if isinstance(where, int):
+                timed[links[0]] |= _run(where, "loopback", ["time", "learn"], launch_methods, settings)
+                continue
+            for link in links:
+                title = show(link.rate_bps, "bit/s") if link.rate_bps else UNSHAPED
+                timed[link] |= _run(shaped(where, link), title, ["time"], launch_methods, settings)
+            _run(ranks, "loopback", ["learn"], launch_methods, settings)
+        return timed, _learned(settings)
+
+
+def learn(methods: Sequence[Method], options: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
+    """What every method has learned with every seed, on ranks of loopback: from the file, or now, and kept there."""
+    settings = _keyed(methods, _shared(options), options["ranks"], path)
+    known = kept(path)
+    for launch_methods in launches(methods):
+        if any(settings["keys"][f"{one.name} {seed}"] not in known for seed in settings["seeds"] for one in launch_methods):
+            _run(options["ranks"], "loopback", ["learn"], launch_methods, settings)
+    return _learned(settings)
+
+
+def _shared(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that all methods share, but for the file of what is learned."""
+    settings = {key: options[key] for key in ("fused", "turns", "turn_s")}
+    return settings | {"base": _base(options), "seeds": _seeds(options["seeds"]), "curve": _curve(options)}
+
+
+def _keyed(methods: Sequence[Method], settings: Mapping[str, Any], ranks: int, path: Path) -> dict[str, Any]:
+    """Of the ranks' script. path: of the file that keeps what was learned."""
+    curve = settings["curve"]
+    keys = {f"{one.name} {seed}": key_of(one, seed, ranks, curve) for seed in settings["seeds"] for one in methods}
+    return {**settings, "keys": keys, "timeout_s": TIMEOUT_S, "learned": str(path)}
+
+
+def _learned(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    known = kept(Path(settings["learned"]))
+    return [known[key] for key in settings["keys"].values()]
 
 
 def _run(where: Cluster | int, title: str, phases: list[str], methods: Sequence[Method], settings: Mapping[str, Any]) -> Timed:
@@ -148,7 +185,6 @@ def _curve(options: Mapping[str, Any]) -> list[int]:
 
 def _predicted(cluster: Cluster, methods: Sequence[Method], options: Mapping[str, Any]) -> dict[str, Callable[[float], float]]:
     """For each method of ours: utilisation by the cost model, of the rate of the cards, compute as declared."""
-    rates, size = cluster.declared_rates, cluster.world_size
 
     def utilisation(setting: Setting, transfers: Sequence[Transfer], rate_bps: float) -> float:
         prediction = predict(replace(setting, cluster=shaped(cluster, Link(rate_bps))), transfers)
@@ -156,14 +192,21 @@ def _predicted(cluster: Cluster, methods: Sequence[Method], options: Mapping[str
 
     found: dict[str, Callable[[float], float]] = {}
     for method in methods:
-        if rates and not method.hook and not method.package:
-            config, micro_batches = method.config, options["accumulate"]
-            layout = Layout(outer=size) if config.sync.rare else Layout(data=size)
+        if cluster.declared_rates and not method.hook and not method.package:
+            config = method.config
             workload = Workload.of_transformer(config.model.shape(), config.train.micro_batch, config.train.sequence)
-            transfers = make_synchroniser(config.sync, config.compress, layout, Ledger()).traffic(workload, layout)
-            setting = Setting(cluster=cluster, layout=layout, workload=workload, micro_batches=micro_batches, flops_per_s=rates)
-            found[method.name] = partial(utilisation, setting, transfers)
+            found[method.name] = partial(utilisation, *setting_of(method, workload, cluster))
     return found
+
+
+def setting_of(method: Method, workload: Workload, cluster: Cluster) -> tuple[Setting, list[Transfer]]:
+    """Of a method of ours, or of plain DDP, for `predict`. workload: of one of its micro-batches."""
+    rates, size, config = cluster.declared_rates, cluster.world_size, method.config
+    assert rates is not None, "by which compute is paced"
+    layout = Layout(outer=size) if config.sync.rare else Layout(data=size)
+    transfers = make_synchroniser(config.sync, config.compress, layout, Ledger()).traffic(workload, layout)
+    micro = config.sync.accumulate
+    return Setting(cluster=cluster, layout=layout, workload=workload, micro_batches=micro, flops_per_s=rates), transfers
 
 
 def find_links(wanted: Sequence[Any], cluster: Cluster | None) -> list[Link]:
@@ -196,13 +239,14 @@ def _base(options: Mapping[str, Any]) -> dict[str, Any]:
     train = ("sequence", "micro_batch", "steps", "learning_rate", "warmup_steps", "eval_tokens")
     return {
         "model": {"preset": options["preset"], "dtype": options["dtype"], **options["model"]},
+        "data": {"source": options["data"]},
         "collectives": {"kind": options["collectives"]},
         "sync": {key: options[key] for key in ("accumulate", "bucket_bytes")},
         "train": {key: options[key] for key in train} | ({"dtype": "float32"} if options["dtype"] == "float32" else {}),
     }
 
 
-def _methods(options: Mapping[str, Any]) -> list[Method]:
+def make_methods(options: Mapping[str, Any]) -> list[Method]:
     """Checked here, so that what is wrong is reported before anything is started."""
     names = list(options["methods"])
     if not names or len(set(names)) < len(names):

@@ -10,6 +10,8 @@
     SYNCn                             a kind of [sync] that exchanges every n steps: diloco30, streaming30, sparseloco30, ..
     SYNCn-KIND                        the same through a kind of [compress]
     streamingN-overlap5-layers2       with so many steps of overlap, and layers in a fragment
+    streamingN-overlap5-add           with what a replica has moved since added to what arrives, in place of mixing
+    SYNCn-first60x2                   an exchange every 2 steps in the first 60; several pairs follow each other
     SYNCn-outer70-momentum50-mixing0  with an outer learning rate of 0.7, an outer momentum of 0.5, a mixing of 0
     METHOD-rate200                    with twice the learning rate of the others
     torchft-dilocoN                   torchft's DiLoCo every N steps, float32
@@ -47,6 +49,7 @@ STOCK = re.compile(r"ddp(?:-(?P<hook>fp16|powersgd(?P<rank>[1-9]\d*)))?")
 PACKAGES = re.compile(r"(?P<torchft>torchft)-diloco(?P<every>[1-9]\d*)|hivemind-(?P<code>fp32|fp16|u8|q8)")
 KIND = re.compile(r"(?P<kind>[a-z_]+)(?P<number>[1-9]\d*)")
 VARIANT = re.compile(r"(?P<what>[a-z]+)(?P<number>0|[1-9]\d*)|(?P<bucket_kib>[1-9]\d*)k")
+FIRST = re.compile(r"first(?P<steps>[1-9]\d*)x(?P<every>[1-9]\d*)")
 NUMBERS: Mapping[str, str] = {"powersgd": "rank", "svd": "rank", "topk": "k", "demo": "k"}
 """What the number behind a kind's name sets."""
 RARE = ("local_sgd", "diloco", "streaming", "sparseloco", "muloco", "noloco")
@@ -108,12 +111,16 @@ def make_method(name: str, base: Mapping[str, Any], *, fused: bool = False) -> M
         what, number = (match["what"], int(match["number"] or match["bucket_kib"])) if match else ("", 0)
         if match and match["bucket_kib"]:
             sync["bucket_bytes"] = number * 1024
+        elif first := FIRST.fullmatch(variant):
+            sync["first"] = [*sync.get("first", ()), (int(first["steps"]), int(first["every"]))]
         elif what in SYNC_NUMBERS:
             sync[SYNC_NUMBERS[what]] = number
         elif what in SYNC_PERCENT:
             sync[SYNC_PERCENT[what]] = number / 100
         elif what == RATE:
             percent = number
+        elif variant == "add":
+            sync["arrival"] = variant
         elif variant in VARIANTS:
             compress |= VARIANTS[variant]
         elif rare and "kind" not in compress:

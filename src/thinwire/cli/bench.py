@@ -7,7 +7,7 @@ import typer
 
 from thinwire.cli.files import write_json
 
-PIPED_COLUMNS = 200
+PIPED_COLUMNS = 220
 """Width of a table that nobody watches in a terminal."""
 
 
@@ -21,6 +21,8 @@ def bench(  # noqa: PLR0913 - each is an option of the command line
     target: Annotated[float | None, typer.Option(help="Option `target`: time to the loss at this part of ddp's tokens.")] = None,
     unshaped: Annotated[bool, typer.Option("--unshaped", help="Adds `unshaped` to the links.")] = False,
     links: Annotated[str | None, typer.Option(metavar="A,B", help="Option `links`, e.g. '1 Mbit/s,unshaped'.")] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Option `tasks` of applications and equality: kinds.")] = None,
+    cells: Annotated[str | None, typer.Option(metavar="A,B", help="Option `cells` of regret: parts of their names.")] = None,
     measurements: Annotated[Path | None, typer.Option(help="Option `measurements` of plan: a folder of tables.")] = None,
 ) -> None:
     """Measure on this machine and compare. Takes minutes."""
@@ -33,13 +35,15 @@ def bench(  # noqa: PLR0913 - each is an option of the command line
             typer.echo(f"{known:<8} {about}")
         return
     options: dict[str, Any] = registry.parse_options(changes or [])
-    listed = {"methods": methods, "links": links}
+    listed = {"methods": methods, "links": links, "tasks": tasks, "cells": cells}
     options |= {key: [part.strip() for part in text.split(",")] for key, text in listed.items() if text is not None}
     options |= {key: value for key, value in {"target": target, "seeds": seeds}.items() if value is not None}
     if measurements is not None:
         options["measurements"] = str(measurements)
     if unshaped:
         options.setdefault("links", []).append("unshaped")
+    if name in registry.RESUMED and json_path is not None:
+        options["json"] = str(json_path)
     rows = registry.find(name)(cluster, options)
     console = Console()
     if not console.is_terminal:

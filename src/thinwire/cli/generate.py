@@ -78,7 +78,12 @@ def _check(folder: Path, pipe: int, tensor: int) -> None:
 
     if not is_pretrained(folder) and not (folder / "run.toml").is_file():
         raise UserError(f"{folder} is neither a run folder, with a run.toml, nor one of Hugging Face's, with a config.json")
-    shape = ModelConfig(**read_shape(folder)) if is_pretrained(folder) else load_run(folder / "run.toml").model.shape()
+    if is_pretrained(folder):
+        shape = ModelConfig(**read_shape(folder))
+    else:
+        config = load_run(folder / "run.toml")
+        config.task.only_language_model("thinwire generate")
+        shape = config.model.shape()
     shape.check_tensor(tensor)
     if pipe > shape.layers + 2:
         raise UserError(f"--layout pipe={pipe}: a model of {shape.layers} layers has {shape.layers + 2} units to share out")

@@ -16,6 +16,7 @@ from thinwire.cli.probe import probe
 from thinwire.cli.replicas import replicas, serve
 from thinwire.cli.report import report
 from thinwire.cli.shrink import shrink
+from thinwire.cli.tasks import evaluate, predict
 from thinwire.cli.why import why
 from thinwire.errors import UserError
 
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (train.train, plan, replicas, serve, probe, report, generate, export, shrink, bench):
+for command in (train.train, plan, replicas, serve, probe, report, evaluate, predict, generate, export, shrink, bench):
     app.command()(command)
 app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})(why)
 app.command(context_settings=IN_ORDER)(horovodrun)

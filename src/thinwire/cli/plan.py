@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from thinwire.cli.files import check_folders, write_json
+from thinwire.cli.plan_loop import learn_from, rewire, simulate_plan, try_plans
 from thinwire.errors import UserError
 from thinwire.units import parse, show
 
@@ -36,11 +37,24 @@ def plan(  # noqa: PLR0913 - each is an option of the command line
     write: Annotated[Path | None, typer.Option(metavar="RUN.toml", help="Write the best plan for thinwire train.")] = None,
     export: Annotated[str, typer.Option(metavar="TARGET", help="Print it for torchrun, torchtitan, megatron or deepspeed.")] = "",
     json_path: Annotated[Path | None, typer.Option("--json", metavar="F", help="Write the numbers here.")] = None,
+    ports: Annotated[int, typer.Option(min=0, help="Of an optical switch at each host: choose the cables with the plan.")] = 0,
+    simulate: Annotated[float, typer.Option(min=0, metavar="DAYS", help="Simulate so many days, with failures.")] = 0.0,
+    churn: Annotated[str, typer.Option(metavar="STAY/AWAY", help="Also replicas that come and go: 2h/1h.")] = "",
+    trials: Annotated[int, typer.Option(min=0, metavar="N", help="Try so many of the best plans, and keep the winner.")] = 0,
+    learn: Annotated[list[Path] | None, typer.Option(metavar="RUN", help="Learn from a run folder; may be given often.")] = None,
 ) -> None:
     """Plan: which layout, exchange and batch train a model soonest on a cluster, and why."""
     check_folders(write, json_path)
     from dataclasses import replace
 
+    from thinwire.environment import read_environment
+    from thinwire.plan import calibration
+
+    stored = read_environment().cache_folder / calibration.FILE
+    if learn:
+        learn_from(learn, stored)
+        if not cluster and not run:
+            return
     from thinwire.config.run import dump_run
     from thinwire.plan.explain import explain
     from thinwire.plan.problem import about, planned_run, problem_of
@@ -51,6 +65,7 @@ def plan(  # noqa: PLR0913 - each is an option of the command line
         from thinwire.train.outline import outline  # which loads torch
 
         found = replace(found, outline=outline)
+    found, learnt = calibration.read(stored).applied(found)
     problem = replace(
         found,
         tokens=_count("--tokens", tokens) if tokens else found.tokens,
@@ -58,21 +73,33 @@ def plan(  # noqa: PLR0913 - each is an option of the command line
         beyond=beyond,
         dollars_per_hour=price,
     )
+    if ports:
+        problem = rewire(problem, ports)
     tell = Progress()
     explained = explain(problem, search(problem, tell), tell=tell)
     typer.echo(about(problem, explained.found.considered))
+    if learnt:
+        typer.echo(learnt)
     _table(explained, top, money=price > 0)
     for line in explained.lines():
         typer.echo(line)
     queues = _queues(explained, top) if queue else []
+    if simulate or churn:
+        simulate_plan(explained, simulate or 30.0, churn)
+    where = cluster or problem.config.cluster.file
+    where = str(Path(where).resolve()) if Path(where).is_file() else where
+    best, config = explained.best, None
+    if trials and ports:
+        raise UserError("--trials run on the links that there are, not on those of --ports; leave one of them out")
+    if trials:
+        best, config = try_plans(explained, where, trials, stored)
     if write is not None:
-        where = cluster or problem.config.cluster.file
-        dump_run(planned_run(explained.best, problem, str(Path(where).resolve()) if Path(where).is_file() else where), write)
+        dump_run(config or planned_run(best, problem, where), write)
         typer.echo(f"wrote {write}: thinwire train {write}")
     if export:
         from thinwire.plan.export import exported
 
-        typer.echo(exported(export, explained.best, problem, str(write or "run.toml")))
+        typer.echo(exported(export, best, problem, str(write or "run.toml")))
     if json_path is not None:
         write_json(json_path, explained.as_json() | ({"queues": queues} if queue else {}))
 

@@ -67,15 +67,19 @@ UNUSED = (
 
 def _configure(run: Path | None, changes: list[str]) -> "RunConfig":
     """The run, all of which replicas can do. UserError for what they cannot."""
-    from thinwire.config.run import RunConfig, load_run
+    from thinwire.config.run import RunConfig, TrainSection, load_run
 
     config = load_run(run, changes)
+    config.task.only_language_model("thinwire replicas")
     if config.compress.kind != "none":
         raise UserError(f"compress.kind = {config.compress.kind!r} is for ranks; replicas take --service push.kind=...")
     if config.sync.kind != "every_step":
         raise UserError(f"sync.kind = {config.sync.kind!r} is for ranks; replicas take --service merge.kind=diloco or gradients")
     if config.train.dtype == "bfloat16" and config.model.dtype != "bfloat16":
         raise UserError("train.dtype = 'bfloat16': replicas multiply in model.dtype only; leave it out")
+    for key in ("updates", "on_host"):
+        if (given := getattr(config.train, key)) != getattr(TrainSection(), key):
+            raise UserError(f"train.{key} = {given!r} is for ranks; leave it out")
     usual, unused = RunConfig(), []
     for section, key in UNUSED:
         value = getattr(getattr(config, section), key)
@@ -122,10 +126,11 @@ def serve(
     ] = None,
     service: Settings = None,
     keep: Annotated[Path | None, typer.Option(help="A folder for what the servers hold; goes on from it if it is there.")] = None,
+    metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="Answer Prometheus on loopback at this port.")] = 0,
 ) -> None:
     """Serve workers of your own loops (AsyncDiLoCo, ParameterServerWorker) until Ctrl-C or SIGTERM."""
     from thinwire.config.run import RunConfig
     from thinwire.train.replica_serve import serve_here
 
     agreed = _agreed(RunConfig(), {}, service or [])
-    raise typer.Exit(serve_here(agreed, bind, keep, secret_file))
+    raise typer.Exit(serve_here(agreed, bind, keep, secret_file, metrics_port))

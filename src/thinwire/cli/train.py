@@ -1,5 +1,6 @@
 """`thinwire train`: started alone it starts its ranks, here or on several machines; torchrun, srun or mpiexec start it as one."""
 
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +17,15 @@ if TYPE_CHECKING:
 
     from thinwire.config.run import RunConfig
     from thinwire.environment import Environment, Place
+    from thinwire.train.auto import Planned
+
+RESUME = "A run folder to go on with, from its last checkpoint; auto: that of train.run, if it has one, else begin."
 
 
 def train(  # noqa: PLR0913 - each is an option of the command line
     run: Annotated[Path | None, typer.Argument(help="run.toml; without it, a small model on the standard library.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key: train.steps=50.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="A run folder to go on with, from its last checkpoint.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN|auto", help=RESUME)] = None,
     plan: Annotated[str, typer.Option(metavar="auto", help="Plan layout, exchange and micro-batches for the ranks.")] = "",
     bind: Annotated[str, typer.Option(metavar="ADDRESS", help=BIND)] = "",
     nnodes: Annotated[int, typer.Option(min=1, help="Machines on which this same command is given, as for torchrun.")] = 1,
@@ -35,10 +39,13 @@ def train(  # noqa: PLR0913 - each is an option of the command line
         raise UserError(f"--plan {plan}: {'a resumed run keeps its plan; leave it out' if resume else 'there is auto only'}")
     environment = read_environment()
     place = environment.place
+    if resume == Path("auto") and (resume := _begun(run, changes or [], first=place is None or place.rank == 0)):
+        run = None
+    chosen = plan == "auto" or (resume is None and _configure(run, changes or [], None).sync.kind == "auto")
     if place is None:
         _check_nodes(nnodes, node_rank, rdzv_endpoint)
-        if plan and nnodes == 1:
-            raise typer.Exit(_launch_planned(run, changes or [], bind))
+        if chosen and nnodes == 1:
+            raise typer.Exit(_launch_planned(run, changes or [], bind, plans=bool(plan)))
         where = {"num_nodes": nnodes, "node_rank": node_rank, "endpoint": rdzv_endpoint, "bind": bind}
         raise typer.Exit(_launch(run, changes or [], resume, where, ["--plan", "auto"] if plan else []))
 
@@ -46,18 +53,35 @@ def train(  # noqa: PLR0913 - each is an option of the command line
         store = None
         if resume is not None and place.world_size > 1 and not place.by_mpiexec:
             store = _fetch_run_file(place, resume, bind)
-        if plan:
-            config, store = _plan_with_others(run, changes or [], environment, bind)
+        if chosen:
+            planned, store = _plan_with_others(run, changes or [], environment, bind, plans=bool(plan))
+            config = planned.config
         else:
             config = _configure(run, changes or [], resume)
         from thinwire.train.worker import work
 
         outcome = work(config, environment, resume, bind, store)
+        if chosen and place.rank == 0 and (line := planned.saved(outcome.folder)):
+            print(line, flush=True)
         if environment.results is None and place.rank == 0:  # nobody else waits for the run folder
             conclude(outcome.folder)
 
     with environment_variables({"TORCH_CPP_LOG_LEVEL": "ERROR"}):  # an error is one line
         be_rank(environment, train_as_rank)
+
+
+def _begun(run: Path | None, changes: list[str], first: bool) -> Path | None:
+    """The run folder of an earlier life of this run, if that has come to a checkpoint. All ranks see the same disk, or their own
+    of the same checkpoints. What died before is put aside by the first rank. UserError without a name for the folder."""
+    folder = Path(_configure(run, changes, None).train.run)
+    if folder == Path():
+        raise UserError("--resume auto goes on with the folder of train.run; set it, for example --set train.run=runs/mine")
+    if any((folder / "checkpoints").glob("step-*/checksums.json")):
+        return folder
+    if first and folder.is_dir() and any(folder.iterdir()):
+        number = next(number for number in range(1, 10**6) if not folder.with_name(f"{folder.name}.{number}").exists())
+        folder.rename(folder.with_name(f"{folder.name}.{number}"))
+    return None
 
 
 def _check_nodes(nnodes: int, node_rank: int, rdzv_endpoint: str) -> None:
@@ -81,8 +105,8 @@ def _fetch_run_file(place: "Place", resume: Path, bind: str) -> "TCPStore":
 
 
 def _plan_with_others(
-    run: Path | None, changes: list[str], environment: "Environment", bind: str
-) -> "tuple[RunConfig, TCPStore]":
+    run: Path | None, changes: list[str], environment: "Environment", bind: str, *, plans: bool
+) -> "tuple[Planned, TCPStore]":
     """The run that rank 0 plans, and where the ranks have met. Collective."""
     from thinwire.config.run import TrainSection
     from thinwire.train.auto import auto_of_ranks
@@ -91,33 +115,40 @@ def _plan_with_others(
     place = environment.place
     assert place is not None
     if place.by_mpiexec:
-        raise UserError("--plan auto: write the plan first, thinwire plan --write run.toml, and start mpiexec with that")
+        what = "--plan auto" if plans else "sync.kind = 'auto'"
+        raise UserError(f"{what}: write the plan first, thinwire plan --write run.toml, and start mpiexec with that")
     store = meet(place, TrainSection().timeout_s, bind)
-    return auto_of_ranks(run, changes, environment, store), store
+    return auto_of_ranks(run, changes, environment, store, plans=plans), store
 
 
-def _launch_planned(run: Path | None, changes: list[str], bind: str) -> int:
-    """On this machine alone: on the cluster of the run, or on its ranks as they are probed."""
+def _launch_planned(run: Path | None, changes: list[str], bind: str, *, plans: bool) -> int:
+    """On this machine alone: on the cluster of the run, or on its ranks as they are probed. plans: the whole run, else as
+    sync.kind = "auto" has it, which takes no links of this machine for those between ranks."""
     from thinwire.config.run import dump_run
-    from thinwire.environment import environment_variables, loopback_environment
+    from thinwire.environment import environment_variables, loopback_environment, read_environment
+    from thinwire.plan.calibration import FILE
 
     with environment_variables({"TORCH_CPP_LOG_LEVEL": "ERROR"}):
         from thinwire.train.agent import Nodes, launch
-        from thinwire.train.auto import auto
+        from thinwire.train.auto import auto, auto_sync
 
     config = _configure(run, changes, None)
     with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
         probed, planned, ranks = Path(folder) / "here.toml", Path(folder) / "run.toml", config.train.ranks or 2
-        if not config.cluster.file:
+        if plans and not config.cluster.file:
             typer.echo(f"probing {ranks} ranks on this machine")
             if code := launch(Nodes(ranks_per_node=ranks, bind=bind), ["-o", str(probed)], loopback_environment(), "probe"):
                 return code
-        found, lines = auto(run, changes, "" if config.cluster.file else str(probed))
-        typer.echo("\n".join(lines))
+        learnt = read_environment().cache_folder / FILE
+        where_to = "" if config.cluster.file or not plans else str(probed)
+        plan = (auto if plans else auto_sync)(run, changes, where_to, learnt)
+        found = plan.config
+        typer.echo("\n".join(plan.lines))
         if not config.cluster.file:  # what links there were is known to the plan only
             found = found.model_copy(update={"cluster": config.cluster, "train": found.train.model_copy(update={"ranks": ranks})})
         dump_run(found, planned)
-        return _launch(planned, [], None, {"num_nodes": 1, "node_rank": 0, "endpoint": "", "bind": bind})
+        where = {"num_nodes": 1, "node_rank": 0, "endpoint": "", "bind": bind}
+        return _launch(planned, [], None, where, planned=plan, probed=None if config.cluster.file else probed)
 
 
 def _configure(run: Path | None, changes: list[str], resume: Path | None) -> "RunConfig":
@@ -130,8 +161,17 @@ def _configure(run: Path | None, changes: list[str], resume: Path | None) -> "Ru
     return load_run(resume / "run.toml" if resume else run, changes)
 
 
-def _launch(run: Path | None, changes: list[str], resume: Path | None, where: dict[str, Any], more: Sequence[str] = ()) -> int:
-    """Start the ranks on this machine, then print the table and write the report. where: of `Nodes`; more: arguments."""
+def _launch(
+    run: Path | None,
+    changes: list[str],
+    resume: Path | None,
+    where: dict[str, Any],
+    more: Sequence[str] = (),
+    planned: "Planned | None" = None,
+    probed: Path | None = None,
+) -> int:
+    """Start the ranks on this machine, then print the table and write the report. where: of `Nodes`; more: arguments; planned:
+    what the run comes from; probed: the cluster that it was planned for, which its folder keeps."""
     from thinwire.environment import environment_variables, loopback_environment
 
     with environment_variables({"TORCH_CPP_LOG_LEVEL": "ERROR"}):  # which torch reads when it is loaded
@@ -152,7 +192,12 @@ def _launch(run: Path | None, changes: list[str], resume: Path | None, where: di
         code = launch(Nodes(ranks_per_node=ranks, **where), arguments, variables | {"THINWIRE_RESULTS": results})
         run_folder = Path(results) / "run_folder"
         if run_folder.is_file():
-            conclude(Path(run_folder.read_text(encoding="utf-8")))
+            folder = Path(run_folder.read_text(encoding="utf-8"))
+            if probed is not None:
+                shutil.copy(probed, folder / "cluster.toml")
+            conclude(folder)
+            if planned is not None and (line := planned.saved(folder)):
+                typer.echo(line)
     return code
 
 
@@ -160,17 +205,18 @@ def _ranks_alone(config: "RunConfig") -> int:
     """How many to start where this is the only machine. UserError if it has not the memory."""
     from thinwire.cluster import load_cluster
     from thinwire.measure.memory import Room, free_memory, has_gpu
-    from thinwire.plan.memory import check, leaner, need
+    from thinwire.plan.fitting import check, leaner
+    from thinwire.plan.memory import need
 
     ranks = config.train.ranks or (load_cluster(config.cluster.file).world_size if config.cluster.file else 2)
-    layout = config.layout.resolve(ranks, rare=config.sync.rare)
+    layout = config.laid_out(ranks)
     if layout.pipe > 1:
         from thinwire.parallel.schedules import orders
 
         orders(config.pipeline.schedule, layout.pipe, config.pipeline.per_rank, config.sync.accumulate)
     if config.train.backend == "mpi":
         raise UserError(f"train.backend = 'mpi': ranks that talk over MPI are started by mpiexec -n {ranks} thinwire train ...")
-    if (free := free_memory()) and not has_gpu():  # ranks look at their GPUs
+    if config.task.is_language_model and (free := free_memory()) and not has_gpu():  # ranks look at their GPUs
         shape, casts = config.model.shape(), config.train.dtype == "bfloat16"
         room = Room("this machine", ranks, free.bytes)
         check(need(config, shape, layout, casts=casts), [room], leaner(config, shape, layout, casts=casts))

@@ -1,9 +1,10 @@
 """Routes through a cluster: which links a message crosses, and the load that several messages put on each."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import networkx
 
@@ -28,6 +29,8 @@ class Routes:
         self._graph = graph(cluster)
         self._nodes = [cluster.node_of(rank) for rank in range(cluster.world_size)]
         self._name = cluster.name
+        self.known: dict[Any, Any] = {}
+        """What has been worked out on these routes, by whoever asked."""
         self._route = lru_cache(maxsize=None)(self._find)
         self._paths = lru_cache(maxsize=None)(lambda source: networkx.single_source_shortest_path(self._graph, source))
 
@@ -42,6 +45,23 @@ class Routes:
             for link in self.between(source, target):
                 loads[link] += payload_bytes  # type: ignore[assignment]
         return loads
+
+    def pattern(self, ranks: Sequence[int]) -> tuple[tuple[tuple[int, float, float], ...], ...]:
+        """Of the routes between each two of `ranks`: (number of the link, its rate, its latency), links being numbered as they
+        come. Groups with the same one differ in names only."""
+        numbers: dict[tuple[str, str], int] = {}
+        pairs = ((source, target) for source in ranks for target in ranks if source != target)
+        return tuple(
+            tuple(
+                (
+                    numbers.setdefault((link.source, link.target), len(numbers)),
+                    link.bandwidth_bps.value,
+                    link.latency_s.value,
+                )
+                for link in self.between(*pair)
+            )
+            for pair in pairs
+        )
 
     def _find(self, source: str, target: str) -> tuple[Link, ...]:
         path = self._paths(source).get(target)

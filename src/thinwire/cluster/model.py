@@ -69,6 +69,9 @@ class Link:
     latency_s: Quantity
     burst_bytes: Quantity = Quantity(0.0)
 
+    def __hash__(self) -> int:
+        return hash((self.source, self.target))  # few links join the same two, and links are counted often
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:

@@ -40,18 +40,21 @@ ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def register(ledger: Ledger, name: str = NAME, inner: InnerFactory | None = None) -> None:
+def register(ledger: Ledger, name: str = NAME, inner: InnerFactory | None = None, devices: Sequence[str] = ("cpu",)) -> None:
     """Make `init_process_group(name)` and its sub-groups write into `ledger`. Call before init_process_group.
 
-    inner: what carries the bytes; None: gloo.
+    inner: what carries the bytes; None: gloo. devices: types of those whose tensors it takes.
     """
     make = inner or OverGloo()
 
     def create(options: Any, _backend_options: Any = None) -> MeteredGroup:
         place = Place.from_options(options)
-        return MeteredGroup(ledger, make(options, place)[0], place.store)
+        group = MeteredGroup(ledger, make(options, place)[0], place.store)
+        for device in devices[1:]:
+            group._register_backend(torch.device(device), dist.ProcessGroup.BackendType.CUSTOM, None)
+        return group
 
-    dist.Backend.register_backend(name, create, extended_api=True, devices=["cpu"])
+    dist.Backend.register_backend(name, create, extended_api=True, devices=[*devices])
 
 
 def self_test(group: dist.ProcessGroup, ledger: Ledger) -> None:
@@ -128,6 +131,8 @@ class MeteredGroup(dist.ProcessGroup):
         self._store, self._barriers = store, 0
         self._desc = ""
         self._over_gloo = isinstance(inner, dist.ProcessGroupGloo)
+        self.coalesces = device_type != "cpu"
+        """Whether messages that wait for each other must begin as one (`together`)."""
         native = inner if self._over_gloo else None  # the others are no Backend to torch
         self._register_backend(torch.device(device_type), dist.ProcessGroup.BackendType.CUSTOM, native)
         self._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
@@ -204,6 +209,26 @@ class MeteredGroup(dist.ProcessGroup):
             return _WaitedWork([self._inner.recv([theirs], peer, PAIR_TAG), self._inner.send([own], peer, PAIR_TAG)])
 
         return self._entered(op, message, issue, (), None)
+
+    def together(self, messages: Sequence[dist.P2POp]) -> list[dist.Work]:
+        """As dist.batch_isend_irecv, which begins messages one by one in a group that is none of torch's own: on NCCL one of two
+        ranks that both send first would wait for ever."""
+        if not self.coalesces:
+            return dist.batch_isend_irecv(list(messages))
+        inner, device, totals = self._inner, messages[0].tensor.device, []
+        clock, issued = self._clock, self._clock.now()
+        inner._start_coalescing(device)
+        for one in messages:
+            op, peer = ("send" if one.op is dist.isend else "recv"), one.group_peer
+            totals.append(self._ledger.enter(op, one.tensor.nbytes, self._group, peer))
+            getattr(inner, op)([one.tensor], peer, 0)
+        work = inner._end_coalescing(device)
+
+        def done() -> None:
+            for total in totals:
+                self._ledger.completed(total, clock, issued)
+
+        return [_WaitedWork([work], done)]
 
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
         op = "all_gather" if tensors[0].is_sparse else "all_reduce"  # gloo sends every rank's indices and values to all
@@ -310,3 +335,8 @@ class MeteredGroup(dist.ProcessGroup):
     def recv_anysource(self, tensors: Any, tag: int) -> dist.Work:
         self._ledger.enter("recv", bytes_of(tensors), self._group)  # no seconds: only gloo's own Work knows the source
         return self._inner.recv_anysource(tensors, tag)
+
+
+def ledger_of(group: dist.ProcessGroup | None) -> Ledger | None:
+    """Into which a metered group enters its calls; None for a group of another kind."""
+    return group.ledger if isinstance(group, MeteredGroup) else None

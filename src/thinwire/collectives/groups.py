@@ -54,7 +54,8 @@ def timeout_of(group: Any) -> timedelta:
     if hasattr(group, "options"):
         found: timedelta = group.options._timeout
         return found
-    return max(group._get_backend(device).options._timeout for device in group._device_types)
+    known = (group._get_backend(device).options for device in group._device_types)
+    return max((options._timeout for options in known if options is not None), default=default_pg_timeout)
 
 
 def inherited(timeout: timedelta) -> timedelta:

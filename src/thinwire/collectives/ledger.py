@@ -62,6 +62,8 @@ class Ledger:
     step: int = SETUP_STEP
     axes: dict[str, str] = field(default_factory=dict)
     sent_bytes: int = 0
+    recorded: list[tuple[int, Total, Any, Any]] | None = None
+    """Where somebody wants each call by itself: step, its total, and when it began and was over, by the host's clock."""
     _totals: Snapshot = field(default_factory=dict)
     _under_way: deque[tuple[Total, Clock, Any, Any]] = field(default_factory=deque)
     """Calls whose seconds are not added yet: when they were issued, and are over."""
@@ -106,6 +108,8 @@ class Ledger:
         """Add the time since `issued`, a moment of `clock`, to `total`; a callback of futures too."""
         ended = clock.now()
         with self._lock:
+            if self.recorded is not None and not clock.on_device:
+                self.recorded.append((self.step, total, issued, ended))
             self._under_way.append((total, clock, issued, ended))
             while self._under_way and self._add(*self._under_way[0]):
                 self._under_way.popleft()
@@ -122,6 +126,12 @@ class Ledger:
         with self._lock:
             self._under_way = deque(call for call in self._under_way if not self._add(*call))
             return {call: replace(total) for call, total in self._totals.items()}
+
+    def recorded_calls(self) -> list[tuple[int, Call, Any, Any]]:
+        """What was `recorded`, with the calls themselves."""
+        with self._lock:
+            calls = {id(total): call for call, total in self._totals.items()}
+            return [(step, calls[id(total)], *times) for step, total, *times in self.recorded or []]
 
     def entries(self, rank: int) -> list[dict[str, Any]]:
         """All totals as flat rows for the run folder."""

@@ -3,7 +3,7 @@
 The metered backend enters its calls itself; those over any other (NCCL on CUDA) are entered here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -58,6 +58,12 @@ def _issued(
     return work
 
 
+def together(messages: Sequence[dist.P2POp]) -> list[dist.Work]:
+    """Begin sends and receives of one group, each of which may wait for another one's."""
+    group = messages[0].group
+    return group.together(messages) if isinstance(group, MeteredGroup) else dist.batch_isend_irecv(list(messages))
+
+
 def swap(tensor: torch.Tensor, peer: int, group: dist.ProcessGroup, ledger: Ledger, label: str) -> torch.Tensor:
     """Send `tensor` to rank `peer` of `group` and return the peer's, of the same shape. Both call. Waits for the network.
 
@@ -72,7 +78,7 @@ def swap(tensor: torch.Tensor, peer: int, group: dist.ProcessGroup, ledger: Ledg
             dist.P2POp(dist.irecv, theirs, group=group, group_peer=peer),
             dist.P2POp(dist.isend, tensor, group=group, group_peer=peer),
         ]
-        for work in dist.batch_isend_irecv(calls):
+        for work in together(calls):
             work.wait()
     if total is not None:
         ledger.completed(total, clock, issued)

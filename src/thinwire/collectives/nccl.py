@@ -40,7 +40,7 @@ def register_nccl(ledger: Ledger, tuner: Tuner | None, name: str = NAME) -> None
 
     def create(options: Any, _backend_options: Any = None) -> MeteredGroup:
         place = Place.from_options(options)
-        inner = _group(options.store, place.rank, place)
+        inner = _with_cpu(_group(options.store, place.rank, place), place)
         if tuner is None or on_one_host(place):
             return MeteredGroup(ledger, inner, device_type="cuda")
         return ScheduledNccl(ledger, inner, NcclTransport(place), place, tuner)
@@ -117,6 +117,13 @@ class ScheduledNccl(ScheduledGroup):
 
         self._engine.submit(what, enqueue, tensors, blocking=True).wait()
         return Launched(stream, tensors, job)
+
+
+def _with_cpu(group: Any, place: Place) -> Any:
+    """`group`, which carries tensors of the CPU too, such as files of a checkpoint: over gloo."""
+    gloo = GlooDevices().group(dist.PrefixStore("cpu", place.store), place.rank, place.size, place.timeout)
+    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+    return group
 
 
 def _group(store: dist.Store, rank: int, place: Place) -> Any:

@@ -55,9 +55,17 @@ class ScheduledGroup(MeteredGroup):
                 ledger.enter(op, message_bytes, group, 0, sent)
 
         self._engine, self._tuner = Engine(place, record, transport), tuner
-        self._decided: dict[tuple[str, int, int], Implementation] = {}
+        self._known: dict[tuple[str, int, int], Implementation] = {}
+        self._round = tuner.round
         self._agreed: dict[_Kind, str] = {}
         weakref.finalize(self, self._engine.close)
+
+    @property
+    def _decided(self) -> dict[tuple[str, int, int], Implementation]:
+        """In the tuner's present round."""
+        if self._round != self._tuner.round:
+            self._round, self._known = self._tuner.round, {}
+        return self._known
 
     @property
     def is_pair(self) -> bool:

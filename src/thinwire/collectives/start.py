@@ -41,10 +41,11 @@ def init(
     ranks when an op is first used in a class of sizes, and keeps the backend's own unless another is faster; "priced" takes the
     best by price at once; "native" leaves all as it is. cache: where rank 0 keeps what was measured; default: beside the cluster
     file. inner: what carries the bytes; "mpi" (the extra `mpi`) for ranks that mpiexec has started: they are MPI's ranks, meet
-    through MPI, and MPI ends with the program; "nccl" for tensors on CUDA, between hosts (`collectives.nccl`): set the device
-    first. Prices are those of gloo's messages; with another carrier better measure. bind: the address at which rank 0 opens the
-    store where the ranks meet; by default that by which the other hosts reach it (`thinwire.listening`). Where torchrun has
-    started the ranks, or `options` name a store, it is somebody else's.
+    through MPI, and MPI ends with the program; tensors of a GPU go through memory of the host then, with collectives = "native";
+    "nccl" for tensors on CUDA, between hosts (`collectives.nccl`): set the device first. Prices are those of gloo's messages;
+    with another carrier better measure. bind: the address at which rank 0 opens the store where the ranks meet; by default that
+    by which the other hosts reach it (`thinwire.listening`). Where torchrun has started the ranks, or `options` name a store, it
+    is somebody else's.
 
     Returns the ledger of what is sent. UserError for a bad cluster file or setting, or without a CUDA device for "nccl".
     """
@@ -79,6 +80,9 @@ def init(
         if place := read_environment().place:
             set_variables(shared_gpu_variables(place, torch.cuda.device_count(), socket.gethostname()))
         register_nccl(ledger, tuner)
+    elif mpi and tuner is None:
+        found = torch.accelerator.current_accelerator()
+        backend.register(ledger, inner=mpi.inner, devices=("cpu", found.type) if found else ("cpu",))
     else:
         register_scheduled(ledger, tuner, inner=mpi.inner if mpi else None)
     dist.init_process_group(backend.NAME, **options, **ranks)

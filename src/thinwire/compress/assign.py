@@ -52,5 +52,5 @@ class Assignment:
         """Index of the averager; at equal bytes the first one, so that plainly is the last resort."""
         if world_size == 1 or not self._is_coded(name, shape):
             return self._plain
-        sizes = [averager.sent_bytes(shape, world_size) for averager in self._averagers]
+        sizes = [averager.sent_bytes(shape, world_size) if averager.takes(name) else None for averager in self._averagers]
         return min((size, index) for index, size in enumerate(sizes) if size is not None)[1]

@@ -27,6 +27,7 @@ whether a residual counts is chosen by flags at the end of the pass (`Memory.com
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import cached_property
 from math import nan, prod
 from typing import Any
@@ -229,8 +230,17 @@ class Averager(Stateless, ABC):
     """Whether it sends codes, which say nothing of what is not finite; else sums."""
     device = torch.device("cpu")
     """Of what it averages, where it times its codes."""
+    only: Sequence[str] = ("*",)
+    """Patterns of names that may be its pieces."""
+    leaves: Sequence[str] = ()
+    """Of these, patterns of names that are not."""
     _first: dist.ProcessGroup
     _second: dist.ProcessGroup
+
+    def takes(self, name: str) -> bool:
+        """Whether a parameter of this name may be its piece."""
+        its, others = (any(fnmatch(name, pattern) for pattern in patterns) for patterns in (self.only, self.leaves))
+        return its and not others
 
     @abstractmethod
     def sent_bytes(self, shape: Sequence[int], world_size: int) -> float | None:

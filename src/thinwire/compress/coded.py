@@ -1,9 +1,9 @@
 """Buffers of gradients averaged through codes: each parameter by the averager that sends the fewest bytes for it.
 
-By default vectors (norms) and embeddings stay float32: they are few, and coarse codes hurt them most. Of the rest each
-parameter goes to the cheapest of the averagers (`averager`) that take its shape; a plain all-reduce is always among them, so what
-would grow by coding is not coded. Compression may begin after some steps that exchange plainly. On one rank all is plain, and so
-exact. The residual of a parameter that is not coded any more goes along exactly, once.
+By default vectors (norms) stay float32 and embeddings go in int8 (`config.compress`), because coarse codes hurt them most.
+Of the rest each parameter goes to the cheapest of the averagers (`averager`) that take its shape; a plain all-reduce is always
+among them, so what would grow by coding is not coded. Compression may begin after some steps that exchange plainly. On one rank
+all is plain, and so exact. The residual of a parameter that is not coded any more goes along exactly, once.
 
 What is not coded rides along where it can, and so does the little of a bucket that would need collectives of its own to be coded.
 All of it runs in three stages (`stages`), in the order of the buffers, while the backward pass goes on: on three threads for
@@ -306,8 +306,9 @@ class CodedExchange(Stateless):
         states = [_with_plain_names(state) for state in states]
         self._loaded_of, self._step = ranks, states[0]["step"]
         self._memory.adopt([state["memory"] for state in states])
-        for index, averager in enumerate(self._averagers):
-            averager.adopt([state["carried"][index] for state in states])
+        carried = zip(*(state["carried"] for state in states), strict=True)
+        for averager, its in zip(self._averagers, carried, strict=False):  # powersgd had fewer
+            averager.adopt(its)
         self._check_loaded()
 
     def _check_loaded(self) -> None:

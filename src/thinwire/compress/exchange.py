@@ -63,6 +63,14 @@ def make_averagers(config: Coded, memory: Memory, ledger: Ledger) -> list[Averag
     """Those among which an exchange of this kind chooses by bytes."""
     if config.kind == "dgc":
         config = config.model_copy(update={"momentum": None})  # the memory's
+    if config.finer:
+        coarse = make_averagers(config.model_copy(update={"exclude": ()}), memory, ledger)
+        for one in coarse:
+            one.leaves = config.finer
+        fine = make_averagers(Coded(kind="int8", exchange=config.exchange, fused=config.fused), memory, ledger)
+        for one in fine if config.kind != "powersgd" else ():  # which leaves small matrices too
+            one.only = config.finer
+        return [*coarse, *fine]
     if config.kind in AVERAGERS:
         return [build(AVERAGERS[config.kind], config, memory, ledger)]
     if config.kind in TENSOR_CODECS:

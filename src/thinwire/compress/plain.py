@@ -48,6 +48,10 @@ class PlainExchange(Stateless):
     def detach(self) -> None:
         """Nothing to undo."""
 
+    def residuals(self) -> dict[str, torch.Tensor]:
+        """Nothing is left out."""
+        return {}
+
     def _of_no_use(self, state: dict[str, Any]) -> str:
         """What an exchange with codes wrote: its residuals would be lost."""
         kind = state.get("kind")

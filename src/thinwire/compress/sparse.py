@@ -5,7 +5,7 @@
     result  1/p sum over i, in the order of ranks, in float32 or float64, at the places that any rank has
 
 A rank sends (p-1) times its padded rows, so this pays while the ranks' rows are few beside the whole. How many they are depends
-on the batch: the traffic is in the ledger, and is not predicted.
+on the batch: nothing is predicted before it is drawn, and then `rows_bytes` says it to the byte.
 """
 
 from math import prod
@@ -18,6 +18,19 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.metered_calls import all_gather
 from thinwire.compress.precision import widened
 
+COUNT_BYTES = 8
+
+
+def rows_bytes(ranks: int, rows: int, gradient_shape: torch.Size, itemsize: int = 4) -> int:
+    """What each of `ranks` sends to average a matrix [number, ...] of which the rank with most has `rows` rows."""
+    index_bytes = _index_dtype(gradient_shape[:1]).itemsize
+    return (ranks - 1) * (COUNT_BYTES + rows * (index_bytes + gradient_shape[1:].numel() * itemsize))
+
+
+def _index_dtype(whole: torch.Size) -> torch.dtype:
+    """Of places in so many."""
+    return torch.int32 if max(whole) < 2**31 else torch.int64
+
 
 def average_sparse(gradient: torch.Tensor, group: dist.ProcessGroup, ledger: Ledger, label: str) -> torch.Tensor:
     """[...] sparse COO -> the mean over the ranks of `group`, coalesced, bit-equal on all of them. Collective, and waits."""
@@ -26,7 +39,7 @@ def average_sparse(gradient: torch.Tensor, group: dist.ProcessGroup, ledger: Led
     counts = count.new_empty(p)
     all_gather(counts, count, group, ledger, f"{label} counts").wait()
     rows, whole = int(counts.max()), gradient.shape[: gradient.sparse_dim()]
-    indices = gradient.indices().to(torch.int32 if max(whole) < 2**31 else torch.int64)
+    indices = gradient.indices().to(_index_dtype(whole))
     values = gradient.values().reshape(gradient._nnz(), -1)
     width = values.shape[1]
     packed = torch.cat([pad(part, (0, 0, 0, rows - len(part))).reshape(-1).view(torch.uint8) for part in (indices.t(), values)])

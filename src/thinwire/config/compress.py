@@ -14,8 +14,13 @@ from thinwire.tomlfile import Section, validate
 SUMMABLE = frozenset({"bf16", "fp16"})
 """Kinds that cast: an all-reduce adds them up as they are sent."""
 
-EXCLUDED = ("*embed*", "*positions*")
-"""Parameters that are sent uncoded unless the user chooses otherwise, FSDP2's too; casts, which lose little, cast them."""
+EMBEDDINGS = ("*embed*", "*positions*", "*wte*", "*wpe*")
+"""Parameters that coarse codes hurt most (wte and wpe: GPT-2's). Unless the user chooses otherwise they go in int8, and between
+shards uncoded."""
+FINE = SUMMABLE | {"int8"}
+"""Kinds that lose little."""
+WHOLE = frozenset({"dgc", "demo"})
+"""Kinds whose memory is a momentum, of which an int8 code would send all at once: embeddings go uncoded."""
 
 NonFinite = Literal["average", "raise"]
 """What becomes of a step in which a gradient is not: an error on all ranks, or the average is not either."""
@@ -50,8 +55,8 @@ class Coded(Section):
         "demo",
     ]
     exclude: Patterns | None = None
-    """Parameters that stay float32, by name, with * for anything; one pattern or several. None: *embed* and *positions*, but
-    nothing for bf16 and fp16."""
+    """Parameters that stay float32, by name, with * for anything; one pattern or several. (): all are coded by this kind. None:
+    embeddings go in int8, which bf16, fp16 and int8 need not be told, and in float32 with dgc and demo."""
     vectors: bool | None = None
     """Code parameters of one dimension too. None: only bf16 and fp16 do."""
     after_steps: int = Field(0, ge=0)
@@ -101,8 +106,13 @@ class Coded(Section):
     @property
     def excluded(self) -> tuple[str, ...]:
         """Patterns of what is not coded."""
-        usual = () if self.kind in SUMMABLE else EXCLUDED
+        usual = EMBEDDINGS if self.kind in WHOLE else ()
         return usual if self.exclude is None else self.exclude
+
+    @property
+    def finer(self) -> tuple[str, ...]:
+        """Patterns of what goes in int8."""
+        return EMBEDDINGS if self.exclude is None and self.kind not in FINE | WHOLE else ()
 
     @property
     def codes_vectors(self) -> bool:

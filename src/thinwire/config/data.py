@@ -37,6 +37,9 @@ class DataSection(Section):
     """Count and skip records that cannot be read, instead of ending with the first one's file and line."""
     tokenizer: str = "bytes"
     """"bytes", or the path of a tokenizer.json (extra `tokenizers`)."""
+    windows: int = Field(0, ge=0)
+    """So many sequences, spread evenly over the text, each of which is seen once an epoch: samples return, as in fine-tuning. A
+    multiple of the sequences of a step. 0: all of the text, cut from another place in each epoch."""
     cache: str = ""
     """Folder for the token file; empty: ~/.cache/thinwire."""
 
@@ -44,6 +47,10 @@ class DataSection(Section):
     def _one_of_both(self) -> DataSection:
         if self.sources and self.source != STDLIB:
             raise ValueError("source and sources are both given; write the source as one of the sources")
+        if self.windows and len(self.sources) > 1:
+            raise ValueError(
+                f"data.windows = {self.windows} are of one text, and data.sources are {len(self.sources)}; leave one of both out"
+            )
         return self
 
     def each(self) -> tuple[DataSource, ...]:

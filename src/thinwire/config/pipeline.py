@@ -26,13 +26,23 @@ class PipelineSection(Section):
     """The code in which activations are sent to the next stage."""
     gradients: Boundary = "none"
     """The code in which their gradients are sent back."""
+    copies: Literal["none", "bf16", "fp16"] = "none"
+    """Both ends of a boundary keep what each sample's activation was last, in these floats, and `activations` codes the change
+    since then; what comes for the first time is sent in them. For samples that return: data.windows."""
 
     @model_validator(mode="after")
     def _check(self) -> "PipelineSection":
         usual, given = STAGES_PER_RANK[self.schedule], self.stages_per_rank
         if given and given != usual and self.schedule in ("zbv", "dualpipev", "gpipe", "1f1b"):
             raise ValueError(f"stages_per_rank = {given}: {self.schedule} has {usual}; leave it out, or take 'interleaved'")
+        if self.copies != "none" and self.activations == "none":
+            raise ValueError(f"copies = {self.copies!r} is for changes that are sent in codes; give pipeline.activations, 'int4'")
         return self
+
+    @property
+    def first(self) -> str:
+        """The code of activations of which there is no copy."""
+        return self.activations if self.copies == "none" else self.copies
 
     @property
     def per_rank(self) -> int:

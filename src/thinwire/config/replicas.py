@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from thinwire.config.run import SGD, AdamW, Seconds
+from thinwire.config.optimizer import SGD, AdamW
+from thinwire.config.run import Seconds
 from thinwire.tomlfile import Section
 
 

@@ -15,14 +15,17 @@ from thinwire.config.compress import SPARSELOCO, Compress, NoCompression
 from thinwire.config.data import DataSection
 from thinwire.config.experts import ExpertsSection
 from thinwire.config.model import ModelConfig, preset
+from thinwire.config.optimizer import AdamW, Muon, Optimizer
 from thinwire.config.pipeline import APART, PipelineSection
 from thinwire.config.pretrained import read_shape, tokenizer_of
 from thinwire.config.sharded import ShardedSection
 from thinwire.config.sync import EveryStep, LocalSGD, Sync
+from thinwire.config.task import TaskSection
 from thinwire.config.tensor import TensorSection
+from thinwire.config.watch import WatchSection
 from thinwire.errors import UserError
 from thinwire.layout import Layout, check_sequence
-from thinwire.tomlfile import Section, read_toml, read_value, validate
+from thinwire.tomlfile import Section, put, read_toml, read_value, validate
 from thinwire.units import parse
 
 DEFAULT_PRESET = "1m"
@@ -70,12 +73,12 @@ class ModelSection(ModelConfig):
 
 
 class CollectivesSection(Section):
-    """What runs all-reduces and the other collectives on CPUs."""
+    """What runs all-reduces and the other collectives, on GPUs in groups over several hosts."""
 
     kind: Literal["native", "priced", "measured"] = "native"
-    """"native": gloo's own algorithms, or MPI's. "measured": when an op is first used in a class of sizes, the few algorithms
-    that are best by price on the cluster are tried on the ranks, and the fastest is kept, the native one included. "priced": the
-    best by price."""
+    """"native": the own algorithms of gloo, MPI or NCCL. "measured": when an op is first used in a class of sizes, the few
+    algorithms that are best by price on the cluster are tried on the ranks, and the fastest is kept, the native one included.
+    "priced": the best by price."""
 
 
 class LayoutSection(Section):
@@ -95,6 +98,9 @@ class LayoutSection(Section):
     """Replicas, neighbours, that share the states of one: weights, gradients and the optimizer's; see [sharded]."""
     tensor: int = Field(1, ge=1)
     """Ranks among which every layer's matrices are shared out; see [tensor]."""
+    map: Literal["links", "ranks"] = "links"
+    """How ranks are numbered, and so which links the axes lie on: "links": along those of the cluster, where it is known, so that
+    the inner axes have the fastest; "ranks": as they were started."""
 
     def resolve(self, world_size: int, *, rare: bool) -> Layout:
         """The Layout for `world_size` ranks. rare: of sync.kind. UserError if it does not fit."""
@@ -113,55 +119,12 @@ class LayoutSection(Section):
         return layout
 
 
-class AdamW(Section):
-    """Loshchilov & Hutter 2019."""
-
-    kind: Literal["adamw"] = "adamw"
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-
-
-class Muon(Section):
-    """Momentum orthonormalised for matrices (Jordan et al. 2024), AdamW for embeddings and vectors."""
-
-    kind: Literal["muon"] = "muon"
-    momentum: float = Field(0.95, ge=0, lt=1)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-
-
-class SignSGD(Section):
-    """Each value moves by the learning rate, in the direction of its gradient's sign (Bernstein et al. 2018); for DeMo."""
-
-    kind: Literal["signsgd"] = "signsgd"
-    weight_decay: float = Field(0.0, ge=0)
-
-
-class SGD(Section):
-    """With momentum."""
-
-    kind: Literal["sgd"] = "sgd"
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-
-
 def _kind_or_bytes(value: Any) -> Any:
     return value if value in get_args(RecomputeKind) else parse(value, "B")
 
 
 RecomputeKind = Literal["none", "selective", "full"]
 Recompute = Annotated[RecomputeKind | float, BeforeValidator(_kind_or_bytes)]
-
-
-def _adamw_unless_named(value: Any) -> Any:
-    return {"kind": "adamw", **value} if isinstance(value, dict) else value
-
-
-Optimizer = Annotated[AdamW | SGD | SignSGD | Muon, Field(discriminator="kind"), BeforeValidator(_adamw_unless_named)]
 
 
 class TrainSection(Section):
@@ -180,6 +143,14 @@ class TrainSection(Section):
     """Of activations, in the backward pass: "none" keeps all; "selective" drops those inside attention and MLP; "full" keeps what
     enters a block; or as many bytes as a rank may need, such as "8 GiB": then as few operations are repeated as fit."""
     optimizer: Optimizer = AdamW()
+    on_host: tuple[Literal["optimizer", "activations"], ...] = ()
+    """What lies in the host's memory while a device does not use it: the optimizer's state, which a step fetches and gives back
+    piece by piece; what a forward pass keeps for the backward pass. For devices: a CPU has no other memory."""
+    updates: Literal["together", "early"] = "together"
+    """"early": each parameter is updated in the backward pass, as soon as its gradient is there, which is given up then. For one
+    micro-batch a step without clipping, where no other rank has a part of the gradient."""
+    rounded: Literal["none", "int8", "int4"] = "none"
+    """As what passes and scores see the matrices: as `thinwire shrink` would store them. The optimizer's are whole."""
     learning_rate: float = Field(1e-3, gt=0)
     final_learning_rate: float = Field(0.1, ge=0, le=1)
     """End of the cosine, as a fraction of learning_rate."""
@@ -189,7 +160,7 @@ class TrainSection(Section):
     eval_every: int = Field(100, ge=0)
     """Steps between evaluations on the held-out part; 0: at the end only."""
     eval_tokens: int = Field(131_072, ge=1)
-    """Tokens of the held-out part that are scored, over all ranks."""
+    """Tokens of the held-out part that are scored, over all ranks; of a task of the catalogue, examples."""
     checkpoint_every: int = Field(0, ge=0)
     """Steps between checkpoints; 0: by the clock."""
     checkpoint_every_s: Seconds = Field(600.0, ge=0)
@@ -199,13 +170,15 @@ class TrainSection(Section):
     checkpoint_copies: int = Field(1, ge=1, le=2)
     """Disks on which each rank's own part of a checkpoint is kept, where hosts share none. 2: sent to the next one as well."""
     log_every: int = Field(10, ge=1)
+    replan: bool = False
+    """Codes, periods of exchanges and micro-batches change in reports, where links or ranks are otherwise than predicted."""
     ranks: int = Field(0, ge=0)
     """Ranks to start when launched alone; 0: as many as the cluster file has, else 2."""
     run: str = ""
     """The run folder; empty: runs/<date>-<time>."""
     backend: Literal["auto", "gloo", "mpi"] = "auto"
     """What carries the ranks' exchanges. "mpi" needs the extra `mpi` and ranks that mpiexec has started; "auto": that where both
-    are so, else gloo. On CUDA devices "auto" is NCCL."""
+    are so, else gloo. On GPUs "auto" is NCCL, and the others go through memory of the host."""
     timeout_s: Seconds = Field(300.0, gt=0)
     """A collective that takes longer is given up, and the run with it."""
 
@@ -215,6 +188,7 @@ class RunConfig(Section):
 
     cluster: ClusterSection = ClusterSection()
     collectives: CollectivesSection = CollectivesSection()
+    task: TaskSection = TaskSection()
     model: ModelSection = ModelSection.model_validate({})
     data: DataSection = DataSection()
     layout: LayoutSection = LayoutSection()
@@ -225,6 +199,7 @@ class RunConfig(Section):
     sync: Sync = EveryStep()
     compress: Compress = NoCompression()
     train: TrainSection = TrainSection()
+    watch: WatchSection = WatchSection()
 
     @model_validator(mode="before")
     @classmethod
@@ -239,23 +214,32 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        self.task.check(self)
+        if self.sync.kind == "auto" and self.compress.kind != "none":
+            raise ValueError(f"compress.kind = {self.compress.kind!r}: sync.kind = 'auto' chooses codes too; leave it out")
         if self.train.sequence > self.model.context:
             raise ValueError(f"train.sequence {self.train.sequence} is longer than model.context {self.model.context}")
-        if self.layout.pipe > 1:
-            self._check_pipeline()
-        if self.layout.tensor > 1:
-            self._check_tensor()
+        self._check_pipeline()
+        self._check_tensor()
         self._check_sequence()
         self._check_experts()
         if self.layout.shard > 1:
             self._check_sharded()
-        for axis in ("pipe", "expert", "seq", "shard", "tensor"):
-            if self.sync.by_speed and getattr(self.layout, axis) > 1:
-                raise ValueError(
-                    f"sync.assign = 'by_speed' assigns micro-batches to replicas of one rank; leave it out with layout.{axis}"
-                )
+        assigns = "sync.assign = 'by_speed'" * self.sync.by_speed or "train.replan = true" * self.train.replan
+        for axis in ("pipe", "expert", "seq", "shard", "tensor") if assigns else ():
+            if getattr(self.layout, axis) > 1:
+                raise ValueError(f"{assigns} assigns micro-batches to replicas of one rank; leave it out with layout.{axis}")
+        self._check_replan()
         if self.train.recompute != "none" and (reason := self.cannot_recompute):
             raise ValueError(f"train.recompute = {self.train.recompute!r}: {reason}")
+        if self.train.updates == "early":
+            self._check_early()
+        for axis in ("pipe", "expert", "shard", "tensor") if self.train.rounded != "none" else ():
+            if getattr(self.layout, axis) > 1:
+                raise ValueError(
+                    f"train.rounded = {self.train.rounded!r} rounds whole matrices, and layout.{axis} = "
+                    f"{getattr(self.layout, axis)} gives ranks parts of them; set it to 1"
+                )
         dtype, optimizer = self.model.dtype, self.train.optimizer
         if dtype != "float32" and self.train.dtype not in ("auto", dtype):
             raise ValueError(
@@ -270,18 +254,19 @@ class RunConfig(Section):
             )
         return self
 
+    def laid_out(self, world_size: int) -> Layout:
+        """On so many ranks. UserError for what does not fit."""
+        layout = self.layout.resolve(world_size, rare=self.sync.rare)
+        if self.train.updates == "early" and layout.data > 1:
+            raise UserError(
+                f"train.updates = 'early' with layout.data = {layout.data}: a gradient is averaged before it is used; take a "
+                "sync.kind that exchanges rarely, such as 'diloco', or train.updates = 'together'"
+            )
+        return layout
+
     @property
     def cannot_recompute(self) -> str:
         """Why train.recompute is "none"; nothing if it may be another."""
-        if self.layout.seq > 1:
-            return f"with layout.seq = {self.layout.seq} keys and values would travel again; set it to 'none'"
-        if self.layout.shard > 1 and self.layout.pipe == 1:
-            return (
-                f"with layout.shard = {self.layout.shard} what hides under computing again is not predicted yet; set it to "
-                "'none', or share out the layers too (layout.pipe)"
-            )
-        if self.model.experts:
-            return f"with model.experts = {self.model.experts} blocks are not computed again; set it to 'none'"
         if self.layout.pipe > 1 and self.pipeline.schedule in APART:
             return (
                 f"pipeline.schedule = {self.pipeline.schedule!r} goes back twice, for inputs and for weights, and would compute "
@@ -289,23 +274,51 @@ class RunConfig(Section):
             )
         return ""
 
+    def _check_early(self) -> None:
+        for name, value, wanted in (
+            ("train.clip", self.train.clip, 0),
+            ("sync.accumulate", self.sync.accumulate, 1),
+            *((f"layout.{axis}", getattr(self.layout, axis), 1) for axis in ("pipe", "expert", "seq", "shard")),
+        ):
+            if value != wanted:
+                raise ValueError(
+                    f"train.updates = 'early' with {name} = {value:g}: no gradient is whole before the backward passes are over; "
+                    f"set it to {wanted}, or train.updates to 'together'"
+                )
+
+    def _check_replan(self) -> None:
+        kind, code, plain = self.sync.kind, self.compress.kind, ("none", "bf16", "int8", "int4")
+        codes = dict.fromkeys(("every_step", "diloco", "streaming"), plain) | {"sparseloco": ("topk",)}
+        stays = self.sync.by_speed or bool(getattr(self.sync, "first", None)) or not self.task.is_language_model
+        if self.train.replan and (stays or code not in codes.get(kind, ())):
+            raise ValueError(
+                f"train.replan = true with sync.kind = {kind!r}, compress.kind = {code!r}: it changes every_step without assign, "
+                f"diloco and streaming in {', '.join(plain)}, and sparseloco in topk, all without first; leave it out"
+            )
+
     def _check_pipeline(self) -> None:
         stages, units = self.layout.pipe * self.pipeline.per_rank, self.model.layers + 2
-        if stages > units:
+        if self.layout.pipe > 1 and stages > units:
             raise ValueError(
                 f"layout.pipe = {self.layout.pipe} with {self.pipeline.per_rank} stages a rank is {stages} stages, and a model "
                 f"of {self.model.layers} layers has {units} units to share out; take layout.pipe = "
                 f"{units // self.pipeline.per_rank} or less"
             )
+        if self.pipeline.copies != "none" and not self.data.windows:
+            raise ValueError(
+                f"pipeline.copies = {self.pipeline.copies!r} is for samples that return, and data.windows = 0 draws others in "
+                "each epoch; set data.windows, or leave copies out"
+            )
 
     def _check_sequence(self) -> None:
-        degree = self.layout.seq
-        check_sequence(self.train.sequence, degree)
-        if degree > 1 and isinstance(self.sync, LocalSGD) and self.sync.every_inside:
-            raise ValueError(
-                f"sync.every_inside = {self.sync.every_inside} lets ranks of a replica take steps alone, and each of "
-                f"layout.seq = {degree} ranks has a part of a sequence's gradient only; leave it out with layout.seq"
-            )
+        check_sequence(self.train.sequence, self.layout.seq)
+        for axis in ("seq", "expert"):
+            degree = getattr(self.layout, axis)
+            if degree > 1 and isinstance(self.sync, LocalSGD) and self.sync.every_inside:
+                raise ValueError(
+                    f"sync.every_inside = {self.sync.every_inside} lets ranks of a replica take steps alone, and each of "
+                    f"layout.{axis} = {degree} ranks has a part of their gradient only; leave it out with layout.{axis}"
+                )
 
     def _check_experts(self) -> None:
         if self.model.experts and self.layout.seq > 1:
@@ -315,26 +328,22 @@ class RunConfig(Section):
             )
         if self.layout.expert > 1:
             self.model.check_experts(self.layout.expert)
-            if self.layout.pipe > 1:
+            if self.sync.rare and self.compress.kind != "none":
                 raise ValueError(
-                    f"layout.expert = {self.layout.expert} with layout.pipe = {self.layout.pipe}: a model of experts takes one "
-                    "of them; set the other to 1"
-                )
-            if self.sync.rare:
-                raise ValueError(
-                    f"sync.kind = {self.sync.kind!r} with layout.expert = {self.layout.expert}: ranks that share experts "
-                    "exchange in each step; set layout.expert to 1, or take sync.kind = 'every_step'"
+                    f"compress.kind = {self.compress.kind!r} with sync.kind = {self.sync.kind!r} and layout.expert = "
+                    f"{self.layout.expert}: codes depend on the experts beside what these ranks each have whole, which would "
+                    "come to differ; take compress.kind = 'none', or set layout.expert to 1"
                 )
 
     def _check_tensor(self) -> None:
         degree = self.layout.tensor
         self.model.check_tensor(degree)
-        if isinstance(self.train.optimizer, Muon):
+        if degree > 1 and isinstance(self.train.optimizer, Muon):
             raise ValueError(
                 f"train.optimizer.kind = 'muon' orthonormalises whole matrices, of which a rank has a part with layout.tensor = "
                 f"{degree}; take 'adamw', or layout.pipe in place of it"
             )
-        if self.collectives.kind != "native":
+        if degree > 1 and self.collectives.kind != "native":
             raise ValueError(
                 f"collectives.kind = {self.collectives.kind!r} lets groups of replicas add up in different orders, by which what "
                 f"the {degree} ranks of layout.tensor each have whole would come to differ; set it to 'native'"
@@ -346,11 +355,6 @@ class RunConfig(Section):
             raise ValueError(
                 f"layout.shard = {degree} and model.experts = {self.model.experts} do not go together; take layout.expert"
             )
-        for axis in ("seq", "tensor"):
-            if (other := getattr(self.layout, axis)) > 1:
-                raise ValueError(
-                    f"layout.shard = {degree} and layout.{axis} = {other} do not go together yet; set one of them to 1"
-                )
         if self.layout.pipe > 1 and self.sharded != ShardedSection():
             raise ValueError(
                 f"[sharded] says how ranks that run all layers share weights and gradients; the {degree} of a stage of "
@@ -371,24 +375,15 @@ class RunConfig(Section):
 def load_run(path: Path | None, changes: list[str] = []) -> RunConfig:  # noqa: B006 (never changed)
     """Read run.toml (None: all defaults) and apply `changes` such as "train.steps=50". UserError in one line."""
     content = read_toml(path) if path else {}
-    where = str(path) if path else "the defaults"
+    where = f"{path or 'the defaults'}{' with --set' if changes else ''}"
     for change in changes:
         key, separator, text = change.partition("=")
         if not separator or not key.strip():
             raise UserError(f"--set {change!r}: write section.key=value, e.g. --set train.steps=50")
-        _put(content, key.strip().split("."), read_value(text.strip()), change)
-        where = f"{path or 'the defaults'} with --set"
+        put(content, key.strip(), read_value(text.strip()), f"--set {change!r}")
     return validate(RunConfig, content, where)
 
 
 def dump_run(config: RunConfig, path: Path) -> None:
     """Write `config` in full, defaults included."""
     path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
-
-
-def _put(content: dict[str, Any], keys: list[str], value: Any, change: str) -> None:
-    for key in keys[:-1]:
-        content = content.setdefault(key, {})
-        if not isinstance(content, dict):
-            raise UserError(f"--set {change!r}: {key!r} is a value, not a section")
-    content[keys[-1]] = value

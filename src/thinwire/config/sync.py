@@ -28,6 +28,10 @@ class _Sync(Section):
         """Whether faster ranks get more micro-batches."""
         return False
 
+    def phases(self, steps: int) -> list[tuple[int, Any]]:
+        """Of a run of so many steps: (steps, what holds in them), pair after pair."""
+        return [(steps, self)]
+
 
 class EveryStep(_Sync):
     """Gradients are averaged in each optimizer step, once for `accumulate` micro-batches."""
@@ -84,7 +88,32 @@ class LocalSGD(_Rare):
         return self
 
 
-class _Outer(_Rare):
+class _Rising(_Rare):
+    first: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], ...] = ()
+    """[[steps, H], ..]: the first so many steps with an exchange every H, pair after pair, each of whole periods; then every
+    `every`. Early steps are worth most."""
+
+    @model_validator(mode="after")
+    def _check_first(self) -> _Rising:
+        for steps, every in self.first:
+            if steps % every:
+                raise ValueError(f"first = {steps} steps every {every}: that is no number of whole periods; give a multiple")
+        return self
+
+    @property
+    def least_every(self) -> int:
+        """The shortest period that there is."""
+        return min(self.every, *(every for _, every in self.first)) if self.first else self.every
+
+    def phases(self, steps: int) -> list[tuple[int, Any]]:
+        found, plain = list[tuple[int, Any]](), self.model_copy(update={"first": ()})
+        for many, every in self.first:
+            found.append((min(many, steps), plain.model_copy(update={"every": every})))
+            steps -= found[-1][0]
+        return [*found, (steps, plain)]
+
+
+class _Outer(_Rising):
     outer_learning_rate: float | None = Field(None, gt=0)
     """Of the step along the averaged pseudo-gradient; None: what was published, for diloco from the number of replicas, found at
     every = 30. The best one is said to rise with `every`, by no known formula: far from 30, try some."""
@@ -108,12 +137,20 @@ class Streaming(_Outer):
     mixing: float | None = Field(None, ge=0, lt=1)
     """How much of a replica's own parameters stays when the new ones come (alpha). None: 0.5, and 0 without an overlap, in which
     there is nothing of its own to keep."""
+    arrival: Literal["mix", "add"] = "mix"
+    """What a replica makes of new parameters: it mixes them with its own, as published, or adds what it has itself moved since
+    they were sent, and then keeps nothing of where it stood apart from the others."""
 
     @model_validator(mode="after")
     def _check(self) -> Streaming:
-        if self.overlap >= self.every:
+        if self.overlap >= self.least_every:
             raise ValueError(
-                f"overlap = {self.overlap} must be less than every = {self.every}, or a fragment is sent twice at once"
+                f"overlap = {self.overlap} must be less than every = {self.least_every}, or a fragment is sent twice at once"
+            )
+        if self.arrival == "add" and (self.mixing is not None or not self.overlap):
+            raise ValueError(
+                f"arrival = 'add' takes the place of mixing where there is an overlap, with overlap = {self.overlap} and "
+                f"mixing = {self.mixing}: leave mixing out, and set overlap to 1 or more"
             )
         if self.mixing is not None and not self.overlap:
             raise ValueError(
@@ -122,7 +159,7 @@ class Streaming(_Outer):
         return self
 
 
-class SparseLoCo(_Rare):
+class SparseLoCo(_Rising):
     """Sparse pseudo-gradients with error feedback and no outer momentum."""
 
     kind: Literal["sparseloco"] = "sparseloco"
@@ -147,6 +184,18 @@ class NoLoCo(_Rare):
     outer_momentum: float = Field(0.5, ge=0, lt=1)
 
 
+class Auto(_Sync):
+    """One of the others, which `thinwire train` takes before anything starts: by the measured front, for the cluster's links."""
+
+    kind: Literal["auto"] = "auto"
+
+    @model_validator(mode="after")
+    def _check(self) -> Auto:
+        if self.bucket_bytes:
+            raise ValueError(f"bucket_bytes = {self.bucket_bytes} with kind = 'auto', which chooses buckets too; leave it out")
+        return self
+
+
 def _every_step_unless_named(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
@@ -157,7 +206,7 @@ def _every_step_unless_named(value: Any) -> Any:
 
 
 Sync = Annotated[
-    EveryStep | LocalSGD | DiLoCo | Streaming | SparseLoCo | MuLoCo | NoLoCo,
+    EveryStep | LocalSGD | DiLoCo | Streaming | SparseLoCo | MuLoCo | NoLoCo | Auto,
     Field(discriminator="kind"),
     BeforeValidator(_every_step_unless_named),
 ]

@@ -12,6 +12,13 @@ Of several sources each is cut alone. An epoch draws m = weight * n windows, rou
 through all epochs, and draw d is window d mod n of turn d // n, permuted anew in each turn unless n divides m. So the windows of
 a source are drawn equally often, give or take one, whatever its weight.
 
+With `windows` = N there are N sequences, spread evenly over the text, and each epoch shows each of them once: samples return, so
+N is a multiple of the global batch G. Place k of the global batch has N / G of them for itself, of which each epoch shows
+
+    number (p(e, i) + h(e, k)) mod N / G at its step i        p a permutation, h a hash: who comes together changes by epoch
+
+so that whoever trains on a place of the batch sees the same samples again, in any layout.
+
 The permutation needs no table: a Feistel network of four rounds permutes the next power of four; results outside the range are
 sent through again until they fall inside (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains"), fewer
 than four turns on average. It is our own arithmetic, so that a resumed run sees the same order under every version of numpy.
@@ -39,15 +46,20 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 @dataclass(frozen=True)
 class TrainBatches:
-    """`global_batch` counts the sequences of one step over all ranks and micro-batches. `parts` make up `tokens`; none: one."""
+    """`global_batch` counts the sequences of one step over all ranks and micro-batches. `parts` make up `tokens`; none: one.
+    windows: 0, or so many that return, of one part."""
 
     tokens: NDArray[Any]
     sequence: int
     global_batch: int
     seed: int = 0
     parts: tuple[Part, ...] = ()
+    windows: int = 0
 
     def __post_init__(self) -> None:
+        if self.windows:
+            self._check_windows()
+            return
         for part, draws in zip(self.parts, self._draws.tolist(), strict=False):
             if draws < 1:
                 raise UserError(
@@ -75,7 +87,7 @@ class TrainBatches:
     @property
     def num_windows(self) -> int:
         """Windows of an epoch."""
-        return int(self._draws.sum())
+        return self.windows or int(self._draws.sum())
 
     @property
     def steps_per_epoch(self) -> int:
@@ -98,6 +110,8 @@ class TrainBatches:
 
     def window_starts(self, step: int) -> NDArray[np.int64]:
         """Where in `tokens` each sequence of the step's global batch begins."""
+        if self.windows:
+            return self.samples(step) * self._cuts // self.windows * self.sequence
         epoch, place = divmod(step, self.steps_per_epoch)
         index = np.arange(place * self.global_batch, (place + 1) * self.global_batch, dtype=np.int64)
         drawn = permute(index, self.num_windows, key_of(self.seed, epoch))
@@ -112,6 +126,32 @@ class TrainBatches:
                 starts[mine[now]] = begin + order * self.sequence + key_of(key, 1) % self.sequence
             begin += self.parts[part].tokens if self.parts else 0
         return starts
+
+    def samples(self, step: int) -> NDArray[np.int64]:
+        """Of `windows` which ones the step's global batch has, by number."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        rows = np.arange(self.global_batch, dtype=np.int64)
+        turned = mix(rows.astype(np.uint64) + np.uint64(key_of(self.seed, epoch, 1))) % np.uint64(self.steps_per_epoch)
+        now = permute(np.array([place], dtype=np.int64), self.steps_per_epoch, key_of(self.seed, epoch))
+        turn = (now + turned.astype(np.int64)) % self.steps_per_epoch
+        return permute(rows + self.global_batch * turn, self.windows, key_of(self.seed, 2))
+
+    @property
+    def _cuts(self) -> int:
+        """Sequences of the text, cut one after the other from its first token."""
+        return (len(self.tokens) - 1) // self.sequence
+
+    def _check_windows(self) -> None:
+        if self.windows > self._cuts:
+            raise UserError(
+                f"data.windows = {self.windows} sequences of {self.sequence} tokens, and {len(self.tokens)} training tokens have "
+                f"{self._cuts}; take fewer or more text"
+            )
+        if self.windows % self.global_batch:
+            raise UserError(
+                f"data.windows = {self.windows} is no multiple of the {self.global_batch} sequences of a step, so some would not "
+                f"return; take {self.windows // self.global_batch * self.global_batch or self.global_batch}"
+            )
 
 
 def held_out_batches(

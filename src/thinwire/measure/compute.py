@@ -60,14 +60,14 @@ def shared_gpus(ranks: int) -> str:
 
 def kind_of(device: torch.device) -> str:
     """ "cpu", or the name of the GPU."""
-    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return "cpu" if device.type == "cpu" else str(torch.get_device_module(device).get_device_name(device))
 
 
 def memory_bytes(device: torch.device, ranks_on_host: int) -> float:
     """The card's, or an even share of the host's, limited by its control group."""
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    return total_memory() / ranks_on_host
+    if device.type == "cpu":
+        return total_memory() / ranks_on_host
+    return float(torch.get_device_module(device).get_device_properties(device).total_memory)
 
 
 def fast_dtype(device: torch.device, product: tuple[int, int, int] | None = None) -> str:

@@ -39,7 +39,7 @@ def total_memory(root: Path = Path("/")) -> float:
 
 def has_gpu() -> bool:
     """Whether there is a driver for one, so that torch may put models elsewhere than into the machine's memory."""
-    return Path("/dev/nvidiactl").exists()
+    return any(Path(f"/dev/{name}").exists() for name in ("nvidiactl", "kfd"))  # CUDA's, ROCm's
 
 
 def _groups(root: Path) -> Iterator[tuple[float, float]]:

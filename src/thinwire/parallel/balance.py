@@ -88,7 +88,7 @@ def shares_tied(compress: NoCompression | Coded, layout: Layout) -> bool:
             f"model.tied = true: the first and the last stage of layout.pipe = {layout.pipe} share the embedding, which "
             f"layout.outer = {layout.outer} replicas that exchange rarely would average in two ways; set model.tied = false"
         )
-    apart = _averages_apart(compress, layout.of_gradients.data)
+    apart = _averages_apart(compress, layout.of_gradients.dense)
     if apart and layout.shard > 1:
         raise UserError(
             f"model.tied = true: the first and the last stage of layout.pipe = {layout.pipe} share the embedding, of which the "

@@ -35,14 +35,19 @@ Chain = tuple[Unit, ...]
 
 
 def chain_of(model: nn.Module) -> Chain:
-    """Of a `Transformer` or an `nn.Sequential`. UserError for another model, of which no order of units is known."""
+    """Of a `Transformer`, an `nn.Sequential`, or a model of Hugging Face's with a plan. UserError for another model, of which no
+    order of units is known."""
     if isinstance(model, Transformer):
         return transformer_chain(model.config)
     if isinstance(model, nn.Sequential):
         return tuple(Unit((name,), partial(_call, name)) for name, _ in model.named_children())
+    from thinwire.parallel.plans import has_plans, planned_chain  # which knows chains
+
+    if has_plans(model):
+        return planned_chain(model)
     raise UserError(
-        f"a {type(model).__name__} cannot be cut into stages: pipelines take thinwire's Transformer and nn.Sequential; write it "
-        "as an nn.Sequential, or train it without layout.pipe"
+        f"a {type(model).__name__} cannot be cut into stages: pipelines take thinwire's Transformer, nn.Sequential and models of "
+        "transformers with a plan; write it as an nn.Sequential, or train it without layout.pipe"
     )
 
 

@@ -2,25 +2,29 @@
 
     sent by a rank in a step = sum over its stages of micro-batches * (activation to the next + gradient to the one before)
 
-and once a step the gradient of each weight that it has together with another rank (a tied embedding).
+and once a step the gradient of each weight that it has together with another rank (a tied embedding). With `options.copies` an
+activation of a sample that came before is sent as the change since then; else in the code of the copies.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from thinwire.compress.activations.boundary import BoundaryCodec
+from thinwire.compress.activations.differences import Differences
 from thinwire.compress.base import make_codec
 from thinwire.config.compress import read_coding
 from thinwire.config.pipeline import PipelineSection
 from thinwire.errors import UserError
 from thinwire.parallel import balance
 from thinwire.parallel.chain import Chain, boundaries, chain_of
-from thinwire.traffic import PIPELINE, Transfer
+from thinwire.traffic import EVALUATION, PIPELINE, Transfer
 
 TIED = "tied weights"
+COPIES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,28 +69,46 @@ class Cut:
         return 0 <= boundary < len(self.stages) - 1 and self.rank_of(boundary) != self.rank_of(boundary + 1)
 
     def codec(self, direction: str, boundary: int) -> BoundaryCodec | None:
-        """Of what crosses between stage `boundary` and the next, None: as it is. direction: "activations" or "gradients"."""
+        """Of what crosses between stage `boundary` and the next, None: as it is. direction: "activations", "gradients", or
+        "first": activations of samples of which there is no copy."""
         codec = make_codec(read_coding(getattr(self.options, direction), f"pipeline.{direction}"))
         return None if codec is None else BoundaryCodec(codec, f"{direction} of boundary {boundary}-{boundary + 1}")
+
+    def differences(self, boundary: int) -> Differences | None:
+        """One side of a boundary that activations of samples that return cross, without copies as yet; None: none are kept."""
+        coder = self.codec("activations", boundary)
+        if coder is None or self.options.copies == "none":
+            return None
+        return Differences(coder.codec, coder.boundary, dtype=COPIES[self.options.copies])
 
     def message_bytes(self, direction: str, boundary: int) -> int:
         """Of one micro-batch."""
         values, codec = self.crossing[boundary], self.codec(direction, boundary)
         return values.nbytes if codec is None else codec.payload_bytes(values.shape)
 
-    def traffic(self, rank: int, num_micro: int, tied_bytes: Sequence[int] = ()) -> list[Transfer]:
-        """What rank `rank` of the pipeline sends in a step. tied_bytes: of each gradient that it adds up with another rank's."""
+    def traffic(self, rank: int, num_micro: int, tied_bytes: Sequence[int] = (), *, first: bool = False) -> list[Transfer]:
+        """What rank `rank` of the pipeline sends in a step. tied_bytes: of each gradient that it adds up with another rank's.
+        first: whether there are no copies of its samples as yet."""
+        forward = "first" if first else "activations"
+        sent = [one for stage in self.stages_of(rank) for one in ((forward, stage), ("gradients", stage - 1))]
+        tied = (Transfer(label=TIED, axis="pipe", op="send", message_bytes=size) for size in tied_bytes)
+        return self._sent(PIPELINE, sent, num_micro) + list(tied)
+
+    def evaluation_traffic(self, rank: int, num_micro: int) -> list[Transfer]:
+        """What it sends in passes without gradients."""
+        return self._sent(EVALUATION, [("first", stage) for stage in self.stages_of(rank)], num_micro)
+
+    def _sent(self, label: str, messages: Sequence[tuple[str, int]], num_micro: int) -> list[Transfer]:
+        """messages: (direction, boundary), those that cross one, for each micro-batch."""
         found = Counter[tuple[int, int]]()
-        for stage in self.stages_of(rank):
-            for direction, boundary in (("activations", stage), ("gradients", stage - 1)):
-                if self.crosses(boundary):
-                    item_bytes = self.crossing[boundary].element_size() if self.codec(direction, boundary) is None else 1
-                    found[self.message_bytes(direction, boundary), item_bytes] += num_micro
-        between = [
-            Transfer(label=PIPELINE, axis="pipe", op="send", message_bytes=size, item_bytes=item_bytes, calls=calls)
+        for direction, boundary in messages:
+            if self.crosses(boundary):
+                item_bytes = self.crossing[boundary].element_size() if self.codec(direction, boundary) is None else 1
+                found[self.message_bytes(direction, boundary), item_bytes] += num_micro
+        return [
+            Transfer(label=label, axis="pipe", op="send", message_bytes=size, item_bytes=item_bytes, calls=calls)
             for (size, item_bytes), calls in found.items()
         ]
-        return between + [Transfer(label=TIED, axis="pipe", op="send", message_bytes=size) for size in tied_bytes]
 
 
 def cut_model(

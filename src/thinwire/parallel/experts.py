@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.activations.swap import swap_transfer, swapped
@@ -89,7 +90,10 @@ class _Travel:
     waits: Waits
 
     def compute(self, experts: Iterable[nn.Module], slots_ESM: Tensor) -> Tensor:
-        """In place of `models.experts.compute`; experts: of this rank. Collective, forward and backward."""
+        """In place of `models.experts.compute`; experts: of this rank. Collective, forward and backward. Of fake tensors, where
+        only shapes are wanted, nothing is sent."""
+        if isinstance(slots_ESM, FakeTensor):
+            return torch.empty_like(slots_ESM)
         degree, device = self.group.size(), slots_ESM.device.type
         if torch.is_autocast_enabled(device):
             slots_ESM = slots_ESM.to(torch.get_autocast_dtype(device))
@@ -129,16 +133,17 @@ def traffic(config: ModelConfig, degree: int, passes: Passes, codec: Codec | Non
     kept: torch.dtype = getattr(torch, config.dtype)
     slots = passes.micro_batch * config.expert_slots(passes.sequence)
     row = config.experts // degree * slots * config.width, torch.bfloat16 if passes.casts else kept
-    calls = 2 * config.layers * passes.num_micro
+    blocks = range(1, config.layers + 1) if passes.units is None else [one for one in passes.units if 0 < one <= config.layers]
+    again, swaps = sum(unit in passes.recomputed for unit in blocks), 2 * passes.num_micro
     if passes.evaluates:
         sent = swap_transfer(row, None, AXIS, degree, EVALUATION)
-        return [replace(sent, calls=calls, in_passes=True)]
+        return [replace(sent, calls=swaps * len(blocks), in_passes=True)]
     norm = tensor.norm_transfers(AXIS, kept) if passes.clips else []
     work_s = 0.0
     if codec is not None:
         encode_s, decode_s = seconds_per_value(codec, passes.device)
         work_s = padded(row[0], codec.block) * ((degree - 1) * encode_s + degree * decode_s)
     return [
-        replace(swap_transfer(row, codec, AXIS, degree, label), calls=calls, in_passes=True, work_s=work_s)
-        for label in (SLOTS, GRADIENTS)
+        replace(swap_transfer(row, codec, AXIS, degree, label), calls=swaps * count, in_passes=True, work_s=work_s)
+        for label, count in ((SLOTS, len(blocks) + again), (GRADIENTS, len(blocks)))
     ] + norm

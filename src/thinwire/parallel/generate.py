@@ -23,9 +23,11 @@ from torch import Tensor
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.metered_calls import all_gather
 from thinwire.config.pipeline import PipelineSection
+from thinwire.config.run import RunConfig
 from thinwire.errors import UserError
+from thinwire.layout import Layout
 from thinwire.models.transformer import Transformer, causal_attention
-from thinwire.parallel import tensor
+from thinwire.parallel.apply import Asked, apply
 from thinwire.parallel.chain import Owner, Shared
 from thinwire.parallel.cut import cut_model
 from thinwire.workload import Workload
@@ -76,7 +78,9 @@ class Generator:
         axes cannot share."""
         self._axes, self._sampling, self._config = axes or Axes(ledger=Ledger()), sampling, model.config
         if self._axes.tensor is not None:
-            tensor.apply(model, self._axes.tensor, self._axes.ledger)
+            groups = {"tensor": self._axes.tensor}
+            layout = Layout(tensor=self._axes.tensor.size())
+            apply(model, Asked(layout=layout, groups=groups, ledger=self._axes.ledger, config=RunConfig()))
         pipe = self._axes.pipe
         self._ranks, self._rank = (1, 0) if pipe is None else (pipe.size(), pipe.rank())
         self._device = next(model.parameters()).device

@@ -10,15 +10,20 @@ other, and sums of more than two, or codes, depend on what else is in a bucket; 
 over the first one's average, and both stay equal to the bit.
 """
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from thinwire.collectives.backend import MeteredGroup
 from thinwire.collectives.ledger import Ledger
+from thinwire.collectives.metered_calls import together
+from thinwire.compress.activations.differences import Differences
 from thinwire.errors import UserError
 from thinwire.parallel.boundary import CodedStage, Computed, Crossing
 from thinwire.parallel.chain import Owner, Stage
@@ -44,7 +49,13 @@ class Pipeline:
         loss: Loss,
         precision: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
-        """precision: entered around each forward pass of training, such as torch.autocast."""
+        """precision: entered around each forward pass of training, such as torch.autocast. UserError for a metered group over
+        NCCL, in which PyTorch's schedules would begin messages one by one."""
+        if isinstance(group, MeteredGroup) and group.coalesces:
+            raise UserError(
+                "a pipeline on GPUs needs NCCL's own group, where its messages begin together: take collectives.kind = 'native', "
+                "or init_process_group('nccl')"
+            )
         self.cut, self.group, self.ledger, self.loss, self._precision = cut, group, ledger, loss, precision
         self.rank = group.rank()
         self.owner = Owner(model, cut.modules_of(self.rank))
@@ -62,9 +73,15 @@ class Pipeline:
         ]
         self._schedules: dict[int, Any] = {}
         self._begun = False
+        self._started: Any = None
         self._scale = 1.0
         self._tied = self._tied_parameters()
         self.shares_tied = False
+        self.samples: Sequence[Sequence[int]] = ()
+        """Numbers of the samples of the next step's micro-batches, the same on all ranks, where copies of activations are kept;
+        none: it sends as if they came for the first time, and keeps nothing."""
+        self.returning = True
+        """Whether all samples of the step before had come before that."""
         ledger.axes[group.group_name] = "pipe"
 
     @property
@@ -79,6 +96,21 @@ class Pipeline:
     def computed(self) -> list[Computed]:
         """What this rank computed in the step before."""
         return [one for stage in self.stages for one in stage.computed]
+
+    def timeline(self) -> list[tuple[str, int, int, float, float]]:
+        """(kind, stage, micro-batch, begin, end) of the step before, in seconds since it began on this rank. On a device it waits
+        for the step's end."""
+        clock, begun = self.stages[0].clock, self._started
+        return [
+            (one.kind, one.stage, one.micro, clock.seconds(begun, one.begin), clock.seconds(begun, one.end))
+            for one in self.computed
+        ]
+
+    @property
+    def copies(self) -> dict[str, Differences]:
+        """What this rank keeps of activations of samples, by which side of which boundary it is; for checkpoints."""
+        sides = ((f"{side} of stage {stage.stage_index}", copies) for stage in self.stages for side, copies in stage.copies())
+        return dict(sides)
 
     def traffic(self, num_micro: int) -> list[Transfer]:
         """What this rank sends in a step."""
@@ -104,8 +136,12 @@ class Pipeline:
             self._schedules[num_micro] = make_schedule(self.cut.options.schedule, self.stages, num_micro, self.scaled_loss)
         losses: list[Tensor] = []
         self._scale = scale
+        for stage in self.stages:
+            stage.samples = self.samples
+        self.returning = all(copies.knows(ids) for copies in self.copies.values() for ids in self.samples)
         arguments = (torch.cat(list(inputs)).to(self.device),) if self.has_first else ()
         target = torch.cat(list(targets)).to(self.device) if self.has_last else None
+        self._started = self.stages[0].clock.now()
         with self.ledger.label(label), without_log():
             if self._begun:  # in the first step stages send each other more, and receives come after that
                 self._post(self._schedules[num_micro])
@@ -124,7 +160,7 @@ class Pipeline:
                         dist.P2POp(dist.irecv, received, group=self.group, group_peer=other),
                         dist.P2POp(dist.isend, gradient, group=self.group, group_peer=other),
                     ]
-                    for work in dist.batch_isend_irecv(both):  # together, as devices want it; as in `MeteredGroup.in_pair`
+                    for work in together(both):
                         work.wait()
                     parameter.grad = gradient.add_(received)
 
@@ -143,27 +179,47 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Losses of (inputs, targets), each of a micro-batch's shape, on the rank that has the last stage. Nothing is coded.
-        Collective: every rank gives as many batches."""
-        losses, sent = [], []
+        """Losses of (inputs, targets), each of a micro-batch's shape, on the rank that has the last stage. Activations are coded
+        as in training. Collective: every rank gives as many batches."""
+        arriving: dict[tuple[int, int], Callable[[], Tensor]] = {}
+        handed_on: dict[int, Tensor] = {}
+        losses: list[Tensor] = []
+        leaving: deque[list[Callable[[], Any]]] = deque()
+        groups, ahead = self._forward_passes(len(batches)), int(self.stages[0].posts)
         with self.ledger.label(EVALUATION):
-            for inputs, targets in batches:
-                x = inputs.to(self.device)
-                for stage in self.stages:
-                    number = stage.stage_index
-                    if self.cut.crosses(number - 1):
-                        like = self.cut.crossing[number - 1]
-                        x = torch.empty(like.shape, dtype=like.dtype, device=self.device)
-                        dist.recv(x, group=self.group, group_src=self.cut.rank_of(number - 1))
-                    x = stage.submod(x)
-                    if self.cut.crosses(number):
-                        sent.append((x, dist.isend(x, group=self.group, group_dst=self.cut.rank_of(number + 1))))
-                if self.has_last:
-                    losses.append(self.loss(x, targets.to(self.device)))
-            for _, work in sent:
-                assert work is not None
-                work.wait()
+            for number, group in enumerate(groups):
+                for stage, micro in chain(*groups[number + ahead if number else 0 : number + ahead + 1]):
+                    if self.cut.crosses(stage.stage_index - 1):
+                        arriving[stage.stage_index, micro] = stage.arrival(self.cut.rank_of(stage.stage_index - 1))
+                leaving.append([])
+                for stage, micro in group:
+                    index, (inputs, targets) = stage.stage_index, batches[micro]
+                    if self.cut.crosses(index - 1):
+                        x = arriving.pop((index, micro))()
+                    else:
+                        x = inputs.to(self.device) if stage.is_first else handed_on.pop(micro)
+                    y = stage.submod(x)
+                    if stage.is_last:
+                        losses.append(self.loss(y, targets.to(self.device)))
+                    elif self.cut.crosses(index):
+                        leaving[-1].append(stage.send(y, self.cut.rank_of(index + 1)))
+                    else:
+                        handed_on[micro] = y
+                for gone in leaving.popleft() if number else ():
+                    gone()
+            for gone in chain(*leaving):
+                gone()
         return losses
+
+    def _forward_passes(self, count: int) -> list[list[tuple[CodedStage, int]]]:
+        """Of `count` micro-batches without gradients, by groups: what the next one gets is asked for before a group begins, and
+        what the one before has sent is gone when it ends. Of several stages a rank each does a whole group, two micro-batches for
+        each rank, so that all have work. On a device, whose messages follow one another, each pass is a group."""
+        if not self.stages[0].posts:
+            return [[(stage, micro)] for micro in range(count) for stage in self.stages]
+        size = 2 * self.cut.ranks
+        groups = (range(begin, min(count, begin + size)) for begin in range(0, count, size))
+        return [[(stage, micro) for stage in self.stages for micro in group] for group in groups]
 
     def counted(self) -> list[tuple[str, nn.Parameter]]:
         """Of this rank, by name, but those that a rank before it has too: all ranks together have each parameter once."""
@@ -198,10 +254,12 @@ class Pipeline:
         return Crossing(
             arriving=(before.clone().requires_grad_(needs_gradient),),
             leaving=(self.cut.crossing[number].clone().requires_grad_(),),
-            activations_in=codec("activations", number - 1) if into else None,
-            activations_out=codec("activations", number) if out else None,
+            activations_in=codec("first", number - 1) if into else None,
+            activations_out=codec("first", number) if out else None,
             gradients_in=codec("gradients", number) if out else None,
             gradients_out=codec("gradients", number - 1) if into else None,
+            copies_in=self.cut.differences(number - 1) if into else None,
+            copies_out=self.cut.differences(number) if out else None,
         )
 
     def _tied_parameters(self) -> Mapping[int, list[nn.Parameter]]:

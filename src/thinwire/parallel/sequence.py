@@ -117,9 +117,9 @@ def traffic(
     Each message may hide under the turn in which it travels. tensor: degree of that axis, on which this is rank `tensor_rank`;
     keeps: see `Ring`.
     """
-    blocks = config.layers if passes.units is None else sum(0 < unit <= config.layers for unit in passes.units)
-    calls = (degree - 1) * blocks * passes.num_micro
-    if calls == 0:
+    blocks = range(1, config.layers + 1) if passes.units is None else [one for one in passes.units if 0 < one <= config.layers]
+    calls, again = (degree - 1) * passes.num_micro, sum(unit in passes.recomputed for unit in blocks)
+    if calls * len(blocks) == 0:
         return []
     kept: torch.dtype = getattr(torch, config.dtype)
     product = torch.bfloat16 if passes.casts else kept
@@ -140,9 +140,10 @@ def traffic(
 
     turn = turn_flops(config, passes, tensor, tensor_rank)
     if passes.evaluates:
-        return [sent(EVALUATION, product, 1, turn)]
+        return [sent(EVALUATION, product, len(blocks), turn)]
     back = BACKWARD_OVER_FORWARD * turn if keeps else 0.0  # else the last sums leave when there is no turn to come
-    return [sent(KEYS, product, 1 if keeps else 2, turn), sent(GRADIENTS, torch.promote_types(product, torch.float32), 1, back)]
+    wide = torch.promote_types(product, torch.float32)
+    return [sent(KEYS, product, (1 if keeps else 2) * len(blocks) + again, turn), sent(GRADIENTS, wide, len(blocks), back)]
 
 
 def turn_flops(config: ModelConfig, passes: Passes, tensor: int = 1, tensor_rank: int = 0) -> float:

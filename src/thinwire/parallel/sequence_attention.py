@@ -44,6 +44,7 @@ from torch.autograd.function import once_differentiable
 from thinwire.collectives.backend import MeteredGroup
 from thinwire.collectives.clock import clock_of
 from thinwire.collectives.ledger import Group, Ledger
+from thinwire.collectives.metered_calls import together
 from thinwire.models.transformer import causal_attention
 from thinwire.parallel.waits import Waits, sleep_until
 from thinwire.traffic import EVALUATION
@@ -103,7 +104,7 @@ class Ring:
             issued, total = clock.now(), None
             if not isinstance(self.group, MeteredGroup):
                 total = self.ledger.enter("send", x.nbytes, Group(self.group.group_name, rank, size, AXIS))
-            under_way = dist.batch_isend_irecv(both)
+            under_way = together(both)
 
         def arrived() -> Tensor:
             with self.waits.wait():

@@ -7,7 +7,7 @@ s keeps whole weights and gradients of its stages, and what is trained is its ro
     after them           all-to-all of the gradients' rows; each rank takes the mean of what is for its own, in the order of ranks
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -19,26 +19,29 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.metered_calls import all_gather, all_to_all
 from thinwire.compress.base import sum_in_order
 from thinwire.compress.precision import widened
-from thinwire.parallel.sharded import Rows, give_gradient, parts_of
+from thinwire.compress.sharded.layout import shard_length
+from thinwire.parallel.sharded import Rows, give_gradient, parts_of, rows_of
 from thinwire.parallel.tensor import gradient_norm, norm_transfers
+from thinwire.parallel.tensor_parts import Parts
 from thinwire.traffic import EVALUATION, Transfer
+from thinwire.workload import ITEM_BYTES, Workload
 
 WEIGHTS, GRADIENTS = "stage weights", "stage gradients"
+Named = Iterable[tuple[str, nn.Parameter]]
 
 
 class StageShards(Rows):
     """Of one rank. Parameters are of one dtype."""
 
-    def __init__(self, owner: nn.Module, group: dist.ProcessGroup, ledger: Ledger) -> None:
-        """owner: of the stages' parameters, the same on all ranks of `group`."""
-        parts, whole = parts_of(owner, group), dict(owner.named_parameters())
-        own = {
-            name: one.detach()[parts[name].ranges[0].start : parts[name].ranges[0].stop].clone() for name, one in whole.items()
-        }
-        super().__init__(own, parts)
+    def __init__(self, owner: nn.Module, group: dist.ProcessGroup, ledger: Ledger, parts: Parts) -> None:
+        """owner: of the stages' parameters, the same on all ranks of `group`; parts: which tensor ranks have of them."""
+        whole = dict(owner.named_parameters())
+        rows = {name: rows_of(one.shape[0], group.size(), group.rank()).ranges[0] for name, one in whole.items()}
+        own = {name: one.detach()[rows[name].start : rows[name].stop].clone() for name, one in whole.items()}
+        super().__init__(own, parts_of(owner, group, parts))
         self.group, self._ledger = group, ledger
         self._whole = list(whole.values())
-        self._lengths = [-(-one.shape[0] // group.size()) * (one.numel() // one.shape[0]) for one in self._whole]
+        self._lengths = [shard_length(one.shape, group.size()) for one in self._whole]
         """Values of each parameter in a rank's chunk, with what fills up the last one's."""
 
     @torch.no_grad()
@@ -70,24 +73,28 @@ class StageShards(Rows):
         for one in self._whole:
             one.grad = None
 
-    def norm_of(self, named: Iterable[tuple[str, nn.Parameter]]) -> Tensor:
-        """Of the gradients of these parameters of the stages. Collective."""
+    def norm_of(self, named: Named, norm: Callable[[Named], Tensor] | None = None) -> Tensor:
+        """Of the gradients of these parameters of the stages. norm: of shards; None: where no tensor ranks have parts of them.
+        Collective."""
         own = dict(self.named_parameters())
-        return gradient_norm([(name, own[name]) for name, _ in named], self.parts, self.group, self._ledger)
+        shards = [(name, own[name]) for name, _ in named]
+        return norm(shards) if norm else gradient_norm(shards, (), self.group, self._ledger, self.group)
 
-    def traffic(self, *, clips: bool) -> list[Transfer]:
-        """What this rank sends over the group in a step. clips: with `norm_of`."""
-        item = self._whole[0].itemsize
-        chunk = item * sum(self._lengths)
-        found = [
-            Transfer(label=WEIGHTS, axis="shard", op="all_gather", message_bytes=chunk, item_bytes=item),
-            Transfer(label=GRADIENTS, axis="shard", op="all_to_all", message_bytes=self.group.size() * chunk, item_bytes=item),
-        ]
-        return found + (norm_transfers("shard", self._whole[0].dtype) if clips else [])
 
-    def evaluation_traffic(self, every: int) -> list[Transfer]:
-        """Of an evaluation every so many steps, 0: none."""
-        return [replace(self.traffic(clips=False)[0], label=EVALUATION, every=every)] if every else []
+def traffic(whole: Workload, degree: int, *, clips: bool) -> list[Transfer]:
+    """What a rank sends over the group in a step. whole: of its stages; clips: with `norm_of`."""
+    item = ITEM_BYTES[whole.parameters[0].dtype]
+    chunk = item * sum(shard_length(one.shape, degree) for one in whole.parameters)
+    found = [
+        Transfer(label=WEIGHTS, axis="shard", op="all_gather", message_bytes=chunk, item_bytes=item),
+        Transfer(label=GRADIENTS, axis="shard", op="all_to_all", message_bytes=degree * chunk, item_bytes=item),
+    ]
+    return found + (norm_transfers("shard", getattr(torch, whole.parameters[0].dtype)) if clips else [])
+
+
+def evaluation_traffic(sent: Iterable[Transfer], every: int) -> list[Transfer]:
+    """Of an evaluation every so many steps, 0: none. sent: in a step."""
+    return [replace(one, label=EVALUATION, every=every) for one in sent if one.label == WEIGHTS and every]
 
 
 def _filled(tensor: Tensor, length: int) -> Tensor:

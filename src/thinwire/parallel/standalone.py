@@ -41,7 +41,8 @@ def pipeline(
     model: a `Transformer` of thinwire or an nn.Sequential, alike on every rank, on the device where it is to run; example: the
     input of one micro-batch; loss(output, target): the mean of a micro-batch, a scalar. costs: of each unit of the model, such as
     its seconds, so that stages are balanced; None: by its number of parameters. options: as in [pipeline] of run.toml: schedule,
-    stages_per_rank, activations, gradients. What is sent on CPUs is in `ledger`. UserError for what cannot be cut so.
+    stages_per_rank, activations, gradients, copies (for which `samples` are set before each step). What is sent on CPUs is in
+    `ledger`. UserError for what cannot be cut so.
     """
     if not dist.is_initialized():
         raise UserError('pipeline: there is no process group; call torch.distributed.init_process_group("gloo") before')
@@ -55,11 +56,11 @@ def pipeline(
         name = f"{backend.NAME}-pipe-{len(dist.Backend.backend_list)}"
         backend.register(ledger, name)
     own = private_copy(whole, "mesh_pipe", name)
-    cut = cut_model(model, example, section, own.size(), costs or _by_size(model))
+    cut = cut_model(model, example, section, own.size(), costs or costs_by_size(model))
     return Pipeline(model, cut, own, ledger, loss)
 
 
-def _by_size(model: nn.Module) -> list[float]:
+def costs_by_size(model: nn.Module) -> list[float]:
     """Of each unit the number of its parameters, and one more, so that none is free."""
     units = chain_of(model)
     return [1.0 + sum(one.numel() for name in unit.modules for one in model.get_submodule(name).parameters()) for unit in units]

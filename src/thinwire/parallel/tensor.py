@@ -21,8 +21,8 @@ they never part. Shoeybi et al. 2019 (Megatron-LM), section 3.
 Parameters stay plain tensors under the names that they have in the model; `tensor_parts` says which part of the whole they are.
 """
 
-from collections.abc import Collection, Container, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -76,10 +76,10 @@ def apply(
     if degree == 1:
         return {}
     ledger.axes[group.group_name] = "tensor"
-    sums = _Sums(group, ledger, codec, waits)
+    sums = Sums(group, ledger, codec, waits)
     for name, part in parts.items():
-        _keep(model.get_submodule(name.removesuffix(".weight")), part)
-    model.embed = _Embedding(model.embed, words_of(config.vocabulary, degree, group.rank()), config.vocabulary, sums)
+        keep(model.get_submodule(name.removesuffix(".weight")), part)
+    model.embed = SplitEmbedding(model.embed, words_of(config.vocabulary, degree, group.rank()), config.vocabulary, sums)
     heads, blocks = kv_heads_of(config, degree, group.rank()), cast(Any, model.blocks)
     for block in blocks:
         attention, mlp = block.attention, block.mlp
@@ -94,8 +94,8 @@ def apply(
     return parts
 
 
-@dataclass(frozen=True)
-class _Sums:
+@dataclass
+class Sums:
     """g and f. Where only shapes are wanted, of fake tensors, nothing is sent."""
 
     group: dist.ProcessGroup
@@ -122,24 +122,26 @@ class _Sums:
         return y
 
 
-class _Embedding(nn.Embedding):
+class SplitEmbedding(nn.Embedding):
     """Some words' rows of an embedding; what it gives is the whole one's."""
 
-    def __init__(self, rows: nn.Embedding, words: range, vocabulary: int, sums: _Sums) -> None:
+    def __init__(self, rows: nn.Embedding, words: range, vocabulary: int, sums: Sums) -> None:
         super().__init__(rows.weight.shape[0], rows.weight.shape[1], _weight=rows.weight)
         self.weight = rows.weight
+        pad = rows.padding_idx
+        self._pad = pad - words.start if pad is not None and pad in words else None
         self._words, self._vocabulary, self._sums = words, vocabulary, sums
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
         if not isinstance(tokens_BL, FakeTensor):
             check_words(tokens_BL, self._vocabulary)
         elsewhere_BL = (tokens_BL < self._words.start) | (tokens_BL >= self._words.stop)
-        x_BLM = F.embedding((tokens_BL - self._words.start).masked_fill(elsewhere_BL, 0), self.weight)
+        x_BLM = F.embedding((tokens_BL - self._words.start).masked_fill(elsewhere_BL, 0), self.weight, self._pad)
         return self._sums.of_activations(x_BLM.masked_fill(elsewhere_BL[..., None], 0.0))
 
 
-def _keep(module: Any, part: Part) -> None:
-    """The part of the module's weight."""
+def keep(module: Any, part: Part) -> None:
+    """The part of the module's weight stays in it."""
     module.weight = nn.Parameter(cut_out(module.weight.detach(), part), requires_grad=module.weight.requires_grad)
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
@@ -147,12 +149,16 @@ def _keep(module: Any, part: Part) -> None:
 
 @torch.no_grad()
 def gradient_norm(
-    named: Iterable[tuple[str, nn.Parameter]], parts: Container[str], group: dist.ProcessGroup, ledger: Ledger
+    named: Iterable[tuple[str, nn.Parameter]],
+    parts: Container[str],
+    group: dist.ProcessGroup,
+    ledger: Ledger,
+    shards: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """The norm of the whole model's gradient, [], for torch's `clip_grads_with_norm_`; the same bits on all ranks of `group`.
 
-    parts: names of what is split, which is added up over the ranks; what each has whole counts once. In float32, or float64 of
-    float64. Collective.
+    parts: names of what is split, which is added up over the ranks; what each has whole counts once. shards: of ranks that each
+    have rows of all of it. In float32, or float64 of float64. Collective.
     """
     split: list[Tensor] = []
     whole: list[Tensor] = []
@@ -161,17 +167,19 @@ def gradient_norm(
             precise = torch.promote_types(parameter.grad.dtype, torch.float32)
             square = torch.linalg.vector_norm(parameter.grad, dtype=precise).square()
             (split if plain_name(name) in parts else whole).append(square)
+    sums = torch.stack([torch.stack(squares).sum() if squares else (split + whole)[0] * 0 for squares in (split, whole)])
+    if shards is not None:
+        all_reduce(sums, shards, ledger, NORM).wait()
     if split:
-        total = torch.stack(split).sum()
-        all_reduce(total, group, ledger, NORM).wait()
-        whole.append(total)
-    return torch.stack(whole).sum().sqrt()
+        all_reduce(sums[:1], group, ledger, NORM).wait()
+    return sums.sum().sqrt()
 
 
 def norm_transfers(axis: str, kept: torch.dtype) -> list[Transfer]:
-    """What `gradient_norm` sends, of gradients in `kept`."""
+    """What `gradient_norm` sends over an axis, of gradients in `kept`."""
     item = torch.promote_types(kept, torch.float32).itemsize
-    return [Transfer(label=NORM, axis=axis, op="all_reduce", message_bytes=item, item_bytes=item)]
+    size = item * (2 if axis == "shard" else 1)
+    return [Transfer(label=NORM, axis=axis, op="all_reduce", message_bytes=size, item_bytes=item)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +187,8 @@ class Passes:
     """What a rank computes in a step.
 
     units: of `chain_of(model)` that are its; None: all. casts: autocast multiplies in bfloat16. clips: with `gradient_norm`.
-    evaluates: without gradients, so plain and forward only. device: on which it is coded. recomputed: units that are computed
-    again in full.
+    evaluates: without gradients, so plain and forward only. device: on which it is coded. recomputed: "selective" or "full"
+    by unit, of those that are computed again.
     """
 
     micro_batch: int
@@ -191,7 +199,7 @@ class Passes:
     clips: bool = False
     evaluates: bool = False
     device: torch.device = CPU
-    recomputed: Collection[int] = ()
+    recomputed: Mapping[int, str] = field(default_factory=dict)
 
 
 def traffic(config: ModelConfig, degree: int, passes: Passes, codec: Codec | None = None) -> list[Transfer]:
@@ -200,7 +208,7 @@ def traffic(config: ModelConfig, degree: int, passes: Passes, codec: Codec | Non
         return []
     last = config.layers + 1
     units = range(last + 1) if passes.units is None else passes.units
-    again = 0 if passes.evaluates else len(set(units) & set(passes.recomputed))
+    again = 0 if passes.evaluates else sum(passes.recomputed.get(unit) == "full" for unit in units)
     blocks, embeds, projects = sum(0 < unit < last for unit in units), int(0 in units), int(last in units)
     kept: torch.dtype = getattr(torch, config.dtype)
     product = torch.bfloat16 if passes.casts else kept

@@ -51,7 +51,7 @@ def split_boundaries(
             trains = torch.is_grad_enabled()
             call = width, group, ledger, waits.label(LABEL) if trains else EVALUATION, waits if trains else Waits()
             if index - 1 in ends:
-                x = _Gather.apply(x, *call)
+                x = Gather.apply(x, *call)
             x = unit.run(owner, x, shared)
             return _Part.apply(x, *call) if index in ends else x
 
@@ -103,7 +103,9 @@ def _gathered(part: Tensor, width: int, group: dist.ProcessGroup, ledger: Ledger
     return torch.cat(parts.unbind(), dim=-1)[..., :width]
 
 
-class _Gather(torch.autograd.Function):
+class Gather(torch.autograd.Function):
+    """apply(part, width, group, ledger, label, waits): parts of the width of all ranks of `group` put together."""
+
     @staticmethod
     def forward(ctx: Any, part: Tensor, *call: Any) -> Tensor:
         ctx.group = call[1]

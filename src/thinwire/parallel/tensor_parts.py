@@ -20,6 +20,7 @@ Where t divides both that is K/t and F/t. The first rank has the most of attenti
 (Shoeybi et al. 2019, section 3.)
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -32,13 +33,14 @@ from thinwire.workload import Parameter, Workload, plain_name
 class Part:
     """These ranges of the whole parameter along `dim`, one behind the other; then `padding` zeros, which are none of it.
 
-    whole: the length of the whole parameter along `dim`.
+    whole: the length of the whole parameter along `dim`. across: what of it along another dim, None: all.
     """
 
     dim: int
     ranges: tuple[range, ...]
     whole: int
     padding: int = 0
+    across: "Part | None" = None
 
     @property
     def length(self) -> int:
@@ -47,11 +49,23 @@ class Part:
 
     def local_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Of the local parameter, from that of the whole one or of another part of it."""
-        return (*shape[: self.dim], self.length, *shape[self.dim + 1 :])
+        local = (*shape[: self.dim], self.length, *shape[self.dim + 1 :])
+        return self.across.local_shape(local) if self.across else local
 
     def whole_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Of the whole parameter, from that of any part of it."""
-        return (*shape[: self.dim], self.whole, *shape[self.dim + 1 :])
+        """Of the whole parameter, from that of any part of it along the same dims."""
+        whole = (*shape[: self.dim], self.whole, *shape[self.dim + 1 :])
+        return self.across.whole_shape(whole) if self.across else whole
+
+    def along(self, dim: int, length: int) -> tuple[range, ...]:
+        """What it has along any dim, of so many places of the whole parameter there."""
+        if dim == self.dim:
+            return self.ranges
+        return self.across.along(dim, length) if self.across else (range(length),)
+
+    def held(self, shape: Sequence[int]) -> int:
+        """Values of the whole parameter, of that shape, that it has: of the local one, but for padding."""
+        return math.prod(sum(map(len, self.along(dim, length))) for dim, length in enumerate(shape))
 
     @property
     def everything(self) -> "Part":

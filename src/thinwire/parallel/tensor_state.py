@@ -8,7 +8,8 @@ state s of the whole model, and all ranks r of any degree,
 so a run can go on with another degree, or export the model, through the whole.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -17,41 +18,36 @@ from thinwire.config.model import ModelConfig
 from thinwire.parallel.tensor_parts import Part, parts_of
 
 State = Mapping[str, Tensor]
+Block = tuple[range, ...]
+"""Along each dim."""
 
 
 @torch.no_grad()
-def copy_common(target: Tensor, mine: Part, source: Tensor, its: Part) -> list[range]:
+def copy_common(target: Tensor, mine: Part, source: Tensor, its: Part) -> list[Block]:
     """Into `target`, the local tensor of `mine`, what the part `its` of the same parameter has of it, from its local tensor
-    `source`. Returns which places of the whole parameter these are, along the dim of `its`.
-
-    Where that is another dim than that of `mine`, `its` has of each of its places all that `mine` has.
-    """
-    if mine.dim != its.dim:
-        return _copy_crossing(target, mine, source, its)
-    copied, to = [], 0
-    for one in mine.ranges:
-        come_from = 0
-        for other in its.ranges:
-            both = range(max(one.start, other.start), min(one.stop, other.stop))
-            if both:
-                values = source.narrow(its.dim, come_from + both.start - other.start, len(both))
-                target.narrow(mine.dim, to + both.start - one.start, len(both)).copy_(values)
-                copied.append(both)
-            come_from += len(other)
-        to += len(one)
+    `source`. Returns which places of the whole parameter these are."""
+    copied = []
+    lengths = enumerate(mine.whole_shape(target.shape))
+    for cuts in product(*(list(_common(mine.along(dim, length), its.along(dim, length))) for dim, length in lengths)):
+        to, come_from = target, source
+        for dim, (both, begin, its_begin) in enumerate(cuts):
+            to, come_from = to.narrow(dim, begin, len(both)), come_from.narrow(dim, its_begin, len(both))
+        to.copy_(come_from)
+        copied.append(tuple(both for both, _, _ in cuts))
     return copied
 
 
-def _copy_crossing(target: Tensor, mine: Part, source: Tensor, its: Part) -> list[range]:
-    come_from = 0
-    for other in its.ranges:
-        to = 0
-        for one in mine.ranges:
-            values = source.narrow(its.dim, come_from, len(other)).narrow(mine.dim, one.start, len(one))
-            target.narrow(its.dim, other.start, len(other)).narrow(mine.dim, to, len(one)).copy_(values)
-            to += len(one)
-        come_from += len(other)
-    return list(its.ranges)
+def _common(mine: Sequence[range], its: Sequence[range]) -> Iterator[tuple[range, int, int]]:
+    """What both have, and where it begins in either."""
+    begin = 0
+    for one in mine:
+        its_begin = 0
+        for other in its:
+            both = range(max(one.start, other.start), min(one.stop, other.stop))
+            if both:
+                yield both, begin + both.start - one.start, its_begin + both.start - other.start
+            its_begin += len(other)
+        begin += len(one)
 
 
 def cut_out(value: Tensor, part: Part) -> Tensor:

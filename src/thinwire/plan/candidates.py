@@ -1,17 +1,18 @@
 """What may be planned, and all candidates of it: a layout, how replicas exchange, micro-batches, schedule.
 
-The axes that are tried stand in one table, TRIED; data takes the ranks that they leave. What the user keeps (`Problem.kept`) is
-not varied: a key keeps its value, and whatever differs from it is left out.
+What the user keeps (`Problem.kept`) is not varied: a key keeps its value, and whatever differs from it is left out.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import product
 from math import gcd
 from typing import Any
 
 from thinwire.cluster import Cluster
+from thinwire.cluster.graph import Routes
+from thinwire.cluster.order import along_links, in_order, some_hosts
 from thinwire.collectives.price import Carrier
 from thinwire.config.model import ModelConfig
 from thinwire.config.pipeline import APART, STAGES_PER_RANK
@@ -32,6 +33,10 @@ EVERY = (2, 10, 30, 100, 300)
 CODECS = ("none", "bf16", "int8", "int4")
 RARE_CODECS = ("bf16", "int4")
 """Of what is exchanged rarely, which loses nothing by it (`penalties.toml`)."""
+INSIDE = ("none", "bf16", "int8")
+"""Of what ranks of a replica send each other within passes: sums of tensor ranks, what stages hand on, weights and gradients of
+shards."""
+INSIDE_KEYS = ("tensor.sums", "pipeline.activations", "pipeline.gradients", "sharded.weights", "sharded.gradients")
 OVERLAP = 5
 SCHEDULES = ("1f1b", "interleaved", "zb1p", "zbv")
 SIMULATED = ("1f1b", "zb1p", "zbv")
@@ -48,7 +53,8 @@ class Problem:
     of the run, without penalties. kept: keys of run.toml, "sync.kind", that the user has set.
 
     times: multiples of the batch that are tried. beyond: also what `thinwire train` cannot launch. dollars_per_hour: of a device.
-    outline: for clusters whose devices have rates.
+    outline: for clusters whose devices have rates. spread: half width of intervals, in logarithms; 0: as usual. ranks_per_core:
+    where they share cores, in a lab.
     """
 
     cluster: Cluster
@@ -62,11 +68,35 @@ class Problem:
     dollars_per_hour: float = 0.0
     outline: Outline | None = None
     times: tuple[int, ...] = TIMES
+    spread: float = 0.0
+    ranks_per_core: float = 1.0
 
     @cached_property
     def rates(self) -> tuple[float, ...] | None:
         """By rank, where ranks are priced one by one."""
         return self.cluster.declared_rates if self.cluster.world_size <= MOST_RANKS else None
+
+    @cached_property
+    def numbered(self) -> Cluster:
+        """The cluster whose ranks have the numbers that a run gives them."""
+        if "layout.map" in self.kept and self.config.layout.map != "links":
+            return self.cluster
+        return in_order(self.cluster, along_links(self.cluster))
+
+    @cached_property
+    def routes(self) -> Routes:
+        """Of `numbered`, with what is priced on them."""
+        return Routes(self.numbered)
+
+    @cached_property
+    def slowest_card_s(self) -> float:
+        """For a bit; 0 where hosts have several ranks, or there is nothing to send."""
+        nodes = {self.cluster.node_of(rank) for rank in range(self.cluster.world_size)}
+        if len(nodes) < max(2, self.cluster.world_size):
+            return 0.0
+        leaving = [max(one.bandwidth_bps.value for one in self.cluster.links if one.source == node) for node in nodes]
+        native = self.config.collectives.kind == "native"  # others may give slow cards less to do
+        return 1 / (min if native else max)(leaving)
 
     @cached_property
     def network(self) -> Network:
@@ -87,7 +117,7 @@ class Problem:
     def content(self) -> dict[str, Any]:
         """Of `config`, without what a candidate says and the user has not."""
         whole = self.config.model_dump(exclude_defaults=True) | {"model": self.config.model.model_dump(exclude_none=True)}
-        for section in ("layout", "sync", "compress", "pipeline"):
+        for section in ("layout", "sync", "compress", "pipeline", "tensor", "sharded"):
             keys = whole.pop(section, {})
             whole[section] = {key: value for key, value in keys.items() if f"{section}.{key}" in self.kept}
         return {section: keys for section, keys in whole.items() if keys}
@@ -95,6 +125,11 @@ class Problem:
     def on_hosts(self, count: int) -> "Problem":
         """The same, on so many of the hosts, the first with the fastest devices."""
         return replace(self, cluster=some_hosts(self.cluster, count))
+
+    def outlined(self, plan: "Candidate") -> tuple[Setting, list[Transfer], Carrier]:
+        """What a run of it computes and sends, where there are rates. UserError for what no run can do."""
+        assert self.rates is not None and self.outline is not None, "somebody tells what a run sends"
+        return self.outline(config_of(plan, self), self.shape, plan.layout, self.cluster, self.rates)
 
     def kept_or(self, key: str, usual: Iterable[Any]) -> tuple[Any, ...]:
         """What is tried for a key."""
@@ -104,7 +139,8 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One plan. zero, sequence_parallel: as in `plan.gpu.job`, for accelerators only."""
+    """One plan. inside: the code of what is sent within passes; zero, sequence_parallel: as in `plan.gpu.job`, for accelerators
+    only."""
 
     layout: Layout
     micro_batch: int
@@ -113,6 +149,7 @@ class Candidate:
     every: int = 1
     overlap: int = 0
     codec: str = "none"
+    inside: str = "none"
     collectives: str = "native"
     schedule: str = "1f1b"
     zero: int = 0
@@ -149,6 +186,10 @@ class Candidate:
             found["compress"] = {"kind": self.codec}
         if layout.pipe > 1:
             found["pipeline"] = {"schedule": self.schedule}
+        for key in INSIDE_KEYS if self.inside != "none" else ():
+            section, name = key.split(".")
+            if _sends(layout, section):
+                found.setdefault(section, {})[name] = self.inside
         return found
 
     def config(self, problem: Problem) -> RunConfig:
@@ -167,6 +208,7 @@ class Candidate:
             parts.append(f"{self.sync} every {self.every}{tail}")
         if self.codec != "none":
             parts.append(self.codec)
+        parts += [f"{self.inside} inside"] * (self.inside != "none")
         if self.collectives != "native":
             parts.append("chosen collectives")
         parts += [f"ZeRO-{self.zero}"] * (self.zero > 0) + [f"recompute {self.recompute}"] * (self.recompute != "none")
@@ -174,72 +216,74 @@ class Candidate:
         return f"{', '.join(parts)}, {self.accumulate} x {self.micro_batch}"
 
 
+@lru_cache(maxsize=8192)
+def config_of(plan: Candidate, problem: Problem) -> RunConfig:
+    """`Candidate.config`, once."""
+    return plan.config(problem)
+
+
+def _sends(layout: Layout, section: str) -> bool:
+    """Whether what that section is about is sent within passes."""
+    axis = {"tensor": layout.tensor, "pipeline": layout.pipe, "sharded": layout.shard if layout.pipe == 1 else 1}
+    return axis[section] > 1
+
+
 def divisors(number: int) -> list[int]:
     """Ascending."""
     return [one for one in range(1, number + 1) if number % one == 0]
 
 
-def _tensor(problem: Problem, ranks: int) -> Iterable[int]:
-    shape, cluster = problem.shape, problem.cluster
-    inside = _inside(problem) if problem.rates is None or cluster.world_size > 16 else ranks
-    return divisors(gcd(gcd(ranks, inside), gcd(shape.kv_heads, shape.hidden)))
-
-
-def _inside(problem: Problem) -> int:
-    return len(problem.cluster.host_of(0).devices)
-
-
-def _seq(problem: Problem, ranks: int) -> Iterable[int]:
-    """Inside hosts, where ranks are priced one by one."""
-    sequence, inside = problem.config.train.sequence, _inside(problem) if problem.rates is not None else 1
-    return [one for one in divisors(gcd(ranks, inside)) if one == 1 or sequence % (2 * one) == 0]
-
-
-def _expert(problem: Problem, ranks: int) -> Iterable[int]:
-    return divisors(gcd(ranks, problem.shape.experts)) if problem.shape.experts and problem.rates is not None else [1]
-
-
-def _pipe(problem: Problem, ranks: int) -> Iterable[int]:
-    return [one for one in divisors(ranks) if one <= problem.shape.layers]
-
-
-def _outer(problem: Problem, ranks: int) -> Iterable[int]:
-    hosts = len(problem.cluster.hosts)
-    return divisors(gcd(ranks, hosts) if problem.rates is None else ranks)
-
-
-TRIED: Mapping[str, Callable[[Problem, int], Iterable[int]]] = {
-    "tensor": _tensor,
-    "seq": _seq,
-    "expert": _expert,
-    "pipe": _pipe,
-    "outer": _outer,
-}
-"""Degrees by axis, of the ranks that are left; the innermost first."""
-
-
 def layouts(problem: Problem) -> Iterator[Layout]:
-    """All of them."""
-    world = problem.cluster.world_size
+    """All that may be in a run.toml."""
+    shape, world, by_rates = problem.shape, problem.cluster.world_size, problem.rates is not None
+    inside = len(problem.cluster.host_of(0).devices)
+    most = {
+        "tensor": gcd(shape.kv_heads, shape.hidden, world if by_rates and world <= 16 else inside),
+        "seq": inside if by_rates else 1,
+        "expert": max(1, shape.experts) if by_rates else 1,
+        "pipe": world,
+        "outer": world if by_rates else len(problem.cluster.hosts),
+        "shard": world if by_rates else 1,
+    }
+    """By axis, of what a degree is a divisor; data takes the ranks that they leave."""
+
+    def suits(axis: str, degree: int) -> bool:
+        if axis == "seq":
+            return degree == 1 or problem.config.train.sequence % (2 * degree) == 0
+        return axis != "pipe" or degree <= shape.layers
 
     def rest(axes: list[str], left: int, found: dict[str, int]) -> Iterator[Layout]:
         if not axes:
             yield Layout(**found, data=left)
             return
-        for degree in TRIED[axes[0]](problem, left):
-            yield from rest(axes[1:], left // degree, found | {axes[0]: degree})
+        for degree in divisors(gcd(left, most[axes[0]])):
+            if suits(axes[0], degree):
+                yield from rest(axes[1:], left // degree, found | {axes[0]: degree})
 
-    yield from rest(list(TRIED), world, {})
+    for layout in rest(list(most), world, {}):
+        if problem.rates is None or _allowed(layout, problem):
+            yield layout
+
+
+def _allowed(layout: Layout, problem: Problem) -> bool:
+    """However replicas exchange."""
+    content = {section: keys for section, keys in problem.content.items() if section not in ("sync", "compress")}
+    degrees = {axis: getattr(layout, axis) for axis in AXES}
+    try:
+        validate(RunConfig, content | {"layout": content.get("layout", {}) | degrees}, "the plan")
+    except UserError:
+        return False
+    return True
 
 
 def exchanges(problem: Problem, layout: Layout) -> Iterator[dict[str, Any]]:
     """Ways in which the replicas of a layout may exchange."""
     if layout.outer == 1:
-        kinds = problem.kept_or("compress.kind", CODECS) if layout.replicas > 1 else ("none",)
+        kinds = problem.kept_or("compress.kind", CODECS) if layout.of_gradients.data * layout.expert > 1 else ("none",)
         yield from ({"codec": kind} for kind in kinds)
         return
     for every in problem.kept_or("sync.every", EVERY):
-        for codec in problem.kept_or("compress.kind", RARE_CODECS):
+        for codec in problem.kept_or("compress.kind", RARE_CODECS if layout.expert == 1 else ("none",)):
             yield {"sync": "diloco", "every": every, "codec": codec}
             overlap = problem.kept_or("sync.overlap", (OVERLAP if every > OVERLAP else 1,))[0]
             if 0 < (overlap or 0) < every:
@@ -278,8 +322,8 @@ def drafts(problem: Problem) -> Iterator[Candidate]:
         )
         schedules = [name for name in tried if layout.pipe * STAGES_PER_RANK[name] <= problem.shape.layers]
         for (micro, count), schedule in product(batches(problem, layout), schedules):
-            for savings in _savings(problem, layout, schedule):
-                yield Candidate(layout=layout, micro_batch=micro, accumulate=count, schedule=schedule, **savings)
+            for savings, inside in product(_savings(problem, layout, schedule), _inside_codes(problem, layout)):
+                yield Candidate(layout=layout, micro_batch=micro, accumulate=count, schedule=schedule, inside=inside, **savings)
 
 
 def variants(problem: Problem, draft: Candidate) -> Iterator[Candidate]:
@@ -291,11 +335,16 @@ def variants(problem: Problem, draft: Candidate) -> Iterator[Candidate]:
             yield one
 
 
+def _inside_codes(problem: Problem, layout: Layout) -> Iterable[str]:
+    sends = any(_sends(layout, section) for section in ("tensor", "pipeline", "sharded"))
+    return INSIDE if sends and problem.rates is not None and not problem.kept & set(INSIDE_KEYS) else ("none",)
+
+
 def _savings(problem: Problem, layout: Layout, schedule: str) -> Iterator[dict[str, Any]]:
     """What saves memory. Beyond `thinwire train`, what costs nothing is always done."""
     kinds = problem.kept_or("train.recompute", RECOMPUTE)
     if not problem.beyond or problem.rates is not None:
-        yield from ({"recompute": kind} for kind in kinds if kind == "none" or (schedule not in APART and layout.seq == 1))
+        yield from ({"recompute": kind} for kind in kinds if kind == "none" or schedule not in APART)
         return
     sharded = (3, 1) if layout.pipe == 1 and layout.data > 1 else (1,) if layout.data > 1 else (0,)
     for zero, recompute in product(sharded, kinds):
@@ -311,26 +360,3 @@ def _keeps(one: Candidate, kept: Mapping[str, Any]) -> bool:
         if name in changes.get(section, {}) and changes[section][name] != value and not (section == "layout" and value == 0):
             return False
     return True
-
-
-def some_hosts(cluster: Cluster, count: int) -> Cluster:
-    """Those with the fastest devices, with all links between them. UserError for more than there are."""
-    if not 1 <= count <= len(cluster.hosts):
-        raise UserError(f"{cluster.name} has {len(cluster.hosts)} hosts, not {count}")
-    if count == len(cluster.hosts):
-        return cluster
-
-    def speed(index: int) -> float:
-        return min(device.flops_per_s.value if device.flops_per_s else 0.0 for device in cluster.hosts[index].devices)
-
-    taken = sorted(sorted(range(len(cluster.hosts)), key=lambda index: -speed(index))[:count])
-    hosts = tuple(cluster.hosts[index] for index in taken)
-    names = {host.name for host in hosts} | {switch.name for switch in cluster.switches}
-    names |= {device.name for host in hosts for device in host.devices}
-    return Cluster(
-        name=cluster.name,
-        hosts=hosts,
-        switches=cluster.switches,
-        links=tuple(link for link in cluster.links if link.source in names and link.target in names),
-        ranks=tuple(rank for rank in cluster.ranks if rank in names),
-    )

@@ -29,22 +29,15 @@ Tell = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class WhatIf:
-    """On another cluster: its best plan, None if nothing fits there."""
-
-    what: str
-    best: Priced | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Explained:
-    """plain: data parallelism that averages float32 gradients in each step, where that fits; one_host: the best on one alone."""
+    """plain: data parallelism that averages float32 gradients in each step, where that fits; one_host: the best on one alone.
+    what_ifs: the best on other clusters, None if nothing fits there."""
 
     problem: Problem
     found: Found
     plain: Priced | None
     one_host: Priced | None
-    what_ifs: tuple[WhatIf, ...]
+    what_ifs: Mapping[str, Priced | None]
 
     @property
     def best(self) -> Priced:
@@ -70,13 +63,13 @@ class Explained:
             found.append("plain DDP: does not fit")
         if len(self.problem.cluster.hosts) > 1:
             found.append(self._one_host())
-        for one in self.what_ifs:
-            if one.best is None:
-                found.append(f"{one.what}: nothing fits")
-            elif (gain := best.time_s / one.best.time_s) < 1:
-                found.append(f"{one.what}: no gain")
+        for what, one in self.what_ifs.items():
+            if one is None:
+                found.append(f"{what}: nothing fits")
+            elif (gain := best.time_s / one.time_s) < 1:
+                found.append(f"{what}: no gain")
             else:
-                found.append(f"{one.what}: {show_time(one.best.time_s)}, {gain:.2f} times as fast, by {one.best.candidate}")
+                found.append(f"{what}: {show_time(one.time_s)}, {gain:.2f} times as fast, by {one.candidate}")
         return found
 
     def _one_host(self) -> str:
@@ -101,7 +94,7 @@ class Explained:
             "front": [record(one) for one in self.found.front],
             "plain": record(self.plain) if self.plain else None,
             "one_host": record(self.one_host) if self.one_host else None,
-            "what_if": {one.what: record(one.best) if one.best else None for one in self.what_ifs},
+            "what_if": {what: record(one) if one else None for what, one in self.what_ifs.items()},
             "why": self.lines(),
         }
 
@@ -120,7 +113,7 @@ def explain(problem: Problem, found: Found, *, asks: bool = True, tell: Tell = l
         found=found,
         plain=plain(problem),
         one_host=_best(problem.on_hosts(1), tell) if several and asks else None,
-        what_ifs=tuple(WhatIf(what=what, best=_best(replace(problem, cluster=other), tell)) for what, other in questions),
+        what_ifs={what: _best(replace(problem, cluster=other), tell) for what, other in questions},
     )
 
 
@@ -169,8 +162,9 @@ def limit(one: Priced) -> str:
 
 
 def slower(one: Priced, best: Priced) -> str:
-    """Than the best, all in all."""
-    return f"{show_time(one.time_s)} in all, {one.time_s / best.time_s:.2f} times as long"
+    """Than the best, all in all; which may be a little slower, and sends less."""
+    near = ": as fast, as far as a prediction can tell, and it sends more" if one.time_s < best.time_s else ""
+    return f"{show_time(one.time_s)} in all, {one.time_s / best.time_s:.2f} times as long{near}"
 
 
 def loses(one: Priced, best: Priced) -> str:

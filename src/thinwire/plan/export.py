@@ -44,12 +44,9 @@ def _check(target: str, plan: Candidate) -> None:
         raise UserError(f"{target} cannot launch {plan}: it has no {plan.codec} gradients; keep --set compress.kind=bf16")
     if plan.collectives != "native":
         raise UserError(f"{target} cannot launch {plan}: its collectives are the library's; keep --set collectives.kind=native")
-    if (plan.schedule.startswith(("zb1p", "zbv")) and target == "megatron") or (plan.layout.pipe > 1 and target == "deepspeed"):
-        raise UserError(f"{target} cannot launch {plan} by settings alone; keep --set {_instead(target)}")
-
-
-def _instead(target: str) -> str:
-    return "pipeline.schedule=1f1b" if target == "megatron" else "layout.pipe=1"
+    if (plan.schedule in ("zb1p", "zbv") and target == "megatron") or (plan.layout.pipe > 1 and target == "deepspeed"):
+        instead = "pipeline.schedule=1f1b" if target == "megatron" else "layout.pipe=1"
+        raise UserError(f"{target} cannot launch {plan} by settings alone; keep --set {instead}")
 
 
 def launcher(cluster: Cluster, program: list[str]) -> str:

@@ -1,8 +1,10 @@
 """Bytes that a rank needs to train, beside the program itself: what it keeps from step to step, and the most that comes and goes.
 
     weights      of model.dtype
-    gradients    as much, in the buckets of DistributedDataParallel; twice while it forms them, before the optimizer has a state
-    optimizer    two values a parameter for adamw, one for sgd and muon
+    gradients    as much, in the buckets of DistributedDataParallel; twice while it forms them, before the optimizer has a state;
+                 of the largest parameter only where updates are "early"
+    optimizer    two values a parameter for adamw, one for sgd and muon; two bytes and a little where adamw's states are "8bit"
+    copies       of activations of samples that return (`pipeline.copies`), for either side of a boundary that a rank has
     exchange     residuals of codes, and of rare kinds the anchor and the outer momentum, in float32 or wider
     passing      the larger of activations, at the loss, and of what is under way in the rest of a step
     checkpoint   a copy of the state while it is written: of what differs on each rank, of what is alike on one a host and part
@@ -17,6 +19,9 @@ K of keys, F hidden, V vocabulary, as autograd keeps them (`models.transformer`)
     experts    s mlp + c (s + k - 1) M + max(a, 4) M + (max(a, 4) + 8) E: s slots a token of all E, of which k are chosen
     block      2 norm + attention + mlp (or experts);   a M if it is computed again in full, 2 norm if selectively
                (`parallel.recompute`)
+
+What train.on_host names is not on a device but in pieces: of the optimizer's state two of PIECE_BYTES parameters, of activations
+what one block keeps.
 
 The first blocks of a rank are computed again: going backward, what the others keep is gone by then, and in its place comes what
 one of them keeps otherwise. Where train.recompute is a number of bytes, each rank of a pipeline has so many of either kind that
@@ -37,24 +42,26 @@ them 2 c (s - 1) K D keys and values that came from the others. Under autocast a
 along. What blocks keep comes and goes in pieces of some MiB, among which the allocator loses room.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from thinwire.config.compress import Coded, NoCompression
 from thinwire.config.model import ModelConfig
+from thinwire.config.optimizer import EIGHT_BIT, state_of
+from thinwire.config.pipeline import PipelineSection
 from thinwire.config.run import RunConfig
-from thinwire.config.sync import EveryStep, NoLoCo, SparseLoCo, Streaming
+from thinwire.config.sync import Auto, EveryStep, NoLoCo, SparseLoCo, Streaming
 from thinwire.errors import UserError
 from thinwire.layout import Layout
-from thinwire.measure.memory import Room
 from thinwire.parallel.balance import cut, in_flight, stages_of
 from thinwire.parallel.tensor_parts import local_workload
 from thinwire.plan.sharded import gathered_bytes
 from thinwire.units import show
-from thinwire.workload import ITEM_BYTES, OPTIMIZER_VALUES_PER_PARAMETER, Workload
+from thinwire.workload import ITEM_BYTES, Workload
 
-TOLERANCE = 1.25
-"""A prediction may be off by so much either way; what is refused would not fit even then."""
+PIECE_BYTES = 64 * 2**20
+"""Of parameters whose state is on a device at once where it lies on the host; of the next ones it is under way meanwhile."""
 ALLOCATOR = 1.25
 """Room that glibc takes for what blocks keep: 1.1 to 1.4, measured."""
 CODED_AT_ONCE = {"bf16": 1.0, "fp16": 1.0, "dgc": 3.5, "demo": 3.5}
@@ -81,11 +88,12 @@ class Need:
     copied_once_bytes: int
     parts: int = 1
     recomputed: str = ""
+    copies_bytes: int = 0
 
     @property
     def training_bytes(self) -> int:
         """The most at once, without checkpoints."""
-        kept = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.exchange_bytes
+        kept = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.exchange_bytes + self.copies_bytes
         return kept + max(self.activations_bytes, self.under_way_bytes)
 
     @property
@@ -105,6 +113,7 @@ class Need:
             "gradients": self.gradients_bytes,
             "optimizer": self.optimizer_bytes,
             "exchange": self.exchange_bytes,
+            "copies": self.copies_bytes,
             passing: max(self.activations_bytes, self.under_way_bytes),
             "checkpoint": self.copied_bytes + self.copied_once_bytes,
         }
@@ -135,39 +144,29 @@ def recomputed_blocks(
     config: RunConfig, shape: ModelConfig, layout: Layout, *, casts: bool, on_device: bool = False
 ) -> dict[str, str]:
     """Blocks that are computed again in the backward pass, "selective" or "full" by name, on any rank; as for `need`."""
+    if isinstance(kind := config.train.recompute, str):
+        return {} if kind == "none" else {f"blocks.{index}": kind for index in range(shape.layers)}
     stages = _by_stage(config, shape, layout, casts=casts, on_device=on_device)
-    return {name: kind for kinds, _ in stages for name, kind in kinds.items()}
-
-
-def leaner(config: RunConfig, shape: ModelConfig, layout: Layout, *, casts: bool, on_device: bool = False) -> dict[str, Need]:
-    """What a rank would need with a train.recompute that keeps less than the one given, by its name, nearest first."""
-    given, kinds = config.train.recompute, ("none", "selective", "full")
-    if config.cannot_recompute:
-        return {}
-    others = {
-        kind: config.model_copy(update={"train": config.train.model_copy(update={"recompute": kind})})
-        for kind in (kinds[kinds.index(given) + 1 :] if isinstance(given, str) else kinds[-1:])
-    }
-    return {kind: need(other, shape, layout, casts=casts, on_device=on_device) for kind, other in others.items()}
+    return {name: again for kinds, _ in stages for name, again in kinds.items()}
 
 
 def _by_stage(
     config: RunConfig, shape: ModelConfig, layout: Layout, *, casts: bool, on_device: bool
 ) -> list[tuple[dict[str, str], list[Need]]]:
     """Of each rank of a pipeline: which blocks it computes again, and what each tensor rank needs there."""
-    whole = Workload.of_transformer(shape, config.train.micro_batch, config.train.sequence)
-    workloads = [local_workload(whole, shape, layout.tensor, rank, layout.seq) for rank in range(layout.tensor)]
-    if layout.expert > 1:
-        workloads = [one.of_expert_rank(shape.experts, layout.expert, 0) for one in workloads]
-    found = []
-    for pieces in zip(*(_pieces(config, shape, (whole, one), layout) for one in workloads), strict=True):
-        bare = [_need(config, piece.mine, layout.of_gradients, on_device=on_device) for piece in pieces]
+    found, elsewhere = [], on_device and "activations" in config.train.on_host
+    sizes = config.train.micro_batch, config.train.sequence, config.sync.accumulate
+    windows = 0 if config.pipeline.copies == "none" else config.data.windows // layout.replicas
+    copied_bytes = windows * 2 * (config.train.sequence // layout.seq) * -(-shape.width // layout.tensor)
+    for pieces in _pieces(config.pipeline, shape, layout, *sizes):
+        bare = [_need(config, piece, layout.of_gradients, on_device=on_device) for piece in pieces]
         names = pieces[0].mine.block_names
 
         def needs(
-            selective: int, full: int, bare: list[Need] = bare, pieces: tuple[_Piece, ...] = pieces, count: int = len(names)
+            selective: int, full: int, bare: list[Need] = bare, pieces: list[_Piece] = pieces, count: int = len(names)
         ) -> list[Need]:
-            blocks = Blocks(plain=count - selective - full, selective=selective, full=full, held=pieces[0].held)
+            plain = count - selective - full
+            blocks = Blocks(plain=min(1, plain) if elsewhere else plain, selective=selective, full=full, held=pieces[0].held)
             again = f"{full} full, {selective} selective of {count} blocks" if full or selective else ""
             return [
                 replace(
@@ -175,6 +174,8 @@ def _by_stage(
                     activations_bytes=piece.crossing_bytes
                     + activations_bytes(shape, piece.workload, casts=casts, blocks=blocks, loss=piece.loss, seq=layout.seq),
                     recomputed=again,
+                    copies_bytes=piece.ends * copied_bytes,
+                    copied_bytes=one.copied_bytes + piece.ends * copied_bytes,
                 )
                 for one, piece in zip(bare, pieces, strict=True)
             ]
@@ -212,123 +213,120 @@ def _fewest(setting: str | float, workload: Workload, needs: Callable[[int, int]
     return min(found)[1:]
 
 
-def _need(config: RunConfig, workload: Workload, layout: Layout, *, on_device: bool) -> Need:
-    """Of a rank that has the parameters of `workload`, without activations. layout: as who averages gradients sees it."""
+def _need(config: RunConfig, piece: "_Piece", layout: Layout, *, on_device: bool) -> Need:
+    """Of a rank, without activations. layout: as who averages gradients sees it."""
     if layout.shard > 1:
-        return _need_sharded(config, workload, layout, on_device=on_device)
+        return _need_sharded(config, piece, layout, on_device=on_device)
+    workload = piece.mine
     weights = workload.stored_bytes
-    optimizer = weights * OPTIMIZER_VALUES_PER_PARAMETER[config.train.optimizer.kind]
+    optimizer = workload.optimizer_bytes(state_of(config.train.optimizer))
     exchange, under_way = _exchange(config, workload, layout, on_device)
     buckets = layout.data > 1 or isinstance(config.sync, EveryStep)
-    state = weights + optimizer
+    largest = max(parameter.stored_bytes for parameter in workload.parameters)
+    copies = 2 if state_of(config.train.optimizer) == EIGHT_BIT else 1  # of what is decoded for a checkpoint
+    state = weights + copies * workload.optimizer_bytes(config.train.optimizer.kind)
     gradients = max(weights, 2 * weights - optimizer - exchange) if buckets and layout.pipe * layout.expert == 1 else weights
+    if config.train.updates == "early":
+        gradients = largest
+    if on_device and "optimizer" in config.train.on_host:
+        optimizer = min(optimizer, 2 * PIECE_BYTES * max(1, optimizer // max(1, weights)))
     return Need(
         weights_bytes=weights,
         gradients_bytes=gradients,
         optimizer_bytes=optimizer,
         exchange_bytes=exchange,
         activations_bytes=0,
-        under_way_bytes=max(under_way, 2 * max(parameter.stored_bytes for parameter in workload.parameters)),
+        under_way_bytes=max(under_way, 2 * largest),
         copied_bytes=exchange + (state if config.sync.rare else 0),
         copied_once_bytes=state,
         parts=layout.pipe * layout.tensor * layout.expert,
     )
 
 
-def _need_sharded(config: RunConfig, workload: Workload, layout: Layout, *, on_device: bool) -> Need:
-    """Of a rank that has a shard of the parameters of `workload`."""
-    shard = replace(
-        workload,
-        parameters=tuple(replace(one, shape=(-(-one.shape[0] // layout.shard), *one.shape[1:])) for one in workload.parameters),
-    )
-    own = _need(config, shard, replace(layout, shard=1), on_device=on_device)
+def _need_sharded(config: RunConfig, piece: "_Piece", layout: Layout, *, on_device: bool) -> Need:
+    """Of a rank that has a shard of these parameters."""
+    own = _need(config, replace(piece, mine=piece.shard), replace(layout, shard=1), on_device=on_device)
+    workload = piece.mine
     always = config.sharded.reshard == "always" and layout.pipe == 1
-    whole, (some, passing) = workload.stored_bytes, gathered_bytes(workload)
+    whole, (some, passing) = workload.stored_bytes, gathered_bytes(workload, on_device=on_device)
     return replace(
         own,
         weights_bytes=own.weights_bytes + (some if always else whole),
         gradients_bytes=own.weights_bytes + (some if always and config.sync.accumulate == 1 else whole),
         exchange_bytes=own.exchange_bytes + (0 if config.sharded.gradients == "none" else workload.num_parameters),
         under_way_bytes=max(own.under_way_bytes, passing),
-        parts=layout.pipe * layout.shard,
+        parts=own.parts * layout.shard,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
-    """workload: of all blocks; mine: of what the rank has of them; held: micro-batches under way; loss: whether it has the head;
-    crossing_bytes: at boundaries."""
+    """workload: of all blocks; mine: of what the rank has of them; shard: of its part of that, where ranks share it; held:
+    micro-batches under way; loss: whether it has the head; crossing_bytes: at boundaries; ends: how many of them it has."""
 
     workload: Workload
     mine: Workload
+    shard: Workload
     held: float = 1.0
     loss: bool = True
     crossing_bytes: int = 0
+    ends: int = 0
 
 
-def _pieces(config: RunConfig, shape: ModelConfig, workloads: tuple[Workload, Workload], layout: Layout) -> list[_Piece]:
-    """What each rank of a pipeline has of the model, of equal ranks, when it holds most activations.
+@lru_cache(maxsize=1024)
+def _pieces(
+    options: PipelineSection, shape: ModelConfig, layout: Layout, micro_batch: int, sequence: int, num_micro: int
+) -> list[list[_Piece]]:
+    """What each rank of a pipeline has of the model, of equal ranks, when it holds most activations; of each its tensor ranks.
 
-    workloads: of the whole model, which is cut, and of a rank's part of all its matrices. A boundary has a buffer for each
-    micro-batch, of what arrives and of the gradient that comes back.
+    A boundary has a buffer for each micro-batch, of what arrives and of the gradient that comes back.
     """
-    options, num_micro = config.pipeline, config.sync.accumulate
-    whole, workload = workloads
+    whole = Workload.of_transformer(shape, micro_batch, sequence)
+    workloads = [local_workload(whole, shape, layout.tensor, rank, layout.seq) for rank in range(layout.tensor)]
+    if layout.expert > 1:
+        workloads = [one.of_expert_rank(shape.experts, layout.expert, 0) for one in workloads]
     if layout.pipe == 1:
-        return [_Piece(workload=workload, mine=workload)]
-    costs = workload.chain_flops_per_token
+        return [[_Piece(workload=one, mine=one, shard=_shard(one, layout.shard)) for one in workloads]]
     stages = cut(whole.chain_flops_per_token, layout.pipe * options.per_rank)
     names = [
         ("embed", "positions"),
-        *((f"{block}.",) for block in workload.block_names),
+        *((f"{block}.",) for block in whole.block_names),
         ("norm", "embed" if shape.tied else "head"),
     ]
-    crossing = workload.tokens_per_microbatch * -(-shape.width // layout.tensor) * ITEM_BYTES[shape.dtype]
+    places = [stages_of(options.schedule, layout.pipe, options.per_rank, rank) for rank in range(layout.pipe)]
+    rank_of = {stage: rank for rank, mine in enumerate(places) for stage in mine}
     found = []
-    for rank in range(layout.pipe):
-        units = [unit for stage in stages_of(options.schedule, layout.pipe, options.per_rank, rank) for unit in stages[stage]]
+    for rank, own_stages in enumerate(places):
+        units = [unit for stage in own_stages for unit in stages[stage]]
+        ends = sum(rank_of.get(other, rank) != rank for stage in own_stages for other in (stage - 1, stage + 1))
         prefixes = tuple(prefix for unit in units for prefix in names[unit])
-        mine = {one.name for one in workload.parameters if one.name.startswith(prefixes)}
         held = in_flight(options.schedule, layout.pipe, options.per_rank, rank, num_micro) / options.per_rank
-        found.append(
-            _Piece(
-                workload=workload,
-                mine=workload.part(mine, sum(costs[unit] for unit in units)),
-                held=held,
-                loss=len(names) - 1 in units,
-                crossing_bytes=2 * options.per_rank * num_micro * crossing,
+        pieces = []
+        for one in workloads:
+            own = {parameter.name for parameter in one.parameters if parameter.name.startswith(prefixes)}
+            mine = one.part(own, sum(one.chain_flops_per_token[unit] for unit in units))
+            crossing = one.tokens_per_microbatch * -(-shape.width // layout.tensor) * ITEM_BYTES[shape.dtype]
+            pieces.append(
+                _Piece(
+                    workload=one,
+                    mine=mine,
+                    shard=_shard(mine, layout.shard),
+                    held=held,
+                    loss=len(names) - 1 in units,
+                    crossing_bytes=2 * options.per_rank * num_micro * crossing,
+                    ends=ends,
+                )
             )
-        )
+        found.append(pieces)
     return found
 
 
-def check(need: Need, rooms: Sequence[Room], leaner: Mapping[str, Need] = {}) -> None:
-    """UserError if ranks cannot fit where they are to train. leaner: as that function returns them."""
-    for room in rooms:
-        wanted = need.host_bytes(room.ranks)
-        if wanted > TOLERANCE * room.free_bytes:
-            fits = (kind for kind, one in leaner.items() if all(one.host_bytes(each.ranks) <= each.free_bytes for each in rooms))
-            kind = next(fits, "")
-            advice = (
-                f"train.recompute = {kind!r}, with which they need {show(leaner[kind].host_bytes(room.ranks), 'B')}, "
-                if kind
-                else ""
-            )
-            raise UserError(
-                f"memory: {room.ranks} rank{'s' * (room.ranks > 1)} on {room.name} would need about {show(wanted, 'B')} (each "
-                f"{need.terms()}), and {show(room.free_bytes, 'B')} are free there; take {advice}a smaller "
-                "model.preset, train.micro_batch or train.sequence, or fewer ranks there"
-            )
-
-
-def line(need: Need, rooms: Sequence[Room]) -> str:
-    """What a rank needs, beside what there is for it in the tightest room."""
-    again = f"; computed again: {need.recomputed}" if need.recomputed else ""
-    about = f"memory: a rank needs about {show(need.rank_bytes, 'B')} beside the program ({need.terms()}){again}"
-    if not rooms:
-        return f"{about}; what is free is not known here"
-    tight = max(rooms, key=lambda room: need.host_bytes(room.ranks) / max(1.0, room.free_bytes))
-    return f"{about}; {tight.name} has {show(tight.free_bytes, 'B')} free for {tight.ranks} rank{'s' * (tight.ranks > 1)}"
+def _shard(workload: Workload, degree: int) -> Workload:
+    """The largest of so many parts of the rows of each parameter."""
+    if degree == 1:
+        return workload
+    rows = (replace(one, shape=(-(-one.shape[0] // degree), *one.shape[1:])) for one in workload.parameters)
+    return replace(workload, parameters=tuple(rows))
 
 
 def activations_bytes(
@@ -376,7 +374,7 @@ def _exchange(config: RunConfig, workload: Workload, layout: Layout, on_device: 
         return 0, 0
     residuals = _residual_bytes(config.compress, workload)
     coding = CODED_AT_ONCE.get(config.compress.kind, USUAL_AT_ONCE) if isinstance(config.compress, Coded) else 0.0
-    if isinstance(sync, EveryStep):
+    if isinstance(sync, EveryStep | Auto):
         return residuals, int(coding * wide)
     elsewhere = on_device and sync.outer_device == "host"
     if isinstance(sync, NoLoCo):

@@ -1,20 +1,19 @@
 """How many more tokens a plan needs to the same loss; numbers with their sources: `penalties.toml`.
 
-    tokens = given * batch * codec * rarely          each factor 1 + tokens_per_loss * (part of loss), but
-    batch  = (1 + k / c) / (1 + 1 / c)               k times the given batch, c the critical one in given ones
-    rarely = 1 + tokens_per_loss * loss(N, M, H) + periods_lost * H / steps
-
-loss(N, M, H) lies between the published values on straight lines over log N and log M; for smaller models and more replicas than
-the table has it rises on as it did, for larger models it stays.
+tokens = given * batch * inside * code or rarely
+batch  = (1 + k / c) / (1 + 1 / c)               k times the given batch, c the critical one in given ones
+inside = 1 + tokens_per_loss * loss              of what is coded within passes
+code   = steps over those of data parallelism    of the measured front (`sync.front`)
+rarely                                           the same, carried to this model
 """
 
-from collections.abc import Mapping, Sequence
-from functools import cache, lru_cache
+from collections.abc import Mapping
+from functools import cache
 from importlib import resources
-from math import log, log2
 from pathlib import Path
 from typing import Any
 
+from thinwire.sync.front import ways
 from thinwire.tomlfile import read_toml
 
 
@@ -30,25 +29,12 @@ def of_batch(times: float) -> float:
     return float((1 + times / critical) / (1 + 1 / critical))
 
 
+@cache
 def of_codec(kind: str) -> float:
     """Of gradients that are coded in each step."""
-    return float(1 + numbers()["loss"]["tokens_per_loss"] * numbers()["codec"][kind])
+    return max(1.0, *(way.steps_over_ddp for way in ways() if way.method in ("ddp", kind)))
 
 
-@lru_cache(maxsize=4096)
-def of_rare(parameters: float, replicas: int, every: int, overlap: int, steps: float) -> float:
-    """Of replicas that exchange every so many of `steps` steps."""
-    rare = numbers()["rare"]
-    by_size = [_between(rare["replicas"], row, replicas) for row in rare["loss"]]
-    loss = (
-        max(0.0, _between(rare["parameters"], by_size, min(parameters, rare["parameters"][-1])))
-        + rare["per_step_of_overlap"] * overlap
-    )
-    loss += rare["per_doubling"] * max(0.0, log2(every / rare["every"]))
-    return float(1 + numbers()["loss"]["tokens_per_loss"] * loss + rare["periods_lost"] * every / max(1.0, steps))
-
-
-def _between(at: Sequence[float], values: Sequence[float], x: float) -> float:
-    place = next((index for index in range(1, len(at)) if x <= at[index]), len(at) - 1)
-    along = (log(x) - log(at[place - 1])) / (log(at[place]) - log(at[place - 1]))
-    return values[place - 1] + along * (values[place] - values[place - 1])
+def of_inside(kind: str) -> float:
+    """Of what is coded within passes."""
+    return float(1 + numbers()["loss"]["tokens_per_loss"] * numbers()["inside"][kind])

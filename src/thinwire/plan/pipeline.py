@@ -13,8 +13,9 @@ All pipelines of a layout run at once and share the links. bubble: the part of t
 """
 
 import heapq
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import inf
 
 from thinwire.cluster import Link
@@ -48,8 +49,17 @@ class Pipelines:
         """Position in the group by stage."""
         return {stage: rank for rank, order in enumerate(self.orders) for _, stage, _ in order}
 
+    def flows(self, group: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+        """(source, target, bytes) of each message of one pipeline."""
+        at, last = self.rank_of, len(self.activation_bytes)
+        for kind, stage, _ in (one for order in self.orders for one in order):
+            if kind == "F" and stage < last:
+                yield group[at[stage]], group[at[stage + 1]], self.activation_bytes[stage]
+            elif kind in "BI" and stage > 0:
+                yield group[at[stage]], group[at[stage - 1]], self.gradient_bytes[stage - 1]
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Stages:
     """A model in stages on the "pipe" axis of a layout. orders, activation_bytes, gradient_bytes: as in `Pipelines`.
 
@@ -120,10 +130,9 @@ class Ran:
 
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
-    """seconds: until the last pass of all ranks is over. ends_s: of each position's last pass, the latest of all pipelines."""
+    """seconds: until the last pass of all ranks is over."""
 
     seconds: float
-    ends_s: tuple[float, ...]
     passes: tuple[Ran, ...]
     link_bytes: Mapping[Link, int]
 
@@ -140,8 +149,24 @@ class Simulated:
 
 
 def simulate(pipelines: Pipelines, routes: Routes) -> Simulated:
-    """One step, from when all ranks begin it."""
-    return _Run(pipelines, routes).result()
+    """One step, from when all ranks begin it. Pipelines without a link in common do not see each other, and take as long where
+    they are wired alike."""
+    groups, sent = pipelines.groups, [routes.load(pipelines.flows(group)) for group in pipelines.groups]
+    apart: list[tuple[list[int], set[Link]]] = []
+    for number, links in enumerate(sent):
+        joined = [one for one in apart if not one[1].isdisjoint(links)]
+        numbers = sorted([number, *(n for one in joined for n in one[0])])
+        apart = [one for one in apart if one not in joined] + [(numbers, set(links).union(*(one[1] for one in joined)))]
+    known: dict[object, list[Ran]] = {}
+    passes: list[Ran] = []
+    for numbers, _ in apart:
+        own = [groups[number] for number in numbers]
+        key = len(own), routes.pattern([rank for group in own for rank in group])
+        if key not in known:
+            known[key] = _Run(replace(pipelines, groups=own), routes).passes
+        passes += [Ran(numbers[ran.group], ran.position, ran.done, ran.begin_s, ran.end_s) for ran in known[key]]
+    seconds = max(ran.end_s for ran in passes)
+    return Simulated(seconds=seconds, passes=tuple(passes), link_bytes=sum(sent, Counter()))
 
 
 @dataclass(slots=True)
@@ -162,11 +187,12 @@ class _Run:
         self._there: set[tuple[int, Pass]] = set()
         self._at = {(group, rank): 0 for group in range(len(pipelines.groups)) for rank in range(len(pipelines.orders))}
         self._busy: set[tuple[int, int]] = set()
-        self._events: list[tuple[float, int]] = []
+        self._events: list[tuple[float, int, Ran | _Message]] = []
         self._number = 0
-        self._happenings: dict[int, Ran | _Message] = {}
-        self._passes: list[Ran] = []
+        self.passes: list[Ran] = []
         self._work()
+        unfinished = [key for key, place in self._at.items() if place < len(pipelines.orders[key[1]])]
+        assert not unfinished, f"the schedule never gets to what ranks {unfinished} wait for"
 
     def _neighbours(self, group: Sequence[int]) -> list[tuple[int, int]]:
         pairs = []
@@ -184,8 +210,7 @@ class _Run:
             for pair, message in self._wires.left(now):
                 self._later(now + self._wires.latency_s(pair) + MESSAGE_OVERHEAD_S, message)
             while self._events and self._events[0][0] <= now + SAME_S:
-                time, number = heapq.heappop(self._events)
-                happened = self._happenings.pop(number)
+                time, _, happened = heapq.heappop(self._events)
                 if isinstance(happened, Ran):
                     self._pass_over(happened)
                 else:
@@ -194,8 +219,7 @@ class _Run:
 
     def _later(self, time: float, happening: Ran | _Message) -> None:
         self._number += 1
-        self._happenings[self._number] = happening
-        heapq.heappush(self._events, (time, self._number))
+        heapq.heappush(self._events, (time, self._number, happening))
 
     def _begin_next(self, group: int, rank: int, time: float) -> None:
         place, order = self._at[group, rank], self._pipelines.orders[rank]
@@ -213,7 +237,7 @@ class _Run:
         return (group, _arrival(one)) in self._there
 
     def _pass_over(self, ran: Ran) -> None:
-        self._passes.append(ran)
+        self.passes.append(ran)
         self._busy.discard((ran.group, ran.position))
         kind, stage, micro = ran.done
         if kind == "F" and stage < self._stages - 1:
@@ -234,19 +258,6 @@ class _Run:
     def _arrived(self, message: _Message, time: float) -> None:
         self._there.add((message.group, message.arrives))
         self._begin_next(message.group, self._rank_of[message.arrives[1]], time)
-
-    def result(self) -> Simulated:
-        unfinished = [key for key, place in self._at.items() if place < len(self._pipelines.orders[key[1]])]
-        assert not unfinished, f"the schedule never gets to what ranks {unfinished} wait for"
-        ends = [0.0] * len(self._pipelines.orders)
-        for ran in self._passes:
-            ends[ran.position] = max(ends[ran.position], ran.end_s)
-        return Simulated(
-            seconds=max(ends),
-            ends_s=tuple(ends),
-            passes=tuple(self._passes),
-            link_bytes=dict(zip(self._wires.links, self._wires.carried, strict=True)),
-        )
 
 
 def _arrival(one: Pass) -> Pass:

@@ -8,42 +8,49 @@
 Of an exchange every H steps a step sees 1/H, less what hides under the steps of its overlap, fragment by fragment. Coding on
 accelerators: CODED_BYTES a value at the memory rate, an assumption, as no device has run it.
 
-bound:  the passes of the slowest rank at the given rates; or all that must cross the fastest link, where that takes longer than
-        what it may hide under.
+bound:  the passes of the slowest rank at the given rates; and, where no two ranks are on one host, what must pass the card of the
+        slowest in them and behind them, less what it may hide under.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from math import ceil, exp, prod
 from typing import Any, NamedTuple
 
-from thinwire.collectives.price import link_seconds
+from thinwire.cluster import Cluster
+from thinwire.cluster.graph import Routes
+from thinwire.collectives.choose.call import collective_call
+from thinwire.collectives.price import Carrier, link_seconds
+from thinwire.collectives.synthesis.bounds import OPS, bound
 from thinwire.config.compress import Coded, NoCompression
-from thinwire.config.run import RunConfig
+from thinwire.config.pipeline import STAGES_PER_RANK
 from thinwire.errors import UserError
-from thinwire.parallel.balance import shares_tied
+from thinwire.layout import Layout
+from thinwire.parallel.balance import cut, shares_tied, stages_of
 from thinwire.plan import penalties
-from thinwire.plan.candidates import Candidate, Problem
+from thinwire.plan.candidates import EVERY, Candidate, Problem, config_of
 from thinwire.plan.cost import predict
 from thinwire.plan.gpu.job import Job
 from thinwire.plan.gpu.links import collective_s
-from thinwire.plan.gpu.room import room
-from thinwire.plan.gpu.step import Factors, Terms, seconds, terms
+from thinwire.plan.gpu.room import FITS, room
+from thinwire.plan.gpu.step import Factors, Terms, bubble_part, seconds, terms
 from thinwire.plan.memory import need
-from thinwire.traffic import EVALUATION
+from thinwire.sync.front import of_rare
+from thinwire.traffic import EVALUATION, Transfer
 from thinwire.units import show
 
-FITS = 0.97
-"""Part of a device's memory under which a predicted peak is said to fit; of a host's too."""
 CODED_BYTES = 40.0
 BITS = {"none": 32.0, "bf16": 16.0, "int8": 8.5, "int4": 4.6, "topk": 0.33}
 """Of a value on the wire, with scales and positions."""
 LEAST_BITS = {"none": 32.0, "bf16": 16.0, "int8": 8.0, "int4": 4.0, "topk": 0.25}
 LAYERS_PER_FRAGMENT = 3
+PASSING = 0.8
+"""Of what crosses a boundary: the rest may pass a bucket at once."""
+UNEVEN = 0.9
+"""A tensor rank may have so much less than another."""
 CAUSAL = 0.75
 """Products may be so much less than counted: kernels skip the masked half of attention, and a fit may find devices faster."""
-NAMES = {"zb1p": "zb-1p"}
 
 
 class Unfit(UserError):
@@ -94,50 +101,76 @@ class Priced:
         return self.time_s * self.dollars_per_s
 
 
-def price(candidate: Candidate, problem: Problem) -> Priced:
-    """UserError for what cannot run; Unfit for what does not fit."""
+def price(candidate: Candidate, problem: Problem, carrier: Carrier | None = None) -> Priced:
+    """UserError for what cannot run; Unfit for what does not fit. carrier: in place of its own, where there are rates."""
     if problem.shape.tied and candidate.layout.pipe > 1 and candidate.launched:
         coded = Coded(kind=candidate.codec) if candidate.codec in ("bf16", "int8", "int4", "topk") else NoCompression()
         shares_tied(coded, candidate.layout)
-    return _by_name(candidate, problem) if problem.rates is None else _by_rates(candidate, problem)
+    return _by_name(candidate, problem) if problem.rates is None else _by_rates(candidate, problem, carrier)
 
 
 def least_s(draft: Candidate, problem: Problem) -> float:
     """Of a step, whatever replicas exchange: no candidate is priced below it."""
-    layout, train = draft.layout, problem.config.train
-    flops = (
-        problem.workload.flops_per_token
-        * draft.micro_batch
-        * draft.accumulate
-        * train.sequence
-        / (layout.pipe * layout.seq * layout.tensor)
-    )
-    part = {"1f1b": 1.0, "interleaved": 0.5, "zb1p": 1 / 3}.get(draft.schedule, 0.0)
-    bubble = 1 + part * (layout.pipe - 1) / draft.accumulate
+    layout, train, count = draft.layout, problem.config.train, draft.accumulate
+    tokens = draft.micro_batch * train.sequence * count
+    flops = problem.workload.flops_per_token * tokens / (layout.pipe * layout.seq * layout.tensor)
+    bubble = 1 + bubble_part(draft.schedule, STAGES_PER_RANK[draft.schedule]) * (layout.pipe - 1) / count
     if problem.rates is None:
         again = 4 / 3 if draft.recompute == "full" else 1.0
         return CAUSAL * again * flops / problem.network.device.flops_per_s["bf16"] * bubble
+    bits, stream = LEAST_BITS[draft.inside], tokens * problem.shape.width / layout.seq
+    sums_s = 8 * problem.shape.layers * (1 - 1 / layout.tensor) * stream / layout.pipe * _card_s(bits, problem)
     if layout.pipe == 1:
-        return flops / min(problem.rates)
-    return flops / max(problem.rates) * (bubble if draft.schedule == "1f1b" else 1.0)
+        gathers = 2 * count if problem.config.sharded.reshard == "always" else 1
+        shared = _block_parameters(problem) / layout.tensor * (1 - 1 / layout.shard) * (gathers + 1)
+        return max(flops / min(problem.rates) + sums_s, shared * _card_s(bits, problem))
+    passes_s = (flops / max(problem.rates) + sums_s) * bubble
+    shared = 2 * (1 - 1 / layout.shard) * _first_rank_parameters(problem, layout, draft.schedule)
+    return max(passes_s, PASSING * stream / layout.tensor * _card_s(bits, problem)) + shared * _card_s(32.0, problem)
 
 
 def least_with_exchange_s(candidate: Candidate, problem: Problem) -> float:
-    """The same, with what replicas exchange: no less than crosses the fastest link, where no two ranks are on one host."""
-    layout, compute_s = candidate.layout, least_s(candidate, problem)
-    if problem.rates is None:
-        return compute_s
-    fastest_bps = max((link.bandwidth_bps.value for link in problem.cluster.links), default=0.0)
-    alone = all(len(host.devices) == 1 for host in problem.cluster.hosts)
-    if not fastest_bps or not alone or not 1 < layout.replicas == layout.world_size or layout.expert > 1:
-        return compute_s
-    passing_s = 2 * (1 - 1 / layout.replicas) * problem.parameters * LEAST_BITS[candidate.codec] / fastest_bps
-    if layout.outer == 1:
-        return max(compute_s, passing_s)
-    if layout.data > 1:
-        return compute_s
-    hidden_s = min(candidate.every, candidate.overlap * _fragments(candidate, problem)) * compute_s
-    return compute_s + max(0.0, passing_s - hidden_s) / candidate.every
+    """The same, with what replicas exchange."""
+    layout, passes_s = candidate.layout, least_s(candidate, problem)
+    if problem.rates is None or layout.expert > 1:
+        return passes_s
+    each = _first_rank_parameters(problem, layout, candidate.schedule) / layout.shard
+
+    def exchange_s(ranks: int, codec: str) -> float:
+        return 2 * (1 - 1 / ranks) * each * _card_s(LEAST_BITS[codec], problem)
+
+    every_s = exchange_s(layout.of_gradients.data, candidate.codec if layout.outer == 1 else "none")
+    inner_s = passes_s + every_s if layout.pipe > 1 else max(passes_s, every_s)
+    if layout.outer == 1 or layout.pipe * layout.tensor * layout.seq * layout.data * layout.shard > 1:
+        return inner_s
+    hidden_s = min(candidate.every, candidate.overlap * _fragments(candidate, problem)) * passes_s
+    return inner_s + max(0.0, exchange_s(layout.outer, candidate.codec) - hidden_s) / candidate.every
+
+
+def _card_s(bits: float, problem: Problem) -> float:
+    """Of a value of so many bits through the slowest card; 0 where ranks need none to reach each other."""
+    return bits * problem.slowest_card_s
+
+
+def _block_parameters(problem: Problem) -> int:
+    return sum(one.numel for one in problem.workload.parameters if one.name.startswith("blocks."))
+
+
+@lru_cache(maxsize=1024)
+def _first_rank_parameters(problem: Problem, layout: Layout, schedule: str) -> float:
+    """In the blocks of the first rank, at the least."""
+    if layout.pipe == 1:
+        return _block_parameters(problem) / layout.tensor * UNEVEN
+    per_rank = STAGES_PER_RANK[schedule]
+    own = stages_of(schedule, layout.pipe, per_rank, 0)
+    by_rank = problem.numbered.declared_rates
+    assert by_rank is not None, "only then is a bound asked for"
+    slowest = [min(by_rank[group[at]] for group in layout.groups("pipe")) for at in range(layout.pipe)]
+    rates = {stage: slowest[at] for at in range(layout.pipe) for stage in stages_of(schedule, layout.pipe, per_rank, at)}
+    costs = problem.workload.chain_flops_per_token
+    stages = cut(costs, len(rates), [rates[stage] for stage in range(len(rates))])
+    blocks = sum(0 < unit < len(costs) - 1 for stage in own for unit in stages[stage])
+    return _block_parameters(problem) * blocks / problem.shape.layers / layout.tensor * UNEVEN
 
 
 def of_tokens(candidate: Candidate, problem: Problem) -> dict[str, float]:
@@ -148,10 +181,10 @@ def of_tokens(candidate: Candidate, problem: Problem) -> dict[str, float]:
     steps = problem.tokens / (candidate.sequences * problem.config.train.sequence)
     found = {"batch": penalties.of_batch(candidate.sequences / problem.batch)}
     if layout.outer > 1:
-        every = candidate.every
-        found["rarely"] = penalties.of_rare(problem.parameters, layout.outer, every, candidate.overlap, steps)
+        found["rarely"] = of_rare(candidate.sync, problem.parameters, layout.outer, candidate.every, candidate.overlap, steps)
     elif layout.replicas > 1:
         found["code"] = penalties.of_codec(candidate.codec)
+    found["inside"] = penalties.of_inside(candidate.inside)
     return {name: factor for name, factor in found.items() if abs(factor - 1) > 1e-9}
 
 
@@ -173,13 +206,18 @@ def _common(candidate: Candidate, problem: Problem, door: str) -> dict[str, Any]
         "tokens_per_step": candidate.sequences * problem.config.train.sequence,
         "tokens": problem.tokens,
         "dollars_per_s": problem.dollars_per_hour * problem.cluster.world_size / 3600,
-        "spread": penalties.numbers()["interval"][door],
+        "spread": problem.spread or penalties.numbers()["interval"][door],
     }
 
 
-@lru_cache(maxsize=1024)
 def memory_of(candidate: Candidate, problem: Problem) -> tuple[float, float]:
-    """(bytes that a rank needs at the most, bytes that there are for it; 0: not known). Unfit where that is too little."""
+    """(bytes that a rank needs at the most, bytes that there are for it; 0: not known), which is the same for all periods. Unfit
+    where that is too little."""
+    return _memory(replace(candidate, every=EVERY[-1], overlap=1) if candidate.every > 1 else candidate, problem)
+
+
+@lru_cache(maxsize=8192)
+def _memory(candidate: Candidate, problem: Problem) -> tuple[float, float]:
     if problem.rates is None:
         needed, device = room(job_of(candidate, problem)).total, problem.network.device
         if needed > FITS * device.memory_bytes:
@@ -188,7 +226,7 @@ def memory_of(candidate: Candidate, problem: Problem) -> tuple[float, float]:
                 f"{candidate}: a rank needs {show(needed, 'B')}, and {device.name} has {show(has_bytes, 'B')}", needed / has_bytes
             )
         return needed, device.memory_bytes
-    config, on_device = _config(candidate, problem), problem.cluster.devices[0].kind != "cpu"
+    config, on_device = config_of(candidate, problem), problem.cluster.devices[0].kind != "cpu"
     casts = on_device and config.train.dtype == "auto"
     needed_by = need(config, problem.shape, candidate.layout, casts=casts, on_device=on_device)
     least = 0.0
@@ -204,17 +242,25 @@ def memory_of(candidate: Candidate, problem: Problem) -> tuple[float, float]:
     return float(needed_by.training_bytes if on_device else needed_by.rank_bytes), least
 
 
-@lru_cache(maxsize=1024)
-def _config(candidate: Candidate, problem: Problem) -> RunConfig:
-    return candidate.config(problem)
+class Least(Carrier):
+    """Such as no schedule can be faster than, on this cluster."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    def seconds(self, routes: Routes, transfer: Transfer, group: Sequence[int]) -> float:
+        """Of one call."""
+        if transfer.op not in OPS or transfer.around or len(group) == 1:
+            return super().seconds(routes, transfer, group)
+        call = collective_call(self._cluster, transfer.op, transfer.message_bytes, group)
+        return bound(call.cluster, call.op, call.message_bytes, jointly=False).seconds
 
 
-def _by_rates(candidate: Candidate, problem: Problem) -> Priced:
-    assert problem.rates is not None and problem.outline is not None, "somebody tells what a run sends"
+def _by_rates(candidate: Candidate, problem: Problem, carrier: Carrier | None) -> Priced:
     needed, room_bytes = memory_of(candidate, problem)
-    config, layout = _config(candidate, problem), candidate.layout
-    setting, transfers, carrier = problem.outline(config, problem.shape, layout, problem.cluster, problem.rates)
-    found = predict(setting, transfers, carrier=carrier)
+    setting, transfers, own = problem.outlined(candidate)
+    setting = replace(setting, ranks_per_core=problem.ranks_per_core)
+    found = predict(setting, transfers, carrier=carrier or own, routes=problem.routes)
     busiest = max(found.links.items(), key=lambda one: link_seconds(*one), default=None)
     return Priced(
         **_common(candidate, problem, "rates"),
@@ -234,41 +280,29 @@ def _by_rates(candidate: Candidate, problem: Problem) -> Priced:
 @lru_cache(maxsize=4096)
 def job_of(candidate: Candidate, problem: Problem) -> Job:
     """Of one replica among those that exchange rarely."""
-    network, shape, layout = problem.network, problem.shape, candidate.layout
+    shape, layout = problem.shape, candidate.layout
+    alike = ("layers", "width", "heads", "kv_heads", "hidden", "tied")
     return Job(
-        layers=shape.layers,
-        width=shape.width,
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        hidden=shape.hidden,
+        **vars(problem.network),
+        **{name: getattr(shape, name) for name in alike},
         gated=shape.mlp == "swiglu",
-        tied=shape.tied,
         vocabulary=shape.vocabulary,
         sequence=problem.config.train.sequence,
         experts=max(1, shape.experts),
         experts_per_token=shape.experts_per_token if shape.experts else 1,
         precision="bf16",
-        device=network.device,
-        per_host=network.per_host,
-        devices=network.devices,
-        intra_bytes_per_s=network.intra_bytes_per_s,
-        inter_bytes_per_s=network.inter_bytes_per_s,
         data=layout.data,
         tensor=layout.tensor,
         pipe=layout.pipe,
-        interleave=2 if candidate.schedule in ("interleaved", "zbv") else 1,
+        interleave=STAGES_PER_RANK[candidate.schedule],
         zero=candidate.zero,
         sequence_parallel=candidate.sequence_parallel,
         micro_batch=candidate.micro_batch,
         global_batch=candidate.micro_batch * candidate.accumulate * layout.data,
-        schedule=NAMES.get(candidate.schedule, candidate.schedule),
+        schedule=candidate.schedule,
         recompute=candidate.recompute,
         wide_gradients=True,
         outer=layout.outer,
-        site_devices=network.site_devices,
-        site_bytes_per_s=network.site_bytes_per_s,
-        latency_s=network.latency_s,
-        site_latency_s=network.site_latency_s,
     )
 
 
@@ -309,7 +343,7 @@ def _by_name(candidate: Candidate, problem: Problem) -> Priced:
     base, memory_s = _base(job), x.memory / job.device.memory_bytes_per_s
     once, coding_s, whole = base.terms, 0.0, base.whole_s
     if candidate.layout.outer == 1 and candidate.codec != "none":
-        once = once._replace(data_inter=once.data_inter * ratio, data_intra=once.data_intra * ratio)
+        once = once._replace(data=once.data._replace(inter=once.data.inter * ratio, intra=once.data.intra * ratio))
         coding_s, whole = CODED_BYTES * job.local_parameters * memory_s, float(seconds(once, x))
     inside = base.filled_s + base.bubble_s + base.inside_s
     found = {
@@ -319,8 +353,7 @@ def _by_name(candidate: Candidate, problem: Problem) -> Priced:
         "between hosts": max(0.0, whole - inside),
         "coding": coding_s,
     }
-    wire_s, sent = once.data_inter * x.inter, once.data_inter * job.inter_bytes_per_s if once.data_inter else 0.0
-    axis = "data"
+    axis, wire_s, sent = "data", once.data.inter * x.inter, once.data.inter and once.data.inter * job.inter_bytes_per_s
     if job.outer > 1:
         local = job.local_parameters / (job.data if job.zero == 3 else 1)
         gathers = candidate.codec == "topk"  # what others have chosen cannot be added up on the way

@@ -10,7 +10,7 @@ from thinwire.errors import UserError
 from thinwire.plan.candidates import MOST_RANKS, Outline, Problem
 from thinwire.plan.price import Priced
 
-VARIED = ("layout", "sync", "compress", "pipeline", "train.micro_batch", "train.recompute")
+VARIED = ("layout", "sync", "compress", "pipeline", "tensor", "sharded", "train.micro_batch", "train.recompute")
 """Sections and keys that are planned, unless --set keeps them."""
 LONGEST = 2048
 """Tokens of a sequence, where nothing is said."""
@@ -29,6 +29,7 @@ def problem_of(
     if model:
         changes = [*changes, f'model.preset="{model.lower()}"']
     config = load_run(run, changes)
+    config.task.only_language_model("thinwire plan")
     if model and run is None and "train.sequence" not in given:
         config = load_run(run, [*changes, f"train.sequence={min(config.model.context, LONGEST)}"])
     where = cluster or config.cluster.file
@@ -40,7 +41,11 @@ def problem_of(
         shape=config.model.shape(),
         batch=1,
         tokens=1.0,
-        kept=frozenset(key for key in given if key.startswith(VARIED) and "." in key),
+        kept=frozenset(
+            key
+            for key in given
+            if key.startswith(VARIED) and "." in key and not (key == "sync.kind" and config.sync.kind == "auto")
+        ),
         outline=outline,
     )
     train, usual = config.train, run is None and not {"train.micro_batch", "sync.accumulate"} & set(given)

@@ -106,17 +106,8 @@ class Queue:
 
     def as_row(self) -> dict[str, Any]:
         """Units in the keys."""
-        return {
-            "queue": self.name,
-            "arrivals": self.arrivals,
-            "sources": self.sources,
-            "arrivals_per_s": self.arrivals_per_s,
-            "service_s": self.stretched_s,
-            "utilisation": self.utilisation,
-            "waiting_s": self.waiting_s,
-            "number_waiting": self.number_waiting,
-            "number": self.number,
-        }
+        names = ("arrivals", "sources", "arrivals_per_s", "utilisation", "waiting_s", "number_waiting", "number")
+        return {"queue": self.name, "service_s": self.stretched_s} | {name: getattr(self, name) for name in names}
 
 
 def periodic_waiting(sources: int, period: float) -> float:
@@ -148,7 +139,7 @@ def of_links(
     An arrival is what one flow of one call puts on the link. transfers: as for `cost.predict`.
     """
     routes, sent = Routes(setting.cluster), defaultdict[Link, list[tuple[tuple[int, int], float, float]]](list)
-    for source, target, size, per_step in _messages(setting, transfers, carrier):
+    for source, target, size, per_step in messages(setting, transfers, carrier):
         for link in routes.between(source, target):
             sent[link].append(((source, target), size, per_step))
     bytes_of = {link: sum(size * per_step for _, size, per_step in flows) for link, flows in sent.items()}
@@ -169,13 +160,13 @@ def of_links(
     return queues
 
 
-def _messages(setting: Setting, transfers: Sequence[Transfer], carrier: Carrier) -> Iterator[tuple[int, int, float, float]]:
-    """(source, target, payload bytes, how many a step) of all ranks."""
+def messages(setting: Setting, transfers: Sequence[Transfer], carrier: Carrier) -> Iterator[tuple[int, int, float, float]]:
+    """(source, target, payload bytes, how many a step) of all ranks; not of evaluations."""
     layout = setting.layout
     for transfer in transfers:
         if transfer.label in (EVALUATION, PIPELINE):
             continue
-        for group in layout.groups(transfer.axis):
+        for group in layout.senders(transfer.axis):
             for a, b, size in carrier.flows(transfer, group):
                 yield group[a], group[b], size, transfer.calls / transfer.every
     if setting.stages is not None:
@@ -191,13 +182,12 @@ def _messages(setting: Setting, transfers: Sequence[Transfer], carrier: Carrier)
 def of_plan(problem: Problem, plan: Priced) -> list[Queue]:
     """`of_links` for a plan that was priced by rates. UserError for others, of which no message is known."""
     problem = problem.on_hosts(plan.hosts)
-    if problem.rates is None or problem.outline is None:
+    if problem.rates is None:
         raise UserError(
             f"{problem.cluster.name}: messages are known one by one only where devices have flops_per_s in a cluster file; leave "
             "--queue out"
         )
-    config, layout = plan.candidate.config(problem), plan.candidate.layout
-    setting, transfers, carrier = problem.outline(config, problem.shape, layout, problem.cluster, problem.rates)
+    setting, transfers, carrier = problem.outlined(plan.candidate)
     return of_links(setting, transfers, plan.step_s, carrier)
 
 

@@ -6,7 +6,7 @@ from light to dark in one direction, so it reads without colour. A link slower t
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from thinwire.report.charts import WIDTH
 from thinwire.report.markup import Markup, join, tag
@@ -14,6 +14,7 @@ from thinwire.report.network import Direction, Node, Picture
 from thinwire.report.text import percent, quantity
 
 ROW, BOX_HEIGHT, EDGE = 46.0, 30.0, 4.0
+NOTE_LETTERS = 26
 LABEL_WIDTH = 130.0
 """Space for what is written on the right of a host."""
 RAMP = ("#c3ccd5", "#fdc675", "#f08c3c", "#c9481f", "#7a1f10")
@@ -21,21 +22,22 @@ RAMP = ("#c3ccd5", "#fdc675", "#f08c3c", "#c9481f", "#7a1f10")
 UNKNOWN_COLOUR = "#9aa4ae"
 
 
-def diagram(picture: Picture, step_s: float | None) -> Markup:
-    """The picture as SVG. `step_s`: the predicted step, for the share of it that a link is busy."""
-    drawn, height = shapes(picture, step_s)
+def diagram(picture: Picture, step_s: float | None, notes: Mapping[str, str] = {}) -> Markup:
+    """The picture as SVG. step_s: predicted, for the share of it that a link is busy; notes: by host, what runs there."""
+    drawn, height = shapes(picture, step_s, notes=notes)
     title = tag("title", "the network, and the predicted load of its links")
     box = f"0 0 {WIDTH:g} {height:g}"
     return tag("svg", title, drawn, xmlns="http://www.w3.org/2000/svg", viewBox=box, role="img", class_="network")
 
 
-def shapes(picture: Picture, step_s: float | None, per: str = "step") -> tuple[Markup, float]:
+def shapes(picture: Picture, step_s: float | None, per: str = "step", notes: Mapping[str, str] = {}) -> tuple[Markup, float]:
     """Links, nodes and labels without the frame, and how high they are. per: what the bytes and `step_s` are of."""
     depth = max(_depth(root) for root in picture.roots)
     drawn = [direction for _, node in cables(picture) for direction in node.directions]
     drawn += [direction for _, _, direction in picture.others]
     heaviest = max((direction.bytes_per_step or 0.0 for direction in drawn), default=0.0)
     pen = _Pen(step_s, heaviest, slow_below=_slow_below(picture), depth=depth, per=per)
+    pen.notes = notes
     top = 8.0
     for root in picture.roots:
         pen.place(root, 0, top)
@@ -82,6 +84,7 @@ class _Pen:
         self._box_width = min(120.0, free / (depth + 0.5 * (depth - 1)))
         self._column = (free - self._box_width) / max(depth - 1, 1)
         self._places: dict[str, tuple[float, float]] = {}
+        self.notes: Mapping[str, str] = {}
 
     def place(self, node: Node, level: int, top: float) -> tuple[float, float]:
         """Draw `node` and all below it; returns the middle of its left edge."""
@@ -119,6 +122,8 @@ class _Pen:
         kind = ("" if not child.children else "end ") + ("slow" if slow else "")
         words += " slow" if slow else ""
         self.labels.append(tag("text", words, x=place[0], y=place[1], dy=place[2], class_=kind or None))
+        if not child.children and (note := self.notes.get(child.name)):
+            self.labels.append(tag("text", _short(note, NOTE_LETTERS), x=right, y=y2, dy="1.6em", class_="note"))
 
     def _line(self, path: str, direction: Direction, name: str) -> Markup:
         share = busy_share(direction, self._step_s)
@@ -126,7 +131,8 @@ class _Pen:
         colour = RAMP[min(int(share * len(RAMP)), len(RAMP) - 1)] if math.isfinite(share) else UNKNOWN_COLOUR
         load = ", load not predicted"
         if direction.bytes_per_step is not None:
-            load = f", predicted {quantity(direction.bytes_per_step, 'B')} per {self._per}, busy {percent(share)}"
+            axes = f" ({', '.join(direction.axes)})" if direction.axes else ""
+            load = f", predicted {quantity(direction.bytes_per_step, 'B')} per {self._per}{axes}, busy {percent(share)}"
         title = f"{name}: {quantity(direction.bandwidth_bps, 'bit/s')}, {quantity(direction.latency_s, 's')}{load}"
         return tag("path", tag("title", title), d=path, stroke=colour, stroke_width=width, class_="link")
 

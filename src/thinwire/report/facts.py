@@ -9,9 +9,11 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 
 from thinwire.cluster import load_cluster
-from thinwire.record import Card, Eval, LedgerEntry, RunFolder, Step, StepCost
+from thinwire.record import Card, Eval, LedgerEntry, RunFolder, Step
+from thinwire.stepcost import StepCost
 
 PARTS = {
     "compute_s": "compute",
@@ -34,6 +36,7 @@ class Facts:
         self.folder, self.record = folder, folder.record()
         self.steps, self.evals = folder.steps(), folder.evals()
         self.checkpoints, self.resumes, self.end = folder.checkpoints(), folder.resumes(), folder.end()
+        self.examples = folder.examples()
         self.ledger, self.cards = folder.ledger(), folder.cards()
         self.cluster = load_cluster(folder.path / "cluster.toml") if folder.has("cluster.toml") else None
         self.run_toml = folder.read_text("run.toml")
@@ -46,6 +49,12 @@ class Facts:
                 self.measured_from = f"medians over {len(steady)} of {len(self.steps)} step events{left_out}"
 
     @property
+    def example_lines(self) -> list[list[str]]:
+        """Of each example."""
+        lines = self.examples.lines if self.examples else ()
+        return [list(its) for some, its in groupby(lines, bool) if some] if "" in lines else [[line] for line in lines]
+
+    @property
     def name(self) -> str:
         return self.folder.path.resolve().name
 
@@ -53,6 +62,11 @@ class Facts:
     def losses(self) -> list[Step | Eval]:
         """Every event that holds a loss."""
         return [*self.steps, *self.evals]
+
+    @property
+    def final_score(self) -> float:
+        """Of the last evaluation that has one, nan if none has."""
+        return ([event.score for event in self.evals if math.isfinite(event.score)] or [math.nan])[-1]
 
     @property
     def finished(self) -> str:
@@ -69,7 +83,7 @@ class Facts:
             (self.cluster is None, "cluster.toml is absent: the network cannot be drawn."),
             (not self.steps, "No step was recorded in events.jsonl."),
             (not self.evals, "No held-out loss was recorded."),
-            (self.record.baseline is None, "No baseline loss was recorded."),
+            (self.record.baseline is None and self.record.score is None, "No baseline loss was recorded."),
             (self.predicted is None, "predicted.json is absent: there is no prediction to compare with."),
             (self.measured_from != "measured.json", f"measured.json is absent: measured values are {self.measured_from}."),
             (self.ledger is None, "ledger.json is absent: bytes by call are not known."),
@@ -145,7 +159,7 @@ def step_rows(facts: Facts) -> list[Row]:
     rest = Row("other_s", OTHER, "s", unaccounted(predicted), unaccounted(measured))
     if max(rest.predicted, rest.measured, 0.0) > 0.005 * max(cost.step_s for cost in (predicted, measured) if cost):
         rows.append(rest)
-    rows += [row("step_s", "step", "s"), row("tokens_per_s", "tokens per second", "1/s")]
+    rows += [row("step_s", "step", "s"), row("tokens_per_s", f"{facts.record.item}s per second", "1/s")]
     return [*rows, row("wire_bytes_per_step", "sent by a rank per step", "B")]
 
 
@@ -161,7 +175,7 @@ def transfer_rows(facts: Facts) -> list[TransferRow]:
     """Each predicted Transfer beside the ledger, then what the ledger holds in steps and nobody predicted.
 
     They belong together where label, axis, op and size of a message agree. Events are counted from the step of the
-    first one to the last step that the ledger knows; one more may end the run.
+    first one to the last step that the ledger knows; one more may end the run, if there were more calls.
     """
     in_steps = [entry for entry in (facts.ledger.entries if facts.ledger else ()) if entry.last_step >= 0]
     end = max((entry.last_step for entry in in_steps), default=0)
@@ -175,7 +189,8 @@ def transfer_rows(facts: Facts) -> list[TransferRow]:
         first = min((max(entry.first_step, 0) for entry in found), default=end)
         last = max((entry.last_step for entry in found), default=end)
         events = (end - first) // transfer.every + 1
-        if last == end and (end - first) % transfer.every:
+        calls = sum(entry.calls for entry in found if entry.rank == found[0].rank)
+        if last == end and (end - first) % transfer.every and calls > events * transfer.calls:
             events += 1
         total = events * transfer.every * transfer.wire_bytes_per_step
         rows.append(_transfer_row(key, total, found, facts, transfer.even))
@@ -206,6 +221,18 @@ def card_rows(facts: Facts) -> list[CardRow]:
         )
         for host, cards in by_host.items()
     ]
+
+
+def score_line(facts: Facts) -> str:
+    """The last score beside its baseline; empty where a run has none."""
+    scored, found = facts.record.score, facts.final_score
+    if scored is None or not math.isfinite(found):
+        return ""
+    verdict = "held" if scored.held(found) else "not held"
+    return (
+        f"held-out {scored.name} {found:.2f} {scored.unit}; {scored.baseline.name}: {scored.baseline.score:.2f}; "
+        f"{scored.gain(found):.2f} better, {scored.margin:g} asked: {verdict}"
+    )
 
 
 def final_loss(events: Iterable[Step] | Iterable[Eval]) -> float:

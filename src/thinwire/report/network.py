@@ -6,13 +6,13 @@
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import networkx
 
 from thinwire.cluster import Cluster, Link
-from thinwire.record import LinkLoad
+from thinwire.stepcost import LinkLoad
 
 MAX_LEAVES = 40
 
@@ -29,6 +29,8 @@ class Direction:
     measured: bool
     bytes_per_step: float | None
     busy_s: float | None
+    axes: Mapping[str, float] = field(default_factory=dict)
+    """The bytes by axis of the layout."""
 
 
 @dataclass
@@ -118,6 +120,7 @@ def _direction(link: Link, load: LinkLoad | None, predicted: bool) -> Direction:
         measured=link.bandwidth_bps.source == "measured",
         bytes_per_step=load.bytes_per_step if load else none,
         busy_s=load.busy_s if load else none,
+        axes=load.axes if load else {},
     )
 
 

@@ -9,7 +9,7 @@ from importlib import resources
 from itertools import groupby
 from pathlib import Path
 
-from thinwire.record import RunFolder, StepCost
+from thinwire.record import PICTURE, Record, RunFolder
 from thinwire.report.charts import BLUE, GREEN, GREY, ORANGE, PINK, SKY, Segment, Series, legend, line_chart, stacked_bars
 from thinwire.report.diagram import RAMP, busy_share, cables, diagram
 from thinwire.report.facts import (
@@ -25,8 +25,10 @@ from thinwire.report.facts import (
 )
 from thinwire.report.markup import Markup, join, tag
 from thinwire.report.network import Direction, picture
+from thinwire.report.passes import timeline
 from thinwire.report.table import cells, circumstances
 from thinwire.report.text import UNKNOWN, Scale, moment, percent, plain, quantity, share, verdict, whole
+from thinwire.stepcost import StepCost
 
 MAX_LINES = 12
 PART_COLOURS = {"compute_s": BLUE, "exposed_s": ORANGE, "waiting_s": PINK, "optimizer_s": GREEN, "host_s": SKY}
@@ -47,7 +49,7 @@ def page(facts: Facts) -> str:
         tag("title", f"{facts.name} · thinwire"),
         tag("style", _asset("page.css")),
     )
-    sections = (section(facts) for section in (headline, loss, step, sent, network, assumptions, settings))
+    sections = (section(facts) for section in (headline, loss, examples, step, pipeline, sent, network, assumptions, settings))
     body = tag("body", tag("main", *sections), tag("script", _asset("page.js")))
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 
@@ -65,12 +67,15 @@ def headline(facts: Facts) -> Markup:
     ran = f"{what} on {where}{hosts} host{'s' * (hosts != 1)}, {record.world_size} rank{'s' * (record.world_size != 1)}"
     held_out = plain(final_loss(facts.evals), 3) if facts.evals else "not recorded"
     tiles = [("held-out loss", "not finite" if held_out == UNKNOWN else held_out, _beside_baseline(facts))]
+    if scored := record.score:
+        beside = f"{scored.baseline.name}: {plain(scored.baseline.score, 2)}"
+        tiles.insert(0, (scored.name, f"{plain(facts.final_score, 2)}\u202f{scored.unit}", beside))
     if measured:
         source = "median of steady steps" if facts.measured_from == "measured.json" else facts.measured_from
         tiles += [
             ("a step", quantity(measured.step_s, "s"), source),
             ("waiting for the wire", share(measured.exposed_s, measured.step_s), "of a step"),
-            ("tokens per second", whole(measured.tokens_per_s), "all ranks together"),
+            (f"{record.item}s per second", whole(measured.tokens_per_s), "all ranks together"),
             ("sent by a rank", quantity(measured.wire_bytes_per_step, "B"), "per step"),
         ]
     tiles.append(("steps", str(facts.steps[-1].step) if facts.steps else "0", facts.finished))
@@ -96,7 +101,7 @@ def loss(facts: Facts) -> Markup:
     levels = [(f"{baseline.name} {plain(baseline.loss, 3)}", baseline.loss)] if baseline else []
     time = _time_axis([event.time_s for event in facts.losses])
     charts = []
-    for over, key, axis, factor in (("time", "time_s", *time), ("tokens", "tokens", "tokens", 1.0)):
+    for over, key, axis, factor in (("time", "time_s", *time), (f"{facts.record.item}s", "tokens", f"{facts.record.item}s", 1.0)):
         lines = []
         for name, colour, events in (("train", GREY, facts.steps), ("held-out", BLUE, facts.evals)):
             points = [(getattr(event, key) * factor, event.loss) for event in events]
@@ -106,8 +111,20 @@ def loss(facts: Facts) -> Markup:
     bad = [event.step for event in facts.losses if not math.isfinite(event.loss)]
     gaps = [_gap(f"The loss was not a finite number at {len(bad)} events, first at step {min(bad)}.")] if bad else []
     gaps += [] if facts.evals else [_gap("No held-out loss was recorded.")]
-    gaps += [] if baseline else [_gap("No baseline loss was recorded.")]
+    gaps += [] if baseline or facts.record.score else [_gap("No baseline loss was recorded.")]
     return _section("loss", "Loss", tag("div", *charts, class_="two"), *gaps)
+
+
+def examples(facts: Facts) -> Markup | None:
+    """What the model says of held-out examples; nothing where a task shows none."""
+    if facts.examples is None:
+        return None
+    items = [
+        tag("li", *(tag("img", src=line, alt="") if line.startswith(PICTURE) else tag("p", line) for line in lines))
+        for lines in facts.example_lines
+    ]
+    note = tag("p", f"Of the held-out part, by the model of step {facts.examples.step}.", class_="note")
+    return _section("examples", "Examples", note, tag("ul", *items, class_="examples"))
 
 
 def step(facts: Facts) -> Markup:
@@ -129,6 +146,18 @@ def step(facts: Facts) -> Markup:
         line = Series("measured", ORANGE, points, labels)
         chart = line_chart([line], levels, f"Time of a step, {scale.unit}", "step", zero=True)
     return _section("step", "A step: predicted against measured", bars, tag("div", grid, chart, class_="two"), *gaps)
+
+
+def pipeline(facts: Facts) -> Markup | None:
+    """When each stage computed which micro-batch, predicted above measured; nothing where there are no stages."""
+    sides = [("predicted", facts.predicted), ("measured, in the last step", facts.measured)]
+    shown = [(name, cost.passes) for name, cost in sides if cost and cost.passes]
+    if not shown:
+        return None
+    ranks = sorted({one.rank for _, passes in shown for one in passes})
+    names = {rank: f"{facts.record.hosts[rank]}: rank {rank}" for rank in ranks}
+    note = "The pipeline of rank 0. Each rank's clock begins with its step; between boxes it waits. Numbers are micro-batches."
+    return _section("pipeline", "The pipeline", tag("p", note, class_="note"), timeline(shown, names))
 
 
 def sent(facts: Facts) -> Markup:
@@ -182,18 +211,27 @@ def network(facts: Facts) -> Markup:
     loads = facts.predicted.links if facts.predicted else ()
     step_s = facts.predicted.step_s if facts.predicted else None
     seen = picture(facts.cluster, loads)
-    drawn = [diagram(seen, step_s)]
+    drawn = [diagram(seen, step_s, _notes(facts.record))]
     if loads:
         keys = legend([(f"{20 * k}–{20 * k + 20} %", colour, "box") for k, colour in enumerate(RAMP)])
         drawn = [tag("p", "Busy share of the predicted step; width: predicted bytes per step.", class_="note"), keys, *drawn]
     pairs = [(child.name, parent.name, child.up, child.down) for parent, child in cables(seen)]
     pairs += [(source, target, direction, None) for source, target, direction in seen.others]
     lines = [line for pair in pairs for line in _link(*pair, step_s)]
-    heads = ["link", "line rate", "delay", "known", "bytes a step", "busy"]
+    heads = ["link", "line rate", "delay", "known", "for the axis", "bytes a step", "busy"]
     grid = _folded(_table(heads, lines, words=1), len(lines), "links") if lines else _gap("The cluster file has no links.")
     gaps = [] if loads else [_gap("The load of the links was not predicted: they are drawn without it.")]
     figure = tag("div", tag("figure", *drawn), tag("div", grid), class_="two")
     return _section("network", f"The network: {facts.cluster.name}", *gaps, figure)
+
+
+def _notes(record: Record) -> dict[str, str]:
+    """By host, its ranks and where they are on the axes."""
+    notes: dict[str, list[str]] = {}
+    for rank, (host, place) in enumerate(zip(record.hosts, record.places, strict=False)):
+        where = ", ".join(f"{axis} {number}" for axis, number in place.items())
+        notes.setdefault(host, []).append(f"{rank}: {where}" if where else str(rank))
+    return {host: f"rank{'s' * (len(ranks) > 1)} {'; '.join(ranks)}" for host, ranks in notes.items()}
 
 
 def assumptions(facts: Facts) -> Markup:
@@ -267,7 +305,8 @@ def _link(child: str, parent: str, up: Direction | None, down: Direction | None,
             load, busy = direction.bytes_per_step, percent(busy_share(direction, step_s))
             known = "measured" if direction.measured else "declared"
             rates = [quantity(direction.bandwidth_bps, "bit/s"), quantity(direction.latency_s, "s"), known]
-            lines.append([name, *rates, UNKNOWN if load is None else quantity(load, "B"), busy])
+            axes = ", ".join(f"{axis} {percent(part / load)}" for axis, part in direction.axes.items() if load)
+            lines.append([name, *rates, axes, UNKNOWN if load is None else quantity(load, "B"), busy])
     return lines
 
 

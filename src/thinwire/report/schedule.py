@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from thinwire.cluster import Cluster
 from thinwire.collectives.choose.simulate import Simulated, Transfer
 from thinwire.collectives.price import link_seconds
-from thinwire.record import LinkLoad
 from thinwire.report.charts import BLUE, ORANGE, WIDTH
 from thinwire.report.diagram import shapes
 from thinwire.report.markup import Markup, join, tag
 from thinwire.report.network import picture
 from thinwire.report.text import quantity
+from thinwire.stepcost import LinkLoad
 
 ROW, TITLE, LABEL, RIGHT, FOOT = 22.0, 30.0, 100.0, 14.0, 44.0
 MARGIN = 30.0

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from thinwire.record import finite
-from thinwire.report.facts import Facts, Row, card_rows, final_loss, step_rows, transfer_rows
+from thinwire.report.facts import Facts, Row, card_rows, final_loss, score_line, step_rows, transfer_rows
 from thinwire.report.text import Scale, percent, plain, quantity, verdict
 
 TRANSFER_KEYS = ("label", "axis", "op", "predicted_bytes", "equal")
@@ -40,7 +40,7 @@ def cells(row: Row, rows: list[Row]) -> tuple[str, str, str, str]:
 def as_json(facts: Facts) -> dict[str, Any]:
     """The numbers of the report; null where not known."""
     baseline = facts.record.baseline
-    content = {
+    content: dict[str, Any] = {
         "run": str(facts.folder.path),
         "started": facts.record.started,
         "ended": facts.end.reason if facts.end else None,
@@ -57,6 +57,8 @@ def as_json(facts: Facts) -> dict[str, Any]:
         "cards": [_named(row, *CARD_KEYS, ledger_sent_bytes="ledger_bytes") for row in card_rows(facts)],
         "missing": facts.missing,
     }
+    if facts.record.score:
+        content |= {"held_out_score": facts.final_score, "score": facts.record.score.model_dump()}
     known: dict[str, Any] = finite(content)
     return known
 
@@ -73,6 +75,7 @@ def _lines(facts: Facts) -> list[str]:
     if facts.evals:
         beside = f"; {baseline.name}: {plain(baseline.loss, 3)}" if baseline else ""
         lines.append(f"held-out loss {plain(final_loss(facts.evals), 3)} {facts.record.unit}{beside}")
+    lines += [line] if (line := score_line(facts)) else []
     transfers = [row for row in transfer_rows(facts) if math.isfinite(row.predicted_bytes)]
     if transfers and facts.ledger:
         equal = sum(row.equal for row in transfers)

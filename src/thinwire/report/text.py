@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from datetime import datetime
 
-from thinwire.record import StepCost
+from thinwire.stepcost import StepCost
 from thinwire.units import show
 
 UNKNOWN = "–"

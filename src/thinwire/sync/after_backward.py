@@ -38,6 +38,8 @@ class AfterBackwardSync(EveryStepSync):
     are averaged over it."""
 
     _buckets: Sequence[tuple[torch.Tensor, list[Piece]]] = ()
+    _started: dict[int, "torch.futures.Future[torch.Tensor]"]
+    """Exchanges of buckets that went out before the passes were over."""
 
     def __init__(
         self,
@@ -48,7 +50,7 @@ class AfterBackwardSync(EveryStepSync):
         names: Container[str] = Everything(),
     ) -> None:
         super().__init__(config, axis, ledger, exchange)
-        self.axis, self.names = axis, names
+        self.axis, self.names, self._started = axis, names, {}
 
     def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
         """What each bucket sends; nothing of it hides."""
@@ -83,14 +85,20 @@ class AfterBackwardSync(EveryStepSync):
             return
         ends = len(self._buckets) - 1
         futures = [
-            self._exchange.start(buffer, pieces, f"bucket {index}", last=index == ends)
+            self._started[index]
+            if index in self._started
+            else self._exchange.start(buffer, pieces, self._label(index), last=index == ends)
             for index, (buffer, pieces) in enumerate(self._buckets)
         ]
+        self._started.clear()
         self._exchange.settle()  # raises what has gone wrong
         for (buffer, _), future in zip(self._buckets, futures, strict=True):
             averaged = future.wait()
             if averaged.data_ptr() != buffer.data_ptr():
                 buffer.copy_(averaged)
+
+    def _label(self, index: int) -> str:
+        return f"bucket {index}"
 
     def _assigned(self, model: torch.nn.Module) -> list[list[Parameter]]:
         listed = [

@@ -21,6 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from thinwire.collectives.clock import HostClock
 from thinwire.collectives.ledger import Clock
+from thinwire.compress.exchange import Exchange
+from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.traffic import Transfer
 from thinwire.workload import Workload
@@ -70,6 +72,11 @@ class Synchroniser(ABC):
 
     def after_step(self, step: int) -> None:  # noqa: B027 (nothing is what most do)
         """After the optimizer step. Collective."""
+
+    def switch(self, exchange: Exchange | None, every: int) -> None:
+        """From the next step on through another exchange (None: the same one), every so many steps if rarely; what the old one
+        owes goes along with what is sent next. While attached, between steps. Collective. UserError where that cannot be."""
+        raise UserError(f"{type(self).__name__} cannot change while it trains; leave train.replan out")
 
     def finish(self) -> None:  # noqa: B027
         """After the last step of training: nothing stays unsent. Collective."""

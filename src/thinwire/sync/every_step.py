@@ -35,12 +35,16 @@ from thinwire.workload import Workload
 class EveryStepSync(Synchroniser):
     """See the top of the file. One per rank; `axis` is the mesh axis along which the replicas lie."""
 
+    _group: dist.ProcessGroup
+
     def __init__(self, config: EveryStep, axis: str, ledger: Ledger, exchange: Exchange | None = None) -> None:
         super().__init__(config.accumulate)
         self._config, self._axis, self._ledger = config, axis, ledger
         self._exchange: Exchange = exchange or PlainExchange(ledger)
         self._replica: DistributedDataParallel | None = None
         self._names = Names(torch.nn.Module())
+        self._owed: dict[str, torch.Tensor] = {}
+        """By an exchange that was given up, by name: part of the next gradient."""
         self._rehearsing = False
 
     @property
@@ -59,7 +63,7 @@ class EveryStepSync(Synchroniser):
     @contextmanager
     def attached(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> Iterator[torch.nn.Module]:
         """Wraps `model`; rank 0's values are sent to the others if any differ. Collective: every rank of the axis."""
-        group = mesh.get_group(self._axis)
+        self._group = group = mesh.get_group(self._axis)
         with self._ledger.label("replica set-up"):
             self._replica = DistributedDataParallel(
                 model,
@@ -68,6 +72,7 @@ class EveryStepSync(Synchroniser):
                 bucket_cap_mb=self._config.bucket_bytes / 2**20 or None,
                 gradient_as_bucket_view=True,
             )
+            self._replica.broadcast_buffers = False  # which would travel in each forward pass; tasks settle theirs alike
             self._names = Names(model)
             self._clock = clock_of(self._names.device)
             self._exchange.attach(group, self._axis, self._names.shapes, self._names.device)
@@ -94,6 +99,15 @@ class EveryStepSync(Synchroniser):
         with nullcontext() if last else self._replica.no_sync():
             yield
 
+    def switch(self, exchange: Exchange | None, every: int) -> None:
+        """See `Synchroniser`."""
+        if exchange is not None:
+            self._owed = self._exchange.residuals()
+            self._exchange.detach()
+            self._exchange = exchange
+            with self._ledger.label("replica set-up"):
+                exchange.attach(self._group, self._axis, self._names.shapes, self._names.device)
+
     def state_dict(self) -> dict[str, Any]:
         """What the exchange carries from step to step; nothing without compression."""
         return self._exchange.state_dict()
@@ -114,4 +128,7 @@ def _hook(sync: EveryStepSync, bucket: dist.GradBucket) -> torch.futures.Future[
         done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         done.set_result(bucket.buffer())
         return done
+    for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True) if sync._owed else ():
+        if (owed := sync._owed.pop(sync._names.of(parameter), None)) is not None:
+            gradient.view(-1).add_(owed)
     return exchange_bucket(sync._exchange, sync._names, bucket)

@@ -1,8 +1,9 @@
 """Gradients where ranks have experts of their own (`parallel.experts`), averaged in each step.
 
-    dense parameters    over all replicas, d data x e expert ranks      experts    over the d data ranks that have the same ones
+    dense parameters    over d data x e expert ranks      experts    over the d data ranks that have the same ones
 
-Both when the backward passes are over, each in buckets of its own, by the same kind of exchange.
+Where `outer` replicas exchange rarely, that is within each of them. Both when the backward passes are over, each in buckets of
+its own, by the same kind of exchange.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.compress.exchange import make_exchange
 from thinwire.config.compress import Coded, NoCompression
 from thinwire.config.sync import EveryStep
-from thinwire.layout import REPLICAS, Layout
+from thinwire.layout import DENSE, DENSE_AXES, REPLICAS, Layout
 from thinwire.sync.after_backward import AfterBackwardSync, Everything
 from thinwire.sync.base import Synchroniser
 from thinwire.sync.joined import joined
@@ -40,7 +41,8 @@ class ExpertRanksSync(Synchroniser):
 
     def __init__(self, config: EveryStep, compress: NoCompression | Coded, layout: Layout, ledger: Ledger) -> None:
         super().__init__(config.accumulate)
-        self._layout, self._axis = layout, layout.replica_axis
+        inside = DENSE if layout.data > 1 else "expert"
+        self._layout, self._axis = layout, layout.replica_axis if layout.outer == 1 else inside
         axes = {self._axis: _Names(False)} | ({"data": _Names(True)} if layout.data > 1 else {})
         self._each = [
             AfterBackwardSync(config, axis, ledger, make_exchange(compress, ledger), names) for axis, names in axes.items()
@@ -60,8 +62,8 @@ class ExpertRanksSync(Synchroniser):
     @contextmanager
     def attached(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> Iterator[torch.nn.Module]:
         """As `AfterBackwardSync.attached`, of both."""
-        if self._axis == REPLICAS:
-            mesh["outer", "data", "expert"]._flatten(REPLICAS)
+        if self._axis in (DENSE, REPLICAS):
+            mesh[("outer",) * (self._axis == REPLICAS) + DENSE_AXES]._flatten(self._axis)
         with _all(one.attached(model, optimizer, mesh) for one in self._each):
             yield model
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from thinwire.collectives.backend import ledger_of
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.exchange import Exchange, make_exchange
 from thinwire.config.compress import Coded, NonFinite
@@ -63,7 +64,7 @@ def compress_gradients(
     """
     config = validate(Coded, {"kind": kind, **options}, "compress_gradients")
     _check(replica, nonfinite)
-    exchange = make_exchange(config, Ledger(), nonfinite)
+    exchange = make_exchange(config, ledger_of(replica.process_group) or Ledger(), nonfinite)
     names = Names(replica.module)
     use = Use(replica.module.parameters()) if replica.find_unused_parameters or replica.static_graph else None
     exchange.attach(replica.process_group, "data", names.shapes, names.device, tracks_use=use is not None)

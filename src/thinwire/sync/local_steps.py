@@ -4,7 +4,11 @@ All replicas begin a period with the same parameters x, the anchor. After H step
 
     send       D_m = x - x_m, through any exchange (codes, error feedback)     D = mean_m D_m, bit-equal everywhere
     outer      x <- outer optimizer(x, D), the same on all replicas            (`outer`)
-    apply      x_m <- alpha x_m + (1 - alpha) x, `overlap` steps after D_m was sent
+    apply      x_m <- alpha x_m + (1 - alpha) x, `overlap` steps after D_m was sent; or, with `adds`,
+               x_m <- x + (x_m - what x_m was when D_m was sent)
+
+The latter keeps what the replica has moved since, and nothing of how far it stood from the others (Shen et al. 2019, CoCoD-SGD,
+arXiv 1906.12043).
 
 The model that counts is x: it is what is evaluated and saved. At the end of training everything is sent once more, so that the
 last steps are in x.
@@ -13,6 +17,8 @@ With fragments, of whole layers, each has a period of its own, shifted against t
 P = ceil(layers / n) of them; fragment j holds the layers j, j + P, j + 2 P, .. (strided, as Douillard et al. 2025, Streaming
 DiLoCo, section 2.1), and what belongs to no layer (embeddings, the last norm, the head) is one more. In a period of H steps each
 is sent once, at even distances; the last one at the end of the period.
+
+H may be another one at first (`Schedule.first`). What is sent then bears a label with its H; `traffic` is of what follows.
 
 What is common to all replicas that go alone is in `nested`.
 """
@@ -44,14 +50,30 @@ _LAYER = re.compile(r"^((?:[^.]+\.)*?\d+)\.")
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """every: H; layers_per_fragment: 0 for one fragment of everything; overlap: tau; mixing: alpha. on_host: anchors and momenta
-    lie in memory of the host, also those of parameters on a device."""
+    """every: H; layers_per_fragment: 0 for one fragment of everything; overlap: tau; mixing: alpha, where not `adds`. on_host:
+    anchors and momenta lie in memory of the host, also those of parameters on a device. first: (steps, H) of whole periods that
+    come before."""
 
     every: int
+    first: tuple[tuple[int, int], ...] = ()
     layers_per_fragment: int = 0
     overlap: int = 0
     mixing: float = 0.0
+    adds: bool = False
     on_host: bool = False
+
+    @property
+    def first_steps(self) -> int:
+        """After which H is `every`."""
+        return sum(steps for steps, _ in self.first)
+
+    def period(self, done: int) -> tuple[int, int]:
+        """(H, steps done since it is that) of the last of `done` steps."""
+        for steps, every in self.first:
+            if done <= steps:
+                return every, done
+            done -= steps
+        return self.every, done
 
 
 class _Fragment(Anchor):
@@ -64,10 +86,14 @@ class _Fragment(Anchor):
     def __init__(self, shards: Shards, parameters: Sequence[Parameter], with_momentum: bool, host: HostMemory | None) -> None:
         super().__init__(shards, parameters, with_momentum, host)
         self.under_way: torch.futures.Future[torch.Tensor] | None = None
+        self.sent_from: torch.Tensor | None = None
+        """Where the replica stood then; None: what it has moved since is not added."""
 
 
 class LocalStepsSync(NestedSynchroniser):
     """See the top of the file. One per rank; replicas lie along `axis`, `inner` holds together what is one replica."""
+
+    _group: ProcessGroup
 
     def __init__(
         self, schedule: Schedule, outer: Nesterov, axis: str, ledger: Ledger, exchange: Exchange, inner: Synchroniser
@@ -76,11 +102,14 @@ class LocalStepsSync(NestedSynchroniser):
         self._schedule, self._outer, self._exchange = schedule, outer, exchange
         self._fragments: list[_Fragment] = []
         self._num_fragments = 0
+        self._owed: dict[str, torch.Tensor] = {}
+        """By an exchange that was given up, by name: part of what is sent next."""
 
     @property
     def settled_after(self) -> int:
         """The inner one's, or the first period after the exchange has settled."""
-        return max(self.inner.settled_after, self._exchange.settled_after * self._schedule.every)
+        periods = self._exchange.settled_after * self._schedule.every
+        return max(self.inner.settled_after, self._schedule.first_steps + periods)
 
     def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
         """The inner one's, and each fragment once in `every` steps; it may hide under the steps of the overlap."""
@@ -115,10 +144,22 @@ class LocalStepsSync(NestedSynchroniser):
                 fragment.fetch()
 
     def _is_due(self, fragment: _Fragment, done: int) -> bool:
-        return due(fragment.index, self._num_fragments, self._schedule.every, done)
+        return due(fragment.index, self._num_fragments, *self._schedule.period(done))
 
     def _is_back(self, fragment: _Fragment, done: int) -> bool:
         return fragment.under_way is not None and done >= fragment.sent_at + self._schedule.overlap
+
+    def switch(self, exchange: Exchange | None, every: int) -> None:
+        """See `Synchroniser`. Waits for what is under way."""
+        self._schedule = replace(self._schedule, every=every)
+        for fragment in self._fragments:
+            if fragment.under_way is not None:
+                fragment.under_way = done(self._arrived(fragment))
+        if exchange is not None:
+            self._owed = {**self._owed, **self._exchange.residuals()}
+            self._exchange.detach()
+            self._exchange = exchange
+            self._connect(self._group)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -145,12 +186,14 @@ class LocalStepsSync(NestedSynchroniser):
             "exchange": self._exchange.state_dict(),
             "done": self._done,
             "fragments": saved,
+            "owed": dict(self._owed),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Before `attached`."""
         super().load_state_dict(state)
         self._exchange.load_state_dict(state["exchange"])
+        self._owed = dict(state.get("owed", {}))
 
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
         """Anchors, momenta and averages under way are the same on all replicas; what the exchange carries is shared out anew.
@@ -160,6 +203,9 @@ class LocalStepsSync(NestedSynchroniser):
         self.inner.adopt([state["inner"] for state in states])
         self._exchange.adopt([state["exchange"] for state in states])
         self._restored, self._adopted = states[0], True
+        owed = [state.get("owed", {}) for state in states]
+        for name in dict.fromkeys(name for one in owed for name in one):
+            self._owed[name] = torch.stack([one[name] for one in owed if name in one]).sum(0).div_(len(owed))
 
     def _begin(self) -> None:
         parts = fragments(list(self._held), self._schedule.layers_per_fragment)
@@ -174,6 +220,7 @@ class LocalStepsSync(NestedSynchroniser):
         self._fragments, self._num_fragments = found, len(parts)
 
     def _connect(self, group: ProcessGroup) -> None:
+        self._group = group
         known = {piece.name: piece.shape for fragment in self._fragments for piece in fragment.pieces}
         with self._ledger.label("replica set-up"):
             self._exchange.attach(group, self._axis, known, self._shards.device)
@@ -184,19 +231,31 @@ class LocalStepsSync(NestedSynchroniser):
     def _send(self, fragment: _Fragment, label: str = "fragment") -> None:
         self._check_trained()
         with fragment.held(changes=False):
-            buffer = fragment.values - fragment.reached(self._shards)
+            reached = fragment.reached(self._shards)
+            buffer = fragment.values - reached
+        fragment.sent_from = reached if self._schedule.adds else None
+        for piece in fragment.pieces if self._owed else ():
+            if (owed := self._owed.pop(piece.name, None)) is not None:
+                piece.of(buffer).add_(owed)
         fragment.sent_at = self._done
         last = fragment is self._fragments[-1]
         label = f"{label} {fragment.index}{fragment.suffix}"
+        if self._done <= self._schedule.first_steps:
+            label += f" every {self._schedule.period(self._done)[0]}"
         with self._ledger.label("fragment"):
             fragment.under_way = self._exchange.start(buffer, fragment.pieces, label, last=last)
 
     def _apply(self, fragment: _Fragment) -> None:
         mean = self._arrived(fragment)
-        fragment.under_way = None
+        sent_from, fragment.under_way, fragment.sent_from = fragment.sent_from, None, None
         with fragment.held(changes=True):
+            since = None if sent_from is None else fragment.reached(self._shards).sub_(sent_from)
             self._outer.step(fragment.values, mean, fragment.momentum)
-            self._shards.write(fragment.by_name(), keep=self._schedule.mixing)
+            if since is None:
+                self._shards.write(fragment.by_name(), keep=self._schedule.mixing)
+            else:
+                since.add_(fragment.values)
+                self._shards.write({piece.name: piece.of(since) for piece in fragment.pieces})
 
     def _write(self) -> None:
         """The anchor, which is the same on all replicas."""
@@ -225,6 +284,7 @@ class LocalStepsSync(NestedSynchroniser):
             "momentum": fragment.momentum.clone(),
             "sent_at": fragment.sent_at,
             "under_way": self._arrived(fragment).clone() if fragment.under_way is not None else None,
+            "sent_from": fragment.sent_from.clone() if fragment.sent_from is not None else None,
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -245,6 +305,8 @@ class LocalStepsSync(NestedSynchroniser):
             fragment.sent_at = saved["sent_at"]
             if saved["under_way"] is not None:
                 fragment.under_way = done(saved["under_way"].to(self._shards.device, copy=True))
+                stood = fragment.values if self._adopted and self._schedule.adds else saved.get("sent_from")
+                fragment.sent_from = stood.to(self._shards.device, copy=True) if stood is not None else None
 
 
 def _regrouped(saved: list[dict[str, Any]], fragments: Sequence[_Fragment]) -> list[dict[str, Any]]:

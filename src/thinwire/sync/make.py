@@ -19,7 +19,7 @@ diloco       H inner steps alone, then one outer step together (Douillard et al.
 streaming    diloco by fragments, one at a time, while training goes on (Douillard et al. 2025, arXiv 2501.18512):
 
                  fragment p is sent at step t if (t - t_p) mod H = 0, and applied at t + tau:
-                 x^p <- Nesterov(x^p, mean_m D^p_m),   x^p_m <- alpha x^p_m + (1 - alpha) x^p
+                 x^p <- Nesterov(x^p, mean_m D^p_m),   x^p_m <- alpha x^p_m + (1 - alpha) x^p   (or `arrival = "add"`)
 
              Fragments are strides of whole layers, so the peak of what is sent is a fraction of the model, and the
              exchange hides under tau steps. tau up to 5 costs little; outer gradients in 4 bits cost nothing ([compress] kind =
@@ -40,13 +40,14 @@ muloco       diloco whose inner optimizer is Muon, `train.optimizer.kind = "muon
 from dataclasses import replace
 
 from thinwire.collectives.ledger import Ledger
-from thinwire.compress.exchange import Exchange, make_exchange
+from thinwire.compress.exchange import make_exchange
 from thinwire.compress.plain import PlainExchange
 from thinwire.config.compress import Coded, NoCompression
-from thinwire.config.sync import DiLoCo, EveryStep, LocalSGD, MuLoCo, NoLoCo, SparseLoCo, Streaming, Sync
+from thinwire.config.sync import Auto, DiLoCo, EveryStep, LocalSGD, MuLoCo, NoLoCo, SparseLoCo, Streaming, Sync
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.sync.after_backward import AfterBackwardSync
+from thinwire.sync.as_reduced import AsReducedSync
 from thinwire.sync.base import Synchroniser
 from thinwire.sync.every_step import EveryStepSync
 from thinwire.sync.expert_ranks import ExpertRanksSync
@@ -67,11 +68,11 @@ def make_synchroniser(config: Sync, compress: NoCompression | Coded, layout: Lay
     Compression belongs to the rare exchange if there is one; inside, gradients travel as they are.
     """
     if isinstance(config, EveryStep):
-        if layout.expert > 1:
-            return ExpertRanksSync(config, compress, layout, ledger)
-        return _every_step(config, layout, ledger, make_exchange(compress, ledger))
+        return _every_step(config, compress, layout, ledger)
     if isinstance(config, NoLoCo):
         return NoLoCoSync(config, compress, OUTER, ledger, _inside(config, layout, ledger))
+    if isinstance(config, Auto):
+        raise UserError("sync.kind = 'auto' is for thinwire train, which chooses before ranks start; name a kind here")
     schedule, outer = method(config, layout.outer)
     schedule = replace(schedule, on_host=config.outer_device == "host")
     return LocalStepsSync(schedule, outer, OUTER, ledger, make_exchange(compress, ledger), _inside(config, layout, ledger))
@@ -84,16 +85,18 @@ def method(config: Sync, replicas: int) -> tuple[Schedule, Nesterov]:
             return Schedule(every=config.every), AVERAGE
         case DiLoCo() | MuLoCo():
             rate = config.outer_learning_rate or published_learning_rate(replicas)
-            return Schedule(every=config.every), Nesterov(rate, config.outer_momentum)
+            return Schedule(every=config.every, first=config.first), Nesterov(rate, config.outer_momentum)
         case SparseLoCo():
-            return Schedule(every=config.every), Nesterov(config.outer_learning_rate, 0.0)
+            return Schedule(every=config.every, first=config.first), Nesterov(config.outer_learning_rate, 0.0)
         case Streaming():
             mixing = STREAMING_MIXING if config.mixing is None else config.mixing
             schedule = Schedule(
                 every=config.every,
+                first=config.first,
                 layers_per_fragment=config.layers_per_fragment,
                 overlap=config.overlap,
                 mixing=mixing if config.overlap else 0.0,
+                adds=config.arrival == "add",
             )
             return schedule, Nesterov(config.outer_learning_rate or STREAMING_LEARNING_RATE, config.outer_momentum)
     raise AssertionError(config)
@@ -101,7 +104,7 @@ def method(config: Sync, replicas: int) -> tuple[Schedule, Nesterov]:
 
 def _inside(config: Sync, layout: Layout, ledger: Ledger) -> Synchroniser:
     """What holds the ranks of one replica together."""
-    if layout.data == 1:
+    if layout.data * layout.expert == 1:
         for key in ("every_inside", "bucket_bytes"):
             if getattr(config, key, 0):
                 raise UserError(
@@ -118,10 +121,15 @@ def _inside(config: Sync, layout: Layout, ledger: Ledger) -> Synchroniser:
         schedule = Schedule(every=config.every_inside, on_host=config.outer_device == "host")
         return LocalStepsSync(schedule, AVERAGE, DATA, ledger, PlainExchange(ledger), alone)
     inner = EveryStep(accumulate=config.accumulate, bucket_bytes=config.bucket_bytes)
-    return _every_step(inner, layout, ledger, PlainExchange(ledger))
+    return _every_step(inner, NoCompression(), layout, ledger)
 
 
-def _every_step(config: EveryStep, layout: Layout, ledger: Ledger, exchange: Exchange) -> Synchroniser:
-    """Within the backward pass, but where a pipeline makes many, or the gradients of shards are there at its end only."""
-    kind = EveryStepSync if layout.pipe == layout.shard == 1 else AfterBackwardSync
+def _every_step(config: EveryStep, compress: NoCompression | Coded, layout: Layout, ledger: Ledger) -> Synchroniser:
+    """Within the backward pass, but where a pipeline makes many."""
+    if layout.expert > 1:
+        return ExpertRanksSync(config, compress, layout, ledger)
+    exchange = make_exchange(compress, ledger)
+    if layout.pipe > 1:
+        return AfterBackwardSync(config, DATA, ledger, exchange)
+    kind = EveryStepSync if layout.shard == 1 else AsReducedSync
     return kind(config, DATA, ledger, exchange)

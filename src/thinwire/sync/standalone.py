@@ -75,8 +75,8 @@ class DiLoCo:
     """Replicas of `model` on the ranks of `group` (None: all ranks), brought together every `every` steps of `optimizer`.
 
     compress: "none", "int4", ..., or a table as in the section [compress] of run.toml, {"kind": "topk", "k": 64}; None: as the
-    kind has it, top-k for sparseloco and "none" for the others. options: as in [sync]: outer_learning_rate, outer_momentum,
-    layers_per_fragment, overlap, mixing, outer_device. Where each replica is itself several ranks
+    kind has it, top-k for sparseloco and "none" for the others. options: as in [sync]: first, outer_learning_rate,
+    outer_momentum, layers_per_fragment, overlap, mixing, arrival, outer_device. Where each replica is itself several ranks
     (DistributedDataParallel or `fully_shard` inside), `group` is the ranks with the same place in their replicas, as a process
     group or a mesh of one axis; `model` may be the wrapped one.
     """

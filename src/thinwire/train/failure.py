@@ -23,7 +23,7 @@ from typing import Any
 import torch.distributed as dist
 
 from thinwire.collectives.address import advice
-from thinwire.environment import Place
+from thinwire.environment import Place, lives
 from thinwire.errors import UserError
 
 MOST_BETWEEN_HEARTBEATS_S = 1.0
@@ -102,7 +102,7 @@ class Heartbeat:
         # A client of its own: one answers one thread at a time, and the rank's may be in a long wait.
         wait = timedelta(seconds=timeout_s)
         client = dist.TCPStore(place.master_address, place.master_port, is_master=False, timeout=wait, wait_for_workers=False)
-        self._store: Any = dist.PrefixStore("heartbeat", client)
+        self._store: Any = dist.PrefixStore(f"heartbeat {lives()}", client)
         self._end = threading.Event()
 
     def __enter__(self) -> "Heartbeat":

@@ -1,4 +1,4 @@
-"""The optimizers of `train.optimizer`: AdamW, SGD with momentum, and two of our own.
+"""The optimizers of `train.optimizer`: AdamW (in 8 bits: `eight_bit`), SGD with momentum, and two of our own.
 
 Muon: momentum orthonormalised, for matrices; AdamW for embeddings, the head and vectors.
 
@@ -18,14 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thinwire.config.run import SGD, AdamW, Muon, SignSGD, TrainSection
+from thinwire.config.optimizer import SGD, AdamW, Muon, SignSGD
+from thinwire.config.run import TrainSection
+from thinwire.train.eight_bit import AdamW8bit
+from thinwire.train.updates import keep_on_host
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 
 
 def make_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
-    """As train.optimizer says; weight decay on matrices only. Fused where PyTorch has it so."""
+    """As train.optimizer says; weight decay on matrices only. Its state lies where train.on_host says: on a device."""
+    optimizer = _chosen(model, train)
+    if "optimizer" in train.on_host:
+        keep_on_host(optimizer)
+    return optimizer
+
+
+def _chosen(model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
+    """Fused where PyTorch has it so."""
     chosen, rate = train.optimizer, train.learning_rate
     groups: list[dict[str, Any]] = [
         {"params": [parameter for parameter in model.parameters() if parameter.dim() >= 2], "weight_decay": chosen.weight_decay},
@@ -33,7 +44,8 @@ def make_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimiz
     ]
     match chosen:
         case AdamW():
-            return torch.optim.AdamW(groups, rate, (chosen.beta1, chosen.beta2), chosen.epsilon, fused=True)
+            kind = AdamW8bit if chosen.states == "8bit" else torch.optim.AdamW
+            return kind(groups, lr=rate, betas=(chosen.beta1, chosen.beta2), eps=chosen.epsilon, fused=True)
         case SGD():  # fused on CPUs, PyTorch 2.13 leaves most parameters in 16 bits where they are
             fused = all(parameter.itemsize > 2 for parameter in model.parameters())
             return torch.optim.SGD(groups, rate, chosen.momentum, fused=fused)

@@ -22,14 +22,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from thinwire.errors import UserError
 from thinwire.parallel.waits import Waits, sleep_until
-from thinwire.workload import Workload
+from thinwire.workload import Parameter, Workload
 
+PACED = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.Embedding)
+"""Whose modules are held: each has a matrix, or a tensor of more dims, and is called as a module."""
 SMOOTHING = 0.2
 """Weight of the newest pass in the running mean of what a module takes."""
 
@@ -57,6 +60,7 @@ class Pacer:
     late_s: float = 0.0
     _pass_started: float = 0.0
     _goes_back: bool = False
+    _ended: bool = False
     _handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
 
     @classmethod
@@ -68,15 +72,21 @@ class Pacer:
 
     @contextmanager
     def attached(self, model: nn.Module, workload: Workload) -> Iterator[None]:
-        """Hooks on, at the end hooks off. UserError for a model in which no matrix product is a module."""
+        """Hooks on, at the end hooks off. UserError for a model that has none of PACED."""
         stages = _stages(model, workload)
         if not stages:
-            raise UserError("paced compute needs a model made of linear layers, and this one has none; use --unpaced")
+            raise UserError(
+                "paced compute needs linear layers, convolutions, recurrent layers or embeddings, and this model has none; use "
+                "--unpaced"
+            )
         self._keep(model.register_forward_pre_hook, self._begin_pass)
         self._keep(model.register_forward_hook, self._end_pass)
         for stage in stages:
             before_others = partial(stage.module.register_forward_hook, prepend=True)  # what is computed then goes to other ranks
             self._keep(before_others, partial(self._end_forward, stage.forward_end))
+            if not isinstance(stage.module, nn.Linear):
+                self._keep(stage.module.register_forward_hook, partial(self._note_backward, stage))
+                continue
             self._keep(stage.module.register_full_backward_pre_hook, partial(self._begin_backward, stage))
             self._keep(stage.module.register_full_backward_hook, partial(self._end_backward, stage))
         try:
@@ -100,10 +110,10 @@ class Pacer:
         self._handles.append(register(hook))
 
     def _begin_pass(self, *_: object) -> None:
-        self._pass_started, self._goes_back = time.perf_counter(), False
+        self._pass_started, self._goes_back, self._ended = time.perf_counter(), False, False
 
     def _begin_back(self, *_: object) -> None:
-        self._pass_started, self._goes_back = time.perf_counter(), True
+        self._pass_started, self._goes_back, self._ended = time.perf_counter(), True, False
 
     def _end_pass(self, model: nn.Module, arguments: object, output: object) -> None:
         """The whole forward pass; the backward pass begins when the gradient of its output is there."""
@@ -114,6 +124,20 @@ class Pacer:
     def _end_forward(self, share: float, *_: object) -> None:
         if torch.is_grad_enabled() and not self._goes_back:  # then it is computed again
             self._hold(share, self.forward_s)
+
+    def _note_backward(self, stage: _Stage, module: nn.Module, inputs: tuple[object, ...], output: Any) -> None:
+        """Hold its backward pass as that of a linear layer; of one whose inputs want no gradient, such as an embedding, when that
+        of its output is there, which is as far as can be seen."""
+        out: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+        wanting = [one for one in inputs if isinstance(one, torch.Tensor) and one.requires_grad]
+        if out.requires_grad and wanting:
+            out.register_hook(partial(self._begin_backward, stage))
+            wanting[0].register_hook(partial(self._end_backward, stage))
+        elif out.requires_grad:
+            out.register_hook(partial(self._hold_backward, stage.backward_end))
+
+    def _hold_backward(self, share: float, *_: object) -> None:
+        self._hold(share, self.backward_s)
 
     def _begin_backward(self, stage: _Stage, *_: object) -> None:
         sleep_until(self._clock_start + stage.backward_end * self.backward_s - stage.takes_s)
@@ -127,19 +151,21 @@ class Pacer:
     def _hold(self, share: float, pass_s: float) -> None:
         """Sleep until `share` of the pass should be over; at its end see whether that was kept."""
         late = -sleep_until(self._clock_start + share * pass_s)
-        if share == 1.0:
+        if share == 1.0 and not self._ended:
+            self._ended = True
             self.declared_s += pass_s
             self.late_s += max(0.0, late)
 
 
 def _stages(model: nn.Module, workload: Workload) -> list[_Stage]:
-    """The linear layers among the owners of the workload's matrices, in the order of the forward pass."""
+    """Those of PACED among the owners of the workload's matrices, in the order of the forward pass."""
     whole = workload.forward_flops_per_token
-    found = []
+    owners: dict[nn.Module, Parameter] = {}
     for parameter in workload.parameters:
         owner = model.get_submodule(parameter.name.rpartition(".")[0])
-        if len(parameter.shape) == 2 and isinstance(owner, nn.Linear):
-            found.append((owner, parameter))
+        if len(parameter.shape) > 1 and isinstance(owner, PACED):
+            owners.setdefault(owner, parameter)
+    found = sorted(owners.items(), key=lambda one: one[1].forward_flops_before)
     nexts = [parameter.forward_flops_before for _, parameter in found[1:]] + [whole]
     return [
         _Stage(

@@ -5,11 +5,9 @@ The gradient's norm is that of the whole model: each rank adds up its own parame
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +18,7 @@ from thinwire.config.run import TrainSection
 from thinwire.data.loader import IGNORED
 from thinwire.parallel.waits import SETUP, Waits, sleep_until
 from thinwire.traffic import EVALUATION, Transfer
-from thinwire.train.step import Stepper, without_trace
+from thinwire.train.step import Ran, Stepper, without_trace
 from thinwire.workload import BACKWARD_OVER_FORWARD
 
 if TYPE_CHECKING:
@@ -38,6 +36,15 @@ class PipelinedStepper(Stepper):
     pipeline: Pipeline
     shards: StageShards | None = None
     """What is trained of the stages' parameters, if not these; then `model` is that."""
+    samples: Callable[[int, int], Sequence[int]] | None = None
+    """Of a step and a micro-batch of this replica, where stages keep copies of activations."""
+
+    def run(self, step: int, batches: Iterable[Any], num_micro: int, mean_micro: float | None = None) -> Ran:
+        self.pipeline.samples = [self.samples(step, micro) for micro in range(num_micro)] if self.samples else ()
+        return super().run(step, batches, num_micro, mean_micro)
+
+    def settled(self, done: int) -> bool:
+        return super().settled(done) and self.pipeline.returning
 
     def rehearse(self, batch: Any) -> None:
         """The stages tell each other what they send; connections are made."""
@@ -50,15 +57,13 @@ class PipelinedStepper(Stepper):
 
     def score(self, task: Any, model: nn.Module, replica: int) -> tuple[float, float]:
         """Through the pipeline; the ranks with the last stage have the score, the others 0. Collective over the pipeline."""
-        total, count, batches = 0.0, 0, iter(task.held_out(replica))
+        taken = list(task.held_out(replica))
+        padded = [_padded(batch, self.pipeline.cut.entering.shape) for batch, _ in taken]
         if self.shards is not None:
             self.shards.gather(EVALUATION)
-        while taken := list(islice(batches, self.sync.num_micro)):
-            padded = [_padded(batch, self.pipeline.cut.entering.shape) for batch, _ in taken]
-            for loss, (_, scored) in zip(self.pipeline.evaluate(padded), taken, strict=self.pipeline.has_last):
-                total += float(loss) * scored
-                count += scored
-        return total, float(count)
+        counts = [scored for _, scored in taken] if self.pipeline.has_last else []
+        losses = zip(self.pipeline.evaluate(padded), counts, strict=True)
+        return sum(float(loss) * scored for loss, scored in losses if scored), float(sum(counts))  # a mean over none is no number
 
     def timed_pass(self, batch: Any) -> None:
         """Through this rank's stages, one after the other, on anything of the right shape."""
@@ -75,23 +80,17 @@ class PipelinedStepper(Stepper):
             loss.backward()
         self._forget()
 
-    def norm_traffic(self) -> list[Transfer]:
-        """Of `_clip`."""
-        return norm_transfers(self.train)
-
     def evaluation_traffic(self, task: Any, replica: int) -> list[Transfer]:
         """Of `score`."""
         if not self.train.eval_every:
             return []
-        cut, batches = self.pipeline.cut, sum(1 for _ in task.held_out(replica))
-        sizes = Counter(cut.crossing[stage].nbytes for stage in cut.stages_of(self.pipeline.rank) if cut.crosses(stage))
-        every = self.train.eval_every
-        return [
-            Transfer(label=EVALUATION, axis="pipe", op="send", message_bytes=size, calls=count * batches, every=every)
-            for size, count in sizes.items()
-        ]
+        every, batches = self.train.eval_every, sum(1 for _ in task.held_out(replica))
+        return [replace(one, every=every) for one in self.pipeline.cut.evaluation_traffic(self.pipeline.rank, batches)]
 
-    def _passes(self, batches: Iterable[Any], num_micro: int, mean_micro: float) -> Tensor:
+    def timeline(self) -> list[tuple[str, int, int, float, float]]:
+        return self.pipeline.timeline()
+
+    def passes(self, batches: Iterable[Any], num_micro: int, mean_micro: float) -> Tensor:
         taken = list(batches)
         if self.shards is not None:
             self.shards.gather()
@@ -103,7 +102,7 @@ class PipelinedStepper(Stepper):
         self.pipeline.share_tied()
         return torch.stack(losses).sum() / mean_micro if losses else torch.zeros((), device=self.pipeline.device)
 
-    def _clip(self) -> None:
+    def clip(self) -> None:
         square = self.norm(self.pipeline.counted()).double().square().reshape(1)
         all_reduce(square, self.pipeline.group, self.pipeline.ledger, NORM).wait()
         nn.utils.clip_grads_with_norm_(self.model.parameters(), self.train.clip, square.sqrt()[0])

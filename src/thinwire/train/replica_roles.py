@@ -26,6 +26,7 @@ from thinwire.config.replicas import DiLoCo, Service
 from thinwire.config.run import RunConfig
 from thinwire.errors import UserError
 from thinwire.layout import Layout
+from thinwire.measure.compute import find_device, shared_gpus
 from thinwire.sync.server.authentication import read_secret
 from thinwire.sync.server.connection import PeerLost
 from thinwire.sync.server.listener import Listener
@@ -98,7 +99,10 @@ def replicate(spec: Spec, number: int) -> None:
     The learning rate follows what is merged: train.steps times that part, and the local steps since.
     """
     run, task, name = spec.run, spec.task(), f"r{number}"
-    model = task.build_model()
+    device = find_device(number)
+    if number == 0 and (line := shared_gpus(spec.replicas)):
+        print(line, flush=True)
+    model = task.build_model().to(device)
     optimizer = make_optimizer(model, run.train)
     kept = spec.file("replica", number, "pt")
     tokens = task.workload.tokens_per_microbatch * run.sync.accumulate
@@ -132,7 +136,7 @@ def replicate(spec: Spec, number: int) -> None:
                 pushed = new_pushes
             if (step + 1) % run.train.log_every == 0:
                 merged = f"{worker.client.progress:.0%} of the run merged"
-                print(f"replica {number}  step {step + 1}  {merged}  loss {loss:.4f}\n", end="", flush=True)
+                print(f"replica {number}  step {step + 1}  {merged}  loss {float(loss):.4f}\n", end="", flush=True)
     client = worker.client
     about = {"replica": number, "first_step": first, "steps": client.step, "ledger": client.ledger.entries(number)}
     _write(spec.file("replica", number, "json"), about)
@@ -140,15 +144,15 @@ def replicate(spec: Spec, number: int) -> None:
 
 def _backward(
     spec: Spec, task: LanguageModel, model: torch.nn.Module, place: tuple[int, int], alive: Callable[[], None]
-) -> float:
-    """place: step and number of the replica. alive: called with each micro-batch."""
-    (step, number), total, num_micro = place, 0.0, spec.run.sync.accumulate
+) -> torch.Tensor:
+    """The loss, []. place: step and number of the replica. alive: called with each micro-batch."""
+    (step, number), losses, num_micro = place, [], spec.run.sync.accumulate
     for micro in range(num_micro):
         alive()
         loss = task.loss(model, task.batch(step, micro * spec.replicas + number)) / num_micro
         loss.backward()
-        total += float(loss.detach())
-    return total
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
 
 
 def _tell(index: int) -> Callable[[Event], None]:

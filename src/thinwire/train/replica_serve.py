@@ -9,6 +9,8 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,13 +24,14 @@ from thinwire.sync.server.listener import Listener, listen, shown
 from thinwire.sync.server.server import Event, Server
 from thinwire.sync.server.snapshots import Snapshots, choose_versions
 from thinwire.sync.server.weights import load_optimizers
+from thinwire.train.metrics import metrics_served, server_exposition
 
 SERVER_DIED = 3
 
 
-def serve_here(service: Service, bind: str, keep: Path | None, secret_file: Path | None) -> int:
-    """Until SIGINT or SIGTERM; returns the exit code. keep: a folder of server-N.pt. UserError if it cannot be there, or not
-    safely."""
+def serve_here(service: Service, bind: str, keep: Path | None, secret_file: Path | None, metrics_port: int = 0) -> int:
+    """Until SIGINT or SIGTERM; returns the exit code. keep: a folder of server-N.pt. metrics_port: on loopback; 0: none.
+    UserError if it cannot be there, or not safely."""
     secret = read_secret(secret_file)
     listener = listen(bind, "--bind")
     if secret_file is None and not is_loopback(listener.getsockname()[0]):
@@ -43,9 +46,13 @@ def serve_here(service: Service, bind: str, keep: Path | None, secret_file: Path
     end = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: end.set())
-    print(f"serving at {shown(listener)}{_hint(bind, listener)}", flush=True)
     accepting = Listener(listener, secret, service, dict(enumerate(servers)))
-    return run_all({"the listener": accepting.run} | {f"server {index}": server.run for index, server in enumerate(servers)}, end)
+    parts = {"the listener": accepting.run} | {f"server {index}": server.run for index, server in enumerate(servers)}
+    with ExitStack() as stack:
+        if metrics_port:
+            stack.enter_context(metrics_served(partial(server_exposition, servers), metrics_port, "--metrics-port: the server"))
+        print(f"serving at {shown(listener)}{_hint(bind, listener)}", flush=True)
+        return run_all(parts, end)
 
 
 def run_all(parts: Mapping[str, Callable[[threading.Event], None]], end: threading.Event) -> int:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from thinwire.environment import Place, agent_has_store
+from thinwire.environment import Place, agent_has_store, lives
 from thinwire.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def meet(place: Place, timeout_s: float, bind: str = "") -> "TCPStore":
 
 def share_text(place: Place, store: "TCPStore", name: str, own: str) -> str:
     """`own`, or where it is empty what the lowest rank has that has any; "" if none does. Collective."""
+    name = f"{name} {lives()}"
     store.set(f"{name}/{place.rank}", own)
     others = (store.get(f"{name}/{rank}").decode() for rank in range(place.world_size))
     return own or next((text for text in others if text), "")
@@ -66,7 +67,7 @@ def process_group(
             backend = plain_gloo()
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("thinwire", store),
+            store=dist.PrefixStore(f"thinwire {lives()}", store),
             rank=place.rank,
             world_size=place.world_size,
             timeout=timedelta(seconds=timeout_s),

@@ -17,8 +17,11 @@ import torch
 import torch.distributed as dist
 
 from thinwire.cluster import Cluster, Device, Host, load_cluster
+from thinwire.cluster.order import along_links, in_order
+from thinwire.collectives.backend import register
 from thinwire.collectives.ledger import Ledger
 from thinwire.collectives.mpi.start import Mpi, started
+from thinwire.collectives.nccl import register_nccl
 from thinwire.collectives.price import Carrier
 from thinwire.collectives.scheduled import ScheduledGroup, register_scheduled
 from thinwire.collectives.synthesis.bounds import OPS
@@ -34,7 +37,7 @@ from thinwire.record import RunFolder
 from thinwire.traffic import Transfer
 from thinwire.train.checkpoint.disks import Disks, find_disks, share_run_files
 from thinwire.train.step import Stepper, without_trace
-from thinwire.train.task import LanguageModel
+from thinwire.train.task import Task, new_task
 from thinwire.workload import Workload
 
 TIMED_PASSES = 3
@@ -44,8 +47,8 @@ WARM_PASSES = 5
 
 def uses_mpi(backend: str, place: Place, device: torch.device) -> bool:
     """Do the exchanges of this run go over MPI? backend: train.backend."""
-    if backend != "auto" and device.type != "cpu":
-        raise UserError(f"train.backend = {backend!r} carries tensors of the CPU, not of {device.type}; set it to 'auto'")
+    if backend == "mpi" and device.type != "cpu" and place.rank == 0:
+        print("the ranks talk over MPI, through pinned memory of the host", flush=True)
     if backend != "auto" or device.type != "cpu" or not place.by_mpiexec:
         return backend == "mpi"
     if find_spec("mpi4py") is not None:
@@ -83,15 +86,54 @@ def find_cluster(config: RunConfig, environment: Environment, world_size: int, k
     return cluster
 
 
-def set_collectives(config: RunConfig, environment: Environment, ledger: Ledger, mpi: Mpi | None = None) -> Tuner | None:
-    """Register the metered backend, before the process group is made; None where it chooses all algorithms itself."""
+def along_the_links(config: RunConfig, environment: Environment) -> tuple[Environment, tuple[int, ...]]:
+    """The environment in which this rank has the number that layout.map gives it, and by number the rank that was started as
+    another; nothing where none was, or where MPI has given the numbers. Rank 0 stays it, and says so. UserError as for
+    `find_cluster`."""
+    place = environment.place
+    assert place is not None, "a launcher has started this process"
+    if config.layout.map == "ranks" or place.by_mpiexec or not (environment.lab or config.cluster.file):
+        return environment, ()
+    cluster = find_cluster(config, environment, place.world_size)
+    order = along_links(cluster)
+    if order == tuple(range(cluster.world_size)):
+        return environment, ()
+    if place.rank == 0:
+        places = ", ".join(f"{started} as {number}" for number, started in enumerate(order) if number != started)
+        print(f"ranks are numbered along the links of {cluster.name}: {places} (layout.map = 'ranks' leaves them)", flush=True)
+    return replace(environment, place=replace(place, rank=order.index(place.rank))), order
+
+
+def set_collectives(
+    config: RunConfig,
+    environment: Environment,
+    ledger: Ledger,
+    mpi: Mpi | None = None,
+    *,
+    order: Sequence[int] = (),
+    device: str = "cpu",
+) -> Tuner | None:
+    """Register the metered backend, before the process group is made; None where it chooses all algorithms itself.
+
+    order: as of `along_the_links`; device: the type of this rank's; over NCCL where that is no CPU, unless over MPI. UserError
+    for collectives that cannot be chosen there.
+    """
     kind, lab, named = config.collectives.kind, environment.lab, config.cluster.file
+    if mpi and device != "cpu":
+        if kind != "native":
+            raise UserError(f"collectives.kind = {kind!r} is for CPUs, and for GPUs over NCCL; over MPI set it to 'native'")
+        register(ledger, inner=mpi.inner, devices=("cpu", device))
+        return None
     assert environment.place is not None, "a launcher has started this process"
     tuner = None
     if kind != "native":
         cluster = find_cluster(config, environment, environment.place.world_size) if lab or named else None
+        cluster = in_order(cluster, order) if cluster and order else cluster
         tuner = make_tuner(cluster, "" if lab else named, measures=kind == "measured")
-    register_scheduled(ledger, tuner, inner=mpi.inner if mpi else None)
+    if device != "cpu":
+        register_nccl(ledger, tuner)
+    else:
+        register_scheduled(ledger, tuner, inner=mpi.inner if mpi else None)
     return tuner
 
 
@@ -125,19 +167,25 @@ def agree_on_folder(config: RunConfig, resume: Path | None) -> tuple[RunFolder, 
     return RunFolder(folder.resolve()), disks
 
 
-def make_task(config: RunConfig, layout: Layout, environment: Environment) -> LanguageModel:
+def make_task(config: RunConfig, layout: Layout, environment: Environment) -> Task:
     """Rank 0 first, so that the tokens are written once where ranks share a disk. UserError, on all ranks, for unequal texts."""
-    task = LanguageModel(config, layout, environment.cache_folder) if dist.get_rank() == 0 else None
+    task = new_task(config, layout, environment.cache_folder) if dist.get_rank() == 0 else None
     dist.barrier()
-    task = task or LanguageModel(config, layout, environment.cache_folder)
-    sums = gather(task.corpus.sha256)
+    task = task or new_task(config, layout, environment.cache_folder)
+    sums = gather(task.sha256)
     if len(set(sums)) > 1:
         other = next(rank for rank, found in enumerate(sums) if found != sums[0])
         raise UserError(
-            f"data source {str(config.data)!r} is not the same text on all ranks (sha256 {sums[0][:12]} on rank 0, "
+            f"{_source(config)} is not the same on all ranks (sha256 {sums[0][:12]} on rank 0, "
             f"{sums[other][:12]} on rank {other}); copy rank 0's to all hosts"
         )
     return task
+
+
+def _source(config: RunConfig) -> str:
+    if config.task.is_language_model:
+        return f"data source {str(config.data)!r}"
+    return f"the data of task.kind = {config.task.kind!r}"
 
 
 def find_room(device: torch.device, host: str, *, in_lab: bool = False) -> list[Room]:
@@ -149,11 +197,13 @@ def find_room(device: torch.device, host: str, *, in_lab: bool = False) -> list[
     return rooms(gather(mine))
 
 
-def agree_on_dtype(config: RunConfig, device: torch.device, resumed: RunFolder | None, task: LanguageModel) -> str:
+def agree_on_dtype(config: RunConfig, device: torch.device, resumed: RunFolder | None, task: Task) -> str:
     """Of the matrix products: that of the model; of one in float32 what train.dtype says. A resumed run keeps what it had; "auto"
     is tried out on rank 0, on the model's largest matrix."""
     if config.model.dtype != "float32":
         return config.model.dtype
+    if task.shape is None and config.train.dtype == "auto":
+        return "float32"
     chosen: list[Any] = [config.train.dtype]
     if dist.get_rank() == 0 and chosen[0] == "auto":
         matrices = [parameter for parameter in task.workload.parameters if len(parameter.shape) == 2]

@@ -9,14 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from thinwire.collectives.clock import clock_of
 from thinwire.collectives.ledger import Ledger
 from thinwire.config.run import RunConfig, TrainSection
+from thinwire.config.sharded import ShardedSection
 from thinwire.parallel import sharded
+from thinwire.parallel.apply import Applied, Asked
 from thinwire.parallel.sharded import LocalShards
-from thinwire.parallel.tensor import gradient_norm, norm_transfers
+from thinwire.parallel.tensor import gradient_norm
 from thinwire.parallel.waits import Waits
-from thinwire.plan.sharded import ShardedPasses
+from thinwire.sync.as_reduced import AsReducedSync
 from thinwire.traffic import EVALUATION, Transfer
 from thinwire.train.step import Named, Stepper, without_trace
 from thinwire.workload import Workload
@@ -24,53 +25,44 @@ from thinwire.workload import Workload
 
 @dataclass(frozen=True, kw_only=True)
 class ShardedPart:
-    """Of one rank. whole: the workload of the whole model, which it computes."""
+    """Of one rank. whole: the workload of all that it computes."""
 
     shards: LocalShards
     whole: Workload
     group: dist.ProcessGroup
     ledger: Ledger
     train: TrainSection
+    options: ShardedSection
     waits: Waits
+    gathers: bool = False
+    """Whether evaluations gather the whole model at once: of a task whose passes may be as many as its texts want."""
 
     @classmethod
-    def split(
-        cls, model: nn.Module, config: RunConfig, group: dist.ProcessGroup, ledger: Ledger, workload: Workload
-    ) -> "ShardedPart":
-        """Of `model`, which is whole and on its device; of its states this rank's part is left. Collective over all ranks."""
-        waits = Waits(clock_of(next(model.parameters()).device))
-        shards = sharded.apply(model, group, ledger, config.sharded)
-        shards.compression.observe(waits)
-        return cls(shards=shards, whole=workload, group=group, ledger=ledger, train=config.train, waits=waits)
-
-    @property
-    def passes(self) -> ShardedPasses:
-        """For predictions."""
-        _, *blocks, head = (self.whole.tokens_per_microbatch * flops for flops in self.whole.chain_flops_per_token)
-        sent = self.shards.compression.transfers()
-        return ShardedPasses(
-            weights=[one for one in sent if one.op == "all_gather"],
-            gradients=[one for one in sent if one.op == "all_to_all"],
-            head_flops=head,
-            block_flops=blocks,
-            reshards=self.shards.reshards,
+    def of(cls, applied: Applied, whole: Workload, config: RunConfig, asked: Asked, *, gathers: bool = False) -> "ShardedPart":
+        """Of what `parallel.apply` has left of a model whose states are shared out."""
+        assert applied.shards is not None, "layout.shard is used"
+        return cls(
+            shards=applied.shards,
+            whole=whole,
+            group=asked.groups["shard"],
+            ledger=asked.ledger,
+            train=config.train,
+            options=config.sharded,
+            waits=applied.waits,
+            gathers=gathers,
         )
 
     def norm(self, named: Named) -> Tensor:
         """Of the gradient of the whole parameters. Collective."""
-        return gradient_norm(_plain(named), self.shards.parts, self.group, self.ledger)
-
-    def traffic(self, num_micro: int) -> list[Transfer]:
-        """What this rank sends in a step."""
-        found = sharded.traffic(self.shards, num_micro)
-        return found + (norm_transfers("shard", self.shards.locals[0].dtype) if self.train.clip else [])
+        return gradient_norm(_plain(named), (), self.group, self.ledger, self.group)
 
     def evaluation_traffic(self, task: Any, replica: int) -> list[Transfer]:
         """What one evaluation sends."""
-        batches = self.evaluation_passes(task, replica)
+        batches = 1 if self.gathers else self.evaluation_passes(task, replica)
         if not self.train.eval_every or not batches:
             return []
-        return [replace(one, every=self.train.eval_every) for one in sharded.evaluation_traffic(self.shards, batches)]
+        sent = sharded.evaluation_traffic(self.whole, self.group.size(), self.options, batches)
+        return [replace(one, every=self.train.eval_every) for one in sent]
 
     def evaluation_passes(self, task: Any, replica: int) -> int:
         """Of each rank of the group: as many as the one with most of the held-out part has."""
@@ -86,7 +78,10 @@ class ShardedStepper(Stepper):
     part: ShardedPart
 
     def rehearse(self, batch: object) -> None:
-        """A pass in which FSDP2 is set up; gradients are reduced in none."""
+        """A pass in which FSDP2 is set up; gradients are reduced in none. From now on replicas average what is reduced."""
+        averages = getattr(self.sync, "inner", self.sync)
+        if isinstance(averages, AsReducedSync):
+            self.part.shards.listener = averages.give
         with self.sync.rehearsal(), without_trace(self.model), self.waits.set_up():
             self.timed_pass(batch)
         self.optimizer.zero_grad(set_to_none=False)
@@ -96,8 +91,19 @@ class ShardedStepper(Stepper):
         super().timed_pass(batch)
         self.part.shards.rest()
 
-    def score(self, task: Any, model: nn.Module, replica: int) -> tuple[float, float]:
+    @contextmanager
+    def evaluated(self, model: nn.Module) -> Iterator[nn.Module]:
+        """As of any Stepper. Collective over the shard axis."""
+        if not self.part.gathers:
+            yield model
+            return
+        with self.waits.labelled(EVALUATION), self.part.shards.gathered() as whole:
+            yield whole
+
+    def score(self, task: Any, model: nn.Module, replica: int) -> tuple[float, ...]:
         """Ranks that have a batch less than others make a pass more, which does not count. Collective over the shard axis."""
+        if self.part.gathers:
+            return super().score(task, model, replica)
         with self.waits.labelled(EVALUATION):
             found = super().score(task, model, replica)
             for _ in range(self.part.evaluation_passes(task, replica) - sum(1 for _ in task.held_out(replica))):

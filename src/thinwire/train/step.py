@@ -6,7 +6,7 @@ the host may run ahead, and seconds are known when somebody asks for them. Nothi
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from thinwire.collectives.clock import clock_of, has_streams
 from thinwire.collectives.ledger import Clock
+from thinwire.compress.weights.rounding import rounded
+from thinwire.compress.weights.shrink import Blocks
 from thinwire.config.run import TrainSection
 from thinwire.parallel.waits import Waits
 from thinwire.sync.base import Synchroniser
 from thinwire.traffic import Transfer
+from thinwire.train.updates import early
 
 Named = Iterable[tuple[str, nn.Parameter]]
 Norm = Callable[[Named], Tensor]
@@ -119,9 +122,13 @@ class Stepper:
         """Of the model's device."""
         return clock_of(next(self.model.parameters()).device)
 
+    def settled(self, done: int) -> bool:
+        """Whether steps behind the first `done` send what steps send as a rule."""
+        return done >= self.sync.settled_after
+
     def rehearse(self, batch: object) -> None:
         """Once before training, on any batch of this rank: the synchroniser learns in which order gradients come. Collective."""
-        with self.sync.rehearsal(), without_trace(self.model):
+        with self.sync.rehearsal(), without_trace(self.model), self._updates(moves=False):
             for _ in range(2):
                 self.loss(self.model, batch).backward()
         self.optimizer.zero_grad(set_to_none=False)
@@ -137,10 +144,11 @@ class Stepper:
         started = clock.now()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.train, step)
-        loss = self._passes(batches, num_micro, mean_micro or num_micro)
+        with self._updates(), self._rounded(self.model):
+            loss = self.passes(batches, num_micro, mean_micro or num_micro)
         exchanged = clock.now()
         if self.train.clip:
-            self._clip()
+            self.clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)  # gradients are views of the buckets
         updated = clock.now()
@@ -158,28 +166,34 @@ class Stepper:
             waits=tuple(self.waits.ends),
         )
 
-    def score(self, task: Any, model: nn.Module, replica: int) -> tuple[float, float]:
+    @contextmanager
+    def evaluated(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Inside, what `score` is given of `model`."""
+        with self._rounded(model):
+            yield model
+
+    def score(self, task: Any, model: nn.Module, replica: int) -> tuple[float, ...]:
         """As `Task.score`: of the held-out part that is this replica's."""
-        total, weight = task.score(model, replica)
-        return total, weight
+        found: tuple[float, ...] = task.score(model, replica)
+        return found
 
     def timed_pass(self, batch: object) -> None:
         """Forward and backward of one micro-batch, as a step has them, for its time; nothing is exchanged."""
-        with self._micro_batch(False):
+        with self._micro_batch(False), self._updates(moves=False):
             with self.precision():
                 loss = self.loss(self.model, batch)
             loss.backward()
-
-    def norm_traffic(self) -> list[Transfer]:
-        """What clipping sends in a step: nothing where a rank has the whole gradient."""
-        return []
 
     def evaluation_traffic(self, task: Any, replica: int) -> list[Transfer]:
         """What `score` sends in one evaluation: nothing where a rank has the whole model."""
         return []
 
-    def _passes(self, batches: Iterable[object], num_micro: int, mean_micro: float) -> Tensor:
-        """All micro-batches forward and backward, and the exchange of gradients. Returns this rank's part of the loss."""
+    def timeline(self) -> list[tuple[str, int, int, float, float]]:
+        """As `Pipeline.timeline`; nothing where there is none."""
+        return []
+
+    def passes(self, batches: Iterable[object], num_micro: int, mean_micro: float) -> Tensor:
+        """Of all micro-batches, and the exchange of gradients. Returns this rank's part of the loss. Collective."""
         losses = []
         for index, batch in enumerate(batches):
             with self._micro_batch(index == num_micro - 1):
@@ -193,7 +207,17 @@ class Stepper:
         """Entered around forward and backward of one; `last`: of the step."""
         return self.sync.microbatch(last=last)
 
-    def _clip(self) -> None:
+    def _updates(self, *, moves: bool = True) -> AbstractContextManager[None]:
+        """Entered around passes whose gradients are used, or given up, behind each."""
+        return early(self.optimizer, moves=moves) if self.train.updates == "early" else nullcontext()
+
+    def _rounded(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Entered around passes: weights as train.rounded says."""
+        kind = self.train.rounded
+        return nullcontext() if kind == "none" else rounded(model, Blocks(kind))
+
+    def clip(self) -> None:
+        """Gradients to a norm of at most train.clip. Collective where `norm` is."""
         norm = self.norm(self.model.named_parameters())
         nn.utils.clip_grads_with_norm_(self.model.parameters(), self.train.clip, norm)
 

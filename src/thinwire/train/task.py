@@ -1,8 +1,8 @@
-"""What is trained, as the trainer sees it: batches, a loss, a score and their unit. A language model is the first Task."""
+"""The language model as a Task, and how any task is made."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,45 +15,15 @@ from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.models.llama import read_weights
 from thinwire.models.transformer import Transformer
+from thinwire.tasks.catalogue import make_task
+from thinwire.tasks.task import Batch, Task
 from thinwire.workload import Workload
-
-Batch = Any
-
-
-class Task(Protocol):
-    """Made on every rank; methods are local: no rank waits for another."""
-
-    unit: str
-    """Of the score: "nats per byte"."""
-    workload: Workload
-    """One micro-batch of one rank."""
-
-    def build_model(self) -> nn.Module:
-        """The same weights on each rank: seeded."""
-        ...
-
-    def batch(self, step: int, index: int) -> Batch:
-        """Micro-batch `index` of all that the replicas share in the step, `accumulate` times as many as there are replicas.
-
-        A function of its arguments alone, so a run resumes by asking for a later step.
-        """
-        ...
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean over the micro-batch, a scalar with a gradient."""
-        ...
-
-    def score(self, model: nn.Module, replica: int) -> tuple[float, float]:
-        """(sum, weight) over this replica's share of the held-out part; the score is sum over sum of weights."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """`data` and `baseline` of record.json."""
-        ...
 
 
 class LanguageModel:
     """Next-token prediction by a decoder-only transformer on text. cache_folder: for the tokens, unless data.cache names one."""
+
+    item, num_sums, score_is = "token", 2, None
 
     def __init__(self, config: RunConfig, layout: Layout, cache_folder: Path) -> None:
         self._config, self._layout = config, layout
@@ -67,10 +37,11 @@ class LanguageModel:
             global_batch=train.micro_batch * self._num_micro,
             seed=train.seed,
             parts=self.corpus.parts,
+            windows=config.data.windows,
         )
         self._held_out = sample(self.corpus.held_out, train.eval_tokens)
         self.shape = shape_with(config.model, self.corpus.vocabulary)
-        self.unit = self.corpus.unit
+        self.unit, self.sha256 = self.corpus.unit, self.corpus.sha256
         self.workload = Workload.of_transformer(self.shape, train.micro_batch, train.sequence)
 
     def build_model(self) -> Transformer:
@@ -83,6 +54,16 @@ class LanguageModel:
 
     def batch(self, step: int, index: int) -> Batch:
         return self._batches.micro_batch(step, index, self._num_micro)
+
+    def samples(self, step: int, index: int) -> list[int]:
+        """Of `data.windows`, by number, those that `batch` has."""
+        size = self._config.train.micro_batch
+        return self._batches.samples(step)[index * size : (index + 1) * size].tolist()
+
+    @property
+    def first_steps(self) -> int:
+        """In which samples that return come for the first time; 0 where none does."""
+        return self._batches.steps_per_epoch if self._config.data.windows else 0
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         inputs, targets = (tensor.to(_device(model)) for tensor in batch)
@@ -105,12 +86,47 @@ class LanguageModel:
             count += scored
         return total, float(count)
 
+    def score_of(self, sums: Sequence[float]) -> None:
+        """None: the loss is all there is."""
+
+    def settle(self, model: nn.Module) -> None:
+        """Nothing."""
+
+    def predict(self, model: nn.Module, given: str) -> str:
+        """UserError: there is another command for it."""
+        raise UserError("a language model goes on with a text: thinwire generate RUN --prompt TEXT")
+
+    def picture(self, model: nn.Module, given: str) -> str:
+        """None."""
+        return ""
+
+    def shown(self, model: nn.Module, count: int) -> list[str]:
+        """None: `thinwire generate` shows what it writes."""
+        return []
+
     def describe(self) -> dict[str, Any]:
         described: dict[str, Any] = {"data": self.corpus.record}
         if self.corpus.vocabulary <= LARGEST_VOCABULARY:
             loss = bigram_loss(self.corpus.train, self._held_out, self.corpus.vocabulary)
             described["baseline"] = {"name": "bigram table", "loss": loss}
         return described
+
+
+@torch.no_grad()
+def shown(task: Task, model: nn.Module, count: int) -> list[str]:
+    """As `Task.shown`, of a model in whichever mode, which it is left in."""
+    was_training = model.training
+    model.eval()
+    found = task.shown(model, count)
+    model.train(was_training)
+    return found
+
+
+def new_task(config: RunConfig, layout: Layout, cache_folder: Path) -> Task:
+    """What [task] asks for, with its data. UserError if they cannot be had."""
+    if config.task.is_language_model:
+        return LanguageModel(config, layout, cache_folder)
+    return make_task(config, layout, cache_folder)
 
 
 def shape_with(model: ModelSection, vocabulary: int) -> ModelConfig:

@@ -8,16 +8,17 @@ from torch import nn
 
 from thinwire.config.model import ModelConfig
 from thinwire.config.pretrained import is_pretrained, read_shape, tokenizer_of
-from thinwire.config.run import RunConfig, load_run
+from thinwire.config.run import RunConfig, TrainSection, load_run
 from thinwire.data.tokenizer import Tokenizer, make_tokenizer
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.models.llama import read_weights
 from thinwire.models.transformer import Transformer
 from thinwire.record import RunFolder
+from thinwire.tomlfile import validate
 from thinwire.train.checkpoint.files import newest_whole
 from thinwire.train.checkpoint.state import load_weights
-from thinwire.train.task import LanguageModel, shape_with
+from thinwire.train.task import Task, new_task, shape_with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +26,18 @@ class Trained:
     """`step`: how many steps the weights have seen. `recorded`: the held-out loss that the run wrote down for them, if it did."""
 
     model: nn.Module
-    task: LanguageModel
+    task: Task
     step: int
     recorded: float | None
 
     def held_out_loss(self) -> float:
         """Of the model as it is now, on the tokens on which the run was evaluated."""
-        total, count = self.task.score(self.model, 0)
-        return total / count
+        return self.scored()[0]
+
+    def scored(self) -> tuple[float, float | None]:
+        """The same, and the task's score, where it has one."""
+        sums = self.task.score(self.model, 0)
+        return sums[0] / sums[1], self.task.score_of(sums)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,7 @@ def open_weights(folder: Path) -> Weights:
         read_weights(model, folder)
         return Weights(model=model.eval(), tokenizer=make_tokenizer(tokenizer_of(folder)), source=folder, what=str(folder))
     config, checkpoints = _opened(RunFolder.open(folder))
+    config.task.only_language_model("writing and exporting")
     tokenizer, section = make_tokenizer(config.data.tokenizer), config.model
     model = Transformer(shape_with(section, tokenizer.vocabulary)).to(getattr(torch, section.dtype))
     progress = load_weights(newest_whole(checkpoints), model)
@@ -69,17 +75,29 @@ def _opened(folder: RunFolder) -> tuple[RunConfig, Path]:
     return load_run(folder.path / "run.toml"), checkpoints
 
 
+def open_pretrained(folder: Path, text: str, cache_folder: Path) -> Trained:
+    """A folder as Hugging Face keeps models, to be scored on the held-out part of a text. text: as data.source; empty: the
+    standard library's. UserError for a folder that cannot be read."""
+    data, shape = ({"source": text} if text else {}), read_shape(folder)
+    train = {"sequence": min(TrainSection().sequence, shape["context"])}
+    config = validate(RunConfig, {"model": {"pretrained": str(folder)}, "data": data, "train": train}, str(folder))
+    task = new_task(config, Layout(), cache_folder)
+    return Trained(model=task.build_model().eval(), task=task, step=0, recorded=None)
+
+
 def open_trained(run: Path, cache_folder: Path) -> Trained:
     """The newest checkpoint of a run folder, in this one process. UserError where there is none, or the data have changed."""
     folder = RunFolder.open(run)
     config, checkpoints = _opened(folder)
-    task, record = LanguageModel(config, Layout(), cache_folder), folder.record()
-    if record.data is not None and record.data.sha256 != task.corpus.sha256:
+    task, record = new_task(config, Layout(), cache_folder), folder.record()
+    if record.data is not None and record.data.sha256 != task.sha256:
+        source = f"data source {str(config.data)!r}" if config.task.is_language_model else f"the data set of {config.task.kind}"
         raise UserError(
-            f"data source {str(config.data)!r} has changed since {folder.path} was trained (sha256 {task.corpus.sha256[:12]}, "
-            f"then {str(record.data.sha256)[:12]}), so losses would not compare; bring the old text back"
+            f"{source} has changed since {folder.path} was trained (sha256 {task.sha256[:12]}, "
+            f"then {str(record.data.sha256)[:12]}), so losses would not compare; bring the old data back"
         )
     model = task.build_model()
     progress = load_weights(newest_whole(checkpoints), model)
+    task.settle(model)
     recorded = next((event.loss for event in folder.evals() if event.step == progress.step), None)
     return Trained(model=model.eval(), task=task, step=progress.step, recorded=recorded)

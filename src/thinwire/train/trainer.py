@@ -1,17 +1,20 @@
 """The loop: steps, reports, evaluations, checkpoints. The same for every synchroniser and layout."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from thinwire.collectives.chrome import write_trace
 from thinwire.collectives.ledger import Ledger, Snapshot, difference
 from thinwire.collectives.metered_calls import all_reduce
+from thinwire.compress.exchange import make_exchange
 from thinwire.config.run import TrainSection
 from thinwire.errors import UserError
 from thinwire.record import Step
@@ -26,18 +29,26 @@ from thinwire.train.pipelined import Pace
 from thinwire.train.results import Reporter
 from thinwire.train.runtime import StopRequest
 from thinwire.train.step import Stepper, learning_rate
-from thinwire.train.task import Task
+from thinwire.train.task import Task, shown
+from thinwire.train.timeline import Timeline
+
+if TYPE_CHECKING:
+    from thinwire.train.replan import Replanner
 
 NUMBER_BYTES = 8
 """Reports are float64."""
 SUMMARY = 4
 """Numbers of a summary before the seconds by rank: loss, stop requests, whether a checkpoint is due, and whether one failed."""
 SETTLE_POLL_S = 0.05
+EXAMPLES = 8
+"""Held-out ones that the report shows."""
+PASS = ("kind", "stage", "micro", "begin_s", "end_s")
 
 
-def report_traffic(train: TrainSection, axis: str, world_size: int) -> list[Transfer]:
-    """What the loop itself sends: a summary per report (`Trainer._report`) and two numbers per evaluation."""
-    messages = (("summary", SUMMARY + world_size, train.log_every), ("evaluation", 2, train.eval_every))
+def report_traffic(train: TrainSection, axis: str, world_size: int, sums: int = 2) -> list[Transfer]:
+    """What the loop itself sends: a summary per report (`Trainer._report`) and, per evaluation, `Task.num_sums` numbers."""
+    summary = SUMMARY + world_size + train.replan
+    messages = (("summary", summary, train.log_every), ("evaluation", sums, train.eval_every))
     return [
         Transfer(
             label=label,
@@ -72,18 +83,27 @@ class Trainer:
     reporter: Reporter | None
     assignment: Assignment
     """Micro-batches of a step by replica."""
+    pipeline: Sequence[int] = ()
+    """The ranks of rank 0's pipeline, whose passes are written down."""
     loss_ranks: int = 1
     bubble_s: float = 0.0
     by_speed: bool = False
     """Whether `assignment` follows the seconds in the reports."""
+    replanner: "Replanner | None" = None
+    """Who changes the plan while it trains."""
     tokens: int = 0
     saved_step: int = -1
     """Of the newest checkpoint, if there is one."""
+    timeline: Timeline | None = None
     _interval: Interval = field(init=False)
     _interval_bytes: int = 0
     _steady: tuple[int, Snapshot] | None = None
     _last: tuple[int, Snapshot] | None = None
     _saved_at: float = field(default_factory=time.perf_counter)
+    _chosen: int = 0
+    """By rank 0, of the replanner; said to all in the next report."""
+    _due_change: tuple[int, Sequence[float]] = (0, ())
+    """The same, as all know it, and seconds of computing by rank."""
 
     @property
     def ledger(self) -> Ledger:
@@ -95,11 +115,14 @@ class Trainer:
         self._begin_interval()
         for step in range(first_step, train.steps):
             self.ledger.step = step
+            self._change(step)
             num_micro = self.assignment[self.replica]
             batches = (self.task.batch(step, index_in_step(self.assignment, self.replica, micro)) for micro in range(num_micro))
             with self.ledger.label("replica"):
                 ran = self.stepper.run(step, batches, num_micro, sum(self.assignment) / len(self.assignment))
             self._interval.add(ran)
+            if self.timeline:
+                self.timeline.step(step, ran)
             self.tokens += self.task.workload.tokens_per_microbatch * sum(self.assignment)
             done = step + 1
             due = False
@@ -120,7 +143,7 @@ class Trainer:
             done = max(first_step, train.steps)
         if reason == "done":
             self.parts.sync.finish()
-            self.evaluate(done)
+            self.evaluate(done, shows=EXAMPLES)
         if self.saved_step != done:
             self.save(done)
         self._settle()
@@ -128,22 +151,30 @@ class Trainer:
             self.reporter.end(done, reason)
         return reason
 
-    def evaluate(self, step: int) -> float:
-        """The score on the held-out part, over all ranks."""
+    def evaluate(self, step: int, shows: int = 0) -> float:
+        """The loss on the held-out part, over all ranks; so many examples go into the run folder."""
         before = self.ledger.sent_bytes
-        with self.parts.sync.averaged():
-            total, weight = self.stepper.score(self.task, self.parts.model, self.replica)
+        with self.parts.sync.averaged(), self.stepper.evaluated(self.parts.model) as model:
+            found = self.stepper.score(self.task, model, self.replica)
+            if self.reporter and shows:
+                self.reporter.examples(step, shown(self.task, model, shows))
+        sums = self._sum(torch.tensor(found, dtype=torch.float64), "evaluation").tolist()
         self._interval_bytes += self.ledger.sent_bytes - before  # no step's
-        sums = self._sum(torch.tensor([total, weight], dtype=torch.float64), "evaluation")
-        score = float(sums[0] / sums[1])
+        loss = sums[0] / sums[1] if sums[1] else math.nan
         if self.reporter:
-            self.reporter.evaluation(step, self.tokens, score)
-        return score
+            self.reporter.evaluation(step, self.tokens, loss, self.task.score_of(sums))
+        return loss
 
     def save(self, step: int) -> None:
         """Begin to write a checkpoint of the state after `step` steps, when the one before it is whole."""
         self._settle()
-        progress = Progress(step=step, tokens=self.tokens, world_size=self.group.size(), assignment=self.assignment)
+        progress = Progress(
+            step=step,
+            tokens=self.tokens,
+            world_size=self.group.size(),
+            assignment=self.assignment,
+            replanned=self.replanner.changes if self.replanner else {},
+        )
         self.saver.begin(self.parts, progress)
         self.saved_step, self._saved_at = step, time.perf_counter()
 
@@ -185,19 +216,31 @@ class Trainer:
 
     def write_end(self, pacer: Pacer | Pace | None, results: Path | None) -> None:
         """After the last step: gather the ledgers of all ranks; rank 0 writes what was measured, and into `results` where."""
-        mine = {"entries": self.ledger.entries(self.group.rank()), "missed": pacer.missed_fraction if pacer else None}
+        rank = self.group.rank()
+        mine = {
+            "entries": self.ledger.entries(rank),
+            "missed": pacer.missed_fraction if pacer else None,
+            "passes": [{"rank": rank} | dict(zip(PASS, one, strict=True)) for one in self.stepper.timeline()],
+            "events": self.timeline.events() if self.timeline else [],
+        }
         gathered: list[Any] = [None] * self.group.size()
         with self.ledger.label("results"):
             dist.gather_object(mine, gathered if self.reporter else None, dst=0)
         if self.reporter is None:
             return
         self.reporter.folder.write("ledger.json", {"entries": [entry for rank in gathered for entry in rank["entries"]]})
+        if self.timeline:
+            write_trace(self.reporter.folder.path / "timeline.json", [event for rank in gathered for event in rank["events"]])
         medians, transfers = self.reporter.medians(), self.measured_transfers()
         if medians:
+            if transfers:  # more exact, since intervals may cut rare exchanges
+                medians["wire_bytes_per_step"] = sum(
+                    row["wire_bytes_per_step"] for row in transfers if row["label"] != EVALUATION
+                )
             measured = {
                 **medians,
                 "transfers": transfers,
-                "wire_bytes_per_step": sum(row["wire_bytes_per_step"] for row in transfers if row["label"] != EVALUATION),
+                "passes": [one for rank in self.pipeline for one in gathered[rank]["passes"]],
                 "missed_pace": max((rank["missed"] for rank in gathered if rank["missed"] is not None), default=None),
             }
             self.reporter.folder.write("measured.json", measured)
@@ -209,12 +252,14 @@ class Trainer:
         and whether it is time for a checkpoint, by rank 0's clock."""
         count, mean_loss, times = len(self._interval), self._interval.loss(), self._interval.times()
         usual = median(one.compute_s for one in times)  # one disturbed step is no sign of a rank's speed
-        vector = torch.zeros(SUMMARY + self.group.size(), dtype=torch.float64)
+        ranks = self.group.size()
+        vector = torch.zeros(SUMMARY + ranks + self.train.replan, dtype=torch.float64)
         vector[:SUMMARY] = torch.tensor([mean_loss, self.stop.requested, self._due(), self.saver.failed], dtype=vector.dtype)
         vector[SUMMARY + self.group.rank()] = usual
+        vector[SUMMARY + ranks :] = self._chosen
         vector = self._sum(vector, "summary")
         loss, stops, due, failed = vector[:SUMMARY].tolist()
-        computing = vector[SUMMARY:].tolist()
+        computing = vector[SUMMARY : SUMMARY + ranks].tolist()
         seconds = self._interval.end(times)
         wait = seconds.pop("wait_s")
         waiting = min(wait, max(0.0, max(computing) - usual, self.bubble_s))
@@ -236,11 +281,15 @@ class Trainer:
             )
         mark = (done, self.ledger.snapshot())
         if self._steady is None:
-            self._steady = mark if done >= self.stepper.sync.settled_after else None
+            self._steady = mark if self.stepper.settled(done) else None
         elif count == self.train.log_every:
             self._last = mark
         if self.by_speed and done < self.train.steps:
             self._reassign(done, computing)
+        if self.replanner and (number := int(vector[-1])):
+            self._due_change, self._chosen = (number, computing), 0
+        elif self.replanner and self.reporter:
+            self._chosen = self.replanner.look(count, computing, wait - waiting, self.assignment)
         self._begin_interval()
         if failed:
             raise UserError(self.saver.reason())
@@ -257,6 +306,23 @@ class Trainer:
         self.assignment = reassign(before, [seconds / count for seconds, count in zip(compute_s, before, strict=True)])
         if self.reporter and self.assignment != before:
             self.reporter.assigned(done, self.assignment)
+
+    def _change(self, step: int) -> None:
+        """To the plan that rank 0 has chosen, if it has. Collective."""
+        number, compute_s = self._due_change
+        if self.replanner is None or not number:
+            return
+        compress, self._due_change = self.replanner.config.compress, (0, ())
+        self.replanner.take(number)
+        config = self.replanner.config
+        exchange = None if config.compress == compress else make_exchange(config.compress, self.ledger)
+        self.parts.sync.switch(exchange, getattr(config.sync, "every", 1))
+        self.assignment = self.replanner.assignment(self.assignment, compute_s)
+        self.replanner.choose()
+        self._steady = self._last = None
+        if self.reporter:
+            self.reporter.replanned(step, self.replanner, self.assignment)
+        self._begin_interval()
 
     def _begin_interval(self) -> None:
         self._interval, self._interval_bytes = Interval(self.stepper.clock), self.ledger.sent_bytes

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from thinwire.cluster import Cluster
+from thinwire.cluster.order import in_order
 from thinwire.collectives import backend
 from thinwire.collectives.groups import give_timeout
 from thinwire.collectives.ledger import Ledger
@@ -21,12 +22,14 @@ from thinwire.config.run import RunConfig
 from thinwire.environment import Environment, set_variables, shared_gpu_variables
 from thinwire.errors import UserError
 from thinwire.lab.commands import TRAINING
-from thinwire.layout import AXES, EVERYONE, REPLICA_AXES, REPLICAS, Layout
+from thinwire.layout import EVERYONE, REPLICA_AXES, REPLICAS, Layout
 from thinwire.measure.compute import find_device, kind_of, shared_gpus
 from thinwire.measure.gather import gather
-from thinwire.plan import memory
-from thinwire.plan.cost import Prediction, Setting, predict
+from thinwire.parallel.mesh import make_mesh
+from thinwire.plan import fitting, memory
+from thinwire.plan.cost import Prediction, Setting, predict, ranks_per_core
 from thinwire.sync.make import make_synchroniser
+from thinwire.sync.single_rank import SingleRank
 from thinwire.train import results, setup
 from thinwire.train.assign import Assignment, first_assignment
 from thinwire.train.checkpoint.disks import describe, share_run_files
@@ -35,19 +38,27 @@ from thinwire.train.checkpoint.restore import find_checkpoint
 from thinwire.train.checkpoint.saver import Saver
 from thinwire.train.checkpoint.state import Parts, load
 from thinwire.train.failure import Heartbeat
+from thinwire.train.loggers import open_boards
+from thinwire.train.metrics import exposition, metrics_served
 from thinwire.train.optimizers import make_optimizer
 from thinwire.train.pace import Pacer
-from thinwire.train.part import Part, Place, take_part
+from thinwire.train.part import Part, Place, Precision, take_part
 from thinwire.train.pipelined import Pace
 from thinwire.train.runtime import StopRequest, process_group
 from thinwire.train.step import Stepper
-from thinwire.train.task import LanguageModel
-from thinwire.train.trainer import Trainer, report_traffic
+from thinwire.train.task import Task
+from thinwire.train.timeline import Timeline
+from thinwire.train.trainer import Trainer
+from thinwire.train.updates import activations_on_host, check_on_host
+
+if TYPE_CHECKING:
+    from thinwire.train.replan import Replanner
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rank:
-    """One rank whose process group exists. tuner: who chooses collectives, None if they are the backend's own."""
+    """One rank whose process group exists. tuner: who chooses collectives, None if they are the backend's own.
+    order: by number the rank of the cluster file, where that is another."""
 
     config: RunConfig
     environment: Environment
@@ -56,6 +67,7 @@ class Rank:
     device: torch.device
     stop: StopRequest
     tuner: Tuner | None = None
+    order: tuple[int, ...] = ()
 
     @property
     def host(self) -> str:
@@ -79,25 +91,24 @@ def work(
     resume: the run folder to go on with. bind: the address at which rank 0 opens the store, if the launcher has none.
     store: where the ranks have met already.
     """
+    environment, order = setup.along_the_links(config, environment)
     place = environment.place
     assert place is not None, "a launcher has started this process"
-    layout = config.layout.resolve(place.world_size, rare=config.sync.rare)
+    layout = config.laid_out(place.world_size)
     stop = StopRequest()
     stop.listen()
     ledger = Ledger()
-    device, group_backend = _device(environment)
-    if config.sync.by_speed and device.type != "cpu":
-        raise UserError(f"sync.assign = 'by_speed' times the processor, not {device.type}; set it to 'equal'")
-    rank = Rank(config=config, environment=environment, layout=layout, ledger=ledger, device=device, stop=stop)
+    device, group_backend = _device(environment, config.train.backend, chosen=config.collectives.kind != "native")
+    check_on_host(config.train.on_host, device)
+    rank = Rank(config=config, environment=environment, layout=layout, ledger=ledger, device=device, stop=stop, order=order)
     timeout_s = config.train.timeout_s
     with ExitStack() as stack:
         mpi = None
         if setup.uses_mpi(config.train.backend, place, device):
             place, mpi = stack.enter_context(setup.mpi_ranks(place, timeout_s))
         if group_backend == backend.NAME:
-            rank = replace(rank, tuner=setup.set_collectives(config, environment, ledger, mpi))
-        elif config.collectives.kind != "native":
-            raise UserError(f"collectives.kind = {config.collectives.kind!r} is for CPUs; set it to 'native'")
+            tuner = setup.set_collectives(config, environment, ledger, mpi, order=order, device=device.type)
+            rank = replace(rank, tuner=tuner)
         set_variables(shared_gpu_variables(place, torch.cuda.device_count(), rank.host))
         place = stack.enter_context(process_group(place, group_backend, timeout_s, bind, None if mpi else store))
         heartbeat = stack.enter_context(Heartbeat(place, rank.host, timeout_s))
@@ -117,10 +128,7 @@ def train_as(rank: Rank, resume: Path | None) -> Outcome:
 def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     config, ledger, layout, number = rank.config, rank.ledger, rank.layout, dist.get_rank()
     gradients = layout.of_gradients
-    mesh = init_device_mesh(rank.device.type, gradients.degrees, mesh_dim_names=AXES)
-    groups = {name: mesh.get_group(name) for name in AXES}
-    if layout.seq > 1:
-        groups["seq"], _ = dist.new_subgroups_by_enumeration(layout.groups("seq"))
+    mesh, groups = make_mesh(layout, rank.device.type)
     for made in groups.values():
         if not isinstance(made, backend.MeteredGroup):  # the metered backend has done so itself
             give_timeout(made, timedelta(seconds=config.train.timeout_s))
@@ -134,20 +142,25 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     if isinstance(group, backend.MeteredGroup):
         backend.self_test(group, ledger)
     cluster = setup.find_cluster(config, rank.environment, layout.world_size, kind_of(rank.device))
+    cluster = in_order(cluster, rank.order) if rank.order else cluster
     folder, disks = setup.agree_on_folder(config, resume)
     task = setup.make_task(config, layout, rank.environment)
     room = setup.find_room(rank.device, rank.host, in_lab=rank.environment.lab is not None)
     on_device, casts = rank.device.type != "cpu", config.train.dtype == "bfloat16"
-    needed = partial(memory.need, config, task.shape, layout, on_device=on_device)
-    memory.check(needed(casts=casts), room, memory.leaner(config, task.shape, layout, casts=casts, on_device=on_device))
+    needed = partial(memory.need, config, task.shape, layout, on_device=on_device) if task.shape else None
+    if task.shape and needed:
+        fitting.check(needed(casts=casts), room, fitting.leaner(config, task.shape, layout, casts=casts, on_device=on_device))
     dtype = setup.agree_on_dtype(config, rank.device, folder if resume else None, task)
     casts = dtype != config.model.dtype
-    if number == 0:
-        print(memory.line(needed(casts=casts), room), flush=True)
+    if number == 0 and needed:
+        print(fitting.line(needed(casts=casts), room), flush=True)
 
-    precision = partial(torch.autocast, rank.device.type, dtype=torch.bfloat16) if casts else nullcontext
+    precision: Precision = partial(torch.autocast, rank.device.type, dtype=torch.bfloat16) if casts else nullcontext
+    if "activations" in config.train.on_host:
+        precision = partial(activations_on_host, rank.device, precision)
     place = Place(
         layout=layout,
+        rank=number,
         groups=groups,
         ledger=ledger,
         device=rank.device,
@@ -157,7 +170,8 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
     )
     part = take_part(task, config, place)
     stack.callback(part.close)
-    sync = make_synchroniser(config.sync, config.compress, gradients, ledger)
+    alone = config.train.updates == "early" and not config.sync.rare
+    sync = SingleRank() if alone else make_synchroniser(config.sync, config.compress, gradients, ledger)
     optimizer = make_optimizer(part.module, config.train)
     parts = Parts(
         model=part.module,
@@ -170,26 +184,33 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         shards=part.shards,
         exchange=part.sharded.shards.compression if part.sharded else None,
         layout=str(layout),
-        replicas=part.experts is not None,
+        replicas=layout.expert > 1,
+        copies=part.pipeline.copies if part.pipeline else {},
     )
     progress = Progress(step=0, tokens=0, world_size=layout.world_size, assignment=())
     if resume is not None:
         with ledger.label("checkpoint"):
             found = find_checkpoint(folder.path / "checkpoints", disks, parts)
+        if found.progress.replanned:
+            config = fitting.changed(config, found.progress.replanned, "what the checkpoint says was planned anew")
+            rank, sync = replace(rank, config=config), make_synchroniser(config.sync, config.compress, gradients, ledger)
+            parts = replace(parts, sync=sync)
         load(found.path, parts, with_own=found.with_own)
         progress = found.progress
     attached = stack.enter_context(sync.attached(part.module, optimizer, mesh))
     stepper = part.stepper(attached, optimizer, sync, task, config.train)
     with ledger.label("replica set-up"), part.waits.set_up():
         stepper.rehearse(task.batch(0, replica))
-    prediction, pacer, assignment = _predict(rank, cluster, task, part, stepper, progress, groups)
+    setting, prediction, pacer, assignment = _predict(rank, cluster, task, part, stepper, progress, groups)
     if pacer:
         stack.enter_context(part.paced(pacer))
 
     hosts = gather(rank.host)
     reporter = None
     if number == 0:
-        reporter = results.Reporter(folder, config.train.steps, task.unit)
+        described = {"parameters": task.workload.num_parameters, "layout": layout, "sync": config.sync.kind}
+        boards = open_boards(folder.path, config.watch.loggers, described | {"compress": config.compress.kind})
+        reporter = results.Reporter(folder, config.train.steps, task, boards)
         if resume is None:
             about = results.About(
                 hosts=hosts,
@@ -209,6 +230,9 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         if rank.environment.results is not None:
             (rank.environment.results / TRAINING).touch()
     share_run_files(folder.path, disks)
+    if config.watch.metrics_port:
+        port = config.watch.metrics_port + rank.environment.here[0]
+        stack.enter_context(metrics_served(partial(exposition, ledger, number), port, f"watch.metrics_port: rank {number}"))
     trainer = Trainer(
         task=task,
         stepper=stepper,
@@ -216,6 +240,7 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         parts=parts,
         group=group,
         replica=replica,
+        pipeline=layout.groups("pipe")[0] if layout.pipe > 1 else (),
         loss_ranks=layout.tensor * layout.seq,
         device=rank.device,
         stop=rank.stop,
@@ -224,16 +249,19 @@ def _train(rank: Rank, resume: Path | None, stack: ExitStack) -> Outcome:
         assignment=assignment,
         bubble_s=prediction.waiting_s if part.pipeline else 0.0,
         by_speed=config.sync.by_speed,
+        replanner=_replanner(rank, task, setting, groups),
         tokens=progress.tokens,
         saved_step=progress.step if resume else -1,
+        timeline=Timeline(ledger, number, config.watch.timeline_steps) if config.watch.timeline_steps else None,
     )
     reason = trainer.run(progress.step)
     trainer.write_end(pacer, rank.environment.results)
     return Outcome(reason=reason, folder=folder.path)
 
 
-def _device(environment: Environment) -> tuple[torch.device, str]:
-    """This rank's device and the backend of its group. Ranks that share a CPU get one thread each."""
+def _device(environment: Environment, wanted: str = "auto", *, chosen: bool = False) -> tuple[torch.device, str]:
+    """This rank's device and the backend of its group. Ranks that share a CPU get one thread each. wanted: train.backend; chosen:
+    not the backend's own collectives; UserError where they cannot be on this device."""
     place, (number, ranks_here) = environment.place, environment.here
     assert place is not None
     device = find_device(number, alone=place.world_size == 1)
@@ -241,24 +269,32 @@ def _device(environment: Environment) -> tuple[torch.device, str]:
         return device, backend.NAME
     if place.rank == 0 and (line := shared_gpus(ranks_here)):
         print(line, flush=True)
-    if dist.is_nccl_available():
+    if wanted == "mpi":
+        return device, backend.NAME
+    over_nccl = dist.is_nccl_available() and wanted == "auto"
+    why = "this torch has no NCCL" if wanted == "auto" else "train.backend is 'gloo'"
+    if chosen and not over_nccl:
+        raise UserError(f"collectives.kind chooses on GPUs over NCCL, and {why}; set it to 'native'")
+    if chosen:
+        return device, backend.NAME
+    if over_nccl:
         return device, f"cpu:gloo,{device.type}:nccl"
     if place.rank == 0:
-        print("the ranks talk over gloo, through pinned memory of the host: this torch has no NCCL", flush=True)
+        print(f"the ranks talk over gloo, through pinned memory of the host: {why}", flush=True)
     return device, f"cpu:gloo,{device.type}:gloo"
 
 
 def _predict(
     rank: Rank,
     cluster: Cluster,
-    task: LanguageModel,
+    task: Task,
     part: Part,
     stepper: Stepper,
     progress: Progress,
     groups: Mapping[str, dist.ProcessGroup],
-) -> tuple[Prediction, Pacer | Pace | None, Assignment]:
-    """What a step will cost; the pacer that holds this rank to the declared rate, if the lab asks for one; and who has how many
-    micro-batches. Collective."""
+) -> tuple[Setting, Prediction, Pacer | Pace | None, Assignment]:
+    """What a step is made of, and will cost; the pacer that holds this rank to the declared rate, if the lab asks for one; and
+    who has how many micro-batches. Collective."""
     lab, layout, config = rank.environment.lab, rank.layout, rank.config
     declared, pacer = cluster.declared_rates, None
     if lab and lab.paced and declared and rank.device.type == "cpu":  # a host that sleeps holds up no device
@@ -268,36 +304,39 @@ def _predict(
         batch = task.batch(0, layout.replica(dist.get_rank()))
         rates, rates_are = setup.timed_rates(part.workload, batch, stepper, rank.ledger), "timed on this model before training"
     assignment = _assign(config, layout, rates, progress.assignment)
-    setting = Setting(
-        cluster=cluster,
-        layout=layout,
-        workload=part.workload,
-        micro_batches=config.sync.accumulate,
-        flops_per_s=rates,
+    setting = replace(
+        part.outline.setting(config, layout, cluster, rates),
         rates_are=rates_are,
-        optimizer=config.train.optimizer.kind,
         assignment=assignment,
         kind=kind_of(rank.device),
-        stages=part.stages,
-        sharded=part.sharded.passes if part.sharded else None,
-        tensor_flops=part.tensor_flops,
+        ranks_per_core=ranks_per_core(layout.world_size) if pacer else 1.0,
     )
+    replica = layout.replica(dist.get_rank())
     transfers = [
-        *part.traffic(config.sync.accumulate, config.train),
-        *stepper.sync.traffic(part.workload, layout.of_gradients),
-        *stepper.norm_traffic(),
-        *stepper.evaluation_traffic(task, layout.replica(dist.get_rank())),
-        *part.evaluation_traffic(task, layout.replica(dist.get_rank()), config.train),
-        *report_traffic(config.train, layout.of_gradients.report_axis, layout.world_size),
+        *part.outline.transfers(config, layout, stepper.sync, task.num_sums),
+        *stepper.evaluation_traffic(task, replica),
+        *part.evaluation_traffic(task, replica, config.train),
     ]
     carrier = setup.choose_carrier(rank.tuner, cluster, groups, transfers)
-    return predict(setting, transfers, carrier=carrier), pacer, assignment
+    prediction = predict(setting, transfers, carrier=carrier)
+    lines = filter(None, (shared_gpus(rank.environment.here[1]), part.first_visits(task, config.sync.accumulate)))
+    prediction = replace(prediction, assumptions=(*prediction.assumptions, *lines))
+    return setting, prediction, pacer, assignment
+
+
+def _replanner(rank: Rank, task: Task, setting: Setting, groups: Mapping[str, dist.ProcessGroup]) -> "Replanner | None":
+    if not rank.config.train.replan or task.shape is None:
+        return None
+    from thinwire.train.replan import Collectives, Replanner  # which loads the planner
+
+    chosen = Collectives(rank.tuner, groups) if rank.tuner else None
+    return Replanner(rank.config, task.shape, setting.cluster, setting.flops_per_s, setting.ranks_per_core, chosen)
 
 
 def _assign(config: RunConfig, layout: Layout, rates: Sequence[float], saved: Assignment) -> Assignment:
     """Micro-batches of a step by replica: as saved, if that fits this run, else by `rates`, which all ranks know."""
     equal = (config.sync.accumulate,) * layout.replicas
     if not config.sync.by_speed:
-        return equal
+        return saved if config.train.replan and len(saved) == len(equal) and sum(saved) == sum(equal) else equal
     slowest = [min(rate for rank, rate in enumerate(rates) if layout.replica(rank) == replica) for replica in range(len(equal))]
     return first_assignment(equal, [1 / rate for rate in slowest], saved)

@@ -28,10 +28,10 @@ MOST_EVENTS = 400_000
 
 
 class Recorder:
-    """What this rank notes while `on`. clock: of the devices of the script's first group."""
+    """What this rank notes while `on`, of calls only if `calls` too. clock: of the devices of the script's first group."""
 
     def __init__(self) -> None:
-        self.on = True
+        self.on = self.calls = True
         self.clock: Any = HostClock()
         self.events: list[Event] = []
         self.kept: list[dist.ProcessGroup] = []
@@ -134,7 +134,7 @@ class SeenGroup(MeteredGroup):
     ) -> Any:
         recorder = self._recorder
         passed = partial(issue, *arguments) if opts is None else partial(issue, *arguments, opts)
-        if not recorder.on:
+        if not (recorder.on and recorder.calls):
             return passed() or _Nothing()
         call = Call(recorder.clock.now(), op, bytes_of(tensors), self._ranks)
         recorder.note(call)

@@ -26,10 +26,13 @@ from thinwire.why.causes import Case
 from thinwire.why.clocks import clock_offsets
 from thinwire.why.hooks import marked
 from thinwire.why.meter import OWN, Recorder, metered
-from thinwire.why.steps import profile
+from thinwire.why.steps import FEWEST_STEPS, profile
+from thinwire.why.trace import PLAIN
 
 PATIENCE = timedelta(seconds=120)
 """With ranks that have not come to the same step."""
+METERED = 3
+"""Calls of one in so many steps are noted, which takes time; how long a step is, the others say."""
 REST_S = 0.2
 """In which gloo's threads drop what they hold (`Recorder.kept`)."""
 Conclude = Callable[[Case], None]
@@ -105,6 +108,11 @@ class _Session:
             self.conclude()
             if self._wanted.stop:
                 self._wanted.stop()
+        if (metered := done - self._wanted.warm_up) >= 0:
+            every = max(1, min(METERED, self._wanted.steps // (FEWEST_STEPS + 1)))
+            self._recorder.calls = metered % every == 0
+            if not self._recorder.calls:
+                self._recorder.mark(PLAIN)
 
     def conclude(self) -> None:
         """The verdict, once. Collective. What goes wrong is a line on stderr: the script has nothing to do with it."""
@@ -125,7 +133,8 @@ class _Session:
         begun = time.perf_counter()
         offsets_s = clock_offsets(group)
         traces = gather(self._recorder.trace(), group)
-        device = torch.device("cpu") if not self._recorder.clock.on_device else torch.device("cuda", torch.cuda.current_device())
+        accelerator = torch.accelerator.current_accelerator() if self._recorder.clock.on_device else None
+        device = accelerator or torch.device("cpu")
         hosts, network = measure_hosts(address_of_default_group(), kind_of(device), Phases(lambda _: None), group)
         problem = None
         if rank == 0:

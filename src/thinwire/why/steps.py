@@ -2,7 +2,8 @@
 
 A step ends where an optimizer has stepped (of several the one that steps most rarely), else where the pattern of calls begins
 anew. Only steps with the usual pattern of calls on every rank count, and of these the middle half by duration, so that the terms
-of their mean add up. A rank's step is a program:
+of their mean add up. Noting calls takes time: where steps are there whose calls were not noted, they say how long a step is, and
+the terms of the others are made to add up to that. A rank's step is a program:
 
     issue   busy so long, then a call is issued
     wait    busy so long, then the rank stands still until some calls are over
@@ -21,7 +22,21 @@ from itertools import pairwise
 from statistics import fmean
 
 from thinwire.errors import UserError
-from thinwire.why.trace import BACKWARD, BACKWARD_END, DATA, DATA_END, FORWARD, OPTIMIZER, STEP, Call, Event, Mark, Trace, Wait
+from thinwire.why.trace import (
+    BACKWARD,
+    BACKWARD_END,
+    DATA,
+    DATA_END,
+    FORWARD,
+    OPTIMIZER,
+    PLAIN,
+    STEP,
+    Call,
+    Event,
+    Mark,
+    Trace,
+    Wait,
+)
 
 PHASES = ("data", "outside", "forward", "backward", "issuing", "optimizer")
 """What a rank is busy with: the data loader; anything else before the first forward pass; the passes; handing calls to the
@@ -51,6 +66,11 @@ class Program:
 
     items: tuple[Item, ...]
     tail: Busy
+
+    def times(self, factor: float) -> "Program":
+        """The same, so many times as long."""
+        items = (Item(one.kind, one.calls, tuple(factor * seconds for seconds in one.busy)) for one in self.items)
+        return Program(tuple(items), tuple(factor * seconds for seconds in self.tail))
 
     def total(self, *phases: str) -> float:
         """Seconds of these phases; of all if none is named."""
@@ -91,26 +111,39 @@ def profile(traces: Sequence[Trace], offsets_s: Sequence[float]) -> Profile:
     UserError if no pattern repeats.
     """
     cut = [_cut(trace) for trace in traces]
+    count = min(map(len, cut))
+    plain = [n for n in range(count) if any(isinstance(one, Mark) and one.what == PLAIN for one in cut[0][n])]
     walked = [[_walk(events) for events in steps] for steps in cut]
     patterns = [[_pattern(stretches) for stretches, _ in steps] for steps in walked]
-    usual = [Counter(found).most_common(1)[0][0] if found else () for found in patterns]
-    count = min(map(len, cut))
-    alike = [n for n in range(count) if all(found[n] == most for found, most in zip(patterns, usual, strict=True))]
+    noted = [n for n in range(count) if n not in plain]
+    usual = [Counter(found[n] for n in noted).most_common(1)[0][0] if noted else () for found in patterns]
+    alike = [n for n in noted if all(found[n] == most for found, most in zip(patterns, usual, strict=True))]
     if len(alike) < FEWEST_STEPS:
-        raise UserError(f"no step repeats: of {count} steps {len(alike)} are alike on all ranks; let the script go on for longer")
-    ordered = sorted(alike, key=lambda n: _moment(cut[0][n][-1]) - _moment(cut[0][n][0]))
-    quarter = len(ordered) // 4
-    kept = sorted(ordered[quarter : len(ordered) - quarter])
+        raise UserError(
+            f"no step repeats: of {len(noted)} steps {len(alike)} are alike on all ranks; let the script go on for longer"
+        )
+
+    def took_s(n: int, rank: int = 0) -> float:
+        return _moment(cut[rank][n][-1]) - _moment(cut[rank][n][0])
+
+    def middle_half(numbers: list[int]) -> list[int]:
+        quarter = len(numbers) // 4
+        return sorted(sorted(numbers, key=took_s)[quarter : len(numbers) - quarter])
+
+    kept = middle_half(alike)
+    timed = middle_half(plain) if len(plain) >= FEWEST_STEPS else kept
     walks = [[steps[n] for n in kept] for steps in walked]
     arrivals, ends = _moments(walks, offsets_s)
     waiting, exposed = _blocked(walks, offsets_s, arrivals)
+    step_s = fmean(map(took_s, timed))
+    times = [step_s / fmean(took_s(n, rank) for n in kept) for rank in range(len(traces))]
     return Profile(
-        step_s=fmean(_moment(cut[0][n][-1]) - _moment(cut[0][n][0]) for n in kept),
-        steps=len(kept),
-        programs=tuple(_mean_program(own) for own in walks),
+        step_s=step_s,
+        steps=len(timed),
+        programs=tuple(_mean_program(own).times(factor) for own, factor in zip(walks, times, strict=True)),
         calls=_calls(walks, arrivals, ends),
-        waiting_s=waiting,
-        exposed_s=exposed,
+        waiting_s=tuple(factor * seconds for seconds, factor in zip(waiting, times, strict=True)),
+        exposed_s=tuple(factor * seconds for seconds, factor in zip(exposed, times, strict=True)),
     )
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-STEP, OPTIMIZER, FORWARD, BACKWARD, BACKWARD_END, DATA, DATA_END = (
+STEP, OPTIMIZER, FORWARD, BACKWARD, BACKWARD_END, DATA, DATA_END, PLAIN = (
     "step",
     "optimizer",
     "forward",
@@ -11,8 +11,10 @@ STEP, OPTIMIZER, FORWARD, BACKWARD, BACKWARD_END, DATA, DATA_END = (
     "backward end",
     "data",
     "data end",
+    "plain",
 )
-"""Marks: an optimizer has stepped, begins; the first module of a step is called; backward() and the data loader, from and to."""
+"""Marks: an optimizer has stepped, begins; the first module of a step is called; backward() and the data loader, from and to;
+calls of this step are not noted."""
 
 
 @dataclass(slots=True, eq=False)

@@ -41,6 +41,7 @@ def test_the_best_is_never_slower_than_native_nor_below_the_bound(cluster: Clust
     assert all(one.seconds >= bound(cluster, op, n).seconds * (1 - 1e-6) for one in found.ranking)
 
 
+@pytest.mark.long
 def test_equal_hosts() -> None:
     """6/4 of the message through each card is the bound, and the backend's ring is as near to it as anything."""
     hosts = star([RATE] * 4, latency_s=50e-6)
@@ -102,6 +103,7 @@ def test_costs_are_scaled_by_whose_they_are() -> None:
         assert getattr(scaled.native, name) == pytest.approx(3 * getattr(costs.native, name))
 
 
+@pytest.mark.long
 def test_interleaved_racks_are_reordered() -> None:
     found = chosen(load_cluster("two-racks"), "all_reduce", SIZE // 2)
     assert found.native.seconds == pytest.approx(4 * 14 / 8 * MESSAGE_S / 2 * BOTH_DIRECTIONS, rel=0.01)

@@ -144,12 +144,12 @@ def join_late(group: Any) -> None:
 
 
 def long_case_a_rank_that_does_not_run_a_schedule_is_waited_for_in_vain() -> str:
-    group = scheduled(fixed(), timeout_s=1)
+    group = scheduled(fixed(), timeout_s=3)
     dist.all_reduce(zeros(8), group=group)
     said = ""
     if dist.get_rank() != 3:
         begun = time.monotonic()
         said = refused(lambda: dist.all_reduce(zeros(8), group=group))
-        assert 0.9 < time.monotonic() - begun < 5
+        assert 2.9 < time.monotonic() - begun < 9
     dist.barrier()
     return said

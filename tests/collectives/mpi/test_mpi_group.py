@@ -39,8 +39,8 @@ def long_outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     return launched(tmp_path_factory.mktemp("mpi"), "long_case", LONG_CASES)
 
 
-def launched(folder: Path, kind: str, names: list[str]) -> Outcomes:
-    command = [mpiexec(), "-n", "4", sys.executable, str(PROGRAM), str(folder), kind]
+def launched(folder: Path, kind: str, names: list[str], *more: str) -> Outcomes:
+    command = [mpiexec(), "-n", "4", sys.executable, str(PROGRAM), str(folder), kind, *more]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=False)
     print(done.stdout)
     files = [folder / f"outcomes-{rank}" for rank in range(4)]
@@ -62,6 +62,11 @@ def launched(folder: Path, kind: str, names: list[str]) -> Outcomes:
 @pytest.mark.parametrize("case", CASES)
 def test_case(outcomes: Outcomes, case: str) -> None:
     outcomes(case)
+
+
+def test_every_case_through_memory_of_the_host(tmp_path: Path) -> None:
+    """As tensors of a device go: copied there, and what comes copied back. Not yet run on a GPU."""
+    launched(tmp_path, "case", CASES, "staged")
 
 
 @pytest.mark.long
@@ -158,4 +163,4 @@ def test_ranks_that_part_ways_are_named_by_all(outcomes: Outcomes) -> None:
 @pytest.mark.long
 def test_a_rank_that_runs_no_schedule_is_missed(long_outcomes: Outcomes) -> None:
     for rank, line in enumerate(long_outcomes("long_case_a_rank_that_does_not_run_a_schedule_is_waited_for_in_vain")[:3]):
-        assert line.startswith(f"UserError: rank {rank}: all_reduce (sum) of 8 float32 failed after 1.") and "timed out" in line
+        assert line.startswith(f"UserError: rank {rank}: all_reduce (sum) of 8 float32 failed after 3.") and "timed out" in line

@@ -83,6 +83,8 @@ class Codes:
 
 
 def _names(request: Request) -> list[str]:
+    if request.names:
+        return list(request.names)
     if len(request.tensors) == 1:
         return [request.name]
     return [f"{request.name}.{number}" for number in range(len(request.tensors))]

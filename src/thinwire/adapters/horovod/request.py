@@ -20,13 +20,15 @@ Key = tuple[str, int, str]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One call of a rank. tensors: dtype and shape of each. members: the process set. splits: rows for each rank (alltoall), or
-    the ranks of a new set. coding, owner: codes, as JSON, and whose residuals they keep. last: the owner's step ends with it."""
+    """One call of a rank. tensors: dtype and shape of each. names: of each of several, where they have names of their own.
+    members: the process set. splits: rows for each rank (alltoall), or the ranks of a new set. coding, owner: codes, as JSON, and
+    whose residuals they keep. last: the owner's step ends with it."""
 
     kind: str
     name: str
     members: int = 0
     tensors: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    names: tuple[str, ...] = ()
     op: str = ""
     prescale: float = 1.0
     postscale: float = 1.0
@@ -53,6 +55,10 @@ class Request:
     def parts(self) -> Iterator[tuple[str, Any]]:
         """What must be the same on all ranks, and what it is called."""
         yield "number of tensors", len(self.tensors)
+        yield "list of names", list(self.names)
+        for name, (dtype, shape) in zip(self.names, self.tensors, strict=False):
+            yield f"dtype of {name}", dtype
+            yield f"shape of {name}", list(shape)
         yield "dtype", [dtype for dtype, _ in self.tensors]
         cut = 1 if self.kind in RAGGED else 0
         yield "number of dims", [len(shape) for _, shape in self.tensors]

@@ -5,7 +5,6 @@ ALLREDUCE              from there until its results were there
 CYCLE_START            an announcement, where those are asked for
 """
 
-import json
 import threading
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from thinwire.adapters.horovod.controller import Announcement
 from thinwire.adapters.horovod.request import Request
+from thinwire.collectives.chrome import ChromeTrace, write_trace
 
 
 class Timeline:
@@ -21,8 +21,7 @@ class Timeline:
     def __init__(self, writes: bool) -> None:
         self._writes, self._path, self._cycles = writes, "", False
         self._lock = threading.Lock()
-        self._events: list[dict[str, Any]] = []
-        self._rows: dict[str, int] = {}
+        self._trace = ChromeTrace()
 
     def start(self, path: str, cycles: bool) -> None:
         """Into the file `path`, when it ends; cycles: with CYCLE_START."""
@@ -30,15 +29,15 @@ class Timeline:
             return
         self.stop()
         with self._lock:
-            self._path, self._cycles, self._rows = path, cycles, {}
+            self._path, self._cycles = path, cycles
             begun = {"start_time_since_epoch_in_micros": int(time.time() * 1e6)}
-            self._events = [{"name": "start", "ph": "M", "pid": 0, "args": begun}]
+            self._trace = ChromeTrace(begun={"name": "start", "ph": "M", "pid": 0, "args": begun})
 
     def stop(self) -> None:
         """Write what there is, and end."""
         with self._lock:
             if self._path:
-                Path(self._path).write_text(json.dumps(self._events), encoding="utf-8")
+                write_trace(Path(self._path), self._trace.events)
             self._path = ""
 
     def asked(self, request: Request, rank: int) -> None:
@@ -48,9 +47,6 @@ class Timeline:
         name = f"{request.kind}.{request.name}"
         phase = f"NEGOTIATE_{request.kind.upper()}"
         with self._lock:
-            if name not in self._rows:
-                self._rows[name] = len(self._rows) + 1
-                self._add("thread_name", "M", name, {"name": name})
             self._add(phase, "b", name)
             self._add(f"{rank}", "i", name, {"rank": rank})
 
@@ -67,7 +63,7 @@ class Timeline:
             return
         with self._lock:
             if self._cycles and phase == "B":
-                self._events.append({"name": "CYCLE_START", "ph": "i", "s": "g", "pid": 0, "tid": 0, "ts": _now_us()})
+                self._trace.events.append({"name": "CYCLE_START", "ph": "i", "s": "g", "pid": 0, "tid": 0, "ts": _now_us()})
             for part in announcement.parts:
                 kind, name = part.request.kind, f"{part.request.kind}.{part.request.name}"
                 if phase == "B":
@@ -75,11 +71,9 @@ class Timeline:
                 self._add(kind.upper(), phase, name, {"bytes": part.request.message_bytes})
 
     def _add(self, name: str, phase: str, row: str, arguments: dict[str, Any] | None = None) -> None:
-        number = self._rows.get(row, 0)
-        event = {"name": name, "ph": phase, "pid": 0, "tid": number, "ts": _now_us(), "args": arguments or {}}
+        event = self._trace.add(name, phase, row, _now_us(), args=arguments or {})
         if phase in "be":  # several ranks ask for one tensor
-            event |= {"cat": "negotiation", "id": number}
-        self._events.append(event)
+            event |= {"cat": "negotiation", "id": event["tid"]}
 
 
 def _now_us() -> float:

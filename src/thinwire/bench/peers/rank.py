@@ -6,6 +6,7 @@ A script has `measure(rank)`; what it returns on rank 0 becomes RESULTS/SCRIPT.j
 
 import importlib
 import json
+import socket
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from thinwire.bench.peers.outside import alone
 from thinwire.bench.ranks import report_progress
 from thinwire.collectives import backend
 from thinwire.collectives.ledger import Ledger
-from thinwire.environment import Environment, read_environment
+from thinwire.environment import Environment, read_environment, set_variables, shared_gpu_variables
 from thinwire.train.optimizers import make_optimizer
 from thinwire.train.runtime import process_group
 from thinwire.train.step import Stepper
@@ -78,6 +79,7 @@ def main(script, results, settings):
         name = module.register(rank) or name
     else:
         backend.register(rank.ledger)
+    set_variables(shared_gpu_variables(rank.place, torch.cuda.device_count(), socket.gethostname()))
     with process_group(rank.place, name, rank.settings.get("timeout_s", TIMEOUT_S)):
         found = module.measure(rank)
         if found is not None and rank.place.rank == 0:

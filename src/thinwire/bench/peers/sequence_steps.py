@@ -12,11 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from thinwire.bench.peers.rank import make_stepper
 from thinwire.config.compress import NoCompression
 from thinwire.config.model import ModelConfig
-from thinwire.config.run import TrainSection
+from thinwire.config.run import RunConfig, TrainSection
 from thinwire.config.sync import EveryStep
 from thinwire.layout import AXES, Layout
 from thinwire.models.transformer import Transformer
-from thinwire.parallel import sequence
+from thinwire.parallel.apply import Asked, apply
 from thinwire.sync.make import make_synchroniser
 
 
@@ -27,7 +27,8 @@ def measure(rank):
     mesh = init_device_mesh("cpu", layout.of_gradients.degrees, mesh_dim_names=AXES)
     torch.manual_seed(0)
     model = Transformer(config)
-    sequence.apply(model, dist.new_group(), rank.ledger, keeps=settings["keeps"])
+    groups = {"seq": dist.new_group()}
+    apply(model, Asked(layout=layout, groups=groups, ledger=rank.ledger, config=RunConfig(), keeps=settings["keeps"]))
     tokens = torch.randint(config.vocabulary, (1, length + 1))
     batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     sync = make_synchroniser(EveryStep(), NoCompression(), layout.of_gradients, rank.ledger)

@@ -230,7 +230,7 @@ def learn_one(race, method, task, seed, progress):
     steps, (done, parts) = method.config.train.steps, progress
     ledger, place = race.ledger, race.place
     counted_from = 0 if method.config.sync.rare else steps // 2
-    curve, sent = [], 0
+    curve, scores, sent = [], [], 0
     with ExitStack() as stack:
         stepper, model, _ = race.stepper(method, task, dist.group.WORLD, stack)
         for step in range(steps):
@@ -242,8 +242,9 @@ def learn_one(race, method, task, seed, progress):
             if step + 1 in race.settings["curve"]:
                 before = ledger.sent_bytes
                 with stepper.sync.averaged():
-                    total, weight = race.sum(task.score(model, place.rank))
-                curve.append([step + 1, total / weight])
+                    sums = race.sum(task.score(model, place.rank))
+                curve.append([step + 1, sums[0] / sums[1]])
+                scores.append([step + 1, task.score_of(sums)])
                 sent += ledger.sent_bytes - before
         sent = ledger.sent_bytes - sent
         stepper.sync.finish()
@@ -251,10 +252,12 @@ def learn_one(race, method, task, seed, progress):
             apart = weights_apart(model)
             if method.package != "hivemind":
                 check_equal(model, f"{method.name}, seed {seed}: after training")
-            total, weight, sent = race.sum([*task.score(model, place.rank), sent])
+            *sums, sent = race.sum([*task.score(model, place.rank), sent])
         torn = race.torn(stepper.sync)
     sent_per_step = None if method.package else sent / place.world_size / (steps - counted_from)
-    found = {"heldout_loss": total / weight, "wire_bytes_per_step": sent_per_step, "curve": curve}
+    found = {"heldout_loss": sums[0] / sums[1], "wire_bytes_per_step": sent_per_step, "curve": curve}
+    if task.score_is is not None:
+        found["scores"] = [*scores, [steps, task.score_of(sums)]]
     return found | {"weights_apart": apart, "torn": torn}
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from thinwire.collectives.mpi.agreement import Call, agreed, agreed_parts
 from thinwire.collectives.mpi.buffers import Reductions, op_name, raw
 from thinwire.collectives.mpi.engine import Engine, Exchange, Lane, MpiWork, Receive, Steps
+from thinwire.collectives.mpi.host import buffer_for, contiguous, copy_out, separate, settled
 from thinwire.collectives.mpi.library import Library
 from thinwire.errors import UserError
 
@@ -25,7 +26,8 @@ Plan = tuple[Call, Callable[[], Steps]]
 
 
 class MpiGroup:
-    """The ranks of one communicator. Of tensors on the CPU. It takes c10d's calls, from the `MeteredGroup` around it."""
+    """The ranks of one communicator. Tensors of a device go through memory of the host (`host`). It takes c10d's calls, from the
+    `MeteredGroup` around it."""
 
     def __init__(self, library: Library, engine: Engine, reductions: Reductions, comm: Any, lane: Lane) -> None:
         self._library, self._engine, self._reductions, self._comm, self._lane = library, engine, reductions, comm, lane
@@ -49,7 +51,7 @@ class MpiGroup:
         name = self._reduction(tensors, opts)
 
         def steps() -> Steps:
-            flats = [tensor.contiguous() for tensor in tensors]
+            flats = [contiguous(tensor) for tensor in tensors]
             in_place = self._library.MPI.IN_PLACE
             sources = [in_place if self._library.good_in_place else self._reductions.spec(flat.clone()) for flat in flats]
             yield [
@@ -66,7 +68,7 @@ class MpiGroup:
         (tensor,), root, name = tensors, opts.rootRank, self._reduction(tensors, opts)
 
         def steps() -> Steps:
-            flat, op = tensor.contiguous(), self._reductions.op(tensor.dtype, name)
+            flat, op = contiguous(tensor), self._reductions.op(tensor.dtype, name)
             spec = self._reductions.spec(flat)
             if self.rank() == root:
                 yield [self._comm.Ireduce(self._library.MPI.IN_PLACE, spec, op, root)]
@@ -79,17 +81,17 @@ class MpiGroup:
     def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         (output,), (parts,) = outputs, inputs
         self._check_list("reduce_scatter", parts, output)
-        return self._reduce_scatter(output, lambda: torch.cat([part.reshape(-1) for part in parts]), opts)
+        return self._reduce_scatter(output, lambda: contiguous(torch.cat([part.reshape(-1) for part in parts])), opts)
 
     def _reduce_scatter_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> dist.Work:
         self._check_whole("reduce_scatter", input, output)
-        return self._reduce_scatter(output, lambda: _separate(input, output), opts)
+        return self._reduce_scatter(output, lambda: separate(input, output), opts)
 
     def _reduce_scatter(self, output: torch.Tensor, whole: Callable[[], torch.Tensor], opts: Any) -> dist.Work:
         name = self._reduction([output], opts)
 
         def steps() -> Steps:
-            flat, source, op = _buffer_for(output), whole(), self._reductions.op(output.dtype, name)
+            flat, source, op = buffer_for(output), whole(), self._reductions.op(output.dtype, name)
             yield [self._comm.Ireduce_scatter_block(self._reductions.spec(source), self._reductions.spec(flat), op)]
             self._finish([output], [flat], name)
 
@@ -101,9 +103,9 @@ class MpiGroup:
         root = opts.rootRank
 
         def steps() -> Steps:
-            flat = tensor.contiguous()
+            flat = contiguous(tensor)
             yield [self._comm.Ibcast(self._bytes(flat), root)]
-            _copy_out([tensor], [flat])
+            copy_out([tensor], [flat])
 
         return self._submit(tensors, (Call("broadcast", tensor.dtype, tensor.numel(), root), steps))
 
@@ -121,9 +123,9 @@ class MpiGroup:
         self._check_list("all_gather", parts, tensor)
 
         def steps() -> Steps:
-            own, whole = tensor.contiguous(), torch.empty(self._p * tensor.numel(), dtype=tensor.dtype)
+            own, whole = contiguous(tensor), torch.empty(self._p * tensor.numel(), dtype=tensor.dtype)
             yield [self._comm.Iallgather(self._bytes(own), self._bytes(whole))]
-            _copy_out(parts, whole.view(self._p, -1).unbind())
+            copy_out(parts, whole.view(self._p, -1).unbind())
 
         return Call("all_gather", tensor.dtype, tensor.numel()), steps
 
@@ -131,9 +133,9 @@ class MpiGroup:
         self._check_whole("all_gather", output, input)
 
         def steps() -> Steps:
-            own, flat = _separate(input, output), _buffer_for(output)
+            own, flat = separate(input, output), buffer_for(output)
             yield [self._comm.Iallgather(self._bytes(own), self._bytes(flat))]
-            _copy_out([output], [flat])
+            copy_out([output], [flat])
 
         return self._submit([output], (Call("all_gather", input.dtype, input.numel()), steps))
 
@@ -141,9 +143,9 @@ class MpiGroup:
         sent, received = _splits(input, input_sizes, self._p), _splits(output, output_sizes, self._p)
 
         def steps() -> Steps:
-            flat = _buffer_for(output)
-            yield from self._all_to_all(_separate(input, output), sent, flat, received)
-            _copy_out([output], [flat])
+            flat = buffer_for(output)
+            yield from self._all_to_all(separate(input, output), sent, flat, received)
+            copy_out([output], [flat])
 
         return self._submit([output], (Call("all_to_all", input.dtype, -1), steps))
 
@@ -153,10 +155,10 @@ class MpiGroup:
         sent, received = ([part.nbytes for part in parts] for parts in (inputs, outputs))
 
         def steps() -> Steps:
-            source = torch.cat([part.reshape(-1) for part in inputs])
+            source = contiguous(torch.cat([part.reshape(-1) for part in inputs]))
             flat = torch.empty(_values(outputs), dtype=outputs[0].dtype)
             yield from self._all_to_all(source, sent, flat, received)
-            _copy_out(outputs, flat.split([part.numel() for part in outputs]))
+            copy_out(outputs, flat.split([part.numel() for part in outputs]))
 
         return self._submit(outputs, (Call("all_to_all", inputs[0].dtype, -1), steps))
 
@@ -172,11 +174,11 @@ class MpiGroup:
             self._check_list("gather", parts, tensor)
 
         def steps() -> Steps:
-            own, whole = tensor.contiguous(), torch.empty(len(parts) * tensor.numel(), dtype=tensor.dtype)
+            own, whole = contiguous(tensor), torch.empty(len(parts) * tensor.numel(), dtype=tensor.dtype)
             yield [self._comm.Igather(self._bytes(own), self._bytes(whole) if parts else None, root)]
-            _copy_out(parts, whole.view(self._p, -1).unbind() if parts else [])
+            copy_out(parts, whole.view(self._p, -1).unbind() if parts else [])
 
-        return self._submit(parts, (Call("gather", tensor.dtype, tensor.numel(), root), steps))
+        return self._submit(parts, (Call("gather", tensor.dtype, tensor.numel(), root), steps), read=[tensor])
 
     def scatter(self, outputs: Any, inputs: Any, opts: Any) -> dist.Work:
         (tensor,), root = outputs, opts.rootRank
@@ -185,10 +187,10 @@ class MpiGroup:
             self._check_list("scatter", parts, tensor)
 
         def steps() -> Steps:
-            flat = _buffer_for(tensor)
-            source = self._bytes(torch.cat([part.reshape(-1) for part in parts])) if parts else None
+            flat = buffer_for(tensor)
+            source = self._bytes(contiguous(torch.cat([part.reshape(-1) for part in parts]))) if parts else None
             yield [self._comm.Iscatter(source, self._bytes(flat), root)]
-            _copy_out([tensor], [flat])
+            copy_out([tensor], [flat])
 
         return self._submit(outputs, (Call("scatter", tensor.dtype, tensor.numel(), root), steps))
 
@@ -198,7 +200,7 @@ class MpiGroup:
     def send(self, tensors: Any, peer: int, tag: int) -> dist.Work:
         (tensor,) = tensors
         self._library.check_tag(tag)
-        flat = tensor.contiguous()
+        flat = contiguous(tensor)
 
         def steps() -> Steps:
             yield [self._comm.Isend(self._bytes(flat), peer, tag)]
@@ -214,14 +216,14 @@ class MpiGroup:
 
     def _receive(self, tensor: torch.Tensor, source: int, tag: int, what: str) -> dist.Work:
         self._library.check_tag(tag)
-        MPI, work, expected = self._library.MPI, MpiWork([tensor]), tensor.nbytes
+        MPI, work, expected, wait = self._library.MPI, MpiWork([tensor]), tensor.nbytes, settled([tensor])
 
         def unlike(came: str) -> UserError:
             where = f"{what} in group {self._lane.name!r}"
             return UserError(f"{where}: {came} came where {expected} B were expected; both sides must name one size")
 
         def steps() -> Steps:
-            flat = _buffer_for(tensor)
+            flat = buffer_for(tensor)
             request = self._comm.Irecv(self._bytes(flat), source, tag)
             status = MPI.Status()
             try:
@@ -234,14 +236,17 @@ class MpiGroup:
             if got != expected:
                 raise unlike(f"{got} B")
             work.source = status.Get_source()
-            _copy_out([tensor], [flat])
+            wait()  # for what the device still reads there
+            copy_out([tensor], [flat])
 
         return self._engine.submit(Exchange(f"{what} of {expected} B", steps(), work, self._lane, ordered=False))
 
-    def _submit(self, outputs: Any, *plans: Plan) -> dist.Work:
-        """One Work for one or several collectives, which run one after another."""
+    def _submit(self, outputs: Any, *plans: Plan, read: Sequence[torch.Tensor] = ()) -> dist.Work:
+        """One Work for one or several collectives, which run one after another. read: tensors, beside these on one device."""
+        wait = settled([*outputs, *read])
 
         def whole() -> Steps:
+            wait()
             for call, steps in plans:
                 yield from agreed(self._comm, call, self._lane.name)
                 yield from steps()
@@ -259,7 +264,7 @@ class MpiGroup:
         if name == "AVG":
             for flat in flats:
                 flat.div_(self._p)
-        _copy_out(tensors, flats)
+        copy_out(tensors, flats)
 
     def _bytes(self, tensor: torch.Tensor) -> list[Any]:
         return [raw(tensor), self._library.MPI.BYTE]
@@ -283,23 +288,6 @@ class MpiGroup:
                     f"{op}: the tensor for rank {rank} has {part.numel()} values of {part.dtype}, "
                     f"this rank's own {own.numel()} of {own.dtype}; they must be alike"
                 )
-
-
-def _buffer_for(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself if MPI can write into it, else one of its size."""
-    return tensor if tensor.is_contiguous() else torch.empty(tensor.numel(), dtype=tensor.dtype)
-
-
-def _separate(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """`source` contiguous, and in memory of its own: MPI forbids that a call reads what it writes, FSDP2 gathers in place."""
-    shared = source.untyped_storage().data_ptr() == target.untyped_storage().data_ptr()
-    return source.clone(memory_format=torch.contiguous_format) if shared else source.contiguous()
-
-
-def _copy_out(tensors: Sequence[torch.Tensor], flats: Sequence[torch.Tensor]) -> None:
-    for tensor, flat in zip(tensors, flats, strict=True):
-        if tensor.data_ptr() != flat.data_ptr() or not tensor.is_contiguous():
-            tensor.copy_(flat.view(tensor.shape))
 
 
 def _values(tensors: Sequence[torch.Tensor]) -> int:

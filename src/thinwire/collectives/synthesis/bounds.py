@@ -57,21 +57,22 @@ class _Limit:
     why: str
 
 
-def bound(network: Cluster | Graph, op: str, message_bytes: float, root: int = 0) -> Bound:
-    """The lower bound of one call of `op` by all ranks."""
+def bound(network: Cluster | Graph, op: str, message_bytes: float, root: int = 0, *, jointly: bool = True) -> Bound:
+    """The lower bound of one call of `op` by all ranks. jointly: also by all cuts of an all-reduce together, which
+    takes longer to find."""
     if op not in OPS:
         raise UserError(f"{op!r} has no bound; known: {', '.join(OPS)}")
     graph = graph_of(network) if isinstance(network, Cluster) else network
     if graph.computes == 1:
         return Bound(0.0, 0.0, 0.0, (), f"all ranks are on {graph.nodes[0]}: no link is crossed")
-    return _Limits(graph, op, message_bytes, graph.node_of(root)).bound()
+    return _Limits(graph, op, message_bytes, graph.node_of(root), jointly).bound()
 
 
 class _Limits:
     """What each cut asks for, and how far apart the ranks are."""
 
-    def __init__(self, graph: Graph, op: str, message_bytes: float, root: int) -> None:
-        self._graph, self._op, self._bytes, self._root = graph, op, message_bytes, root
+    def __init__(self, graph: Graph, op: str, message_bytes: float, root: int, jointly: bool) -> None:
+        self._graph, self._op, self._bytes, self._root, self._jointly = graph, op, message_bytes, root, jointly
         self._links = np.array(list(graph.capacity))
         self._rate = np.array([float(value) * graph.bytes_per_s for value in graph.capacity.values()])
         # Zero would mean no link to scipy.
@@ -157,7 +158,7 @@ class _Limits:
                 )
         yield from found
         best = max(limit.seconds for limit in found)
-        if graph.computes <= _EXACT:
+        if self._jointly and graph.computes <= _EXACT:
             seconds = all_reduce_time(graph) / graph.bytes_per_s * self._bytes
             if seconds > best * (1 + 1e-6):
                 yield self._joint(seconds, True, "all cuts together (the joint program)")

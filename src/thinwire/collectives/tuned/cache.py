@@ -19,7 +19,6 @@ small changes do not add up unseen. Without a cluster file only the hosts are kn
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 
 from thinwire.cluster import Cluster
+from thinwire.files import written_aside
 
 FORMAT = 4
 MOST_NETWORKS = 8
@@ -120,12 +120,11 @@ class Cache:
         dated = {**found, "date": datetime.now(UTC).date().isoformat()}
         self._entries[key] = [*kept, (network, dated)][-MOST_NETWORKS:]
         if self.path is not None:
-            aside = self.path.with_suffix(f".{os.getpid()}.tmp")
             content = {
                 "thinwire_collectives": FORMAT,
                 "torch": torch.__version__,
                 "networks": {own.key: asdict(own) for entries in self._entries.values() for own, _ in entries},
                 "entries": {call: {own.key: one for own, one in entries} for call, entries in self._entries.items()},
             }
-            aside.write_text(json.dumps(content), encoding="utf-8")
-            os.replace(aside, self.path)
+            with written_aside(self.path) as aside:
+                aside.write_text(json.dumps(content), encoding="utf-8")

@@ -85,10 +85,19 @@ class Tuner:
     ) -> None:
         self.advisor, self._cache, self._measures, self._report = advisor, cache or Cache(None), measures, report
         self.chosen: dict[Key, Implementation] = {}
+        self.round = 0
+        """Groups decide anew when it has changed."""
         self._calibrated: set[int] = set()
         self._hosts: dict[tuple[int, ...], list[str]] = {}
         self._timed: set[str] = set()
         """Calls that were timed in this run."""
+
+    def again(self, cluster: Cluster) -> None:
+        """Decide all anew, for links as they are now. On every rank between the same two calls; the first one's cluster counts.
+        What is measured from here on is not kept for other runs."""
+        self.advisor.cluster, self._cache = cluster, Cache(None)
+        self.round += 1
+        self.chosen.clear()
 
     def decide(self, engine: Engine, call: Call) -> Implementation:
         """In a job of `engine`. Collective."""

@@ -16,6 +16,7 @@ networks using activation compression with guarantees).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -84,6 +85,10 @@ class Differences:
             self.copies[sample] = torch.where(spoiled(arrived[place]), before, arrived[place])
         return arrived.to(dtype)
 
+    def knows(self, ids: Sequence[int]) -> bool:
+        """Whether all of them came before."""
+        return self.copies.keys() >= set(ids)
+
     def state_dict(self) -> dict[str, Any]:
         return {"copies": dict(self.copies)}
 
@@ -110,3 +115,23 @@ class Differences:
                     "sequence length, or begin with empty copies"
                 )
         return torch.stack([self.copies[ids[place]] for place in old]).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One message about these samples, as `BoundaryCodec` has it."""
+
+    copies: Differences
+    ids: Sequence[int]
+
+    def payload_bytes(self, shape: Sequence[int]) -> int:
+        """Of what is yet to be packed or unpacked."""
+        return self.copies.payload_bytes(self.ids, shape)
+
+    def pack(self, values: Tensor) -> Tensor:
+        """As of `Differences`."""
+        return self.copies.pack(self.ids, values)
+
+    def unpack(self, payload: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """As of `Differences`."""
+        return self.copies.unpack(payload, self.ids, shape, dtype)

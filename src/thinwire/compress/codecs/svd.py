@@ -4,7 +4,8 @@
 
 No matrix of rank r is closer: ||G - L R^T||_F^2 is the sum of the squares of the singular values that are left out. It is the
 reference for methods that approximate it by cheaper means, as PowerSGD does by one step of the power iteration; a whole
-decomposition costs O(rows columns min(rows, columns)) each time. A parameter is taken as the matrix [shape[0], all the rest].
+decomposition costs O(rows columns min(rows, columns)) each time, and on CUDA torch waits for it on the host. A parameter is taken
+as the matrix [shape[0], all the rest].
 
 Computed in float64. Singular vectors come with either sign; here the largest entry of each column of V, the first if several are,
 is positive. Equal singular values leave their vectors open, so payloads may then differ between kinds of processors; ranks decode

@@ -14,7 +14,7 @@ one rank nothing is coded. An option or a state that would have no effect is ref
 float16, float64 and complex, of one dtype in each unit, as FSDP2 wants it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +35,7 @@ from thinwire.compress.sharded.residual import Residual, by_rank, mean_residuals
 from thinwire.compress.sharded.units import Unit, find_units, prefetch
 from thinwire.compress.sharded.wire import CodedAllGather, CodedReduceScatter, Lane, Passes
 from thinwire.compress.stages import launched
-from thinwire.config.compress import EXCLUDED, Coded, NoCompression, ShardedOptions, read_coding
+from thinwire.config.compress import EMBEDDINGS, Coded, NoCompression, ShardedOptions, read_coding
 from thinwire.errors import UserError
 from thinwire.tomlfile import validate
 from thinwire.traffic import Transfer
@@ -107,13 +107,7 @@ def compress_sharded(
             )
     if replicas is not None and not hybrid:
         raise UserError(f"compress_sharded: replicas={replicas!r} has no effect on a mesh of one axis; leave it out")
-    coding = Coding(
-        gradients=_codec(gradients, "gradients", GRADIENT_KINDS),
-        weights=_codec(weights, "weights", WEIGHT_KINDS),
-        stock_gradients=gradients is None,
-        stock_weights=weights is None,
-        exclude=EXCLUDED if chosen.exclude is None else chosen.exclude,
-    )
+    coding = coding_of(gradients, weights, chosen.exclude)
     across = _across(replicas or REPLICAS, chosen.exclude) if hybrid else None
     return ShardedCompression(units, coding, chosen, across, ledger or Ledger())
 
@@ -189,6 +183,11 @@ class ShardedCompression:
             lane.passes = passes
         self._backward.waiting = passes.wait
 
+    def when_reduced(self, call: Callable[[UnitShape, Tensor], None]) -> None:
+        """From now on `call` gets each unit's gradients, flat, this rank's chunk, as soon as they are reduced in a backward pass:
+        on the CPU on a thread, in the same order on all ranks. Not where FSDP2 changes them afterwards, as in float64."""
+        self._backward.reduced = call
+
     @property
     def units(self) -> list[UnitShape]:
         """All units with their parameters; for `sharded_transfers`."""
@@ -200,6 +199,11 @@ class ShardedCompression:
             return []
         across = self._replicas.transfers if self._replicas is not None else lambda unit: []
         return sharded_transfers(self.units, self._world_size, self._coding, self._axis, micro_batches, across)
+
+    @property
+    def degree(self) -> int:
+        """How many ranks share one copy of the model."""
+        return self._world_size
 
     @property
     def memory_bytes(self) -> int:
@@ -293,6 +297,17 @@ def _across(replicas: str | Mapping[str, Any], exclude: tuple[str, ...] | None) 
     if isinstance(coding, Coded) and coding.exclude is None:
         return coding.model_copy(update={"exclude": exclude})
     return coding
+
+
+def coding_of(gradients: str | None, weights: str | None, exclude: tuple[str, ...] | None = None) -> Coding:
+    """Of the arguments of `compress_sharded`. UserError for an unknown name."""
+    return Coding(
+        gradients=_codec(gradients, "gradients", GRADIENT_KINDS),
+        weights=_codec(weights, "weights", WEIGHT_KINDS),
+        stock_gradients=gradients is None,
+        stock_weights=weights is None,
+        exclude=EMBEDDINGS if exclude is None else exclude,
+    )
 
 
 def _codec(kind: str | None, what: str, kinds: Sequence[str]) -> Codec | None:

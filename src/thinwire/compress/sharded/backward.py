@@ -7,9 +7,10 @@ unit; so at the end of the pass all know, without a collective of their own, whe
 what is not finite arrives so at all, value by value; ranks that know of another chunk put a nan into theirs for that. A pass that
 only adds up leaves what it has found to the next one.
 
-On the CPU reductions run on a thread, and are waited for here. On a device they are launched on the stream that FSDP2 has chosen
-for them, which all its own work waits for; what they have found are flags there, which choose what counts, and the host reads
-them one pass later, if an error was asked for (`passes`).
+On the CPU reductions run on a thread, and are waited for here; no more than `UNDER_WAY` units wait, whose whole gradients
+are in memory. On a device they are launched on the stream that FSDP2 has chosen for them, which all its own work waits for; what
+they have found are flags there, which choose what counts, and the host reads them one pass later, if an error was asked for
+(`passes`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from thinwire.compress.base import spoiled
 from thinwire.compress.census import not_finite
 from thinwire.compress.exchange import at_end_of_backward
 from thinwire.compress.passes import Findings
+from thinwire.compress.sharded.layout import UnitShape
 from thinwire.compress.sharded.replicas import Replicas
 from thinwire.compress.sharded.residual import Residual
 from thinwire.compress.stages import current_stream, launched
@@ -32,6 +34,8 @@ from thinwire.config.compress import NonFinite
 from thinwire.errors import UserError
 
 Future = torch.futures.Future[Tensor]
+UNDER_WAY = 2
+"""Units whose gradients may wait to be reduced behind the one that is."""
 
 
 class BackwardPass:
@@ -51,6 +55,8 @@ class BackwardPass:
         self._forgotten: list[Any] = []
         self._started = self._averaged = False
         self._findings = Findings()
+        self.reduced: Callable[[UnitShape, Tensor], None] = lambda unit, chunk: None
+        """Told of a unit's gradients, its chunk of this rank, when they are reduced; on the thread of gradients, or launched."""
         self.waiting: Callable[[], AbstractContextManager[None]] = nullcontext
         """Entered while the pass waits for reductions."""
         self._clear()
@@ -67,6 +73,9 @@ class BackwardPass:
         self._started = True
         if executor is not None:
             self._reductions.append(executor.submit(reduction))
+            if len(self._reductions) > UNDER_WAY:
+                with self.waiting():
+                    self._reductions.pop(0).wait()
         else:
             self._stream = current_stream(self._device)
             reduction()

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from thinwire.compress.base import Codec, padded, spoiled
 from thinwire.compress.precision import wide
-from thinwire.config.compress import EXCLUDED
+from thinwire.config.compress import EMBEDDINGS
 from thinwire.traffic import Transfer
 from thinwire.workload import ITEM_BYTES, Parameter
 
@@ -157,7 +157,7 @@ class Coding:
     weights: Codec | None
     stock_gradients: bool = False
     stock_weights: bool = False
-    exclude: tuple[str, ...] = EXCLUDED
+    exclude: tuple[str, ...] = EMBEDDINGS
 
     def weights_row(self, unit: UnitShape, world_size: int) -> Row:
         """All parameters of the unit."""

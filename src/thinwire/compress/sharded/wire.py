@@ -234,13 +234,17 @@ class CodedReduceScatter(_Collective):
             output.zero_()  # until then FSDP2 adds nothing to what there is
             self._backward.forget(self._unit.without_gradients())
         later = op != dist.ReduceOp.SUM and self._unit.may_wait_for_gradients()  # after a SUM FSDP2 divides the output itself
-        job = partial(self._averaged, output, gradients, factor, adds_up)
+        job = partial(self._averaged, output, gradients, factor, adds_up, final=later)
         self._backward.run(job, self._lane.executor, later=later or adds_up)
         return None
 
-    def _averaged(self, output: Tensor, gradients: Tensor, factor: float, adds_up: bool) -> Tensor:
+    def _averaged(self, output: Tensor, gradients: Tensor, factor: float, adds_up: bool, *, final: bool) -> Tensor:
+        """final: whether nobody changes `output` behind it."""
         if self._replicas is None:
-            return self._reduce(output, gradients, factor)
+            self._reduce(output, gradients, factor)
+            if final:
+                self._backward.reduced(self._unit.shape, output)
+            return output
         exact = output.dtype in (torch.float32, torch.float64) and not adds_up
         chunk = output if exact else output.new_empty(output.shape, dtype=wide(output.dtype))
         self._reduce(chunk, gradients, factor)

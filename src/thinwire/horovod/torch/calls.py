@@ -43,20 +43,23 @@ def reduced(  # noqa: PLR0913 - what is asked for, how it is coded, and where th
     in_place: bool = False,
     coding: str = "",
     owner: str = "",
+    names: Sequence[str] = (),
 ) -> Handle:
-    """Begin an allreduce of tensors that travel together; a list. coding: of a `Code`, whose residuals are `owner`'s."""
+    """Begin an allreduce of tensors that travel together; a list. coding: of a `Code`, whose residuals are `owner`'s.
+
+    names: of each tensor; then they are all that `owner` has in a step."""
     floating = all(tensor.is_floating_point() for tensor in tensors)
     if op is Adasum and not power_of_two(process_set.size()):
         raise NotImplementedError(f"Adasum of {process_set.size()} ranks is not possible; their number is to be a power of two")
     if op is Adasum and not floating:
         raise ValueError("Adasum takes tensors of floating dtypes")
-    fields: dict[str, Any] = {"op": op.value, "prescale": scales[0], "postscale": scales[1]}
+    fields: dict[str, Any] = {"op": op.value, "prescale": scales[0], "postscale": scales[1], "names": tuple(names)}
     if coding and floating:
         if op not in (Average, Sum) or process_set.process_set_id:
             raise ValueError("codes average or sum over all ranks; leave out compression=, or op= and process_set=")
         if not name:
             raise ValueError("a code keeps what it has left out by the tensor's name; give name=")
-        fields |= {"coding": coding, "owner": owner, "last": not owner}
+        fields |= {"coding": coding, "owner": owner, "last": bool(names) or not owner}
     return asked("allreduce", tensors, name, process_set, in_place=in_place, **fields)
 
 

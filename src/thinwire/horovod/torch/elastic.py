@@ -25,6 +25,7 @@ from torch.utils.data import Sampler
 from thinwire.adapters.horovod.context import CONTEXT
 from thinwire.adapters.horovod.request import HorovodInternalError
 from thinwire.environment import restart
+from thinwire.files import written_aside
 from thinwire.horovod.torch.functions import allgather_object, broadcast_object, broadcast_optimizer_state, broadcast_parameters
 
 
@@ -51,8 +52,8 @@ class State:
         self.commits += 1
         if (life := restart()) and CONTEXT.local_rank() == 0:
             path = _file(life.run)
-            torch.save((self.commits, self.kept()), path.with_suffix(".new"))
-            path.with_suffix(".new").replace(path)
+            with written_aside(path) as aside:
+                torch.save((self.commits, self.kept()), aside)
 
     def check_host_updates(self) -> None:
         """Nothing: hosts do not come and go."""

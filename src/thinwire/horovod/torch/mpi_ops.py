@@ -15,7 +15,7 @@ counted. Ranks that differ in what they ask for all get a HorovodInternalError t
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -46,44 +46,13 @@ from thinwire.horovod.torch.compression import Code, Compression
 Tensor = torch.Tensor
 
 __all__ = [
-    "Adasum",
-    "Average",
-    "HorovodInternalError",
-    "Max",
-    "Min",
-    "ProcessSet",
-    "Product",
-    "ReduceOp",
-    "Sum",
-    "allgather",
-    "allgather_async",
-    "allreduce",
-    "allreduce_",
-    "allreduce_async",
-    "allreduce_async_",
-    "alltoall",
-    "alltoall_async",
-    "barrier",
-    "broadcast",
-    "broadcast_",
-    "broadcast_async",
-    "broadcast_async_",
-    "global_process_set",
-    "grouped_allgather",
-    "grouped_allgather_async",
-    "grouped_allreduce",
-    "grouped_allreduce_",
-    "grouped_allreduce_async",
-    "grouped_allreduce_async_",
-    "grouped_reducescatter",
-    "grouped_reducescatter_async",
-    "join",
-    "poll",
-    "reducescatter",
-    "reducescatter_async",
-    "sparse_allreduce_async",
-    "synchronize",
-]
+    "Adasum", "Average", "HorovodInternalError", "Max", "Min", "ProcessSet", "Product", "ReduceOp", "Sum", "allgather",
+    "allgather_async", "allreduce", "allreduce_", "allreduce_async", "allreduce_async_", "alltoall", "alltoall_async",
+    "barrier", "broadcast", "broadcast_", "broadcast_async", "broadcast_async_", "global_process_set", "grouped_allgather",
+    "grouped_allgather_async", "grouped_allreduce", "grouped_allreduce_", "grouped_allreduce_async", "grouped_allreduce_async_",
+    "grouped_reducescatter", "grouped_reducescatter_async", "join", "poll", "reducescatter", "reducescatter_async",
+    "sparse_allreduce_async", "synchronize",
+]  # fmt: skip
 
 
 def synchronize(handle: Handle) -> Any:
@@ -110,7 +79,7 @@ def join(device: int = -1) -> int:
     return handle.result if CONTEXT.size() > 1 else -1
 
 
-def grouped_allreduce_async(
+def grouped_allreduce_async(  # noqa: PLR0913 - Horovod's
     tensors: Sequence[Tensor],
     average: bool | None = None,
     name: str | None = None,
@@ -118,23 +87,17 @@ def grouped_allreduce_async(
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
     process_set: ProcessSet = global_process_set,
+    *,
+    in_place: bool = False,
 ) -> Handle:
     """Begin to reduce several tensors, which travel together, over the ranks; `synchronize` gives a list of new ones."""
-    return reduced(tensors, chosen_op(op, average), name, (prescale_factor, postscale_factor), process_set)
-
-
-def grouped_allreduce_async_(
-    tensors: Sequence[Tensor],
-    average: bool | None = None,
-    name: str | None = None,
-    op: ReduceOp | None = None,
-    prescale_factor: float = 1.0,
-    postscale_factor: float = 1.0,
-    process_set: ProcessSet = global_process_set,
-) -> Handle:
-    """As `grouped_allreduce_async`, in place."""
     scales = prescale_factor, postscale_factor
-    return reduced(tensors, chosen_op(op, average), name, scales, process_set, in_place=True)
+    return reduced(tensors, chosen_op(op, average), name, scales, process_set, in_place=in_place)
+
+
+def grouped_allreduce_async_(tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> Handle:
+    """As `grouped_allreduce_async`, in place."""
+    return grouped_allreduce_async(tensors, *args, **kwargs, in_place=True)
 
 
 def allreduce_async(tensor: Tensor, *args: Any, **kwargs: Any) -> Handle:
@@ -158,7 +121,7 @@ def grouped_allreduce(  # noqa: PLR0913 - Horovod's
     process_set: ProcessSet = global_process_set,
 ) -> list[Tensor]:
     """Several tensors, which travel together, reduced over the ranks: means, unless `op` says otherwise. New; differentiable."""
-    return _all_of(tensors, chosen_op(op, average), name, compression, (prescale_factor, postscale_factor), process_set)
+    return all_reduced(tensors, chosen_op(op, average), name, compression, (prescale_factor, postscale_factor), process_set)
 
 
 def allreduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -173,8 +136,7 @@ def grouped_allreduce_(tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> 
 
 def allreduce_(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """As `allreduce_async_`, and waits. Not differentiable."""
-    done: Tensor = allreduce_async_(tensor, *args, **kwargs).value()
-    return done
+    return cast(Tensor, allreduce_async_(tensor, *args, **kwargs).value())
 
 
 def sparse_allreduce_async(
@@ -219,15 +181,22 @@ def grouped_allgather(
 
 
 def broadcast_async(
-    tensor: Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set
+    tensor: Tensor,
+    root_rank: int,
+    name: str | None = None,
+    process_set: ProcessSet = global_process_set,
+    *,
+    in_place: bool = False,
 ) -> Handle:
     """Begin to broadcast; `synchronize` gives a new tensor."""
-    return _sent(tensor, root_rank, name, process_set)
+    if process_set.included() and root_rank not in (process_set.ranks or []):
+        raise ValueError(f"broadcast: rank {root_rank} is not in {process_set}")
+    return only(asked("broadcast", [tensor], name, process_set, in_place=in_place, root=root_rank))
 
 
 def broadcast(tensor: Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set) -> Tensor:
     """The tensor of rank `root_rank` (of all ranks, also in a process set). A new one; differentiable."""
-    sent = _sent(tensor, root_rank, name, process_set).value()
+    sent = broadcast_async(tensor, root_rank, name, process_set).value()
 
     def back(gradient: Tensor) -> Tensor:
         mean = allreduce(gradient, op=Average, process_set=process_set)
@@ -236,17 +205,14 @@ def broadcast(tensor: Tensor, root_rank: int, name: str | None = None, process_s
     return with_gradient(tensor, sent, back)
 
 
-def broadcast_async_(
-    tensor: Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set
-) -> Handle:
+def broadcast_async_(tensor: Tensor, *args: Any, **kwargs: Any) -> Handle:
     """As `broadcast_async`, in place."""
-    return _sent(tensor, root_rank, name, process_set, in_place=True)
+    return broadcast_async(tensor, *args, **kwargs, in_place=True)
 
 
-def broadcast_(tensor: Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set) -> Tensor:
+def broadcast_(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """As `broadcast`, in place, and not differentiable."""
-    done: Tensor = broadcast_async_(tensor, root_rank, name, process_set).value()
-    return done
+    return cast(Tensor, broadcast_async_(tensor, *args, **kwargs).value())
 
 
 def alltoall_async(
@@ -335,33 +301,30 @@ def grouped_reducescatter(
     return [with_gradient(tensor, compression.decompress(new, context), back) for tensor, new, context in given]
 
 
-def _all_of(
+def all_reduced(
     tensors: Sequence[Tensor],
     op: ReduceOp,
     name: str | None,
     compression: Any,
     scales: tuple[float, float],
     process_set: ProcessSet,
+    names: Sequence[str] = (),
 ) -> list[Tensor]:
+    """As `grouped_allreduce`, with (prescale, postscale). names: of each, if they are all that `name` reduces in a step."""
     given = _detached(tensors)
     if isinstance(compression, Code):
-        found = reduced(given, op, name, scales, process_set, coding=compression.coding).value()
+        owner = name if name and names else ""
+        found = reduced(given, op, name, scales, process_set, coding=compression.coding, owner=owner, names=names).value()
     else:
         small, contexts = zip(*map(compression.compress, given), strict=True)
-        arrived = reduced(small, op, name, scales, process_set).value()
+        arrived = reduced(small, op, name, scales, process_set, names=names).value()
         found = [compression.decompress(new, context) for new, context in zip(arrived, contexts, strict=True)]
 
     def back(gradient: Tensor) -> Tensor:
         check_differentiable(op)
-        return _all_of([gradient], op, name and f"{name}.gradient", compression, scales, process_set)[0]
+        return all_reduced([gradient], op, name and f"{name}.gradient", compression, scales, process_set)[0]
 
     return [with_gradient(tensor, new, back) for tensor, new in zip(tensors, found, strict=True)]
-
-
-def _sent(tensor: Tensor, root_rank: int, name: str | None, process_set: ProcessSet, in_place: bool = False) -> Handle:
-    if process_set.included() and root_rank not in (process_set.ranks or []):
-        raise ValueError(f"broadcast: rank {root_rank} is not in {process_set}")
-    return only(asked("broadcast", [tensor], name, process_set, in_place=in_place, root=root_rank))
 
 
 def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -13,12 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from thinwire.plan.gpu.priors import Device
+from thinwire.plan.gpu.network import Network
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One step. Letters of the field: L layers, h width, a heads, F hidden, V vocabulary, s sequence; d, t, p, c, e degrees.
+class Job(Network):
+    """One step on a network. Letters: L layers, h width, a heads, F hidden, V vocabulary, s sequence; d, t, p, c, e degrees.
 
     zero: 0 to 3; recompute: "none", "selective" or "full"; compiled: torch.compile; hidden_tensor: what the tensor axis sends
     hides under products ("async tensor parallel"); stages: layers of each, where that is known; fused: attention that keeps
@@ -37,11 +37,6 @@ class Job:
     experts: int = 1
     experts_per_token: int = 1
     precision: str
-    device: Device
-    per_host: int
-    devices: int
-    intra_bytes_per_s: float
-    inter_bytes_per_s: float
     data: int = 1
     tensor: int = 1
     pipe: int = 1
@@ -61,10 +56,6 @@ class Job:
     fused: bool = True
     wide_gradients: bool = False
     outer: int = 1
-    site_devices: int = 0
-    site_bytes_per_s: float = 0.0
-    latency_s: float = 0.0
-    site_latency_s: float = 0.0
 
     @property
     def micro_batches(self) -> float:

@@ -8,7 +8,7 @@ Where hosts differ the slowest counts: one of each kind is looked at.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 
@@ -23,33 +23,28 @@ class Network:
     """Bytes a second are a device's; site_devices 0: all hosts are equally near."""
 
     device: Device
-    hosts: int
+    devices: int
     per_host: int
     intra_bytes_per_s: float
     inter_bytes_per_s: float
-    latency_s: float
+    latency_s: float = 0.0
     site_devices: int = 0
     site_bytes_per_s: float = 0.0
     site_latency_s: float = 0.0
-
-    @property
-    def devices(self) -> int:
-        """Of all hosts."""
-        return self.hosts * self.per_host
 
 
 @lru_cache(maxsize=32)
 def network_of(cluster: Cluster) -> Network:
     """UserError for devices that nobody knows, or hosts with different numbers of them."""
     known = priors()
-    found = [known.device(kind) for kind in dict.fromkeys(device.kind for device in cluster.devices)]
-    if None in found:
+    kinds = [known.device(kind) for kind in dict.fromkeys(device.kind for device in cluster.devices)]
+    if None in kinds:
         kind = next(one.kind for one in cluster.devices if known.device(one.kind) is None)
         raise UserError(
             f"{cluster.name}: a device of kind {kind!r} has no flops_per_s, and no data sheet is known for it; measure the "
             f"cluster (thinwire probe), declare flops_per_s, or name one of: {', '.join(known.devices)}"
         )
-    device = min((one for one in found if one), key=lambda one: one.flops_per_s["fp16"])
+    device = min((one for one in kinds if one), key=lambda one: one.flops_per_s["fp16"])
     counts = {len(host.devices) for host in cluster.hosts}
     if len(counts) > 1:
         raise UserError(
@@ -70,25 +65,22 @@ def network_of(cluster: Cluster) -> Network:
             if host is not other:
                 share, late_s = _share(routes, ranks[host.name], ranks[other.name])
                 inter, latency_s = min(inter, share), max(latency_s, late_s)
+    found = Network(
+        device=device,
+        devices=len(hosts) * per_host,
+        per_host=per_host,
+        intra_bytes_per_s=intra,
+        inter_bytes_per_s=inter,
+        latency_s=latency_s,
+    )
     if len(sites) == 1:
-        return Network(
-            device=device,
-            hosts=len(hosts),
-            per_host=per_host,
-            intra_bytes_per_s=intra,
-            inter_bytes_per_s=inter,
-            latency_s=latency_s,
-        )
+        return found
     everyone = [[rank for host in near for rank in ranks[host.name]] for near in sites]
     beyond = [_share(routes, everyone[number], everyone[number - 1]) for number in range(len(sites))]
     thinnest = min(share for share, _ in beyond)
-    return Network(
-        device=device,
-        hosts=len(hosts),
-        per_host=per_host,
-        intra_bytes_per_s=intra,
+    return replace(
+        found,
         inter_bytes_per_s=inter if inter < float("inf") else thinnest,
-        latency_s=latency_s,
         site_devices=len(everyone[0]),
         site_bytes_per_s=thinnest,
         site_latency_s=max(late_s for _, late_s in beyond),

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from thinwire.plan.gpu.job import Job
 from thinwire.plan.gpu.priors import GIB
 
+FITS = 0.97
+"""Part of a device's memory under which a predicted peak is said to fit; of a host's too."""
 RESERVE_BYTES = 2.0 * GIB
 RESERVE_PART = 0.04
 """Of the device's memory; together 5 GiB of 80, as Sailor's authors take it (Strati et al. 2025)."""

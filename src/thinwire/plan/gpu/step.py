@@ -26,7 +26,7 @@ import numpy as np
 from thinwire.plan.gpu.job import Job
 from thinwire.plan.gpu.links import Sent, collective_s, point_to_point_s, tied_s
 from thinwire.plan.gpu.priors import priors
-from thinwire.plan.gpu.work import head, layer
+from thinwire.plan.gpu.work import Work, head, layer
 
 OVERLAP = 0.8
 """kappa: part of the computing under which communication fits."""
@@ -59,44 +59,26 @@ class Factors(NamedTuple):
 class Terms(NamedTuple):
     """Parts of a step at the priors' rates: numbers of one step, or columns of many (`columns`), so that a fit is quick.
 
-    f_, b_: of one layer's passes for a micro-batch: products, elementwise kernels, launches; head_: of both passes of the head;
-    intra, inter: sent between products, inside hosts and between them; shard_: of ZeRO-3. fullest: most layers of a stage but the
-    last; handed_: what a stage hands on, both ways; behind: 1 where gradients are sent after the passes.
+    forward, backward: of one layer's passes for a micro-batch, and what is sent between their products, and for them of ZeRO-3's
+    shards; head: of both passes of the head. fullest: most layers of a stage but the last; handed: what a stage hands on, both
+    ways; data: of gradients; behind: 1 where these are sent after the passes.
     """
 
-    f_products: float
-    f_memory: float
-    f_host: float
-    b_products: float
-    b_memory: float
-    b_host: float
-    head_products: float
-    head_memory: float
-    head_host: float
-    f_intra: float
-    f_inter: float
-    f_latency: float
-    b_intra: float
-    b_inter: float
-    b_latency: float
-    f_shard_intra: float
-    f_shard_inter: float
-    f_shard_latency: float
-    b_shard_intra: float
-    b_shard_inter: float
-    b_shard_latency: float
+    forward: Work
+    backward: Work
+    head: Work
+    forward_sent: Sent
+    backward_sent: Sent
+    forward_shards: Sent
+    backward_shards: Sent
+    handed: Sent
+    data: Sent
     layers: float
     last: float
     fullest: float
     pipe: float
     micro_batches: float
     bubble: float
-    handed_intra: float
-    handed_inter: float
-    handed_latency: float
-    data_intra: float
-    data_inter: float
-    data_latency: float
     behind: float
     replicas: float
     optimizer: float
@@ -106,36 +88,38 @@ class Terms(NamedTuple):
 
 def columns(rows: Sequence[Terms]) -> Terms:
     """Of many steps, each field a vector."""
-    return Terms(*np.array(rows, dtype=np.float64).T)
+    together: list[Any] = []
+    for values in zip(*rows, strict=True):
+        column = np.array(values, dtype=np.float64).T
+        together.append(column if column.ndim == 1 else type(values[0])(*column))
+    return Terms(*together)
 
 
 def seconds(terms: Terms, factors: Factors = Factors()) -> Any:  # noqa: B008 - never changed
     """Of a step, or of each of many."""
     t, x = terms, factors
-    forward = _pass(x, t.f_products, t.f_memory, t.f_host) + _sent(x, t.f_intra, t.f_inter, t.f_latency)
-    backward = _pass(x, t.b_products, t.b_memory, t.b_host) + _sent(x, t.b_intra, t.b_inter, t.b_latency)
-    forward = forward + _seen(_sent(x, t.f_shard_intra, t.f_shard_inter, t.f_shard_latency), forward)
-    backward = backward + _seen(_sent(x, t.b_shard_intra, t.b_shard_inter, t.b_shard_latency), backward)
-    head = _pass(x, t.head_products, t.head_memory, t.head_host)
-    handed = _sent(x, t.handed_intra, t.handed_inter, t.handed_latency)
+    forward, backward = _pass(x, t.forward) + _sent(x, t.forward_sent), _pass(x, t.backward) + _sent(x, t.backward_sent)
+    forward = forward + _seen(_sent(x, t.forward_shards), forward)
+    backward = backward + _seen(_sent(x, t.backward_shards), backward)
+    head, handed = _pass(x, t.head), _sent(x, t.handed)
     last = t.last * (forward + backward) + head + handed
     slowest = np.maximum(last, t.fullest * (forward + backward) + handed)
     total = t.layers * (forward + backward) + head + t.pipe * handed
     passes = t.micro_batches * slowest + t.bubble * (total - slowest)
     passes = passes * (1 + LATE * np.sqrt(2 * np.log(t.replicas)))
-    data = _sent(x, t.data_intra, t.data_inter, t.data_latency)
+    data = _sent(x, t.data)
     data = np.where(t.behind > 0, data, _seen(data, t.layers * backward))
     return x.rest * np.where(t.torch > 0, x.torch, 1.0) * (passes + data + t.optimizer * x.memory + t.offload)
 
 
-def _sent(factors: Factors, intra: float, inter: float, latency: float) -> Any:
-    return intra * factors.intra + inter * factors.inter + latency * factors.latency
+def _sent(factors: Factors, sent: Sent) -> Any:
+    return sent.intra * factors.intra + sent.inter * factors.inter + sent.latency * factors.latency
 
 
-def _pass(factors: Factors, products: float, memory: float, host: float) -> Any:
+def _pass(factors: Factors, work: Work) -> Any:
     """The device's time or the host's, whichever is longer; where they are near, somewhat more than either."""
-    device = products * factors.products + memory * factors.memory
-    return (device**6 + (host * factors.host) ** 6) ** (1 / 6)
+    device = work.products_s * factors.products + work.memory_s * factors.memory
+    return (device**6 + (work.host_s * factors.host) ** 6) ** (1 / 6)
 
 
 def _seen(sent: Any, computing: Any) -> Any:
@@ -144,22 +128,18 @@ def _seen(sent: Any, computing: Any) -> Any:
     return np.maximum(0.0, sent - under) + SLOWED * np.minimum(sent, under)
 
 
-def bubble_part(job: Job) -> float:
+def bubble_part(schedule: str, interleave: int) -> float:
     """beta of the top."""
-    name = job.schedule.lower().replace("_", "-")
-    table = {"zb-1p": 1 / 3, "zb-h1": 1 / 3, "interleavedzerobubble": 1 / (3 * job.interleave), "v-half": 0.5, "v-min": 2 / 3}
-    if name in table:
-        return table[name]
-    if name in ("zb-2p", "zb-h2", "zbv", "zbvzerobubble", "dualpipe", "dualpipev"):
-        return 0.0
-    return 1 / job.interleave
+    name = schedule.lower().replace("_", "-").replace("zb1p", "zb-1p")
+    table = {"zb-1p": 1 / 3, "zb-h1": 1 / 3, "interleavedzerobubble": 1 / (3 * interleave), "v-half": 0.5, "v-min": 2 / 3}
+    none = dict.fromkeys(("zb-2p", "zb-h2", "zbv", "zbvzerobubble", "dualpipe", "dualpipev"), 0.0)
+    return (table | none).get(name, 1 / interleave)
 
 
 def terms(job: Job) -> Terms:
     """What a step of the job is made of."""
     item = 4 if job.precision == "fp32" else 2
     forward, backward = layer(job)
-    end = head(job)
     gather = _gather(job, item)
     within = _within(job)
     again = 2.0 if job.recompute == "full" else 1.0
@@ -167,17 +147,21 @@ def terms(job: Job) -> Terms:
     local = job.local_parameters / (job.data * job.seq if job.zero else 1)
     stages = job.stage_layers
     return Terms(
-        *(forward.products_s, forward.memory_s, forward.host_s),
-        *(backward.products_s, backward.memory_s, backward.host_s),
-        *(end.products_s, end.memory_s, end.host_s),
-        *(*within, *within.times(again), *gather, *gather.times(2)),
-        sum(stages),
-        stages[-1],
-        max(stages[:-1], default=0),
-        job.pipe,
-        job.micro_batches,
-        bubble_part(job),
-        *(*point_to_point_s(job).times(2 * job.interleave), *_gradients(job, item).plus(tied_s(job, item))),
+        forward=forward,
+        backward=backward,
+        head=head(job),
+        forward_sent=within,
+        backward_sent=within.times(again),
+        forward_shards=gather,
+        backward_shards=gather.times(2),
+        handed=point_to_point_s(job).times(2 * job.interleave),
+        data=_gradients(job, item).plus(tied_s(job, item)),
+        layers=sum(stages),
+        last=stages[-1],
+        fullest=max(stages[:-1], default=0),
+        pipe=job.pipe,
+        micro_batches=job.micro_batches,
+        bubble=bubble_part(job.schedule, job.interleave),
         behind=job.pipe > 1 and job.device.generation < 2,
         replicas=job.data,
         optimizer=local * TOUCHED_BYTES / (job.device.memory_bytes_per_s * priors().kernels.memory_part),

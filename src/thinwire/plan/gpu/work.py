@@ -20,9 +20,9 @@ and no less than its bytes take. Tokens T = b s / c, elements of two bytes. Forw
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from math import ceil, inf
+from typing import NamedTuple
 
 from thinwire.plan.gpu.job import Job
 from thinwire.plan.gpu.priors import Device, priors
@@ -44,20 +44,20 @@ EIGHT_BIT_BYTES = 5.0
 """A value that becomes fp8: read for its largest, read, written once each way."""
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """Of a pass, in seconds at the priors' rates."""
 
     products_s: float = 0.0
     memory_s: float = 0.0
     host_s: float = 0.0
 
-    def __add__(self, other: Work) -> Work:
-        return Work(self.products_s + other.products_s, self.memory_s + other.memory_s, self.host_s + other.host_s)
+    def plus(self, *others: Work) -> Work:
+        """One after the other."""
+        return Work(*map(sum, zip(self, *others, strict=True)))
 
     def times(self, factor: float) -> Work:
         """Each part that many times."""
-        return Work(self.products_s * factor, self.memory_s * factor, self.host_s * factor)
+        return Work(*(factor * value for value in self))
 
 
 @cache
@@ -107,7 +107,7 @@ def dense(job: Job) -> Work:
     seconds += product_s(job.device, job.precision, job.tokens, h, h / t)
     rows, local = _expert_rows(job)
     seconds += product_s(job.device, job.precision, rows, job.hidden * (2 if job.gated else 1) / t, h, local)
-    return Work(seconds) + last_product(job)
+    return last_product(job).plus(Work(seconds))
 
 
 def last_product(job: Job) -> Work:
@@ -142,19 +142,19 @@ def elementwise(job: Job) -> Work:
 def layer(job: Job) -> tuple[Work, Work]:
     """Forward and backward of one block and micro-batch, with what is computed again."""
     inside, products, rest = scores(job), dense(job), elementwise(job)
-    forward = inside + products + rest
+    forward = inside.plus(products, rest)
     inside_back = Work(inside.products_s * (FUSED_BACKWARD if job.fused else 2.0), inside.memory_s * 11 / 9, inside.host_s)
-    backward = inside_back + products.times(2) + rest.times(BACKWARD_ELEMENTWISE)
+    backward = inside_back.plus(products.times(2), rest.times(BACKWARD_ELEMENTWISE))
     if job.recompute == "full":
-        backward = backward + forward
+        backward = backward.plus(forward)
         if job.fused and job.zero == 3:  # PyTorch's own checkpoints stop before the last product, which nothing needs again
-            backward = backward + last_product(job).times(-1)
+            backward = backward.plus(last_product(job).times(-1))
     elif job.recompute == "selective":
-        backward = backward + (products.times(0.5) + rest if job.fused and job.zero == 3 else inside)
+        backward = backward.plus(*((products.times(0.5), rest) if job.fused and job.zero == 3 else (inside,)))
     if job.micro_batches > 1 and job.zero < 3 and not job.sequence_parallel:
         attention, experts = job.layer_parameters
         added = (attention + experts / job.expert) / job.tensor * (10 if job.wide_gradients else 6)
-        backward = backward + Work(0.0, added / (job.device.memory_bytes_per_s * priors().kernels.memory_part))
+        backward = backward.plus(Work(0.0, added / (job.device.memory_bytes_per_s * priors().kernels.memory_part)))
     return forward, backward
 
 

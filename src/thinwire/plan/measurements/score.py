@@ -8,21 +8,23 @@ regret            among rows that differ in layout only (model, sequence, batch,
                   fastest over those of the fastest, less one; mean over such sets
 coverage          part of rows whose measured seconds lie within the interval that is meant to hold INTERVAL of them: the quantile
                   of the reference tables' absolute errors, each table for as much
+coverage_5rows    the same after five rows, of the others: with the quantile of what five rows left of errors in reference tables
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import exp, log
 from random import Random
 from statistics import fmean
+from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from thinwire.plan.gpu.job import Job
-from thinwire.plan.gpu.room import room
+from thinwire.plan.gpu.room import FITS, room
 from thinwire.plan.gpu.step import columns, seconds, terms
 from thinwire.plan.measurements.calibrate import SPREAD, Vector, factors, update
 from thinwire.plan.measurements.table import Measured, Table
@@ -32,8 +34,6 @@ FEW = 5
 INTERVAL = 0.8
 UNKNOWN = 0.3
 """Half width of the interval where there is no reference table, in logarithms."""
-FITS = 0.97
-"""Part of the device's memory under which a predicted peak is said to fit."""
 
 
 class Prepared:
@@ -61,47 +61,57 @@ class Known:
 
     def __init__(self, tables: Sequence[Table]) -> None:
         self.tables = [Prepared(table) for table in tables if table.timed]
+        self._few: dict[tuple[str, frozenset[object]], Vector] = {}
+
+    def _others(self, scored: Prepared) -> list[Prepared]:
+        """Those that share no row with it."""
+        return [one for one in self.tables if one.name != scored.name and not one.keys & scored.keys]
+
+    def after_few(self, prepared: Prepared) -> Vector:
+        """Logarithms of predicted over measured after FEW rows, of the others, in each of DRAWS draws; empty for fewer rows."""
+        key = prepared.name, frozenset(prepared.keys)
+        if key not in self._few:
+            theta, count = self.prior(prepared)[0], len(prepared.terms)
+            found: list[Vector] = []
+            for draw in range(DRAWS if count >= FEW + 2 else 0):
+                taken = sorted(Random(f"{prepared.name} {draw}").sample(range(count), FEW))
+                logs = np.log(prepared.predicted(prepared.after(theta, taken)) / prepared.measured)
+                found.append(np.delete(logs, taken))
+            self._few[key] = np.concatenate([np.zeros(0), *found])
+        return self._few[key]
+
+    def half_after_few(self, scored: Prepared) -> float:
+        """Half width of the interval after FEW rows."""
+        errors = [np.abs(one) for one in map(self.after_few, self._others(scored)) if len(one)]
+        return _quantile(errors) if errors else UNKNOWN
 
     def prior(self, scored: Prepared) -> tuple[Vector, float]:
         """(logarithms of factors, half width of the interval in logarithms) from all tables that share no row with `scored`."""
-        others = [one for one in self.tables if one.name != scored.name and not one.keys & scored.keys]
+        others = self._others(scored)
         if not others:
             return np.zeros(len(SPREAD)), UNKNOWN
         measured = np.concatenate([one.measured for one in others])
         together = columns([row for one in others for row in one.terms])
         theta = update(together, measured, table=[number for number, one in enumerate(others) for _ in one.terms])
         errors = np.abs(np.log(seconds(together, factors(theta)) / measured))
-        share = np.concatenate([np.full(len(one.terms), 1 / len(one.terms) / len(others)) for one in others])
-        order = np.argsort(errors)
-        return theta, float(errors[order][np.searchsorted(np.cumsum(share[order]), INTERVAL)])
+        return theta, _quantile(np.split(errors, np.cumsum([len(one.terms) for one in others])[:-1]))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """Of one table; errors in percent of the measured, None where the table does not allow the question.
+def _quantile(errors: Sequence[Vector]) -> float:
+    """Below which INTERVAL of errors lie, those of each table for as much."""
+    share = np.concatenate([np.full(len(one), 1 / len(one) / len(errors)) for one in errors])
+    together = np.concatenate(errors)
+    order = np.argsort(together)
+    return float(together[order][np.searchsorted(np.cumsum(share[order]), INTERVAL)])
 
-    model_rate: each row with the rate that the others of its model have; memory: error of the peak; oom: found of those that did
-    not fit, and how many of those that ran were refused.
+
+def score(prepared: Prepared, known: Known) -> tuple[dict[str, Any], Vector]:
+    """Of a table with timed rows, and the predicted seconds of each of them, uncalibrated.
+
+    Errors are in percent of the measured, None where the table does not allow the question. model_rate: each row with the rate
+    that the others of its model have; memory: error of the peak; oom: found of those that did not fit, and how many of those that
+    ran were refused.
     """
-
-    table: str
-    rows: int
-    mape_uncalibrated: float
-    median: float
-    max: float
-    null_mape: float | None
-    mape_5rows: float | None
-    mape_leave_group_out: float | None
-    model_rate: float | None
-    spearman: float | None
-    regret: float | None
-    coverage: float
-    memory: float | None
-    oom: str
-
-
-def score(prepared: Prepared, known: Known) -> tuple[Score, list[float]]:
-    """Of a table with timed rows, and the predicted seconds of each of them, uncalibrated."""
     theta, half = known.prior(prepared)
     predicted = prepared.predicted(theta)
     measured = prepared.measured
@@ -110,24 +120,26 @@ def score(prepared: Prepared, known: Known) -> tuple[Score, list[float]]:
     peaks = [100 * abs(need.total / row.memory_bytes - 1) for row, need in fits if row.memory_bytes]
     refused = {row.number: need.total > FITS * row.job.device.memory_bytes for row, need in fits}
     wrong = sum(refused[row.number] for row, _ in fits if row.oom is False)
+    few = known.after_few(prepared)
     did_not = [row.number for row, _ in fits if row.oom]
-    result = Score(
+    result = dict(
         table=prepared.name,
         rows=len(errors),
         mape_uncalibrated=float(errors.mean()),
         median=float(np.median(errors)),
         max=float(errors.max()),
         null_mape=null_mape(prepared.timed),
-        mape_5rows=_five(prepared, theta),
+        mape_5rows=100 * float(np.abs(np.exp(few) - 1).mean()) if len(few) else None,
         mape_leave_group_out=_groups(prepared, theta),
         model_rate=_one_rate(prepared, predicted),
         spearman=spearman(predicted, measured),
         regret=_regret(prepared.timed, predicted),
         coverage=float((np.abs(np.log(predicted / measured)) <= half).mean()),
+        coverage_5rows=float((np.abs(few) <= known.half_after_few(prepared)).mean()) if len(few) else None,
         memory=fmean(peaks) if peaks else None,
         oom=f"{sum(refused[number] for number in did_not)}/{len(did_not)}, {wrong} false",
     )
-    return result, [float(value) for value in predicted]
+    return result, predicted
 
 
 def flops(job: Job) -> float:
@@ -151,29 +163,11 @@ def spearman(one: Sequence[float] | Vector, other: Sequence[float] | Vector) -> 
     """Rank correlation; equal values share the mean of their ranks. None for fewer than three, or where all are equal."""
     if len(one) < 3 or len(set(one)) == 1 or len(set(other)) == 1:
         return None
-    return float(np.corrcoef(_ranks(one), _ranks(other))[0, 1])
-
-
-def _ranks(values: Sequence[float] | Vector) -> list[float]:
-    order = sorted(values)
-    first = {value: order.index(value) for value in set(values)}
-    return [first[value] + (order.count(value) - 1) / 2 for value in values]
+    return float(spearmanr(one, other).statistic)
 
 
 def _percent(predicted: Vector, measured: Vector) -> Vector:
     return 100 * np.abs(predicted / measured - 1)
-
-
-def _five(prepared: Prepared, theta: Vector) -> float | None:
-    count = len(prepared.terms)
-    if count < FEW + 2:
-        return None
-    found = []
-    for draw in range(DRAWS):
-        taken = sorted(Random(f"{prepared.name} {draw}").sample(range(count), FEW))
-        errors = _percent(prepared.predicted(prepared.after(theta, taken)), prepared.measured)
-        found.append(float(np.delete(errors, taken).mean()))
-    return fmean(found)
 
 
 def _groups(prepared: Prepared, theta: Vector) -> float | None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from importlib import resources
 from itertools import pairwise
 from math import inf
+from operator import attrgetter
 from pathlib import Path
 
 from thinwire.errors import UserError
@@ -32,6 +33,7 @@ USUAL_INTER_GBITS = (100.0, 200.0, 400.0)
 LARGEST = 1e15
 CONTRADICTS = 1.5
 """Times by which two statements of one row on its time may differ."""
+KEY = attrgetter("layers", "width", "sequence", "devices", "data", "tensor", "pipe", "micro_batch", "global_batch")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 
 
@@ -50,19 +52,7 @@ class Measured:
     @property
     def key(self) -> str:
         """Under which the same measurement is found in another file."""
-        job = self.job
-        shape = (
-            job.layers,
-            job.width,
-            job.sequence,
-            job.devices,
-            job.data,
-            job.tensor,
-            job.pipe,
-            job.micro_batch,
-            job.global_batch,
-        )
-        return f"{shape} {self.seconds or 0:.4g}"
+        return f"{KEY(self.job)} {self.seconds or 0:.4g}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,8 @@ servers.
 
 Contiguous, each value in exactly one, sizes differing by one value at most; a parameter may be cut (Li et al., Scaling
 distributed machine learning with the parameter server, OSDI 2014, section 4.2). A server's optimizer works value by value, so
-where the cuts lie changes nothing. Buffers are not part of it.
+where the cuts lie changes nothing. Buffers are not part of it. Parameters may lie on a device; the vector is the CPU's, and goes
+there and back as one copy.
 
 Servers keep the digits that a model in 16 bits rounds off (`extent`). With w the weights that were put and R(w) what the model
 could hold of them, it has moved from there to x by R(w) - x: what was rounded off counts as no movement.
@@ -80,34 +81,34 @@ class FlatParameters:
 
     def values(self) -> Tensor:
         """[numel] a copy of the weights, on the CPU; float32, or float64 if any are."""
-        return torch.cat([self._flat(parameter) for _, parameter in self._named])
+        return self._flat([parameter for _, parameter in self._named])
 
     def moved(self, weights: Tensor) -> Tensor:
         """[numel] how far the model is from where `put(weights)` left it: R(w) - x."""
         found = weights.clone()
         for span, (_, parameter) in zip(self.spans(), self._named, strict=True):
             part = found[span.first : span.end]
-            part.copy_(part.to(_real(parameter).dtype)).sub_(self._flat(parameter))
-        return found
+            part.copy_(part.to(_real(parameter).dtype))
+        return found.sub_(self.values())
 
     def gradients(self) -> Tensor:
         """A copy of the gradients, zero where there is none. UserError names one that is not finite."""
-        found = []
-        for name, parameter in self._named:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            if not bool(torch.isfinite(gradient).all()):
+        found = self._flat([torch.zeros_like(one) if one.grad is None else one.grad for _, one in self._named])
+        for span, (name, _) in zip(self.spans(), self._named, strict=True):
+            if not bool(torch.isfinite(found[span.first : span.end]).all()):
                 raise UserError(f"the gradient of {name} is not finite; lower the learning rate, or look at this step's data")
-            found.append(self._flat(gradient))
-        return torch.cat(found)
+        return found
 
     def put(self, values: Tensor) -> None:
         """Replace the weights, rounded once."""
+        values = values.to(self._named[0][1].device)
         for span, (_, parameter) in zip(self.spans(), self._named, strict=True):
             held = _real(parameter)
             held.copy_(values[span.first : span.end].view(held.shape))
 
-    def _flat(self, values: Tensor) -> Tensor:
-        return _real(values).reshape(-1).cpu().to(self._dtype)
+    def _flat(self, tensors: Sequence[Tensor]) -> Tensor:
+        device = self._named[0][1].device
+        return torch.cat([_real(one).reshape(-1).to(device, self._dtype) for one in tensors]).cpu()
 
 
 def _real(values: Tensor) -> Tensor:

@@ -126,6 +126,20 @@ class Server:
             found["furthest_ahead"] = self.merger.furthest_ahead
         return found
 
+    def measures(self) -> dict[str, float]:
+        """What it is doing, in numbers."""
+        with self._lock:
+            joined, waiting, received = len(self._connections), len(self._waiting), sum(self.received_bytes.values())
+        return {
+            "version": self.merger.version,
+            "merged_tokens_total": self.merger.merged,
+            "workers": joined,
+            "waiting": waiting,
+            "lost_total": sum(event.what == "lost" for event in self.events),
+            "received_bytes_total": received,
+            "sent_bytes_total": self._ledger.sent_bytes,
+        }
+
     def serve(self, sock: socket, hello: Hello) -> None:
         """One worker, from its HELLO to its last word, in a thread of its own."""
         advice = "no step, no word: raise timeout_s, or let the loop call alive() where it pauses on purpose"

@@ -21,6 +21,7 @@ import torch
 
 from thinwire.config.replicas import Gradients, Service
 from thinwire.errors import UserError
+from thinwire.files import written_aside
 
 KEPT = 3
 EVERY_MERGES, EVERY_STEPS = 1, 50
@@ -120,10 +121,9 @@ def _names(folder: Path, index: int) -> list[Path]:
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write beside, then rename: the file is there in whole or not at all."""
-    beside = path.with_suffix(path.suffix + ".part")
-    torch.save(state, beside)
-    os.replace(beside, path)
+    """Whole or not at all."""
+    with written_aside(path) as aside:
+        torch.save(state, aside)
 
 
 def load(path: Path, *, mapped: bool = False) -> dict[str, Any]:

@@ -20,8 +20,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch.distributed.checkpoint as dcp
 
@@ -37,7 +38,7 @@ class Progress:
     """Where a run stands: the next step to train, tokens seen, world size, micro-batches by replica.
 
     num_parts, cut: into how many parts the model is divided among the ranks, and a checksum of how (`division`); layout: of the
-    ranks, in words; `Saver` knows.
+    ranks, in words; `Saver` knows. replanned: keys of run.toml that have changed since.
     """
 
     step: int
@@ -47,6 +48,7 @@ class Progress:
     num_parts: int = 1
     cut: str = ""
     layout: str = ""
+    replanned: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

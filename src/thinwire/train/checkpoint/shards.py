@@ -1,5 +1,5 @@
-"""Parameters of which each rank of the tensor or the shard axis holds a part: how a checkpoint says which, and how any parts are
-made of any others.
+"""Parameters of which each rank of the tensor or the shard axis, or of both, holds a part: how a checkpoint says which, and how
+any parts are made of any others.
 
 A parameter that `Shards` do not name is whole. What is flat, such as a residual, is of the local tensor, row behind row.
 """
@@ -19,19 +19,21 @@ Shards = Mapping[str, Part]
 
 def to_plain(shards: Shards, names: Iterable[str]) -> dict[str, Any]:
     """Of these parameters, for a file."""
-    return {
-        name: [part.dim, [[one.start, one.stop] for one in part.ranges], part.whole, part.padding]
-        for name in names
-        if (part := shards.get(name)) is not None
-    }
+    return {name: _plain(part) for name in names if (part := shards.get(name)) is not None}
 
 
 def from_plain(saved: Mapping[str, Any]) -> dict[str, Part]:
     """What a file of a rank or of a part says; nothing in those that hold whole parameters."""
-    return {
-        name: Part(dim, tuple(range(*ends) for ends in ranges), whole, padding)
-        for name, (dim, ranges, whole, padding) in saved.get("shards", {}).items()
-    }
+    return {name: _part(*plain) for name, plain in saved.get("shards", {}).items()}
+
+
+def _plain(part: Part) -> list[Any]:
+    across = [] if part.across is None else [_plain(part.across)]
+    return [part.dim, [[one.start, one.stop] for one in part.ranges], part.whole, part.padding, *across]
+
+
+def _part(dim: int, ranges: Sequence[Sequence[int]], whole: int, padding: int, across: Sequence[Any] | None = None) -> Part:
+    return Part(dim, tuple(range(*ends) for ends in ranges), whole, padding, None if across is None else _part(*across))
 
 
 def both_parts(name: str, mine: Shards, its: Shards) -> tuple[Part, Part] | None:

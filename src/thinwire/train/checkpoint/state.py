@@ -5,6 +5,7 @@ parts of the model, alike on those with the same part. A rank's own are its rand
 differ, its model and optimizer. What is alike is put back by parameter name, whatever the parts of the ranks that wrote it.
 """
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +20,11 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.utils import _pytree
 
 from thinwire.collectives.ledger import Ledger
+from thinwire.compress.activations.differences import Differences
 from thinwire.compress.sharded.api import ShardedCompression
 from thinwire.errors import UserError
 from thinwire.parallel.tensor_parts import Part
-from thinwire.parallel.tensor_state import copy_common
+from thinwire.parallel.tensor_state import Block, copy_common
 from thinwire.sync.base import Synchroniser
 from thinwire.sync.joined import Mean, joined
 from thinwire.train.checkpoint.files import Progress, one_line, part_files, rank_file, read_progress, sync
@@ -47,6 +49,8 @@ class Parts:
     """Of shards, whose codes owe something."""
     layout: str = ""
     replicas: bool = False
+    copies: Mapping[str, Differences] = field(default_factory=dict)
+    """Of activations, at this rank's boundaries."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,8 @@ def snapshot(parts: Parts, *, alike: bool) -> Snapshot:
         own["part"], own["replicas"] = parts.part, parts.replicas
     if parts.exchange is not None:
         own["exchange"] = parts.exchange.state_dict()
+    if parts.copies:
+        own["copies"] = {name: one.state_dict() for name, one in parts.copies.items()}
     shards = {"shards": to_plain(parts.shards, parts.model.state_dict())} if parts.shards else {}
     own |= shards
     if parts.sync.replicas_differ:
@@ -123,6 +129,8 @@ def load(path: Path, parts: Parts, *, with_own: bool) -> None:
             owns = [torch.load(file, weights_only=True) for file in sorted(path.glob("rank-*.pt"))]
             if owns:
                 parts.sync.adopt(_by_replica(owns, parts))
+            if parts.copies and parts.rank == 0:
+                print(f"checkpoint {path}: its copies of activations are of other ranks; samples come as new ones", flush=True)
             _adopt_owed([own["exchange"] for own in owns if "exchange" in own], path, parts)
             return
         own = torch.load(path / rank_file(parts.rank), weights_only=True)
@@ -132,6 +140,8 @@ def load(path: Path, parts: Parts, *, with_own: bool) -> None:
         parts.sync.load_state_dict(own["sync"])
         if parts.exchange is not None:
             parts.exchange.load_state_dict(own["exchange"])
+        for name, state_of_copies in own.get("copies", {}).items() if parts.copies else ():
+            parts.copies[name].load_state_dict(state_of_copies)
         torch.set_rng_state(own["random"])
         if "device_random" in own:
             device = next(parts.model.parameters()).device
@@ -163,7 +173,7 @@ def _read(path: Path, state: dict[str, Any], shards: Shards = {}) -> None:  # no
         _read_whole(path, state, shards)
         return
     moments, groups = state.get("optimizer", {}).get("state", {}), list[Any]()
-    wanted: dict[str, set[range]] = {name: set() for name in state["model"]}  # what is there of each
+    wanted: dict[str, set[Block]] = {name: set() for name in state["model"]}  # what is there of each
     for file in (path / name for name in files if wanted and (path / name).exists()):  # a disk need not hold all
         saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         groups += saved["optimizer"]["param_groups"]
@@ -174,7 +184,8 @@ def _read(path: Path, state: dict[str, Any], shards: Shards = {}) -> None:  # no
             if name in moments:
                 its_moments, what = saved["optimizer"]["state"].get(name, {}), f"{file}, optimizer, {name}:"
                 _put(moments[name], its_moments, moments[name], what, both)
-            if both is None or sum(map(len, wanted[name])) == _wanted(*both):
+            there = (math.prod(map(len, block)) for block in wanted[name])
+            if both is None or sum(there) == both[0].held(both[0].whole_shape(state["model"][name].shape)):
                 del wanted[name]
     if wanted:
         raise UserError(f"checkpoint {path} holds no {next(iter(wanted))}; resume with the model that it was made with")
@@ -216,15 +227,16 @@ def _put(
     keys: Iterable[str],
     what: str,
     both: tuple[Part, Part] | None = None,
-) -> list[range]:
+) -> list[Block]:
     """both: parts of a parameter, that of what is `mine` and that of what is saved. Returns what was there of the former."""
-    there: list[range] = []
+    there: list[Block] = []
     for key in list(keys):
         shape = getattr(mine[key], "shape", None)
         cut = both if shape else None  # a number is whole
-        wanted = cut[1].local_shape(cut[0].whole_shape(shape)) if cut and shape else shape
-        whole = not cut or cut[0].dim != cut[1].dim or cut[0].whole == cut[1].whole
-        fits = key in saved and getattr(saved[key], "shape", None) == wanted and whole
+        whole = cut[0].whole_shape(mine[key].shape) if cut else ()
+        wanted = cut[1].local_shape(whole) if cut else shape
+        alike = not cut or cut[1].whole_shape(cut[1].local_shape(whole)) == whole
+        fits = key in saved and getattr(saved[key], "shape", None) == wanted and alike
         if not fits:
             of_shape = f" of shape {list(shape)}" if shape else ""
             raise UserError(f"{what} holds no {key}{of_shape}; resume with the model and the optimizer that it was made with")
@@ -237,20 +249,16 @@ def _put(
     return there
 
 
-def _wanted(mine: Part, its: Part) -> int:
-    """How many places along the dim of `its` make up `mine` (`copy_common`)."""
-    return sum(map(len, mine.ranges)) if mine.dim == its.dim else its.whole
-
-
 def _adopt_owed(states: Sequence[dict[str, Any]], path: Path, parts: Parts) -> None:
-    """Of the codes of gradients that are reduced to shards. Where nobody takes it on, that is said."""
+    """Of the codes of gradients that are reduced to shards. Where nobody takes it on, that is said; nobody does what is of parts
+    of tensor ranks."""
     owed = any(unit["owed"] is not None for one in states for unit in one["units"].values())
-    if parts.exchange is not None and owed:
+    splits = "tensor" in f"{read_progress(path).layout} {parts.layout}"
+    if owed and parts.exchange is not None and not splits:
         parts.exchange.adopt(states)
     elif owed and parts.rank == 0:
-        print(
-            f"checkpoint {path}: what the codes of sharded.gradients owe is left out, for nothing is sharded any more", flush=True
-        )
+        why = "it is of parts of tensor ranks" if splits else "nothing is sharded any more"
+        print(f"checkpoint {path}: what the codes of sharded.gradients owe is left out, for {why}", flush=True)
 
 
 def _hyperparameters(group: dict[str, Any], saved: Sequence[dict[str, Any]]) -> dict[str, Any]:
