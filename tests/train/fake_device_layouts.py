@@ -57,7 +57,10 @@ CASES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "pipe x shard": ({"pipe": 2, "shard": 2}, {"model": {"dtype": "bfloat16"}}),
     "pipe x seq": ({"pipe": 2, "seq": 2}, {"pipeline": {"activations": "bf16"}}),
     "pipe x tensor": ({"pipe": 2, "tensor": 2}, {"pipeline": {"activations": "int4"}, "model": {"tied": True}}),
-    "pipe x outer": ({"pipe": 2, "outer": 2}, {"sync": {"kind": "diloco", "every": 2}, "compress": {"kind": "int4"}}),
+    "pipe x outer": (
+        {"pipe": 2, "outer": 2},
+        {"sync": {"kind": "diloco", "every": 2}, "compress": {"kind": "int4"}, "model": {"tied": False}},
+    ),
 }
 
 

@@ -57,7 +57,7 @@ BUDGETS: Mapping[str, tuple[int, int]] = {
     "lm_lstm": (200, 500),
     "recommendation": (600, 2000),
     "sentiment": (300, 2000),
-    "speech": (500, 435),
+    "speech": (800, 435),
     "summarisation": (600, 300),
     "translation": (600, 300),
 }

@@ -6,13 +6,14 @@ accents, each recording at a speed and pitch of its own, and varied as `recordin
     10 other voices of eSpeak NG, not varied, with phrases of their own
     Allison Smith, each word once, from asterisk-core-sounds-en-wav (8 kHz, CC-BY-SA-3.0): a person, nothing of whom is trained on
 
-Spoken through the C interface of libespeak-ng (speak_lib.h), once, in some seconds, and kept in the cache folder.
+Spoken through the C interface of libespeak-ng (speak_lib.h), once, in half a minute, and kept in the cache folder (100 MB).
 """
 
 import ctypes
 import hashlib
 import io
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from thinwire.tasks.text import write_cache
 FOLDER = Path("/usr/share/asterisk/sounds/en_US_f_Allison/digits")
 LIBRARY = "libespeak-ng.so.1"
 PACKAGES = "espeak-ng asterisk-core-sounds-en-wav"
-SPOKEN, HELD_OUT, MOST_WORDS = 3000, 400, (1, 1, 2, 3)
+SPOKEN, HELD_OUT, MOST_WORDS = 12000, 400, (1, 1, 2, 3)
 COUNTED = {
     "": "zero one two three four five six seven eight nine",
     "day-": "sunday monday tuesday wednesday thursday friday saturday",
@@ -46,7 +47,7 @@ VOICES = (
     "miguel norbert pablo paul pedro quincy rob robert sandro shelby steph steph2 steph3 travis victor zac"
 )
 HELD_VOICES = VOICES.split()[3::8]
-HIGHER = (0.9, 0.95, 1.0, 1.0, 1.05, 1.1, 1.15)
+HIGHER = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2, 1.25)
 Spoken = dict[str, list[Any]]  # by part
 
 
@@ -63,6 +64,7 @@ def load_prompts(cache_folder: Path) -> tuple[Spoken, Spoken, dict[str, Any]]:
     made_by = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("prompts.py", "recordings.py"))
     path = cache_folder / f"prompts-{hashlib.sha256(made_by).hexdigest()[:16]}.pt"
     if not path.is_file():
+        print(f"thinwire: {SPOKEN:,} recordings are spoken into {path}, once; about half a minute", file=sys.stderr, flush=True)
         torch.save(_made(library, files), content := io.BytesIO())
         write_cache(path, content.getvalue())
     found = torch.load(path, weights_only=True)

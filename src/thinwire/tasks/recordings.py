@@ -3,7 +3,8 @@
 A model sees, of each 10 ms, how loud 40 bands are (log-mel; Davis and Mermelstein 1980): the power spectrum of 32 ms under a Hann
 window, summed under triangles that are evenly wide in mel = 2595 log10(1 + f / 700) from 100 to 3,700 Hz. Bands are in Hz, so
 that recordings of any rate from 8 kHz on look alike and none is resampled; what is above the highest band is not heard. Power is
-taken relative to the loudest 10 ms, and quiet before the first and after the last sound is cut off.
+taken relative to the loudest 10 ms, and quiet before the first and after the last sound is cut off. Of each band its mean over
+the recording is taken away, and with it what a microphone, a room or a throat does to all of it (Atal 1974).
 
 A folder has WAV files (PCM of 8 to 32 bits; channels are averaged) and transcript.csv, .tsv or .jsonl with `file` and `text`.
 """
@@ -61,8 +62,13 @@ def read_wav(path: Path) -> tuple[NDArray[np.float32], int]:
 
 
 def log_mel(samples: NDArray[np.float32], rate: int, varied: Varied | None = None) -> Tensor:
-    """float16 [steps, BANDS], around 0. samples: [count], not all 0."""
-    varied = varied or Varied()
+    """What a model sees: float16 [steps, BANDS], of each band around 0. samples: [count], not all 0."""
+    bands = loudness(samples, rate, varied or Varied())
+    return ((bands - bands.mean(0)) / 3.0).half()
+
+
+def loudness(samples: NDArray[np.float32], rate: int, varied: Varied) -> Tensor:
+    """float32 [steps, BANDS]: the logarithm of the power of each band, relative to the loudest step."""
     length, hop = round(rate * WINDOW_S), round(rate * STEP_S)
     given = torch.from_numpy(np.pad(samples, (0, max(0, length - len(samples)))))
     windows = given.unfold(0, length, hop) * torch.hann_window(length)
@@ -73,7 +79,7 @@ def log_mel(samples: NDArray[np.float32], rate: int, varied: Varied | None = Non
     power = power / power.sum(1).max().clamp(min=1e-30)
     loud = torch.nonzero(power.sum(1) >= SILENCE).flatten()
     sound = power[max(0, int(loud[0]) - AROUND) : int(loud[-1]) + AROUND + 1] if len(loud) else power
-    return (((sound + FLOOR).log() + 6.0) / 3.0).half()
+    return (sound + FLOOR).log()
 
 
 @cache
