@@ -258,7 +258,7 @@ def test_the_label_is_that_of_the_thread_that_issues(ranks2: Pool) -> None:
 
 def seconds(context: Rank, op: str) -> float:
     if context.rank == 1:
-        time.sleep(0.05)
+        time.sleep(0.2)  # on a busy machine the other begins late itself
     if op == "p2p":
         if context.rank == 1:
             dist.send(torch.zeros(N), 0)
@@ -277,7 +277,7 @@ def seconds(context: Rank, op: str) -> float:
 @pytest.mark.parametrize("op", ["all_reduce", "broadcast", "all_gather single", "reduce_scatter single", "barrier", "p2p"])
 def test_seconds_hold_the_wait_for_a_late_peer(ranks2: Pool, op) -> None:
     waited, late = ranks2.run(seconds, op)
-    assert 0.04 < waited < 5 and 0 < late < 5
+    assert 0.05 < waited < 5 and 0 < late < 5
 
 
 def asynchronous(context: Rank) -> Any:

@@ -27,7 +27,7 @@ from thinwire.tomlfile import validate
 
 DEFAULTS: Mapping[str, Any] = {"ranks": [1, 2, 4, 8], "steps": 20, "tasks": list(CATALOGUE), "json": ""}
 """json: where rows are kept after each start of the ranks, and rows are that need not be made again."""
-AT_ONCE = 4
+AT_ONCE = 12
 """Cases of one start of the ranks."""
 BAR = 1e-9
 DEGREES = (1, 2, 4, 8)
