@@ -83,6 +83,13 @@ def test_auto_keeps_the_batch_and_says_in_three_lines_what_it_chose() -> None:
         auto(None, [], "laptop")
 
 
+def test_auto_keeps_plain_data_parallelism_where_predictions_cannot_tell_more_apart() -> None:
+    """Two ranks on a link that is never in the way."""
+    config, lines, plain_s = auto(None, ["train.micro_batch=2", "train.sequence=64"], "1x2xcpu:10Gflop/s@100Gbit/s")
+    assert (config.layout.resolve(2).data, config.sync.kind, config.compress.kind) == (2, "every_step", "none")
+    assert plain_s == 0 and lines[-1] == "  that is what plain DDP does"
+
+
 def test_auto_is_refused_where_there_is_a_plan_already(tmp_path: Path) -> None:
     done = thinwire("train", "--plan", "auto", "--resume", "nowhere", cwd=tmp_path)
     assert done.returncode == 2 and "a resumed run keeps its plan" in one_line(done.stderr)

@@ -3,11 +3,13 @@
 that as well (`auto_task`).
 
 Rank 0 plans and the others are told, since coding is timed where it runs. The batch stays as given; a plan whose exchanges cost
-tokens trains as many more (`plan.penalties`).
+tokens trains as many more (`plan.penalties`). Plain data parallelism is kept unless a plan is predicted to be sooner by more than
+predictions of a step may be off: on links that are fast beside the compute nothing gains as much as it may cost.
 """
 
 import tomllib
 from dataclasses import replace
+from math import exp
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,9 +65,14 @@ def auto(run: Path | None, changes: list[str], cluster: str, learnt: Path | None
         return _exchange_of(problem, calibrated, cluster)
     explained = explain(problem, search(problem), asks=False)
     best, plain = explained.best, explained.plain
+    enough = exp(best.spread)
+    if plain is not None and plain.time_s <= best.time_s * enough:
+        best = plain
     config = planned_run(best, problem, cluster or problem.config.cluster.file)
     others = [one for one in explained.found.ranking if family(one) != family(best)]
     behind = f"; next {others[0].candidate}, {slower(others[0], best)}" if others else ""
+    if others and best is plain and (times := best.time_s / others[0].time_s) > 1:
+        behind = f"; {others[0].candidate} is {times:.2f} times as fast, predicted, and {enough:.2f} times is relied on"
     lines = [
         f"plan: {best.candidate}, {config.train.steps} steps of {waterfall(best)}, predicted",
         f"  because: limited by {limit(best)}{behind}",
