@@ -23,7 +23,8 @@ def seconds_of_stages(run: Callable[[], Iterator[None]], device: torch.device = 
             torch.accelerator.synchronize(device)
         return time.perf_counter()
 
-    tries, first = [], now()
+    tries: list[list[float]] = []
+    first = now()
     while len(tries) < TRIES or (len(tries) < MOST_TRIES and time.perf_counter() - first < TRIED_S):
         times = [now()]
         times += [now() for _ in run()]
