@@ -275,7 +275,7 @@ def check_equal(model, name):
     """Replicas are bit-equal or the benchmark is worth nothing. Collective."""
     digest = hashlib.sha256()
     for parameter in model.parameters():
-        digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(parameter.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     digests = [None] * dist.get_world_size()
     dist.all_gather_object(digests, digest.hexdigest())
     if len(set(digests)) > 1:
