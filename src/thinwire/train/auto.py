@@ -70,9 +70,11 @@ def auto(run: Path | None, changes: list[str], cluster: str, learnt: Path | None
         best = plain
     config = planned_run(best, problem, cluster or problem.config.cluster.file)
     others = [one for one in explained.found.ranking if family(one) != family(best)]
-    behind = f"; next {others[0].candidate}, {slower(others[0], best)}" if others else ""
+    behind = ""
     if others and best is plain and (times := best.time_s / others[0].time_s) > 1:
         behind = f"; {others[0].candidate} is {times:.2f} times as fast, predicted, and {enough:.2f} times is relied on"
+    elif others:
+        behind = f"; next {others[0].candidate}, {slower(others[0], best)}"
     lines = [
         f"plan: {best.candidate}, {config.train.steps} steps of {waterfall(best)}, predicted",
         f"  because: limited by {limit(best)}{behind}",

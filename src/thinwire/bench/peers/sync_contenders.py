@@ -8,7 +8,6 @@ Peers of other packages (`Method.package`) come here alone, one to a start of th
 helpers compute counts as theirs.
 """
 
-import hashlib
 import importlib
 import socket
 import sys
@@ -27,6 +26,7 @@ from thinwire.bench.stock_sync import SILENT, StockSync
 from thinwire.bench.sync_methods import Method, keep, kept, make_method
 from thinwire.cluster import load_cluster
 from thinwire.layout import AXES, Layout
+from thinwire.sync.initial_values import same_everywhere
 from thinwire.sync.make import make_synchroniser
 from thinwire.train.pace import Pacer
 from thinwire.train.setup import make_task, set_collectives
@@ -273,10 +273,5 @@ def weights_apart(model):
 
 def check_equal(model, name):
     """Replicas are bit-equal or the benchmark is worth nothing. Collective."""
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        digest.update(parameter.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    digests = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, digest.hexdigest())
-    if len(set(digests)) > 1:
-        sys.exit(f"{name} the replicas differ: {', '.join(digest[:8] for digest in digests)}")
+    if not same_everywhere(list(model.parameters()), dist.group.WORLD):
+        sys.exit(f"{name} the replicas differ")
