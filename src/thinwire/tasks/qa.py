@@ -10,8 +10,8 @@ The rules, for each place of a verse that they fit, X and Y being words with a c
 
 so texts and names are real, and questions are as plain as that. Tokens are words and marks, those that training has less than
 ten times are one token. The model: sentiment's encoder over question and text, with a vector for words of the text that the
-question has too, and one for others with a capital (Chen et al. 2017), one linear layer for begin and end of the answer
-(Devlin et al. 2018). Score: answers that are right to the word. Baseline: the first word with a capital behind the text's
+question has too, and one for others with a capital (Chen et al. 2017), before it a convolution over seven words (as QANet has:
+Yu et al. 2018, arXiv 1804.09541), one linear layer for begin and end of the answer (Devlin et al. 2018). Score: answers that are right to the word. Baseline: the first word with a capital behind the text's
 first word that the question has not. Margin, stated beforehand: 20 points.
 """
 
@@ -34,6 +34,7 @@ from thinwire.tasks.text import BEGIN, UNKNOWN, digest_of, padded, split
 from thinwire.tasks.verses import load_verses
 
 MAX_HELD_OUT, LEAST_COUNT = 500, 10
+NEAR = 7
 KINDS = 4
 """Of words: 0 out of the text, 1 in it, 2 in it and in the question, 3 in it with a capital, and not in the question."""
 NO_NAMES = {"And", "But", "Then", "He", "She", "They", "The", "Now", "So", "For", "It", "This"}
@@ -55,10 +56,13 @@ class Reader(nn.Module):
         super().__init__()
         self.encoder, width = encoder, encoder.embed.embedding_dim
         self.kinds = nn.Embedding(KINDS, width)
+        self.near = nn.Conv1d(width, width, NEAR, padding=NEAR // 2)
         self.head = nn.Linear(width, 2)
 
     def forward(self, tokens: Tensor, kinds: Tensor) -> Tensor:
-        found: Tensor = self.head(self.encoder(tokens, self.kinds(kinds)))
+        more = self.kinds(kinds)
+        near = self.near((self.encoder.embed(tokens) + more).transpose(1, 2)).transpose(1, 2)
+        found: Tensor = self.head(self.encoder(tokens, more + F.gelu(near)))
         return found.masked_fill(kinds[..., None] == 0, -1e4)
 
 
