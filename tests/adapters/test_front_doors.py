@@ -67,13 +67,16 @@ PLACES = {"transformers": "checkpoint-6", "lightning": "step=6.ckpt", "accelerat
 
 
 @pytest.mark.door("resumed to the bit", *DOORS)
-@pytest.mark.parametrize("settings", [INT4, DILOCO], ids=["int4", "diloco"])
+@pytest.mark.parametrize(("pool", "settings"), [("ranks2", INT4), ("ranks4", DILOCO)], ids=["int4", "diloco"])
 @pytest.mark.parametrize("name", DOORS)
-def test_a_resumed_run_is_the_uninterrupted_one(ranks2: Pool, name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one(
+    request: pytest.FixtureRequest, pool: str, name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
     """At a step between two exchanges; to the bit."""
-    whole = ranks2.run(trained, name, settings, tmp_path, {"steps": 10, **SAVES[name]}, timeout_s=200)
+    ranks: Pool = request.getfixturevalue(pool)
+    whole = ranks.run(trained, name, settings, tmp_path, {"steps": 10, **SAVES[name]}, timeout_s=200)
     checkpoint = str(tmp_path / PLACES[name])
-    again = ranks2.run(
+    again = ranks.run(
         trained, name, settings, tmp_path / "again", {"steps": 10, "resume": checkpoint, **SAVES[name]}, timeout_s=200
     )
     for one, other in zip(whole, again, strict=True):

@@ -58,17 +58,22 @@ def check_passes(folder: RunFolder) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("pool", "data", "compress"),
-    [("ranks8", 4, {"kind": "none"}), ("ranks4", 2, {"kind": "int4", "exclude": []})],
-    ids=["sums", "codes"],
+    ("pool", "data", "compress", "gradients"),
+    [("ranks8", 4, "none", "none"), ("ranks4", 2, "int4", "int4"), ("ranks2", 1, "none", "int8")],
+    ids=["sums", "codes", "codes between stages"],
 )
 def test_both_copies_of_a_tied_weight_stay_equal_to_the_bit(
-    request: pytest.FixtureRequest, tmp_path: Path, pool: str, data: int, compress: dict[str, Any]
+    ranks1: Pool, request: pytest.FixtureRequest, tmp_path: Path, pool: str, data: int, compress: str, gradients: str
 ) -> None:
     """Though replicas of the two stages average apart from each other, in other buckets."""
     ranks: Pool = request.getfixturevalue(pool)
-    config = config_of(tmp_path, {"pipe": 2, "data": data}, 2, model={"tied": True}, compress=compress)
-    folder = RunFolder.open(ranks.run(run_training, config, timeout_s=50)[0].folder)
+    model, codes = {"tied": True}, {"kind": compress} if compress == "none" else {"kind": compress, "exclude": []}
+    sections = {"model": model, "compress": codes, "pipeline": {"gradients": gradients}}
+    folder = RunFolder.open(
+        ranks.run(run_training, config_of(tmp_path / "run", {"pipe": 2, "data": data}, 2, **sections), timeout_s=50)[0].folder
+    )
+    exact, _ = on_one_rank(ranks1, tmp_path / "one", 2 * data, model=model)
+    assert losses(folder.path) == pytest.approx(exact, rel=1e-9 if gradients == "none" else 5e-3)
     parts = [torch.load(path, weights_only=True) for path in sorted((folder.path / "checkpoints").glob("*/part-*.pt"))[-2:]]
     first, last = (part["model"]["embed.weight"] for part in parts)
     assert torch.equal(first, last)

@@ -2,8 +2,8 @@
 
     sent by a rank in a step = sum over its stages of micro-batches * (activation to the next + gradient to the one before)
 
-and once a step the gradient of each weight that it has together with another rank (a tied embedding). With `options.copies` an
-activation of a sample that came before is sent as the change since then; else in the code of the copies.
+and once a step one message for each weight that it has together with another rank (a tied embedding), see `tied_codec`. With
+`options.copies` an activation of a sample that came before is sent as the change since then; else in the code of the copies.
 """
 
 from collections import Counter
@@ -24,6 +24,8 @@ from thinwire.parallel.chain import Chain, boundaries, chain_of
 from thinwire.traffic import EVALUATION, PIPELINE, Transfer
 
 TIED = "tied weights"
+TIED_KINDS = {"int4": "int8", "fp4": "int8"}
+"""For gradients of tied weights in place of `options.gradients`: nothing keeps what codes leave out of these."""
 COPIES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -74,6 +76,17 @@ class Cut:
         codec = make_codec(read_coding(getattr(self.options, direction), f"pipeline.{direction}"))
         return None if codec is None else BoundaryCodec(codec, f"{direction} of boundary {boundary}-{boundary + 1}")
 
+    def tied_codec(self) -> BoundaryCodec | None:
+        """Of what the holders of a tied weight send each other, None: as it is."""
+        kind = TIED_KINDS.get(self.options.gradients, self.options.gradients)
+        codec = make_codec(read_coding(kind, "pipeline.gradients"))
+        return None if codec is None else BoundaryCodec(codec, "the gradient of a tied weight")
+
+    def tied_bytes(self, shape: Sequence[int], stored_bytes: int) -> int:
+        """Of such a message. stored_bytes: of the weight."""
+        codec = self.tied_codec()
+        return stored_bytes if codec is None else codec.payload_bytes(shape)
+
     def differences(self, boundary: int) -> Differences | None:
         """One side of a boundary that activations of samples that return cross, without copies as yet; None: none are kept."""
         coder = self.codec("activations", boundary)
@@ -87,7 +100,7 @@ class Cut:
         return values.nbytes if codec is None else codec.payload_bytes(values.shape)
 
     def traffic(self, rank: int, num_micro: int, tied_bytes: Sequence[int] = (), *, first: bool = False) -> list[Transfer]:
-        """What rank `rank` of the pipeline sends in a step. tied_bytes: of each gradient that it adds up with another rank's.
+        """What rank `rank` of the pipeline sends in a step. tied_bytes: of each weight that it has together with another rank.
         first: whether there are no copies of its samples as yet."""
         forward = "first" if first else "activations"
         sent = [one for stage in self.stages_of(rank) for one in ((forward, stage), ("gradients", stage - 1))]

@@ -3,11 +3,7 @@
 A step runs one schedule of PyTorch (`schedules`): each micro-batch goes forward through all stages and back. Between stages on
 different ranks travel one message of an activation and one of its gradient per micro-batch, as they are or coded (`boundary`).
 Gradients add up in the parameters. The losses are those of one rank with the whole model; codes change them by their error.
-
-Weights that the first and the last stage both use (a tied embedding) exist twice where these are on different ranks; their
-gradients are added up after the backward passes, the same sum on both. Replicas of both stages then average them apart from each
-other, and sums of more than two, or codes, depend on what else is in a bucket; so where `shares_tied` is set the last stage takes
-over the first one's average, and both stay equal to the bit.
+Weights that the first and the last stage both use are `tied`'s.
 """
 
 from collections import deque
@@ -22,13 +18,13 @@ from torch import Tensor, nn
 
 from thinwire.collectives.backend import MeteredGroup
 from thinwire.collectives.ledger import Ledger
-from thinwire.collectives.metered_calls import together
 from thinwire.compress.activations.differences import Differences
 from thinwire.errors import UserError
 from thinwire.parallel.boundary import CodedStage, Computed, Crossing
 from thinwire.parallel.chain import Owner, Stage
-from thinwire.parallel.cut import TIED, Cut
+from thinwire.parallel.cut import Cut
 from thinwire.parallel.schedules import arrivals, make_schedule, without_log
+from thinwire.parallel.tied import TiedWeights
 from thinwire.traffic import EVALUATION, PIPELINE, Transfer, merged
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -75,8 +71,7 @@ class Pipeline:
         self._begun = False
         self._started: Any = None
         self._scale = 1.0
-        self._tied = self._tied_parameters()
-        self.shares_tied = False
+        self.tied = TiedWeights(self._tied_parameters(), group, ledger, cut.tied_codec())
         self.samples: Sequence[Sequence[int]] = ()
         """Numbers of the samples of the next step's micro-batches, the same on all ranks, where copies of activations are kept;
         none: it sends as if they came for the first time, and keeps nothing."""
@@ -114,9 +109,8 @@ class Pipeline:
 
     def traffic(self, num_micro: int) -> list[Transfer]:
         """What this rank sends in a step."""
-        tied = [(other, one) for other, several in self._tied.items() for one in several]
-        sent = [one.nbytes for _, one in tied] + [one.nbytes for other, one in tied if self.shares_tied and other > self.rank]
-        return merged(self.cut.traffic(self.rank, num_micro, sent))
+        tied = [self.cut.tied_bytes(one.shape, one.nbytes) for one in self.tied]
+        return merged(self.cut.traffic(self.rank, num_micro, tied))
 
     def step(
         self, inputs: Sequence[Tensor], targets: Sequence[Tensor], scale: float = 1.0, label: str = PIPELINE
@@ -150,32 +144,8 @@ class Pipeline:
         return [loss.detach() / scale for loss in losses] if self.has_last else []
 
     def add_up_tied(self) -> None:
-        """After the backward passes of a step: both holders of a tied weight get the sum of both gradients. Collective."""
-        with self.ledger.label(TIED):
-            for other, parameters in self._tied.items():
-                for parameter in parameters:
-                    gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-                    received = torch.empty_like(gradient)
-                    both = [
-                        dist.P2POp(dist.irecv, received, group=self.group, group_peer=other),
-                        dist.P2POp(dist.isend, gradient, group=self.group, group_peer=other),
-                    ]
-                    for work in together(both):
-                        work.wait()
-                    parameter.grad = gradient.add_(received)
-
-    def share_tied(self) -> None:
-        """After gradients were averaged, where `shares_tied`: the last holder of a tied weight takes the first's. Collective."""
-        if not self.shares_tied:
-            return
-        with self.ledger.label(TIED):
-            for other, parameters in self._tied.items():
-                for parameter in parameters:
-                    assert parameter.grad is not None, "it was averaged"
-                    if other > self.rank:
-                        dist.send(parameter.grad, group=self.group, group_dst=other)
-                    else:
-                        dist.recv(parameter.grad, group=self.group, group_src=other)
+        """After the backward passes of a step: see `TiedWeights.add_up`. Collective."""
+        self.tied.add_up()
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:

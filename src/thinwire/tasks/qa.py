@@ -11,8 +11,10 @@ The rules, for each place of a verse that they fit, X and Y being words with a c
 so texts and names are real, and questions are as plain as that. Tokens are words and marks, those that training has less than
 ten times are one token. The model: sentiment's encoder over question and text, with a vector for words of the text that the
 question has too, and one for others with a capital (Chen et al. 2017), before it a convolution over seven words (as QANet has:
-Yu et al. 2018, arXiv 1804.09541), one linear layer for begin and end of the answer (Devlin et al. 2018). Score: answers that are right to the word. Baseline: the first word with a capital behind the text's
-first word that the question has not. Margin, stated beforehand: 20 points.
+Yu et al. 2018, arXiv 1804.09541), behind it one linear layer for begin and end of the answer (Devlin et al. 2018).
+
+Score: answers that are right to the word. Baseline: the first word with a capital behind the text's first word that the question
+has not. Margin, stated beforehand: 20 points.
 """
 
 import re

@@ -130,9 +130,10 @@ def outline_of(config: RunConfig, shape: ModelConfig, seat: Seat, shared: Shared
         tied = {name: cut.holders(name) for name in cut.tied() if rank in cut.holders(name)}
         last = _names(local, (name for name, ranks in tied.items() if rank == ranks[-1]))  # the first holder counts them, and
         added = [one for one in local.parameters if one.name in _names(local, tied)]  # hands on their average
-        again = [one for one in added if one.name not in last] if shape.tied and shares_tied(config.compress, layout) else []
+        if shape.tied:
+            shares_tied(config.compress, layout)  # refuses replicas that would average them in two ways
         counted = [one.name for one in own.parameters if one.name not in last]
-        sent += merged(cut.traffic(rank, micro, [one.stored_bytes for one in added + again]))
+        sent += merged(cut.traffic(rank, micro, [cut.tied_bytes(one.shape, one.stored_bytes) for one in added]))
         stages = all_stages(rows, at["tensor"], cut, micro, shared)
     if shared is not None:
         sent += shared.traffic(micro, counted)

@@ -294,7 +294,7 @@ def _any_part(given: _Given, config: RunConfig, place: Place) -> Part:
     if stage_shards is not None:
         norm = stage_shards.norm_of
     if pipeline is not None and pipeline.cut.tied():
-        pipeline.shares_tied = shares_tied(config.compress, layout)
+        pipeline.tied.shares = shares_tied(config.compress, layout)
     return Part(
         module=applied.module,
         outline=outline_of_applied(config, applied, layout, kinds),

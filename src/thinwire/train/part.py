@@ -195,7 +195,7 @@ def take_part(task: Task, config: RunConfig, place: Place) -> Part:
     if stage_shards is not None:
         norm = partial(stage_shards.norm_of, norm=split.norm if split else None)
     if pipeline is not None and task.shape.tied:
-        pipeline.shares_tied = shares_tied(config.compress, layout)
+        pipeline.tied.shares = shares_tied(config.compress, layout)
     for axis in ("shard", "pipe"):
         number, count = at[axis] * count + number, getattr(layout, axis) * count
     return Part(

@@ -99,7 +99,7 @@ class PipelinedStepper(Stepper):
             self.pipeline.add_up_tied()
             if self.shards is not None:
                 self.shards.reduce()
-        self.pipeline.share_tied()
+        self.pipeline.tied.share()
         return torch.stack(losses).sum() / mean_micro if losses else torch.zeros((), device=self.pipeline.device)
 
     def clip(self) -> None:

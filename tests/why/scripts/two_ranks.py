@@ -32,5 +32,5 @@ for _ in range(2):
 assert seen == [0, 1]
 bits = torch.cat([one.detach().flatten() for one in model.parameters()]).view(torch.int32)
 Path(f"{sys.argv[1]}-{rank}.txt").write_text(f"{bits.tolist()} {torch.rand(1).item()}")
-del model  # if it were the last to hold the group, torch 2.13 would wait for gloo's thread, which waits for the interpreter's lock
+del model  # if it were the last to hold the group, torch 2.13 would wait for gloo's thread, and that for the interpreter's lock
 dist.destroy_process_group()
