@@ -13,7 +13,7 @@ from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.tasks.catalogue import make_task
 from thinwire.tasks.intent_slots import composed, slots_of
-from thinwire.tasks.qa import by_rule
+from thinwire.tasks.qa import by_rule, by_text
 from thinwire.train.trained import open_trained
 
 pytestmark = pytest.mark.heavy
@@ -94,6 +94,13 @@ def test_an_answer_that_is_not_in_its_text_is_one_line(tmp_path: Path) -> None:
         make_task(run_config(tmp_path / "run", {"kind": "qa", "source": str(tmp_path / "own.jsonl")}), Layout(), tmp_path)
 
 
+def test_no_text_that_is_held_out_was_asked_about_in_training() -> None:
+    texts = [[f"text {number}"] for number in range(40) for _ in range(3)]
+    train, held_out = by_text(texts)
+    assert sorted([*train, *held_out]) == list(range(len(texts))) and len(held_out) == 12
+    assert not {texts[row][0] for row in train} & {texts[row][0] for row in held_out}
+
+
 @pytest.mark.parametrize(
     ("text", "words", "slots"),
     [
@@ -116,7 +123,10 @@ def test_rules_ask_about_names_where_they_stand() -> None:
 
     assert answers("And Caleb the son of Jephunneh said unto Joshua.") == [
         ("Whose son was Caleb ?", "Jephunneh"),
-        ("Who spoke to Joshua ?", "Jephunneh"),
+        ("Who was the son of Jephunneh ?", "Caleb"),
         ("To whom did Jephunneh speak ?", "Joshua"),
+        ("Who spoke to Joshua ?", "Jephunneh"),
     ]
+    assert answers("So Saul went down to Gilgal.") == [("Where did Saul go ?", "Gilgal"), ("Who went to Gilgal ?", "Saul")]
+    assert answers("And Saul sent David.") == [("Who was it that Saul sent ?", "David"), ("Who sent David ?", "Saul")]
     assert answers("Then He said unto Peter.") == []

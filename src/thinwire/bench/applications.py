@@ -56,7 +56,7 @@ BUDGETS: Mapping[str, tuple[int, int]] = {
     "intent_slots": (150, 500),
     "lm_lstm": (200, 500),
     "recommendation": (600, 2000),
-    "segmentation": (450, 1000),
+    "segmentation": (600, 1000),
     "sentiment": (300, 2000),
     "speech": (800, 435),
     "summarisation": (600, 300),

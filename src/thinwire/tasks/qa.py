@@ -1,12 +1,14 @@
 """Which words of a text answer a question: questions by rule on verses of the King James Bible, or a CSV or JSONL with the
 columns `question`, `text` and `answer`, which the text has word by word.
 
-The rules, for each place of a verse that they fit, X and Y being words with a capital:
+The rules, for each place of a verse that they fit, X and Y being words with a capital; each asks for both of them:
 
-    X the son of Y                    Whose son was X?                              Y
-    X said (spake, answered) unto Y   Who spoke to Y?   To whom did X speak?        X   Y
-    X begat Y                         Who begat Y?                                  X
-    X king of Y                       Of what was X king?                           Y
+    X the son (father, wife, servant ...) of Y     Whose son was X?             Who was the son of Y?
+    X said (spake, answered) unto Y                To whom did X speak?         Who spoke to Y?
+    X begat Y                                      Whom did X beget?            Who begat Y?
+    X king of Y                                    Of what was X king?          Who was king of Y?
+    X took (sent, slew, called ...) Y              Who was it that X took?      Who took Y?
+    X went (came, returned ...) to Y               Where did X go?              Who went to Y?
 
 so texts and names are real, and questions are as plain as that. Tokens are words and marks, those that training has less than
 ten times are one token. The model: sentiment's encoder over question and text, with a vector for words of the text that the
@@ -23,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,16 +38,27 @@ from thinwire.tasks.task import Score
 from thinwire.tasks.text import BEGIN, UNKNOWN, digest_of, padded, split
 from thinwire.tasks.verses import load_verses
 
-MAX_HELD_OUT, LEAST_COUNT = 500, 10
+MAX_HELD_OUT, FEW, LEAST_COUNT = 500, 20, 10
 NEAR = 7
 KINDS = 4
 """Of words: 0 out of the text, 1 in it, 2 in it and in the question, 3 in it with a capital, and not in the question."""
 NO_NAMES = {"And", "But", "Then", "He", "She", "They", "The", "Now", "So", "For", "It", "This"}
 RULES: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = (
-    (r"\b([A-Z]\w+),? the son of ([A-Z]\w+)", (("Whose son was {0}?", 2),)),
-    (r"\b([A-Z]\w+) (?:said|spake|answered) unto ([A-Z]\w+)", (("Who spoke to {1}?", 1), ("To whom did {0} speak?", 2))),
-    (r"\b([A-Z]\w+) begat ([A-Z]\w+)", (("Who begat {1}?", 1),)),
-    (r"\b([A-Z]\w+),? king of ([A-Z]\w+)", (("Of what was {0} king?", 2),)),
+    (
+        r"\b([A-Z]\w+),? the (son|daughter|father|mother|brother|wife|servant|priest|prophet) of ([A-Z]\w+)",
+        (("Whose {1} was {0}?", 3), ("Who was the {1} of {2}?", 1)),
+    ),
+    (r"\b([A-Z]\w+) (?:said|spake|answered) (?:un)?to ([A-Z]\w+)", (("To whom did {0} speak?", 2), ("Who spoke to {1}?", 1))),
+    (r"\b([A-Z]\w+) begat ([A-Z]\w+)", (("Whom did {0} beget?", 2), ("Who begat {1}?", 1))),
+    (r"\b([A-Z]\w+),? king of ([A-Z]\w+)", (("Of what was {0} king?", 2), ("Who was king of {1}?", 1))),
+    (
+        r"\b([A-Z]\w+) (took|sent|slew|smote|called|saw|commanded|loved) ([A-Z]\w+)",
+        (("Who was it that {0} {1}?", 3), ("Who {1} {2}?", 1)),
+    ),
+    (
+        r"\b([A-Z]\w+) (?:went|came|departed|returned|fled)(?: up| down| out| away| again)? (?:un|in)?to ([A-Z]\w+)",
+        (("Where did {0} go?", 2), ("Who went to {1}?", 1)),
+    ),
 )
 _WORD = re.compile(r"\w+|[^\w\s]")
 Asked = tuple[list[str], list[str], int, int]
@@ -83,7 +97,7 @@ class QuestionAnswering(ExampleTask):
             asked = [one for text, _ in verses for one in by_rule(text)]
         longest = self.config.train.sequence
         self._asked = [one for one in asked if len(one[0]) + 1 + len(one[1]) <= longest]
-        self._parts = dict(zip(("train", "held_out"), split(len(self._asked), MAX_HELD_OUT), strict=True))
+        self._parts = dict(zip(("train", "held_out"), by_text([one[1] for one in self._asked]), strict=True))
         training = [self._asked[row] for row in self._parts["train"].tolist()]
         counts = Counter(word for question, text, _, _ in training for word in {*question, *text})
         words = sorted(word for word, count in counts.items() if count >= LEAST_COUNT)
@@ -149,6 +163,16 @@ class QuestionAnswering(ExampleTask):
 
 def _kind(word: str, question: Sequence[str]) -> int:
     return 2 if word in question else 3 if word[0].isupper() else 1
+
+
+def by_text(texts: Sequence[list[str]]) -> tuple[Rows, Rows]:
+    """Rows for training, and held out: all questions about a text on one side, unless there are few texts."""
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(map(tuple, texts)))}
+    if len(numbers) < FEW:
+        return split(len(texts), MAX_HELD_OUT)
+    _, held_out = split(len(numbers), MAX_HELD_OUT)
+    held = np.isin([numbers[tuple(text)] for text in texts], held_out)
+    return np.flatnonzero(~held), np.flatnonzero(held)
 
 
 def by_rule(text: str) -> Iterator[Asked]:
