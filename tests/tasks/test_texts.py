@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from equality import run_config, two_ranks_are_one, watched_training
+from equality import run_config, sent_as_predicted, two_ranks_are_one, watched_training
 
 from pool import Pool
 from thinwire.errors import UserError
@@ -61,6 +61,14 @@ def test_two_ranks_train_as_one_and_the_model_is_of_use(ranks1: Pool, ranks2: Po
     trained = open_trained(folder, tmp_path)
     assert isinstance(trained.task.predict(trained.model, GIVEN[kind]), str)
     assert trained.task.shown(trained.model, 2) or kind == "lm_lstm"
+
+
+def test_buckets_of_an_lstm_hold_what_was_predicted(ranks2: Pool, tmp_path: Path) -> None:
+    """Its kernels have their gradients ready in another order in float32 than in float64."""
+    task = {"kind": "lm_lstm", "source": str(write(tmp_path / "own.jsonl", "lm_lstm")), "width": 8, "layers": 1}
+    sections = {"model": {"dtype": "float32"}, "sync": {"accumulate": 2, "bucket_bytes": 1024}}
+    found = ranks2.run(watched_training, run_config(tmp_path / "two", task, **sections))
+    assert {"bucket 0", "bucket 1"} <= sent_as_predicted(found[0][0])
 
 
 @pytest.mark.long

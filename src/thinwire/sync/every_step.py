@@ -46,15 +46,19 @@ class EveryStepSync(Synchroniser):
         self._owed: dict[str, torch.Tensor] = {}
         """By an exchange that was given up, by name: part of the next gradient."""
         self._rehearsing = False
+        self._ready: dict[str, int] = {}
+        """By name: when its gradient is ready in the backward pass, as counted in the rehearsal."""
 
     @property
     def settled_after(self) -> int:
         return self._exchange.settled_after
 
     def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
-        """What each bucket sends; it may hide under the part of the backward pass that still runs."""
+        """What each bucket sends; it may hide under the part of the backward pass that still runs. After the rehearsal it is known
+        in which order gradients are ready, which kernels decide, of LSTMs one for each dtype."""
         found = []
-        for index, bucket in enumerate(assign_buckets(workload.parameters, self._config.bucket_bytes)):
+        parameters = sorted(workload.parameters, key=lambda one: self._ready.get(one.name, -1), reverse=True)
+        for index, bucket in enumerate(assign_buckets(parameters, self._config.bucket_bytes)):
             window = workload.tokens_per_microbatch * workload.backward_flops_remaining(bucket[-1].name)
             for transfer in self._exchange.transfers(f"bucket {index}", bucket, self._axis, getattr(layout, self._axis)):
                 found.append(replace(transfer, window_flops=window))
@@ -86,11 +90,18 @@ class EveryStepSync(Synchroniser):
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
         """Around one forward and backward pass, and the forward pass after it, in which the buckets are formed. Collective."""
+        trained = [one for one in self._replica.parameters() if one.requires_grad] if self._replica else []
+        handles = [one.register_post_accumulate_grad_hook(self._note) for one in trained]
         self._rehearsing = True
         try:
             yield
         finally:
             self._rehearsing = False
+            for handle in handles:
+                handle.remove()
+
+    def _note(self, parameter: torch.Tensor) -> None:
+        self._ready.setdefault(self._names.of(parameter), len(self._ready))
 
     @contextmanager
     def microbatch(self, last: bool) -> Iterator[None]:
