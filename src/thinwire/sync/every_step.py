@@ -54,8 +54,8 @@ class EveryStepSync(Synchroniser):
         return self._exchange.settled_after
 
     def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
-        """What each bucket sends; it may hide under the part of the backward pass that still runs. After the rehearsal it is known
-        in which order gradients are ready, which kernels decide, of LSTMs one for each dtype."""
+        """What each bucket sends; it may hide under the part of the backward pass that still runs. Exact after the rehearsal: in
+        which order gradients are ready depends on kernels, those of LSTMs on the dtype."""
         found = []
         parameters = sorted(workload.parameters, key=lambda one: self._ready.get(one.name, -1), reverse=True)
         for index, bucket in enumerate(assign_buckets(parameters, self._config.bucket_bytes)):
