@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from thinwire.compress.activations.boundary import BoundaryCodec
 from thinwire.compress.activations.differences import Differences
 from thinwire.compress.base import make_codec
-from thinwire.config.compress import read_coding
+from thinwire.config.compress import FINE, read_coding
 from thinwire.config.pipeline import PipelineSection
 from thinwire.errors import UserError
 from thinwire.parallel import balance
@@ -24,8 +24,6 @@ from thinwire.parallel.chain import Chain, boundaries, chain_of
 from thinwire.traffic import EVALUATION, PIPELINE, Transfer
 
 TIED = "tied weights"
-TIED_KINDS = {"int4": "int8", "fp4": "int8"}
-"""For gradients of tied weights in place of `options.gradients`: nothing keeps what codes leave out of these."""
 COPIES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -77,9 +75,10 @@ class Cut:
         return None if codec is None else BoundaryCodec(codec, f"{direction} of boundary {boundary}-{boundary + 1}")
 
     def tied_codec(self) -> BoundaryCodec | None:
-        """Of what the holders of a tied weight send each other, None: as it is."""
-        kind = TIED_KINDS.get(self.options.gradients, self.options.gradients)
-        codec = make_codec(read_coding(kind, "pipeline.gradients"))
+        """Of what the holders of a tied weight send each other, None: as it is. Int8 in place of coarse codes, since nothing
+        keeps what these leave out."""
+        kind = self.options.gradients
+        codec = make_codec(read_coding(kind if kind in {"none", *FINE} else "int8", "pipeline.gradients"))
         return None if codec is None else BoundaryCodec(codec, "the gradient of a tied weight")
 
     def tied_bytes(self, shape: Sequence[int], stored_bytes: int) -> int:
