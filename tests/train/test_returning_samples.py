@@ -66,7 +66,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(ranks2: Pool, tmp_path: Path) -> N
 
 @pytest.mark.long
 def test_a_change_is_nearer_to_what_was_meant_than_a_code_of_the_whole(ranks1: Pool, ranks2: Pool, tmp_path: Path) -> None:
-    """Losses of the last epoch beside those of one rank with the same tokens; a tied embedding's gradient would add errors of its own."""
+    """Losses of the last epoch beside those of one rank with the same tokens; a tied gradient's codes would add errors."""
     untied = {"tied": False}
     exact = ranks1.run(run_training, config_with(tmp_path / "one", {}, model=untied, pipeline={}))[0].folder
     found = {}
