@@ -344,7 +344,7 @@ def test_what_differs_is_one_error_on_all_ranks(ranks2: Pool) -> None:
     assert "allreduce of 'kind'" in first[11] and "broadcast of 'kind'" in second[11]
 
 
-@pytest.mark.parametrize("function", [refusals, ends])
+@pytest.mark.parametrize("function", [refusals, pytest.param(ends, marks=pytest.mark.long)])
 def test_mistakes_of_one_rank_and_its_end(ranks2: Pool, function: Callable[[Rank], Any]) -> None:
     results = ranks2.run(function)
     assert function is refusals or results[0] == "rank 1 has shut Horovod down"

@@ -444,7 +444,7 @@ def barrier_without(context: Rank, missing: int, chosen: bool) -> str:
     return "passed"
 
 
-@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize("chosen", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_barrier_names_who_has_not_come(ranks3: Pool, chosen: bool) -> None:
     said = ranks3.run(barrier_without, 1, chosen)
     assert said[1] == ""

@@ -257,7 +257,8 @@ def test_cards_add_up_by_host(tmp_path: Path) -> None:
     assert math.isclose(row.difference, 0.04) and row.interfaces == "eth0, eth1"
 
 
-@pytest.mark.parametrize("name", ["two-racks", pytest.param("32-nodes-25gbe", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["two-racks", "32-nodes-25gbe"])
 def test_it_looks_like_something_and_fits_desktop_and_phone(tmp_path: Path, name: str) -> None:
     folder = make_run(tmp_path / "run", load_cluster(name))
     path = write_report(folder)

@@ -47,16 +47,16 @@ def test_outer_steps_cost_what_they_touch_once_a_period() -> None:
     [
         ("ranks2", {"pipe": 2}, {"model": {"tied": True}, "pipeline": {"schedule": "zbv"}}),
         ("ranks4", {"tensor": 2, "data": 2}, {"compress": {"kind": "int8"}}),
-        pytest.param("ranks4", {"tensor": 2, "pipe": 2}, {"pipeline": {"activations": "int8"}}, marks=pytest.mark.heavy),
+        pytest.param("ranks4", {"tensor": 2, "pipe": 2}, {"pipeline": {"activations": "int8"}}, marks=pytest.mark.long),
         pytest.param(
-            "ranks4", {"outer": 2, "data": 2}, {"sync": STREAMING, "compress": {"kind": "int4"}}, marks=pytest.mark.heavy
+            "ranks4", {"outer": 2, "data": 2}, {"sync": STREAMING, "compress": {"kind": "int4"}}, marks=pytest.mark.long
         ),
-        pytest.param("ranks4", {"expert": 2, "data": 2}, {"model": {"experts": 4}}, marks=pytest.mark.heavy),
-        pytest.param("ranks4", {"seq": 2, "tensor": 2}, {}, marks=pytest.mark.heavy),
-        pytest.param("ranks4", {"pipe": 2, "data": 2}, {"compress": {"kind": "bf16"}}, marks=pytest.mark.heavy),
+        pytest.param("ranks4", {"expert": 2, "data": 2}, {"model": {"experts": 4}}, marks=pytest.mark.long),
+        pytest.param("ranks4", {"seq": 2, "tensor": 2}, {}, marks=pytest.mark.long),
+        pytest.param("ranks4", {"pipe": 2, "data": 2}, {"compress": {"kind": "bf16"}}, marks=pytest.mark.long),
         ("ranks2", {"shard": 2}, {"sharded": {"weights": "int8", "gradients": "int4"}}),
-        pytest.param("ranks4", {"shard": 2, "data": 2}, {"sharded": {"reshard": "never"}}, marks=pytest.mark.heavy),
-        pytest.param("ranks4", {"shard": 2, "pipe": 2}, {}, marks=pytest.mark.heavy),
+        pytest.param("ranks4", {"shard": 2, "data": 2}, {"sharded": {"reshard": "never"}}, marks=pytest.mark.long),
+        pytest.param("ranks4", {"shard": 2, "pipe": 2}, {}, marks=pytest.mark.long),
     ],
     ids=["pipe", "tensor", "tensor-pipe", "outer", "expert", "seq-tensor", "pipe-data", "shard", "shard-data", "shard-pipe"],
 )

@@ -90,6 +90,7 @@ def test_each_disk_keeps_what_is_alike_and_its_own_ranks(runs: Runs) -> None:
         assert not [path for path in (disk / "run" / "checkpoints").iterdir() if path.name.startswith(".")], "nothing is left"
 
 
+@pytest.mark.long
 def test_resumed_on_the_same_disks_equals_uninterrupted(ranks4: Pool, tmp_path: Path, coded: Runs) -> None:
     disks = coded.copy(tmp_path)
     assert ranks4.run(on_own_disk, disks, coded.config, True) == ["done"] * 4
@@ -141,6 +142,7 @@ def found(context: Rank, disks: list[Path]) -> tuple[bool, list[str], Progress]:
     return one.with_own, sorted(path.name for path in one.path.glob("rank-*")), one.progress
 
 
+@pytest.mark.long
 def test_the_others_go_on_without_a_lost_host(ranks4: Pool, ranks2: Pool, tmp_path: Path, coded: Runs) -> None:
     disks = coded.copy(tmp_path)
     (tmp_path / "fresh").mkdir()

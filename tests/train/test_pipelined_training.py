@@ -19,13 +19,14 @@ from thinwire.train.trained import open_trained
 pytestmark = pytest.mark.heavy
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("pool", "pipe", "schedule", "tied"),
     [
         ("ranks2", 2, "1f1b", True),
         ("ranks4", 2, "zbv", True),
-        pytest.param("ranks4", 2, "interleaved", False, marks=pytest.mark.long),
-        pytest.param("ranks4", 4, "zb1p", True, marks=pytest.mark.long),
+        ("ranks4", 2, "interleaved", False),
+        ("ranks4", 4, "zb1p", True),
     ],
 )
 def test_a_run_equals_one_rank_and_its_prediction(

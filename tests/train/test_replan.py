@@ -117,7 +117,11 @@ def run_changed(context: Rank, config: RunConfig, cluster: Path, resume: Path | 
         return run_paced_on(context, config, cluster, resume, stop_after)
 
 
-@pytest.mark.parametrize("sync", [{"accumulate": 2, "bucket_bytes": 4096}, {"kind": "diloco", "every": 3}], ids=["ddp", "diloco"])
+@pytest.mark.parametrize(
+    "sync",
+    [pytest.param({"accumulate": 2, "bucket_bytes": 4096}, marks=pytest.mark.long), {"kind": "diloco", "every": 3}],
+    ids=["ddp", "diloco"],
+)
 def test_all_ranks_change_in_one_step_and_a_resumed_run_goes_on_so(ranks2: Pool, tmp_path: Path, sync: dict) -> None:
     cluster, runs = tmp_path / "cluster.toml", {}
     dump_cluster(load_cluster("2x1xcpu:100Gflop/s@1Gbit/s"), cluster)

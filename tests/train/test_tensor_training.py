@@ -59,6 +59,7 @@ LAYOUTS = [
     ("ranks4", {"tensor": 2, "data": 2}, {"model": {**MODEL, "tied": False}}),
     ("ranks4", {"tensor": 2, "pipe": 2}, {"model": ODD}),
     ("ranks4", {"tensor": 2, "data": 2}, {"model": ODD}),
+    ("ranks2", {"tensor": 2}, {"model": ODD}),
 ]
 
 
@@ -140,6 +141,7 @@ def test_resumed_equals_uninterrupted(ranks2: Pool, ranks4: Pool, tmp_path: Path
 ONE_REPLICA = [("ranks1", {}), ("ranks4", {"tensor": 4}), ("ranks2", {"pipe": 2}), ("ranks4", {"pipe": 2, "tensor": 2})]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("first", "others"),
     [
