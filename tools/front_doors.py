@@ -33,9 +33,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "diloco": {
         "sync": "diloco",
         "every": 5,
-        "compress": "int4",
-        "outer_learning_rate": 0.5,
-        "outer_momentum": 0.5,  # of few short periods, see docs/rarely.md
+        "compress": "int8",
+        "outer_learning_rate": 1.0,
+        "outer_momentum": 0.0,  # of few short periods, see docs/rarely.md
     },
 }
 """The framework's own DDP, and what replaces it."""
