@@ -24,8 +24,6 @@ from thinwire.train.checkpoint.restore import find_checkpoint
 from thinwire.train.checkpoint.saver import Saver
 from thinwire.train.checkpoint.state import Parts
 
-pytestmark = pytest.mark.heavy
-
 HOSTS = 2
 
 

@@ -16,8 +16,6 @@ from thinwire.report import Facts, as_json
 from thinwire.report.page import page
 from thinwire.train.trained import open_trained
 
-pytestmark = pytest.mark.heavy
-
 
 @pytest.mark.long
 @pytest.mark.parametrize(

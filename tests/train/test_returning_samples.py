@@ -13,8 +13,6 @@ from thinwire.plan.memory import need
 from thinwire.record import RunFolder
 from thinwire.train.task import LanguageModel
 
-pytestmark = pytest.mark.heavy
-
 WINDOWS = 24
 CODED: dict[str, Any] = {"activations": "int4", "gradients": "int8", "copies": "fp16"}
 
