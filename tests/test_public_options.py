@@ -19,7 +19,7 @@ from pool import Pool, Rank
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.coded import CodedExchange
 from thinwire.compress.exchange import make_exchange
-from thinwire.config.compress import Coded, ShardedOptions
+from thinwire.config.compress import BLOCKED, Coded, ShardedOptions
 from thinwire.config.replicas import Code, Service
 from thinwire.errors import UserError
 from thinwire.sync.server.coding import Mirror, PushCoder
@@ -39,6 +39,7 @@ CODING: dict[str, Any] = {
     "feedback_reset": 7,
     "feedback_removal": 0.5,
     "feedback_storage": "int8",
+    "precondition": False,
     "fused": True,
     "rounding": "stochastic",
     "hadamard": True,
@@ -51,9 +52,11 @@ CODING: dict[str, Any] = {
     "warmup_steps": 2,
 }
 """A value for each option of [compress] that is no kind's default."""
-SAME = {("bf16", "vectors"), ("fp16", "vectors"), ("bf16", "feedback"), ("fp16", "feedback")}
+UNBLOCKED = set(get_args(Coded.model_fields["kind"].annotation)) - BLOCKED
+SAME = {(kind, option) for kind in ("bf16", "fp16") for option in ("vectors", "feedback")}
+SAME |= {(kind, "precondition") for kind in UNBLOCKED}
 """Where that value is what the kind does anyway; the other one is below."""
-OTHERWISE = {"vectors": False, "feedback": True}
+OTHERWISE = {"vectors": False, "feedback": True, "precondition": True}
 
 
 def described(thing: Any) -> Any:
@@ -85,7 +88,7 @@ def used_or_refused(make: Any, plain: dict[str, Any], option: str, value: Any) -
 
 
 def exchange(**options: Any) -> CodedExchange:
-    made = make_exchange(Coded(**options), Ledger())
+    made = make_exchange(Coded(**options), Ledger(), moments=True)
     assert isinstance(made, CodedExchange)
     return made
 
@@ -230,4 +233,10 @@ def test_the_tables_have_every_argument_of_workers() -> None:
         "secret_file",
     }
     assert inspect.signature(thinwire.ParameterServerWorker.step).parameters.keys() == {"self", "samples", "learning_rate"}
-    assert inspect.signature(thinwire.compress_gradients).parameters.keys() == {"replica", "kind", "nonfinite", "options"}
+    assert inspect.signature(thinwire.compress_gradients).parameters.keys() == {
+        "replica",
+        "kind",
+        "optimizer",
+        "nonfinite",
+        "options",
+    }

@@ -19,7 +19,7 @@ import thinwire
 from pool import Pool, Rank
 from thinwire.compress.base import CODECS
 from thinwire.compress.coded import CodedExchange
-from thinwire.config.compress import SUMMABLE
+from thinwire.config.compress import BLOCKED, SUMMABLE
 
 KINDS = [*sorted(CODECS.keys() - SUMMABLE), "topk_global", "svd", "powersgd", "randomk"]
 SHAPES = {"wide": (24, 40), "tall": (40, 12), "bias": (40,), "embed": (30, 20), "cube": (6, 10, 10)}
@@ -47,10 +47,14 @@ def factor(name: str, *seeds: int) -> torch.Tensor:
     return torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(seed))
 
 
-def delivered(context: Rank, kind: str, ddp: dict[str, Any], use: list[list[set[str]]], micro: int) -> dict[str, Any]:
-    """use[step][rank]: the parts that the rank uses in the step; of several micro-batches the first uses one less."""
+def delivered(
+    context: Rank, kind: str, ddp: dict[str, Any], use: list[list[set[str]]], micro: int, adam: bool = False
+) -> dict[str, Any]:
+    """use[step][rank]: the parts that the rank uses in the step; of several micro-batches the first uses one less. adam: in units
+    of an optimizer, which makes steps."""
     replica = DistributedDataParallel(Parts(), bucket_cap_mb=0.004, **ddp)
-    exchange = thinwire.compress_gradients(replica, kind, **OPTIONS.get(kind, {}))
+    optimizer = torch.optim.AdamW(replica.parameters()) if adam else None
+    exchange = thinwire.compress_gradients(replica, kind, optimizer=optimizer, **OPTIONS.get(kind, {}))
     assert isinstance(exchange, CodedExchange)
     sums = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     true = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
@@ -69,6 +73,8 @@ def delivered(context: Rank, kind: str, ddp: dict[str, Any], use: list[list[set[
         for name, parameter in replica.module.parts.items():
             if parameter.grad is not None:
                 sums[name] += parameter.grad
+        if optimizer is not None:
+            optimizer.step()
     residuals = {name.removeprefix("parts."): values.clone() for name, values in exchange.residuals().items()}
     exchange.detach()
     return {"delivered": sums, "true": true, "residuals": residuals}
@@ -113,6 +119,14 @@ def test_heads_that_take_turns_lose_nothing(request: pytest.FixtureRequest, kind
     turns = [[{name for place, name in enumerate(names) if place % 3 == step % 3}] * number for step in range(6)]
     alone = [[set(names) if rank == 0 else set() for rank in range(number)] for _ in range(2)]
     check(ranks.run(delivered, kind, {"find_unused_parameters": True}, turns + alone, 1))
+
+
+@pytest.mark.parametrize(("number", "kind"), [(2, kind) for kind in sorted(BLOCKED)] + [(4, "int4")])
+def test_in_units_of_an_optimizer_nothing_is_lost(request: pytest.FixtureRequest, kind: str, number: int) -> None:
+    """Its second moments are what has arrived; every part in two steps of three."""
+    ranks: Pool = request.getfixturevalue(f"ranks{number}")
+    turns = [[{name for place, name in enumerate(SHAPES) if place % 3 != step % 3}] * number for step in range(6)]
+    check(ranks.run(delivered, kind, {"find_unused_parameters": True}, turns, 1, True))
 
 
 @pytest.mark.parametrize("kind", ["int4", "powersgd"])

@@ -112,7 +112,7 @@ class FrontDoor:
             if self._options:
                 name, value = next(iter(self._options.items()))
                 raise UserError(f"{self._where}: {name} = {value!r} has no effect with sync = {EVERY_STEP!r}; leave it out")
-            self._work = None if coding["kind"] == "none" else compress_gradients(model, **coding)
+            self._work = None if coding["kind"] == "none" else compress_gradients(model, optimizer=optimizer, **coding)
         else:
             raise UserError(f"{self._where}: the model is wrapped in {type(model).__name__}, neither DDP nor FSDP2 (fully_shard)")
         self._model, self._optimizer, self._finished = model, optimizer, False

@@ -5,6 +5,7 @@
     KIND  KINDn                       a kind of [compress]; n: the rank of powersgd and svd, the k of topk and demo
     KIND-all                          with embeddings and vectors coded too
     KIND-nofeedback                   without error feedback
+    KIND-noprecondition               coded as gradients are, not in units of the optimizer's second moments
     KIND-fused                        with compiled kernels
     KIND-256k                         with buckets of 256 KiB
     SYNCn                             a kind of [sync] that exchanges every n steps: diloco30, streaming30, sparseloco30, ..
@@ -61,6 +62,7 @@ rules, AdamW moves along the gradient by less: by half for a quarter of the toke
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "all": {"exclude": [], "vectors": True},
     "nofeedback": {"feedback": False},
+    "noprecondition": {"precondition": False},
     "fused": {"fused": True},
 }
 TRAIN: Mapping[str, Mapping[str, Any]] = {

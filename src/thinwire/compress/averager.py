@@ -208,6 +208,11 @@ class Share:
             else:
                 values.masked_fill_(values.isnan(), nan)  # there are many nans
 
+    def restore(self) -> None:
+        """From the units in which pieces were coded to those of the gradient. After all results are in the buffer."""
+        for piece in self.pieces:
+            self.memory.restore(piece.name, piece.of(self.buffer) if self.counts(piece) else None)
+
     def counts(self, piece: Piece) -> bool:
         """Whether any rank has used it, and so whether its result is delivered. After `arrived`. On a device always: there
         DistributedDataParallel throws away what nobody has used, and the memory forgets it by a flag."""

@@ -17,6 +17,7 @@ for, all ranks raise one error that names it (`passes`).
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -32,7 +33,9 @@ from thinwire.compress.census import Meeting
 from thinwire.compress.memory import Memory, Stateless
 from thinwire.compress.passes import Passes
 from thinwire.compress.plain import Plain
+from thinwire.compress.precondition import Moments, Preconditioned, no_moments
 from thinwire.compress.sparse import average_sparse
+from thinwire.compress.speed import seconds_in_units
 from thinwire.compress.stages import Stages, make_stages
 from thinwire.config.compress import SUMMABLE, Coded, NonFinite
 from thinwire.errors import UserError
@@ -98,7 +101,11 @@ class CodedExchange(Stateless):
         for averager, coded, exact in self._assignment.of(parameters, world_size):
             if self._tracks_use and averager.flags_use:
                 exact = [*exact, flags_of([*coded, *exact], len(coded) + len(exact))]
-            found += averager.transfers(label, coded, exact, axis, world_size)
+            its = averager.transfers(label, coded, exact, axis, world_size)
+            if coded and isinstance(self._memory, Preconditioned):
+                seconds = sum(one.numel for one in coded) * seconds_in_units(averager.device)
+                its[0] = replace(its[0], work_s=its[0].work_s + seconds)
+            found += its
         return found
 
     def residuals(self) -> dict[str, torch.Tensor]:
@@ -116,13 +123,21 @@ class CodedExchange(Stateless):
         return sum(self._memory.memory_bytes(one.numel, coded=its) for one, its in zip(parameters, coded, strict=True))
 
     def attach(
-        self, group: dist.ProcessGroup, axis: str, known: Shapes, device: torch.device = CPU, *, tracks_use: bool = False
+        self,
+        group: dist.ProcessGroup,
+        axis: str,
+        known: Shapes,
+        device: torch.device = CPU,
+        *,
+        tracks_use: bool = False,
+        moments: Moments = no_moments,
     ) -> None:
         """Before the first step: makes two process groups, and what runs the stages. Collective over all ranks, also where groups
         are smaller.
 
         known: shapes of all parameters that may come, by name; device: where they lie. tracks_use: `start` will get which of them
-        were used. UserError for a device that the group does not serve, and for a loaded state that would have no effect.
+        were used. moments: the optimizer's second ones, for gradients that are coded in their units (`precondition`). UserError
+        for a device that the group does not serve, and for a loaded state that would have no effect.
         """
         if backend_of(group, device.type) is None:
             served = dist.get_backend_config(group)
@@ -145,6 +160,8 @@ class CodedExchange(Stateless):
         self._passes = Passes(self._nonfinite, self._memory, on_device=self._stages.on_device, tracks_use=tracks_use)
         self._passes.meet(self._meeting, group)
         self._memory.to(device)
+        if isinstance(self._memory, Preconditioned):
+            self._memory.moments = moments
 
     def detach(self) -> None:
         """Waits for what is under way, and ends threads and groups. Collective."""
@@ -198,6 +215,7 @@ class CodedExchange(Stateless):
             flags = [share.spoiled for share in shares if share.spoiled is not None]
             passes.conclude(nonfinite, flags, step, last=last)
             for (averager, _, _), share in zip(assigned, shares, strict=True):
+                share.restore()
                 share.mark(coded=averager.codes)
             return buffer
 

@@ -5,6 +5,7 @@ An option of [compress] that the kind would not use is refused, in one line, bef
 exclude, vectors, after_steps    all kinds; powersgd takes matrices only, so no vectors
 exchange                         codes that are not summed, of flat vectors
 feedback                         all but the casts, whose error nobody knows, and dgc, which keeps a momentum instead
+precondition                     codes with a scale a block, where an optimizer's second moments are known
 feedback_*                       where there is feedback; what is removed in part (demo) is no moving average
 others                           as the codec's own signature says (`base.build`)
 """
@@ -22,9 +23,10 @@ from thinwire.compress.dgc import MomentumCorrection
 from thinwire.compress.gather import Gather
 from thinwire.compress.memory import DEMO, ErrorFeedback, Memory, NoMemory
 from thinwire.compress.plain import Cast, PlainExchange
+from thinwire.compress.precondition import Preconditioned
 from thinwire.compress.stages import Stages, make_stages
 from thinwire.compress.twoshot import TwoShot
-from thinwire.config.compress import SUMMABLE, Coded, NoCompression, NonFinite
+from thinwire.config.compress import BLOCKED, SUMMABLE, Coded, NoCompression, NonFinite
 from thinwire.errors import UserError
 
 Exchange = PlainExchange | CodedExchange
@@ -44,18 +46,22 @@ def make_exchange(
     ledger: Ledger,
     nonfinite: NonFinite = "raise",
     stages: Callable[[torch.device], Stages] = make_stages,
+    *,
+    moments: bool = False,
 ) -> Exchange:
     """The exchange that [compress] asks for. UserError for options that do not fit its kind.
 
     nonfinite: whether a gradient that is not finite ends the run, on all ranks, or arrives so, as without compression. stages:
-    what runs those of an exchange with codes on the device of the parameters.
+    what runs those of an exchange with codes on the device of the parameters. moments: whether `attach` will get the optimizer's.
     """
     if isinstance(config, NoCompression):
         return PlainExchange(ledger)
     if config.fused and (reason := fused_or_reason()):
         raise UserError(f"compress.fused = true: {reason}; leave it out, the bits are the same")
-    check_options(config)
+    check_options(config, moments=moments)
     memory = make_memory(config)
+    if moments and config.preconditions:
+        memory = Preconditioned(memory)
     return CodedExchange(make_averagers(config, memory, ledger), memory, config, ledger, nonfinite, stages)
 
 
@@ -100,8 +106,8 @@ def make_memory(config: Coded) -> Memory:
     )
 
 
-def check_options(config: Coded) -> None:
-    """UserError for the first option that was given and that `config.kind` would not use."""
+def check_options(config: Coded, *, moments: bool = False) -> None:
+    """UserError for the first option that was given and that `config.kind` would not use. moments: see `make_exchange`."""
     kind = config.kind
 
     def refuse(option: str, why: str) -> None:
@@ -109,6 +115,10 @@ def check_options(config: Coded) -> None:
 
     if config.exchange != "auto" and kind not in CODECS.keys() - SUMMABLE:
         refuse("exchange", f"{kind} is averaged by one method only")
+    if config.precondition and kind not in BLOCKED:
+        refuse("precondition", f"{kind} has no scale for each block")
+    if config.precondition and not moments:
+        refuse("precondition", "no optimizer's second moments are known here; they are of gradients averaged in each step")
     if config.vectors and kind == "powersgd":
         refuse("vectors", "powersgd takes matrices only")
     given = [option for option in FEEDBACK if getattr(config, option) is not None]

@@ -108,6 +108,9 @@ class Memory(Stateless):
         """As `keep`, of the latest `corrected_rows`: [p, shard] float32."""
         self.keep(name, flattened(error, numel))
 
+    def restore(self, name: str, average: Tensor | None) -> None:
+        """[numel]: what arrived of the latest `corrected`, to the units of the gradient, in place; None: nothing did."""
+
     def residuals(self) -> dict[str, Tensor]:
         """What is kept of each parameter, by name, [numel] float32 or float64; nothing before the first step."""
         return {}

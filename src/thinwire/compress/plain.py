@@ -19,6 +19,7 @@ from thinwire.compress.averager import Averager, Parameters, Piece, Shapes, Shar
 from thinwire.compress.base import Codec
 from thinwire.compress.memory import Stateless
 from thinwire.compress.precision import widened
+from thinwire.compress.precondition import Moments, no_moments
 from thinwire.compress.sparse import average_sparse
 from thinwire.traffic import Transfer
 from thinwire.workload import ITEM_BYTES, Parameter
@@ -39,7 +40,14 @@ class PlainExchange(Stateless):
         return [Transfer(label=label, axis=axis, op="all_reduce", message_bytes=size, item_bytes=item_bytes)]
 
     def attach(
-        self, group: dist.ProcessGroup, axis: str, known: Shapes, device: torch.device | None = None, *, tracks_use: bool = False
+        self,
+        group: dist.ProcessGroup,
+        axis: str,
+        known: Shapes,
+        device: torch.device | None = None,
+        *,
+        tracks_use: bool = False,
+        moments: Moments = no_moments,
     ) -> None:
         """An axis as large as the world uses the default group, which does not know its axis."""
         self._group = group

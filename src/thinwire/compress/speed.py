@@ -10,6 +10,7 @@ from math import prod
 import torch
 
 from thinwire.compress.base import Codec, Flat, TensorCodec
+from thinwire.compress.precondition import scale_of
 
 TRIED_VALUES, TRIES, MOST_TRIES, TRIED_S = 2**17, 3, 12, 0.005
 CPU = torch.device("cpu")
@@ -53,3 +54,16 @@ def seconds_of_tensor(codec: TensorCodec, shape: Sequence[int], device: torch.de
 
     encode_s, decode_s = seconds_of_stages(run, device)
     return encode_s, decode_s
+
+
+@lru_cache(maxsize=16)
+def seconds_in_units(device: torch.device = CPU) -> float:
+    """Of one value that is coded in units of second moments (`precondition`): s, and dividing and multiplying by it."""
+    values, moments = torch.ones(TRIED_VALUES, device=device), torch.ones(TRIED_VALUES, device=device)
+
+    def run() -> Iterator[None]:
+        scale = scale_of(moments)
+        values.div_(scale).mul_(scale).mul_(scale)
+        yield
+
+    return seconds_of_stages(run, device)[0] / TRIED_VALUES

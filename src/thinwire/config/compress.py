@@ -19,6 +19,9 @@ EMBEDDINGS = ("*embed*", "*positions*", "*wte*", "*wpe*")
 shards uncoded."""
 FINE = SUMMABLE | {"int8"}
 """Kinds that lose little."""
+BLOCKED = frozenset({"int4", "fp4", "ternary", "codebook2"})
+"""Coarse kinds with a scale or a codebook for each block, of which small values get little. (sign gives all of a block one size,
+and so one second moment.)"""
 WHOLE = frozenset({"dgc", "demo"})
 """Kinds whose memory is a momentum, of which an int8 code would send all at once: embeddings go uncoded."""
 
@@ -77,6 +80,9 @@ class Coded(Section):
     feedback_storage: Literal["float32", "int8"] | None = None
     """int8 takes a quarter of the memory of float32, which None is, and loses a little itself."""
 
+    precondition: bool | None = None
+    """Code in units of the optimizer's second moments. None: yes for int4, fp4, ternary and codebook2, where gradients are
+    averaged in each step and the optimizer is AdamW; other kinds cannot."""
     fused: bool = False
     """Compile the codec's kernels (half a minute at the start); the bits are the same."""
     rounding: Literal["nearest", "stochastic"] | None = None
@@ -102,6 +108,11 @@ class Coded(Section):
     def feeds_back(self) -> bool:
         """Whether what coding loses is kept."""
         return self.kind not in SUMMABLE if self.feedback is None else self.feedback
+
+    @property
+    def preconditions(self) -> bool:
+        """Whether gradients are coded in units of the optimizer's second moments, where it has some."""
+        return self.kind in BLOCKED if self.precondition is None else self.precondition
 
     @property
     def excluded(self) -> tuple[str, ...]:

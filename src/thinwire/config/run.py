@@ -241,6 +241,9 @@ class RunConfig(Section):
                     f"{getattr(self.layout, axis)} gives ranks parts of them; set it to 1"
                 )
         dtype, optimizer = self.model.dtype, self.train.optimizer
+        moments = isinstance(optimizer, AdamW) and optimizer.states == "full"
+        if self.compress.kind != "none" and self.compress.precondition and not moments:
+            raise ValueError("compress.precondition = true takes the second moments of train.optimizer.kind = 'adamw' in full")
         if dtype != "float32" and self.train.dtype not in ("auto", dtype):
             raise ValueError(
                 f"train.dtype = {self.train.dtype!r} is for a model in float32, and model.dtype = {dtype!r}, in which it is "

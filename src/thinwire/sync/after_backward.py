@@ -17,6 +17,7 @@ from thinwire.collectives.clock import clock_of
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.averager import Piece
 from thinwire.compress.exchange import Exchange
+from thinwire.compress.precondition import moments_of
 from thinwire.config.sync import EveryStep
 from thinwire.layout import Layout
 from thinwire.sync.buckets import Names, assign_buckets, real_shape
@@ -68,7 +69,8 @@ class AfterBackwardSync(EveryStepSync):
             make_same({name: one for name, one in held.items() if name in self.names}, group)
             self._clock = clock_of(names.device)
             shapes = {name: shape for name, shape in names.shapes.items() if name in self.names}
-            self._exchange.attach(group, self._axis, shapes, names.device)
+            moments = moments_of(optimizer, names.trained)
+            self._exchange.attach(group, self._axis, shapes, names.device, moments=moments)
         self._buckets = [_filled(bucket, model) for bucket in self._assigned(model)]
         try:
             yield model

@@ -57,6 +57,8 @@ class Names:
     def __init__(self, model: torch.nn.Module) -> None:
         trained = [(plain_name(name), one) for name, one in model.named_parameters() if one.requires_grad]
         self._names = {id(parameter): name for name, parameter in trained}
+        self.trained: dict[str, torch.Tensor] = dict(trained)
+        """By name."""
         self.shapes = {name: real_shape(parameter) for name, parameter in trained}
         """By name, as they come in buckets."""
         self.device = trained[0][1].device if trained else torch.device("cpu")

@@ -23,6 +23,7 @@ from thinwire.collectives.clock import clock_of
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.exchange import Exchange
 from thinwire.compress.plain import PlainExchange
+from thinwire.compress.precondition import Moments, moments_of, no_moments
 from thinwire.config.run import EveryStep
 from thinwire.layout import Layout
 from thinwire.sync.base import Synchroniser
@@ -43,6 +44,7 @@ class EveryStepSync(Synchroniser):
         self._exchange: Exchange = exchange or PlainExchange(ledger)
         self._replica: DistributedDataParallel | None = None
         self._names = Names(torch.nn.Module())
+        self._moments: Moments = no_moments
         self._owed: dict[str, torch.Tensor] = {}
         """By an exchange that was given up, by name: part of the next gradient."""
         self._rehearsing = False
@@ -79,13 +81,18 @@ class EveryStepSync(Synchroniser):
             self._replica.broadcast_buffers = False  # which would travel in each forward pass; tasks settle theirs alike
             self._names = Names(model)
             self._clock = clock_of(self._names.device)
-            self._exchange.attach(group, self._axis, self._names.shapes, self._names.device)
+            self._moments = moments_of(optimizer, self._names.trained)
+            self._attach(self._exchange)
         self._replica.register_comm_hook(self, _hook)
         try:
             yield self._replica
         finally:
             self._exchange.detach()
             self._replica = None
+
+    def _attach(self, exchange: Exchange) -> None:
+        names = self._names
+        exchange.attach(self._group, self._axis, names.shapes, names.device, moments=self._moments)
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -117,7 +124,7 @@ class EveryStepSync(Synchroniser):
             self._exchange.detach()
             self._exchange = exchange
             with self._ledger.label("replica set-up"):
-                exchange.attach(self._group, self._axis, self._names.shapes, self._names.device)
+                self._attach(exchange)
 
     def state_dict(self) -> dict[str, Any]:
         """What the exchange carries from step to step; nothing without compression."""

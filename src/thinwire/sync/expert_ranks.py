@@ -45,7 +45,8 @@ class ExpertRanksSync(Synchroniser):
         self._layout, self._axis = layout, layout.replica_axis if layout.outer == 1 else inside
         axes = {self._axis: _Names(False)} | ({"data": _Names(True)} if layout.data > 1 else {})
         self._each = [
-            AfterBackwardSync(config, axis, ledger, make_exchange(compress, ledger), names) for axis, names in axes.items()
+            AfterBackwardSync(config, axis, ledger, make_exchange(compress, ledger, moments=True), names)
+            for axis, names in axes.items()
         ]
 
     @property

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from thinwire.collectives.backend import ledger_of
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.exchange import Exchange, make_exchange
+from thinwire.compress.precondition import moments_of, no_moments
 from thinwire.config.compress import Coded, NonFinite
 from thinwire.errors import UserError
 from thinwire.sync.buckets import Names, exchange_bucket
@@ -45,12 +46,20 @@ class Use:
 
 
 def compress_gradients(
-    replica: DistributedDataParallel, kind: str, *, nonfinite: NonFinite = "average", **options: Any
+    replica: DistributedDataParallel,
+    kind: str,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    nonfinite: NonFinite = "average",
+    **options: Any,
 ) -> Exchange:
     """Average the gradients of `replica` through the codec `kind` ("bf16", "int8", "int4", ...) from now on.
 
     Gradients may be float32, bfloat16, float16, float64 and complex, mixed as they come, and sparse ones, which are averaged
     exactly. Call once, before the first forward pass, on all ranks of the default group, also where replicas form sub-groups.
+
+    optimizer: that trains `replica`. Where it keeps second moments beside the parameters, as AdamW does, int4 and coarser
+    kinds with a scale a block code gradients in their units (`compress.precondition`), which costs no byte and learns better.
 
     nonfinite: "average": a gradient that is not finite on some rank arrives so on all, as without compression, and what the step
     has changed of the residuals is taken back: a GradScaler leaves the step out on all ranks. This holds two memories from
@@ -64,10 +73,12 @@ def compress_gradients(
     """
     config = validate(Coded, {"kind": kind, **options}, "compress_gradients")
     _check(replica, nonfinite)
-    exchange = make_exchange(config, ledger_of(replica.process_group) or Ledger(), nonfinite)
+    ledger = ledger_of(replica.process_group) or Ledger()
+    exchange = make_exchange(config, ledger, nonfinite, moments=optimizer is not None)
     names = Names(replica.module)
     use = Use(replica.module.parameters()) if replica.find_unused_parameters or replica.static_graph else None
-    exchange.attach(replica.process_group, "data", names.shapes, names.device, tracks_use=use is not None)
+    moments = no_moments if optimizer is None else moments_of(optimizer, names.trained)
+    exchange.attach(replica.process_group, "data", names.shapes, names.device, tracks_use=use is not None, moments=moments)
     try:
         replica.register_comm_hook((exchange, names, use), _hook)
     except RuntimeError as error:

@@ -128,7 +128,7 @@ def _every_step(config: EveryStep, compress: NoCompression | Coded, layout: Layo
     """Within the backward pass, but where a pipeline makes many."""
     if layout.expert > 1:
         return ExpertRanksSync(config, compress, layout, ledger)
-    exchange = make_exchange(compress, ledger)
+    exchange = make_exchange(compress, ledger, moments=True)
     if layout.pipe > 1:
         return AfterBackwardSync(config, DATA, ledger, exchange)
     kind = EveryStepSync if layout.shard == 1 else AsReducedSync

@@ -315,7 +315,9 @@ class Trainer:
         compress, self._due_change = self.replanner.config.compress, (0, ())
         self.replanner.take(number)
         config = self.replanner.config
-        exchange = None if config.compress == compress else make_exchange(config.compress, self.ledger)
+        exchange = None
+        if config.compress != compress:
+            exchange = make_exchange(config.compress, self.ledger, moments=not config.sync.rare)
         self.parts.sync.switch(exchange, getattr(config.sync, "every", 1))
         self.assignment = self.replanner.assignment(self.assignment, compute_s)
         self.replanner.choose()
