@@ -189,6 +189,7 @@ def _cell(cell: str, steps: int) -> Rows:
             count = SKIPPED + (2 * EVERY if one.candidate.sync != "every_step" else steps)
             config = planned_run(one, problem, "")
             train = {"steps": count, "log_every": 1, "eval_every": 0, "dtype": "float32", "run": f"{folder}/{number}"}
+            train["eval_tokens"] = MODELS[model][0]  # of the one at the end, for which shards and stages need the links too
             config = config.model_copy(update={"train": config.train.model_copy(update=train)})
             taken, failed = _run(file, config, Path(folder), FAR * best)
             measured = mean(taken) if taken else None
