@@ -49,9 +49,11 @@ def test_moments_are_those_beside_their_parameters() -> None:
     found = find("one")
     assert found is not None and found.shape == (2, 3) and torch.all(found > 0)
     assert find("another") is None
-    plain = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
-    plain.step()
-    assert moments_of(plain, {"one": parameter})("one") is None
+    optimizer.state[parameter]["exp_avg_sq"] = torch.ones(2, 3, dtype=torch.uint8)
+    assert find("one") is None, "in 8 bits"
+    parted = torch.optim.RMSprop([parameter])  # as one that says nothing of what other ranks have
+    parted.state[parameter]["exp_avg_sq"] = torch.ones(2, 3)
+    assert moments_of(parted, {"one": parameter})("one") is None
 
 
 class Halves(nn.Module):

@@ -13,7 +13,7 @@ owed is conserved as without s. K is a mean of integers, the same in any order o
 of what arrives: a value whose codes are zeros for some steps would get less and less s, at last the largest u of its block, and
 so its scale.
 
-Before the first step of the optimizer, for an optimizer without second moments in full (SGD, Muon's matrices, 8 bits), and for
+Before the first step of the optimizer, for optimizers other than Adam and AdamW with its moments in full, and for
 gradients in float16, whose range u may leave, s is 1. 1-bit Adam (Tang et al. 2021) is related: it keeps v as it is from some
 step on, and codes m.
 """
@@ -52,13 +52,16 @@ def scale_of(second_moments: Tensor) -> Tensor:
 
 
 def moments_of(optimizer: torch.optim.Optimizer, named: dict[str, Tensor]) -> Moments:
-    """named: parameters by name. Second moments as PyTorch's Adam family keeps them, beside the parameters."""
+    """Those of Adam and AdamW, beside their parameters. named: parameters by name. Of other optimizers nobody knows here whether each
+    rank has them all, as it must: those of ZeroRedundancyOptimizer have parts."""
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        return no_moments
 
     def found(name: str) -> Tensor | None:
         parameter = named.get(name)
         state = optimizer.state.get(parameter, {}) if parameter is not None else {}
         moments = state.get("exp_avg_sq")
-        if parameter is None or not isinstance(moments, Tensor):
+        if parameter is None or not isinstance(moments, Tensor) or moments.dtype == torch.uint8:
             return None
         return moments if (moments.device, moments.shape) == (parameter.device, parameter.shape) else None
 
