@@ -87,7 +87,7 @@ def between_two(context: Rank, backend: str) -> tuple[list[float], dict[tuple[st
 
 
 def test_two_ranks_exchange_the_same_whatever_the_backend(ranks2: Pool) -> None:
-    """Over the metered one by send and receive, the others by one call; entered as what was asked for."""
+    """By send and receive; entered as what was asked for."""
     for backend in ("thinwire", "gloo"):
         for rank, (means, entered) in enumerate(ranks2.run(between_two, backend)):
             assert means == [0, 1, rank, 10 + rank]
@@ -96,3 +96,22 @@ def test_two_ranks_exchange_the_same_whatever_the_backend(ranks2: Pool) -> None:
                 ("gradients", "all_to_all", 8 * N): 4 * N,
                 ("nothing", "all_gather", 0): 0,
             }
+
+
+def between_all(context: Rank, backend: str) -> tuple[list[float], list[tuple[Call, Total]]]:
+    group = dist.group.WORLD if backend == "thinwire" else dist.new_group(backend=backend)
+    rows, taken = torch.arange(4.0).repeat_interleave(N).view(4, N) + 10 * context.rank, torch.empty(4, N)
+    works = [all_to_all(taken, rows, group, context.ledger, "gradients") for _ in range(3)]
+    for work in reversed(works):
+        work.wait()
+    return taken.mean(1).tolist(), list(context.recorded().items())
+
+
+def test_all_to_all_is_the_same_whatever_the_backend(ranks4: Pool) -> None:
+    """Several at once, waited for in any order."""
+    for backend in ("thinwire", "gloo"):
+        for rank, (means, entries) in enumerate(ranks4.run(between_all, backend)):
+            assert means == [10 * other + rank for other in range(4)]
+            ((call, entered),) = entries
+            assert call == Call(label="gradients", axis="world", op="all_to_all", world_size=4, message_bytes=16 * N)
+            assert (entered.calls, entered.wire_bytes) == (3, 3 * 12 * N) and entered.seconds > 0

@@ -14,7 +14,7 @@ name that is missing would be served by the base class and not metered (see `sel
 # mypy: disable-error-code="override,assignment,attr-defined,call-arg"
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -32,8 +32,10 @@ from thinwire.collectives.wire import sent_bytes
 from thinwire.errors import UserError
 
 NAME = "thinwire"
-PAIR_TAG = 1 << 30
-"""Of messages of `in_pair`, which no user's tag should meet."""
+ASKED_TAG = 1 << 30
+"""Of messages of `asking_first`, which no user's tag should meet."""
+MOST_ASKED = 16
+"""Ranks: each more is two more calls of gloo's from Python, some tens of microseconds."""
 
 # From torch 2.13 on the single forms are what FSDP2 calls, and the others warn.
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -83,7 +85,7 @@ def bytes_of(tensors: Any) -> int:
     return tensors._indices().nbytes + tensors._values().nbytes if tensors.is_sparse else tensors.nbytes
 
 
-class _WaitedWork(dist._Work):
+class WaitedWork(dist._Work):
     """For gloo's Work that has no future (send, receive, reduce-scatter), and for several calls that PyTorch takes for one:
     notes the time when somebody has waited. gloo copies some results out in `wait`, so each inner one must be waited for.
     """
@@ -91,6 +93,10 @@ class _WaitedWork(dist._Work):
     def __init__(self, inner: Sequence[dist.Work], done: Callable[[], None] | None = None) -> None:
         super().__init__()
         self._inner, self._done = inner, done
+
+    def note(self, done: Callable[[], None]) -> None:
+        """Call `done` when somebody has waited."""
+        self._done = done
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         result = all([work.wait(timeout) if timeout else work.wait() for work in self._inner])
@@ -103,7 +109,16 @@ class _WaitedWork(dist._Work):
         return all(work.is_completed() for work in self._inner)
 
 
-class _Barrier(_WaitedWork):
+Begins = Sequence[Callable[[], dist.Work | None]]
+
+
+def asked_first(receive: Begins, send: Begins) -> WaitedWork:
+    """Begins messages of gloo's, receives first: gloo asks for them over the same connection, and behind what is sent there the
+    asking would come when that is over, so that the two directions between two ranks would follow one another."""
+    return WaitedWork([work for one in [*receive, *send] if (work := one()) is not None])
+
+
+class _Barrier(WaitedWork):
     """A barrier whose failure names the ranks that have not come to it."""
 
     def __init__(self, inner: dist.Work, explained: Callable[[Exception], Exception]) -> None:
@@ -177,7 +192,7 @@ class MeteredGroup(dist.ProcessGroup):
         total = self._ledger.enter(op, bytes_of(tensors), self._group, getattr(opts, "rootRank", peer))
         work: Any = issue(*arguments) if opts is None else issue(*arguments, opts)
         if not getattr(opts, "asyncOp", True):  # the caller will wait at once: here no other thread need wake up to note it
-            work = work or _WaitedWork([])  # NCCL gives None: the call is on the caller's stream, and so before what follows
+            work = work or WaitedWork([])  # NCCL gives None: the call is on the caller's stream, and so before what follows
             work.wait()
             self._ledger.completed(total, clock, issued)
             return work
@@ -185,28 +200,27 @@ class MeteredGroup(dist.ProcessGroup):
         # Holds the ledger only: gloo's thread drops it, late, and as the last holder of a group would have to join itself.
         done = partial(self._ledger.completed, total, clock, issued)
         if op in ("send", "recv") or (op == "reduce_scatter" and self._over_gloo):  # which gloo gives no future
-            return _WaitedWork([work], done)
+            return WaitedWork([work], done)
         try:
             work.get_future().add_done_callback(done)
         except RuntimeError:
-            return _WaitedWork([work], done)
+            return WaitedWork([work], done)
         return work
 
     @property
-    def is_pair(self) -> bool:
-        """Two ranks over gloo, whose calls `in_pair` makes faster."""
-        return self._over_gloo and self._group.size == 2
+    def asks(self) -> bool:
+        """Over gloo, among so few ranks that `asking_first` makes calls faster."""
+        return self._over_gloo and self._group.size <= MOST_ASKED
 
-    def in_pair(self, op: str, message: torch.Tensor, theirs: torch.Tensor, own: torch.Tensor) -> dist.Work:
-        """`op` of two ranks, in which each sends `own` and gets `theirs`; message: what the op was handed.
-
-        The receive is asked for first: gloo asks over the same connection, and behind what is sent there the asking would come
-        when that is over, so that the two directions would follow one another.
-        """
-        peer = 1 - self._group.rank
+    def asking_first(
+        self, op: str, message: torch.Tensor, theirs: Mapping[int, torch.Tensor], own: Mapping[int, torch.Tensor]
+    ) -> dist.Work:
+        """`op`, in which a rank gets `theirs` and sends `own`, by ranks in the group; message: what the op was handed."""
+        receive = [partial(self._inner.recv, [one], peer, ASKED_TAG) for peer, one in theirs.items()]
+        send = [partial(self._inner.send, [one], peer, ASKED_TAG) for peer, one in own.items()]
 
         def issue() -> dist.Work:
-            return _WaitedWork([self._inner.recv([theirs], peer, PAIR_TAG), self._inner.send([own], peer, PAIR_TAG)])
+            return asked_first(receive, send)
 
         return self._entered(op, message, issue, (), None)
 
@@ -228,7 +242,7 @@ class MeteredGroup(dist.ProcessGroup):
             for total in totals:
                 self._ledger.completed(total, clock, issued)
 
-        return [_WaitedWork([work], done)]
+        return [WaitedWork([work], done)]
 
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
         op = "all_gather" if tensors[0].is_sparse else "all_reduce"  # gloo sends every rank's indices and values to all
@@ -256,7 +270,7 @@ class MeteredGroup(dist.ProcessGroup):
         return self._entered("all_gather", inputs, self._inner.allgather_coalesced, (outputs, inputs), opts or AllgatherOptions())
 
     def allgather_into_tensor_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
-        return _WaitedWork([self._allgather_base(o, i, opts) for o, i in zip(outputs, inputs, strict=True)])
+        return WaitedWork([self._allgather_base(o, i, opts) for o, i in zip(outputs, inputs, strict=True)])
 
     all_gather_single_coalesced = allgather_into_tensor_coalesced
 
@@ -271,7 +285,7 @@ class MeteredGroup(dist.ProcessGroup):
     reduce_scatter_single = _reduce_scatter_base
 
     def reduce_scatter_tensor_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
-        return _WaitedWork([self._reduce_scatter_base(o, i, opts) for o, i in zip(outputs, inputs, strict=True)])
+        return WaitedWork([self._reduce_scatter_base(o, i, opts) for o, i in zip(outputs, inputs, strict=True)])
 
     reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced
 

@@ -9,8 +9,9 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from thinwire.collectives.backend import ALL_GATHER, MeteredGroup, bytes_of
+from thinwire.collectives.backend import ALL_GATHER, ASKED_TAG, MOST_ASKED, MeteredGroup, WaitedWork, asked_first, bytes_of
 from thinwire.collectives.clock import clock_of
+from thinwire.collectives.groups import backend_of
 from thinwire.collectives.ledger import Group, Ledger, axis_of
 
 
@@ -24,10 +25,11 @@ def all_reduce(
 
 def all_gather(output: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup, ledger: Ledger, label: str) -> dist.Work:
     """The `own` of all ranks of `group`, in their order, into `output`, asynchronously. Collective as `all_reduce`."""
-    if own.numel() and isinstance(group, MeteredGroup) and group.is_pair:
+    if own.numel() and group.size() == 2 and _asks(group, own):  # of more ranks it is a ring
+        mine, theirs = group.rank(), 1 - group.rank()
         chunks = output.view(2, own.numel())
-        chunks[group.rank()].copy_(own.view(-1))
-        issue = partial(group.in_pair, "all_gather", own, chunks[1 - group.rank()], own)
+        chunks[mine].copy_(own.view(-1))
+        issue = _asking_first(group, "all_gather", own, {theirs: chunks[theirs]}, {theirs: own})
     else:
         issue = partial(ALL_GATHER, output, own, group=group, async_op=True)
     return _issued("all_gather", own, group, ledger, label, issue)
@@ -35,14 +37,34 @@ def all_gather(output: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup
 
 def all_to_all(output: torch.Tensor, rows: torch.Tensor, group: dist.ProcessGroup, ledger: Ledger, label: str) -> dist.Work:
     """Row s of `rows` goes to rank s of `group`, and row s of `output` comes from it, asynchronously. Collective as above."""
-    if rows.numel() and isinstance(group, MeteredGroup) and group.is_pair:
-        mine, theirs = group.rank(), 1 - group.rank()
-        taken, given = output.view(2, -1), rows.view(2, -1)
+    if rows.numel() and group.size() > 1 and _asks(group, rows):
+        p, mine = group.size(), group.rank()
+        taken, given = output.view(p, -1), rows.view(p, -1)
         taken[mine].copy_(given[mine])
-        issue = partial(group.in_pair, "all_to_all", rows, taken[theirs], given[theirs])
+        others = [(mine + step) % p for step in range(1, p)]
+        theirs, own = ({rank: part[rank] for rank in others} for part in (taken, given))
+        issue = _asking_first(group, "all_to_all", rows, theirs, own)
     else:
         issue = partial(dist.all_to_all_single, output, rows, group=group, async_op=True)
     return _issued("all_to_all", rows, group, ledger, label, issue)
+
+
+def _asks(group: dist.ProcessGroup, message: torch.Tensor) -> bool:
+    """Whether messages of gloo's, receives first, are faster than the call."""
+    if isinstance(group, MeteredGroup):
+        return group.asks
+    return backend_of(group, message.device.type) == "gloo" and group.size() <= MOST_ASKED
+
+
+def _asking_first(
+    group: dist.ProcessGroup, op: str, message: torch.Tensor, theirs: dict[int, torch.Tensor], own: dict[int, torch.Tensor]
+) -> Callable[[], dist.Work]:
+    """See `MeteredGroup.asking_first`."""
+    if isinstance(group, MeteredGroup):
+        return partial(group.asking_first, op, message, theirs, own)
+    receive = [partial(dist.irecv, one, group=group, group_src=peer, tag=ASKED_TAG) for peer, one in theirs.items()]
+    send = [partial(dist.isend, one, group=group, group_dst=peer, tag=ASKED_TAG) for peer, one in own.items()]
+    return partial(asked_first, receive, send)
 
 
 def _issued(
@@ -54,7 +76,11 @@ def _issued(
         total = None if isinstance(group, MeteredGroup) else ledger.enter(op, bytes_of(message), _group(group))
         work = issue()
     if total is not None:
-        work.get_future().add_done_callback(partial(ledger.completed, total, clock, issued))
+        done = partial(ledger.completed, total, clock, issued)
+        if isinstance(work, WaitedWork):
+            work.note(done)
+        else:
+            work.get_future().add_done_callback(lambda _: done())
     return work
 
 
@@ -74,7 +100,7 @@ def swap(tensor: torch.Tensor, peer: int, group: dist.ProcessGroup, ledger: Ledg
     with ledger.label(label):
         issued = clock.now()
         total = None if isinstance(group, MeteredGroup) else ledger.enter("send", bytes_of(tensor), _group(group))
-        calls = [  # the receive first, as in `MeteredGroup.in_pair`
+        calls = [  # the receive first, as in `MeteredGroup.asking_first`
             dist.P2POp(dist.irecv, theirs, group=group, group_peer=peer),
             dist.P2POp(dist.isend, tensor, group=group, group_peer=peer),
         ]

@@ -68,7 +68,7 @@ class ScheduledGroup(MeteredGroup):
         return self._known
 
     @property
-    def is_pair(self) -> bool:
+    def asks(self) -> bool:
         """Here the tuner chooses."""
         return False
 

@@ -52,8 +52,8 @@ def scale_of(second_moments: Tensor) -> Tensor:
 
 
 def moments_of(optimizer: torch.optim.Optimizer, named: dict[str, Tensor]) -> Moments:
-    """Those of Adam and AdamW, beside their parameters. named: parameters by name. Of other optimizers nobody knows here whether each
-    rank has them all, as it must: those of ZeroRedundancyOptimizer have parts."""
+    """Those of Adam and AdamW, beside their parameters. named: parameters by name. Of other optimizers it is not known whether
+    each rank has them all, as it must: those of ZeroRedundancyOptimizer have parts."""
     if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         return no_moments
 
