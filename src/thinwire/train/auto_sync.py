@@ -1,6 +1,6 @@
 """`sync.kind = "auto"`: of the measured front (`sync.front`) the way to exchange that gets soonest to a loss on these links.
 
-    least of   seconds of a step * steps over those of data parallelism
+    least of   seconds of a step * steps over those of data parallelism        of ways in each step, in two sizes of buckets
 
 The seconds are the cost model's on the cluster (`plan.cost`), a mean over the run where H rises; the steps are the front's,
 carried to this model, its replicas and its number of steps (`Way.times`). Ways that the layout or the optimizer of
@@ -19,6 +19,9 @@ from thinwire.sync.front import Way, ways
 from thinwire.tomlfile import validate
 from thinwire.traffic import EVALUATION
 from thinwire.units import show
+
+BUCKETS_BYTES = (0, 2**17)
+"""That ways of each step are tried with: PyTorch's, and small ones, of which more hides under the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,25 +45,27 @@ def choices(problem: Problem) -> list[Choice]:
     for way in ways():
         if way.optimizer not in ("", config.train.optimizer.kind):
             continue
-        try:
-            changed = with_way(config, way)
-            replicas = changed.laid_out(problem.cluster.world_size).of_gradients.replicas
-            step_s = _mean_step_s(changed, problem)
-        except UserError as error:
-            reason = reason or str(error)
-            continue
-        times = way.times(problem.parameters, replicas, config.train.steps)
-        found.append(Choice(way=way, config=changed, step_s=step_s, times=times))
+        for bucket_bytes in BUCKETS_BYTES[: 1 if way.every else None]:
+            try:
+                changed = with_way(config, way, bucket_bytes)
+                replicas = changed.laid_out(problem.cluster.world_size).of_gradients.replicas
+                step_s = _mean_step_s(changed, problem)
+            except UserError as error:
+                reason = reason or str(error)
+                continue
+            times = way.times(problem.parameters, replicas, config.train.steps)
+            found.append(Choice(way=way, config=changed, step_s=step_s, times=times))
     if not found:
         raise UserError(f"sync.kind = 'auto': this run can have no way of the measured front; {reason}")
     return sorted(found, key=lambda one: one.time_s)
 
 
-def with_way(config: RunConfig, way: Way) -> RunConfig:
-    """The run with what a row of the front has for it; micro-batches, layout, steps and optimizer stay. UserError if that cannot
-    be."""
+def with_way(config: RunConfig, way: Way, bucket_bytes: int = 0) -> RunConfig:
+    """The run with what a row of the front has for it, in buckets of this size (0: PyTorch's); micro-batches, layout, steps and
+    optimizer stay. UserError if that cannot be."""
     content = config.model_dump(mode="json", exclude_none=True)
-    content |= {"sync": {"accumulate": config.sync.accumulate, **way.run["sync"]}, "compress": way.run["compress"]}
+    sync = {"accumulate": config.sync.accumulate, **way.run["sync"]} | ({"bucket_bytes": bucket_bytes} if bucket_bytes else {})
+    content |= {"sync": sync, "compress": way.run["compress"]}
     content["train"]["learning_rate"] = config.train.learning_rate * way.learning_rate_percent / 100
     return validate(RunConfig, content, f"sync.kind = 'auto', {way.method}")
 
@@ -68,7 +73,9 @@ def with_way(config: RunConfig, way: Way) -> RunConfig:
 def about(found: list[Choice], problem: Problem) -> str:
     """What was chosen and why, in one line."""
     best, plain = found[0], next((one for one in found if one.way.method == "ddp"), None)
-    chosen = f"sync: {best.way.method}, {show(best.step_s, 's')} a step and {best.times:.2f} times the steps of data parallelism"
+    buckets = f" in buckets of {show(best.config.sync.bucket_bytes, 'B')}" if best.config.sync.bucket_bytes else ""
+    way, seconds = f"{best.way.method}{buckets}", show(best.step_s, "s")
+    chosen = f"sync: {way}, {seconds} a step and {best.times:.2f} times the steps of data parallelism"
     if plain is None:  # replicas of a layout that may only exchange rarely
         return f"{chosen}, predicted"
     prediction = _predicted(plain.config, problem)
