@@ -50,6 +50,8 @@ MEMORY_BYTES_PER_S = 4e9
 """Where it is not known, of one core updating weights: read and written, four arrays at once."""
 CODING_PASSES = 16
 """As which what is computed for moments in 8 bits counts, measured on one core: as long as so many reads of the parameters."""
+HOST_PASS_S = 0.6e-3
+"""Scheduling, coding and handing over what a pass sends: measured 0.5 to 0.95 ms in seven pipelines of the lab."""
 GPU_MEMORY_BYTES_PER_S = 1e12
 """Of a GPU where it is not known: about what one with GDDR6X has, and a third of one with HBM3."""
 NATIVE = Carrier()
@@ -85,6 +87,12 @@ class Setting:
     def crowd(self) -> float:
         """So many times as long takes what all ranks do at once and is not paced."""
         return max(1.0, self.ranks_per_core)
+
+    @property
+    def pass_s(self) -> float:
+        """Of a pipeline's pass on the host, which on a device it hides under computing."""
+        kind = self.kind or self.cluster.device_of(0).kind
+        return self.crowd * HOST_PASS_S if kind == "cpu" else 0.0
 
     @property
     def compute_s(self) -> tuple[float, ...]:
@@ -350,8 +358,9 @@ def _passes(setting: Setting, stages: Stages, routes: Routes, carrier: Carrier) 
             done: sum(one.calls * max(0.0, _call_s(one, setting, routes, carrier) - one.window_flops / slowest) for one in sent)
             for done, sent in stages.in_passes.items()
         }
-        ran = simulate(stages.pipelines(layout, flops_per_s, sums_s=sums_s), routes)
-        alone = stages.pipelines(layout, flops_per_s, idle_wires=True)
+        pass_s = setting.pass_s
+        ran = simulate(stages.pipelines(layout, flops_per_s, sums_s=sums_s, pass_s=pass_s), routes)
+        alone = stages.pipelines(layout, flops_per_s, idle_wires=True, pass_s=pass_s)
         alike = tuple(map(tuple, alone.orders)), tuple(alone.seconds.items())
         if alike not in routes.known:
             routes.known[alike] = simulate(replace(alone, groups=alone.groups[:1]), routes)  # all take as long

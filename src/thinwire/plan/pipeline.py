@@ -84,10 +84,11 @@ class Stages:
         *,
         idle_wires: bool = False,
         sums_s: Mapping[tuple[str, int], float] = {},
+        pass_s: float = 0.0,
     ) -> Pipelines:
         """flops_per_s: by global rank; a stage is as fast as the slowest of those that have it. idle_wires: nothing is sent.
 
-        sums_s: what `in_passes` takes, by its keys.
+        sums_s: what `in_passes` takes, by its keys; pass_s: what a pass takes besides computing.
         """
         groups = layout.groups("pipe")
         seconds: dict[tuple[str, int], float] = {}
@@ -102,10 +103,10 @@ class Stages:
                 weights_s = forward_s * BACKWARD_OVER_FORWARD / 2
                 back_s = sums_s.get(("B", stage), 0.0) + (forward_s * self.recomputed[stage] if self.recomputed else 0.0)
                 seconds |= {
-                    ("F", stage): forward_s + sums_s.get(("F", stage), 0.0),
-                    ("B", stage): 2 * weights_s + back_s,
-                    ("I", stage): weights_s + back_s,
-                    ("W", stage): weights_s,
+                    ("F", stage): forward_s + sums_s.get(("F", stage), 0.0) + pass_s,
+                    ("B", stage): 2 * weights_s + back_s + pass_s,
+                    ("I", stage): weights_s + back_s + pass_s,
+                    ("W", stage): weights_s + pass_s,
                 }
         nothing = (0,) * len(self.activation_bytes)
         return Pipelines(
