@@ -37,3 +37,11 @@ def test_a_long_run_costs_what_was_published() -> None:
     assert lasting(1e12, 2, 30) == lasting(10e9, 2, 30) == 0 and lasting(1e6, 4, 30) == lasting(35e6, 4, 30)
     assert lasting(335e6, 16, 30) > lasting(335e6, 8, 30) and lasting(335e6, 4, 60) == pytest.approx(15 * (0.009 + 0.0046))
     assert lasting(335e6, 4, 2) == lasting(335e6, 4, 30)
+
+
+def test_large_batches_need_feedback() -> None:
+    """With few tokens of a replica the noise of gradients stands in for it."""
+    for way in ways():
+        few, many = (way.times(1e6, 4, 1000, tokens=tokens) for tokens in (256, 2048))
+        assert many == pytest.approx(few + (0.0 if way.every or way.feeds_back else 0.14))
+    assert any(not way.feeds_back for way in ways())

@@ -45,7 +45,8 @@ def test_the_least_time_to_the_loss_is_chosen(rate: str) -> None:
             named = RunConfig.model_validate(config.model_dump() | sections)
             setting, transfers, carrier = outline(named, one.shape, layout, one.cluster, (1e8,) * 4)
             steps_s.append(predict(setting, transfers, carrier=carrier).step_s)
-        times[way.method] = min(steps_s) * way.times(one.parameters, 4, config.train.steps)
+        tokens = config.train.micro_batch * config.train.sequence * config.sync.accumulate
+        times[way.method] = min(steps_s) * way.times(one.parameters, 4, config.train.steps, tokens=tokens)
     assert best.time_s <= min(times.values()) * 1.001
     if best.way.method in times:
         assert best.way.method == min(times, key=times.__getitem__)

@@ -42,8 +42,11 @@ class Choice:
 def choices(problem: Problem) -> list[Choice]:
     """All ways that the run may have, the best first. UserError if there is none."""
     found, config, reason = list[Choice](), problem.config, ""
+    tokens = config.train.micro_batch * config.train.sequence * config.sync.accumulate
     for way in ways():
         if way.optimizer not in ("", config.train.optimizer.kind):
+            continue
+        if not way.feeds_back and not config.task.is_language_model:  # how noisy gradients are there was not measured
             continue
         for bucket_bytes in BUCKETS_BYTES[: 1 if way.every else None]:
             try:
@@ -53,7 +56,7 @@ def choices(problem: Problem) -> list[Choice]:
             except UserError as error:
                 reason = reason or str(error)
                 continue
-            times = way.times(problem.parameters, replicas, config.train.steps)
+            times = way.times(problem.parameters, replicas, config.train.steps, tokens=tokens)
             found.append(Choice(way=way, config=changed, step_s=step_s, times=times))
     if not found:
         raise UserError(f"sync.kind = 'auto': this run can have no way of the measured front; {reason}")
