@@ -94,10 +94,6 @@ class WaitedWork(dist._Work):
         super().__init__()
         self._inner, self._done = inner, done
 
-    def note(self, done: Callable[[], None]) -> None:
-        """Call `done` when somebody has waited."""
-        self._done = done
-
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         result = all([work.wait(timeout) if timeout else work.wait() for work in self._inner])
         if self._done is not None:
@@ -218,11 +214,7 @@ class MeteredGroup(dist.ProcessGroup):
         """`op`, in which a rank gets `theirs` and sends `own`, by ranks in the group; message: what the op was handed."""
         receive = [partial(self._inner.recv, [one], peer, ASKED_TAG) for peer, one in theirs.items()]
         send = [partial(self._inner.send, [one], peer, ASKED_TAG) for peer, one in own.items()]
-
-        def issue() -> dist.Work:
-            return asked_first(receive, send)
-
-        return self._entered(op, message, issue, (), None)
+        return self._entered(op, message, partial(asked_first, receive, send), (), None)
 
     def together(self, messages: Sequence[dist.P2POp]) -> list[dist.Work]:
         """As dist.batch_isend_irecv, which begins messages one by one in a group that is none of torch's own: on NCCL one of two

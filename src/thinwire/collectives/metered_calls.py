@@ -50,10 +50,12 @@ def all_to_all(output: torch.Tensor, rows: torch.Tensor, group: dist.ProcessGrou
 
 
 def _asks(group: dist.ProcessGroup, message: torch.Tensor) -> bool:
-    """Whether messages of gloo's, receives first, are faster than the call."""
+    """Whether messages of gloo's, receives first, are faster than the call. Messages on a device gloo's calls alone take."""
+    if message.device.type != "cpu":
+        return False
     if isinstance(group, MeteredGroup):
         return group.asks
-    return backend_of(group, message.device.type) == "gloo" and group.size() <= MOST_ASKED
+    return backend_of(group, "cpu") == "gloo" and group.size() <= MOST_ASKED
 
 
 def _asking_first(
@@ -78,9 +80,8 @@ def _issued(
     if total is not None:
         done = partial(ledger.completed, total, clock, issued)
         if isinstance(work, WaitedWork):
-            work.note(done)
-        else:
-            work.get_future().add_done_callback(lambda _: done())
+            return WaitedWork([work], done)
+        work.get_future().add_done_callback(done)
     return work
 
 

@@ -42,7 +42,8 @@ def no_moments(name: str) -> None:
 
 def scale_of(second_moments: Tensor) -> Tensor:
     """Of any shape and dtype, none negative -> s, flat, float32. Nothing is read by the host."""
-    bits = _real(second_moments).float().reshape(-1).view(torch.int32)
+    values = torch.view_as_real(second_moments) if second_moments.is_complex() else second_moments
+    bits = values.float().reshape(-1).view(torch.int32)
     scale = (bits >> 1).add_(BIAS << MANTISSA_BITS - 1).bitwise_and_(EXPONENT)
     some = slice(None, None, STRIDE if bits.numel() > FEW else 1)
     known = bits[some] >> MANTISSA_BITS > 0
@@ -51,9 +52,9 @@ def scale_of(second_moments: Tensor) -> Tensor:
     return scale.clamp_(min=least).view(torch.float32)
 
 
-def moments_of(optimizer: torch.optim.Optimizer, named: dict[str, Tensor]) -> Moments:
-    """Those of Adam and AdamW, beside their parameters. named: parameters by name. Of other optimizers it is not known whether
-    each rank has them all, as it must: those of ZeroRedundancyOptimizer have parts."""
+def moments_of(optimizer: torch.optim.Optimizer | None, named: dict[str, Tensor]) -> Moments:
+    """Those of Adam and AdamW, beside their parameters; of no optimizer none. named: parameters by name. Of others nobody
+    knows whether each rank has them all, as it must: those of ZeroRedundancyOptimizer have parts."""
     if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         return no_moments
 
@@ -140,7 +141,3 @@ class Preconditioned(Memory):
 
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
         self.inner.adopt(states)
-
-
-def _real(values: Tensor) -> Tensor:
-    return torch.view_as_real(values) if values.is_complex() else values

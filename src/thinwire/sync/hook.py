@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from thinwire.collectives.backend import ledger_of
 from thinwire.collectives.ledger import Ledger
 from thinwire.compress.exchange import Exchange, make_exchange
-from thinwire.compress.precondition import moments_of, no_moments
+from thinwire.compress.precondition import moments_of
 from thinwire.config.compress import Coded, NonFinite
 from thinwire.errors import UserError
 from thinwire.sync.buckets import Names, exchange_bucket
@@ -77,7 +77,7 @@ def compress_gradients(
     exchange = make_exchange(config, ledger, nonfinite, moments=optimizer is not None)
     names = Names(replica.module)
     use = Use(replica.module.parameters()) if replica.find_unused_parameters or replica.static_graph else None
-    moments = no_moments if optimizer is None else moments_of(optimizer, names.trained)
+    moments = moments_of(optimizer, names.trained)
     exchange.attach(replica.process_group, "data", names.shapes, names.device, tracks_use=use is not None, moments=moments)
     try:
         replica.register_comm_hook((exchange, names, use), _hook)

@@ -48,7 +48,7 @@ def choices(problem: Problem) -> list[Choice]:
             continue
         if not way.feeds_back and not config.task.is_language_model:  # how noisy gradients are there was not measured
             continue
-        for bucket_bytes in BUCKETS_BYTES[: 1 if way.every else None]:
+        for bucket_bytes in (0,) if way.every else BUCKETS_BYTES:
             try:
                 changed = with_way(config, way, bucket_bytes)
                 replicas = changed.laid_out(problem.cluster.world_size).of_gradients.replicas
