@@ -73,7 +73,7 @@ def test_our_names() -> None:
     [
         ("int5", "method 'int5'.*compress.*'int5'"),
         ("ddp-bf16", "method 'ddp-bf16'"),
-        ("int4-fast", "there is no variant 'fast'; there are all, nofeedback, fused, and 256k"),
+        ("int4-fast", "there is no variant 'fast'; there are all, nofeedback, noprecondition, fused, and 256k"),
         ("none-all", "method 'none-all'"),
     ],
 )

@@ -71,8 +71,13 @@ def built(task: LanguageModel) -> Transformer:
         return Transformer(task.shape)
 
 
-def plain(kind: type[torch.optim.Optimizer], *arguments: Any, fused: bool = False, **options: Any) -> torch.optim.Optimizer:
-    return kind(*arguments, **options)
+def plain(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """That kind, which takes no fused kernels: these know no meta."""
+
+    def begin(self: torch.optim.Optimizer, *arguments: Any, fused: bool = False, **options: Any) -> None:
+        kind.__init__(self, *arguments, **options)  # type: ignore[misc]
+
+    return type(kind.__name__, (kind,), {"__init__": begin})
 
 
 def done(*_: Any, **__: Any) -> Any:
@@ -145,8 +150,8 @@ def main(folder: Path, cases: list[str]) -> None:
             stack.enter_context(mock.patch(f"thinwire.compress.coded.{name}", stand_in))
         thinwire.compress.passes._fetched = fetched
         stack.enter_context(mock.patch("thinwire.sync.after_backward.make_same", done))  # set-up may read on the host
-        for kind in (torch.optim.AdamW, torch.optim.SGD):  # fused kernels know no meta
-            stack.enter_context(mock.patch.object(torch.optim, kind.__name__, partial(plain, kind)))
+        for kind in (torch.optim.AdamW, torch.optim.SGD):
+            stack.enter_context(mock.patch.object(torch.optim, kind.__name__, plain(kind)))
         stack.enter_context(mock.patch.object(torch.accelerator, "synchronize", done))  # codes are timed in set-up
         stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", lambda *_: False))  # meta has none
         stack.enter_context(mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()))

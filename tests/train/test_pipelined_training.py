@@ -72,7 +72,7 @@ def test_both_copies_of_a_tied_weight_stay_equal_to_the_bit(
         ranks.run(run_training, config_of(tmp_path / "run", {"pipe": 2, "data": data}, 2, **sections), timeout_s=50)[0].folder
     )
     exact, _ = on_one_rank(ranks1, tmp_path / "one", 2 * data, model=model)
-    assert losses(folder.path) == pytest.approx(exact, rel=1e-9 if gradients == "none" else 5e-3)
+    assert losses(folder.path) == pytest.approx(exact, rel=1e-9 if gradients == "none" else 1e-2)
     parts = [torch.load(path, weights_only=True) for path in sorted((folder.path / "checkpoints").glob("*/part-*.pt"))[-2:]]
     first, last = (part["model"]["embed.weight"] for part in parts)
     assert torch.equal(first, last)
