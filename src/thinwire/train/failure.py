@@ -104,15 +104,19 @@ class Heartbeat:
         client = dist.TCPStore(place.master_address, place.master_port, is_master=False, timeout=wait, wait_for_workers=False)
         self._store: Any = dist.PrefixStore(f"heartbeat {lives()}", client)
         self._end = threading.Event()
+        self._thread = threading.Thread(target=self._count, name="heartbeat", daemon=True)
 
     def __enter__(self) -> "Heartbeat":
         self._store.set(f"host/{self._place.rank}", self._host)
         self._store.set(f"beat/{self._place.rank}", "0")
-        threading.Thread(target=self._count, name="heartbeat", daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._end.set()
+        # A call to the store that came back while the interpreter ends would abort the process, though the run was over; one
+        # over a link that is cut may never come back.
+        self._thread.join(HEARTBEATS_TO_JUDGE * self._interval_s)
 
     def explained(self, error: BaseException) -> BaseException:
         """`error` itself, or where an exchange has failed, what is known about the others. Takes some heartbeats."""
