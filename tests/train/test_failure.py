@@ -51,7 +51,7 @@ class Slow:
     def set(self, key: str, value: str) -> None:
         if value != "0" and key.startswith("beat"):
             self.asked.set()
-            time.sleep(0.3)
+            time.sleep(0.2)
         self.store.set(key, value)
 
 
@@ -59,7 +59,7 @@ def test_no_heartbeat_is_under_way_when_the_run_is_over() -> None:
     """It would come back while the interpreter ends, which aborts the process."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     place = Place(rank=0, world_size=1, local_rank=0, master_address="127.0.0.1", master_port=server.port)
-    heartbeat = Heartbeat(place, "here", timeout_s=1.0)
+    heartbeat = Heartbeat(place, "here", timeout_s=10.0)
     heartbeat._store = slow = Slow(heartbeat._store)
     with heartbeat:
         assert slow.asked.wait(5)
