@@ -8,7 +8,7 @@
     KIND-noprecondition               coded as gradients are, not in units of the optimizer's second moments
     KIND-fused                        with compiled kernels
     KIND-256k                         with buckets of 256 KiB
-    SYNCn                             a kind of [sync] that exchanges every n steps: diloco30, streaming30, sparseloco30, ..
+    SYNCn                             a kind of [sync] that exchanges every n steps: diloco30, streaming30, retrace5, ..
     SYNCn-KIND                        the same through a kind of [compress]
     streamingN-overlap5-layers2       with so many steps of overlap, and layers in a fragment
     streamingN-overlap5-add           with what a replica has moved since added to what arrives, in place of mixing
@@ -53,7 +53,7 @@ VARIANT = re.compile(r"(?P<what>[a-z]+)(?P<number>0|[1-9]\d*)|(?P<bucket_kib>[1-
 FIRST = re.compile(r"first(?P<steps>[1-9]\d*)x(?P<every>[1-9]\d*)")
 NUMBERS: Mapping[str, str] = {"powersgd": "rank", "svd": "rank", "topk": "k", "demo": "k"}
 """What the number behind a kind's name sets."""
-RARE = ("local_sgd", "diloco", "streaming", "sparseloco", "muloco", "noloco")
+RARE = ("local_sgd", "diloco", "streaming", "sparseloco", "muloco", "noloco", "retrace")
 SYNC_NUMBERS: Mapping[str, str] = {"overlap": "overlap", "layers": "layers_per_fragment"}
 SYNC_PERCENT: Mapping[str, str] = {"outer": "outer_learning_rate", "momentum": "outer_momentum", "mixing": "mixing"}
 RATE = "rate"

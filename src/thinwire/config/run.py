@@ -230,6 +230,7 @@ class RunConfig(Section):
             if getattr(self.layout, axis) > 1:
                 raise ValueError(f"{assigns} assigns micro-batches to replicas of one rank; leave it out with layout.{axis}")
         self._check_replan()
+        self.sync.check(self.train, self.layout)
         if self.train.recompute != "none" and (reason := self.cannot_recompute):
             raise ValueError(f"train.recompute = {self.train.recompute!r}: {reason}")
         if self.train.updates == "early":

@@ -32,6 +32,9 @@ class _Sync(Section):
         """Of a run of so many steps: (steps, what holds in them), pair after pair."""
         return [(steps, self)]
 
+    def check(self, train: Any, layout: Any) -> None:
+        """ValueError if the kind does not go with these sections."""
+
 
 class EveryStep(_Sync):
     """Gradients are averaged in each optimizer step, once for `accumulate` micro-batches."""
@@ -86,6 +89,41 @@ class LocalSGD(_Rare):
         if self.every_inside and self.every % self.every_inside:
             raise ValueError(f"every = {self.every} must be a multiple of every_inside = {self.every_inside}")
         return self
+
+
+class Retrace(_Rare):
+    """Replicas go alone for some steps, average the gradients of these, and all take the steps again with the average."""
+
+    kind: Literal["retrace"] = "retrace"
+    every: int = Field(4, ge=2)
+    bucket_bytes: Bytes = Field(0, ge=0)
+    """Parameters lie in buckets of at least this size, which take turns: each is exchanged every so many steps. 0: two for each
+    turn, of 64 KiB to 25 MiB."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Retrace:
+        if self.outer_device == "host":
+            raise ValueError("outer_device = 'host': what kind = 'retrace' keeps is used in each step; leave it out")
+        return self
+
+    def check(self, train: Any, layout: Any) -> None:
+        optimizer, axes = train.optimizer, ("data", "pipe", "expert", "seq", "shard", "tensor")
+        if optimizer.kind != "adamw" or optimizer.states != "full":
+            raise ValueError(
+                "sync.kind = 'retrace' takes steps of train.optimizer.kind = 'adamw' again, with states = 'full'; take these, or "
+                "sync.kind = 'streaming'"
+            )
+        if train.updates == "early" or "optimizer" in train.on_host:
+            raise ValueError(
+                "sync.kind = 'retrace' needs all gradients of a step, and the optimizer's state where the parameters are; leave "
+                "train.updates and train.on_host out"
+            )
+        for axis in axes:
+            if getattr(layout, axis) > 1:
+                raise ValueError(
+                    f"sync.kind = 'retrace' with layout.{axis} = {getattr(layout, axis)}: a replica is one rank; set it to 1, or "
+                    "take sync.kind = 'streaming'"
+                )
 
 
 class _Rising(_Rare):
@@ -206,7 +244,7 @@ def _every_step_unless_named(value: Any) -> Any:
 
 
 Sync = Annotated[
-    EveryStep | LocalSGD | DiLoCo | Streaming | SparseLoCo | MuLoCo | NoLoCo | Auto,
+    EveryStep | LocalSGD | DiLoCo | Streaming | SparseLoCo | MuLoCo | NoLoCo | Retrace | Auto,
     Field(discriminator="kind"),
     BeforeValidator(_every_step_unless_named),
 ]

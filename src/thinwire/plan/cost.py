@@ -13,7 +13,7 @@ ready_k = max over ranks of (compute_s - window_k / flops_per_s)
 end_k   = max(ready_k, end_{k-1}) + calls * (price + work_k)
 exposed = max(0, end_last - max compute_s)
           + sum over transfers for which passes stand still (`in_passes`) of calls * max(0, price + work - window)
-          + sum over events every H > 1 steps of max(0, sum over their transfers of calls * (price + work) - window) / H,
+          + sum over events every H > 1 steps of max(0, end of their last transfer as above - the end of compute) / H,
             and no less than all of them take, less the steps beside which they are sent
           + outer_s
 
@@ -238,7 +238,7 @@ def predict(
         )
         still_s = max(0.0, passes_s - slowest_s)
     rare_s = 0.0  # of a step's share
-    uncovered_s: dict[str, tuple[float, int]] = {}  # of each event: its transfers less its window, and every how many steps
+    uncovered_s: dict[str, tuple[float, int]] = {}  # of each event: when it is over, after computing, and every how many steps
     for number, transfer in enumerate(transfers):
         groups = layout.senders(transfer.axis)
         call = _call(transfer, layout, routes, carrier)
@@ -264,8 +264,9 @@ def predict(
             wire_end = max(ready_s, wire_end) + seconds
         elif in_steps:
             event = transfer.event or f"transfer {number}"
-            so_far_s, _ = uncovered_s.get(event, (-transfer.window_flops / slowest_rate, 0))
-            uncovered_s[event] = so_far_s + seconds, transfer.every
+            ready_s = -transfer.window_flops / slowest_rate
+            so_far_s, _ = uncovered_s.get(event, (ready_s, 0))
+            uncovered_s[event] = max(so_far_s, ready_s) + seconds, transfer.every
             rare_s += seconds / transfer.every
         for link, payload in call.loads.items() if transfer.label != PIPELINE else ():
             loads.setdefault(transfer.axis, Counter())[link] += payload * transfer.calls / transfer.every  # type: ignore[assignment]

@@ -51,7 +51,7 @@ from thinwire.config.model import ModelConfig
 from thinwire.config.optimizer import EIGHT_BIT, state_of
 from thinwire.config.pipeline import PipelineSection
 from thinwire.config.run import RunConfig
-from thinwire.config.sync import Auto, EveryStep, NoLoCo, SparseLoCo, Streaming
+from thinwire.config.sync import Auto, EveryStep, NoLoCo, Retrace, SparseLoCo, Streaming
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.parallel.balance import cut, in_flight, stages_of
@@ -376,6 +376,9 @@ def _exchange(config: RunConfig, workload: Workload, layout: Layout, on_device: 
     coding = CODED_AT_ONCE.get(config.compress.kind, USUAL_AT_ONCE) if isinstance(config.compress, Coded) else 0.0
     if isinstance(sync, EveryStep | Auto):
         return residuals, int(coding * wide)
+    if isinstance(sync, Retrace):  # where periods began, with the optimizer's state, and gradients since
+        begun = workload.stored_bytes + workload.optimizer_bytes(config.train.optimizer.kind)
+        return begun + wide + residuals, int((2 + coding) * wide / sync.every)
     elsewhere = on_device and sync.outer_device == "host"
     if isinstance(sync, NoLoCo):
         return (0, 5 * wide) if elsewhere else (2 * wide, 3 * wide)
@@ -391,7 +394,6 @@ def _exchange(config: RunConfig, workload: Workload, layout: Layout, on_device: 
 def _residual_bytes(compress: NoCompression | Coded, workload: Workload) -> int:
     if isinstance(compress, NoCompression):
         return 0
-
     vectors = 2 if compress.kind == "dgc" else 1 if compress.feeds_back else 0
     size = 1 if compress.feedback_storage == "int8" else 4
     coded = (one for one in workload.parameters if compress.is_coded(one.name, one.shape))

@@ -20,7 +20,7 @@ from thinwire.compress.exchange import Exchange
 from thinwire.compress.precondition import moments_of
 from thinwire.config.sync import EveryStep
 from thinwire.layout import Layout
-from thinwire.sync.buckets import Names, assign_buckets, real_shape
+from thinwire.sync.buckets import Names, assign_buckets, described, filled
 from thinwire.sync.every_step import EveryStepSync
 from thinwire.sync.initial_values import make_same
 from thinwire.traffic import Transfer
@@ -71,7 +71,7 @@ class AfterBackwardSync(EveryStepSync):
             shapes = {name: shape for name, shape in names.shapes.items() if name in self.names}
             moments = moments_of(optimizer, names.trained)
             self._exchange.attach(group, self._axis, shapes, names.device, moments=moments)
-        self._buckets = [_filled(bucket, model) for bucket in self._assigned(model)]
+        self._buckets = [filled(bucket, model) for bucket in self._assigned(model)]
         try:
             yield model
         finally:
@@ -103,25 +103,5 @@ class AfterBackwardSync(EveryStepSync):
         return f"bucket {index}"
 
     def _assigned(self, model: torch.nn.Module) -> list[list[Parameter]]:
-        listed = [
-            Parameter(name, real_shape(one), dtype=str(torch.view_as_real(one).dtype if one.is_complex() else one.dtype)[6:])
-            for name, one in model.named_parameters()
-            if one.requires_grad and name in self.names
-        ]
+        listed = [one for one in described(model) if one.name in self.names]
         return assign_buckets(listed, self._config.bucket_bytes)
-
-
-def _filled(bucket: Sequence[Parameter], model: torch.nn.Module) -> tuple[torch.Tensor, list[Piece]]:
-    """A buffer, and whose gradient lies where in it; from now on the parameters' gradients are views of it."""
-    trained = dict(model.named_parameters())
-    first_one = trained[bucket[0].name]
-    dtype = getattr(torch, bucket[0].dtype)
-    buffer = torch.zeros(sum(one.numel for one in bucket), dtype=dtype, device=first_one.device)
-    pieces, first = [], 0
-    for one in bucket:
-        pieces.append(Piece(one.name, first, one.shape))
-        part = buffer[first : first + one.numel].view(one.shape)
-        parameter = trained[one.name]
-        parameter.grad = torch.view_as_complex(part.view(*parameter.shape, 2)) if parameter.is_complex() else part
-        first += one.numel
-    return buffer, pieces

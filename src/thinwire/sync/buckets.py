@@ -51,6 +51,31 @@ def real_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     return (*parameter.shape, 2) if parameter.dim() >= 2 else (2 * parameter.numel(),)
 
 
+def described(model: torch.nn.Module) -> list[Parameter]:
+    """The parameters of `model` that are trained, as buckets have them."""
+    return [
+        Parameter(name, real_shape(one), dtype=str(torch.view_as_real(one).dtype if one.is_complex() else one.dtype)[6:])
+        for name, one in model.named_parameters()
+        if one.requires_grad
+    ]
+
+
+def filled(bucket: Sequence[Parameter], model: torch.nn.Module) -> tuple[torch.Tensor, list[Piece]]:
+    """A buffer, and whose gradient lies where in it; from now on the parameters' gradients are views of it."""
+    trained = dict(model.named_parameters())
+    first_one = trained[bucket[0].name]
+    dtype = getattr(torch, bucket[0].dtype)
+    buffer = torch.zeros(sum(one.numel for one in bucket), dtype=dtype, device=first_one.device)
+    pieces, first = [], 0
+    for one in bucket:
+        pieces.append(Piece(one.name, first, one.shape))
+        part = buffer[first : first + one.numel].view(one.shape)
+        parameter = trained[one.name]
+        parameter.grad = torch.view_as_complex(part.view(*parameter.shape, 2)) if parameter.is_complex() else part
+        first += one.numel
+    return buffer, pieces
+
+
 class Names:
     """Of the parameters of `model` that are trained, by the objects that DistributedDataParallel hands over."""
 

@@ -2,6 +2,7 @@
 
 every_step   gradients are averaged in each step (`every_step`)
 noloco       replicas exchange in pairs (`noloco`)
+retrace      replicas average the gradients of H steps alone, and take these steps again (`retrace`)
 
 The others are the engine of `local_steps`, by when each sends, and by its outer step:
 
@@ -43,7 +44,7 @@ from thinwire.collectives.ledger import Ledger
 from thinwire.compress.exchange import make_exchange
 from thinwire.compress.plain import PlainExchange
 from thinwire.config.compress import Coded, NoCompression
-from thinwire.config.sync import Auto, DiLoCo, EveryStep, LocalSGD, MuLoCo, NoLoCo, SparseLoCo, Streaming, Sync
+from thinwire.config.sync import Auto, DiLoCo, EveryStep, LocalSGD, MuLoCo, NoLoCo, Retrace, SparseLoCo, Streaming, Sync
 from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.sync.after_backward import AfterBackwardSync
@@ -54,6 +55,7 @@ from thinwire.sync.expert_ranks import ExpertRanksSync
 from thinwire.sync.local_steps import LocalStepsSync, Schedule
 from thinwire.sync.noloco import NoLoCoSync
 from thinwire.sync.outer import Nesterov, published_learning_rate
+from thinwire.sync.retrace import RetraceSync
 from thinwire.sync.single_rank import SingleRank
 
 DATA, OUTER = "data", "outer"
@@ -71,6 +73,8 @@ def make_synchroniser(config: Sync, compress: NoCompression | Coded, layout: Lay
         return _every_step(config, compress, layout, ledger)
     if isinstance(config, NoLoCo):
         return NoLoCoSync(config, compress, OUTER, ledger, _inside(config, layout, ledger))
+    if isinstance(config, Retrace):
+        return RetraceSync(config, OUTER, ledger, make_exchange(compress, ledger, moments=True))
     if isinstance(config, Auto):
         raise UserError("sync.kind = 'auto' is for thinwire train, which chooses before ranks start; name a kind here")
     schedule, outer = method(config, layout.outer)

@@ -1,0 +1,344 @@
+"""Replicas that go alone for H steps and then take these steps again, together.
+
+Parameters lie in buckets, which take turns: each is exchanged every H steps, at even distances, so that a step sends a part of
+the model. A bucket is the same on all replicas, its optimizer's state too, where its period begins: x, m and v. For H steps
+replica r goes on as if it were alone. Then its gradients of the period are averaged, and all go back and take the H steps with
+the average:
+
+    u = 1/M sum over replicas of C( 1/H sum over the period of g_r )            C: of codes, with or without feedback
+    (x, m, v) <- H steps of the optimizer from (x, m, v), each with u and with the learning rate that its step had
+    v <- v + (H - 1) (v - beta_2^H v_before)                                    (`again`)
+
+The average goes out within the backward pass, bucket by bucket, as gradients that are averaged in each step do, and where a
+replica was is forgotten. So what makes H > 1 cost is only that g_r is taken where replica r stood, up to H - 1 steps of its own
+away, and that it is older by up to so many steps than the update that it is part of; what is sent is 1/H.
+
+AdamW divides by the root of v, to which the noise of a step's gradient belongs. u has the noise of H steps' mean, whose variance
+is 1/H of that, therefore the last line. Where there is no noise it makes v too large, and steps shorter, by up to the root of H.
+
+The last gradient of a period is sent before anybody knows by what it will be clipped. It counts as scaled by what the replica's
+gradients were scaled by in the step before, from the end of the backward pass to the optimizer's step; the others as they were
+used.
+
+Averaging moved parameters instead (`local_steps`) leaves to each replica its own moments: v is then of the noise of one replica's
+gradient, and m of its direction. Related: 0/1 Adam (Lu et al. 2022, arXiv 2202.06009: local steps by frozen second moments),
+CoCoD-SGD (Shen et al. 2019).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.futures import Future
+
+from thinwire.collectives.clock import clock_of
+from thinwire.collectives.ledger import Ledger
+from thinwire.compress.averager import Piece
+from thinwire.compress.exchange import Exchange
+from thinwire.config.sync import Retrace
+from thinwire.errors import UserError
+from thinwire.layout import Layout
+from thinwire.sync.again import Again, State, Taken, kept, placed
+from thinwire.sync.base import Synchroniser
+from thinwire.sync.buckets import Names, assign_buckets, described, filled
+from thinwire.sync.initial_values import make_same
+from thinwire.traffic import Transfer
+from thinwire.workload import Parameter, Workload, plain_name
+
+PER_TURN = 2
+"""Buckets that a turn has, where no size is asked for, and parameters are small enough."""
+SIZES = 2**16, 25 * 2**20
+"""Bytes of such buckets, least and most."""
+WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+"""In which gradients of a period are added up."""
+
+
+@dataclass
+class _Bucket:
+    """buffer: flat, of which the parameters' gradients are views; total: of the gradients used since step `since`; taken: where
+    the period began, each parameter's values and state. sent, under_way: an average that has begun."""
+
+    index: int
+    turn: int
+    buffer: Tensor
+    pieces: list[Piece]
+    parameters: list[nn.Parameter]
+    total: Tensor
+    since: int = 0
+    taken: Taken = field(default_factory=list)
+    missing: int = 0
+    sent: Tensor | None = None
+    under_way: "Future[Tensor] | None" = None
+
+
+class RetraceSync(Synchroniser):
+    """See the top of the file. One per rank, which is a replica; they lie along `axis`."""
+
+    replicas_differ = True
+
+    def __init__(self, config: Retrace, axis: str, ledger: Ledger, exchange: Exchange) -> None:
+        super().__init__(config.accumulate)
+        self._config, self._axis, self._ledger, self._exchange = config, axis, ledger, exchange
+        self._buckets: list[_Bucket] = []
+        self._again: Again | None = None
+        self._done = 0
+        self._next = 0
+        """Of this step's due buckets, the first that has not been sent."""
+        self._sends = False
+        self._scaled: Tensor | None = None
+        """By what the latest gradient was scaled after its backward pass, []."""
+        self._norm: Tensor | None = None
+        self._restored: State | None = None
+
+    def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
+        """Each bucket once in H steps, those of a turn one after the other; each may hide under the rest of its backward pass."""
+        found, buckets = [], self._assigned(workload.parameters)
+        for index, (bucket, turn) in enumerate(zip(buckets, turns(buckets, self._config.every), strict=True)):
+            window = workload.tokens_per_microbatch * workload.backward_flops_remaining(bucket[-1].name)
+            for transfer in self._exchange.transfers(f"bucket {index}", bucket, self._axis, getattr(layout, self._axis)):
+                found.append(replace(transfer, every=self._config.every, event=f"turn {turn}", window_flops=window))
+        return found
+
+    @contextmanager
+    def attached(self, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh) -> Iterator[nn.Module]:
+        """Puts gradients into buckets. Begins from the first replica's values, or goes on with a state. Collective.
+
+        UserError for an optimizer other than AdamW, and for a state of other parameters."""
+        again = Again(optimizer, self._config.every + 1)
+        group, names = mesh.get_group(self._axis), Names(model)
+        self._again, self._clock = again, clock_of(names.device)
+        with self._ledger.label("replica set-up"):
+            if self._restored is None:
+                make_same({**dict(model.named_parameters()), **dict(model.named_buffers())}, group)
+            self._exchange.attach(group, self._axis, names.shapes, names.device, moments=self._moments)
+        self._begin(model)
+        handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+        for bucket in self._buckets:
+            for parameter in bucket.parameters:
+                handles.append(parameter.register_post_accumulate_grad_hook(partial(self._ready, bucket)))
+        try:
+            yield model
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._exchange.detach()
+            self._buckets, self._again = [], None
+
+    @contextmanager
+    def microbatch(self, last: bool) -> Iterator[None]:
+        """Around forward and backward; in the last of a step buckets whose turn it is are averaged. Collective then."""
+        due = [bucket for bucket in self._buckets if self._is_due(bucket)] if last else []
+        for bucket in due:
+            bucket.missing = len(bucket.parameters)
+        self._sends, self._next = last, 0
+        yield
+        self._ready_at = self._clock.now()
+        if not last:
+            return
+        self._send(due, all_of_them=True)
+        self._sends = False
+        self._norm = self._smallest().norm()
+        self._exchange.settle()
+        for bucket in due:
+            assert bucket.under_way is not None
+            bucket.sent, bucket.under_way = bucket.under_way.wait(), None
+
+    def after_step(self, step: int) -> None:
+        """Local. Steps are counted here: a caller may number them anew."""
+        self._done += 1
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """After the last step: what was not sent yet is, and all take these steps again. Collective."""
+        late = [bucket for bucket in self._buckets if bucket.since < self._done]
+        for bucket in late:
+            self._start(bucket, bucket.total, "final", last=bucket is late[-1])
+        self._exchange.settle()
+        for bucket in late:
+            assert bucket.under_way is not None
+            bucket.sent, bucket.under_way = bucket.under_way.wait(), None
+        for turn in dict.fromkeys(bucket.turn for bucket in late):
+            its = [bucket for bucket in late if bucket.turn == turn]
+            self._retrace(its, last_too=True)
+            self._conclude(its, self._done)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model holds where the buckets' periods began, which is the same on all replicas. Local."""
+        own = [parameter.detach().clone() for bucket in self._buckets for parameter in bucket.parameters]
+        held = [parameter.detach() for bucket in self._buckets for parameter in bucket.parameters]
+        for values, (taken, _) in zip(held, (one for bucket in self._buckets for one in bucket.taken), strict=True):
+            values.copy_(taken)
+        try:
+            yield
+        finally:
+            for values, mine in zip(held, own, strict=True):
+                values.copy_(mine)
+
+    def state_dict(self) -> State:
+        """What the exchange carries, and where periods began; before `attached` what was loaded."""
+        if self._restored is not None:
+            return self._restored
+        return {
+            "exchange": self._exchange.state_dict(),
+            "done": self._done,
+            "rates": list(self._again.rates) if self._again else [],
+            "scaled": self._scaled,
+            "buckets": [
+                {
+                    "names": [piece.name for piece in bucket.pieces],
+                    "turn": bucket.turn,
+                    "since": bucket.since,
+                    "total": bucket.total.clone(),
+                    "taken": [(values.clone(), kept(state)) for values, state in bucket.taken],
+                }
+                for bucket in self._buckets
+            ],
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Before `attached`."""
+        self._exchange.load_state_dict(state["exchange"])
+        self._restored = state
+
+    def adopt(self, states: Sequence[State]) -> None:
+        """All begin a period where the model is, which holds where those before began. Before `attached`."""
+        self._exchange.adopt([state["exchange"] for state in states])
+        self._done = states[0]["done"]
+
+    def _assigned(self, parameters: Iterable[Parameter]) -> list[list[Parameter]]:
+        listed = list(parameters)
+        least, most = SIZES
+        usual = sum(one.stored_bytes for one in listed) // (PER_TURN * self._config.every)
+        return assign_buckets(listed, self._config.bucket_bytes or min(max(usual, least), most))
+
+    @torch.no_grad()
+    def _begin(self, model: nn.Module) -> None:
+        trained = {plain_name(name): one for name, one in model.named_parameters() if one.requires_grad}
+        buckets = self._assigned(described(model))
+        self._buckets = []
+        for index, (bucket, turn) in enumerate(zip(buckets, turns(buckets, self._config.every), strict=True)):
+            buffer, pieces = filled(bucket, model)
+            total = torch.zeros_like(buffer, dtype=WIDE.get(buffer.dtype, buffer.dtype))
+            parameters: Any = [trained[plain_name(piece.name)] for piece in pieces]
+            self._buckets.append(_Bucket(index, turn, buffer, pieces, parameters, total))
+        if self._restored is not None:
+            self._go_on(self._restored)
+            self._restored = None
+            return
+        for begun in self._buckets:
+            self._take(begun, self._done)
+
+    def _go_on(self, state: State) -> None:
+        mine = [([piece.name for piece in bucket.pieces], bucket.turn) for bucket in self._buckets]
+        if mine != [(saved["names"], saved["turn"]) for saved in state["buckets"]]:
+            raise UserError(
+                f"the checkpoint has {len(state['buckets'])} buckets that take turns, not {len(mine)} of this run; resume with "
+                "the same model, sync.every and sync.bucket_bytes"
+            )
+        scaled = state["scaled"]
+        self._done, self._scaled = state["done"], scaled if scaled is None else scaled.to(self._smallest().device)
+        assert self._again is not None
+        self._again.rates.extend(state["rates"])
+        for bucket, saved in zip(self._buckets, state["buckets"], strict=True):
+            bucket.since = saved["since"]
+            bucket.total.copy_(saved["total"])
+            bucket.taken = placed(saved["taken"], bucket.buffer.device)
+
+    def _moments(self, name: str) -> Tensor | None:
+        """Second moments that all replicas have: of where the bucket's period began."""
+        for bucket in self._buckets:
+            for piece, (_, state) in zip(bucket.pieces, bucket.taken, strict=True):
+                if piece.name == name:
+                    return state.get("exp_avg_sq")
+        return None
+
+    def _is_due(self, bucket: _Bucket) -> bool:
+        """Whether in the step after `_done` steps. Not in the first, when it is not known yet how gradients are scaled."""
+        return self._done > 0 and self._done % self._config.every == bucket.turn
+
+    def _smallest(self) -> Tensor:
+        return min(self._buckets, key=lambda one: one.buffer.numel()).buffer
+
+    def _ready(self, bucket: _Bucket, parameter: Tensor) -> None:
+        """In backward, when a gradient is there. Buckets go out in one order on all ranks."""
+        if not self._sends or not self._is_due(bucket):
+            return
+        bucket.missing -= 1
+        self._send([one for one in self._buckets if self._is_due(one)])
+
+    @torch.no_grad()
+    def _send(self, due: Sequence[_Bucket], *, all_of_them: bool = False) -> None:
+        while self._next < len(due) and (all_of_them or due[self._next].missing <= 0):
+            bucket = due[self._next]
+            self._next += 1
+            newest = bucket.buffer.to(bucket.total.dtype)
+            newest = newest * self._scaled.to(newest.dtype) if self._scaled is not None else newest
+            self._start(bucket, newest.add(bucket.total), "bucket", last=bucket is due[-1], more=1)
+
+    def _start(self, bucket: _Bucket, total: Tensor, label: str, *, last: bool, more: int = 0) -> None:
+        mean = (total / (self._done + more - bucket.since)).to(bucket.buffer.dtype)
+        bucket.under_way = self._exchange.start(mean, bucket.pieces, f"{label} {bucket.index}", last=last)
+
+    @torch.no_grad()
+    def _before(self, *_: Any) -> None:
+        """Each step of the optimizer: one alone, and the last one again of what has been averaged, after those before it."""
+        assert self._again is not None
+        if self._again.taking:
+            return
+        if self._norm is not None:
+            norm = self._smallest().norm()
+            self._scaled = torch.where(self._norm > 0, norm / self._norm, torch.ones_like(norm))
+        self._again.note()
+        due = [bucket for bucket in self._buckets if bucket.sent is not None]
+        for bucket in self._buckets:
+            if bucket.sent is None:
+                bucket.total.add_(bucket.buffer)
+        if due:
+            self._retrace(due, last_too=False)
+
+    @torch.no_grad()
+    def _after(self, *_: Any) -> None:
+        if self._again is not None and not self._again.taking:
+            self._conclude([bucket for bucket in self._buckets if bucket.sent is not None], self._done + 1)
+
+    def _retrace(self, due: Sequence[_Bucket], *, last_too: bool) -> None:
+        """Go back to where the period of these buckets, of one turn, began, and take its steps with the average."""
+        assert self._again is not None
+        for bucket in due:
+            assert bucket.sent is not None
+            bucket.buffer.copy_(bucket.sent)
+            self._again.back(bucket.parameters, bucket.taken)
+        noted = len(self._again.rates)
+        first = noted - (self._done + (not last_too) - due[0].since)
+        self._again.steps([one for bucket in due for one in bucket.parameters], first, noted if last_too else noted - 1)
+
+    def _conclude(self, due: Sequence[_Bucket], done: int) -> None:
+        """A period of these is over, after so many steps of the run, and the next one begins."""
+        for bucket in due:
+            assert self._again is not None
+            self._again.widen(bucket.parameters, bucket.taken, done - bucket.since)
+            bucket.sent = None
+            self._take(bucket, done)
+
+    def _take(self, bucket: _Bucket, done: int) -> None:
+        """The next period of the bucket begins here."""
+        assert self._again is not None
+        bucket.taken, bucket.since = self._again.taken(bucket.parameters), done
+        bucket.total.zero_()
+
+
+def turns(buckets: Sequence[Sequence[Parameter]], every: int) -> list[int]:
+    """Of each bucket, in which step of a period it is exchanged: as many bytes in each as can be; of few, at even distances."""
+    if len(buckets) <= every:
+        return [index * every // len(buckets) for index in range(len(buckets))]
+    loads, found = [0] * every, []
+    for bucket in buckets:
+        found.append(loads.index(min(loads)))
+        loads[found[-1]] += sum(one.stored_bytes for one in bucket)
+    return found

@@ -1,0 +1,230 @@
+"""Replicas that retrace their steps together: equal to a one-process reference, to the byte as predicted, resumed the same."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import long
+from hypothesis import given
+from hypothesis import strategies as st
+from replica_loop import run
+from replicas_reference import STEPS, Net, adamw, batch, flat
+from torch.distributed.device_mesh import init_device_mesh
+
+from pool import Pool, Rank
+from thinwire.config.compress import Coded, NoCompression
+from thinwire.config.run import RunConfig
+from thinwire.config.sync import Retrace
+from thinwire.errors import UserError
+from thinwire.layout import AXES, Layout
+from thinwire.sync.buckets import assign_buckets, described
+from thinwire.sync.make import make_synchroniser
+from thinwire.sync.retrace import turns
+from thinwire.tomlfile import validate
+from thinwire.workload import Parameter
+
+EVERY = 3
+CONFIG = Retrace(every=EVERY, bucket_bytes=512)
+CODES = {
+    "none": NoCompression(),
+    "int4": Coded(kind="int4", exclude=(), vectors=True),
+    "ternary": Coded(kind="ternary", exclude=(), vectors=True, feedback=False),
+    "powersgd": Coded(kind="powersgd"),
+}
+BETAS, EPSILON, RATE, DECAY = (0.9, 0.999), 1e-8, 0.02, 0.01
+"""PyTorch's AdamW as `adamw` makes it."""
+
+
+class Moved:
+    """One parameter of one replica, moved by AdamW as its paper has it."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x, self.m, self.v, self.t = x.double(), torch.zeros_like(x).double(), torch.zeros_like(x).double(), 0
+
+    def step(self, g: torch.Tensor) -> None:
+        self.t += 1
+        self.m = BETAS[0] * self.m + (1 - BETAS[0]) * g
+        self.v = BETAS[1] * self.v + (1 - BETAS[1]) * g * g
+        m, v = self.m / (1 - BETAS[0] ** self.t), self.v / (1 - BETAS[1] ** self.t)
+        self.x = self.x * (1 - RATE * DECAY) - RATE * m / (v.sqrt() + EPSILON)
+
+    def copy(self) -> "Moved":
+        other = Moved(self.x)
+        other.m, other.v, other.t = self.m, self.v, self.t
+        return other
+
+
+def reference(replicas: int, scaled: float = 1.0) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """(Each replica's parameters after STEPS, and at the end of training). scaled: gradients, after each backward pass."""
+    models = [Net() for _ in range(replicas)]
+    named = [dict(model.named_parameters()) for model in models]
+    buckets = assign_buckets(described(models[0]), CONFIG.bucket_bytes)
+    turn = {one.name: t for bucket, t in zip(buckets, turns(buckets, EVERY), strict=True) for one in bucket}
+    begun = {name: Moved(one.detach()) for name, one in named[0].items()}
+    moved = [{name: one.copy() for name, one in begun.items()} for _ in models]
+    sums: list[dict[str, list[torch.Tensor]]] = [{name: [] for name in begun} for _ in models]
+
+    def again(name: str) -> None:
+        steps = len(sums[0][name])
+        mean = torch.stack([one for its in sums for one in its[name]]).mean(0)
+        one, before = begun[name], begun[name].v
+        for _ in range(steps):
+            one.step(mean)
+        one.v = one.v + (steps - 1) * (one.v - BETAS[1] ** steps * before)
+        for its, mine in zip(moved, sums, strict=True):
+            its[name] = one.copy()
+            mine[name].clear()
+
+    for step in range(STEPS):
+        for replica, model in enumerate(models):
+            model.zero_grad()
+            (model(batch(step, replica)) - 1).square().mean().backward()
+            for name, one in named[replica].items():
+                assert one.grad is not None
+                sums[replica][name].append(scaled * one.grad.double())
+        for name in begun:
+            if step and step % EVERY == turn[name]:
+                again(name)
+                continue
+            for its, mine in zip(moved, sums, strict=True):
+                its[name].step(mine[name][-1])
+        for replica, its in enumerate(moved):
+            for name, one in named[replica].items():
+                one.data.copy_(its[name].x)
+    local = [flat(model) for model in models]
+    for name in begun:
+        if sums[0][name]:
+            again(name)
+    return local, torch.cat([one.x.reshape(-1) for one in begun.values()]).float()
+
+
+@pytest.mark.parametrize("pool", ["ranks3", long("ranks2")])
+def test_equals_the_reference_in_one_process(request: pytest.FixtureRequest, pool: str) -> None:
+    ranks: Pool = request.getfixturevalue(pool)
+    results = ranks.run(run, CONFIG, CODES["none"], 1, 0, STEPS, None)
+    local, final = reference(len(results))
+    for rank, one in enumerate(results):
+        torch.testing.assert_close(one["local"], local[rank], rtol=0, atol=1e-5)
+        torch.testing.assert_close(one["final"], final, rtol=0, atol=1e-5)
+        assert torch.equal(one["final"], results[0]["final"]) and one["back"]
+        assert torch.equal(one["averaged"], results[0]["averaged"]) and not torch.equal(one["averaged"], one["local"])
+
+
+@pytest.mark.parametrize("code", list(CODES))
+def test_sends_what_was_predicted_and_ends_bit_equal(ranks4: Pool, code: str) -> None:
+    results = ranks4.run(run, CONFIG, CODES[code], 1, 0, STEPS, None)
+    assert {row[4] for row in results[0]["predicted"]} == {EVERY}
+    for one in results:
+        measured = {row: calls for row, (calls, _) in one["sent"].items()}
+        assert set(measured) == {row[:4] for row in one["predicted"]}
+        assert set(measured.values()) == {STEPS // EVERY, (STEPS - 1) // EVERY} or set(measured.values()) == {STEPS // EVERY}
+        assert torch.equal(one["final"], results[0]["final"])
+
+
+@pytest.mark.parametrize("code", ["int4", "ternary"])
+@pytest.mark.parametrize("stop", [5, 6])
+def test_resumed_equals_uninterrupted_bit_for_bit(ranks2: Pool, code: str, stop: int) -> None:
+    whole = ranks2.run(run, CONFIG, CODES[code], 1, 0, STEPS, None)
+    cut = ranks2.run(run, CONFIG, CODES[code], 1, 0, stop, None)
+    assert any(bucket["since"] < stop for bucket in cut[0]["state"]["sync"]["buckets"])
+    resumed = ranks2.run(run, CONFIG, CODES[code], 1, stop, STEPS, [one["state"] for one in cut])
+    for one, other in zip(whole, resumed, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in ("local", "final"))
+
+
+def train(
+    context: Rank, config: Retrace, after_backward: Callable[[torch.nn.Module], None], dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """All steps in micro-batches of one, gradients changed before the optimizer gets them."""
+    layout = Layout(outer=context.world_size)
+    sync = make_synchroniser(config, NoCompression(), layout, context.ledger)
+    model = Net(context.rank).to(dtype)  # the first one's values count
+    optimizer = adamw(model)
+    with sync.attached(model, optimizer, init_device_mesh("cpu", layout.degrees, mesh_dim_names=AXES)):
+        for step in range(STEPS):
+            for micro in range(config.accumulate):
+                with sync.microbatch(last=micro == config.accumulate - 1):
+                    x = batch(step, context.rank).chunk(config.accumulate)[micro].to(dtype)
+                    ((model(x) - 1).square().mean() / config.accumulate).backward()
+            after_backward(model)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            sync.after_step(step)
+        sync.finish()
+    moments = torch.cat([optimizer.state[one]["exp_avg_sq"].reshape(-1) for one in model.parameters()])
+    return {"final": flat(model), "moments": moments}
+
+
+def halve(model: torch.nn.Module) -> None:
+    for one in model.parameters():
+        assert one.grad is not None
+        one.grad.mul_(0.5)
+
+
+def nothing(model: torch.nn.Module) -> None:
+    pass
+
+
+def test_a_gradient_that_is_scaled_after_its_backward_pass_counts_as_scaled(ranks2: Pool) -> None:
+    """As clipping does; also the one that was sent before that was known."""
+    results = ranks2.run(train, CONFIG, halve)
+    _, final = reference(2, scaled=0.5)
+    for one in results:
+        torch.testing.assert_close(one["final"], final, rtol=0, atol=1e-5)
+
+
+def test_micro_batches_count_as_one_batch(ranks2: Pool) -> None:
+    together, apart = ranks2.run(train, CONFIG, nothing), ranks2.run(train, CONFIG.model_copy(update={"accumulate": 2}), nothing)
+    torch.testing.assert_close(together[0]["final"], apart[0]["final"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_replicas_end_bit_equal_with_all_that_the_optimizer_knows(ranks3: Pool, dtype: torch.dtype) -> None:
+    results = ranks3.run(train, CONFIG, nothing, dtype)
+    for one in results:
+        assert one["final"].dtype == dtype and bool(torch.isfinite(one["final"]).all())
+        assert all(torch.equal(one[key], results[0][key]) for key in ("final", "moments"))
+
+
+BUCKETS = st.lists(st.integers(1, 10**6).map(lambda numel: [Parameter("x", (numel,))]), min_size=1, max_size=40)
+
+
+@given(BUCKETS, st.integers(2, 40))
+def test_no_step_of_a_period_sends_much_more_than_its_share(buckets: list[list[Parameter]], every: int) -> None:
+    found, sizes = turns(buckets, every), [bucket[0].stored_bytes for bucket in buckets]
+    loads = [sum(size for size, turn in zip(sizes, found, strict=True) if turn == one) for one in range(every)]
+    assert set(found) <= set(range(every)) and max(loads) <= sum(sizes) / every + max(sizes)
+    if len(buckets) <= every:
+        assert len(set(found)) == len(buckets)
+
+
+def test_an_optimizer_whose_steps_it_cannot_take_again_is_refused(ranks2: Pool) -> None:
+    assert all("not those of SGD" in line for line in ranks2.run(refused))
+
+
+def refused(context: Rank) -> str:
+    layout = Layout(outer=context.world_size)
+    sync, model = make_synchroniser(CONFIG, NoCompression(), layout, context.ledger), Net()
+    mesh = init_device_mesh("cpu", layout.degrees, mesh_dim_names=AXES)
+    with pytest.raises(UserError) as error, sync.attached(model, torch.optim.SGD(model.parameters()), mesh):
+        pass
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "options", "line"),
+    [
+        ("train", {"optimizer": {"kind": "muon"}}, "takes steps of train.optimizer.kind = 'adamw' again"),
+        ("train", {"optimizer": {"states": "8bit"}}, "with states = 'full'"),
+        ("train", {"updates": "early", "clip": 0.0}, "needs all gradients of a step"),
+        ("layout", {"data": 2}, "a replica is one rank"),
+        ("layout", {"tensor": 2}, "a replica is one rank"),
+        ("sync", {"kind": "retrace", "outer_device": "host"}, "is used in each step"),
+        ("sync", {"kind": "retrace", "assign": "by_speed"}, "only kind = 'every_step' assigns"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(section: str, options: dict[str, Any], line: str) -> None:
+    content: dict[str, Any] = {"sync": {"kind": "retrace"}, section: options}
+    with pytest.raises(UserError, match=line):
+        validate(RunConfig, content, "run.toml")
