@@ -133,6 +133,32 @@ def test_resumed_equals_uninterrupted_bit_for_bit(ranks2: Pool, code: str, stop:
         assert all(torch.equal(one[key], other[key]) for key in ("local", "final"))
 
 
+RISING = CONFIG.model_copy(update={"every": 4, "first": ((2, 1), (4, 2))})
+
+
+def test_sends_what_was_predicted_for_each_part(ranks2: Pool) -> None:
+    """The first step sends nothing."""
+    results = ranks2.run(run, RISING, CODES["int4"], 1, 0, STEPS, None)
+    measured = {row: calls for row, (calls, _) in results[0]["sent"].items()}
+    expected = {}
+    for (steps, phase), tail in zip(RISING.phases(STEPS), (" every 1", " every 2", ""), strict=True):
+        (alone, _) = ranks2.run(run, phase, CODES["int4"], 1, 0, 0, None)
+        for label, op, message_bytes, axis, every in alone["predicted"]:
+            name, number, *rest = label.split(" ")
+            expected[" ".join([name, number + tail, *rest]), op, message_bytes, axis] = steps // every - (every == 1)
+    assert measured == expected
+    assert all(torch.equal(one["final"], results[0]["final"]) for one in results)
+
+
+@pytest.mark.parametrize("stop", [3, long(6), 7])
+def test_resumed_equals_uninterrupted_where_periods_rise(ranks2: Pool, stop: int) -> None:
+    whole = ranks2.run(run, RISING, CODES["int4"], 1, 0, STEPS, None)
+    cut = ranks2.run(run, RISING, CODES["int4"], 1, 0, stop, None)
+    resumed = ranks2.run(run, RISING, CODES["int4"], 1, stop, STEPS, [one["state"] for one in cut])
+    for one, other in zip(whole, resumed, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in ("local", "final"))
+
+
 def train(
     context: Rank, config: Retrace, after_backward: Callable[[torch.nn.Module], None], dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:

@@ -91,7 +91,32 @@ class LocalSGD(_Rare):
         return self
 
 
-class Retrace(_Rare):
+class _Rising(_Rare):
+    first: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], ...] = ()
+    """[[steps, H], ..]: the first so many steps with an exchange every H, pair after pair, each of whole periods; then every
+    `every`. Early steps are worth most."""
+
+    @model_validator(mode="after")
+    def _check_first(self) -> _Rising:
+        for steps, every in self.first:
+            if steps % every:
+                raise ValueError(f"first = {steps} steps every {every}: that is no number of whole periods; give a multiple")
+        return self
+
+    @property
+    def least_every(self) -> int:
+        """The shortest period that there is."""
+        return min(self.every, *(every for _, every in self.first)) if self.first else self.every
+
+    def phases(self, steps: int) -> list[tuple[int, Any]]:
+        found, plain = list[tuple[int, Any]](), self.model_copy(update={"first": ()})
+        for many, every in self.first:
+            found.append((min(many, steps), plain.model_copy(update={"every": every})))
+            steps -= found[-1][0]
+        return [*found, (steps, plain)]
+
+
+class Retrace(_Rising):
     """Replicas go alone for some steps, average the gradients of these, and all take the steps again with the average."""
 
     kind: Literal["retrace"] = "retrace"
@@ -124,31 +149,6 @@ class Retrace(_Rare):
                     f"sync.kind = 'retrace' with layout.{axis} = {getattr(layout, axis)}: a replica is one rank; set it to 1, or "
                     "take sync.kind = 'streaming'"
                 )
-
-
-class _Rising(_Rare):
-    first: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], ...] = ()
-    """[[steps, H], ..]: the first so many steps with an exchange every H, pair after pair, each of whole periods; then every
-    `every`. Early steps are worth most."""
-
-    @model_validator(mode="after")
-    def _check_first(self) -> _Rising:
-        for steps, every in self.first:
-            if steps % every:
-                raise ValueError(f"first = {steps} steps every {every}: that is no number of whole periods; give a multiple")
-        return self
-
-    @property
-    def least_every(self) -> int:
-        """The shortest period that there is."""
-        return min(self.every, *(every for _, every in self.first)) if self.first else self.every
-
-    def phases(self, steps: int) -> list[tuple[int, Any]]:
-        found, plain = list[tuple[int, Any]](), self.model_copy(update={"first": ()})
-        for many, every in self.first:
-            found.append((min(many, steps), plain.model_copy(update={"every": every})))
-            steps -= found[-1][0]
-        return [*found, (steps, plain)]
 
 
 class _Outer(_Rising):

@@ -47,6 +47,7 @@ from thinwire.sync.again import Again, State, Taken, kept, placed
 from thinwire.sync.base import Synchroniser
 from thinwire.sync.buckets import Names, assign_buckets, described, filled
 from thinwire.sync.initial_values import make_same
+from thinwire.sync.local_steps import Schedule
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter, Workload, plain_name
 
@@ -64,7 +65,6 @@ class _Bucket:
     the period began, each parameter's values and state. sent, under_way: an average that has begun."""
 
     index: int
-    turn: int
     buffer: Tensor
     pieces: list[Piece]
     parameters: list[nn.Parameter]
@@ -85,6 +85,9 @@ class RetraceSync(Synchroniser):
         super().__init__(config.accumulate)
         self._config, self._axis, self._ledger, self._exchange = config, axis, ledger, exchange
         self._buckets: list[_Bucket] = []
+        self._turns: dict[int, list[int]] = {}
+        """Of the buckets, by H."""
+        self._schedule = Schedule(every=config.every, first=config.first)
         self._again: Again | None = None
         self._done = 0
         self._next = 0
@@ -94,6 +97,10 @@ class RetraceSync(Synchroniser):
         """By what the latest gradient was scaled after its backward pass, []."""
         self._norm: Tensor | None = None
         self._restored: State | None = None
+
+    @property
+    def settled_after(self) -> int:
+        return self._schedule.first_steps + self._exchange.settled_after * self._config.every
 
     def traffic(self, workload: Workload, layout: Layout) -> list[Transfer]:
         """Each bucket once in H steps, those of a turn one after the other; each may hide under the rest of its backward pass."""
@@ -109,7 +116,8 @@ class RetraceSync(Synchroniser):
         """Puts gradients into buckets. Begins from the first replica's values, or goes on with a state. Collective.
 
         UserError for an optimizer other than AdamW, and for a state of other parameters."""
-        again = Again(optimizer, self._config.every + 1)
+        longest = max([self._config.every, *(every for _, every in self._config.first)])
+        again = Again(optimizer, 2 * longest)  # one period may end the part of a run in which H is another
         group, names = mesh.get_group(self._axis), Names(model)
         self._again, self._clock = again, clock_of(names.device)
         with self._ledger.label("replica set-up"):
@@ -162,10 +170,8 @@ class RetraceSync(Synchroniser):
         for bucket in late:
             assert bucket.under_way is not None
             bucket.sent, bucket.under_way = bucket.under_way.wait(), None
-        for turn in dict.fromkeys(bucket.turn for bucket in late):
-            its = [bucket for bucket in late if bucket.turn == turn]
-            self._retrace(its, last_too=True)
-            self._conclude(its, self._done)
+        self._retrace(late, last_too=True)
+        self._conclude(late, self._done)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -192,7 +198,6 @@ class RetraceSync(Synchroniser):
             "buckets": [
                 {
                     "names": [piece.name for piece in bucket.pieces],
-                    "turn": bucket.turn,
                     "since": bucket.since,
                     "total": bucket.total.clone(),
                     "taken": [(values.clone(), kept(state)) for values, state in bucket.taken],
@@ -222,11 +227,12 @@ class RetraceSync(Synchroniser):
         trained = {plain_name(name): one for name, one in model.named_parameters() if one.requires_grad}
         buckets = self._assigned(described(model))
         self._buckets = []
-        for index, (bucket, turn) in enumerate(zip(buckets, turns(buckets, self._config.every), strict=True)):
+        self._turns = {every: turns(buckets, every) for every in (self._config.every, *(one for _, one in self._config.first))}
+        for index, bucket in enumerate(buckets):
             buffer, pieces = filled(bucket, model)
             total = torch.zeros_like(buffer, dtype=WIDE.get(buffer.dtype, buffer.dtype))
             parameters: Any = [trained[plain_name(piece.name)] for piece in pieces]
-            self._buckets.append(_Bucket(index, turn, buffer, pieces, parameters, total))
+            self._buckets.append(_Bucket(index, buffer, pieces, parameters, total))
         if self._restored is not None:
             self._go_on(self._restored)
             self._restored = None
@@ -235,8 +241,8 @@ class RetraceSync(Synchroniser):
             self._take(begun, self._done)
 
     def _go_on(self, state: State) -> None:
-        mine = [([piece.name for piece in bucket.pieces], bucket.turn) for bucket in self._buckets]
-        if mine != [(saved["names"], saved["turn"]) for saved in state["buckets"]]:
+        mine = [[piece.name for piece in bucket.pieces] for bucket in self._buckets]
+        if mine != [saved["names"] for saved in state["buckets"]]:
             raise UserError(
                 f"the checkpoint has {len(state['buckets'])} buckets that take turns, not {len(mine)} of this run; resume with "
                 "the same model, sync.every and sync.bucket_bytes"
@@ -260,7 +266,8 @@ class RetraceSync(Synchroniser):
 
     def _is_due(self, bucket: _Bucket) -> bool:
         """Whether in the step after `_done` steps. Not in the first, when it is not known yet how gradients are scaled."""
-        return self._done > 0 and self._done % self._config.every == bucket.turn
+        every, number = self._schedule.period(self._done + 1)
+        return self._done > 0 and (number - 1) % every == self._turns[every][bucket.index]
 
     def _smallest(self) -> Tensor:
         return min(self._buckets, key=lambda one: one.buffer.numel()).buffer
@@ -283,7 +290,10 @@ class RetraceSync(Synchroniser):
 
     def _start(self, bucket: _Bucket, total: Tensor, label: str, *, last: bool, more: int = 0) -> None:
         mean = (total / (self._done + more - bucket.since)).to(bucket.buffer.dtype)
-        bucket.under_way = self._exchange.start(mean, bucket.pieces, f"{label} {bucket.index}", last=last)
+        label = f"{label} {bucket.index}"
+        if more and self._done < self._schedule.first_steps:
+            label += f" every {self._schedule.period(self._done + 1)[0]}"
+        bucket.under_way = self._exchange.start(mean, bucket.pieces, label, last=last)
 
     @torch.no_grad()
     def _before(self, *_: Any) -> None:
@@ -308,15 +318,17 @@ class RetraceSync(Synchroniser):
             self._conclude([bucket for bucket in self._buckets if bucket.sent is not None], self._done + 1)
 
     def _retrace(self, due: Sequence[_Bucket], *, last_too: bool) -> None:
-        """Go back to where the period of these buckets, of one turn, began, and take its steps with the average."""
+        """Go back to where the periods of these buckets began, and take their steps with the averages; last_too: else but one."""
         assert self._again is not None
         for bucket in due:
             assert bucket.sent is not None
             bucket.buffer.copy_(bucket.sent)
             self._again.back(bucket.parameters, bucket.taken)
         noted = len(self._again.rates)
-        first = noted - (self._done + (not last_too) - due[0].since)
-        self._again.steps([one for bucket in due for one in bucket.parameters], first, noted if last_too else noted - 1)
+        ended = self._done if last_too else self._done + 1
+        for since in dict.fromkeys(bucket.since for bucket in due):
+            parameters = [one for bucket in due if bucket.since == since for one in bucket.parameters]
+            self._again.steps(parameters, noted - (ended - since), noted if last_too else noted - 1)
 
     def _conclude(self, due: Sequence[_Bucket], done: int) -> None:
         """A period of these is over, after so many steps of the run, and the next one begins."""
