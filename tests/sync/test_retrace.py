@@ -12,6 +12,7 @@ from replica_loop import run
 from replicas_reference import STEPS, Net, adamw, batch, flat
 from torch.distributed.device_mesh import init_device_mesh
 
+import thinwire
 from pool import Pool, Rank
 from thinwire.config.compress import Coded, NoCompression
 from thinwire.config.run import RunConfig
@@ -211,6 +212,35 @@ def test_replicas_end_bit_equal_with_all_that_the_optimizer_knows(ranks3: Pool, 
     for one in results:
         assert one["final"].dtype == dtype and bool(torch.isfinite(one["final"]).all())
         assert all(torch.equal(one[key], results[0][key]) for key in ("final", "moments"))
+
+
+def own_loop(context: Rank) -> tuple[torch.Tensor, int]:
+    """The final parameters, and how many steps a hook on the optimizer has seen."""
+    model, seen = Net(), []
+    target = torch.ones(1)
+    shared = thinwire.apply(
+        model,
+        {},
+        (batch(0, 0), target),
+        loss=lambda output, target: (output - target).square().mean(),
+        sync={"kind": "retrace", "every": EVERY, "bucket_bytes": 512},
+    )
+    optimizer = adamw(shared.module)
+    optimizer.register_step_post_hook(lambda *_: seen.append(1))
+    with shared.training(optimizer):
+        for step in range(STEPS):
+            shared.step([(batch(step, context.rank), target)])
+            optimizer.step()
+            optimizer.zero_grad()
+    shared.close()
+    return flat(shared.module), len(seen)
+
+
+def test_a_loop_of_ones_own_sees_its_own_steps_only(ranks2: Pool) -> None:
+    _, final = reference(2)
+    for found, seen in ranks2.run(own_loop):
+        torch.testing.assert_close(found, final, rtol=0, atol=1e-5)
+        assert seen == STEPS
 
 
 BUCKETS = st.lists(st.integers(1, 10**6).map(lambda numel: [Parameter("x", (numel,))]), min_size=1, max_size=40)

@@ -57,6 +57,10 @@ CASES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "pipe x shard": ({"pipe": 2, "shard": 2}, {"model": {"dtype": "bfloat16"}}),
     "pipe x seq": ({"pipe": 2, "seq": 2}, {"pipeline": {"activations": "bf16"}}),
     "pipe x tensor": ({"pipe": 2, "tensor": 2}, {"pipeline": {"activations": "int4"}, "model": {"tied": True}}),
+    "retrace": (
+        {"outer": 2},
+        {"sync": {"kind": "retrace", "every": 2, "first": [[2, 1]]}, "compress": {"kind": "ternary", "feedback": False}},
+    ),
     "pipe x outer": (
         {"pipe": 2, "outer": 2},
         {"sync": {"kind": "diloco", "every": 2}, "compress": {"kind": "int4"}, "model": {"tied": False}},
@@ -126,7 +130,7 @@ def run(folder: Path, degrees: dict[str, int], sections: dict[str, Any]) -> None
             with sync.attached(part.module, optimizer, mesh) as attached:
                 stepper = part.stepper(attached, optimizer, sync, task, config.train)
                 stepper.rehearse(batches[0])
-                for step in range(2):
+                for step in range(5 if config.sync.kind == "retrace" else 2):
                     ran = stepper.run(step, batches, len(batches))
                     assert ran.loss.device == DEVICE
             assert all(parameter.device == DEVICE for parameter in part.module.parameters())
@@ -149,7 +153,8 @@ def main(folder: Path, cases: list[str]) -> None:
         for name, stand_in in alone.items():
             stack.enter_context(mock.patch(f"thinwire.compress.coded.{name}", stand_in))
         thinwire.compress.passes._fetched = fetched
-        stack.enter_context(mock.patch("thinwire.sync.after_backward.make_same", done))  # set-up may read on the host
+        for name in ("after_backward", "retrace"):
+            stack.enter_context(mock.patch(f"thinwire.sync.{name}.make_same", done))  # set-up may read on the host
         for kind in (torch.optim.AdamW, torch.optim.SGD):
             stack.enter_context(mock.patch.object(torch.optim, kind.__name__, plain(kind)))
         stack.enter_context(mock.patch.object(torch.accelerator, "synchronize", done))  # codes are timed in set-up

@@ -21,7 +21,7 @@ Taken = list[tuple[Tensor, State]]
 
 
 class Again:
-    """One optimizer. `taking`: while it takes steps again, which are nobody's but ours; most: steps that can be taken again."""
+    """One optimizer. most: steps that can be taken again."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, most: int) -> None:
         """UserError if it is not AdamW."""
@@ -31,7 +31,6 @@ class Again:
                 "AdamW, or take another kind"
             )
         self._optimizer = optimizer
-        self.taking = False
         self.rates: deque[list[Any]] = deque(maxlen=most)
         """Learning rates of the latest steps, by group."""
 
@@ -58,13 +57,16 @@ class Again:
                     held[key] = value
 
     def steps(self, parameters: Sequence[nn.Parameter], first: int, last: int) -> None:
-        """Those of these parameters alone, with the gradients that they have; first, last: as places in `rates`, without last."""
-        rates = list(self.rates)[first:last]
+        """Those of these parameters alone, with the gradients that they have; first, last: as places in `rates`, without last.
+
+        Nobody's hooks on steps see them."""
+        rates, step = list(self.rates)[first:last], type(self._optimizer).step
+        step = step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
         with self._only({id(one) for one in parameters}):
             for by_group in rates:
                 for group, rate in zip(self._optimizer.param_groups, by_group, strict=True):
                     group["lr"] = rate
-                self._optimizer.step()
+                step(self._optimizer)
 
     def widen(self, parameters: Sequence[nn.Parameter], taken: Taken, steps: int) -> None:
         """The second moments after `steps` steps with one gradient, from `taken` on."""
@@ -77,14 +79,14 @@ class Again:
 
     @contextmanager
     def _only(self, wanted: set[int]) -> Iterator[None]:
-        every, self.taking = self._optimizer.param_groups, True
+        every = self._optimizer.param_groups
         self._optimizer.param_groups = [
             {**group, "params": [one for one in group["params"] if id(one) in wanted]} for group in every
         ]
         try:
             yield
         finally:
-            self._optimizer.param_groups, self.taking = every, False
+            self._optimizer.param_groups = every
 
 
 def kept(state: State) -> State:

@@ -45,6 +45,8 @@ PER_STEP_OF_OVERLAP = 0.0002
 """Less than 0.2 % of loss up to 10 steps (Douillard et al. 2025)."""
 WITHOUT_FEEDBACK, TOKENS = 0.07, 512
 """Of steps, and of a replica and step: ternary needed 1.01 times the steps of data parallelism with 512, and 1.16 with 2,048."""
+RETRACE = "retrace"
+"""The kind that averages gradients rarely; the other rare ones average how far replicas have moved."""
 TUNED = frozenset({"first", "outer_learning_rate", "outer_momentum", "mixing", "arrival"})
 """Keys that a planner does not set."""
 
@@ -117,7 +119,7 @@ def ways() -> tuple[Way, ...]:
 def of_rare(kind: str, parameters: float, replicas: int, every: int, overlap: int, steps: float) -> float:
     """`Way.times` of a sync.kind that exchanges rarely, by the usual row of it whose H is nearest, the cheapest of several; if
     there is none, by all rare rows. Of "every_step" the least of all, since it is not known yet how they exchange."""
-    rare = [way for way in ways() if way.every]
+    rare = [way for way in ways() if way.every and (way.run["sync"]["kind"] == RETRACE) == (kind == RETRACE)]
     if kind == "every_step":
         return min(way.times(parameters, replicas, steps, 1) for way in rare)
     rare = [way for way in rare if way.usual and way.run["sync"]["kind"] == kind] or rare

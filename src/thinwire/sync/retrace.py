@@ -61,13 +61,14 @@ WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 @dataclass
 class _Bucket:
-    """buffer: flat, of which the parameters' gradients are views; total: of the gradients used since step `since`; taken: where
-    the period began, each parameter's values and state. sent, under_way: an average that has begun."""
+    """buffer: flat, with the parameters' `gradients` as views; total: of the gradients used since step `since`; taken: where the
+    period began, each parameter's values and state. sent, under_way: an average that has begun."""
 
     index: int
     buffer: Tensor
     pieces: list[Piece]
     parameters: list[nn.Parameter]
+    gradients: list[Tensor]
     total: Tensor
     since: int = 0
     taken: Taken = field(default_factory=list)
@@ -232,7 +233,7 @@ class RetraceSync(Synchroniser):
             buffer, pieces = filled(bucket, model)
             total = torch.zeros_like(buffer, dtype=WIDE.get(buffer.dtype, buffer.dtype))
             parameters: Any = [trained[plain_name(piece.name)] for piece in pieces]
-            self._buckets.append(_Bucket(index, buffer, pieces, parameters, total))
+            self._buckets.append(_Bucket(index, buffer, pieces, parameters, [one.grad for one in parameters], total))
         if self._restored is not None:
             self._go_on(self._restored)
             self._restored = None
@@ -299,8 +300,6 @@ class RetraceSync(Synchroniser):
     def _before(self, *_: Any) -> None:
         """Each step of the optimizer: one alone, and the last one again of what has been averaged, after those before it."""
         assert self._again is not None
-        if self._again.taking:
-            return
         if self._norm is not None:
             norm = self._smallest().norm()
             self._scaled = torch.where(self._norm > 0, norm / self._norm, torch.ones_like(norm))
@@ -314,8 +313,7 @@ class RetraceSync(Synchroniser):
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
-        if self._again is not None and not self._again.taking:
-            self._conclude([bucket for bucket in self._buckets if bucket.sent is not None], self._done + 1)
+        self._conclude([bucket for bucket in self._buckets if bucket.sent is not None], self._done + 1)
 
     def _retrace(self, due: Sequence[_Bucket], *, last_too: bool) -> None:
         """Go back to where the periods of these buckets began, and take their steps with the averages; last_too: else but one."""
@@ -323,6 +321,8 @@ class RetraceSync(Synchroniser):
         for bucket in due:
             assert bucket.sent is not None
             bucket.buffer.copy_(bucket.sent)
+            for parameter, gradient in zip(bucket.parameters, bucket.gradients, strict=True):
+                parameter.grad = gradient  # after the last step a caller may have dropped it
             self._again.back(bucket.parameters, bucket.taken)
         noted = len(self._again.rates)
         ended = self._done if last_too else self._done + 1
