@@ -91,9 +91,8 @@ class RetraceSync(Synchroniser):
         self._schedule = Schedule(every=config.every, first=config.first)
         self._again: Again | None = None
         self._done = 0
-        self._next = 0
-        """Of this step's due buckets, the first that has not been sent."""
-        self._sends = False
+        self._due: list[_Bucket] = []
+        """In the last micro-batch of a step: whose turn it is, and who has not been sent yet."""
         self._scaled: Tensor | None = None
         """By what the latest gradient was scaled after its backward pass, []."""
         self._norm: Tensor | None = None
@@ -144,18 +143,13 @@ class RetraceSync(Synchroniser):
         due = [bucket for bucket in self._buckets if self._is_due(bucket)] if last else []
         for bucket in due:
             bucket.missing = len(bucket.parameters)
-        self._sends, self._next = last, 0
+        self._due = list(due)
         yield
         self._ready_at = self._clock.now()
-        if not last:
-            return
-        self._send(due, all_of_them=True)
-        self._sends = False
-        self._norm = self._smallest().norm()
-        self._exchange.settle()
-        for bucket in due:
-            assert bucket.under_way is not None
-            bucket.sent, bucket.under_way = bucket.under_way.wait(), None
+        if last:
+            self._send(all_of_them=True)
+            self._norm = self._smallest().norm()
+            self._arrive(due)
 
     def after_step(self, step: int) -> None:
         """Local. Steps are counted here: a caller may number them anew."""
@@ -166,11 +160,8 @@ class RetraceSync(Synchroniser):
         """After the last step: what was not sent yet is, and all take these steps again. Collective."""
         late = [bucket for bucket in self._buckets if bucket.since < self._done]
         for bucket in late:
-            self._start(bucket, bucket.total, "final", last=bucket is late[-1])
-        self._exchange.settle()
-        for bucket in late:
-            assert bucket.under_way is not None
-            bucket.sent, bucket.under_way = bucket.under_way.wait(), None
+            self._start(bucket, bucket.total, self._done, f"final {bucket.index}", last=bucket is late[-1])
+        self._arrive(late)
         self._retrace(late, last_too=True)
         self._conclude(late, self._done)
 
@@ -274,27 +265,30 @@ class RetraceSync(Synchroniser):
         return min(self._buckets, key=lambda one: one.buffer.numel()).buffer
 
     def _ready(self, bucket: _Bucket, parameter: Tensor) -> None:
-        """In backward, when a gradient is there. Buckets go out in one order on all ranks."""
-        if not self._sends or not self._is_due(bucket):
-            return
+        """In backward, when a gradient is there."""
         bucket.missing -= 1
-        self._send([one for one in self._buckets if self._is_due(one)])
+        self._send()
 
     @torch.no_grad()
-    def _send(self, due: Sequence[_Bucket], *, all_of_them: bool = False) -> None:
-        while self._next < len(due) and (all_of_them or due[self._next].missing <= 0):
-            bucket = due[self._next]
-            self._next += 1
+    def _send(self, *, all_of_them: bool = False) -> None:
+        """Those that are whole, in one order on all ranks."""
+        tail = f" every {self._schedule.period(self._done + 1)[0]}" * (self._done < self._schedule.first_steps)
+        while self._due and (all_of_them or self._due[0].missing <= 0):
+            bucket = self._due.pop(0)
             newest = bucket.buffer.to(bucket.total.dtype)
             newest = newest * self._scaled.to(newest.dtype) if self._scaled is not None else newest
-            self._start(bucket, newest.add(bucket.total), "bucket", last=bucket is due[-1], more=1)
+            label = f"bucket {bucket.index}{tail}"
+            self._start(bucket, newest.add(bucket.total), self._done + 1, label, last=not self._due)
 
-    def _start(self, bucket: _Bucket, total: Tensor, label: str, *, last: bool, more: int = 0) -> None:
-        mean = (total / (self._done + more - bucket.since)).to(bucket.buffer.dtype)
-        label = f"{label} {bucket.index}"
-        if more and self._done < self._schedule.first_steps:
-            label += f" every {self._schedule.period(self._done + 1)[0]}"
+    def _start(self, bucket: _Bucket, total: Tensor, done: int, label: str, *, last: bool) -> None:
+        mean = (total / (done - bucket.since)).to(bucket.buffer.dtype)
         bucket.under_way = self._exchange.start(mean, bucket.pieces, label, last=last)
+
+    def _arrive(self, some: Sequence[_Bucket]) -> None:
+        self._exchange.settle()
+        for bucket in some:
+            assert bucket.under_way is not None
+            bucket.sent, bucket.under_way = bucket.under_way.wait(), None
 
     @torch.no_grad()
     def _before(self, *_: Any) -> None:
