@@ -85,6 +85,7 @@ MEASURED = {
     "early": [*LARGE, "sync.kind=diloco", "sync.every=2", "sync.accumulate=1", "train.clip=0", "train.updates=early"],
     "int4": [*LARGE, "compress.kind=int4"],
     "diloco": [*LARGE, "sync.kind=diloco", "sync.every=2"],
+    "retrace": [*LARGE, "sync.kind=retrace", "sync.every=2", "compress.kind=ternary", "compress.feedback=false"],
     "tensor": [*LARGE, "model.layers=12", "layout.tensor=2"],
     "tensor activations": [*WIDE_BATCH, "train.sequence=256", "layout.tensor=2"],
     "sharded": [*LARGE, "model.layers=12", "layout.shard=2"],
@@ -151,6 +152,7 @@ def test_terms_follow_the_optimizer_and_what_is_exchanged() -> None:
     assert needed("model.dtype=bfloat16").weights_bytes == weights // 2
     assert needed("sync.kind=diloco").exchange_bytes == 2 * weights
     assert needed("sync.kind=local_sgd").exchange_bytes == weights
+    assert needed("sync.kind=retrace").exchange_bytes == 4 * weights
     assert needed("sync.kind=diloco", ranks=1).exchange_bytes == 0
     for kind in ("diloco", "streaming", "noloco"):
         there, host = (needed(f"sync.kind={kind}", f"sync.outer_device={where}", on_device=True) for where in ("device", "host"))
