@@ -20,7 +20,6 @@ that missed its group gives its gradient to the next one, late, and has caught u
 import logging
 import multiprocessing
 import sys
-import time
 from contextlib import contextmanager
 
 import torch
@@ -121,7 +120,7 @@ class HivemindSync(SingleRank):
             soon, number = get_dht_time() + MATCHMAKING_S, self._exchanges + 1
             self._control = self._averager.schedule_step(soon, timeout=GROUP_S, gather=number, allow_retries=False)
         yield
-        self.ready_at = time.perf_counter()
+        self._ready_at = self._clock.now()
         if last:
             self._exchanges += 1
             if alone:
