@@ -269,6 +269,23 @@ def refused(context: Rank) -> str:
 
 
 @pytest.mark.parametrize(
+    ("compress", "feeds_back"),
+    [
+        ({"kind": "int4"}, False),
+        ({"kind": "int4", "feedback": True}, True),
+        ({"kind": "ternary", "feedback_decay": 0.5}, True),
+        ({"kind": "topk"}, True),
+    ],
+)
+def test_feedback_is_off_unless_asked_for_or_needed(compress: dict[str, Any], feeds_back: bool) -> None:
+    """It comes back H steps late."""
+    config = validate(RunConfig, {"sync": {"kind": "retrace"}, "compress": compress}, "run.toml")
+    assert isinstance(config.compress, Coded) and config.compress.feeds_back is feeds_back
+    each = validate(RunConfig, {"compress": compress}, "run.toml").compress
+    assert isinstance(each, Coded) and each.feeds_back
+
+
+@pytest.mark.parametrize(
     ("section", "options", "line"),
     [
         ("train", {"optimizer": {"kind": "muon"}}, "takes steps of train.optimizer.kind = 'adamw' again"),

@@ -161,3 +161,11 @@ def _none_unless_named(value: Any) -> Any:
 
 
 Compress = Annotated[NoCompression | Coded, Field(discriminator="kind"), BeforeValidator(_none_unless_named)]
+
+
+def without_feedback(content: Any) -> Any:
+    """A section as it is read, where feedback would come too late to mend anything: codes with a scale a block have none, unless
+    the section says something of it."""
+    if not isinstance(content, dict) or content.get("kind") not in BLOCKED or any(key.startswith("feedback") for key in content):
+        return content
+    return {**content, "feedback": False}

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 import tomli_w
 from pydantic import BeforeValidator, Field, model_validator
 
-from thinwire.config.compress import SPARSELOCO, Compress, NoCompression
+from thinwire.config.compress import SPARSELOCO, Compress, NoCompression, without_feedback
 from thinwire.config.data import DataSection
 from thinwire.config.experts import ExpertsSection
 from thinwire.config.model import ModelConfig, preset
@@ -207,6 +207,8 @@ class RunConfig(Section):
         sync = content.get("sync") if isinstance(content, dict) else None
         if isinstance(sync, dict) and sync.get("kind") == "sparseloco" and not content.get("compress"):
             content = {**content, "compress": SPARSELOCO}
+        if isinstance(sync, dict) and sync.get("kind") == "retrace" and "compress" in content:
+            content = {**content, "compress": without_feedback(content["compress"])}
         model, data = (content.get(name, {}) if isinstance(content, dict) else {} for name in ("model", "data"))
         if isinstance(model, dict) and isinstance(data, dict) and model.get("pretrained") and "tokenizer" not in data:
             content = {**content, "data": {**data, "tokenizer": tokenizer_of(Path(model["pretrained"]).expanduser())}}
