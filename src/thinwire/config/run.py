@@ -205,9 +205,10 @@ class RunConfig(Section):
     @classmethod
     def _with_what_follows(cls, content: Any) -> Any:
         sync = content.get("sync") if isinstance(content, dict) else None
-        if isinstance(sync, dict) and sync.get("kind") == "sparseloco" and not content.get("compress"):
+        kind = sync.get("kind") if isinstance(sync, dict) else None
+        if kind == "sparseloco" and not content.get("compress"):
             content = {**content, "compress": SPARSELOCO}
-        if isinstance(sync, dict) and sync.get("kind") == "retrace" and "compress" in content:
+        if kind == "retrace" and "compress" in content:
             content = {**content, "compress": without_feedback(content["compress"])}
         model, data = (content.get(name, {}) if isinstance(content, dict) else {} for name in ("model", "data"))
         if isinstance(model, dict) and isinstance(data, dict) and model.get("pretrained") and "tokenizer" not in data:

@@ -17,7 +17,7 @@ from thinwire.errors import UserError
 
 State = dict[str, Any]
 Taken = list[tuple[Tensor, State]]
-"""Of some parameters: their values, and what the optimizer knows of each. Copies."""
+"""Of some parameters: their values, and what the optimizer knows of each. Copies, which nobody changes."""
 
 
 class Again:
@@ -31,6 +31,7 @@ class Again:
                 "AdamW, or take another kind"
             )
         self._optimizer = optimizer
+        self._group_of = {id(one): group for group in optimizer.param_groups for one in group["params"]}
         self.rates: deque[list[Any]] = deque(maxlen=most)
         """Learning rates of the latest steps, by group."""
 
@@ -41,7 +42,10 @@ class Again:
     def taken(self, parameters: Sequence[nn.Parameter]) -> Taken:
         """As they are now."""
         states = [self._optimizer.state.get(one, {}) for one in parameters]
-        return [(one.detach().clone(), kept(state)) for one, state in zip(parameters, states, strict=True)]
+        return [
+            (one.detach().clone(), {key: _kept(value) for key, value in state.items()})
+            for one, state in zip(parameters, states, strict=True)
+        ]
 
     def back(self, parameters: Sequence[nn.Parameter], taken: Taken) -> None:
         """As they were then; before their first step they had no state."""
@@ -62,36 +66,34 @@ class Again:
         Nobody's hooks on steps see them."""
         rates, step = list(self.rates)[first:last], type(self._optimizer).step
         step = step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
-        with self._only({id(one) for one in parameters}):
+        wanted = {id(one) for one in parameters}
+        groups = [
+            {**group, "params": [one for one in group["params"] if id(one) in wanted]} for group in self._optimizer.param_groups
+        ]
+        with having(self._optimizer, groups):
             for by_group in rates:
-                for group, rate in zip(self._optimizer.param_groups, by_group, strict=True):
+                for group, rate in zip(groups, by_group, strict=True):
                     group["lr"] = rate
                 step(self._optimizer)
 
     def widen(self, parameters: Sequence[nn.Parameter], taken: Taken, steps: int) -> None:
         """The second moments after `steps` steps with one gradient, from `taken` on."""
-        beta = {id(one): group["betas"][1] for group in self._optimizer.param_groups for one in group["params"]}
         for parameter, (_, before) in zip(parameters, taken, strict=True):
             moments = self._optimizer.state.get(parameter, {}).get("exp_avg_sq")
             if moments is not None and steps > 1:
-                left = before["exp_avg_sq"] * beta[id(parameter)] ** steps if before else 0.0
+                beta_2 = self._group_of[id(parameter)]["betas"][1]
+                left = before["exp_avg_sq"] * beta_2**steps if before else 0.0
                 moments.add_((moments - left).mul_(steps - 1))
 
-    @contextmanager
-    def _only(self, wanted: set[int]) -> Iterator[None]:
-        every = self._optimizer.param_groups
-        self._optimizer.param_groups = [
-            {**group, "params": [one for one in group["params"] if id(one) in wanted]} for group in every
-        ]
-        try:
-            yield
-        finally:
-            self._optimizer.param_groups = every
 
-
-def kept(state: State) -> State:
-    """A copy, tensors too."""
-    return {key: _kept(value) for key, value in state.items()}
+@contextmanager
+def having(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> Iterator[None]:
+    """Inside, the optimizer has these groups."""
+    every, optimizer.param_groups = optimizer.param_groups, groups
+    try:
+        yield
+    finally:
+        optimizer.param_groups = every
 
 
 def placed(taken: Taken, device: torch.device) -> Taken:

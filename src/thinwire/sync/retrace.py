@@ -43,13 +43,13 @@ from thinwire.compress.exchange import Exchange
 from thinwire.config.sync import Retrace
 from thinwire.errors import UserError
 from thinwire.layout import Layout
-from thinwire.sync.again import Again, State, Taken, kept, placed
+from thinwire.sync.again import Again, State, Taken, placed
 from thinwire.sync.base import Synchroniser
 from thinwire.sync.buckets import Names, assign_buckets, described, filled
 from thinwire.sync.initial_values import make_same
 from thinwire.sync.local_steps import Schedule
 from thinwire.traffic import Transfer
-from thinwire.workload import Parameter, Workload, plain_name
+from thinwire.workload import Parameter, Workload
 
 PER_TURN = 2
 """Buckets that a turn has, where no size is asked for, and parameters are small enough."""
@@ -86,6 +86,8 @@ class RetraceSync(Synchroniser):
         super().__init__(config.accumulate)
         self._config, self._axis, self._ledger, self._exchange = config, axis, ledger, exchange
         self._buckets: list[_Bucket] = []
+        self._places: dict[str, tuple[_Bucket, int]] = {}
+        """Of parameters, by name."""
         self._turns: dict[int, list[int]] = {}
         """Of the buckets, by H."""
         self._schedule = Schedule(every=config.every, first=config.first)
@@ -192,7 +194,7 @@ class RetraceSync(Synchroniser):
                     "names": [piece.name for piece in bucket.pieces],
                     "since": bucket.since,
                     "total": bucket.total.clone(),
-                    "taken": [(values.clone(), kept(state)) for values, state in bucket.taken],
+                    "taken": bucket.taken,
                 }
                 for bucket in self._buckets
             ],
@@ -216,15 +218,15 @@ class RetraceSync(Synchroniser):
 
     @torch.no_grad()
     def _begin(self, model: nn.Module) -> None:
-        trained = {plain_name(name): one for name, one in model.named_parameters() if one.requires_grad}
-        buckets = self._assigned(described(model))
+        named, buckets = dict(model.named_parameters()), self._assigned(described(model))
         self._buckets = []
         self._turns = {every: turns(buckets, every) for every in (self._config.every, *(one for _, one in self._config.first))}
         for index, bucket in enumerate(buckets):
             buffer, pieces = filled(bucket, model)
             total = torch.zeros_like(buffer, dtype=WIDE.get(buffer.dtype, buffer.dtype))
-            parameters: Any = [trained[plain_name(piece.name)] for piece in pieces]
+            parameters: Any = [named[piece.name] for piece in pieces]
             self._buckets.append(_Bucket(index, buffer, pieces, parameters, [one.grad for one in parameters], total))
+        self._places = {piece.name: (one, at) for one in self._buckets for at, piece in enumerate(one.pieces)}
         if self._restored is not None:
             self._go_on(self._restored)
             self._restored = None
@@ -250,11 +252,8 @@ class RetraceSync(Synchroniser):
 
     def _moments(self, name: str) -> Tensor | None:
         """Second moments that all replicas have: of where the bucket's period began."""
-        for bucket in self._buckets:
-            for piece, (_, state) in zip(bucket.pieces, bucket.taken, strict=True):
-                if piece.name == name:
-                    return state.get("exp_avg_sq")
-        return None
+        bucket, place = self._places[name]
+        return bucket.taken[place][1].get("exp_avg_sq")
 
     def _is_due(self, bucket: _Bucket) -> bool:
         """Whether in the step after `_done` steps. Not in the first, when it is not known yet how gradients are scaled."""

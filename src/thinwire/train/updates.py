@@ -19,20 +19,11 @@ from torch import Tensor, nn
 
 from thinwire.errors import UserError
 from thinwire.plan.memory import PIECE_BYTES
+from thinwire.sync.again import having
 from thinwire.sync.host_memory import HostMemory
 
 LEAST_KEPT_BYTES = 2**16
 """Smaller activations stay."""
-
-
-@contextmanager
-def _only(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> Iterator[None]:
-    """Inside, the optimizer has these groups."""
-    every, optimizer.param_groups = optimizer.param_groups, groups
-    try:
-        yield
-    finally:
-        optimizer.param_groups = every
 
 
 @contextmanager
@@ -52,7 +43,7 @@ def early(optimizer: torch.optim.Optimizer, *, moves: bool = True) -> Iterator[N
 
 def _update(optimizer: torch.optim.Optimizer, group: dict[str, Any] | None, parameter: Tensor) -> None:
     if group is not None:
-        with _only(optimizer, [group]):
+        with having(optimizer, [group]):
             optimizer.step()
     parameter.grad = None
 
@@ -83,7 +74,7 @@ def keep_on_host(optimizer: torch.optim.Optimizer, piece_bytes: int = PIECE_BYTE
         for piece, following in zip(pieces, [*pieces[1:], []], strict=True):
             memory.arrive()
             fetch(following)
-            with _only(optimizer, piece):
+            with having(optimizer, piece):
                 whole_step()
             give_back(piece)
         memory.settle()  # a checkpoint may read them
