@@ -244,18 +244,20 @@ def test_a_small_comparison_is_whole(tmp_path: Path) -> None:
     invented = {"method": "bf16", "seed": 0, "heldout_loss": 42.0, "wire_bytes_per_step": 7.0, "curve": [[2, 42.0]]}
     keep(learned, key_of(make_method("bf16", base), 0, 2, [1, 2]), {**invented, "weights_apart": 0.0, "torn": 0.0})
     options = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
-    done = thinwire("bench", "sync", "--methods", "ddp,none,int4,bf16", "--json", "rows.json", *options, cwd=tmp_path)
+    done = thinwire("bench", "sync", "--methods", "ddp,none,int4,bf16,none-batch2", "--json", "rows.json", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     measured = {row["method"]: row for row in rows if row["case"] == "measured"}
-    assert list(measured) == ["ddp", "none", "int4", "bf16"]
-    assert [line["method"] for line in kept(learned).values()] == ["bf16", "ddp", "none", "int4"]
-    ddp, none, int4, bf16 = measured.values()
+    assert list(measured) == ["ddp", "none", "int4", "bf16", "none-batch2"]
+    assert [line["method"] for line in kept(learned).values()] == ["bf16", "ddp", "none", "int4", "none-batch2"]
+    ddp, none, int4, bf16, twice = measured.values()
     assert (bf16["heldout_loss"], bf16["wire_bytes_per_step"], bf16["steps_to_target"]) == (42.0, 7.0, None)
     assert ddp["heldout_loss"] == none["heldout_loss"] != int4["heldout_loss"]
     values = 256 * 32 + (4 * 32 * 32 + 3 * 32 * preset_hidden() + 2 * 32) + 32
     assert ddp["wire_bytes_per_step"] == none["wire_bytes_per_step"] == 4 * values
     assert int4["wire_bytes_per_step"] < 4 * values
+    assert twice["wire_bytes_per_step"] == 2 * values, "of as many tokens as the others' step has"
+    assert [line["curve"][-1][0] for line in kept(learned).values()] == 5 * [2]
     for row in measured.values():
         assert all(row[key] > 0 for key in ("no_exchange_step_s", "step_s", "processor_s"))
         assert row["link_bps"] is None and row["seed"] == 0
@@ -374,3 +376,13 @@ def test_methods_with_settings_of_their_own() -> None:
     )
     with pytest.raises(UserError, match="method 'int4-outer70'"):
         make_method("int4-outer70", shared)
+
+
+def test_a_method_of_larger_batches_has_as_many_tokens() -> None:
+    shared = {"train": {"micro_batch": 3, "steps": 12, "warmup_steps": 4}}
+    method = make_method("retrace4-batch3-int4", shared)
+    train = method.config.train
+    assert (method.batches, train.micro_batch, train.steps, train.warmup_steps) == (3, 9, 4, 1)
+    assert make_method("int4", shared).batches == 1
+    with pytest.raises(UserError, match="12 steps are no whole number of steps of 5 batches"):
+        make_method("int4-batch5", shared)

@@ -153,7 +153,7 @@ def _row(
 ) -> dict[str, Any]:
     """learned: with as many steps as data parallelism; there: by the run that got to the target."""
     train, mine = method.config.train, learned[method.name]
-    tokens = options["ranks"] * train.micro_batch * train.sequence * options["accumulate"]
+    tokens = options["ranks"] * options["micro_batch"] * options["sequence"] * options["accumulate"]
     sent = [one["wire_bytes_per_step"] for one in there]
     return {
         "case": "measured",

@@ -15,6 +15,8 @@
     SYNCn-first60x2                   an exchange every 2 steps in the first 60; several pairs follow each other
     SYNCn-outer70-momentum50-mixing0  with an outer learning rate of 0.7, an outer momentum of 0.5, a mixing of 0
     METHOD-rate200                    with twice the learning rate of the others
+    METHOD-batch2                     with twice the tokens of the others in a step, and half their steps; what the rows say of a
+                                      step is then of as many tokens as the others' have
     torchft-dilocoN                   torchft's DiLoCo every N steps, float32
     hivemind-CODE                     hivemind's averaging of gradients every step; CODE: fp32, fp16, u8 or q8
 
@@ -59,6 +61,7 @@ SYNC_PERCENT: Mapping[str, str] = {"outer": "outer_learning_rate", "momentum": "
 RATE = "rate"
 """Percent of the learning rate that all methods share. Replicas that go alone have gradients of fewer tokens, and where noise
 rules, AdamW moves along the gradient by less: by half for a quarter of the tokens. So they want a higher rate."""
+BATCH = "batch"
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "all": {"exclude": [], "vectors": True},
     "nofeedback": {"feedback": False},
@@ -76,7 +79,7 @@ TRAIN: Mapping[str, Mapping[str, Any]] = {
 class Method:
     """A name and all that follows from it. hook: of a stock peer, "" for plain DDP, else None; rank: of its PowerSGD.
 
-    package: that does it, "" for PyTorch and ours; code: what hivemind sends.
+    package: that does it, "" for PyTorch and ours; code: what hivemind sends; batches: of the others, in one of its steps.
     """
 
     name: str
@@ -85,6 +88,7 @@ class Method:
     rank: int = 0
     package: str = ""
     code: str = ""
+    batches: int = 1
 
 
 def make_method(name: str, base: Mapping[str, Any], *, fused: bool = False) -> Method:
@@ -107,7 +111,7 @@ def make_method(name: str, base: Mapping[str, Any], *, fused: bool = False) -> M
         sync.pop("bucket_bytes", None)  # shared by those who average gradients; here each replica is one rank
     else:
         rare, compress = None, compress_section(word)
-    percent = 100
+    percent, batches = 100, 1
     for variant in variants:
         match = VARIANT.fullmatch(variant)
         what, number = (match["what"], int(match["number"] or match["bucket_kib"])) if match else ("", 0)
@@ -121,6 +125,8 @@ def make_method(name: str, base: Mapping[str, Any], *, fused: bool = False) -> M
             sync[SYNC_PERCENT[what]] = number / 100
         elif what == RATE:
             percent = number
+        elif what == BATCH and number:
+            batches = number
         elif variant == "add":
             sync["arrival"] = variant
         elif variant in VARIANTS:
@@ -135,7 +141,18 @@ def make_method(name: str, base: Mapping[str, Any], *, fused: bool = False) -> M
     if percent != 100:
         shared = base.get("train", {}).get("learning_rate", TrainSection().learning_rate)
         changes["learning_rate"] = changes.get("learning_rate", shared) * percent / 100
-    return Method(name, _config(name, {**base, "sync": sync}, compress, changes))
+    if batches > 1:
+        changes |= _batched(name, base, batches)
+    return Method(name, _config(name, {**base, "sync": sync}, compress, changes), batches=batches)
+
+
+def _batched(name: str, base: Mapping[str, Any], batches: int) -> dict[str, int]:
+    """Of [train]: as many tokens in fewer steps."""
+    train = validate(RunConfig, {"train": base.get("train", {})}, f"method {name!r}").train
+    if train.steps % batches:
+        raise UserError(f"method {name!r}: {train.steps} steps are no whole number of steps of {batches} batches; change steps")
+    warmup = round(train.warmup_steps / batches)
+    return {"micro_batch": train.micro_batch * batches, "steps": train.steps // batches, "warmup_steps": warmup}
 
 
 def compress_section(word: str) -> dict[str, Any]:

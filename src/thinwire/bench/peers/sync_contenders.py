@@ -15,6 +15,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -117,7 +118,8 @@ class Race:
 class Contender:
     """One that takes turns. steps: in each of its turns, whole periods of `every` steps; slow: whether one turn was enough."""
 
-    name: str
+    method: Method
+    task: Any
     stepper: Stepper
     pacer: Pacer | None
     every: int = 1
@@ -131,37 +133,39 @@ def measure_time(race):
     """{"no exchange" or the method: {"step_s": [of each turn], ...}}."""
     turns = race.settings["turns"]
     stock_group = dist.new_group(backend="gloo")
-    task = race.task(race.methods[0].config)
     silent = Method("no exchange", make_method("ddp", race.settings["base"]).config, hook=SILENT)
     lab = race.rank.environment.lab
     rates = load_cluster(lab.cluster).declared_rates if lab and lab.paced else None
     methods = [silent, *race.methods]
     parts = len(methods) * (turns + 1)
     with ExitStack() as stack:
-        contenders = []
+        contenders, tasks = [], {}
         for index, method in enumerate(methods):
+            if method.batches not in tasks:
+                tasks[method.batches] = race.task(method.config)
+            task = tasks[method.batches]
             stepper, model, rehearsal_s = race.stepper(method, task, stock_group, stack)
             pacer = Pacer.of(task.workload, rates[race.place.rank]) if rates else None
             if pacer:
                 stack.enter_context(pacer.attached(model, task.workload))
-            contender = Contender(method.name, stepper, pacer, getattr(method.config.sync, "every", 1))
-            warm_up(race, contender, task, rehearsal_s)
+            contender = Contender(method, task, stepper, pacer, getattr(method.config.sync, "every", 1))
+            warm_up(race, contender, rehearsal_s)
             contenders.append(contender)
             race.rank.report(index + 1, parts, f"{method.name} is warm")
         for turn in range(turns):
             for index, contender in enumerate(contenders):
                 if not contender.slow:
-                    take_turn(race, contender, task)
+                    take_turn(race, contender)
                     step_s = contender.measured["step_s"][-1]
                     done = len(methods) * (turn + 1) + index + 1
-                    race.rank.report(done, parts, f"turn {turn + 1}: {contender.name} {step_s:.3f} s a step")
+                    race.rank.report(done, parts, f"turn {turn + 1}: {contender.method.name} {step_s:.3f} s a step")
         for one in contenders:
             late = one.pacer.missed_fraction if one.pacer else None
             one.measured |= {"late": late, "torn": race.torn(one.stepper.sync)}
-    return {one.name: one.measured for one in contenders}
+    return {one.method.name: one.measured for one in contenders}
 
 
-def warm_up(race, contender, task, rehearsal_s):
+def warm_up(race, contender, rehearsal_s):
     """Untimed steps, and how many fit into a turn, as measured by rank 0."""
     step_s = rehearsal_s
     for _ in range(WARM_STEPS):
@@ -169,7 +173,7 @@ def warm_up(race, contender, task, rehearsal_s):
             break
         dist.barrier()
         started = time.perf_counter()
-        race.step(contender.stepper, task, contender.done)
+        race.step(contender.stepper, contender.task, contender.done)
         contender.done += 1
         step_s = time.perf_counter() - started
     fitting = agree(round(race.settings["turn_s"] / step_s))
@@ -179,8 +183,8 @@ def warm_up(race, contender, task, rehearsal_s):
         contender.pacer.late_s = contender.pacer.declared_s = 0.0
 
 
-def take_turn(race, contender, task):
-    """Timed between barriers; the card's counter is read outside."""
+def take_turn(race, contender):
+    """Timed between barriers; the card's counter is read outside. A step's tokens are those of the run that all share."""
     place, times = race.place, []
     dist.barrier()
     counts = race.rank.environment.lab is not None and place.local_rank == 0  # outside a lab the cards carry others' bytes
@@ -188,19 +192,19 @@ def take_turn(race, contender, task):
     used = race.processor_s()
     started = time.perf_counter()
     for step in range(contender.done, contender.done + contender.steps):
-        times.append(race.step(contender.stepper, task, step).times())
+        times.append(race.step(contender.stepper, contender.task, step).times())
     dist.barrier()
     seconds, used = time.perf_counter() - started, race.processor_s() - used
     sent = race.sum([card_bytes() - sent if counts else 0])[0]
     contender.done += contender.steps
-    measured = contender.measured
-    measured["step_s"].append(seconds / contender.steps)
-    measured["processor_s"].append(used / contender.steps)
-    measured["card_bytes"].append(sent / contender.steps / place.world_size)
+    measured, steps = contender.measured, contender.steps * contender.method.batches
+    measured["step_s"].append(seconds / steps)
+    measured["processor_s"].append(used / steps)
+    measured["card_bytes"].append(sent / steps / place.world_size)
     enough = 2 if contender.every > 1 else 1  # a rare method's first exchange, which nothing has warmed, is in its first turn
     contender.slow = agree(seconds > SLOW_TURN_S and len(measured["step_s"]) >= enough)
     if contender.stepper.sync.ready_at:  # not known of stock peers
-        measured["wait_s"].append(sum(time.wait_s for time in times) / contender.steps)
+        measured["wait_s"].append(sum(time.wait_s for time in times) / steps)
 
 
 def learn(race):
@@ -214,11 +218,12 @@ def learn(race):
         for method in race.methods
         if (key := settings["keys"][f"{method.name} {seed}"]) not in known
     ]
-    task, task_seed = None, None
+    tasks = {}
     for done, (seed, method, key) in enumerate(wanted):
-        if seed != task_seed:
-            base = {**settings["base"], "train": {**settings["base"]["train"], "seed": seed}}
-            task, task_seed = race.task(make_method("ddp", base).config), seed
+        if (task := tasks.get((seed, method.batches))) is None:
+            train = method.config.train.model_copy(update={"seed": seed})
+            task = race.task(method.config.model_copy(update={"train": train}))
+            tasks = {(seed, method.batches): task}
         found = learn_one(race, method, task, seed, (done, len(wanted)))
         if race.place.rank == 0:
             keep(path, key, {"method": method.name, "seed": seed, **found})
@@ -226,8 +231,9 @@ def learn(race):
 
 
 def learn_one(race, method, task, seed, progress):
-    """Train one method from the beginning; the bytes are those of the later half of the steps, of all if they come rarely."""
-    steps, (done, parts) = method.config.train.steps, progress
+    """Train one method from the beginning; the bytes are those of the later half of the steps, of all if they come rarely. A step
+    of several batches counts as so many."""
+    steps, (done, parts), batches = method.config.train.steps, progress, method.batches
     ledger, place = race.ledger, race.place
     counted_from = 0 if method.config.sync.rare else steps // 2
     curve, scores, sent = [], [], 0
@@ -239,12 +245,12 @@ def learn_one(race, method, task, seed, progress):
             if step and step % REPORT_EVERY == 0:
                 race.rank.report(done + step / steps, parts, f"{method.name}, seed {seed}: step {step}")
             race.step(stepper, task, step)
-            if step + 1 in race.settings["curve"]:
+            if (step + 1) * batches in race.settings["curve"]:
                 before = ledger.sent_bytes
                 with stepper.sync.averaged():
                     sums = race.sum(task.score(model, place.rank))
-                curve.append([step + 1, sums[0] / sums[1]])
-                scores.append([step + 1, task.score_of(sums)])
+                curve.append([(step + 1) * batches, sums[0] / sums[1]])
+                scores.append([(step + 1) * batches, task.score_of(sums)])
                 sent += ledger.sent_bytes - before
         sent = ledger.sent_bytes - sent
         stepper.sync.finish()
@@ -254,10 +260,10 @@ def learn_one(race, method, task, seed, progress):
                 check_equal(model, f"{method.name}, seed {seed}: after training")
             *sums, sent = race.sum([*task.score(model, place.rank), sent])
         torn = race.torn(stepper.sync)
-    sent_per_step = None if method.package else sent / place.world_size / (steps - counted_from)
+    sent_per_step = None if method.package else sent / place.world_size / (steps - counted_from) / batches
     found = {"heldout_loss": sums[0] / sums[1], "wire_bytes_per_step": sent_per_step, "curve": curve}
     if task.score_is is not None:
-        found["scores"] = [*scores, [steps, task.score_of(sums)]]
+        found["scores"] = [*scores, [steps * batches, task.score_of(sums)]]
     return found | {"weights_apart": apart, "torn": torn}
 
 
