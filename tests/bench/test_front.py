@@ -19,12 +19,12 @@ from thinwire.train.auto_sync import with_way
 DDP = [[20, 5.0], [40, 4.0], [80, 2.0], [100, 1.0]]
 
 
-def learned(path: Path, options: dict[str, Any], losses: dict[str, list[list[float]]], sent: float) -> None:
+def learned(path: Path, options: dict[str, Any], losses: dict[str, list[list[float]]], sent: float, seed: int = 0) -> None:
     """As if `options["methods"]` had learned so."""
     for method in sync.make_methods(options):
-        key = key_of(method, 0, options["ranks"], sync._curve(options))
+        key = key_of(method, seed, options["ranks"], sync._curve(options))
         curve = losses[method.name]
-        made = {"method": method.name, "seed": 0, "heldout_loss": curve[-1][1], "wire_bytes_per_step": sent, "curve": curve}
+        made = {"method": method.name, "seed": seed, "heldout_loss": curve[-1][1], "wire_bytes_per_step": sent, "curve": curve}
         keep(path, key, {**made, "weights_apart": 0.0, "torn": 0.0})
 
 
@@ -52,6 +52,20 @@ def test_rows_table_and_picture_of_what_was_learned(tmp_path: Path) -> None:
     assert [row["method"] for row in written] == list(rows) and tuple(written[0]) == COLUMNS and written[0]["commit"] == "abc"
     names = [element.text for element in ElementTree.parse(picture).iter() if element.tag.endswith("text")]
     assert {"ddp", "int4", "diloco10"} <= set(names)
+
+
+def test_a_seed_that_is_too_slow_trains_once_more_and_the_others_count_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "learned"
+    given = {"steps": 100, "ranks": 2, "methods": ["ddp", "diloco10"], "learned": str(path), "longer": [2], "seeds": 2}
+    options: dict[str, Any] = {**{key: sync.DEFAULTS[key] for key in front.TIMED}, **front.DEFAULTS, **given}
+    curves = {"ddp": DDP, "diloco10": [[60, 3.0], [100, 1.0]]}, {"ddp": DDP, "diloco10": [[60, 5.0], [100, 3.0]]}
+    for seed, of_seed in enumerate(curves):
+        learned(path, options, of_seed, 40.0, seed)
+        longer = {**options, "methods": ["diloco10"], "steps": 200, "target": 0.4}
+        learned(path, longer, {"diloco10": [[100, 4.0], [140, 2.0], [200, 0.5]]}, 30.0, seed)
+    rows = {row["method"]: row for row in find("front")(None, given)}
+    assert rows["diloco10"]["steps_over_ddp"] == pytest.approx((80 + 140) / 2 / 80)
+    assert rows["diloco10"]["wire_bytes_per_token"] * 2 * options["micro_batch"] * options["sequence"] == pytest.approx(35)
 
 
 def test_what_cannot_be_compared_is_refused() -> None:

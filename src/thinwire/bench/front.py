@@ -8,8 +8,8 @@ that keeps the curves, so that a comparison that takes hours goes on where it wa
     final_loss_ratio       held-out loss after as many tokens as `ddp` has had / that of `ddp`
     on_front               whether no other method sends as little and needs as few steps
 
-A method that does not get to the target with as many steps as `ddp` trains once more, with the first of `longer` times as many
-and a schedule of the learning rate over all of them, then with the next; where none is enough, steps_over_ddp is not known.
+A seed that does not get to the target with as many steps as `ddp` trains once more, with the first of `longer` times as many and
+a schedule of the learning rate over all of them, then with the next; where none is enough, steps_over_ddp is not known.
 
 `table` names a file for the rows as CSV, in the form of the front that comes along (`thinwire.sync.front`), `commit` what it says
 of their origin; `picture` names one for an SVG.
@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, cast
 
 from thinwire.bench import sync
 from thinwire.bench.registry import Rows
@@ -75,15 +75,18 @@ def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
     methods = sync.make_methods(options)
     with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
         path = Path(options["learned"] or f"{folder}/learned").resolve()
-        there = once = _by_method(sync.learn(methods, options, path))
-        found = {one.name: steps_over(once[one.name], once[REFERENCE], options["target"]) for one in methods}
+        once = _by_method(sync.learn(methods, options, path))
+        there = {name: list(learned) for name, learned in once.items()}
+        found = {name: steps_over(learned, once[REFERENCE], options["target"]) for name, learned in once.items()}
         for times in options["longer"]:
-            slow = [name for name, over in found.items() if over is None]
+            slow = [name for name, over in found.items() if None in over]
             more = {**options, "methods": slow, "steps": round(options["steps"] * times)}
             more["target"] = options["target"] / times  # so curves begin where they do for the others
             learned = _by_method(sync.learn(sync.make_methods(more), more, path)) if slow else {}
-            found |= {name: steps_over(learned[name], once[REFERENCE], options["target"]) for name in slow}
-            there = there | {name: learned[name] for name in slow if found[name] is not None}
+            for name, mine in learned.items():
+                for place, over in enumerate(steps_over(mine, once[REFERENCE], options["target"])):
+                    if found[name][place] is None and over is not None:
+                        found[name][place], there[name][place] = over, mine[place]
     rows = marked([_row(one, once, there[one.name], found[one.name], options) for one in methods])
     if options["table"]:
         Path(options["table"]).write_text(as_table(rows), encoding="utf-8")
@@ -92,16 +95,14 @@ def run(cluster_name: str | None, options: Mapping[str, Any]) -> Rows:
     return [{key: value for key, value in row.items() if key not in ("run", "learning_rate_percent", "commit")} for row in rows]
 
 
-def steps_over(learned: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]], part: float) -> float | None:
-    """Mean over the seeds; None if one does not get there."""
-    ratios = []
+def steps_over(learned: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]], part: float) -> list[float | None]:
+    """Of each seed; None for one that does not get there."""
+    ratios: list[float | None] = []
     for mine, base in zip(learned, reference, strict=True):
         target = loss_at(base["curve"], part * base["curve"][-1][0])
         steps, best = steps_to(mine["curve"], target), steps_to(base["curve"], target)
-        if steps is None or best is None:
-            return None
-        ratios.append(steps / best)
-    return mean(ratios)
+        ratios.append(None if steps is None or best is None else steps / best)
+    return ratios
 
 
 def marked(rows: Rows) -> Rows:
@@ -148,10 +149,10 @@ def _row(
     method: Method,
     learned: Mapping[str, Sequence[Mapping[str, Any]]],
     there: Sequence[Mapping[str, Any]],
-    over: float | None,
+    over: Sequence[float | None],
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """learned: with as many steps as data parallelism; there: by the run that got to the target."""
+    """learned: with as many steps as data parallelism; there: of each seed by the run that got to the target; over: its steps."""
     train, mine = method.config.train, learned[method.name]
     tokens = options["ranks"] * options["micro_batch"] * options["sequence"] * options["accumulate"]
     sent = [one["wire_bytes_per_step"] for one in there]
@@ -159,7 +160,7 @@ def _row(
         "case": "measured",
         "method": method.name,
         "wire_bytes_per_token": mean(sent) / tokens if None not in sent else None,
-        "steps_over_ddp": over,
+        "steps_over_ddp": None if None in over else mean(cast(Sequence[float], over)),
         "final_loss_ratio": mean(one["heldout_loss"] for one in mine) / mean(one["heldout_loss"] for one in learned[REFERENCE]),
         "parameters": Workload.of_transformer(method.config.model.shape(), 1, train.sequence).num_parameters,
         "replicas": options["ranks"],
