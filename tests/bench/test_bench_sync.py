@@ -382,7 +382,7 @@ def test_a_method_of_larger_batches_has_as_many_tokens() -> None:
     shared = {"train": {"micro_batch": 3, "steps": 12, "warmup_steps": 4}}
     method = make_method("retrace4-batch3-int4", shared)
     train = method.config.train
-    assert (method.batches, train.micro_batch, train.steps, train.warmup_steps) == (3, 9, 4, 1)
+    assert (method.batches, train.micro_batch, train.steps, train.warmup_steps) == (3, 9, 4, 4)
     assert make_method("int4", shared).batches == 1
     with pytest.raises(UserError, match="12 steps are no whole number of steps of 5 batches"):
         make_method("int4-batch5", shared)

@@ -147,12 +147,11 @@ def make_method(name: str, base: Mapping[str, Any], *, fused: bool = False) -> M
 
 
 def _batched(name: str, base: Mapping[str, Any], batches: int) -> dict[str, int]:
-    """Of [train]: as many tokens in fewer steps."""
+    """Of [train]: as many tokens in fewer steps, as many of them to warm up."""
     train = validate(RunConfig, {"train": base.get("train", {})}, f"method {name!r}").train
     if train.steps % batches:
         raise UserError(f"method {name!r}: {train.steps} steps are no whole number of steps of {batches} batches; change steps")
-    warmup = round(train.warmup_steps / batches)
-    return {"micro_batch": train.micro_batch * batches, "steps": train.steps // batches, "warmup_steps": warmup}
+    return {"micro_batch": train.micro_batch * batches, "steps": train.steps // batches}
 
 
 def compress_section(word: str) -> dict[str, Any]:
