@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any, cast
+from typing import Any
 
 from thinwire.bench import sync
 from thinwire.bench.registry import Rows
@@ -155,12 +155,12 @@ def _row(
     """learned: with as many steps as data parallelism; there: of each seed by the run that got to the target; over: its steps."""
     train, mine = method.config.train, learned[method.name]
     tokens = options["ranks"] * options["micro_batch"] * options["sequence"] * options["accumulate"]
-    sent = [one["wire_bytes_per_step"] for one in there]
+    sent, known = [one["wire_bytes_per_step"] for one in there], [one for one in over if one is not None]
     return {
         "case": "measured",
         "method": method.name,
         "wire_bytes_per_token": mean(sent) / tokens if None not in sent else None,
-        "steps_over_ddp": None if None in over else mean(cast(Sequence[float], over)),
+        "steps_over_ddp": mean(known) if len(known) == len(over) else None,
         "final_loss_ratio": mean(one["heldout_loss"] for one in mine) / mean(one["heldout_loss"] for one in learned[REFERENCE]),
         "parameters": Workload.of_transformer(method.config.model.shape(), 1, train.sequence).num_parameters,
         "replicas": options["ranks"],

@@ -62,6 +62,7 @@ RATE = "rate"
 """Percent of the learning rate that all methods share. Replicas that go alone have gradients of fewer tokens, and where noise
 rules, AdamW moves along the gradient by less: by half for a quarter of the tokens. So they want a higher rate."""
 BATCH = "batch"
+"""Batches of the others in a step."""
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "all": {"exclude": [], "vectors": True},
     "nofeedback": {"feedback": False},
@@ -148,7 +149,7 @@ def make_method(name: str, base: Mapping[str, Any], *, fused: bool = False) -> M
 
 def _batched(name: str, base: Mapping[str, Any], batches: int) -> dict[str, int]:
     """Of [train]: as many tokens in fewer steps, as many of them to warm up."""
-    train = validate(RunConfig, {"train": base.get("train", {})}, f"method {name!r}").train
+    train = _config(name, base, {}, {}).train
     if train.steps % batches:
         raise UserError(f"method {name!r}: {train.steps} steps are no whole number of steps of {batches} batches; change steps")
     return {"micro_batch": train.micro_batch * batches, "steps": train.steps // batches}

@@ -15,7 +15,6 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,10 +67,19 @@ class Race:
         ]
         self.foreign = any(method.package for method in self.methods)
         self.num_micro = self.methods[0].config.sync.accumulate
+        self._tasks, self._seed = {}, None
 
-    def task(self, config):
-        """Collective."""
-        return make_task(config, self.layouts[False], self.rank.environment)
+    def task(self, method, seed=None):
+        """Of as many tokens a step as the method has; made once for each number of them, of one seed at a time. seed: None for
+        that of the run. Collective."""
+        if seed != self._seed:
+            self._tasks, self._seed = {}, seed
+        if method.batches not in self._tasks:
+            train = method.config.train
+            train = train if seed is None else train.model_copy(update={"seed": seed})
+            config = method.config.model_copy(update={"train": train})
+            self._tasks[method.batches] = make_task(config, self.layouts[False], self.rank.environment)
+        return self._tasks[method.batches]
 
     def sync(self, method, group):
         """group: of stock peers. What other packages need is imported where it is used: they need not be installed."""
@@ -119,7 +127,6 @@ class Contender:
     """One that takes turns. steps: in each of its turns, whole periods of `every` steps; slow: whether one turn was enough."""
 
     method: Method
-    task: Any
     stepper: Stepper
     pacer: Pacer | None
     every: int = 1
@@ -139,16 +146,14 @@ def measure_time(race):
     methods = [silent, *race.methods]
     parts = len(methods) * (turns + 1)
     with ExitStack() as stack:
-        contenders, tasks = [], {}
+        contenders = []
         for index, method in enumerate(methods):
-            if method.batches not in tasks:
-                tasks[method.batches] = race.task(method.config)
-            task = tasks[method.batches]
+            task = race.task(method)
             stepper, model, rehearsal_s = race.stepper(method, task, stock_group, stack)
             pacer = Pacer.of(task.workload, rates[race.place.rank]) if rates else None
             if pacer:
                 stack.enter_context(pacer.attached(model, task.workload))
-            contender = Contender(method, task, stepper, pacer, getattr(method.config.sync, "every", 1))
+            contender = Contender(method, stepper, pacer, getattr(method.config.sync, "every", 1))
             warm_up(race, contender, rehearsal_s)
             contenders.append(contender)
             race.rank.report(index + 1, parts, f"{method.name} is warm")
@@ -167,13 +172,13 @@ def measure_time(race):
 
 def warm_up(race, contender, rehearsal_s):
     """Untimed steps, and how many fit into a turn, as measured by rank 0."""
-    step_s = rehearsal_s
+    step_s, task = rehearsal_s, race.task(contender.method)
     for _ in range(WARM_STEPS):
         if agree(step_s > SLOW_STEP_S):
             break
         dist.barrier()
         started = time.perf_counter()
-        race.step(contender.stepper, contender.task, contender.done)
+        race.step(contender.stepper, task, contender.done)
         contender.done += 1
         step_s = time.perf_counter() - started
     fitting = agree(round(race.settings["turn_s"] / step_s))
@@ -185,14 +190,14 @@ def warm_up(race, contender, rehearsal_s):
 
 def take_turn(race, contender):
     """Timed between barriers; the card's counter is read outside. A step's tokens are those of the run that all share."""
-    place, times = race.place, []
+    place, task, times = race.place, race.task(contender.method), []
     dist.barrier()
     counts = race.rank.environment.lab is not None and place.local_rank == 0  # outside a lab the cards carry others' bytes
     sent = card_bytes() if counts else 0
     used = race.processor_s()
     started = time.perf_counter()
     for step in range(contender.done, contender.done + contender.steps):
-        times.append(race.step(contender.stepper, contender.task, step).times())
+        times.append(race.step(contender.stepper, task, step).times())
     dist.barrier()
     seconds, used = time.perf_counter() - started, race.processor_s() - used
     sent = race.sum([card_bytes() - sent if counts else 0])[0]
@@ -218,13 +223,8 @@ def learn(race):
         for method in race.methods
         if (key := settings["keys"][f"{method.name} {seed}"]) not in known
     ]
-    tasks = {}
     for done, (seed, method, key) in enumerate(wanted):
-        if (task := tasks.get((seed, method.batches))) is None:
-            train = method.config.train.model_copy(update={"seed": seed})
-            task = race.task(method.config.model_copy(update={"train": train}))
-            tasks = {(seed, method.batches): task}
-        found = learn_one(race, method, task, seed, (done, len(wanted)))
+        found = learn_one(race, method, race.task(method, seed), seed, (done, len(wanted)))
         if race.place.rank == 0:
             keep(path, key, {"method": method.name, "seed": seed, **found})
         race.rank.report(done + 1, len(wanted), f"{method.name}, seed {seed}: held-out loss {found['heldout_loss']:.4f}")
