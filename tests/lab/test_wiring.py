@@ -38,6 +38,13 @@ def test_the_bucket_lets_at_most_a_tenth_of_256_kib_pass_at_once(bps: float) -> 
     assert int(re.findall(r"burst (\d+)", line)[0]) <= 0.1 * 256 * 1024
 
 
+@pytest.mark.parametrize(
+    ("bps", "bytes_"), [(97.5e3, 3072), (1e6, 3072), (2e6, 5000), (6e6, 15000), (10e6, 16384), (65e6, 16384), (100e6, 25000)]
+)
+def test_the_bucket_holds_16_kib_or_2_ms_of_the_rate_but_no_more_than_20_ms_of_it_or_two_frames(bps: float, bytes_: int) -> None:
+    assert burst_bytes(Link(source="a", target="b", bandwidth_bps=Quantity(bps), latency_s=Quantity(0))) == bytes_
+
+
 def test_a_direct_cable_shapes_both_directions_at_both_ends() -> None:
     wiring = wire(build_cluster(("host0", "host1"), bps=5e6), netem=False)
     assert rates(wiring) == Counter({5_000_000: 4})

@@ -1,5 +1,6 @@
 """Flows and round trips over real sockets on loopback, one thread a host."""
 
+import gc
 import socket
 import threading
 import time
@@ -94,6 +95,27 @@ def wire_rate(arrivals: list[tuple[float, int]], seconds: float) -> float:
     rate = steady_bps(arrivals, 0.3 * seconds, seconds)
     assert rate is not None
     return rate
+
+
+def test_no_garbage_is_collected_while_a_flow_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links_module, "PATIENCE_S", 0.05)
+    during, select = [], links_module.select.select
+
+    def watched(*arguments: Any) -> Any:
+        during.append(gc.isenabled())
+        return select(*arguments)
+
+    monkeypatch.setattr(links_module.select, "select", watched)
+    with listen("127.0.0.1", 0, "a test") as listener:
+        for work in (flow, round_trips):
+            with pytest.raises(UserError):
+                work(listener, None, 3, 0.01)
+            assert gc.isenabled()
+        thread = threading.Thread(target=lambda: socket.create_connection(listener.getsockname()).close())
+        thread.start()
+        flow(listener, None, True, 0.01)
+        thread.join()
+    assert gc.isenabled() and during and not any(during)
 
 
 def test_nobody_listening_is_one_line_that_names_both_ends() -> None:

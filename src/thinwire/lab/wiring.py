@@ -4,9 +4,10 @@ A host becomes a network namespace h<i> whose k-th card is eth<k>; a network swi
 veth pair. Each *directed* link is a token bucket (tbf) at the end where it starts, so both ends of a pair are shaped.
 
 The bucket: after a silence `burst` bytes of a message pass at once, and the rest flows at the line rate, so a message of n
-bytes may be early by burst / n. With 16 KiB (or 2 ms of the rate if that is more) that is at most 10 % at 256 KiB up to
-100 Mbit/s; a cluster file may give its own `burst_bytes`. tbf counts whole frames: a payload cannot be faster than
-bandwidth_bps / FRAME_OVERHEAD.
+bytes may be early by burst / n. It holds 2 ms of the rate or 16 KiB, whichever is more: at most 10 % of 256 KiB up to
+100 Mbit/s. On links that send 16 KiB in more than 20 ms (below 6.5 Mbit/s) it holds 20 ms of the rate, at least two frames:
+what is exchanged there in a step may be no more than 16 KiB, and would be free. A cluster file may give its own `burst_bytes`.
+tbf counts whole frames: a payload cannot be faster than bandwidth_bps / FRAME_OVERHEAD.
 """
 
 from collections import Counter
@@ -18,10 +19,11 @@ from thinwire.cluster import Cluster, Link, Quantity
 from thinwire.errors import UserError
 from thinwire.units import show
 
-MIN_BURST_BYTES = 16 * 1024
+BURST_BYTES = 16 * 1024
+SLOW_BURST_BYTES = 3 * 1024
 LEAST_BURST_BYTES = 1600
 """A bucket that cannot hold a frame never lets it pass."""
-BURST_S = 2e-3
+BURST_S, SLOW_BURST_S = 2e-3, 20e-3
 QUEUE_S = 0.2
 NEGLIGIBLE_DELAY_S = 100e-6
 REFUSED_DELAY_S = 1e-3
@@ -129,7 +131,8 @@ def burst_bytes(link: Link) -> int:
             f"burst_bytes = {show(declared, 'B')} of {link.source} -> {link.target}; a lab's bucket must hold a frame: "
             f"{LEAST_BURST_BYTES} B or more"
         )
-    return declared or max(MIN_BURST_BYTES, round(link.bandwidth_bps.value / 8 * BURST_S))
+    rate = link.bandwidth_bps.value / 8
+    return declared or round(max(SLOW_BURST_BYTES, min(BURST_BYTES, SLOW_BURST_S * rate), BURST_S * rate))
 
 
 def shape(interface: str, link: Link, *, with_netem: bool) -> list[str]:

@@ -5,6 +5,7 @@ when how much had arrived. Its reads empty the socket, so a receiver that was ke
 true amount when it comes back. One thread a host. No torch.
 """
 
+import gc
 import select
 import socket
 import time
@@ -35,6 +36,19 @@ class Peer:
     port: int
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Meanwhile Python collects no garbage: with torch loaded that takes 0.1 s and more, in which a receiver reads nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_no_collection()
 def round_trips(listener: socket.socket, to: Peer | None, count: int, limit_s: float) -> list[float]:
     """Seconds of up to `count` round trips of one byte to `to`; without `to`, answer one caller until it has done.
 
@@ -60,6 +74,7 @@ def round_trips(listener: socket.socket, to: Peer | None, count: int, limit_s: f
     return seconds
 
 
+@_no_collection()
 def flow(listener: socket.socket, to: Peer | None, expects: bool, seconds: float) -> list[tuple[float, int]]:
     """Send to `to` for `seconds` and receive from one caller until it ends, both at once, either optional.
 
