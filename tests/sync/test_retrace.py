@@ -1,6 +1,7 @@
 """Replicas that retrace their steps together: equal to a one-process reference, to the byte as predicted, resumed the same."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -19,14 +20,15 @@ from thinwire.config.run import RunConfig
 from thinwire.config.sync import Retrace
 from thinwire.errors import UserError
 from thinwire.layout import AXES, Layout
-from thinwire.sync.buckets import assign_buckets, described
+from thinwire.sync.buckets import described
 from thinwire.sync.make import make_synchroniser
-from thinwire.sync.retrace import turns
+from thinwire.sync.parts import PER_TURN, cut, filled, taking_turns, turns
 from thinwire.tomlfile import validate
 from thinwire.workload import Parameter
 
 EVERY = 3
-CONFIG = Retrace(every=EVERY, bucket_bytes=512)
+CONFIG = Retrace(every=EVERY, bucket_bytes=256)
+"""So small that matrices are cut into rows."""
 CODES = {
     "none": NoCompression(),
     "int4": Coded(kind="int4", exclude=(), vectors=True),
@@ -60,11 +62,16 @@ def reference(replicas: int, scaled: float = 1.0) -> tuple[list[torch.Tensor], t
     """(Each replica's parameters after STEPS, and at the end of training). scaled: gradients, after each backward pass."""
     models = [Net() for _ in range(replicas)]
     named = [dict(model.named_parameters()) for model in models]
-    buckets = assign_buckets(described(models[0]), CONFIG.bucket_bytes)
-    turn = {one.name: t for bucket, t in zip(buckets, turns(buckets, EVERY), strict=True) for one in bucket}
-    begun = {name: Moved(one.detach()) for name, one in named[0].items()}
+    buckets = taking_turns(described(models[0]), CONFIG.bucket_bytes, EVERY)
+    parts = [part for bucket in buckets for part in bucket]
+    turn = {part.name: t for bucket, t in zip(buckets, turns(buckets, EVERY), strict=True) for part in bucket}
+    begun = {part.name: Moved(part.of(named[0][part.whole]).of(named[0][part.whole].detach())) for part in parts}
     moved = [{name: one.copy() for name, one in begun.items()} for _ in models]
     sums: list[dict[str, list[torch.Tensor]]] = [{name: [] for name in begun} for _ in models]
+
+    def write(into: dict[str, torch.nn.Parameter], its: dict[str, Moved]) -> None:
+        for part in parts:
+            part.of(into[part.whole]).of(into[part.whole].detach()).copy_(its[part.name].x)
 
     def again(name: str) -> None:
         steps = len(sums[0][name])
@@ -81,9 +88,10 @@ def reference(replicas: int, scaled: float = 1.0) -> tuple[list[torch.Tensor], t
         for replica, model in enumerate(models):
             model.zero_grad()
             (model(batch(step, replica)) - 1).square().mean().backward()
-            for name, one in named[replica].items():
+            for part in parts:
+                one = named[replica][part.whole]
                 assert one.grad is not None
-                sums[replica][name].append(scaled * one.grad.double())
+                sums[replica][part.name].append(scaled * part.of(one).of(one.grad).double())
         for name in begun:
             if step and step % EVERY == turn[name]:
                 again(name)
@@ -91,13 +99,13 @@ def reference(replicas: int, scaled: float = 1.0) -> tuple[list[torch.Tensor], t
             for its, mine in zip(moved, sums, strict=True):
                 its[name].step(mine[name][-1])
         for replica, its in enumerate(moved):
-            for name, one in named[replica].items():
-                one.data.copy_(its[name].x)
+            write(named[replica], its)
     local = [flat(model) for model in models]
     for name in begun:
         if sums[0][name]:
             again(name)
-    return local, torch.cat([one.x.reshape(-1) for one in begun.values()]).float()
+    write(named[0], begun)
+    return local, flat(models[0])
 
 
 @pytest.mark.parametrize("pool", ["ranks3", long("ranks2")])
@@ -223,7 +231,7 @@ def own_loop(context: Rank) -> tuple[torch.Tensor, int]:
         {},
         (batch(0, 0), target),
         loss=lambda output, target: (output - target).square().mean(),
-        sync={"kind": "retrace", "every": EVERY, "bucket_bytes": 512},
+        sync={"kind": "retrace", "every": EVERY, "bucket_bytes": CONFIG.bucket_bytes},
     )
     optimizer = adamw(shared.module)
     optimizer.register_step_post_hook(lambda *_: seen.append(1))
@@ -243,6 +251,37 @@ def test_a_loop_of_ones_own_sees_its_own_steps_only(ranks2: Pool) -> None:
         assert seen == STEPS
 
 
+def test_parts_cover_each_parameter_and_its_gradient_once() -> None:
+    """Of a complex parameter as of a real one; what is excluded by its name is so in parts."""
+    model = torch.nn.ParameterDict(
+        {
+            "matrix": torch.zeros(10, 4),
+            "waves": torch.zeros(9, 3, dtype=torch.complex64),
+            "vector": torch.zeros(100),
+            "one": torch.zeros(()),
+            "short": torch.zeros(8, 8, dtype=torch.bfloat16),
+        }
+    )
+    buckets = taking_turns(described(model), 48, EVERY)
+    parts = [part for bucket in buckets for part in bucket]
+    assert [part.name for part in parts if part.whole == "matrix"] == ["matrix rows 0:3", "matrix rows 3:6", "matrix rows 6:10"]
+    assert {part.name for part in parts if part.rows is None} == {"vector", "one"}
+    number = {part.name: index for index, part in enumerate(parts)}
+    for buffer, pieces in filled(buckets, model):
+        assert sum(piece.numel for piece in pieces) == buffer.numel()
+        for piece in pieces:
+            piece.of(buffer).fill_(number[piece.name])
+    for part in parts:
+        grad = model[part.whole].grad
+        assert grad is not None
+        found = part.of(model[part.whole]).of(torch.view_as_real(grad) if grad.is_complex() else grad)
+        assert found.shape == part.shape and bool((found == number[part.name]).all())
+    code = Coded(kind="int4", exclude=("matrix", "vec*"))
+    assert not any(code.is_coded(part.name, part.shape) for part in parts if part.whole in ("matrix", "vector"))
+    assert all(code.is_coded(part.name, part.shape) for part in parts if part.whole in ("waves", "short"))
+    assert {one.name for one in cut(described(model), 10**6)} == set(model)
+
+
 BUCKETS = st.lists(st.integers(1, 10**6).map(lambda numel: [Parameter("x", (numel,))]), min_size=1, max_size=40)
 
 
@@ -253,6 +292,18 @@ def test_no_step_of_a_period_sends_much_more_than_its_share(buckets: list[list[P
     assert set(found) <= set(range(every)) and max(loads) <= sum(sizes) / every + max(sizes)
     if len(buckets) <= every:
         assert len(set(found)) == len(buckets)
+
+
+@pytest.mark.parametrize("every", [2, 4, 10])
+def test_each_turn_has_some_of_the_whole_depth_of_a_model(every: int) -> None:
+    """So that most of it goes while the backward pass runs."""
+    model = [Parameter(f"layers.{index}.weight", (512, 300)) for index in range(12)]
+    buckets = taking_turns(model, 0, every)
+    found = turns(buckets, every)
+    for turn in range(every):
+        places = [index for index, one in enumerate(found) if one == turn]
+        assert len(places) >= PER_TURN // 2 and places[0] < every and places[-1] >= len(buckets) - every
+        assert all(after - before <= 2 * every for before, after in pairwise(places))
 
 
 def test_an_optimizer_whose_steps_it_cannot_take_again_is_refused(ranks2: Pool) -> None:

@@ -27,7 +27,6 @@ whether a residual counts is chosen by flags at the end of the pass (`Memory.com
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from functools import cached_property
 from math import nan, prod
 from typing import Any
@@ -38,6 +37,7 @@ import torch.distributed as dist
 from thinwire.collectives.clock import has_streams
 from thinwire.compress.base import finite, spoiled
 from thinwire.compress.memory import Memory, Stateless
+from thinwire.config.compress import matches
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter
 
@@ -244,8 +244,7 @@ class Averager(Stateless, ABC):
 
     def takes(self, name: str) -> bool:
         """Whether a parameter of this name may be its piece."""
-        its, others = (any(fnmatch(name, pattern) for pattern in patterns) for patterns in (self.only, self.leaves))
-        return its and not others
+        return matches(name, self.only) and not matches(name, self.leaves)
 
     @abstractmethod
     def sent_bytes(self, shape: Sequence[int], world_size: int) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from math import prod
 from typing import Annotated, Any, Literal
@@ -25,10 +25,18 @@ and so one second moment.)"""
 WHOLE = frozenset({"dgc", "demo"})
 """Kinds whose memory is a momentum, of which an int8 code would send all at once: embeddings go uncoded."""
 
+ROWS = " rows "
+"""Between a parameter's name and which of its rows are meant, where a part of it goes by itself."""
+
 NonFinite = Literal["average", "raise"]
 """What becomes of a step in which a gradient is not: an error on all ranks, or the average is not either."""
 
 Patterns = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a parameter's name is as one of the patterns say; that of some of its rows is as the parameter's."""
+    return any(fnmatch(name.partition(ROWS)[0], pattern) for pattern in patterns)
 
 
 class NoCompression(Section):
@@ -131,10 +139,10 @@ class Coded(Section):
         return self.kind in SUMMABLE if self.vectors is None else self.vectors
 
     def is_coded(self, name: str, shape: Sequence[int]) -> bool:
-        """Whether a parameter may be coded."""
+        """Whether a parameter, or some rows of it, may be coded."""
         if len(shape) < 2 and not self.codes_vectors:
             return False
-        return prod(shape) > 0 and not any(fnmatch(name, pattern) for pattern in self.excluded)
+        return prod(shape) > 0 and not matches(name, self.excluded)
 
 
 class ShardedOptions(Section):

@@ -1,4 +1,4 @@
-"""Steps of AdamW that are taken again, of some parameters, from where these and their state once were (`retrace`).
+"""Steps of AdamW that are taken again, of some rows of parameters, from where these and their state once were (`retrace`).
 
 Where H steps have got the same gradient u, the mean of as many, v is widened to what H steps of single gradients would have left:
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from thinwire.errors import UserError
+from thinwire.sync.parts import Rows
 
 State = dict[str, Any]
 Taken = list[tuple[Tensor, State]]
-"""Of some parameters: their values, and what the optimizer knows of each. Copies, which nobody changes."""
+"""Of some parts: their values, and what the optimizer knows of each. Copies, which nobody changes."""
 
 
 class Again:
@@ -31,7 +32,7 @@ class Again:
                 "AdamW, or take another kind"
             )
         self._optimizer = optimizer
-        self._group_of = {id(one): group for group in optimizer.param_groups for one in group["params"]}
+        self._group_of = {id(one): index for index, group in enumerate(optimizer.param_groups) for one in group["params"]}
         self.rates: deque[list[Any]] = deque(maxlen=most)
         """Learning rates of the latest steps, by group."""
 
@@ -39,50 +40,48 @@ class Again:
         """In each step, before it: its learning rates."""
         self.rates.append([_kept(group["lr"]) for group in self._optimizer.param_groups])
 
-    def taken(self, parameters: Sequence[nn.Parameter]) -> Taken:
+    def taken(self, parts: Sequence[Rows]) -> Taken:
         """As they are now."""
-        states = [self._optimizer.state.get(one, {}) for one in parameters]
+        states = [self._optimizer.state.get(part.parameter, {}) for part in parts]
         return [
-            (one.detach().clone(), {key: _kept(value) for key, value in state.items()})
-            for one, state in zip(parameters, states, strict=True)
+            (part.of(part.parameter.detach()).clone(), {key: _kept(_of(part, key, value)) for key, value in state.items()})
+            for part, state in zip(parts, states, strict=True)
         ]
 
-    def back(self, parameters: Sequence[nn.Parameter], taken: Taken) -> None:
-        """As they were then; before their first step they had no state."""
-        for parameter, (values, state) in zip(parameters, taken, strict=True):
-            parameter.copy_(values)
-            if not state:
-                self._optimizer.state.pop(parameter, None)
-            for key, value in state.items():
-                held = self._optimizer.state[parameter]
-                if isinstance(value, Tensor):
-                    held[key].copy_(value)
-                else:
-                    held[key] = value
-
-    def steps(self, parameters: Sequence[nn.Parameter], first: int, last: int) -> None:
-        """Those of these parameters alone, with the gradients that they have; first, last: as places in `rates`, without last.
-
-        Nobody's hooks on steps see them."""
-        rates, step = list(self.rates)[first:last], type(self._optimizer).step
+    def steps(self, parts: Sequence[Rows], taken: Taken, gradients: Sequence[Tensor], first: int, last: int) -> None:
+        """Go back to how these parts were then, and take their steps again, with a gradient for each; first, last: as places in
+        `rates`, without last. Nobody's hooks on steps see them, and the counters of other steps stay."""
+        state, step = self._optimizer.state, type(self._optimizer).step
         step = step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
-        wanted = {id(one) for one in parameters}
-        groups = [
-            {**group, "params": [one for one in group["params"] if id(one) in wanted]} for group in self._optimizer.param_groups
-        ]
+        groups = [{**group, "params": []} for group in self._optimizer.param_groups]
+        alone = []
+        for part, (values, before), gradient in zip(parts, taken, gradients, strict=True):
+            one = nn.Parameter(part.of(part.parameter.detach()))
+            one.copy_(values)
+            one.grad = gradient
+            for key, value in before.items():
+                state[one][key] = _of(part, key, state[part.parameter][key]) if _is_moment(key, value) else _kept(value)
+                if _is_moment(key, value):
+                    state[one][key].copy_(value)
+            groups[self._group_of[id(part.parameter)]]["params"].append(one)
+            alone.append(one)
         with having(self._optimizer, groups):
-            for by_group in rates:
+            for by_group in list(self.rates)[first:last]:
                 for group, rate in zip(groups, by_group, strict=True):
                     group["lr"] = rate
                 step(self._optimizer)
+        for part, one, (_, before) in zip(parts, alone, taken, strict=True):
+            for key, value in state.pop(one, {}).items():
+                if not before and _is_moment(key, value):  # had none before its first step
+                    _of(part, key, state[part.parameter][key]).copy_(value)
 
-    def widen(self, parameters: Sequence[nn.Parameter], taken: Taken, steps: int) -> None:
+    def widen(self, parts: Sequence[Rows], taken: Taken, steps: int) -> None:
         """The second moments after `steps` steps with one gradient, from `taken` on."""
-        for parameter, (_, before) in zip(parameters, taken, strict=True):
-            moments = self._optimizer.state.get(parameter, {}).get("exp_avg_sq")
+        for part, (_, before) in zip(parts, taken, strict=True):
+            moments = self._optimizer.state.get(part.parameter, {}).get("exp_avg_sq")
             if moments is not None and steps > 1:
-                beta_2 = self._group_of[id(parameter)]["betas"][1]
-                left = before["exp_avg_sq"] * beta_2**steps if before else 0.0
+                beta_2 = self._optimizer.param_groups[self._group_of[id(part.parameter)]]["betas"][1]
+                left, moments = before["exp_avg_sq"] * beta_2**steps if before else 0.0, part.of(moments)
                 moments.add_((moments - left).mul_(steps - 1))
 
 
@@ -107,3 +106,12 @@ def placed(taken: Taken, device: torch.device) -> Taken:
 
 def _kept(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _is_moment(key: str, value: Any) -> bool:
+    """Whether it has the parameter's shape."""
+    return isinstance(value, Tensor) and key != "step"
+
+
+def _of(part: Rows, key: str, value: Any) -> Any:
+    return part.of(value) if _is_moment(key, value) else value

@@ -10,6 +10,7 @@ gradient is a bucket of its own.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,19 +20,20 @@ from thinwire.compress.exchange import Exchange, at_end_of_backward
 from thinwire.errors import UserError
 from thinwire.workload import Parameter, plain_name
 
+Sent = TypeVar("Sent", bound=Parameter)
 PYTORCH_BUCKETS = (2**20, 25 * 2**20)
 """Sizes of the first and of the other buckets where none is asked for."""
 
 
-def assign_buckets(parameters: Sequence[Parameter], bucket_bytes: int) -> list[list[Parameter]]:
+def assign_buckets(parameters: Sequence[Sent], bucket_bytes: int) -> list[list[Sent]]:
     """The buckets in the order in which they are sent, as DistributedDataParallel forms them. 0: its own sizes.
 
     Each dtype has buckets of its own, and a first one among them. Those that are not full are sent last; of several such
     DistributedDataParallel leaves the order open.
     """
     sizes = (bucket_bytes, bucket_bytes) if bucket_bytes else PYTORCH_BUCKETS
-    full: list[list[Parameter]] = []
-    open_: dict[str, list[Parameter]] = {}
+    full: list[list[Sent]] = []
+    open_: dict[str, list[Sent]] = {}
     held_bytes, closed = Counter[str](), Counter[str]()
     for parameter in reversed(parameters):
         dtype = parameter.dtype

@@ -25,10 +25,11 @@ gradient, and m of its direction. Related: 0/1 Adam (Lu et al. 2022, arXiv 2202.
 CoCoD-SGD (Shen et al. 2019).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -45,29 +46,27 @@ from thinwire.errors import UserError
 from thinwire.layout import Layout
 from thinwire.sync.again import Again, State, Taken, placed
 from thinwire.sync.base import Synchroniser
-from thinwire.sync.buckets import Names, assign_buckets, described, filled
+from thinwire.sync.buckets import Names, described
 from thinwire.sync.initial_values import make_same
 from thinwire.sync.local_steps import Schedule
+from thinwire.sync.parts import Part, Rows, filled, taking_turns, turns
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter, Workload
 
-PER_TURN = 2
-"""Buckets that a turn has, where no size is asked for, and parameters are small enough."""
-SIZES = 2**16, 25 * 2**20
-"""Bytes of such buckets, least and most."""
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 """In which gradients of a period are added up."""
 
 
 @dataclass
 class _Bucket:
-    """buffer: flat, with the parameters' `gradients` as views; total: of the gradients used since step `since`; taken: where the
-    period began, each parameter's values and state. sent, under_way: an average that has begun."""
+    """buffer: flat, where the `gradients` of the parameters are, as far as these are its `parts`; total: of the gradients used
+    since step `since`; taken: where the period began, each part's values and state. missing: how many gradients the backward pass
+    still owes; sent, under_way: an average that has begun."""
 
     index: int
     buffer: Tensor
     pieces: list[Piece]
-    parameters: list[nn.Parameter]
+    parts: list[Rows]
     gradients: list[Tensor]
     total: Tensor
     since: int = 0
@@ -75,6 +74,11 @@ class _Bucket:
     missing: int = 0
     sent: Tensor | None = None
     under_way: "Future[Tensor] | None" = None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Each once."""
+        return list({id(part.parameter): part.parameter for part in self.parts}.values())
 
 
 class RetraceSync(Synchroniser):
@@ -108,7 +112,7 @@ class RetraceSync(Synchroniser):
         """Each bucket once in H steps, those of a turn one after the other; each may hide under the rest of its backward pass."""
         found, buckets = [], self._assigned(workload.parameters)
         for index, (bucket, turn) in enumerate(zip(buckets, turns(buckets, self._config.every), strict=True)):
-            window = workload.tokens_per_microbatch * workload.backward_flops_remaining(bucket[-1].name)
+            window = workload.tokens_per_microbatch * workload.backward_flops_remaining(bucket[-1].whole)
             for transfer in self._exchange.transfers(f"bucket {index}", bucket, self._axis, getattr(layout, self._axis)):
                 found.append(replace(transfer, every=self._config.every, event=f"turn {turn}", window_flops=window))
         return found
@@ -125,7 +129,9 @@ class RetraceSync(Synchroniser):
         with self._ledger.label("replica set-up"):
             if self._restored is None:
                 make_same({**dict(model.named_parameters()), **dict(model.named_buffers())}, group)
-            self._exchange.attach(group, self._axis, names.shapes, names.device, moments=self._moments)
+            parts = chain.from_iterable(self._assigned(described(model)))
+            shapes = {part.name: part.shape for part in parts}
+            self._exchange.attach(group, self._axis, shapes, names.device, moments=self._moments)
         self._begin(model)
         handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
         for bucket in self._buckets:
@@ -170,8 +176,8 @@ class RetraceSync(Synchroniser):
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, the model holds where the buckets' periods began, which is the same on all replicas. Local."""
-        own = [parameter.detach().clone() for bucket in self._buckets for parameter in bucket.parameters]
-        held = [parameter.detach() for bucket in self._buckets for parameter in bucket.parameters]
+        held = [part.of(part.parameter.detach()) for bucket in self._buckets for part in bucket.parts]
+        own = [values.clone() for values in held]
         for values, (taken, _) in zip(held, (one for bucket in self._buckets for one in bucket.taken), strict=True):
             values.copy_(taken)
         try:
@@ -210,22 +216,19 @@ class RetraceSync(Synchroniser):
         self._exchange.adopt([state["exchange"] for state in states])
         self._done = states[0]["done"]
 
-    def _assigned(self, parameters: Iterable[Parameter]) -> list[list[Parameter]]:
-        listed = list(parameters)
-        least, most = SIZES
-        usual = sum(one.stored_bytes for one in listed) // (PER_TURN * self._config.every)
-        return assign_buckets(listed, self._config.bucket_bytes or min(max(usual, least), most))
+    def _assigned(self, parameters: Sequence[Parameter]) -> list[list[Part]]:
+        return taking_turns(parameters, self._config.bucket_bytes, self._config.every)
 
     @torch.no_grad()
     def _begin(self, model: nn.Module) -> None:
         named, buckets = dict(model.named_parameters()), self._assigned(described(model))
         self._buckets = []
         self._turns = {every: turns(buckets, every) for every in (self._config.every, *(one for _, one in self._config.first))}
-        for index, bucket in enumerate(buckets):
-            buffer, pieces = filled(bucket, model)
+        for index, (bucket, (buffer, pieces)) in enumerate(zip(buckets, filled(buckets, model), strict=True)):
             total = torch.zeros_like(buffer, dtype=WIDE.get(buffer.dtype, buffer.dtype))
-            parameters: Any = [named[piece.name] for piece in pieces]
-            self._buckets.append(_Bucket(index, buffer, pieces, parameters, [one.grad for one in parameters], total))
+            parts: Any = [part.of(named[part.whole]) for part in bucket]
+            gradients = [one.parameter.grad for one in parts]
+            self._buckets.append(_Bucket(index, buffer, pieces, parts, gradients, total))
         self._places = {piece.name: (one, at) for one in self._buckets for at, piece in enumerate(one.pieces)}
         if self._restored is not None:
             self._go_on(self._restored)
@@ -314,36 +317,29 @@ class RetraceSync(Synchroniser):
         for bucket in due:
             assert bucket.sent is not None
             bucket.buffer.copy_(bucket.sent)
-            for parameter, gradient in zip(bucket.parameters, bucket.gradients, strict=True):
-                parameter.grad = gradient  # after the last step a caller may have dropped it
-            self._again.back(bucket.parameters, bucket.taken)
+            for part, gradient in zip(bucket.parts, bucket.gradients, strict=True):
+                part.parameter.grad = gradient  # after the last step a caller may have dropped it
         noted = len(self._again.rates)
         ended = self._done if last_too else self._done + 1
         for since in dict.fromkeys(bucket.since for bucket in due):
-            parameters = [one for bucket in due if bucket.since == since for one in bucket.parameters]
-            self._again.steps(parameters, noted - (ended - since), noted if last_too else noted - 1)
+            some = [bucket for bucket in due if bucket.since == since]
+            parts = [part for bucket in some for part in bucket.parts]
+            taken = [one for bucket in some for one in bucket.taken]
+            gradients = [
+                part.of(gradient) for bucket in some for part, gradient in zip(bucket.parts, bucket.gradients, strict=True)
+            ]
+            self._again.steps(parts, taken, gradients, noted - (ended - since), noted if last_too else noted - 1)
 
     def _conclude(self, due: Sequence[_Bucket], done: int) -> None:
         """A period of these is over, after so many steps of the run, and the next one begins."""
         for bucket in due:
             assert self._again is not None
-            self._again.widen(bucket.parameters, bucket.taken, done - bucket.since)
+            self._again.widen(bucket.parts, bucket.taken, done - bucket.since)
             bucket.sent = None
             self._take(bucket, done)
 
     def _take(self, bucket: _Bucket, done: int) -> None:
         """The next period of the bucket begins here."""
         assert self._again is not None
-        bucket.taken, bucket.since = self._again.taken(bucket.parameters), done
+        bucket.taken, bucket.since = self._again.taken(bucket.parts), done
         bucket.total.zero_()
-
-
-def turns(buckets: Sequence[Sequence[Parameter]], every: int) -> list[int]:
-    """Of each bucket, in which step of a period it is exchanged: as many bytes in each as can be; of few, at even distances."""
-    if len(buckets) <= every:
-        return [index * every // len(buckets) for index in range(len(buckets))]
-    loads, found = [0] * every, []
-    for bucket in buckets:
-        found.append(loads.index(min(loads)))
-        loads[found[-1]] += sum(one.stored_bytes for one in bucket)
-    return found
