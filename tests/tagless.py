@@ -81,7 +81,10 @@ def _called(call: Any, *arguments: Any) -> Any:
     return None
 
 
-def over_tagless(options: Any, place: Place) -> tuple[Any, TaglessTransport]:
+def workless(options: Any, place: Place) -> Workless:
+    return Workless(dist.ProcessGroupGloo(options.store, place.rank, place.size, place.timeout))
+
+
+def over_tagless(options: Any, place: Place) -> tuple[Workless, TaglessTransport]:
     """An `InnerFactory`."""
-    gloo = dist.ProcessGroupGloo(options.store, place.rank, place.size, place.timeout)
-    return Workless(gloo), TaglessTransport(place)
+    return workless(options, place), TaglessTransport(place)

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 from pool import Pool, Rank
-from tagless import Tagless, over_tagless
+from tagless import Tagless, workless
 from thinwire.collectives.backend import register
 from thinwire.collectives.ledger import Call, Ledger, Total
 from thinwire.collectives.metered_calls import all_gather, all_reduce, all_to_all, swap
@@ -22,7 +22,7 @@ def through_the_seam(context: Rank, backend: str) -> tuple[float, list[tuple[Cal
 def waited_for(context: Rank) -> tuple[list[float], dict[Call, Total]]:
     """By a metered group whose inner one gives no Work where nobody need wait: each call, and a barrier."""
     ledger = Ledger()
-    register(ledger, "workless", over_tagless)
+    register(ledger, "workless", lambda options, place: (workless(options, place), None))
     group = dist.new_group(backend="workless")
     x, parts = torch.ones(N), [torch.zeros(N) for _ in range(4)]
     dist.all_reduce(x, group=group)
@@ -62,7 +62,7 @@ def test_two_swap_and_each_send_is_entered_once_whatever_the_backend(ranks4: Poo
 
 def begun_as_one(context: Rank) -> tuple[float, dict[tuple[str, str], int]]:
     """In a metered group over messages that begin as one or not at all, as NCCL's."""
-    register(context.ledger, "tagless", lambda options, place: (Tagless(over_tagless(options, place)[0]), None))
+    register(context.ledger, "tagless", lambda options, place: (Tagless(workless(options, place)), None))
     group = dist.new_group(backend="tagless")
     group.coalesces = True
     theirs = swap(torch.full((N,), float(context.rank)), context.rank ^ 1, group, context.ledger, "pair")
