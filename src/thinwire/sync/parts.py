@@ -5,7 +5,8 @@ Patterns of names are of whole parameters (`config.compress.matches`). What has 
 
 Buckets of one size take turns in the order in which their gradients become ready, so each turn has some of the whole depth of the
 model: the first of them are under way during most of the backward pass, and only the last, of the first layers, is waited for.
-More and smaller ones leave less of it to wait for, and cost more headers.
+More and smaller ones leave less of it to wait for, and cost more headers: by gloo each costs a rank some 900 bytes for each other
+one. At R = 40 (docs/rarely.md) two to six for each turn take equally long, at R = 400 one to three.
 """
 
 from collections import Counter
@@ -24,7 +25,7 @@ from thinwire.config.compress import ROWS
 from thinwire.sync.buckets import assign_buckets, real_shape
 from thinwire.workload import Parameter
 
-PER_TURN = 6
+PER_TURN = 3
 """Buckets that a turn has, where no size is asked for."""
 SIZES = 2**14, 25 * 2**20
 """Bytes of such buckets, least and most."""
