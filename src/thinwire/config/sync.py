@@ -123,7 +123,7 @@ class Retrace(_Rising):
     every: int = Field(4, ge=2)
     bucket_bytes: Bytes = Field(0, ge=0)
     """Parameters lie, cut into rows where they are large, in buckets of at least this size, which take turns: each is exchanged
-    every so many steps. 0: three for each turn, of 16 KiB to 25 MiB."""
+    every so many steps. 0: three for each turn, of 64 KiB to 25 MiB."""
 
     @model_validator(mode="after")
     def _check(self) -> Retrace:

@@ -27,7 +27,7 @@ from thinwire.workload import Parameter
 
 PER_TURN = 3
 """Buckets that a turn has, where no size is asked for."""
-SIZES = 2**14, 25 * 2**20
+SIZES = 2**16, 25 * 2**20
 """Bytes of such buckets, least and most."""
 
 
