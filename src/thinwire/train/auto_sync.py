@@ -3,8 +3,9 @@
     least of   seconds of a step * steps over those of data parallelism        of ways in each step, in two sizes of buckets
 
 The seconds are the cost model's on the cluster (`plan.cost`), a mean over the run where H rises; the steps are the front's,
-carried to this model, its replicas and its number of steps (`Way.times`). Ways that the layout or the optimizer of
-the run cannot have do not count. R, which is said beside the choice:
+carried to this model, its replicas and its number of steps (`Way.times`). No model's steps are known to better than `ALIKE`: of
+ways that are as soon as the best but for this, the one that sends most is taken, since what it leaves out is least. Ways that the
+layout or the optimizer of the run cannot have do not count. R, which is said beside the choice:
 
     R = seconds of the exchange of data parallelism in float32 / seconds of computing
 """
@@ -23,6 +24,9 @@ from thinwire.units import show
 BUCKETS_BYTES = (0, 2**17)
 """That ways of each step are tried with: PyTorch's, and small ones, of which more hides under the backward pass."""
 
+ALIKE = 1.03
+"""Times that differ by less are as good: seeds move the steps of a row by as much."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -40,7 +44,9 @@ class Choice:
 
 
 def choices(problem: Problem) -> list[Choice]:
-    """All ways that the run may have, the best first. UserError if there is none."""
+    """All ways that the run may have: those about as soon as the best by the bytes that they send, the most first; then by time.
+
+    UserError if there is none."""
     found, config, reason = list[Choice](), problem.config, ""
     tokens = config.train.micro_batch * config.train.sequence * config.sync.accumulate
     for way in ways():
@@ -60,7 +66,10 @@ def choices(problem: Problem) -> list[Choice]:
             found.append(Choice(way=way, config=changed, step_s=step_s, times=times))
     if not found:
         raise UserError(f"sync.kind = 'auto': this run can have no way of the measured front; {reason}")
-    return sorted(found, key=lambda one: one.time_s)
+    soon_s = ALIKE * min(one.time_s for one in found)
+    near = [one for one in found if one.time_s <= soon_s]
+    near.sort(key=lambda one: (-one.way.wire_bytes_per_token, one.time_s))
+    return near + sorted((one for one in found if one.time_s > soon_s), key=lambda one: one.time_s)
 
 
 def with_way(config: RunConfig, way: Way, bucket_bytes: int = 0) -> RunConfig:
