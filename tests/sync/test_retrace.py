@@ -22,7 +22,7 @@ from thinwire.errors import UserError
 from thinwire.layout import AXES, Layout
 from thinwire.sync.buckets import described
 from thinwire.sync.make import make_synchroniser
-from thinwire.sync.parts import PER_TURN, cut, filled, taking_turns, turns
+from thinwire.sync.parts import PER_TURN, buffers, cut, taking_turns, turns
 from thinwire.tomlfile import validate
 from thinwire.workload import Parameter
 
@@ -267,7 +267,7 @@ def test_parts_cover_each_parameter_and_its_gradient_once() -> None:
     assert [part.name for part in parts if part.whole == "matrix"] == ["matrix rows 0:3", "matrix rows 3:6", "matrix rows 6:10"]
     assert {part.name for part in parts if part.rows is None} == {"vector", "one"}
     number = {part.name: index for index, part in enumerate(parts)}
-    for buffer, pieces in filled(buckets, model):
+    for buffer, pieces in buffers(buckets, model):
         assert sum(piece.numel for piece in pieces) == buffer.numel()
         for piece in pieces:
             piece.of(buffer).fill_(number[piece.name])
@@ -302,7 +302,7 @@ def test_each_turn_has_some_of_the_whole_depth_of_a_model(every: int) -> None:
     found = turns(buckets, every)
     for turn in range(every):
         places = [index for index, one in enumerate(found) if one == turn]
-        assert len(places) >= PER_TURN // 2 and places[0] < every and places[-1] >= len(buckets) - every
+        assert len(places) >= PER_TURN - 1 and places[0] < every and places[-1] >= len(buckets) - every
         assert all(after - before <= 2 * every for before, after in pairwise(places))
 
 

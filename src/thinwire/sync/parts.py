@@ -12,17 +12,15 @@ one. At R = 40 (docs/rarely.md) two to six for each turn take equally long, at R
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise
-from math import prod
+from itertools import accumulate, pairwise
 from types import EllipsisType
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from thinwire.compress.averager import Piece
 from thinwire.config.compress import ROWS
-from thinwire.sync.buckets import assign_buckets, real_shape
+from thinwire.sync.buckets import assign_buckets, filled, real_shape
 from thinwire.workload import Parameter
 
 PER_TURN = 3
@@ -37,6 +35,11 @@ class Part(Parameter):
 
     whole: str = ""
     rows: tuple[int, int] | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it has the parameter's first row."""
+        return self.rows is None or self.rows[0] == 0
 
     def of(self, parameter: nn.Parameter) -> "Rows":
         """This part of the parameter that it is of."""
@@ -79,28 +82,20 @@ def taking_turns(parameters: Sequence[Parameter], bucket_bytes: int, every: int)
     return assign_buckets(cut(parameters, size), size)
 
 
-def filled(buckets: Sequence[Sequence[Part]], model: nn.Module) -> list[tuple[Tensor, list[Piece]]]:
+def buffers(buckets: Sequence[Sequence[Part]], model: nn.Module) -> list[tuple[Tensor, list[Piece]]]:
     """A buffer for each bucket, and which part's gradient lies where in it. Those of a dtype lie one behind the other in memory;
     from now on the parameters' gradients are views of it."""
-    trained = dict(model.named_parameters())
-    places, sizes = dict[str, int](), Counter[str]()
-    for one in chain.from_iterable(buckets):
-        places[one.name] = sizes[one.dtype]
-        sizes[one.dtype] += one.numel
-    device = next(iter(trained.values())).device
-    memory = {dtype: torch.zeros(size, dtype=getattr(torch, dtype), device=device) for dtype, size in sizes.items()}
-    for one in chain.from_iterable(buckets):
-        if one.rows is None or one.rows[0] == 0:
-            parameter, first = trained[one.whole], places[one.name]
-            shape = real_shape(parameter)
-            part = memory[one.dtype][first : first + prod(shape)]
-            part = torch.view_as_complex(part.view(*parameter.shape, 2)) if parameter.is_complex() else part.view(shape)
-            parameter.grad = part
-    found = []
+    trained, memory, begun, found = dict(model.named_parameters()), dict[str, Tensor](), Counter[str](), []
+    for dtype in dict.fromkeys(bucket[0].dtype for bucket in buckets):
+        firsts = [one.whole for bucket in buckets for one in bucket if one.dtype == dtype and one.is_first]
+        wholes = [Parameter(name, real_shape(trained[name]), dtype=dtype) for name in firsts]
+        memory[dtype], _ = filled(wholes, model)
     for bucket in buckets:
-        first = places[bucket[0].name]
-        buffer = memory[bucket[0].dtype][first : first + sum(one.numel for one in bucket)]
-        found.append((buffer, [Piece(one.name, places[one.name] - first, one.shape) for one in bucket]))
+        ends, dtype = list(accumulate((one.numel for one in bucket), initial=0)), bucket[0].dtype
+        first = begun[dtype]
+        begun[dtype] += ends[-1]
+        pieces = [Piece(one.name, at, one.shape) for one, at in zip(bucket, ends[:-1], strict=True)]
+        found.append((memory[dtype][first : begun[dtype]], pieces))
     return found
 
 

@@ -29,7 +29,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -49,7 +48,7 @@ from thinwire.sync.base import Synchroniser
 from thinwire.sync.buckets import Names, described
 from thinwire.sync.initial_values import make_same
 from thinwire.sync.local_steps import Schedule
-from thinwire.sync.parts import Part, Rows, filled, taking_turns, turns
+from thinwire.sync.parts import Part, Rows, buffers, taking_turns, turns
 from thinwire.traffic import Transfer
 from thinwire.workload import Parameter, Workload
 
@@ -129,10 +128,10 @@ class RetraceSync(Synchroniser):
         with self._ledger.label("replica set-up"):
             if self._restored is None:
                 make_same({**dict(model.named_parameters()), **dict(model.named_buffers())}, group)
-            parts = chain.from_iterable(self._assigned(described(model)))
-            shapes = {part.name: part.shape for part in parts}
+            buckets = self._assigned(described(model))
+            shapes = {part.name: part.shape for bucket in buckets for part in bucket}
             self._exchange.attach(group, self._axis, shapes, names.device, moments=self._moments)
-        self._begin(model)
+        self._begin(model, buckets)
         handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
         for bucket in self._buckets:
             for parameter in bucket.parameters:
@@ -220,11 +219,10 @@ class RetraceSync(Synchroniser):
         return taking_turns(parameters, self._config.bucket_bytes, self._config.every)
 
     @torch.no_grad()
-    def _begin(self, model: nn.Module) -> None:
-        named, buckets = dict(model.named_parameters()), self._assigned(described(model))
-        self._buckets = []
+    def _begin(self, model: nn.Module, buckets: Sequence[Sequence[Part]]) -> None:
+        named, self._buckets = dict(model.named_parameters()), []
         self._turns = {every: turns(buckets, every) for every in (self._config.every, *(one for _, one in self._config.first))}
-        for index, (bucket, (buffer, pieces)) in enumerate(zip(buckets, filled(buckets, model), strict=True)):
+        for index, (bucket, (buffer, pieces)) in enumerate(zip(buckets, buffers(buckets, model), strict=True)):
             total = torch.zeros_like(buffer, dtype=WIDE.get(buffer.dtype, buffer.dtype))
             parts: Any = [part.of(named[part.whole]) for part in bucket]
             gradients = [one.parameter.grad for one in parts]

@@ -66,10 +66,9 @@ def choices(problem: Problem) -> list[Choice]:
             found.append(Choice(way=way, config=changed, step_s=step_s, times=times))
     if not found:
         raise UserError(f"sync.kind = 'auto': this run can have no way of the measured front; {reason}")
-    soon_s = ALIKE * min(one.time_s for one in found)
-    near = [one for one in found if one.time_s <= soon_s]
-    near.sort(key=lambda one: (-one.way.wire_bytes_per_token, one.time_s))
-    return near + sorted((one for one in found if one.time_s > soon_s), key=lambda one: one.time_s)
+    found.sort(key=lambda one: one.time_s)
+    near = [one for one in found if one.time_s <= ALIKE * found[0].time_s]
+    return sorted(near, key=lambda one: -one.way.wire_bytes_per_token) + found[len(near) :]
 
 
 def with_way(config: RunConfig, way: Way, bucket_bytes: int = 0) -> RunConfig:
